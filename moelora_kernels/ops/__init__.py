@@ -1,0 +1,12 @@
+"""The registered ops: importing this package registers schemas and the reference, nothing else.
+
+Every op lives in the namespace `moelora`, has the reference as its implementation for any device,
+and is overridden per device by what is faster there: the native library on a CPU.
+"""
+
+from moelora_kernels.ops.dropout import dropout
+from moelora_kernels.ops.gram import gram
+from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
+from moelora_kernels.ops.topk_gate import topk_gate
+
+__all__ = ["dropout", "gram", "shrink_gate", "shrink_gate_backward", "topk_gate"]
