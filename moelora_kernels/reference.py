@@ -11,8 +11,8 @@ expert, R sum of the ranks, G gate rows, n siblings that read the same x.
     dh  = scale * gate (.) P
     dx  = dy W + dh A       dA = dh^T x       dB = dy^T u
 
-Every function computes in `promote_types(dtype, float32)` and rounds once, on return. Siblings stand
-side by side: column block i of h, u, gates and logits belongs to sibling i.
+Every function computes in `promote_types(dtype, float32)` and rounds once, on return. Siblings
+stand side by side: column block i of h, u, gates and logits belongs to sibling i.
 """
 
 from __future__ import annotations
@@ -99,12 +99,13 @@ def topk_gate_backward(
 ) -> Tensor:
     """dlogits from dweights.
 
-        with renormalize:  dlogits[i_k] = weights_k (dweights_k - sum_j weights_j dweights_j) / temperature
-        without:           dlogits_e    = p_e (dweights of e, or 0 - sum_j weights_j dweights_j) / temperature
+        mean = sum_j weights_j dweights_j
+        dlogits[i_k] = weights_k (dweights_k - mean) / temperature           with renormalize
+        dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
 
     dweights, weights, indices [N, K], logits [N, E] (values read only without renormalize).
     Returns [N, E] in the compute dtype.
-    """  # noqa: E501
+    """
     dtype = compute_dtype(logits)
     weights, dweights = weights.to(dtype), dweights.to(dtype)
     mean = (weights * dweights).sum(dim=1, keepdim=True)
@@ -127,9 +128,9 @@ def dense_gate(
 ) -> Tensor:
     """The gate of every token and expert, [T, n, E]: zero where a token is not routed.
 
-    Dense: gates [G, n E], row rows[t] for token t (None: G == T, or one row for all tokens); a row
-    outside [0, G) gates with zero. Sparse: gates are weights [T, n K] with indices [T, n K]; an index
-    outside [0, E) means "not routed", a repeated index adds.
+    Dense: gates [G, n E], row rows[t] for token t (None: G == T, or one row for all tokens); a
+    row outside [0, G) gates with zero. Sparse: gates are weights [T, n K] with indices [T, n K]; an
+    index outside [0, E) means "not routed", a repeated index adds.
     """
     if indices is not None:
         slots = indices.view(tokens, siblings, -1, 1)
@@ -163,7 +164,7 @@ def dense_gate_backward(
 
 
 def rank_gate(gate: Tensor, ranks: Sequence[int], scaling: Sequence[float]) -> Tensor:
-    """Scale * gate, repeated over the ranks of each expert: [T, n, E] -> [T, n, R]."""
+    """scale * gate, repeated over the ranks of each expert: [T, n, E] -> [T, n, R]."""
     scaled = gate * torch.tensor(scaling, dtype=gate.dtype, device=gate.device)
     expert = [e for e, rank in enumerate(ranks) for _ in range(rank)]
     return scaled[..., torch.tensor(expert, device=gate.device)]
@@ -187,16 +188,16 @@ def shrink_gate(
     dropout_per_expert: bool = False,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """H and u of n siblings in one read of x, and with a linear router its gate from the same read.
+    """h and u of n siblings in one read of x, and with a linear router its gate from the same read.
 
         h = dropout(x) At               [T, n R]    (share_a: [T, n r], one A for all experts)
         u = scale * gate (.) h          [T, n R]    zero, whatever h holds, where the gate is zero
         logits = x Wrt + br             [T, n E]    float32; topk_gate of each sibling's E columns
 
-    x [T, I]; lora_a n x [R, I] or, with share_a, n x [r, I]; gates, indices, rows as in `dense_gate`,
-    or None with router_weight n x [E, I] and router_bias n x [E] (or empty) and top_k in [1, E].
-    Returns h, u in x.dtype; weights [T, n K] and logits [T, n E] in the compute dtype and indices
-    [T, n K] int32. Empty are indices for K = E, and all three where the gates were given.
+    x [T, I]; lora_a n x [R, I] or, with share_a, n x [r, I]; gates, indices, rows as in
+    `dense_gate`, or None with router_weight n x [E, I], router_bias n x [E] (or empty) and top_k in
+    [1, E]. Returns h, u in x.dtype; weights [T, n K] and logits [T, n E] in the compute dtype and
+    indices [T, n K] int32. Empty are indices for K = E, and all three where the gates were given.
     """
     dtype, siblings, num_experts = compute_dtype(x), len(lora_a), len(ranks)
     tokens = x.shape[0]
@@ -239,7 +240,10 @@ def shrink_gate(
     gate = rank_gate(gate, ranks, scaling)
     repeat = num_experts if share_a else 1
     ungated = h.to(dtype).view(tokens, siblings, -1).repeat(1, 1, repeat)
-    u = torch.where(gate == 0, 0, gate * ungated).view(tokens, -1).to(x.dtype)
+    # 0 * NaN is NaN: where nothing is selected h must be replaced, not only multiplied by zero. Finite
+    # values stay, so that a gate which starts at zero has its true gradient <P, h>.
+    selected = torch.where((gate == 0) & ~ungated.isfinite(), 0, ungated)
+    u = (gate * selected).view(tokens, -1).to(x.dtype)
     return h, u, weights, chosen, logits
 
 
@@ -259,18 +263,18 @@ def shrink_gate_backward(
     renormalize: bool = True,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dh and the gradient of the gate from dy; u once more, for dB.
+    """dh and the gradient of the gate from dy; u once more, for dB.
 
-        P  = dy B                                      [T, n R], never stored
-        dh = scale * gate (.) P                        [T, n R]    (share_a: summed over experts, [T, n r])
-        dgate[t, e] = scale * <P, h>                   over the ranks of e, zero where not routed
+        P  = dy B                           [T, n R], never stored
+        dh = scale * gate (.) P             [T, n R]    (share_a: summed over experts, [T, n r])
+        dgate[t, e] = scale * <P, h>        over the ranks of e, zero where not routed
 
-    dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R] as `shrink_gate` returned it; gates, indices, rows
-    what it was given, or the weights and indices it returned (then top_k > 0). logits is needed only
-    without renormalize; dlogits [T, n E] is a gradient that reaches the logits on another way.
-    Returns dh, u in h.dtype; dgate in the compute dtype: the gradient of gates [G, n E] or [T, n K],
-    or with top_k > 0 that of the logits, [T, n E], dlogits included.
-    """  # noqa: E501
+    dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R] as `shrink_gate` returned it; gates, indices,
+    rows what it was given, or the weights and indices it returned (then top_k > 0). logits is
+    needed only without renormalize; dlogits [T, n E] is a gradient that reaches the logits on
+    another way. Returns dh, u in h.dtype; dgate in the compute dtype: the gradient of gates
+    [G, n E] or [T, n K], or with top_k > 0 that of the logits, [T, n E], dlogits included.
+    """
     dtype, siblings, num_experts = compute_dtype(h), len(dy), len(ranks)
     tokens = h.shape[0]
     gate = dense_gate(gates.to(dtype), indices, rows, tokens, siblings, num_experts)
@@ -326,7 +330,8 @@ def gram(
         dA = dh^T dropout(x)        [n R, I]        dB_i = dy_i^T u_i       [O_i, R]
         dWr = dlogits^T x           [n E, I]
 
-    x [T, I]; dh [T, n R]; dlogits [T, n E] or None (then dWr is empty); dy n x [T, O_i]; u [T, n R].
+    x [T, I]; dh [T, n R]; dlogits [T, n E] or None (then dWr is empty); dy n x [T, O_i];
+    u [T, n R].
     """
     dtype, siblings = compute_dtype(x), len(dy)
     left = dh.to(dtype).t()
@@ -363,7 +368,7 @@ def moe_lora_linear(
     dropout_per_expert: bool = False,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Y = x Wt + b + u Bt of one linear, differentiable by autograd.
+    """y = x Wt + b + u Bt of one linear, differentiable by autograd.
 
     x [T, I], weight [O, I], bias [O], lora_a [R, I], lora_b [O, R]; gates, indices, rows as in
     `dense_gate`. Returns [T, O] in x.dtype.
