@@ -1,0 +1,37 @@
+"""Mixture-of-LoRA-experts layers at about the cost of the frozen nn.Linear under them."""
+
+from moelora_kernels.checkpoints import (
+    adapter_state_dict,
+    load_adapter,
+    load_adapter_state_dict,
+    save_adapter,
+)
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.functional import moe_lora_linear
+from moelora_kernels.nn import (
+    MoeLoraGroup,
+    MoeLoraLinear,
+    adapter_parameters,
+    collect_aux_loss,
+    record_routing,
+    replace_linears,
+    set_tasks,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoeLoraConfig",
+    "MoeLoraGroup",
+    "MoeLoraLinear",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "collect_aux_loss",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "moe_lora_linear",
+    "record_routing",
+    "replace_linears",
+    "save_adapter",
+    "set_tasks",
+]

@@ -219,7 +219,7 @@ def shrink_gate(
         h = torch.cat([dropped @ a.to(dtype).t() for a in lora_a], dim=1)
     h = h.to(x.dtype)
 
-    weights = logits = x.new_empty(0, dtype=dtype)
+    weights, logits = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
     chosen = x.new_empty(0, dtype=torch.int32)
     if len(router_weight):
         bias = router_bias if len(router_bias) else [None] * siblings
@@ -240,8 +240,8 @@ def shrink_gate(
     gate = rank_gate(gate, ranks, scaling)
     repeat = num_experts if share_a else 1
     ungated = h.to(dtype).view(tokens, siblings, -1).repeat(1, 1, repeat)
-    # 0 * NaN is NaN: where nothing is selected h must be replaced, not only multiplied by zero. Finite
-    # values stay, so that a gate which starts at zero has its true gradient <P, h>.
+    # 0 * NaN is NaN: where nothing is selected h must be replaced, not only multiplied by zero.
+    # Finite values stay, so that a gate which starts at zero has its true gradient <P, h>.
     selected = torch.where((gate == 0) & ~ungated.isfinite(), 0, ungated)
     u = (gate * selected).view(tokens, -1).to(x.dtype)
     return h, u, weights, chosen, logits

@@ -1,0 +1,220 @@
+"""The autograd Function of a mixture-of-LoRA layer, written for n siblings that read the same x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moelora_kernels import ops
+
+INPUTS_PER_SIBLING = 7
+
+
+class Plan(NamedTuple):
+    """What is static about a layer: the same for all siblings, all tokens and all steps."""
+
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    share_a: bool = False
+    # K of a linear router, 0 where the gates are given.
+    top_k: int = 0
+    renormalize: bool = True
+    temperature: float = 1.0
+    dropout: float = 0.0
+    dropout_per_expert: bool = False
+
+
+class Sibling(NamedTuple):
+    """The tensors of one linear: `base` is the output of a base that is called, not read."""
+
+    weight: Tensor | None  # [O, I]
+    bias: Tensor | None  # [O]
+    base: Tensor | None  # [T, O]
+    lora_a: Tensor  # [R, I], or [r, I] with share_a
+    lora_b: Tensor  # [O, R]
+    router_weight: Tensor | None  # [E, I]
+    router_bias: Tensor | None  # [E]
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _rows_apart(dy: Tensor) -> Tensor:
+    """dy itself if its rows are dense and do not overlap, else a contiguous copy."""
+    if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]:
+        return dy
+    return dy.contiguous()
+
+
+class MoeLora(torch.autograd.Function):
+    """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; see `reference` for the formulas.
+
+    Saves for backward x, the parameters, h, and the gate or routing: nothing that is O wide.
+    """
+
+    @staticmethod
+    def forward(plan, x, gates, indices, rows, seed, *tensors):
+        siblings = [Sibling(*fields) for fields in zip(*_fields(tensors), strict=True)]
+        h, u, weights, chosen, logits = ops.shrink_gate(
+            x,
+            [s.lora_a for s in siblings],
+            gates,
+            indices,
+            rows,
+            _present([s.router_weight for s in siblings]),
+            _present([s.router_bias for s in siblings]),
+            plan.ranks,
+            plan.scaling,
+            plan.share_a,
+            plan.top_k,
+            plan.renormalize,
+            plan.temperature,
+            plan.dropout,
+            plan.dropout_per_expert,
+            seed,
+        )
+        outputs = []
+        for sibling, gated in zip(siblings, u.chunk(len(siblings), dim=1), strict=True):
+            (lora_b,) = _cast([sibling.lora_b], x.dtype)
+            if sibling.base is not None:
+                # The result keeps the base's dtype; the base's output may be saved elsewhere.
+                (gated, lora_b) = _cast([gated, lora_b], sibling.base.dtype)
+                outputs.append(torch.addmm(sibling.base, gated, lora_b.t()))
+                continue
+            # Expand first, base product last and in place: y is written once by each product, and
+            # the large one is rounded once together with the small one.
+            if sibling.bias is None:
+                y = torch.mm(gated, lora_b.t())
+            else:
+                y = torch.addmm(sibling.bias, gated, lora_b.t())
+            outputs.append(y.addmm_(x, sibling.weight.t()))
+        return (*outputs, h, weights, chosen, logits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        plan, x, gates, indices, rows, seed, *tensors = inputs
+        weight, _, _, lora_a, lora_b, router_weight, _ = _fields(tensors)
+        h, weights, chosen, logits = output[-4:]
+        if plan.top_k:
+            gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
+        keep_logits = plan.top_k and not plan.renormalize
+        ctx.plan = plan
+        ctx.siblings = len(lora_a)
+        ctx.mark_non_differentiable(h, weights, chosen)
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [y.shape for y in output[:-4]]
+        ctx.save_for_backward(
+            x, gates, indices, rows, seed, h, logits if keep_logits else None,
+            *weight, *lora_a, *lora_b, *router_weight,
+        )  # fmt: skip
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        plan, n = ctx.plan, ctx.siblings
+        x, gates, indices, rows, seed, h, logits, *tensors = ctx.saved_tensors
+        weight, lora_a, lora_b, router_weight = (tensors[i * n : (i + 1) * n] for i in range(4))
+        needs_x, needs_gates = ctx.needs_input_grad[1:3]
+        needs = dict(
+            zip(
+                Sibling._fields,
+                _fields(ctx.needs_input_grad[-INPUTS_PER_SIBLING * n :]),
+                strict=True,
+            )
+        )
+        dy = [
+            x.new_zeros(shape) if g is None else _rows_apart(g.to(x.dtype))
+            for g, shape in zip(grads[:n], ctx.shapes, strict=True)
+        ]
+        dlogits = grads[-1]
+        a = _cast(lora_a, x.dtype)
+        routers = _cast(_present(router_weight), x.dtype)
+
+        dh, u, dgate = ops.shrink_gate_backward(
+            dy, _cast(lora_b, x.dtype), h, gates, indices, rows, logits, dlogits,
+            plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize, plan.temperature,
+        )  # fmt: skip
+
+        dx = None
+        if needs_x:
+            dx = _shrink_dx(plan, dh, dgate, a, routers, seed)
+            for g, w in zip(dy, weight, strict=True):
+                if w is not None:
+                    dx.addmm_(g, w)
+
+        of_sibling: dict[str, list] = {name: [None] * n for name in Sibling._fields}
+        if any(needs["lora_a"] + needs["lora_b"] + needs["router_weight"]):
+            da, drouter, db = ops.gram(
+                x, dh, dgate if routers else None, dy, u, lora_a[0].dtype,
+                router_weight[0].dtype if routers else x.dtype,
+                plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
+            )  # fmt: skip
+            of_sibling["lora_a"], of_sibling["lora_b"] = da.chunk(n), db
+            if routers:
+                of_sibling["router_weight"] = drouter.chunk(n)
+        if any(needs["router_bias"]):
+            of_sibling["router_bias"] = dgate.sum(dim=0).to(router_weight[0].dtype).chunk(n)
+        for i, g in enumerate(dy):
+            if needs["weight"][i]:
+                of_sibling["weight"][i] = g.t() @ x
+            if needs["bias"][i]:
+                of_sibling["bias"][i] = g.sum(dim=0)
+            if needs["base"][i]:
+                of_sibling["base"][i] = grads[i]
+        dgates = dgate.to(gates.dtype) if needs_gates else None
+        return (
+            None, dx, dgates, None, None, None,
+            *(of_sibling[name][i] for name in Sibling._fields for i in range(n)),
+        )  # fmt: skip
+
+
+def _fields(tensors: Sequence) -> list[list]:
+    """The flat inputs of the Function, one list of n per field of `Sibling`."""
+    n = len(tensors) // INPUTS_PER_SIBLING
+    return [list(tensors[i * n : (i + 1) * n]) for i in range(INPUTS_PER_SIBLING)]
+
+
+def _shrink_dx(
+    plan: Plan, dh: Tensor, dlogits: Tensor, lora_a: list, routers: list, seed: Tensor | None
+) -> Tensor:
+    """The rank-space part of dx: dropout(dh A) + dlogits Wr, [T, I] in dh.dtype."""
+    dlogits = dlogits.to(dh.dtype) if routers else None
+    if plan.dropout > 0.0:
+        dx = _dropout_dx(plan, dh, lora_a, seed)
+        return dx.addmm_(dlogits, _stack(routers)) if routers else dx
+    a = [*lora_a, *routers]
+    left = torch.cat([dh, dlogits], dim=1) if routers else dh
+    # One product over all rows of A and the routers, unless stacking the rows costs more than the
+    # extra passes over dx that it saves.
+    if left.shape[0] >= left.shape[1]:
+        return left @ _stack(a)
+    columns = left.split([part.shape[0] for part in a], dim=1)
+    dx = columns[0] @ a[0]
+    for column, part in zip(columns[1:], a[1:], strict=True):
+        dx.addmm_(column, part)
+    return dx
+
+
+def _dropout_dx(plan: Plan, dh: Tensor, lora_a: list[Tensor], seed: Tensor | None) -> Tensor:
+    """dropout(dh A): the mask of the forward, regenerated from its seed."""
+    if not plan.dropout_per_expert:
+        return ops.dropout(dh @ _stack(lora_a), plan.dropout, seed, 0)
+    columns = dh.split([*plan.ranks] * len(lora_a), dim=1)
+    rows = _stack(lora_a).split([*plan.ranks] * len(lora_a))
+    masked = [
+        ops.dropout(column @ row, plan.dropout, seed, i % len(plan.ranks))
+        for i, (column, row) in enumerate(zip(columns, rows, strict=True))
+    ]
+    return torch.stack(masked).sum(dim=0)

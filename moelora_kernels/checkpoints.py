@@ -1,0 +1,64 @@
+"""Adapters on disk: one safetensors file, strict in both directions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moelora_kernels.nn.linear import MoeLoraLinear
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A, B and router of every layer by name; a router that layers share, once."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoeLoraLinear):
+            continue
+        prefix = f"{name}." if name else ""
+        own = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+        if layer.router is not None:
+            own.update(
+                {f"router.{k}": v for k, v in layer.router.state_dict(keep_vars=True).items()}
+            )
+        for key, tensor in own.items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                state[prefix + key] = tensor
+    if not state:
+        raise ValueError("model: it has no MoeLoraLinear layer")
+    return state
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the adapters of `model`.
+
+    Raises ValueError naming every key that is missing, unexpected or of another shape; the model is
+    then unchanged.
+    """
+    own = adapter_state_dict(model)
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    problems += [
+        f"shape of {key}: expected {[*own[key].shape]}, got {[*state[key].shape]}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    if problems:
+        raise ValueError("adapter does not fit the model:\n  " + "\n  ".join(problems))
+    for key, tensor in own.items():
+        tensor.data.copy_(state[key])
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the adapters of `model` to one safetensors file."""
+    state = {k: v.detach().contiguous().cpu() for k, v in adapter_state_dict(model).items()}
+    save_file(state, path, metadata={"format": "moelora_kernels"})
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Read what `save_adapter` wrote into a model of the same layers; strict, see there."""
+    load_adapter_state_dict(model, load_file(path))

@@ -1,0 +1,239 @@
+"""The options of a mixture-of-LoRA layer: orthogonal axes; methods are presets of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from moelora_kernels import formulation
+from moelora_kernels.presets import PRESETS
+
+ROUTERS = ("linear", "mlp", "task", "external")
+AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001}
+
+_VALUES = {
+    "granularity": ("token", "sequence", "task"),
+    "score": ("softmax", "sigmoid", "identity"),
+    "select": ("all", "topk", "topp", "threshold"),
+    "normalize": ("none", "sum", "softmax"),
+    "share": ("none", "A"),
+    "shared_expert": ("none", "always", "complement"),
+    "dropout_mask": ("shared", "per_expert"),
+    "init": ("kaiming", "normal"),
+    "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeLoraConfig:
+    """Every option of `MoeLoraLinear`.
+
+        gate = normalize(select(score(router(x) / temperature)))        [T, E]
+
+    Experts
+        num_experts: E.
+        rank: r of every expert, or E ranks; R is their sum.
+        alpha, scaling: the factor of the adapter: "alpha/r" (r of each expert), "alpha/R",
+            "alpha/sqrt(r)" (rsLoRA), or explicit: one number, or E of them.
+        share: "A" gives all experts one A (and E blocks of B), as HydraLoRA does.
+        shared_expert: an expert more, of rank `shared_rank` (None: the first expert's), that
+            every token uses: "always" with weight 1, "complement" with 1 - max(gate).
+        init: of A: "kaiming" (uniform in +-1/sqrt(I)) or "normal" (standard deviation 0.01).
+        adapter_dtype: of A, B and router; None is the base's (float32 where that is not a float).
+
+    Gate
+        router: "linear", "mlp" (two layers, `router_hidden` between), "task" (embedding of a task
+            id and a linear layer, one for all layers), "external" (gates are passed in), any
+            nn.Module x [T, I] -> logits [T, E], or None: every gate is 1.
+        router_bias: of the linear router.
+        num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks.
+        granularity: one gate per "token", per "sequence" (router sees the mean over positions) or
+            per "task" (implied by router="task").
+        score, temperature, noise: "softmax", "sigmoid" or "identity" of logits / temperature; in
+            training, noise * N(0, 1) is added to the logits first.
+        select: "all", "topk" (implied by top_k), "topp" (fewest experts whose scores reach top_p of
+            the total), "threshold" (scores of at least `threshold`).
+        normalize: the kept scores as they are ("none"), divided by their "sum", or their "softmax".
+
+    Training
+        dropout, dropout_mask: on x on the way into A; one mask ("shared") or one "per_expert".
+        aux: auxiliary losses by name with their weights: "load_balance", "z".
+        impl: the formulation; "auto" may choose, any other works or raises.
+
+    Raises ValueError or TypeError that names the option, what was given and what is expected.
+    """
+
+    num_experts: int = 8
+    rank: int | tuple[int, ...] = 16
+    alpha: float = 32.0
+    scaling: str | float | tuple[float, ...] = "alpha/r"
+    share: str = "none"
+    shared_expert: str = "none"
+    shared_rank: int | None = None
+    init: str = "kaiming"
+    adapter_dtype: str | None = None
+    router: str | nn.Module | None = "linear"
+    router_bias: bool = False
+    router_hidden: int = 64
+    num_tasks: int | None = None
+    task_embedding_dim: int = 64
+    granularity: str | None = None
+    score: str = "softmax"
+    temperature: float = 1.0
+    noise: float = 0.0
+    select: str | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    threshold: float | None = None
+    normalize: str = "sum"
+    dropout: float = 0.0
+    dropout_mask: str = "shared"
+    aux: Mapping[str, float] | tuple = ()
+    impl: str = "auto"
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> MoeLoraConfig:
+        """The options of a published method, with `options` in place of its own."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **options})
+
+    def replace(self, **options: Any) -> MoeLoraConfig:
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; raises TypeError for a router that is a module."""
+        if isinstance(self.router, nn.Module):
+            raise TypeError("router: a module cannot be written to a dictionary")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["aux"] = dict(self.aux)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoeLoraConfig:
+        """The inverse of `to_dict`; an unknown option raises ValueError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown options: {', '.join(unknown)}")
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("rank", "scaling"):
+            if isinstance(getattr(self, name), list):
+                settle(name, tuple(getattr(self, name)))
+        if isinstance(self.aux, str):
+            settle("aux", (self.aux,))
+        names = self.aux if isinstance(self.aux, Mapping) else dict.fromkeys(self.aux)
+        if not isinstance(self.aux, Mapping) and any(isinstance(a, tuple) for a in self.aux):
+            names = dict(self.aux)
+        for name in names:
+            _one_of("aux", name, tuple(AUX_WEIGHTS))
+        weighted = {k: AUX_WEIGHTS[k] if v is None else float(v) for k, v in names.items()}
+        settle("aux", tuple(weighted.items()))
+        if self.select is None:
+            settle("select", "all" if self.top_k is None else "topk")
+        if self.granularity is None:
+            settle("granularity", "task" if self.router == "task" else "token")
+        self._check()
+
+    def _check(self) -> None:
+        for name, values in _VALUES.items():
+            _one_of(name, getattr(self, name), values)
+        if isinstance(self.router, str):
+            _one_of("router", self.router, ROUTERS)
+        elif not (self.router is None or isinstance(self.router, nn.Module)):
+            raise TypeError(f"router: expected a name or an nn.Module, got {type(self.router)}")
+        formulation.check(self.impl)
+        _whole("num_experts", self.num_experts)
+        for rank in self.rank if isinstance(self.rank, tuple) else (self.rank,):
+            _whole("rank", rank)
+        for name in ("router_hidden", "task_embedding_dim"):
+            _whole(name, getattr(self, name))
+        if isinstance(self.rank, tuple) and len(self.rank) != self.num_experts:
+            raise ValueError(f"rank: expected {self.num_experts} ranks, got {len(self.rank)}")
+        self.scales()
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        for option, select in (("top_k", "topk"), ("top_p", "topp"), ("threshold", "threshold")):
+            value = getattr(self, option)
+            if (value is not None) != (self.select == select):
+                raise ValueError(
+                    f"{option}: select={self.select!r} with {option}={value!r}; "
+                    f"{option} goes with select={select!r}, and only with it"
+                )
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k: expected 1 to num_experts = {self.num_experts}, got {self.top_k}"
+            )
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.router == "task":
+            _whole("num_tasks", self.num_tasks)
+        if (self.granularity == "task") != (self.router == "task"):
+            raise ValueError(
+                f"granularity: {self.granularity!r} does not go with router={self.router!r}; "
+                "'task' goes with router='task', and only with it"
+            )
+        if self.score == "identity" and self.normalize == "sum":
+            raise ValueError("normalize: 'sum' of raw logits can be zero; use 'softmax' or 'none'")
+        if self.share == "A":
+            if len(set(self.ranks())) > 1:
+                raise ValueError("rank: experts that share A have one rank")
+            if self.dropout > 0 and self.dropout_mask == "per_expert":
+                raise ValueError("dropout_mask: 'per_expert' does not go with share='A'")
+        if dict(self.aux).get("load_balance") and self.select == "all":
+            raise ValueError("aux: 'load_balance' is constant where every expert is selected")
+
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each expert, the shared expert last."""
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * self.num_experts
+        if self.shared_expert == "none":
+            return ranks
+        return (*ranks, self.shared_rank or ranks[0])
+
+    def scales(self) -> tuple[float, ...]:
+        """Factor of each expert's output, the shared expert last."""
+        ranks = self.ranks()
+        if isinstance(self.scaling, tuple):
+            if len(self.scaling) != len(ranks):
+                raise ValueError(f"scaling: expected {len(ranks)} factors, got {len(self.scaling)}")
+            return tuple(float(factor) for factor in self.scaling)
+        if not isinstance(self.scaling, str):
+            return (float(self.scaling),) * len(ranks)
+        factors = {
+            "alpha/r": [self.alpha / rank for rank in ranks],
+            "alpha/R": [self.alpha / sum(ranks)] * len(ranks),
+            "alpha/sqrt(r)": [self.alpha / math.sqrt(rank) for rank in ranks],
+        }
+        _one_of("scaling", self.scaling, tuple(factors))
+        return tuple(factors[self.scaling])
+
+    def renormalizes(self) -> bool | None:
+        """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""
+        if self.select not in ("all", "topk"):
+            return None
+        if self.score == "softmax" and self.normalize in ("none", "sum"):
+            return self.normalize == "sum" or self.select == "all"
+        # The softmax of the kept logits is the softmax of all, divided by the kept sum.
+        return True if (self.score, self.normalize) == ("identity", "softmax") else None
+
+
+def _one_of(name: str, value: Any, values: tuple) -> None:
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
+
+
+def _whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")

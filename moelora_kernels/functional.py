@@ -1,0 +1,226 @@
+"""The functional form: checks its arguments, settles the dtypes, picks the formulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moelora_kernels import formulation, reference
+from moelora_kernels.autograd import MoeLora, Plan, Sibling
+
+
+def active_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a layer computes in: autocast's where that is on (never for float64), else x's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def apply(
+    plan: Plan,
+    x: Tensor,
+    siblings: Sequence[Sibling],
+    gates: Tensor | None = None,
+    indices: Tensor | None = None,
+    rows: Tensor | None = None,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Run n siblings on x [T, I] (arguments checked and cast by the caller).
+
+    Returns their outputs [T, O_i], and of a linear router weights, indices and logits as
+    `reference.shrink_gate` describes them.
+    """
+    if impl == "reference":
+        return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
+    fields = [tensor for field in zip(*siblings, strict=True) for tensor in field]
+    *outputs, _, weights, chosen, logits = MoeLora.apply(
+        plan, x, gates, indices, rows, seed, *fields
+    )
+    return outputs, weights, chosen, logits
+
+
+def _apply_reference(plan, x, siblings, gates, indices, rows, seed):
+    _, u, weights, chosen, logits = reference.shrink_gate(
+        x,
+        [s.lora_a for s in siblings],
+        gates,
+        indices,
+        rows,
+        [s.router_weight for s in siblings if s.router_weight is not None],
+        [s.router_bias for s in siblings if s.router_bias is not None],
+        *plan,
+        seed,
+    )
+    dtype, outputs = reference.compute_dtype(x), []
+    for sibling, gated in zip(siblings, u.chunk(len(siblings), dim=1), strict=True):
+        base = sibling.base
+        if base is None:
+            bias = None if sibling.bias is None else sibling.bias.to(dtype)
+            base = torch.nn.functional.linear(x.to(dtype), sibling.weight.to(dtype), bias)
+        y = base.to(dtype) + gated.to(dtype) @ sibling.lora_b.to(dtype).t()
+        outputs.append(y.to(x.dtype if sibling.base is None else sibling.base.dtype))
+    return outputs, weights, chosen, logits
+
+
+def moe_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    indices: Tensor | None = None,
+    *,
+    ranks: int | Sequence[int],
+    scaling: float | Sequence[float],
+    rows: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A frozen linear and a gated mixture of LoRA experts in one.
+
+        y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)
+
+    Args:
+        x: [..., I] with T tokens; bf16, fp16, fp32 or fp64.
+        weight: [O, I], x's dtype (under autocast: any).
+        bias: [O] or None.
+        lora_a: [R, I], expert-major rows; x's dtype or float32.
+        lora_b: [O, R], expert-major columns; dtype of lora_a.
+        gates: weights [T, K] with `indices`; else dense [G, E], G == T, or G == 1 for one row
+            shared by all tokens, or any G with `rows`. Any float dtype, computed in float32.
+        indices: [T, K] int32 or int64; an index outside [0, E) means "not routed".
+        ranks: rank of every expert, or one for each of the E experts; R is their sum.
+        scaling: factor of every expert, or one for each.
+        rows: [T] int32 or int64, the gate row of each token; a row outside [0, G) gates with zero.
+        dropout: probability of dropping an element of x on the way into A, in [0, 1).
+        seed: of the dropout mask; None draws one from torch's default generator.
+        impl: "auto", "wide" or "reference".
+
+    Returns:
+        y [..., O] in x's dtype (under autocast: autocast's).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected.
+
+    Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
+    """
+    formulation.check(impl)
+    dtype = active_dtype(x)
+    ranks, scaling = _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates)
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    seed = dropout_seed(dropout, seed, x.device)
+    base = None
+    if weight.dtype != dtype:
+        base = torch.nn.functional.linear(tokens, weight, bias)
+        weight = bias = None
+    sibling = Sibling(weight, bias, base, lora_a, lora_b, None, None)
+    plan = Plan(ranks, scaling, dropout=float(dropout))
+    (y,), *_ = apply(plan, tokens, [sibling], gates, indices, rows, seed, impl)
+    return y.view(*x.shape[:-1], lora_b.shape[0])
+
+
+def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed of a forward's dropout mask as one int64 on `device`, None without dropout.
+
+    Drawn from torch's generator, so that `torch.manual_seed` and activation checkpointing, which
+    restores the generator before it recomputes, both give the same mask again.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {p}")
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected one int64, got {seed.dtype} {[*seed.shape]}")
+        return seed.to(device)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _expect(condition: bool, argument: str, expected: str, given) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {given}")
+
+
+def _expect_shape(argument: str, tensor: Tensor, *shape: int) -> None:
+    _expect(tensor.shape == shape, argument, f"{[*shape]}", [*tensor.shape])
+
+
+def _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows):
+    """Shapes, devices and ranks of `moe_lora_linear`; returns ranks and scaling as tuples."""
+    _expect(x.dim() >= 1, "x", "[..., I]", [*x.shape])
+    features = x.shape[-1]
+    _expect(weight.dim() == 2, "weight", f"[O, {features}]", [*weight.shape])
+    outputs = weight.shape[0]
+    _expect_shape("weight", weight, outputs, features)
+    if bias is not None:
+        _expect_shape("bias", bias, outputs)
+    _expect(lora_a.dim() == 2, "lora_a", f"[R, {features}]", [*lora_a.shape])
+    total = lora_a.shape[0]
+    _expect_shape("lora_a", lora_a, total, features)
+    _expect_shape("lora_b", lora_b, outputs, total)
+    ranks, scaling = _check_experts(total, ranks, scaling)
+    _check_gates(x[..., 0].numel(), len(ranks), gates, indices, rows)
+    named = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
+    for name, tensor in (named | {"indices": indices, "rows": rows}).items():
+        if tensor is not None:
+            _expect(tensor.device == x.device, name, f"x's device {x.device}", tensor.device)
+    return ranks, scaling
+
+
+def _check_experts(total: int, ranks, scaling) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    if isinstance(ranks, int):
+        _expect(ranks > 0 and total % ranks == 0, "ranks", f"a divisor of R = {total}", ranks)
+        ranks = (ranks,) * (total // ranks)
+    ranks = tuple(int(rank) for rank in ranks)
+    _expect(min(ranks, default=0) > 0, "ranks", "ranks from 1", [*ranks])
+    _expect(sum(ranks) == total, "ranks", f"a sum of {total}, the rows of lora_a", [*ranks])
+    if isinstance(scaling, (int, float)):
+        scaling = (scaling,) * len(ranks)
+    scaling = tuple(float(factor) for factor in scaling)
+    _expect(len(scaling) == len(ranks), "scaling", f"one factor or {len(ranks)}", [*scaling])
+    return ranks, scaling
+
+
+def _check_gates(tokens: int, experts: int, gates, indices, rows) -> None:
+    _expect(gates.dim() == 2, "gates", "two dimensions", [*gates.shape])
+    if indices is not None:
+        _expect(rows is None, "rows", "None with indices", "a tensor")
+        _expect_shape("gates", gates, tokens, gates.shape[1])
+        _expect(
+            gates.shape[1] <= experts, "gates", f"at most E = {experts} columns", gates.shape[1]
+        )
+        _expect_shape("indices", indices, *gates.shape)
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices: expected int32 or int64, got {indices.dtype}")
+        return
+    _expect_shape("gates", gates, gates.shape[0], experts)
+    if rows is None:
+        _expect(gates.shape[0] in (1, tokens), "gates", f"1 or {tokens} rows", gates.shape[0])
+        return
+    _expect_shape("rows", rows, tokens)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
+
+
+def _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates) -> None:
+    named = dict(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, gates=gates)
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: expected lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
+    if lora_a.dtype not in (dtype, torch.float32):
+        raise TypeError(f"lora_a: expected {dtype} or torch.float32, got {lora_a.dtype}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if weight.dtype != dtype and not autocast:
+        raise TypeError(f"weight: expected x's dtype {dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")

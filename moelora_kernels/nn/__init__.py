@@ -1,0 +1,19 @@
+"""The layers."""
+
+from moelora_kernels.nn.group import MoeLoraGroup
+from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.model import adapter_parameters, replace_linears, set_tasks
+from moelora_kernels.nn.record import collect_aux_loss, record_routing
+from moelora_kernels.nn.routers import MlpRouter, TaskRouter
+
+__all__ = [
+    "MlpRouter",
+    "MoeLoraGroup",
+    "MoeLoraLinear",
+    "TaskRouter",
+    "adapter_parameters",
+    "collect_aux_loss",
+    "record_routing",
+    "replace_linears",
+    "set_tasks",
+]

@@ -1,0 +1,293 @@
+"""MoeLoraLinear: a frozen linear under a gated mixture of LoRA experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.functional import active_dtype, apply, dropout_seed
+from moelora_kernels.nn.record import RoutingRecord
+from moelora_kernels.nn.routers import (
+    add_shared_expert,
+    build_router,
+    gate_of_logits,
+    rows_of_gates,
+)
+
+
+class MoeLoraLinear(nn.Module):
+    """Drop-in for nn.Linear with a mixture of LoRA experts over its frozen weight.
+
+        y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
+
+    Parameters: `lora_A` [R, I] (with share="A" [r, I]), `lora_B` [O, R], both expert-major and B
+    zero at the start, so that a new layer equals its base; `router` where the gate has one;
+    `base_layer` the frozen linear. Any callable module with in_features and out_features can be the
+    base: a plain dense nn.Linear in x's dtype is read, everything else (quantised, hooked, cast by
+    autocast) is called.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        config: a MoeLoraConfig; `options` are its fields, in place of it or changing it.
+
+    Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: MoeLoraConfig | None = None,
+        device=None,
+        dtype=None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._attach(base, config, options)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, config: MoeLoraConfig | None = None, **options: Any
+    ) -> MoeLoraLinear:
+        """Put experts over an existing linear, which is kept and frozen."""
+        for name in ("in_features", "out_features"):
+            if not isinstance(getattr(linear, name, None), int):
+                raise TypeError(f"linear: expected a module with {name}, got {type(linear)}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._attach(linear, config, options)
+        return layer.train(linear.training)
+
+    def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+        if config is None:
+            config = MoeLoraConfig(**options)
+        elif options:
+            config = config.replace(**options)
+        self.config = config
+        self.in_features, self.out_features = base.in_features, base.out_features
+        ranks = config.ranks()
+        renormalize = config.renormalizes()
+        self._plan = Plan(
+            ranks,
+            config.scales(),
+            share_a=config.share == "A",
+            renormalize=renormalize is not False,
+            temperature=config.temperature,
+            dropout_per_expert=config.dropout_mask == "per_expert",
+        )
+        device, dtype = _adapter_place(base, config)
+        self.base_layer = base.requires_grad_(False)
+        rows = ranks[0] if config.share == "A" else sum(ranks)
+        self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(
+            torch.empty(self.out_features, sum(ranks), device=device, dtype=dtype)
+        )
+        self.router = build_router(config, self.in_features, device, dtype)
+        self.record = RoutingRecord()
+        self.external_gates: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A anew and zero B; the router keeps its own initialisation."""
+        with torch.no_grad():
+            if self.config.init == "normal":
+                self.lora_A.normal_(std=0.01)
+            else:
+                bound = 1.0 / math.sqrt(self.in_features)
+                self.lora_A.uniform_(-bound, bound)
+            self.lora_B.zero_()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """x [..., I] -> y [..., O]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        return forward_siblings((self,), x, gates)[0]
+
+    def extra_repr(self) -> str:
+        """Sizes and the options that set this layer apart."""
+        c = self.config
+        router = type(c.router).__name__ if isinstance(c.router, nn.Module) else c.router
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
+            + (f", top_k={c.top_k}" if c.top_k else "")
+        )
+
+
+def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of A, B and router on top of `base`."""
+    tensors = [*base.parameters(), *base.buffers()]
+    device = tensors[0].device if tensors else torch.get_default_device()
+    if config.adapter_dtype is not None:
+        return device, getattr(torch, config.adapter_dtype)
+    weight = getattr(base, "weight", None)
+    is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    return device, weight.dtype if is_float else torch.float32
+
+
+def _is_read(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `base` is a plain dense nn.Linear without hooks, in the dtype of the layer."""
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) in (nn.Parameter, Tensor)
+        and base.weight.dtype == dtype
+        and base.weight.device == x.device
+        and not (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+        )
+    )
+
+
+def _is_fused(layer: MoeLoraLinear) -> bool:
+    """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
+    config, router = layer.config, layer.router
+    return (
+        type(router) is nn.Linear
+        and config.granularity == "token"
+        and config.renormalizes() is not None
+        and config.shared_expert == "none"
+        and not (layer.training and config.noise > 0)
+        and not (router._forward_hooks or router._forward_pre_hooks)
+    )
+
+
+def forward_siblings(
+    layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None = None
+) -> list[Tensor]:
+    """The outputs of layers that read the same x and share their options, in one pass over x."""
+    first = layers[0]
+    config = first.config
+    if x.dim() < 1 or x.shape[-1] != first.in_features:
+        raise ValueError(f"x: expected [..., {first.in_features}], got {[*x.shape]}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a float dtype, got {x.dtype}")
+    if gates is not None and config.router != "external":
+        raise ValueError(f"gates: only router='external' takes gates, this is {config.router!r}")
+    dtype = active_dtype(x)
+    tokens = x.reshape(-1, first.in_features)
+    tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
+    fused = _is_fused(first)
+    siblings = [_sibling(layer, x, tokens, fused) for layer in layers]
+
+    plan, p = first._plan, config.dropout if first.training else 0.0
+    if p > 0.0:
+        plan = plan._replace(dropout=p)
+    seed = dropout_seed(p, None, x.device)
+    indices = rows = logits = None
+    if fused:
+        plan = plan._replace(top_k=config.top_k or config.num_experts)
+    else:
+        gates, indices, rows, logits = _gates(layers, x, tokens, gates)
+    outputs, weights, chosen, fused_logits = apply(
+        plan, tokens, siblings, gates, indices, rows, seed, config.impl
+    )
+    if any(layer.record.wanted or config.aux for layer in layers):
+        if fused:
+            indices = chosen if plan.top_k < config.num_experts else None
+            gates, logits = weights, fused_logits
+        _keep(layers, gates, indices, logits)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _sibling(layer: MoeLoraLinear, x: Tensor, tokens: Tensor, fused: bool) -> Sibling:
+    base, router = layer.base_layer, layer.router
+    weight = bias = output = None
+    if _is_read(base, x, tokens.dtype):
+        weight, bias = base.weight, base.bias
+    else:
+        output = base(x)
+        output = output.reshape(-1, output.shape[-1])
+    router_weight, router_bias = (router.weight, router.bias) if fused else (None, None)
+    return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
+
+
+def _gates(
+    layers: Sequence[MoeLoraLinear], x: Tensor, tokens: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gates (or weights), indices and rows of all siblings side by side, and their logits."""
+    config = layers[0].config
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    all_logits = []
+    for layer in layers:
+        logits, own = None, gates if gates is not None else layer.external_gates
+        if config.router is None:
+            gate = (x.new_ones((1, config.num_experts), dtype=torch.float32), None)
+        elif config.router == "external":
+            gate = _external(own, config.num_experts), None
+        else:
+            logits = _logits(layer, x, tokens)
+            gate = gate_of_logits(logits, config, layer.training)
+            all_logits.append(logits)
+        parts.append(add_shared_expert(*gate, config))
+    weights = torch.cat([w for w, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]
+    indices = None
+    if parts[0][1] is not None:
+        indices = torch.cat([i for _, i in parts], dim=1) if len(parts) > 1 else parts[0][1]
+    rows = rows_of_gates(weights, x.shape, x.device, "set_tasks" if gates is None else "gates")
+    if indices is not None and weights.shape[0] != tokens.shape[0]:
+        # Sparse weights have one row per token.
+        picked = torch.zeros_like(tokens[:, 0], dtype=torch.long) if rows is None else rows.long()
+        weights, indices, rows = weights[picked], indices[picked], None
+    return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
+
+
+def _external(gates: Tensor | None, num_experts: int) -> Tensor:
+    if gates is None:
+        raise ValueError(
+            "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
+        )
+    if gates.shape[-1] != num_experts or gates.dim() < 2 or not gates.is_floating_point():
+        raise ValueError(
+            f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
+        )
+    return gates.reshape(-1, num_experts)
+
+
+def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
+    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set."""
+    config, router = layer.config, layer.router
+    if config.router == "task":
+        return router()
+    source = tokens
+    if config.granularity == "sequence":
+        source = (x if x.dim() > 1 else x[None]).mean(dim=-2).reshape(-1, layer.in_features)
+    if type(router) is nn.Linear:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(source.dtype, torch.float32)
+            bias = None if router.bias is None else router.bias.to(wide)
+            logits = nn.functional.linear(source.to(wide), router.weight.to(wide), bias)
+    else:
+        logits = router(source)
+    if logits.shape != (source.shape[0], config.num_experts):
+        raise ValueError(
+            f"router: expected logits [{source.shape[0]}, {config.num_experts}], "
+            f"got {[*logits.shape]}"
+        )
+    return logits
+
+
+def _keep(layers, gates: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:
+    n = len(layers)
+    columns = [[None] * n if t is None else t.chunk(n, dim=1) for t in (gates, indices, logits)]
+    for layer, own_gates, own_indices, own_logits in zip(layers, *columns, strict=True):
+        layer.record.keep(own_gates, own_indices, own_logits)

@@ -1,0 +1,111 @@
+"""A whole model: swap its linears, set the tasks of a batch, list what trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.routers import TaskRouter
+
+
+def replace_linears(
+    model: nn.Module, config: MoeLoraConfig, target_modules: str | Iterable[str]
+) -> list[str]:
+    """Put a MoeLoraLinear over every matching nn.Linear of `model`, in place.
+
+    The bases are frozen; other parameters stay as they are. With router="task" one gate serves all
+    layers.
+
+    Args:
+        model: any module.
+        config: the options of every layer.
+        target_modules: a regular expression that matches whole module names, or names that equal a
+            module's name or end it after a dot ("q_proj", "mlp.up_proj").
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: no module matches, or one of the names matches none.
+        TypeError: a matching module has no in_features and out_features.
+    """
+    by_pattern = isinstance(target_modules, str)
+    targets = [target_modules] if by_pattern else list(target_modules)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    adapted = [name for name, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    names = [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in adapted)]
+
+    def matches(name: str, target: str) -> bool:
+        if by_pattern:
+            return re.fullmatch(target, name) is not None
+        return name == target or name.endswith(f".{target}")
+
+    unmatched = [t for t in targets if not any(matches(name, t) for name in names)]
+    if unmatched or not targets:
+        raise ValueError(f"target_modules: no module matches {unmatched or targets}")
+    chosen = [name for name in names if any(matches(name, target) for target in targets)]
+    for name in chosen:
+        module = model.get_submodule(name)
+        if not all(
+            isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features")
+        ):
+            raise TypeError(f"target_modules: {name} is a {type(module)}, expected a linear")
+
+    shared: TaskRouter | None = None
+    replaced: dict[nn.Module, MoeLoraLinear] = {}
+    for name in chosen:
+        parent_name, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        if module not in replaced:
+            layer = replaced[module] = MoeLoraLinear.from_linear(module, config)
+            if config.router == "task":
+                shared = shared or layer.router
+                layer.router = shared
+        setattr(model.get_submodule(parent_name), child, replaced[module])
+    return chosen
+
+
+def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
+    """The tasks, or the gates, of the coming forwards of `model`; they hold until the next call.
+
+    Args:
+        model: a model with task gates or external gates.
+        tasks: task ids [batch] from 1 to num_tasks, or gates [batch, E] (also [1, E] for all, or
+            one row per token) as a float tensor for router="external".
+
+    Raises:
+        ValueError: the model has no layer that takes them, or ids are out of range.
+    """
+    tasks = torch.as_tensor(tasks)
+    if tasks.is_floating_point():
+        layers = [
+            m
+            for m in model.modules()
+            if isinstance(m, MoeLoraLinear) and m.config.router == "external"
+        ]
+        if not layers:
+            raise ValueError("model: no layer with router='external' takes gates")
+        for layer in layers:
+            layer.external_gates = tasks
+        return
+    routers = [m for m in model.modules() if isinstance(m, TaskRouter)]
+    if not routers:
+        raise ValueError("model: no layer with router='task' takes task ids")
+    for router in routers:
+        router.set_tasks(tasks)
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A, B and router parameters of all layers, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear):
+            own = [layer.lora_A, layer.lora_B]
+            own += [] if layer.router is None else list(layer.router.parameters())
+            found.update((id(p), p) for p in own)
+    return list(found.values())

@@ -1,0 +1,136 @@
+"""What a layer's last forward routed, and the auxiliary losses made of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class RoutingRecord:
+    """Weights, indices and logits of a layer's last forward.
+
+    weights [T, K] with indices [T, K], or dense gates [G, E] with indices None; logits [G, E] in
+    float32, attached to the graph. A forward overwrites it, so that recomputing under activation
+    checkpointing neither adds to it nor loses it. Copies of a layer start with an empty record.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward."""
+        self.weights: Tensor | None = None
+        self.indices: Tensor | None = None
+        self.logits: Tensor | None = None
+
+    def keep(self, weights: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:
+        """Hold the routing of a forward."""
+        self.weights = weights.detach()
+        self.indices = indices
+        self.logits = logits
+
+    def __deepcopy__(self, memo) -> RoutingRecord:
+        return RoutingRecord()
+
+    def __reduce__(self):
+        return RoutingRecord, ()
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[None]:
+    """Within it every layer of `model` keeps the routing of its last forward in `record`."""
+    records = [layer.record for layer in layers_of(model)]
+    for record in records:
+        record.wanted = True
+    try:
+        yield
+    finally:
+        for record in records:
+            record.wanted = False
+            record.clear()
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Every layer of `model` that has a routing record."""
+    return [m for m in model.modules() if isinstance(getattr(m, "record", None), RoutingRecord)]
+
+
+def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
+    """The weighted sum of all auxiliary losses of the last forward; zero where there are none.
+
+        load_balance = E sum_e f_e p_e      f_e the share of expert e in the routed (token, slot)
+                                            pairs, p_e the mean probability of e: 1 when balanced
+        z            = mean (logsumexp logits)^2
+
+    Args:
+        model: a model whose layers have `aux` in their config.
+        mask: [batch, sequence] (or one entry per token), True where a token counts.
+
+    Raises:
+        RuntimeError: no forward since the last call, or one without a graph (reentrant activation
+            checkpointing runs it without: use use_reentrant=False).
+        ValueError: the mask does not have one entry per token.
+
+    Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z).
+    """
+    losses = []
+    for layer in layers_of(model):
+        if not layer.config.aux:
+            continue
+        record = layer.record
+        if record.logits is None:
+            raise RuntimeError("no routing to make a loss of: run a forward first")
+        trains = any(p.requires_grad for p in layer.router.parameters())
+        if torch.is_grad_enabled() and trains and not record.logits.requires_grad:
+            raise RuntimeError(
+                "the last forward ran without a graph, so the auxiliary loss would not train the "
+                "router; under activation checkpointing use use_reentrant=False"
+            )
+        losses.append(_aux_loss(layer, mask))
+        record.clear()
+    if losses:
+        return torch.stack(losses).sum()
+    first = next(model.parameters(), torch.empty(0))
+    return torch.zeros((), device=first.device)
+
+
+def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
+    """The weighted sum of one layer's auxiliary losses."""
+    record, config = layer.record, layer.config
+    logits = record.logits.float()
+    counts = torch.ones_like(logits[:, 0])
+    if mask is not None:
+        if mask.numel() != logits.shape[0]:
+            raise ValueError(
+                f"mask: expected one entry for each of {logits.shape[0]} tokens, "
+                f"got {[*mask.shape]}"
+            )
+        counts = mask.reshape(-1).to(counts.dtype)
+    total = counts.sum().clamp_min(1.0)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.tensordot(counts, values, dims=1) / total
+
+    loss = logits.new_zeros(())
+    for name, weight in config.aux:
+        if name == "z":
+            loss = loss + weight * mean(logits.logsumexp(dim=1).square())
+            continue
+        probabilities = (logits / config.temperature).softmax(dim=1)
+        routed = _routed(record, config.num_experts)
+        share = mean(routed)
+        share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+        loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
+    return loss
+
+
+def _routed(record: RoutingRecord, num_experts: int) -> Tensor:
+    """How often each token is routed to each expert, [T, E] float32."""
+    if record.indices is None:
+        return (record.weights[:, :num_experts] != 0).float()
+    experts = torch.arange(num_experts, device=record.indices.device)
+    return (record.indices[:, :, None] == experts).sum(dim=1).float()

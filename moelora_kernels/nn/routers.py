@@ -1,0 +1,164 @@
+"""From a token, a sequence or a task to its gate: routers, and the gate made of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels import ops
+from moelora_kernels.config import MoeLoraConfig
+
+
+class MlpRouter(nn.Module):
+    """logits = W2 silu(W1 x + b1) + b2        x [T, I] -> [T, E]"""
+
+    def __init__(self, in_features, num_experts, hidden, *, device=None, dtype=None):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, num_experts, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> logits [T, E]."""
+        return self.fc2(nn.functional.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+class TaskRouter(nn.Module):
+    """logits = W_gate embedding[task]        ids [B] -> [B, E]
+
+    The gate of MOELoRA: task ids run from 1 to num_tasks (row 0 of the embedding is reserved for
+    padding); `set_tasks` gives the ids. One router serves every layer it is given to.
+    """
+
+    def __init__(self, num_tasks, embedding_dim, num_experts, *, device=None, dtype=None):
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.embedding = nn.Embedding(num_tasks + 1, embedding_dim, device=device, dtype=dtype)
+        self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
+        self.register_buffer("task_ids", None, persistent=False)
+
+    def set_tasks(self, ids: Tensor) -> None:
+        """Hold ids [B], from 1 to num_tasks, for the coming forwards."""
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ValueError(f"ids: expected whole numbers [batch], got {ids.dtype} {[*ids.shape]}")
+        valid = ((ids >= 1) & (ids <= self.num_tasks)).all()
+        if ids.device.type == "cpu":
+            if not valid:
+                raise ValueError(f"ids: expected 1 to {self.num_tasks}, got {ids.tolist()}")
+        else:
+            torch._assert_async(valid, f"ids: expected 1 to {self.num_tasks}")
+        self.task_ids = ids.to(self.gate.weight.device)
+
+    def forward(self) -> Tensor:
+        """Logits [B, E] of the tasks set last."""
+        if self.task_ids is None:
+            raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
+        return self.gate(self.embedding(self.task_ids))
+
+
+def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
+    """The router that `config` names, or the module it holds; None where gates need none."""
+    if isinstance(config.router, nn.Module):
+        return config.router
+    if config.router == "linear":
+        return nn.Linear(
+            in_features, config.num_experts, config.router_bias, device=device, dtype=dtype
+        )
+    if config.router == "mlp":
+        return MlpRouter(
+            in_features, config.num_experts, config.router_hidden, device=device, dtype=dtype
+        )
+    if config.router == "task":
+        return TaskRouter(
+            config.num_tasks,
+            config.task_embedding_dim,
+            config.num_experts,
+            device=device,
+            dtype=dtype,
+        )
+    return None
+
+
+def gate_of_logits(
+    logits: Tensor, config: MoeLoraConfig, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """gate = normalize(select(score(logits / temperature))), in float32.
+
+    logits [N, E]. Returns weights [N, K] with indices [N, K], or dense gates [N, E] with None.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    if training and config.noise > 0:
+        logits = logits + config.noise * torch.randn_like(logits)
+    renormalize = config.renormalizes()
+    if renormalize is not None:
+        top_k = config.top_k or config.num_experts
+        weights, indices = ops.topk_gate(logits, top_k, renormalize, config.temperature)
+        return (weights, indices) if top_k < config.num_experts else (weights, None)
+    scaled = logits / config.temperature
+    scores = {
+        "softmax": lambda: scaled.softmax(dim=1),
+        "sigmoid": scaled.sigmoid,
+        "identity": lambda: scaled,
+    }[config.score]()
+    keep = _selected(scores, config)
+    if config.normalize == "softmax":
+        return torch.where(keep, scores, -torch.inf).softmax(dim=1).nan_to_num(0.0), None
+    kept = torch.where(keep, scores, 0)
+    if config.normalize == "sum":
+        # A token that no expert passes the threshold for has the gate 0, not 0 / 0.
+        kept = kept / kept.sum(dim=1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+    return kept, None
+
+
+def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
+    """Which experts are kept, [N, E] bool."""
+    if config.select == "all":
+        return torch.ones_like(scores, dtype=torch.bool)
+    if config.select == "threshold":
+        return scores >= config.threshold
+    order = scores.detach().sort(dim=1, descending=True, stable=True)
+    position = order.indices.argsort(dim=1)
+    if config.select == "topk":
+        return position < config.top_k
+    reached = order.values.cumsum(dim=1) - order.values < config.top_p * order.values.sum(
+        dim=1, keepdim=True
+    )
+    return reached.gather(1, position)
+
+
+def add_shared_expert(
+    weights: Tensor, indices: Tensor | None, config: MoeLoraConfig
+) -> tuple[Tensor, Tensor | None]:
+    """The gate with the shared expert's weight as its last column: 1, or 1 - max(gate)."""
+    if config.shared_expert == "none":
+        return weights, indices
+    own = torch.ones_like(weights[:, :1])
+    if config.shared_expert == "complement":
+        own = own - weights.amax(dim=1, keepdim=True)
+    weights = torch.cat([weights, own], dim=1)
+    if indices is not None:
+        last = torch.full_like(indices[:, :1], config.num_experts)
+        indices = torch.cat([indices, last], dim=1)
+    return weights, indices
+
+
+def rows_of_gates(
+    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str
+) -> Tensor | None:
+    """The gate row of each token where x [B, S, I] has one gate row per sequence; else None.
+
+    None means what `moe_lora_linear` takes it for: a gate row per token, or one for all tokens.
+    """
+    tokens = 1
+    for size in x_shape[:-1]:
+        tokens *= size
+    count = gates.shape[0]
+    if count in (1, tokens):
+        return None
+    if len(x_shape) < 3 or count != x_shape[0]:
+        raise ValueError(
+            f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, one per token, "
+            "or one per sequence (the first dimension of x)"
+        )
+    return torch.arange(tokens, device=device, dtype=torch.int32) // (tokens // count)
