@@ -1,0 +1,152 @@
+"""What the tests and benchmarks of this package, and of packages built on it, share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moelora_kernels import reference
+from moelora_kernels.autograd import Plan, Sibling
+
+# name -> how the probability of an expert falls with its number; "empty" leaves the last one out.
+ROUTINGS = ("uniform", "zipf", "one", "empty")
+
+
+def expert_probabilities(routing: str, num_experts: int) -> Tensor:
+    """Probability of each expert under a named distribution, [E].
+
+    uniform: all equal; zipf: 1 / (e + 1)^1.5; one: expert 0 takes every token it can; empty: the last
+    expert gets no token (uniform over the others).
+    """
+    weights = torch.ones(num_experts)
+    if routing == "zipf":
+        weights = 1.0 / torch.arange(1, num_experts + 1) ** 1.5
+    elif routing == "one":
+        weights[1:] = 1e-6
+    elif routing == "empty" and num_experts > 1:
+        weights[-1] = 0.0
+    elif routing not in ROUTINGS:
+        raise ValueError(f"routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
+    return weights / weights.sum()
+
+
+def draw_experts(
+    routing: str, tokens: int, num_experts: int, top_k: int, generator: torch.Generator
+) -> Tensor:
+    """K different experts for every token, drawn without replacement, [T, K] int64."""
+    weights = expert_probabilities(routing, num_experts)
+    if routing == "empty" and top_k == num_experts:
+        raise ValueError("routing: 'empty' needs top_k below the number of experts")
+    if tokens == 0:
+        return torch.empty(0, top_k, dtype=torch.int64)
+    return torch.multinomial(weights.expand(tokens, -1), top_k, generator=generator)
+
+
+def reference_step(
+    plan: Plan,
+    x: Tensor,
+    siblings: Sequence[Sibling],
+    dy: Sequence[Tensor],
+    *,
+    gates: Tensor | None = None,
+    indices: Tensor | None = None,
+    rows: Tensor | None = None,
+    seed: Tensor | None = None,
+    dlogits: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of a layer by name, from the reference ops and nothing else.
+
+    Every op rounds to its inputs' dtype once, so that on float64 inputs this is the truth and on
+    bfloat16 inputs the error that bfloat16 alone costs. Names: y0, dA0, dB0, drouter0, dbias0 (of
+    the router) per sibling, and dx, dgates.
+    """
+    dtype = reference.compute_dtype(x)
+    routers = [s.router_weight for s in siblings if s.router_weight is not None]
+    biases = [s.router_bias for s in siblings if s.router_bias is not None]
+    a, b = [s.lora_a for s in siblings], [s.lora_b for s in siblings]
+    h, u, weights, chosen, logits = reference.shrink_gate(
+        x, a, gates, indices, rows, routers, biases, *plan, seed
+    )
+    if routers:
+        gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
+    dh, u, dgate = reference.shrink_gate_backward(
+        [g.to(x.dtype) for g in dy], b, h, gates, indices, rows, logits if routers else None,
+        dlogits, plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize,
+        plan.temperature,
+    )  # fmt: skip
+    da, drouter, db = reference.gram(
+        x, dh, dgate if routers else None, dy, u, a[0].dtype,
+        routers[0].dtype if routers else x.dtype, plan.ranks, plan.dropout,
+        plan.dropout_per_expert, seed,
+    )  # fmt: skip
+
+    found: dict[str, Tensor] = {}
+    dx = torch.zeros(x.shape, dtype=dtype)
+    n = len(siblings)
+    for i, (s, gated, dh_i) in enumerate(zip(siblings, u.chunk(n, 1), dh.chunk(n, 1), strict=True)):
+        bias = 0 if s.bias is None else s.bias.to(dtype)
+        base = x.to(dtype) @ s.weight.to(dtype).t() + bias
+        found[f"y{i}"] = (base + gated.to(dtype) @ s.lora_b.to(dtype).t()).to(x.dtype)
+        dx = dx + dy[i].to(dtype) @ s.weight.to(dtype) + _dx(plan, dh_i, s.lora_a, seed)
+        found[f"dA{i}"], found[f"dB{i}"] = da.chunk(n)[i], db[i]
+        if routers:
+            own = dgate.chunk(n, dim=1)[i]
+            dx = dx + own @ s.router_weight.to(dtype)
+            found[f"drouter{i}"] = drouter.chunk(n)[i]
+            if s.router_bias is not None:
+                found[f"dbias{i}"] = own.sum(dim=0).to(s.router_bias.dtype)
+    found["dx"] = dx.to(x.dtype)
+    if not routers:
+        found["dgates"] = dgate.to(gates.dtype)
+    return found
+
+
+def _dx(plan: Plan, dh: Tensor, lora_a: Tensor, seed: Tensor | None) -> Tensor:
+    dtype = reference.compute_dtype(dh)
+    wide, a = dh.to(dtype), lora_a.to(dtype)
+    if plan.dropout == 0.0:
+        return wide @ a
+    if not plan.dropout_per_expert:
+        return reference.dropout(wide @ a, plan.dropout, seed)
+    return torch.stack(
+        [
+            reference.dropout(wide[:, c] @ a[c], plan.dropout, seed, e)
+            for e, c in enumerate(reference.blocks(plan.ranks))
+        ]
+    ).sum(dim=0)
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference; 0 for empty tensors."""
+    if truth.numel() == 0:
+        return 0.0
+    return (actual.double() - truth.double()).abs().max().item()
+
+
+def assert_within_budget(
+    actual: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    yardstick: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Every tensor of `truth` by name: finite, of its shape, and within a budget from the data.
+
+        budget = 2 * (error of the yardstick + one rounding of the largest value in `dtype`)
+
+    `truth` is float64, `yardstick` the reference in the dtype that `actual` was computed in.
+    """
+    rounding = torch.finfo(dtype).eps / 2
+    for name, expected in truth.items():
+        found = actual[name]
+        assert found.shape == expected.shape, f"{name}: {found.shape}, expected {expected.shape}"
+        assert torch.isfinite(found).all(), f"{name}: non-finite values"
+        largest = expected.abs().max().item() if expected.numel() else 0.0
+        of_reference = error(yardstick[name], expected)
+        budget = 2 * (of_reference + rounding * largest)
+        measured = error(found, expected)
+        assert measured <= budget, (
+            f"{name}: error {measured:.3e} exceeds {budget:.3e} "
+            f"(reference {of_reference:.3e}, largest value {largest:.3e})"
+        )
