@@ -47,10 +47,6 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
 def _rows_apart(dy: Tensor) -> Tensor:
     """dy itself if its rows are dense and do not overlap, else a contiguous copy."""
     if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]:
@@ -139,8 +135,7 @@ class MoeLora(torch.autograd.Function):
             for g, shape in zip(grads[:n], ctx.shapes, strict=True)
         ]
         dlogits = grads[-1]
-        a = _cast(lora_a, x.dtype)
-        routers = _cast(_present(router_weight), x.dtype)
+        routers = _present(router_weight)
 
         dh, u, dgate = ops.shrink_gate_backward(
             dy, _cast(lora_b, x.dtype), h, gates, indices, rows, logits, dlogits,
@@ -149,7 +144,10 @@ class MoeLora(torch.autograd.Function):
 
         dx = None
         if needs_x:
-            dx = _shrink_dx(plan, dh, dgate, a, routers, seed)
+            dx = ops.shrink_dx(
+                dh, dgate if routers else None, lora_a, routers,
+                plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
+            )  # fmt: skip
             for g, w in zip(dy, weight, strict=True):
                 if w is not None:
                     dx.addmm_(g, w)
@@ -184,37 +182,3 @@ def _fields(tensors: Sequence) -> list[list]:
     """The flat inputs of the Function, one list of n per field of `Sibling`."""
     n = len(tensors) // INPUTS_PER_SIBLING
     return [list(tensors[i * n : (i + 1) * n]) for i in range(INPUTS_PER_SIBLING)]
-
-
-def _shrink_dx(
-    plan: Plan, dh: Tensor, dlogits: Tensor, lora_a: list, routers: list, seed: Tensor | None
-) -> Tensor:
-    """The rank-space part of dx: dropout(dh A) + dlogits Wr, [T, I] in dh.dtype."""
-    dlogits = dlogits.to(dh.dtype) if routers else None
-    if plan.dropout > 0.0:
-        dx = _dropout_dx(plan, dh, lora_a, seed)
-        return dx.addmm_(dlogits, _stack(routers)) if routers else dx
-    a = [*lora_a, *routers]
-    left = torch.cat([dh, dlogits], dim=1) if routers else dh
-    # One product over all rows of A and the routers, unless stacking the rows costs more than the
-    # extra passes over dx that it saves.
-    if left.shape[0] >= left.shape[1]:
-        return left @ _stack(a)
-    columns = left.split([part.shape[0] for part in a], dim=1)
-    dx = columns[0] @ a[0]
-    for column, part in zip(columns[1:], a[1:], strict=True):
-        dx.addmm_(column, part)
-    return dx
-
-
-def _dropout_dx(plan: Plan, dh: Tensor, lora_a: list[Tensor], seed: Tensor | None) -> Tensor:
-    """dropout(dh A): the mask of the forward, regenerated from its seed."""
-    if not plan.dropout_per_expert:
-        return ops.dropout(dh @ _stack(lora_a), plan.dropout, seed, 0)
-    columns = dh.split([*plan.ranks] * len(lora_a), dim=1)
-    rows = _stack(lora_a).split([*plan.ranks] * len(lora_a))
-    masked = [
-        ops.dropout(column @ row, plan.dropout, seed, i % len(plan.ranks))
-        for i, (column, row) in enumerate(zip(columns, rows, strict=True))
-    ]
-    return torch.stack(masked).sum(dim=0)

@@ -133,9 +133,9 @@ def dense_gate(
     index outside [0, E) means "not routed", a repeated index adds.
     """
     if indices is not None:
-        slots = indices.view(tokens, siblings, -1, 1)
+        slots = indices.view(tokens, siblings, indices.shape[1] // siblings, 1)
         chosen = slots == torch.arange(num_experts, device=gates.device)
-        weights = gates.view(tokens, siblings, -1, 1)
+        weights = gates.view(slots.shape)
         return torch.where(chosen, weights, 0).sum(dim=2)
     if rows is not None:
         valid = (rows >= 0) & (rows < gates.shape[0])
@@ -152,7 +152,7 @@ def dense_gate_backward(
     """The gradient of `gates` from dgate [T, n, E], in the form and shape of gates."""
     tokens, siblings, num_experts = dgate.shape
     if indices is not None:
-        slots = indices.view(tokens, siblings, -1).long()
+        slots = indices.view(tokens, siblings, indices.shape[1] // siblings).long()
         valid = (slots >= 0) & (slots < num_experts)
         picked = dgate.gather(2, torch.where(valid, slots, 0))
         return torch.where(valid, picked, 0).view(gates.shape)
@@ -239,11 +239,11 @@ def shrink_gate(
     gate = dense_gate(gates.to(dtype), indices, rows, tokens, siblings, num_experts)
     gate = rank_gate(gate, ranks, scaling)
     repeat = num_experts if share_a else 1
-    ungated = h.to(dtype).view(tokens, siblings, -1).repeat(1, 1, repeat)
+    ungated = h.to(dtype).view(tokens, siblings, h.shape[1] // siblings).repeat(1, 1, repeat)
     # 0 * NaN is NaN: where nothing is selected h must be replaced, not only multiplied by zero.
     # Finite values stay, so that a gate which starts at zero has its true gradient <P, h>.
     selected = torch.where((gate == 0) & ~ungated.isfinite(), 0, ungated)
-    u = (gate * selected).view(tokens, -1).to(x.dtype)
+    u = (gate * selected).flatten(1).to(x.dtype)
     return h, u, weights, chosen, logits
 
 
@@ -280,15 +280,15 @@ def shrink_gate_backward(
     gate = dense_gate(gates.to(dtype), indices, rows, tokens, siblings, num_experts)
     by_rank = rank_gate(gate, ranks, scaling)
     repeat = num_experts if share_a else 1
-    ungated = h.to(dtype).view(tokens, siblings, -1).repeat(1, 1, repeat)
-    u = torch.where(by_rank == 0, 0, by_rank * ungated).view(tokens, -1).to(h.dtype)
+    ungated = h.to(dtype).view(tokens, siblings, h.shape[1] // siblings).repeat(1, 1, repeat)
+    u = torch.where(by_rank == 0, 0, by_rank * ungated).flatten(1).to(h.dtype)
 
     products = [g.to(dtype) @ b.to(dtype) for g, b in zip(dy, lora_b, strict=True)]
     p = torch.stack(products, dim=1)
     dh = torch.where(by_rank == 0, 0, by_rank * p)
     if share_a:
-        dh = dh.view(tokens, siblings, num_experts, -1).sum(dim=2)
-    dh = dh.reshape(tokens, -1).to(h.dtype)
+        dh = dh.view(tokens, siblings, num_experts, ranks[0]).sum(dim=2)
+    dh = dh.flatten(1).to(h.dtype)
 
     inner = p * ungated
     dgate = torch.stack(
@@ -308,8 +308,41 @@ def shrink_gate_backward(
         dgate.view(shape) if renormalize else logits.view(shape),
         renormalize,
         temperature,
-    ).view(tokens, -1)
+    ).view(tokens, siblings * num_experts)
     return dh, u, of_gate if dlogits is None else of_gate + dlogits
+
+
+def shrink_dx(
+    dh: Tensor,
+    dlogits: Tensor | None,
+    lora_a: Sequence[Tensor],
+    router_weight: Sequence[Tensor],
+    ranks: Sequence[int],
+    dropout_p: float = 0.0,
+    dropout_per_expert: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The rank-space part of dx: dropout(dh A) + dlogits Wr, summed over the siblings.
+
+    dh [T, n R]; dlogits [T, n E] or None; lora_a n x [R, I]; router_weight n x [E, I] or empty.
+    Returns [T, I] in dh.dtype. Dropout draws the masks of the forward.
+    """
+    dtype = compute_dtype(dh)
+    columns, a = dh.to(dtype).chunk(len(lora_a), dim=1), [part.to(dtype) for part in lora_a]
+    if dropout_p > 0.0 and dropout_per_expert:
+        parts = [
+            dropout(column[:, c] @ part[c], dropout_p, seed, e)
+            for column, part in zip(columns, a, strict=True)
+            for e, c in enumerate(blocks(ranks))
+        ]
+        dx = torch.stack(parts).sum(dim=0)
+    else:
+        dx = torch.stack([c @ part for c, part in zip(columns, a, strict=True)]).sum(dim=0)
+        if dropout_p > 0.0:
+            dx = dropout(dx, dropout_p, seed)
+    if dlogits is not None:
+        dx = dx + dlogits.to(dtype) @ torch.cat([w.to(dtype) for w in router_weight])
+    return dx.to(dh.dtype)
 
 
 def gram(

@@ -17,7 +17,7 @@ ROUTINGS = ("uniform", "zipf", "one", "empty")
 def expert_probabilities(routing: str, num_experts: int) -> Tensor:
     """Probability of each expert under a named distribution, [E].
 
-    uniform: all equal; zipf: 1 / (e + 1)^1.5; one: expert 0 takes every token it can; empty: the last
+    uniform: all equal; zipf: 1 / (e + 1)^1.5; one: expert 0 takes every token; empty: the last
     expert gets no token (uniform over the others).
     """
     weights = torch.ones(num_experts)
@@ -83,39 +83,25 @@ def reference_step(
     )  # fmt: skip
 
     found: dict[str, Tensor] = {}
-    dx = torch.zeros(x.shape, dtype=dtype)
+    dlogits = dgate if routers else None
+    dx = reference.shrink_dx(
+        dh, dlogits, a, routers, plan.ranks, plan.dropout, plan.dropout_per_expert, seed
+    ).to(dtype)
     n = len(siblings)
-    for i, (s, gated, dh_i) in enumerate(zip(siblings, u.chunk(n, 1), dh.chunk(n, 1), strict=True)):
+    for i, (s, gated) in enumerate(zip(siblings, u.chunk(n, dim=1), strict=True)):
         bias = 0 if s.bias is None else s.bias.to(dtype)
         base = x.to(dtype) @ s.weight.to(dtype).t() + bias
         found[f"y{i}"] = (base + gated.to(dtype) @ s.lora_b.to(dtype).t()).to(x.dtype)
-        dx = dx + dy[i].to(dtype) @ s.weight.to(dtype) + _dx(plan, dh_i, s.lora_a, seed)
+        dx = dx + dy[i].to(dtype) @ s.weight.to(dtype)
         found[f"dA{i}"], found[f"dB{i}"] = da.chunk(n)[i], db[i]
         if routers:
-            own = dgate.chunk(n, dim=1)[i]
-            dx = dx + own @ s.router_weight.to(dtype)
             found[f"drouter{i}"] = drouter.chunk(n)[i]
-            if s.router_bias is not None:
-                found[f"dbias{i}"] = own.sum(dim=0).to(s.router_bias.dtype)
+        if biases:
+            found[f"dbias{i}"] = dgate.chunk(n, dim=1)[i].sum(dim=0).to(biases[0].dtype)
     found["dx"] = dx.to(x.dtype)
     if not routers:
         found["dgates"] = dgate.to(gates.dtype)
     return found
-
-
-def _dx(plan: Plan, dh: Tensor, lora_a: Tensor, seed: Tensor | None) -> Tensor:
-    dtype = reference.compute_dtype(dh)
-    wide, a = dh.to(dtype), lora_a.to(dtype)
-    if plan.dropout == 0.0:
-        return wide @ a
-    if not plan.dropout_per_expert:
-        return reference.dropout(wide @ a, plan.dropout, seed)
-    return torch.stack(
-        [
-            reference.dropout(wide[:, c] @ a[c], plan.dropout, seed, e)
-            for e, c in enumerate(reference.blocks(plan.ranks))
-        ]
-    ).sum(dim=0)
 
 
 def error(actual: Tensor, truth: Tensor) -> float:

@@ -6,7 +6,8 @@ and is overridden per device by what is faster there: the native library on a CP
 
 from moelora_kernels.ops.dropout import dropout
 from moelora_kernels.ops.gram import gram
+from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
 from moelora_kernels.ops.topk_gate import topk_gate
 
-__all__ = ["dropout", "gram", "shrink_gate", "shrink_gate_backward", "topk_gate"]
+__all__ = ["dropout", "gram", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate"]
