@@ -4,6 +4,7 @@ Every op lives in the namespace `moelora`, has the reference as its implementati
 and is overridden per device by what is faster there: the native library on a CPU.
 """
 
+from moelora_kernels import native  # noqa: F401  (registers the CPU ops where it is built)
 from moelora_kernels.ops.dropout import dropout
 from moelora_kernels.ops.gram import gram
 from moelora_kernels.ops.shrink_dx import shrink_dx

@@ -1,0 +1,48 @@
+// The Python module: what was built, for bug reports. The ops register themselves with the
+// dispatcher when the library is loaded (STABLE_TORCH_LIBRARY_IMPL in each op's file).
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/version.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "cpu/simd.h"
+
+#if !defined(TORCH_TARGET_VERSION)
+#error "build with -DTORCH_TARGET_VERSION: one library then serves several torch releases"
+#endif
+
+namespace {
+
+std::string abi_target() {
+  return std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
+         std::to_string((TORCH_TARGET_VERSION >> 48) & 0xFF);
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["abi_target"] = abi_target();
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
+#if MOELORA_X86
+  info["simd"] = pybind11::make_tuple("portable", "avx2", "avx512");
+#else
+  info["simd"] = pybind11::make_tuple("portable");
+#endif
+  info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
+  info["ops"] = pybind11::make_tuple("dropout", "gram", "shrink_gate", "shrink_gate_backward",
+                                     "topk_gate", "topk_gate_backward");
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU operators of moelora_kernels; loading the module registers them.";
+  m.def("build_info", &build_info, "What this library was built with, and the vectors it uses.");
+}

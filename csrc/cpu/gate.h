@@ -1,0 +1,244 @@
+// The gate of one token and sibling, and the softmax and top-k that make it.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "aten.h"
+#include "simd.h"
+
+namespace moelora {
+
+// An int32 or int64 tensor read as int64, or nothing. 2^40 must not wrap into a valid expert.
+class Index {
+ public:
+  Index() = default;
+
+  Index(const std::optional<Tensor>& tensor, const char* name) {
+    if (!tensor) return;
+    storage_ = row_major(*tensor);
+    const ScalarType dtype = storage_->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, name,
+                    ": expected int32 or int64");
+    if (dtype == ScalarType::Int) {
+      narrow_ = storage_->const_data_ptr<int32_t>();
+    } else {
+      wide_ = storage_->const_data_ptr<int64_t>();
+    }
+  }
+
+  bool given() const { return storage_.has_value(); }
+  int64_t numel() const { return storage_->numel(); }
+  MOELORA_INLINE int64_t operator[](int64_t n) const { return wide_ ? wide_[n] : narrow_[n]; }
+
+ private:
+  std::optional<Tensor> storage_;
+  const int32_t* narrow_ = nullptr;
+  const int64_t* wide_ = nullptr;
+};
+
+// Dense gates [G, n E] with rows [T] or without (G == T or one row for all), or sparse weights
+// [T, n K] with indices [T, n K]. See dense_gate in reference.py.
+template <class C>
+class Gate {
+ public:
+  Gate(const Tensor& gates, const std::optional<Tensor>& indices, const std::optional<Tensor>& rows,
+       int64_t T, int64_t siblings, int64_t experts)
+      : storage_(row_major(cast(gates, compute_dtype_of<C>()))),
+        values_(storage_.const_data_ptr<C>()),
+        indices_(indices, "indices"),
+        rows_(rows, "rows"),
+        siblings_(siblings),
+        experts_(experts) {
+    const auto [G, width] = shape<2>(storage_, "gates");
+    gate_rows_ = G;
+    if (indices_.given()) {
+      check_size(G, T, "gates, tokens");
+      check_size(indices_.numel(), G * width, "indices");
+      STD_TORCH_CHECK(width % siblings == 0, "gates: ", width, " columns for ", siblings,
+                      " siblings");
+      slots_ = width / siblings;
+      return;
+    }
+    check_size(width, siblings * experts, "gates, columns");
+    if (rows_.given()) {
+      check_size(rows_.numel(), T, "rows");
+    } else if (G != 1) {
+      check_size(G, T, "gates, rows");
+    }
+  }
+
+  bool sparse() const { return indices_.given(); }
+  bool by_row() const { return rows_.given(); }
+  int64_t gate_rows() const { return gate_rows_; }
+  int64_t slots() const { return slots_; }
+  const C* values() const { return values_; }
+  MOELORA_INLINE int64_t expert_of(int64_t slot) const { return indices_[slot]; }
+
+  // The gate row of token t; -1 for none.
+  MOELORA_INLINE int64_t row_of(int64_t t) const {
+    if (!rows_.given()) return gate_rows_ == 1 ? 0 : t;
+    const int64_t row = rows_[t];
+    return row >= 0 && row < gate_rows_ ? row : -1;
+  }
+
+  // gate[e] = scaling[e] * gate of expert e, for sibling i of token t.
+  MOELORA_INLINE void load_scaled(int64_t t, int64_t i, const C* scaling, C* gate) const {
+    const int64_t E = experts_;
+    if (indices_.given()) {
+      std::fill_n(gate, E, C{0});
+      const int64_t first = (t * siblings_ + i) * slots_;
+      for (int64_t slot = first; slot < first + slots_; ++slot) {
+        const int64_t expert = indices_[slot];
+        if (expert >= 0 && expert < E) gate[expert] += values_[slot];
+      }
+    } else {
+      const int64_t row = row_of(t);
+      if (row < 0) {
+        std::fill_n(gate, E, C{0});
+        return;
+      }
+      std::copy_n(values_ + (row * siblings_ + i) * E, E, gate);
+    }
+    for (int64_t e = 0; e < E; ++e) gate[e] *= scaling[e];
+  }
+
+ private:
+  template <class Number>
+  static ScalarType compute_dtype_of() {
+    return std::is_same_v<Number, double> ? ScalarType::Double : ScalarType::Float;
+  }
+
+  Tensor storage_;
+  const C* values_;
+  Index indices_;
+  Index rows_;
+  int64_t gate_rows_ = 0;
+  int64_t siblings_;
+  int64_t experts_;
+  int64_t slots_ = 0;
+};
+
+// The blocks of rank space: expert e owns `ranks[e]` columns from `begin[e]` on.
+struct Blocks {
+  std::vector<int64_t> ranks;
+  std::vector<int64_t> begin;
+  int64_t total = 0;
+
+  explicit Blocks(std::vector<int64_t> of_experts) : ranks(std::move(of_experts)) {
+    STD_TORCH_CHECK(!ranks.empty(), "ranks: expected one per expert");
+    for (int64_t rank : ranks) {
+      STD_TORCH_CHECK(rank >= 0, "ranks: expected numbers from 0, got ", rank);
+      begin.push_back(total);
+      total += rank;
+    }
+  }
+
+  int64_t experts() const { return int64_t(ranks.size()); }
+
+  // With one A for all experts every expert reads the same columns of h.
+  void check_shared() const {
+    for (int64_t rank : ranks) check_size(rank, ranks[0], "ranks with share_a");
+  }
+};
+
+template <class C>
+std::vector<C> to_compute(const std::vector<double>& numbers) {
+  return std::vector<C>(numbers.begin(), numbers.end());
+}
+
+// NaN counts as the largest number, as in torch.sort.
+template <class C>
+MOELORA_INLINE bool before(C left, C right) {
+  return left > right || (left != left && right == right);
+}
+
+// The first K experts by falling score, the lower expert first among equals.
+template <class C>
+MOELORA_INLINE void top_k(const C* score, int64_t E, int64_t K, int32_t* indices) {
+  int64_t found = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    if (found == K && !before(score[e], score[indices[K - 1]])) continue;
+    int64_t at = found < K ? found++ : K - 1;
+    for (; at > 0 && before(score[e], score[indices[at - 1]]); --at) indices[at] = indices[at - 1];
+    indices[at] = int32_t(e);
+  }
+}
+
+// exp(score - largest) into `out`; returns their sum.
+template <class C>
+MOELORA_INLINE C exponentials(const C* score, int64_t count, C* out) {
+  C largest = score[0];
+  for (int64_t e = 1; e < count; ++e) largest = std::max(largest, score[e]);
+  C sum = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    out[e] = std::exp(score[e] - largest);
+    sum += out[e];
+  }
+  return sum;
+}
+
+struct TopkOptions {
+  int64_t K;
+  bool renormalize;
+  double temperature;
+};
+
+// Weights [K] and indices [K] of one row of logits [E]; `scratch` holds 2 E numbers.
+template <class C>
+MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& options, C* scratch,
+                                 C* weights, int32_t* indices) {
+  const int64_t K = options.K;
+  C* score = scratch;
+  C* chosen = scratch + E;
+  for (int64_t e = 0; e < E; ++e) score[e] = logits[e] / C(options.temperature);
+  if (K == E) {
+    for (int64_t k = 0; k < K; ++k) indices[k] = int32_t(k);
+  } else {
+    top_k(score, E, K, indices);
+  }
+  if (options.renormalize) {
+    for (int64_t k = 0; k < K; ++k) chosen[k] = score[indices[k]];
+    const C sum = exponentials(chosen, K, weights);
+    for (int64_t k = 0; k < K; ++k) weights[k] /= sum;
+  } else {
+    const C sum = exponentials(score, E, chosen);
+    for (int64_t k = 0; k < K; ++k) weights[k] = chosen[indices[k]] / sum;
+  }
+}
+
+// dlogits [E] of one row from dweights [K]; indices null: K == E in the experts' own order.
+// `logits` is read, and `scratch` [2 E] used, only without renormalize.
+template <class C, class IndexOf>
+MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
+                                          const IndexOf& index_of, const C* logits, int64_t E,
+                                          const TopkOptions& options, C* scratch, C* dlogits) {
+  const int64_t K = options.K;
+  const C temperature = C(options.temperature);
+  C mean = 0;
+  for (int64_t k = 0; k < K; ++k) mean += weights[k] * dweights[k];
+  std::fill_n(dlogits, E, C{0});
+  if (options.renormalize) {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t expert = index_of(k);
+      if (expert >= 0 && expert < E) {
+        dlogits[expert] = weights[k] * (dweights[k] - mean) / temperature;
+      }
+    }
+    return;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t expert = index_of(k);
+    if (expert >= 0 && expert < E) dlogits[expert] = dweights[k];
+  }
+  C* score = scratch;
+  C* powers = scratch + E;
+  for (int64_t e = 0; e < E; ++e) score[e] = logits[e] / temperature;
+  const C sum = exponentials(score, E, powers);
+  for (int64_t e = 0; e < E; ++e) {
+    dlogits[e] = powers[e] / sum * (dlogits[e] - mean) / temperature;
+  }
+}
+
+}  // namespace moelora

@@ -1,0 +1,50 @@
+#include "simd.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace moelora {
+namespace {
+
+Level detect() {
+#if MOELORA_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::portable;
+#else
+  return Level::portable;
+#endif
+}
+
+Level allowed() {
+  const char* asked = std::getenv("MOELORA_SIMD");
+  if (asked == nullptr) return Level::avx512;
+  for (Level level : {Level::portable, Level::avx2, Level::avx512}) {
+    if (std::strcmp(asked, simd_level_name(level)) == 0) return level;
+  }
+  return Level::avx512;
+}
+
+}  // namespace
+
+Level simd_level() {
+  static const Level level = std::min(detect(), allowed());
+  return level;
+}
+
+const char* simd_level_name(Level level) {
+  switch (level) {
+    case Level::avx512:
+      return "avx512";
+    case Level::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+}  // namespace moelora
