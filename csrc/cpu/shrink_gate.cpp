@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   const ScalarType dtype = x.scalar_type();
 
   Tensor weights = empty(x, {0}, compute_dtype(dtype));
-  Tensor logits = weights;
+  Tensor logits = empty(x, {0}, compute_dtype(dtype));
   Tensor chosen = empty(x, {0}, ScalarType::Int);
   if (router_weight.empty()) {
     STD_TORCH_CHECK(gates.has_value(), "gates: needed without a router");
