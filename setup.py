@@ -22,7 +22,15 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"
 # The stable ABI of torch 2.10: a library built against any later torch loads in all of them.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # No -march: the kernels pick their vector width at run time (csrc/cpu/simd.h).
-FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wno-psabi", STABLE_ABI]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    STABLE_ABI,
+]
 
 
 def without_library(reason: object) -> None:

@@ -251,8 +251,8 @@ def test_op_gram(case: Case, dtype: torch.dtype) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("top_k", [1, 3, 7])
+@pytest.mark.parametrize("renormalize", (True, False))
+@pytest.mark.parametrize("top_k", (1, 3, 7))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_op_topk_gate(dtype: torch.dtype, top_k: int, renormalize: bool) -> None:
     logits = torch.randn(101, 7, dtype=torch.float64).to(dtype)
@@ -270,8 +270,8 @@ def test_op_topk_gate(dtype: torch.dtype, top_k: int, renormalize: bool) -> None
 
 
 @needs_library
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (129, 131)])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("shape", ((0, 5), (1, 1), (3, 7), (129, 131)))
+@pytest.mark.parametrize("p", (0.0, 0.1, 0.5, 0.999))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_op_dropout_is_bitwise_the_reference(
     dtype: torch.dtype, p: float, shape: tuple[int, int]
@@ -296,7 +296,7 @@ def test_dropout_drops_a_nan() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("top_k", [1, 3, 5, 6])
+@pytest.mark.parametrize("top_k", (1, 3, 5, 6))
 def test_ties_go_to_the_lower_expert(top_k: int) -> None:
     logits = torch.randint(0, 3, (257, 6), generator=torch.Generator().manual_seed(1)).float()
     weights, indices = ops.topk_gate(logits, top_k, True, 1.0)
@@ -306,7 +306,7 @@ def test_ties_go_to_the_lower_expert(top_k: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
 def test_bad_logits_choose_valid_and_different_experts(bad: float) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(200, 9, generator=generator)
@@ -322,7 +322,7 @@ def test_bad_logits_choose_valid_and_different_experts(bad: float) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 def test_experts_out_of_range_and_repeated(dtype: torch.dtype) -> None:
     inputs = Inputs(Case(T=6, gate="sparse"), torch.float32)
     far = 2**40 if dtype is torch.int64 else 2**31 - 1
@@ -346,8 +346,8 @@ def test_experts_out_of_range_and_repeated(dtype: torch.dtype) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("gate_rows", [0, 1, 3])
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("gate_rows", (0, 1, 3))
 def test_rows_out_of_range(gate_rows: int, dtype: torch.dtype) -> None:
     inputs = Inputs(Case(T=6, gate="rows"), torch.float32)
     inputs.gates = torch.randn(gate_rows, inputs.E)
@@ -367,7 +367,7 @@ def test_rows_out_of_range(gate_rows: int, dtype: torch.dtype) -> None:
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("gate", ["sparse", "dense"])
+@pytest.mark.parametrize("gate", ("sparse", "dense"))
 def test_nan_of_an_expert_nobody_chose_stays_there(gate: str, dtype: torch.dtype) -> None:
     inputs = Inputs(Case(gate=gate), dtype)
     poisoned = slice(32, 48)
@@ -443,7 +443,9 @@ def test_wrong_shapes_raise() -> None:
         ops.shrink_gate_backward(*arguments)
 
 
-def _run(code: list[str], folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+def _run(
+    code: list[str], folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     # OMP_NUM_THREADS: the child must not fight the parent's threads for the cores.
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
@@ -452,7 +454,7 @@ def _run(code: list[str], folder: Path | None = None, **environment: str) -> sub
 
 
 @needs_library
-@pytest.mark.parametrize("level", ["portable", "avx2"])
+@pytest.mark.parametrize("level", ("portable", "avx2"))
 def test_every_vector_width(level: str) -> None:
     if level not in native.build_info()["simd"]:
         pytest.skip(f"this library has no {level} code")

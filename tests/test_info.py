@@ -1,0 +1,32 @@
+"""`python -m moelora_kernels.info` says what is there, in words and in JSON."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from moelora_kernels import info, native
+
+
+def test_json_report(capsys):
+    info.main(["--json", "--tokens", "64", "--experts", "4", "--rank", "2", "--top-k", "0"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["torch"] == torch.__version__
+    assert report["native"]["available"] == native.available()
+    assert bool(report["native"]["reason"]) != native.available()
+    expected = "native" if native.available() else "reference"
+    assert report["implementations"]["shrink_gate"]["cpu"] == expected
+    assert report["implementations"]["shrink_dx"] == {"cpu": "aten", "cuda": "aten"}
+    auto = report["auto"]
+    assert (auto["impl"], auto["tokens"], auto["top_k"]) == ("wide", 64, None)
+    assert "R = 8 with a dense gate" in auto["reason"]
+    assert report["formulations"]["grouped"] != "available"
+
+
+def test_text_report(capsys):
+    info.main([])
+    out = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in out
+    assert "impl: wide" in out
+    assert "reason: " in out
