@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+def _columns(tensor: Tensor, n: int) -> Sequence[Tensor]:
+    return (tensor,) if n == 1 else tensor.chunk(n, dim=1)
 
 
 def _rows_apart(dy: Tensor) -> Tensor:
@@ -82,19 +83,20 @@ class MoeLora(torch.autograd.Function):
             seed,
         )
         outputs = []
-        for sibling, gated in zip(siblings, u.chunk(len(siblings), dim=1), strict=True):
-            (lora_b,) = _cast([sibling.lora_b], x.dtype)
+        for sibling, gated in zip(siblings, _columns(u, len(siblings)), strict=True):
             if sibling.base is not None:
                 # The result keeps the base's dtype; the base's output may be saved elsewhere.
-                (gated, lora_b) = _cast([gated, lora_b], sibling.base.dtype)
-                outputs.append(torch.addmm(sibling.base, gated, lora_b.t()))
+                base = sibling.base
+                b = sibling.lora_b.to(base.dtype)
+                outputs.append(torch.addmm(base, gated.to(base.dtype), b.t()))
                 continue
             # Expand first, base product last and in place: y is written once by each product, and
             # the large one is rounded once together with the small one.
+            b = sibling.lora_b if sibling.lora_b.dtype == x.dtype else sibling.lora_b.to(x.dtype)
             if sibling.bias is None:
-                y = torch.mm(gated, lora_b.t())
+                y = torch.mm(gated, b.t())
             else:
-                y = torch.addmm(sibling.bias, gated, lora_b.t())
+                y = torch.addmm(sibling.bias, gated, b.t())
             outputs.append(y.addmm_(x, sibling.weight.t()))
         return (*outputs, h, weights, chosen, logits)
 
@@ -121,60 +123,50 @@ class MoeLora(torch.autograd.Function):
     def backward(ctx, *grads):
         plan, n = ctx.plan, ctx.siblings
         x, gates, indices, rows, seed, h, logits, *tensors = ctx.saved_tensors
-        weight, lora_a, lora_b, router_weight = (tensors[i * n : (i + 1) * n] for i in range(4))
-        needs_x, needs_gates = ctx.needs_input_grad[1:3]
-        needs = dict(
-            zip(
-                Sibling._fields,
-                _fields(ctx.needs_input_grad[-INPUTS_PER_SIBLING * n :]),
-                strict=True,
-            )
-        )
+        weight, lora_a, lora_b, routers = (tensors[i * n : (i + 1) * n] for i in range(4))
+        routers = _present(routers)
         dy = [
             x.new_zeros(shape) if g is None else _rows_apart(g.to(x.dtype))
             for g, shape in zip(grads[:n], ctx.shapes, strict=True)
         ]
-        dlogits = grads[-1]
-        routers = _present(router_weight)
-
         dh, u, dgate = ops.shrink_gate_backward(
-            dy, _cast(lora_b, x.dtype), h, gates, indices, rows, logits, dlogits,
+            dy, lora_b, h, gates, indices, rows, logits, grads[-1],
             plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize, plan.temperature,
         )  # fmt: skip
+        dlogits = dgate if routers else None
 
-        dx = None
-        if needs_x:
+        dx = dgates = None
+        if ctx.needs_input_grad[1]:
             dx = ops.shrink_dx(
-                dh, dgate if routers else None, lora_a, routers,
+                dh, dlogits, lora_a, routers,
                 plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
             )  # fmt: skip
             for g, w in zip(dy, weight, strict=True):
                 if w is not None:
                     dx.addmm_(g, w)
+        if ctx.needs_input_grad[2]:
+            dgates = dgate.to(gates.dtype)
 
-        of_sibling: dict[str, list] = {name: [None] * n for name in Sibling._fields}
-        if any(needs["lora_a"] + needs["lora_b"] + needs["router_weight"]):
-            da, drouter, db = ops.gram(
-                x, dh, dgate if routers else None, dy, u, lora_a[0].dtype,
-                router_weight[0].dtype if routers else x.dtype,
+        needs = Sibling(*_fields(ctx.needs_input_grad[-INPUTS_PER_SIBLING * n :]))
+        none = (None,) * n
+        of_a = of_b = of_router = of_router_bias = none
+        if any(needs.lora_a + needs.lora_b + needs.router_weight):
+            da, drouter, of_b = ops.gram(
+                x, dh, dlogits, dy, u, lora_a[0].dtype, routers[0].dtype if routers else x.dtype,
                 plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
             )  # fmt: skip
-            of_sibling["lora_a"], of_sibling["lora_b"] = da.chunk(n), db
+            of_a = (da,) if n == 1 else da.chunk(n)
             if routers:
-                of_sibling["router_weight"] = drouter.chunk(n)
-        if any(needs["router_bias"]):
-            of_sibling["router_bias"] = dgate.sum(dim=0).to(router_weight[0].dtype).chunk(n)
-        for i, g in enumerate(dy):
-            if needs["weight"][i]:
-                of_sibling["weight"][i] = g.t() @ x
-            if needs["bias"][i]:
-                of_sibling["bias"][i] = g.sum(dim=0)
-            if needs["base"][i]:
-                of_sibling["base"][i] = grads[i]
-        dgates = dgate.to(gates.dtype) if needs_gates else None
+                of_router = (drouter,) if n == 1 else drouter.chunk(n)
+        if any(needs.router_bias):
+            of_router_bias = _columns(dgate.sum(dim=0, keepdim=True).to(routers[0].dtype), n)
+            of_router_bias = [bias[0] for bias in of_router_bias]
+        of_weight = [g.t() @ x if need else None for g, need in zip(dy, needs.weight, strict=True)]
+        of_bias = [g.sum(dim=0) if need else None for g, need in zip(dy, needs.bias, strict=True)]
+        of_base = [g if need else None for g, need in zip(grads[:n], needs.base, strict=True)]
         return (
             None, dx, dgates, None, None, None,
-            *(of_sibling[name][i] for name in Sibling._fields for i in range(n)),
+            *of_weight, *of_bias, *of_base, *of_a, *of_b, *of_router, *of_router_bias,
         )  # fmt: skip
 
 
@@ -182,3 +174,8 @@ def _fields(tensors: Sequence) -> list[list]:
     """The flat inputs of the Function, one list of n per field of `Sibling`."""
     n = len(tensors) // INPUTS_PER_SIBLING
     return [list(tensors[i * n : (i + 1) * n]) for i in range(INPUTS_PER_SIBLING)]
+
+
+# `apply` binds its arguments to the signature of `forward` on every call; finding that signature
+# anew each time costs more than the smallest of the products.
+MoeLora.forward.__signature__ = inspect.signature(MoeLora.forward)
