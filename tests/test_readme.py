@@ -1,0 +1,48 @@
+"""README says what is true: its example runs, its tables name what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moelora_kernels import ops
+from moelora_kernels.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {title}$(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL).group(1)
+
+
+def first_cells(text: str) -> list[str]:
+    return re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "adapter.safetensors").stat().st_size > 0
+
+
+def test_tables_name_every_op_and_every_preset():
+    assert sorted(first_cells(section("What runs where"))) == sorted(ops.__all__)
+    assert first_cells(section("Presets")) == list(PRESETS)
+
+
+@pytest.mark.parametrize("command", ("benchmark", "test"))
+def test_commands_are_one_line(command):
+    block = re.search(rf"<!-- {command} command -->\n```bash\n(.*?)```", README, re.DOTALL).group(1)
+    assert block.count("\n") == 1
+    assert block.startswith("python3 -m venv .venv && ")
+
+
+def test_every_path_that_readme_names_exists():
+    for path in re.findall(r"`((?:benchmarks|examples|tests|\.ci)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
