@@ -103,7 +103,11 @@ class MoeLoraConfig:
         return cls(**{**PRESETS[name], **options})
 
     def replace(self, **options: Any) -> MoeLoraConfig:
-        """A copy with some options changed."""
+        """A copy with some options changed; what the old values implied is settled anew."""
+        if "top_k" in options and self.select in ("all", "topk"):
+            options = {"select": None, **options}
+        if "router" in options and "task" in (self.router, options["router"]):
+            options = {"granularity": None, **options}
         return dataclasses.replace(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +141,9 @@ class MoeLoraConfig:
             names = dict(self.aux)
         for name in names:
             _one_of("aux", name, tuple(AUX_WEIGHTS))
+        for weight in names.values():
+            if weight is not None:
+                _finite("aux", weight)
         weighted = {k: AUX_WEIGHTS[k] if v is None else float(v) for k, v in names.items()}
         settle("aux", tuple(weighted.items()))
         if self.select is None:
@@ -160,11 +167,22 @@ class MoeLoraConfig:
             _whole(name, getattr(self, name))
         if isinstance(self.rank, tuple) and len(self.rank) != self.num_experts:
             raise ValueError(f"rank: expected {self.num_experts} ranks, got {len(self.rank)}")
+        if self.shared_rank is not None:
+            _whole("shared_rank", self.shared_rank)
+        for name in ("alpha", "dropout", "temperature", "noise"):
+            _finite(name, getattr(self, name))
         self.scales()
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        if self.noise < 0:
+            raise ValueError(f"noise: expected a number from 0, got {self.noise}")
+        if self.router in (None, "external"):
+            if self.select != "all":
+                raise ValueError(f"select: gates of router={self.router!r} are used as they are")
+            if self.aux:
+                raise ValueError(f"aux: router={self.router!r} has no logits to make a loss of")
         for option, select in (("top_k", "topk"), ("top_p", "topp"), ("threshold", "threshold")):
             value = getattr(self, option)
             if (value is not None) != (self.select == select):
@@ -172,12 +190,18 @@ class MoeLoraConfig:
                     f"{option}: select={self.select!r} with {option}={value!r}; "
                     f"{option} goes with select={select!r}, and only with it"
                 )
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+        if self.top_k is not None and not (
+            isinstance(self.top_k, int) and 1 <= self.top_k <= self.num_experts
+        ):
             raise ValueError(
                 f"top_k: expected 1 to num_experts = {self.num_experts}, got {self.top_k}"
             )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.top_p is not None and self.score == "identity":
+            raise ValueError("top_p: raw logits can be negative; use a score that is not")
+        if self.threshold is not None:
+            _finite("threshold", self.threshold)
         if self.router == "task":
             _whole("num_tasks", self.num_tasks)
         if (self.granularity == "task") != (self.router == "task"):
@@ -206,10 +230,13 @@ class MoeLoraConfig:
         """Factor of each expert's output, the shared expert last."""
         ranks = self.ranks()
         if isinstance(self.scaling, tuple):
+            for factor in self.scaling:
+                _finite("scaling", factor)
             if len(self.scaling) != len(ranks):
                 raise ValueError(f"scaling: expected {len(ranks)} factors, got {len(self.scaling)}")
             return tuple(float(factor) for factor in self.scaling)
         if not isinstance(self.scaling, str):
+            _finite("scaling", self.scaling)
             return (float(self.scaling),) * len(ranks)
         factors = {
             "alpha/r": [self.alpha / rank for rank in ranks],
@@ -237,3 +264,8 @@ def _one_of(name: str, value: Any, values: tuple) -> None:
 def _whole(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
+def _finite(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
