@@ -37,7 +37,7 @@ BAD = [
     ("shared_expert", dict(shared_expert="yes")),
     ("shared_rank", dict(shared_expert="always", shared_rank=0)),
     ("shared_rank", dict(shared_expert="always", shared_rank=-2)),
-    ("shared_rank", dict(shared_rank=4)),
+    ("shared_rank", dict(shared_expert="always", shared_rank=1.5)),
     ("init", dict(init="zeros")),
     ("adapter_dtype", dict(adapter_dtype="int8")),
     ("router", dict(router="nearest")),
