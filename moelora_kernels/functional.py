@@ -11,9 +11,14 @@ from moelora_kernels import formulation, reference
 from moelora_kernels.autograd import MoeLora, Plan, Sibling
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of `device` (the meta device has none)."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def active_dtype(x: Tensor) -> torch.dtype:
     """The dtype a layer computes in: autocast's where that is on (never for float64), else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -34,7 +39,10 @@ def apply(
     `reference.shrink_gate` describes them.
     """
     if impl == "reference":
-        return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
+        if not is_autocast(x.device):
+            return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
     fields = [tensor for field in zip(*siblings, strict=True) for tensor in field]
     *outputs, _, weights, chosen, logits = MoeLora.apply(
         plan, x, gates, indices, rows, seed, *fields
@@ -219,7 +227,7 @@ def _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates) -> None:
         raise TypeError(f"lora_b: expected lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
     if lora_a.dtype not in (dtype, torch.float32):
         raise TypeError(f"lora_a: expected {dtype} or torch.float32, got {lora_a.dtype}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x.device)
     if weight.dtype != dtype and not autocast:
         raise TypeError(f"weight: expected x's dtype {dtype}, got {weight.dtype}")
     if bias is not None and bias.dtype != weight.dtype:

@@ -30,7 +30,7 @@ class MoeLoraGroup(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
         """x [..., I] -> one y [..., O_i] for each sibling, in their order."""
-        return tuple(forward_siblings(tuple(self.children()), x, gates))
+        return tuple(forward_siblings(tuple(self._modules.values()), x, gates))
 
 
 def check_siblings(siblings: dict[str, nn.Module]) -> None:

@@ -17,7 +17,9 @@ from moelora_kernels.nn.routers import (
     add_shared_expert,
     build_router,
     gate_of_logits,
+    is_plain_linear,
     rows_of_gates,
+    wide_linear,
 )
 
 
@@ -143,31 +145,24 @@ def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device
 
 
 def _is_read(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `base` is a plain dense nn.Linear without hooks, in the dtype of the layer."""
+    """Whether `base` is a plain dense nn.Linear, in the dtype of the layer."""
     return (
-        type(base) is nn.Linear
+        is_plain_linear(base)
         and type(base.weight) in (nn.Parameter, Tensor)
         and base.weight.dtype == dtype
         and base.weight.device == x.device
-        and not (
-            base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-        )
     )
 
 
 def _is_fused(layer: MoeLoraLinear) -> bool:
     """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
-    config, router = layer.config, layer.router
+    config = layer.config
     return (
-        type(router) is nn.Linear
+        is_plain_linear(layer.router)
         and config.granularity == "token"
         and config.renormalizes() is not None
         and config.shared_expert == "none"
         and not (layer.training and config.noise > 0)
-        and not (router._forward_hooks or router._forward_pre_hooks)
     )
 
 
@@ -186,7 +181,7 @@ def forward_siblings(
     dtype = active_dtype(x)
     tokens = x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
-    fused = _is_fused(first)
+    fused = all(_is_fused(layer) for layer in layers)
     siblings = [_sibling(layer, x, tokens, fused) for layer in layers]
 
     plan, p = first._plan, config.dropout if first.training else 0.0
@@ -237,6 +232,14 @@ def _gates(
         else:
             logits = _logits(layer, x, tokens)
             gate = gate_of_logits(logits, config, layer.training)
+            if config.granularity != "token" and gate[1] is not None:
+                # Sparse weights have one row per token; few rows are as well dense.
+                gate = (
+                    torch.zeros_like(logits, dtype=gate[0].dtype).scatter(
+                        1, gate[1].long(), gate[0]
+                    ),
+                    None,
+                )
             all_logits.append(logits)
         parts.append(add_shared_expert(*gate, config))
     weights = torch.cat([w for w, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]
@@ -244,10 +247,6 @@ def _gates(
     if parts[0][1] is not None:
         indices = torch.cat([i for _, i in parts], dim=1) if len(parts) > 1 else parts[0][1]
     rows = rows_of_gates(weights, x.shape, x.device, "set_tasks" if gates is None else "gates")
-    if indices is not None and weights.shape[0] != tokens.shape[0]:
-        # Sparse weights have one row per token.
-        picked = torch.zeros_like(tokens[:, 0], dtype=torch.long) if rows is None else rows.long()
-        weights, indices, rows = weights[picked], indices[picked], None
     return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
 
 
@@ -270,12 +269,13 @@ def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
         return router()
     source = tokens
     if config.granularity == "sequence":
-        source = (x if x.dim() > 1 else x[None]).mean(dim=-2).reshape(-1, layer.in_features)
-    if type(router) is nn.Linear:
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(source.dtype, torch.float32)
-            bias = None if router.bias is None else router.bias.to(wide)
-            logits = nn.functional.linear(source.to(wide), router.weight.to(wide), bias)
+        sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
+        # The mean of no positions is 0, not 0 / 0.
+        source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
+    if is_plain_linear(router):
+        logits = wide_linear(source, router)
+    elif isinstance(router, nn.Linear):
+        logits = router(source.to(router.weight.dtype))
     else:
         logits = router(source)
     if logits.shape != (source.shape[0], config.num_experts):

@@ -37,7 +37,11 @@ def replace_linears(
     by_pattern = isinstance(target_modules, str)
     targets = [target_modules] if by_pattern else list(target_modules)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    adapted = [name for name, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    adapted = [
+        name
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, MoeLoraLinear)
+    ]
     names = [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in adapted)]
 
     def matches(name: str, target: str) -> bool:
@@ -91,7 +95,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         if not layers:
             raise ValueError("model: no layer with router='external' takes gates")
         for layer in layers:
-            layer.external_gates = tasks
+            layer.external_gates = tasks.to(layer.lora_A.device)
         return
     routers = [m for m in model.modules() if isinstance(m, TaskRouter)]
     if not routers:

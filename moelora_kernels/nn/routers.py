@@ -9,6 +9,31 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.functional import is_autocast
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether a module is its weight and bias and nothing else: no hooks, no forward of its own."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+    )
+
+
+def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x Wt + b in float32 (float64 for float64 x) whatever autocast says: logits need it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    if not is_autocast(x.device):
+        return nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
 
 
 class MlpRouter(nn.Module):
@@ -21,7 +46,7 @@ class MlpRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> logits [T, E]."""
-        return self.fc2(nn.functional.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+        return wide_linear(nn.functional.silu(wide_linear(x, self.fc1)), self.fc2)
 
 
 class TaskRouter(nn.Module):
@@ -40,7 +65,7 @@ class TaskRouter(nn.Module):
 
     def set_tasks(self, ids: Tensor) -> None:
         """Hold ids [B], from 1 to num_tasks, for the coming forwards."""
-        if ids.dim() != 1 or ids.is_floating_point():
+        if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"ids: expected whole numbers [batch], got {ids.dtype} {[*ids.shape]}")
         valid = ((ids >= 1) & (ids <= self.num_tasks)).all()
         if ids.device.type == "cpu":
@@ -54,12 +79,16 @@ class TaskRouter(nn.Module):
         """Logits [B, E] of the tasks set last."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        return self.gate(self.embedding(self.task_ids))
+        return wide_linear(self.embedding(self.task_ids), self.gate)
 
 
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
     """The router that `config` names, or the module it holds; None where gates need none."""
     if isinstance(config.router, nn.Module):
+        if isinstance(config.router, nn.Linear):
+            shape, given = [config.num_experts, in_features], [*config.router.weight.shape]
+            if given != shape:
+                raise ValueError(f"router: expected a weight {shape}, got {given}")
         return config.router
     if config.router == "linear":
         return nn.Linear(
