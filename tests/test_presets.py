@@ -184,7 +184,7 @@ def test_preset_is_its_papers_formula(preset, shape):
     check(preset, layer, x, tasks_of(preset, shape[0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_in_the_dtypes_people_train_in(preset, dtype):
     """Low precision may cost what the reference in that dtype costs, twice, and not more."""
@@ -201,8 +201,8 @@ def test_float32_adapters_under_a_bfloat16_base(preset):
     assert all(q.dtype == torch.float32 for q in adapter_parameters(layer))
 
 
-@pytest.mark.parametrize("top_k", [1, 8], ids=["K=1", "K=E"])
-@pytest.mark.parametrize("preset", ["ming", "mola"])
+@pytest.mark.parametrize("top_k", (1, 8), ids=["K=1", "K=E"])
+@pytest.mark.parametrize("preset", ("ming", "mola"))
 def test_ends_of_top_k(preset, top_k):
     """K = 1 has weight 1 and a router without gradient; K = E takes another path: no indices."""
     options = {"top_k": top_k} | ({"aux": ()} if preset == "mola" else {})
@@ -214,8 +214,8 @@ def test_ends_of_top_k(preset, top_k):
         assert grads["router.weight"].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("preset", ["ming", "mola"])
+@pytest.mark.parametrize("top_k", (1, 2, 3))
+@pytest.mark.parametrize("preset", ("ming", "mola"))
 def test_ties_go_to_the_lower_expert(preset, top_k):
     """Experts cloned from one LoRA, or a zero router, tie exactly: the choice must be defined."""
     layer = make_layer(preset, torch.float64, top_k=top_k)
@@ -227,7 +227,7 @@ def test_ties_go_to_the_lower_expert(preset, top_k):
     check(preset, layer, torch.randn(2, 5, IN, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", (1, 3))
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rank_one_and_odd_ranks(preset, rank):
     """GOAT and MOELoRA train experts of rank 1 and 2: a scale taken from R and r mixed up shows."""
@@ -235,7 +235,7 @@ def test_rank_one_and_odd_ranks(preset, rank):
     check(preset, layer, torch.randn(2, 3, IN, dtype=torch.float64), tasks_of(preset, 2))
 
 
-@pytest.mark.parametrize("preset", ["moelora", "loramoe"])
+@pytest.mark.parametrize("preset", ("moelora", "loramoe"))
 def test_active_dropout_draws_one_mask_per_expert(preset):
     """The original calls dropout inside the loop; the masks here are streams of one seed."""
     layer = make_layer(preset, torch.float64, dropout=0.4).train()
@@ -273,7 +273,7 @@ def test_hydralora_draws_one_mask_for_all_heads():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4])
+@pytest.mark.parametrize("batch", (1, 3, 4))
 def test_task_gates_follow_the_sequence_not_the_position(batch):
     """Permuting the batch with its tasks permutes y: false where the gate broadcasts over dim 1."""
     layer = make_layer("moelora", torch.float64)
