@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,17 +37,23 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into the adapters of `model`.
 
-    Raises ValueError naming every key that is missing, unexpected or of another shape; the model is
-    then unchanged.
+    Raises ValueError naming every key that is missing, unexpected, of another shape or kind of
+    dtype, or without values (meta device) on either side; the model is then unchanged.
     """
     own = adapter_state_dict(model)
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
-    problems += [
-        f"shape of {key}: expected {[*own[key].shape]}, got {[*state[key].shape]}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
+    for key in own:
+        if key not in state:
+            continue
+        mine, given = own[key], state[key]
+        if mine.shape != given.shape:
+            problems.append(f"shape of {key}: expected {[*mine.shape]}, got {[*given.shape]}")
+        if mine.is_floating_point() != given.is_floating_point():
+            problems.append(f"dtype of {key}: expected {mine.dtype}, got {given.dtype}")
+        if mine.is_meta or given.is_meta:
+            where = "model" if mine.is_meta else "adapter"
+            problems.append(f"{key}: the {where}'s tensor is on the meta device, without values")
     if problems:
         raise ValueError("adapter does not fit the model:\n  " + "\n  ".join(problems))
     for key, tensor in own.items():
@@ -60,5 +67,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Read what `save_adapter` wrote into a model of the same layers; strict, see there."""
-    load_adapter_state_dict(model, load_file(path))
+    """Read what `save_adapter` wrote into a model of the same layers.
+
+    Strict as `load_adapter_state_dict`; a file that is not safetensors raises ValueError as well.
+    """
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
+    load_adapter_state_dict(model, state)
