@@ -101,7 +101,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
     """The weighted sum of one layer's auxiliary losses."""
     record, config = layer.record, layer.config
-    logits = record.logits.float()
+    logits = record.logits.to(torch.promote_types(record.logits.dtype, torch.float32))
     counts = torch.ones_like(logits[:, 0])
     if mask is not None:
         if mask.numel() != logits.shape[0]:
@@ -113,24 +113,24 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
-        return torch.tensordot(counts, values, dims=1) / total
+        # Not a product of matrices: autocast would take it in bfloat16.
+        return (counts[:, None] * values).sum(dim=0) / total
 
     loss = logits.new_zeros(())
     for name, weight in config.aux:
         if name == "z":
-            loss = loss + weight * mean(logits.logsumexp(dim=1).square())
+            loss = loss + weight * mean(logits.logsumexp(dim=1, keepdim=True).square()).sum()
             continue
         probabilities = (logits / config.temperature).softmax(dim=1)
-        routed = _routed(record, config.num_experts)
-        share = mean(routed)
+        share = mean(_routed(record, config.num_experts).to(counts.dtype))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
     return loss
 
 
 def _routed(record: RoutingRecord, num_experts: int) -> Tensor:
-    """How often each token is routed to each expert, [T, E] float32."""
+    """How often each token is routed to each expert, [T, E]."""
     if record.indices is None:
-        return (record.weights[:, :num_experts] != 0).float()
+        return record.weights[:, :num_experts] != 0
     experts = torch.arange(num_experts, device=record.indices.device)
-    return (record.indices[:, :, None] == experts).sum(dim=1).float()
+    return (record.indices[:, :, None] == experts).sum(dim=1)
