@@ -1,0 +1,390 @@
+"""A whole model: the swap in place, tasks for a batch, and a Hugging Face Qwen2 end to end."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraLinear,
+    adapter_parameters,
+    collect_aux_loss,
+    replace_linears,
+    set_tasks,
+)
+
+MING = MoeLoraConfig.preset("ming", num_experts=4, rank=2)
+MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
+EXTERNAL = MoeLoraConfig(num_experts=4, rank=2, router="external")
+
+
+class Block(nn.Module):
+    """An MLP with the names of a transformer's, a norm, and one linear with a similar name."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up_proj = nn.Linear(width, 2 * width)
+        self.down_proj = nn.Linear(2 * width, width)
+        self.my_up_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.my_up_proj(self.down_proj(self.up_proj(self.norm(x)).relu()))
+
+
+def make_model(blocks=2):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layers": nn.Sequential(*[Block() for _ in range(blocks)])})
+
+
+def randomise(model):
+    """Adapters that are not zero, so that gates and tasks show in the output."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for q in adapter_parameters(model):
+            q.normal_(std=0.5)
+    return model
+
+
+# --- replace_linears ----------------------------------------------------------------------------
+
+
+def test_names_match_whole_components():
+    """A name is a module's name or its last part, not a substring: my_up_proj stays."""
+    model = make_model()
+    replaced = replace_linears(model, MING, ["up_proj", "layers.1.down_proj"])
+    assert replaced == ["layers.0.up_proj", "layers.1.up_proj", "layers.1.down_proj"]
+    found = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    assert found == replaced
+    assert type(model.get_submodule("layers.0.my_up_proj")) is nn.Linear
+    assert type(model.get_submodule("layers.0.down_proj")) is nn.Linear
+
+
+def test_a_regular_expression_matches_whole_names():
+    model = make_model()
+    assert replace_linears(model, MING, r"layers\.[01]\.(up|down)_proj") == [
+        "layers.0.up_proj",
+        "layers.0.down_proj",
+        "layers.1.up_proj",
+        "layers.1.down_proj",
+    ]
+    with pytest.raises(ValueError, match=r"target_modules: no module matches.*up_pro"):
+        replace_linears(make_model(), MING, r".*up_pro")
+
+
+@pytest.mark.parametrize(
+    "targets", ("up_proj", ["gate_proj"], [], ["up_proj", "gate_proj"]), ids=str
+)
+def test_what_matches_nothing_raises_and_changes_nothing(targets):
+    """A typo in one of seven names must not leave a seventh of the model frozen in silence."""
+    model = make_model()
+    with pytest.raises(ValueError, match="target_modules: no module matches") as error:
+        replace_linears(model, MING, targets)
+    if targets == ["up_proj", "gate_proj"]:
+        assert "gate_proj" in str(error.value)
+        assert "up_proj" not in str(error.value).replace("gate_proj", "")
+    assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
+    assert all(q.requires_grad for q in model.parameters())
+
+
+def test_a_target_that_is_no_linear_raises_and_changes_nothing():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"target_modules: layers\.0\.norm is a .*LayerNorm"):
+        replace_linears(model, MING, ["up_proj", "norm"])
+    assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
+
+
+def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
+    model = make_model()
+    bases = {n: m for n, m in model.named_modules() if n.endswith(".up_proj")}
+    x = torch.randn(2, 3, 6)
+    before = model["layers"](x)
+    replace_linears(model, MING, ["up_proj"])
+    for name, base in bases.items():
+        assert model.get_submodule(name).base_layer is base
+        assert not base.weight.requires_grad
+    assert model.get_submodule("layers.0.norm").weight.requires_grad
+    assert model.get_submodule("layers.0.my_up_proj").weight.requires_grad
+    torch.testing.assert_close(model["layers"](x), before, rtol=1e-6, atol=1e-6)
+
+
+def test_tied_modules_stay_tied():
+    """One module under two names becomes one layer under two names, with one adapter."""
+    model = make_model()
+    model["layers"][1].up_proj = model["layers"][0].up_proj
+    assert len(replace_linears(model, MING, ["up_proj"])) == 2
+    first, second = (block.up_proj for block in model["layers"])
+    assert isinstance(first, MoeLoraLinear)
+    assert first is second
+    assert len(adapter_parameters(model)) == 4
+
+
+def test_what_is_replaced_is_not_replaced_again():
+    """A second call adds other targets; the layers inside and tied names do not match any more."""
+    model = make_model()
+    model["layers"][1].up_proj = model["layers"][0].up_proj
+    replace_linears(model, MING, ["up_proj"])
+    layer = model["layers"][0].up_proj
+    for again in (["up_proj"], ["base_layer"], ["router"], r"layers\.\d\.up_proj"):
+        with pytest.raises(ValueError, match="no module matches"):
+            replace_linears(model, MING, again)
+    assert replace_linears(model, MING, r"layers\.\d\.(up|down)_proj") == [
+        "layers.0.down_proj",
+        "layers.1.down_proj",
+    ]
+    assert model["layers"][0].up_proj is layer
+    assert model["layers"][1].up_proj is layer
+    assert not isinstance(layer.base_layer, MoeLoraLinear)
+
+
+def test_training_mode_follows_the_module():
+    model = make_model().eval()
+    replace_linears(model, MING, ["up_proj"])
+    assert not any(m.training for m in model.modules())
+
+
+def test_dtype_and_options_of_every_layer():
+    model = make_model().to(torch.bfloat16)
+    replace_linears(model, MING.replace(adapter_dtype="float32"), ["up_proj", "down_proj"])
+    assert {q.dtype for q in adapter_parameters(model)} == {torch.float32}
+    assert model["layers"](torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+def moelora_model():
+    model = make_model()
+    replace_linears(model, MOELORA, ["up_proj", "down_proj"])
+    return randomise(model)
+
+
+def test_a_shared_task_gate_is_one_module():
+    """MOELoRA has one gate for the model: one set of parameters, one call of set_tasks."""
+    model = moelora_model()
+    layers = [m for m in model.modules() if isinstance(m, MoeLoraLinear)]
+    assert len(layers) == 4
+    assert len({id(layer.router) for layer in layers}) == 1
+    assert len(adapter_parameters(model)) == 2 * 4 + 2
+    twin = copy.deepcopy(model)
+    routers = {id(m.router) for m in twin.modules() if isinstance(m, MoeLoraLinear)}
+    assert len(routers) == 1
+    assert routers != {id(layers[0].router)}
+
+
+def test_tasks_hold_until_the_next_call():
+    model = moelora_model().eval()
+    x = torch.randn(2, 3, 6)
+    set_tasks(model, [1, 3])
+    first = model["layers"](x)
+    assert torch.equal(model["layers"](x), first)
+    set_tasks(model, torch.tensor([3, 1], dtype=torch.int32))
+    assert not torch.equal(model["layers"](x), first)
+    set_tasks(model, [3])
+    torch.testing.assert_close(model["layers"](x)[1], first[1], rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_that_do_not_fit_raise():
+    """Id 0 is padding in the original, an id past the end an index error on the GPU."""
+    model = moelora_model()
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(RuntimeError, match="call set_tasks"):
+        model["layers"](x)
+    for ids in ([0, 1], [1, 4], [-1, 1]):
+        with pytest.raises(ValueError, match="ids: expected 1 to 3"):
+            set_tasks(model, ids)
+    with pytest.raises(ValueError, match="no layer with router='external' takes gates"):
+        set_tasks(model, [0.5, 0.5])
+    for ids in ([[1, 2]], torch.tensor(1), torch.tensor([True, True])):
+        with pytest.raises(ValueError, match="ids: expected whole numbers"):
+            set_tasks(model, ids)
+    set_tasks(model, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"3 gate rows for x \[2, 3, 6\]"):
+        model["layers"](x)
+    with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
+        set_tasks(make_model(), [1])
+
+
+def test_a_refused_batch_leaves_the_tasks_that_were_set():
+    model = moelora_model().eval()
+    x = torch.randn(2, 3, 6)
+    set_tasks(model, [1, 2])
+    before = model["layers"](x)
+    with pytest.raises(ValueError, match="ids"):
+        set_tasks(model, [1, 9])
+    assert torch.equal(model["layers"](x), before)
+
+
+def test_external_gates_reach_every_layer():
+    model = make_model()
+    replace_linears(model, EXTERNAL, ["up_proj", "down_proj"])
+    randomise(model)
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(ValueError, match="set_tasks"):
+        model["layers"](x)
+    gates = torch.rand(2, 4, requires_grad=True)
+    set_tasks(model, gates)
+    model["layers"](x).square().sum().backward()
+    assert gates.grad.abs().min() > 0
+    set_tasks(model, [[0.0] * 4])
+    silent = model["layers"](x)
+    bare = make_model()
+    torch.testing.assert_close(silent, bare["layers"](x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
+        set_tasks(model, [1, 2])
+
+
+def test_external_gates_follow_the_layers_device():
+    """Gates from a tokenizer's output are on the CPU, the layers wherever the model is."""
+    model = make_model()
+    replace_linears(model, EXTERNAL, ["up_proj"])
+    model = model.to("meta")
+    set_tasks(model, [[0.25] * 4])
+    assert model["layers"][0].up_proj.external_gates.device.type == "meta"
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@pytest.mark.parametrize("config", (MOELORA, EXTERNAL), ids=("task", "external"))
+def test_tasks_survive_activation_checkpointing(config, use_reentrant):
+    """The recompute runs outside the model's forward: the tasks must still be there."""
+    model = make_model()
+    replace_linears(model, config, ["up_proj", "down_proj"])
+    randomise(model)
+    set_tasks(model, [3, 1] if config is MOELORA else torch.rand(2, 4))
+
+    def gradients(recompute):
+        torch.manual_seed(2)
+        model.zero_grad()
+        x = torch.ones(2, 3, 6, requires_grad=True)
+        h = x
+        for block in model["layers"]:
+            h = checkpoint(block, h, use_reentrant=use_reentrant) if recompute else block(h)
+        h.square().sum().backward()
+        return [x.grad, *[q.grad.clone() for q in adapter_parameters(model)]]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adapter_parameters_are_what_trains():
+    """Each once, shared gates included, nothing of the base: the list for the optimiser."""
+    model = moelora_model()
+    found = adapter_parameters(model)
+    assert len({id(q) for q in found}) == len(found)
+    for q in model.parameters():
+        q.requires_grad_(False)
+    for q in found:
+        q.requires_grad_(True)
+    names = [n for n, q in model.named_parameters() if q.requires_grad]
+    assert len(names) == len(found) == 10
+    assert all("lora_" in n or "router" in n for n in names)
+    assert adapter_parameters(make_model()) == []
+
+
+# --- Hugging Face -------------------------------------------------------------------------------
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(config).eval()
+
+
+def adapted(qwen, config):
+    model = copy.deepcopy(qwen)
+    model.requires_grad_(False)
+    assert len(replace_linears(model, config, PROJECTIONS)) == 14
+    return model
+
+
+def configs():
+    return {
+        "ming": MING.replace(aux={"load_balance": 0.01}),
+        "moelora": MOELORA,
+    }
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [3, 4, 5, 3, 4]])
+ATTENTION = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_starts_as_its_base(qwen, name):
+    model = adapted(qwen, configs()[name])
+    if name == "moelora":
+        set_tasks(model, [1, 2, 3])
+    with torch.no_grad():
+        found = model(IDS, attention_mask=ATTENTION).logits
+        expected = qwen(IDS, attention_mask=ATTENTION).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_generates_a_batch_with_a_cache(qwen, name):
+    """Batched decoding (N = 1, batch > 1), where MING asserts: the tokens of one by one."""
+    model = randomise(adapted(qwen, configs()[name])).eval()
+    options = dict(max_new_tokens=6, do_sample=False)
+
+    def generate(rows, **extra):
+        if name == "moelora":
+            set_tasks(model, [row + 1 for row in rows])
+        return model.generate(IDS[rows], attention_mask=ATTENTION[rows], **options, **extra)[
+            :, IDS.shape[1] :
+        ]
+
+    together = generate([0, 1, 2])
+    assert together.shape == (3, 6)
+    assert torch.equal(generate([0, 1, 2], use_cache=False), together)
+    for row in range(3):
+        assert torch.equal(generate([row])[0], together[row]), row
+    plain = qwen.generate(IDS, attention_mask=ATTENTION, **options)[:, IDS.shape[1] :]
+    assert not torch.equal(plain, together)
+
+
+def train(qwen, name, recompute):
+    """The losses of three steps of Adam, and the gradients of the last."""
+    torch.manual_seed(3)
+    model = adapted(qwen, configs()[name]).train()
+    parameters = adapter_parameters(model)
+    assert {id(q) for q in model.parameters() if q.requires_grad} == {id(q) for q in parameters}
+    if name == "moelora":
+        set_tasks(model, [1, 2, 3])
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    labels = IDS.masked_fill(ATTENTION == 0, -100)
+    losses = []
+    for _ in range(3):
+        loss = model(IDS, attention_mask=ATTENTION, labels=labels, use_cache=False).loss
+        aux = collect_aux_loss(model, ATTENTION.bool())
+        assert (aux > 0) == (name == "ming")
+        optimizer.zero_grad()
+        (loss + aux).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [q.grad for q in parameters]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_trains(qwen, name):
+    """Every adapter parameter and nothing else; the same bits with recomputed activations."""
+    losses, grads = train(qwen, name, False)
+    again, recomputed = train(qwen, name, True)
+    assert losses == again
+    for a, b in zip(grads, recomputed, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
+    assert losses[-1] < losses[0]
