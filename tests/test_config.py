@@ -294,7 +294,7 @@ def outputs_and_gradients(layer, x, dy, forward):
     return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(combinations())
 def test_any_combination_of_axes_is_its_formula(combination):
     """The axes are meant to be orthogonal: no pair of options may meet in an untested branch."""

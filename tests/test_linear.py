@@ -800,6 +800,42 @@ def test_compile_without_graph_breaks_or_recompiles(options):
             assert_same(found, step(eval_layer, x), rtol=1e-11, atol=1e-11)
 
 
+def test_new_tasks_do_not_recompile():
+    """Serving changes the tasks of every batch: they are data to the graph, not constants."""
+    layer = make_layer(router="task", num_tasks=3).eval()
+    set_tasks(layer, [1, 2])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in ([2, 3], [3, 1]):
+            set_tasks(layer, ids)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", ({}, dict(router="mlp", noise=0.1)), ids=str)
+def test_compile_under_autocast(options):
+    """The graph is that of eager autocast: the same bits."""
+    layer = make_layer(torch.float32, **options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        found = compiled(x)
+        torch.manual_seed(1)
+        expected = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+def test_a_called_base_compiles():
+    """A quantised or subclassed base is traced through its own forward."""
+    layer = make_layer(base=hooked("packed"), adapter_dtype="float64")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, IN, dtype=torch.float64)
+    assert_same(step(layer, x, forward=compiled), step(layer, x), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dropout_mask", ("shared", "per_expert"))
 def test_training_with_dropout_compiles(dropout_mask):
     """Every step draws a seed of its own inside the graph; backward regenerates its mask."""
