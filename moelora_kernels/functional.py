@@ -44,9 +44,8 @@ def apply(
         with torch.autocast(x.device.type, enabled=False):
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
     fields = [tensor for field in zip(*siblings, strict=True) for tensor in field]
-    *outputs, _, weights, chosen, logits = MoeLora.apply(
-        plan, x, gates, indices, rows, seed, *fields
-    )
+    run = MoeLora.apply if torch.is_grad_enabled() else MoeLora.forward
+    *outputs, _, weights, chosen, logits = run(plan, x, gates, indices, rows, seed, *fields)
     return outputs, weights, chosen, logits
 
 

@@ -1,6 +1,6 @@
 """The layers."""
 
-from moelora_kernels.nn.group import MoeLoraGroup
+from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.model import adapter_parameters, replace_linears, set_tasks
 from moelora_kernels.nn.record import collect_aux_loss, record_routing
@@ -13,6 +13,7 @@ __all__ = [
     "TaskRouter",
     "adapter_parameters",
     "collect_aux_loss",
+    "link_siblings",
     "record_routing",
     "replace_linears",
     "set_tasks",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import torch
 from torch import Tensor, nn
 
+from moelora_kernels.functional import active_dtype
 from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
 
 
@@ -54,3 +58,72 @@ def check_siblings(siblings: dict[str, nn.Module]) -> None:
                 f"{name}: expected adapters of {first.lora_A.dtype} as {first_name} has, "
                 f"got {layer.lora_A.dtype}"
             )
+
+
+class SiblingLink:
+    """Layers that a model calls one by one on the same x, run together at the first of the calls.
+
+    The first layer that is called with an x computes the outputs of all; the others, called with
+    the same tensor, take theirs. A layer that is called with another x starts anew: how the model
+    calls its layers decides what is computed twice, never what comes out.
+    """
+
+    def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
+        self.layers = tuple(layers)
+        self._forget()
+        for layer in self.layers:
+            layer.link = self
+
+    def _forget(self) -> None:
+        self.given: tuple = ()
+        self.outputs: dict[int, Tensor] = {}
+
+    def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
+        """y of one of the layers."""
+        own = self.layers.index(layer)
+        state = (x._version, torch.is_grad_enabled(), layer.training, active_dtype(x))
+        fresh = own in self.outputs and self.given[0] is x and self.given[1] is gates
+        if not fresh or self.given[2] != state:
+            self.outputs = dict(enumerate(forward_siblings(self.layers, x, gates)))
+            self.given = (x, gates, state)
+        y = self.outputs.pop(own)
+        if not self.outputs:
+            self._forget()
+        return y
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles start without outputs, which are kept by the identity of x.
+        return {"layers": self.layers, "given": (), "outputs": {}}
+
+
+def link_siblings(
+    model: nn.Module,
+    groups: Iterable[Sequence[str]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+) -> list[str]:
+    """Run siblings of a model together without changing its code or its state dict.
+
+    Every module of `model` whose children have all the names of a group, as MoeLoraLinear layers
+    with the same options, runs them as a MoeLoraGroup would. In training the siblings then share
+    the dropout mask of x. Under torch.compile they run one by one; a MoeLoraGroup does not.
+
+    Args:
+        model: a model whose linears have been replaced.
+        groups: names of children that are called with the same x.
+
+    Returns:
+        One name per group that was found, such as "layers.0.self_attn.{q_proj,k_proj,v_proj}".
+
+    Raises:
+        ValueError: no group is found, or the layers of one cannot be run together.
+    """
+    linked = []
+    for name, module in model.named_modules():
+        for group in groups:
+            children = {child: getattr(module, child, None) for child in group}
+            if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):
+                check_siblings(children)
+                SiblingLink([*children.values()])
+                linked.append(f"{name}.{{{','.join(group)}}}".lstrip("."))
+    if not linked:
+        raise ValueError(f"groups: no module has children {[[*group] for group in groups]}")
+    return linked

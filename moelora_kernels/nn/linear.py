@@ -76,8 +76,7 @@ class MoeLoraLinear(nn.Module):
             config = config.replace(**options)
         self.config = config
         self.in_features, self.out_features = base.in_features, base.out_features
-        ranks = config.ranks()
-        renormalize = config.renormalizes()
+        ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
             ranks,
             config.scales(),
@@ -86,6 +85,13 @@ class MoeLoraLinear(nn.Module):
             temperature=config.temperature,
             dropout_per_expert=config.dropout_mask == "per_expert",
         )
+        # Whether a linear router's logits can come out of the shrink, and the plan where they do.
+        self._fusable = (
+            config.granularity == "token"
+            and renormalize is not None
+            and config.shared_expert == "none"
+        )
+        self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
         device, dtype = _adapter_place(base, config)
         self.base_layer = base.requires_grad_(False)
         rows = ranks[0] if config.share == "A" else sum(ranks)
@@ -96,6 +102,8 @@ class MoeLoraLinear(nn.Module):
         self.router = build_router(config, self.in_features, device, dtype)
         self.record = RoutingRecord()
         self.external_gates: Tensor | None = None
+        # Set by `link_siblings`: what runs this layer together with its siblings.
+        self.link = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -120,6 +128,9 @@ class MoeLoraLinear(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        # A compiled graph has no version counter that tells whether x was changed between calls.
+        if self.link is not None and not torch.compiler.is_compiling():
+            return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]
 
     def extra_repr(self) -> str:
@@ -156,13 +167,10 @@ def _is_read(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
 
 def _is_fused(layer: MoeLoraLinear) -> bool:
     """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
-    config = layer.config
     return (
-        is_plain_linear(layer.router)
-        and config.granularity == "token"
-        and config.renormalizes() is not None
-        and config.shared_expert == "none"
-        and not (layer.training and config.noise > 0)
+        layer._fusable
+        and is_plain_linear(layer.router)
+        and not (layer.training and layer.config.noise > 0)
     )
 
 
@@ -179,29 +187,27 @@ def forward_siblings(
     if gates is not None and config.router != "external":
         raise ValueError(f"gates: only router='external' takes gates, this is {config.router!r}")
     dtype = active_dtype(x)
-    tokens = x.reshape(-1, first.in_features)
+    tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
     fused = all(_is_fused(layer) for layer in layers)
     siblings = [_sibling(layer, x, tokens, fused) for layer in layers]
 
-    plan, p = first._plan, config.dropout if first.training else 0.0
-    if p > 0.0:
-        plan = plan._replace(dropout=p)
-    seed = dropout_seed(p, None, x.device)
+    plan, seed = first._fused_plan if fused else first._plan, None
+    if config.dropout > 0.0 and first.training:
+        plan = plan._replace(dropout=config.dropout)
+        seed = dropout_seed(config.dropout, None, x.device)
     indices = rows = logits = None
-    if fused:
-        plan = plan._replace(top_k=config.top_k or config.num_experts)
-    else:
+    if not fused:
         gates, indices, rows, logits = _gates(layers, x, tokens, gates)
     outputs, weights, chosen, fused_logits = apply(
         plan, tokens, siblings, gates, indices, rows, seed, config.impl
     )
-    if any(layer.record.wanted or config.aux for layer in layers):
+    if config.aux or any(layer.record.wanted for layer in layers):
         if fused:
             indices = chosen if plan.top_k < config.num_experts else None
             gates, logits = weights, fused_logits
         _keep(layers, gates, indices, logits)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def _sibling(layer: MoeLoraLinear, x: Tensor, tokens: Tensor, fused: bool) -> Sibling:
