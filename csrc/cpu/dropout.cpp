@@ -49,20 +49,20 @@ MOELORA_INLINE void philox(Philox state, int64_t first, uint32_t* random) {
   }
 }
 
+// Elements [begin, end) of x, those with a random number up to `last_dropped` set to zero.
 template <class S>
 MOELORA_INLINE void drop(const S* x, S* out, int64_t begin, int64_t end, Philox state,
-                         uint64_t threshold, Compute<S> kept) {
+                         uint32_t last_dropped, Compute<S> kept) {
+  using C = Compute<S>;
   constexpr int64_t STEP = 4 * COUNTERS;
-  uint32_t random[STEP];
-  const bool all = threshold > UINT32_MAX;
-  const uint32_t bound = uint32_t(threshold);
+  alignas(64) uint32_t random[STEP];
   for (int64_t n = begin; n < end; n += STEP) {
     philox(state, n / 4, random);
     const int64_t count = std::min(STEP, end - n);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      const S value = narrow<S>(widen(x[n + j]) / kept);
-      out[n + j] = all || random[j] < bound ? S{} : value;
+      const C scaled = widen(x[n + j]) / kept;
+      out[n + j] = narrow<S>(random[j] <= last_dropped ? C{0} : scaled);
     }
   }
 }
@@ -76,11 +76,13 @@ Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   check_size(seed.numel(), 1, "seed");
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected int64");
   x = row_major(x);
+  const auto threshold = uint64_t(std::nearbyint(p * 0x1p32));
+  if (threshold == 0) return torch::stable::clone(x);
   Tensor out = torch::stable::empty_like(x);
 
   const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
   const Philox state{.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = uint32_t(stream)};
-  const auto threshold = uint64_t(std::nearbyint(p * 0x1p32));
+  const auto last_dropped = uint32_t(threshold - 1);
   for_dtype(x.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
     const S* from = x.const_data_ptr<S>();
@@ -91,7 +93,7 @@ Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
     const auto kept = Compute<S>(1.0 - p);
     torch::stable::parallel_for(0, num_blocks, grain(10 * block), [&](int64_t first, int64_t last) {
       vectorised([&](auto) {
-        drop<S>(from, to, first * block, std::min(last * block, numel), state, threshold, kept);
+        drop<S>(from, to, first * block, std::min(last * block, numel), state, last_dropped, kept);
       });
     });
   });

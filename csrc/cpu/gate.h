@@ -154,9 +154,30 @@ MOELORA_INLINE bool before(C left, C right) {
   return left > right || (left != left && right == right);
 }
 
-// The first K experts by falling score, the lower expert first among equals.
-template <class C>
-MOELORA_INLINE void top_k(const C* score, int64_t E, int64_t K, int32_t* indices) {
+// The first K experts by falling score, the lower expert first among equals; `keys` holds E
+// numbers.
+MOELORA_INLINE void top_k(const float* score, int64_t E, int64_t K, int64_t* keys,
+                          int32_t* indices) {
+  // One integer orders (score, expert): K maxima without a branch on data.
+  constexpr int32_t NAN_KEY = 0x7FC00000;
+#pragma omp simd
+  for (int64_t e = 0; e < E; ++e) {
+    const int32_t word = bits<int32_t>(score[e] + 0.0f);
+    const int32_t ordered = word ^ ((word >> 31) & 0x7FFFFFFF);
+    const int32_t key = (word & 0x7FFFFFFF) > 0x7F800000 ? NAN_KEY : ordered;
+    keys[e] = (int64_t{key} << 32) | (0x7FFFFFFF - e);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    int64_t largest = INT64_MIN;
+#pragma omp simd reduction(max : largest)
+    for (int64_t e = 0; e < E; ++e) largest = std::max(largest, keys[e]);
+    const int64_t expert = 0x7FFFFFFF - (largest & 0xFFFFFFFF);
+    indices[k] = int32_t(expert);
+    keys[expert] = INT64_MIN;
+  }
+}
+
+MOELORA_INLINE void top_k(const double* score, int64_t E, int64_t K, int64_t*, int32_t* indices) {
   int64_t found = 0;
   for (int64_t e = 0; e < E; ++e) {
     if (found == K && !before(score[e], score[indices[K - 1]])) continue;
@@ -166,14 +187,37 @@ MOELORA_INLINE void top_k(const C* score, int64_t E, int64_t K, int32_t* indices
   }
 }
 
+// exp of a number that is not positive, to 2 units in the last place; free of calls and branches.
+MOELORA_INLINE float exponential(float power) {
+  // Below this exp leaves the normal numbers and counts as zero. NaN compares false and stays.
+  constexpr float SMALLEST = -87.0f;
+  const float clamped = power < SMALLEST ? SMALLEST : power;
+  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the low bits then hold.
+  const float shifted = clamped * 0x1.715476p0f + 0x1.8p23f;
+  const float twos = shifted - 0x1.8p23f;
+  const float rest = (clamped - twos * 0x1.62e400p-1f) - twos * 0x1.7f7d1cp-20f;
+  float sum = 0x1.6c16c2p-10f;  // 1 / 6!, then Taylor downwards: |rest| <= ln 2 / 2
+  sum = sum * rest + 0x1.111112p-7f;
+  sum = sum * rest + 0x1.555556p-5f;
+  sum = sum * rest + 0x1.555556p-3f;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  const uint32_t scale = (bits<uint32_t>(shifted) << 23) + 0x3F800000;
+  return power < SMALLEST ? 0.0f : sum * bits<float>(scale);
+}
+
+MOELORA_INLINE double exponential(double power) { return std::exp(power); }
+
 // exp(score - largest) into `out`; returns their sum.
 template <class C>
 MOELORA_INLINE C exponentials(const C* score, int64_t count, C* out) {
   C largest = score[0];
   for (int64_t e = 1; e < count; ++e) largest = std::max(largest, score[e]);
   C sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t e = 0; e < count; ++e) {
-    out[e] = std::exp(score[e] - largest);
+    out[e] = exponential(score[e] - largest);
     sum += out[e];
   }
   return sum;
@@ -185,18 +229,27 @@ struct TopkOptions {
   double temperature;
 };
 
-// Weights [K] and indices [K] of one row of logits [E]; `scratch` holds 2 E numbers.
+// What the rows of one thread need between them.
 template <class C>
-MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& options, C* scratch,
-                                 C* weights, int32_t* indices) {
+struct TopkScratch {
+  explicit TopkScratch(int64_t E) : score(E), powers(E), keys(E) {}
+  std::vector<C> score;
+  std::vector<C> powers;
+  std::vector<int64_t> keys;
+};
+
+// Weights [K] and indices [K] of one row of logits [E].
+template <class C>
+MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& options,
+                                 TopkScratch<C>& scratch, C* weights, int32_t* indices) {
   const int64_t K = options.K;
-  C* score = scratch;
-  C* chosen = scratch + E;
+  C* score = scratch.score.data();
+  C* chosen = scratch.powers.data();
   for (int64_t e = 0; e < E; ++e) score[e] = logits[e] / C(options.temperature);
   if (K == E) {
     for (int64_t k = 0; k < K; ++k) indices[k] = int32_t(k);
   } else {
-    top_k(score, E, K, indices);
+    top_k(score, E, K, scratch.keys.data(), indices);
   }
   if (options.renormalize) {
     for (int64_t k = 0; k < K; ++k) chosen[k] = score[indices[k]];
@@ -209,11 +262,12 @@ MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& 
 }
 
 // dlogits [E] of one row from dweights [K]; indices null: K == E in the experts' own order.
-// `logits` is read, and `scratch` [2 E] used, only without renormalize.
+// `logits` is read only without renormalize.
 template <class C, class IndexOf>
 MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
                                           const IndexOf& index_of, const C* logits, int64_t E,
-                                          const TopkOptions& options, C* scratch, C* dlogits) {
+                                          const TopkOptions& options, TopkScratch<C>& scratch,
+                                          C* dlogits) {
   const int64_t K = options.K;
   const C temperature = C(options.temperature);
   C mean = 0;
@@ -232,8 +286,8 @@ MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
     const int64_t expert = index_of(k);
     if (expert >= 0 && expert < E) dlogits[expert] = dweights[k];
   }
-  C* score = scratch;
-  C* powers = scratch + E;
+  C* score = scratch.score.data();
+  C* powers = scratch.powers.data();
   for (int64_t e = 0; e < E; ++e) score[e] = logits[e] / temperature;
   const C sum = exponentials(score, E, powers);
   for (int64_t e = 0; e < E; ++e) {

@@ -46,7 +46,10 @@ MOELORA_INLINE void dot_block(const C* x, const C* weight, int64_t weight_stride
                               C* logits, int64_t logits_stride) {
   using V = typename Vector<C, BYTES>::type;
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
-  V sum[TOKENS][ROWS] = {};
+  V sum[TOKENS][ROWS];
+  for (int t = 0; t < TOKENS; ++t) {
+    for (int row = 0; row < ROWS; ++row) sum[t][row] = V{};
+  }
   int64_t j = 0;
   for (; j + LANES <= count; j += LANES) {
     V of_x[TOKENS];
@@ -182,46 +185,43 @@ MOELORA_INLINE void gram_kernel(const C* dlogits, const S* x, int64_t begin, int
 
 }  // namespace
 
-Tensor router_logits(const Tensor& x, const std::vector<Tensor>& weight,
-                     const std::vector<Tensor>& bias) {
-  const auto [T, I] = shape<2>(x, "x");
+Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
+               const std::vector<Tensor>& biases) {
   const ScalarType dtype = compute_dtype(x.scalar_type());
-  const auto [E, weight_columns] = shape<2>(weight[0], "router_weight");
-  const int64_t N = E * int64_t(weight.size());
-  for (const Tensor& of_sibling : weight) {
-    const auto [experts, inputs] = shape<2>(of_sibling, "router_weight");
+  const auto [E, I] = shape<2>(weights[0], "router_weight");
+  check_size(I, x.size(1), "router_weight, in_features");
+  const auto siblings = int64_t(weights.size());
+  weight = row_major(cast(weights[0], dtype));
+  if (siblings > 1) weight = empty(x, {siblings * E, I}, dtype);
+  bias = torch::stable::new_zeros(x, {siblings * E}, dtype);
+  for (int64_t i = 0; i < siblings; ++i) {
+    const auto [experts, inputs] = shape<2>(weights[i], "router_weight");
     check_size(experts, E, "router_weight, experts");
     check_size(inputs, I, "router_weight, in_features");
+    Tensor part = rows(weight, i * E, E);
+    if (siblings > 1) torch::stable::copy_(part, weights[i]);
+    if (biases.empty()) continue;
+    check_size(biases[i].numel(), E, "router_bias");
+    part = rows(bias, i * E, E);
+    torch::stable::copy_(part, biases[i]);
   }
-  for (const Tensor& of_sibling : bias) check_size(of_sibling.numel(), E, "router_bias");
+}
 
-  Tensor stacked = row_major(cast(weight[0], dtype));
-  if (weight.size() > 1) {
-    stacked = empty(x, {N, I}, dtype);
-    for (size_t i = 0; i < weight.size(); ++i) {
-      Tensor part = rows(stacked, int64_t(i) * E, E);
-      torch::stable::copy_(part, weight[i]);
-    }
-  }
-  Tensor logits = empty(x, {T, N}, dtype);
-  for_dtype(x.scalar_type(), [&, T = T, I = I, E = E](auto type) {
+void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& to) const {
+  for_dtype(x.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
-    std::vector<C> start(N, C{0});
-    for (size_t i = 0; i < bias.size(); ++i) {
-      const Tensor of_sibling = row_major(cast(bias[i], dtype));
-      std::copy_n(of_sibling.const_data_ptr<C>(), E, start.begin() + int64_t(i) * E);
-    }
-    const S* from = x.const_data_ptr<S>();
-    const C* weight_data = stacked.const_data_ptr<C>();
-    C* to = logits.mutable_data_ptr<C>();
-    torch::stable::parallel_for(0, T, grain(N * I), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) std::copy(start.begin(), start.end(), to + t * N);
-      vectorised(
-          [&](auto width) { logits_kernel<width()>(from, weight_data, begin, end, I, N, to); });
+    const int64_t N = weight.size(0);
+    const int64_t I = weight.size(1);
+    const S* x_data = x.const_data_ptr<S>();
+    const C* weight_data = weight.const_data_ptr<C>();
+    const C* start = bias.const_data_ptr<C>();
+    C* logits_data = to.mutable_data_ptr<C>();
+    for (int64_t t = begin; t < end; ++t) std::copy_n(start, N, logits_data + t * N);
+    vectorised([&](auto width) {
+      logits_kernel<width()>(x_data, weight_data, begin, end, I, N, logits_data);
     });
   });
-  return logits;
 }
 
 Tensor router_gram(const Tensor& dlogits, const Tensor& x) {

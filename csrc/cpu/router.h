@@ -5,9 +5,17 @@
 
 namespace moelora {
 
-// x Wt + b: x [T, I] row-major; weight n x [E, I]; bias n x [E] or none. [T, n E], compute dtype.
-Tensor router_logits(const Tensor& x, const std::vector<Tensor>& weight,
-                     const std::vector<Tensor>& bias);
+// The rows of all siblings' routers, and the logits that x = 0 has, in the compute dtype.
+struct Router {
+  Tensor weight;  // [N, I], N = n E
+  Tensor bias;    // [N]
+
+  // weight n x [E, I]; bias n x [E] or none. The compute dtype is that of `x`.
+  Router(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
+
+  // logits [T, N] = x Wt + b of the tokens [begin, end); x [T, I] row-major. For use in a thread.
+  void logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& to) const;
+};
 
 // dlogits^T x, summed over the tokens in their order: [N, I] in the compute dtype.
 Tensor router_gram(const Tensor& dlogits, const Tensor& x);

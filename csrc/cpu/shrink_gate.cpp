@@ -108,6 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   Tensor weights = empty(x, {0}, compute_dtype(dtype));
   Tensor logits = empty(x, {0}, compute_dtype(dtype));
   Tensor chosen = empty(x, {0}, ScalarType::Int);
+  std::optional<Router> router;
   if (router_weight.empty()) {
     STD_TORCH_CHECK(gates.has_value(), "gates: needed without a router");
   } else {
@@ -115,7 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     if (!router_bias.empty()) check_size(int64_t(router_bias.size()), siblings, "router_bias");
     check_size(router_weight[0].size(0), E, "router_weight, experts");
     STD_TORCH_CHECK(1 <= top_k && top_k <= E, "top_k: expected 1 to ", E, ", got ", top_k);
-    logits = router_logits(x, router_weight, router_bias);
+    router.emplace(x, router_weight, router_bias);
+    logits = empty(x, {T, siblings * E}, compute_dtype(dtype));
     weights = empty(x, {T, siblings * top_k}, compute_dtype(dtype));
     if (top_k < E) chosen = empty(x, {T, siblings * top_k}, ScalarType::Int);
   }
@@ -126,25 +128,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   Tensor h = in_place ? raw[0] : empty(x, {T, siblings * width}, dtype);
   Tensor u = empty(x, {T, siblings * blocks.total}, dtype);
 
-  for_dtype(dtype, [&, T = T](auto type) {
+  for_dtype(dtype, [&, T = T, I = I](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
     using P = std::conditional_t<std::is_same_v<S, Half>, float, S>;
-    if (!router_weight.empty()) {
-      const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
-      const C* of_logits = logits.const_data_ptr<C>();
-      C* to_weights = weights.mutable_data_ptr<C>();
-      int32_t* to_indices = top_k < E ? chosen.mutable_data_ptr<int32_t>() : nullptr;
-      torch::stable::parallel_for(0, T * siblings, grain(32 * E), [&](int64_t begin, int64_t end) {
-        std::vector<C> scratch(2 * E);
-        std::vector<int32_t> own_order(E);
-        for (int64_t n = begin; n < end; ++n) {
-          topk_softmax(of_logits + n * E, E, options, scratch.data(), to_weights + n * top_k,
-                       to_indices ? to_indices + n * top_k : own_order.data());
-        }
-      });
+    if (router) {
       gates = weights;
-      if (top_k < E) indices = chosen;
+      indices = top_k < E ? std::optional<Tensor>(chosen) : std::nullopt;
+      rows_of_tokens = std::nullopt;
     }
     const Gate<C> gate(*gates, indices, rows_of_tokens, T, siblings, E);
     const std::vector<C> factors = to_compute<C>(scaling);
@@ -160,10 +151,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     for (const Tensor& product : raw) {
       gate_rows.raw.push_back(in_place ? nullptr : product.const_data_ptr<P>());
     }
-    const int64_t work = siblings * (blocks.total + 8 * E);
+    const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
+    const C* of_logits = logits.const_data_ptr<C>();
+    C* to_weights = weights.mutable_data_ptr<C>();
+    int32_t* to_indices = chosen.mutable_data_ptr<int32_t>();
+    const int64_t work = siblings * (blocks.total + 8 * E + (router ? E * (I + 32) : 0));
     torch::stable::parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
+      if (router) router->logits(x, begin, end, logits);
       std::vector<C> scaled(E);
-      vectorised([&](auto) { gate_rows(begin, end, scaled.data()); });
+      std::vector<int32_t> own_order(E);
+      TopkScratch<C> scratch(E);
+      vectorised([&](auto) {
+        if (router) {
+          for (int64_t n = begin * siblings; n < end * siblings; ++n) {
+            topk_softmax(of_logits + n * E, E, options, scratch, to_weights + n * top_k,
+                         top_k < E ? to_indices + n * top_k : own_order.data());
+          }
+        }
+        gate_rows(begin, end, scaled.data());
+      });
     });
   });
   return {h, u, weights, chosen, logits};

@@ -91,14 +91,12 @@ struct BackwardRows {
            inner<S, P, C>(product + first, of_h + (share_a ? 0 : first), blocks.ranks[e]);
   }
 
-  // `scratch` holds 4 E numbers, `shared` as many as the largest rank.
-  MOELORA_INLINE void operator()(int64_t begin, int64_t end, C* scratch, C* shared) const {
+  // `scaled` and `dweights` hold E numbers, `shared` as many as the largest rank.
+  MOELORA_INLINE void operator()(int64_t begin, int64_t end, C* scaled, C* dweights, C* shared,
+                                 TopkScratch<C>& scratch) const {
     const int64_t E = blocks.experts();
     const int64_t R = blocks.total;
     const int64_t slots = gate.sparse() ? gate.slots() : E;
-    C* scaled = scratch;
-    C* dweights = scratch + E;
-    C* rest = scratch + 2 * E;
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < siblings; ++i) {
         const int64_t n = t * siblings + i;
@@ -121,7 +119,7 @@ struct BackwardRows {
         topk_softmax_backward(
             dweights, gate.values() + n * slots,
             [&](int64_t k) { return gate.sparse() ? gate.expert_of(n * slots + k) : k; },
-            logits + n * E, E, options, rest, of_logits);
+            logits + n * E, E, options, scratch, of_logits);
         if (dlogits == nullptr) continue;
         for (int64_t e = 0; e < E; ++e) of_logits[e] += dlogits[n * E + e];
       }
@@ -206,8 +204,11 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
     }
     const int64_t work = siblings * (2 * blocks.total + 16 * E);
     torch::stable::parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<C> scratch(4 * E + *std::max_element(ranks.begin(), ranks.end()));
-      vectorised([&](auto) { backward_rows(begin, end, scratch.data(), scratch.data() + 4 * E); });
+      std::vector<C> row(2 * E + *std::max_element(ranks.begin(), ranks.end()));
+      TopkScratch<C> scratch(E);
+      C* scaled = row.data();
+      vectorised(
+          [&](auto) { backward_rows(begin, end, scaled, scaled + E, scaled + 2 * E, scratch); });
     });
     result = dgate;
     if (reduced) {

@@ -24,11 +24,13 @@ std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormal
     C* weights_data = weights.mutable_data_ptr<C>();
     int32_t* indices_data = indices.mutable_data_ptr<int32_t>();
     torch::stable::parallel_for(0, N, grain(32 * E), [&](int64_t begin, int64_t end) {
-      std::vector<C> scratch(2 * E);
-      for (int64_t t = begin; t < end; ++t) {
-        topk_softmax(logits_data + t * E, E, options, scratch.data(), weights_data + t * top_k,
-                     indices_data + t * top_k);
-      }
+      TopkScratch<C> scratch(E);
+      vectorised([&](auto) {
+        for (int64_t t = begin; t < end; ++t) {
+          topk_softmax(logits_data + t * E, E, options, scratch, weights_data + t * top_k,
+                       indices_data + t * top_k);
+        }
+      });
     });
   });
   return {weights, indices};
@@ -56,12 +58,12 @@ Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tenso
     const C* logits_data = of_logits.const_data_ptr<C>();
     C* dlogits_data = dlogits.mutable_data_ptr<C>();
     torch::stable::parallel_for(0, N, grain(32 * E), [&](int64_t begin, int64_t end) {
-      std::vector<C> scratch(2 * E);
+      TopkScratch<C> scratch(E);
       for (int64_t t = begin; t < end; ++t) {
         topk_softmax_backward(
             dweights_data + t * K, weights_data + t * K,
             [&](int64_t k) { return of_indices[t * K + k]; }, logits_data + t * E, E, options,
-            scratch.data(), dlogits_data + t * E);
+            scratch, dlogits_data + t * E);
       }
     });
   });
