@@ -55,7 +55,8 @@ def native() -> dict:
             try:
                 super().run()
             except Exception as error:
-                without_library(" ".join(str(error).split())[:300])
+                reason = " ".join(str(error).split())[:300]
+                without_library(f"{reason} (pip install -v shows the compiler's output)")
                 self.extensions = []
 
     library = CppExtension(
