@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 NATIVE = os.environ.get("MOELORA_NATIVE", "")
 
@@ -22,15 +23,15 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"
 # The stable ABI of torch 2.10: a library built against any later torch loads in all of them.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # No -march: the kernels pick their vector width at run time (csrc/cpu/simd.h).
-FLAGS = [
-    "-O3",
-    "-g0",
-    "-std=c++20",
-    "-fopenmp-simd",
-    "-fvisibility=hidden",
-    "-Wno-psabi",
-    STABLE_ABI,
-]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wno-psabi"]
+
+
+class Sdist(sdist):
+    """Carries csrc/ also where torch is missing and no extension is declared."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.extend(SOURCES + HEADERS)
 
 
 def without_library(reason: object) -> None:
@@ -41,14 +42,15 @@ def without_library(reason: object) -> None:
 
 
 def native() -> dict:
-    """The arguments of `setup` that build the library; none where it is not to be built."""
+    """The arguments of `setup` that build the library; no extension where it is not to be built."""
+    commands = {"sdist": Sdist}
     if NATIVE == "0":
-        return {}
+        return {"cmdclass": commands}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         without_library(f"torch cannot be imported at build time ({error})")
-        return {}
+        return {"cmdclass": commands}
 
     class Build(BuildExtension):
         def run(self) -> None:
@@ -64,10 +66,10 @@ def native() -> dict:
         SOURCES,
         depends=HEADERS,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": [*FLAGS, STABLE_ABI]},
         optional=NATIVE != "1",
     )
-    return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [library], "cmdclass": {**commands, "build_ext": Build}}
 
 
 setup(**native())
