@@ -29,9 +29,8 @@ FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-W
 class Sdist(sdist):
     """Carries csrc/ also where torch is missing and no extension is declared."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        self.filelist.extend(SOURCES + HEADERS)
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, sorted({*files, *SOURCES, *HEADERS}))
 
 
 def without_library(reason: object) -> None:
