@@ -35,15 +35,31 @@ inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
   call("aten::mm", "out", left, right, out);
 }
 
-inline Tensor columns(Tensor matrix, int64_t begin, int64_t count) {
-  return torch::stable::narrow(matrix, 1, begin, count);
+// A view of a matrix; straight from the C shim, several times cheaper than through the dispatcher.
+inline Tensor view(const Tensor& matrix, std::array<int64_t, 2> sizes,
+                   std::array<int64_t, 2> strides, int64_t offset) {
+  int64_t start = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(matrix.get(), &start));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(),
+                                                        strides.data(), start + offset, &handle));
+  return Tensor(handle);
 }
 
-inline Tensor rows(Tensor matrix, int64_t begin, int64_t count) {
-  return torch::stable::narrow(matrix, 0, begin, count);
+inline Tensor columns(const Tensor& matrix, int64_t begin, int64_t count) {
+  const int64_t row = matrix.stride(0);
+  const int64_t column = matrix.stride(1);
+  return view(matrix, {matrix.size(0), count}, {row, column}, begin * column);
 }
 
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+inline Tensor rows(const Tensor& matrix, int64_t begin, int64_t count) {
+  const int64_t row = matrix.stride(0);
+  return view(matrix, {count, matrix.size(1)}, {row, matrix.stride(1)}, begin * row);
+}
+
+inline Tensor transposed(const Tensor& matrix) {
+  return view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}, 0);
+}
 
 inline Tensor row_major(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -53,8 +69,26 @@ inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// An uninitialised matrix on the CPU.
+inline Tensor empty(int64_t num_rows, int64_t num_columns, ScalarType dtype) {
+  const std::array<int64_t, 2> sizes{num_rows, num_columns};
+  const std::array<int64_t, 2> strides{std::max<int64_t>(num_columns, 1), 1};
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), shim_dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The value of an output that this call does not have: a tensor of size [0].
+inline Tensor absent(ScalarType dtype) {
+  const int64_t size = 0;
+  const int64_t stride = 1;
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // The dtype that products of a storage dtype are computed in. ATen has no blocked float16 product

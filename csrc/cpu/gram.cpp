@@ -18,7 +18,7 @@ Tensor gram_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t s
   if (p == 0.0) return mm(left, cast(x, dtype));
   if (!per_expert) return mm(left, cast(dropout(x, p, *seed, 0), dtype));
   check_size(dh.size(1), siblings * blocks.total, "dh, ranks");
-  const Tensor da = empty(x, {dh.size(1), x.size(1)}, dtype);
+  const Tensor da = empty(dh.size(1), x.size(1), dtype);
   for (int64_t e = 0; e < blocks.experts(); ++e) {
     const Tensor dropped = cast(dropout(x, p, *seed, e), dtype);
     for (int64_t i = 0; i < siblings; ++i) {
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gram(
   const Tensor da =
       cast(gram_a(x, dh, blocks, siblings, dropout_p, dropout_per_expert, seed), lora_dtype);
   const Tensor drouter =
-      dlogits ? cast(router_gram(*dlogits, x), router_dtype) : empty(x, {0}, router_dtype);
+      dlogits ? cast(router_gram(*dlogits, x), router_dtype) : absent(router_dtype);
   std::vector<Tensor> db;
   const Tensor gated = cast(u, dtype);
   for (int64_t i = 0; i < siblings; ++i) {

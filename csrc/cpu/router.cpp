@@ -186,24 +186,28 @@ MOELORA_INLINE void gram_kernel(const C* dlogits, const S* x, int64_t begin, int
 }  // namespace
 
 Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
-               const std::vector<Tensor>& biases) {
-  const ScalarType dtype = compute_dtype(x.scalar_type());
+               const std::vector<Tensor>& biases)
+    : weight(row_major(cast(weights[0], compute_dtype(x.scalar_type())))) {
   const auto [E, I] = shape<2>(weights[0], "router_weight");
-  check_size(I, x.size(1), "router_weight, in_features");
   const auto siblings = int64_t(weights.size());
-  weight = row_major(cast(weights[0], dtype));
-  if (siblings > 1) weight = empty(x, {siblings * E, I}, dtype);
-  bias = torch::stable::new_zeros(x, {siblings * E}, dtype);
-  for (int64_t i = 0; i < siblings; ++i) {
-    const auto [experts, inputs] = shape<2>(weights[i], "router_weight");
+  for (const Tensor& of_sibling : weights) {
+    const auto [experts, inputs] = shape<2>(of_sibling, "router_weight");
     check_size(experts, E, "router_weight, experts");
-    check_size(inputs, I, "router_weight, in_features");
-    Tensor part = rows(weight, i * E, E);
-    if (siblings > 1) torch::stable::copy_(part, weights[i]);
-    if (biases.empty()) continue;
-    check_size(biases[i].numel(), E, "router_bias");
-    part = rows(bias, i * E, E);
-    torch::stable::copy_(part, biases[i]);
+    check_size(inputs, x.size(1), "router_weight, in_features");
+  }
+  for (const Tensor& of_sibling : biases) check_size(of_sibling.numel(), E, "router_bias");
+
+  if (siblings > 1) weight = empty(siblings * E, I, weight.scalar_type());
+  if (!biases.empty()) bias = empty(1, siblings * E, weight.scalar_type());
+  for (int64_t i = 0; i < siblings; ++i) {
+    if (siblings > 1) {
+      Tensor part = rows(weight, i * E, E);
+      torch::stable::copy_(part, weights[i]);
+    }
+    if (bias) {
+      Tensor part = columns(*bias, i * E, E);
+      torch::stable::copy_(part, biases[i]);
+    }
   }
 }
 
@@ -215,9 +219,11 @@ void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& t
     const int64_t I = weight.size(1);
     const S* x_data = x.const_data_ptr<S>();
     const C* weight_data = weight.const_data_ptr<C>();
-    const C* start = bias.const_data_ptr<C>();
     C* logits_data = to.mutable_data_ptr<C>();
-    for (int64_t t = begin; t < end; ++t) std::copy_n(start, N, logits_data + t * N);
+    const C* start = bias ? bias->const_data_ptr<C>() : nullptr;
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t row = 0; row < N; ++row) logits_data[t * N + row] = start ? start[row] : C{0};
+    }
     vectorised([&](auto width) {
       logits_kernel<width()>(x_data, weight_data, begin, end, I, N, logits_data);
     });
@@ -230,7 +236,7 @@ Tensor router_gram(const Tensor& dlogits, const Tensor& x) {
   check_size(dlogits_rows, T, "dlogits, tokens");
   const ScalarType dtype = compute_dtype(x.scalar_type());
   const Tensor left = row_major(cast(dlogits, dtype));
-  Tensor sums = empty(x, {N, I}, dtype);
+  Tensor sums = empty(N, I, dtype);
   for_dtype(x.scalar_type(), [&, T = T, I = I, N = N](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;

@@ -1,14 +1,16 @@
 // The two products of a linear router, in the compute dtype whatever dtype x has.
 #pragma once
 
+#include <optional>
+
 #include "aten.h"
 
 namespace moelora {
 
-// The rows of all siblings' routers, and the logits that x = 0 has, in the compute dtype.
+// The rows and biases of all siblings' routers, in the compute dtype.
 struct Router {
-  Tensor weight;  // [N, I], N = n E
-  Tensor bias;    // [N]
+  Tensor weight;               // [N, I], N = n E
+  std::optional<Tensor> bias;  // [1, N]
 
   // weight n x [E, I]; bias n x [E] or none. The compute dtype is that of `x`.
   Router(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);

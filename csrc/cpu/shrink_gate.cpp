@@ -64,7 +64,7 @@ std::vector<Tensor> products(const Tensor& x, const std::vector<Tensor>& lora_a,
   std::vector<Tensor> out;
   if (p > 0.0 && per_expert) {
     const int64_t T = x.size(0);
-    for (size_t i = 0; i < lora_a.size(); ++i) out.push_back(empty(x, {T, blocks.total}, dtype));
+    for (size_t i = 0; i < lora_a.size(); ++i) out.push_back(empty(T, blocks.total, dtype));
     for (int64_t e = 0; e < blocks.experts(); ++e) {
       const Tensor dropped = cast(dropout(x, p, *seed, e), dtype);
       for (size_t i = 0; i < lora_a.size(); ++i) {
@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   x = row_major(x);
   const ScalarType dtype = x.scalar_type();
 
-  Tensor weights = empty(x, {0}, compute_dtype(dtype));
-  Tensor logits = empty(x, {0}, compute_dtype(dtype));
-  Tensor chosen = empty(x, {0}, ScalarType::Int);
+  Tensor weights = absent(compute_dtype(dtype));
+  Tensor logits = absent(compute_dtype(dtype));
+  Tensor chosen = absent(ScalarType::Int);
   std::optional<Router> router;
   if (router_weight.empty()) {
     STD_TORCH_CHECK(gates.has_value(), "gates: needed without a router");
@@ -117,16 +117,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     check_size(router_weight[0].size(0), E, "router_weight, experts");
     STD_TORCH_CHECK(1 <= top_k && top_k <= E, "top_k: expected 1 to ", E, ", got ", top_k);
     router.emplace(x, router_weight, router_bias);
-    logits = empty(x, {T, siblings * E}, compute_dtype(dtype));
-    weights = empty(x, {T, siblings * top_k}, compute_dtype(dtype));
-    if (top_k < E) chosen = empty(x, {T, siblings * top_k}, ScalarType::Int);
+    logits = empty(T, siblings * E, compute_dtype(dtype));
+    weights = empty(T, siblings * top_k, compute_dtype(dtype));
+    if (top_k < E) chosen = empty(T, siblings * top_k, ScalarType::Int);
   }
 
   const std::vector<Tensor> raw = products(x, lora_a, blocks, dropout_p, dropout_per_expert, seed);
   // One sibling's product in x.dtype is h already.
   const bool in_place = siblings == 1 && raw[0].scalar_type() == dtype;
-  Tensor h = in_place ? raw[0] : empty(x, {T, siblings * width}, dtype);
-  Tensor u = empty(x, {T, siblings * blocks.total}, dtype);
+  Tensor h = in_place ? raw[0] : empty(T, siblings * width, dtype);
+  Tensor u = empty(T, siblings * blocks.total, dtype);
 
   for_dtype(dtype, [&, T = T, I = I](auto type) {
     using S = typename decltype(type)::type;

@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
     dlogits = dense(dlogits, "dlogits");
   }
 
-  Tensor dh = empty(h, {T, siblings * width}, dtype);
-  Tensor u = empty(h, {T, siblings * blocks.total}, dtype);
+  Tensor dh = empty(T, siblings * width, dtype);
+  Tensor u = empty(T, siblings * blocks.total, dtype);
   Tensor result;
   for_dtype(dtype, [&, T = T](auto type) {
     using S = typename decltype(type)::type;
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
       check_size(gate.gate_rows(), T, "gates, tokens");
     }
     const bool reduced = top_k == 0 && !gate.sparse() && (gate.by_row() || gate.gate_rows() == 1);
-    Tensor dgate = empty(h, {T, siblings * (top_k > 0 ? E : slots)}, sums);
+    Tensor dgate = empty(T, siblings * (top_k > 0 ? E : slots), sums);
     const std::vector<C> factors = to_compute<C>(scaling);
     BackwardRows<S, P, C> backward_rows{
         .gate = gate,
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
     });
     result = dgate;
     if (reduced) {
-      result = empty(h, {gate.gate_rows(), siblings * E}, sums);
+      result = empty(gate.gate_rows(), siblings * E, sums);
       reduce_rows(dgate.const_data_ptr<C>(), gate, T, siblings * E, result.mutable_data_ptr<C>());
     }
   });

@@ -14,8 +14,8 @@ std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormal
   STD_TORCH_CHECK(1 <= top_k && top_k <= E, "top_k: expected 1 to ", E, ", got ", top_k);
   const ScalarType dtype = compute_dtype(logits.scalar_type());
   const Tensor from = row_major(cast(logits, dtype));
-  Tensor weights = empty(logits, {N, top_k}, dtype);
-  Tensor indices = empty(logits, {N, top_k}, ScalarType::Int);
+  Tensor weights = empty(N, top_k, dtype);
+  Tensor indices = empty(N, top_k, ScalarType::Int);
   const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
 
   for_dtype(dtype, [&, N = N, E = E](auto type) {
@@ -48,7 +48,7 @@ Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tenso
   const Tensor of_weights = row_major(cast(weights, dtype));
   const Tensor of_logits = row_major(cast(logits, dtype));
   const Index of_indices(indices, "indices");
-  Tensor dlogits = empty(logits, {N, E}, dtype);
+  Tensor dlogits = empty(N, E, dtype);
   const TopkOptions options{.K = K, .renormalize = renormalize, .temperature = temperature};
 
   for_dtype(dtype, [&, N = N, E = E, K = K](auto type) {
