@@ -1,0 +1,194 @@
+"""How well each task does, which expert it uses, and the table and plots that show it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from promptcblue import IGNORED, Batch, Encoder, Sample
+
+from moelora_kernels import record_routing
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
+
+EVAL_BATCH = 16
+
+
+def token_losses(model, batch: Batch, tasks: Callable | None):
+    """Cross entropy [B, S-1] (0 where ignored), hits [B, S-1] and the mask [B, S-1] of both."""
+    if tasks is not None:
+        tasks(model, batch.task_ids)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = batch.labels[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return losses, logits.argmax(-1) == labels, labels != IGNORED
+
+
+def in_batches(items: list, size: int = EVAL_BATCH) -> Iterator[list]:
+    """Consecutive slices of `items`."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    encoder: Encoder,
+    samples: list[Sample],
+    tasks: Callable | None,
+    rank_choices: bool = True,
+) -> dict[str, dict]:
+    """Per task: mean target loss, token accuracy, and how many choices rank first that should.
+
+    A choice is ranked by the log-likelihood of all its tokens. Only samples whose target is one of
+    their answer_choices count.
+    """
+    model.eval()
+    zero = {"loss": 0.0, "token_accuracy": 0.0, "tokens": 0, "choices_right": 0, "choices": 0}
+    table = {task: dict(zero) for task in encoder.task_ids}
+    for group in in_batches(samples):
+        losses, hits, counted = token_losses(model, encoder.batch(group), tasks)
+        sums = torch.stack([losses.sum(1), (hits & counted).sum(1), counted.sum(1)], 1).tolist()
+        for sample, (loss, right, tokens) in zip(group, sums, strict=True):
+            row = table[sample.task]
+            row["loss"] += loss
+            row["token_accuracy"] += right
+            row["tokens"] += int(tokens)
+    for row in table.values():
+        for key in ("loss", "token_accuracy"):
+            # A task may have no dev sample: null in metrics.json.
+            row[key] = row[key] / row["tokens"] if row["tokens"] else None
+    if not rank_choices:
+        return table
+
+    ranked = [sample for sample in samples if sample.is_choice]
+    candidates = [replace(s, target=choice) for s in ranked for choice in s.answer_choices]
+    scores = []
+    for group in in_batches(candidates):
+        losses, _, _ = token_losses(model, encoder.batch(group), tasks)
+        scores += (-losses.sum(1)).tolist()
+    for sample in ranked:
+        mine = [scores.pop(0) for _ in sample.answer_choices]
+        best = sample.answer_choices[mine.index(max(mine))]
+        table[sample.task]["choices"] += 1
+        table[sample.task]["choices_right"] += best == sample.target
+    return table
+
+
+@torch.no_grad()
+def expert_load(
+    model, encoder: Encoder, samples: list[Sample], layers: list[str], tasks: Callable | None
+) -> torch.Tensor:
+    """Mean gate weight [task, layer, expert] over the tokens of each task, prompt and target."""
+    model.eval()
+    row_of = {task_id: row for row, task_id in enumerate(encoder.task_ids.values())}
+    totals, counts = 0.0, torch.zeros(len(row_of))
+    with record_routing(model):
+        for group in in_batches(samples):
+            batch = encoder.batch(group)
+            token_losses(model, batch, tasks)
+            mask = batch.attention_mask.bool().flatten().cpu()
+            rows = torch.tensor([row_of[task_id] for task_id in batch.task_ids.tolist()])
+            rows = rows[:, None].expand(batch.input_ids.shape).flatten()[mask]
+            gates = [dense_gates(model.get_submodule(name), len(mask))[mask] for name in layers]
+            # [task, T]: one row adds up the tokens of one task.
+            member = F.one_hot(rows, len(row_of)).T.float()
+            totals = totals + torch.einsum("nt,lte->nle", member, torch.stack(gates))
+            counts += member.sum(1)
+    return totals / counts[:, None, None].clamp_min(1)
+
+
+def dense_gates(layer, tokens: int) -> torch.Tensor:
+    """The gates [T, E] of a layer's last forward, in float32 on the CPU."""
+    weights, indices = layer.record.weights.float().cpu(), layer.record.indices
+    if indices is None:
+        return weights.expand(tokens, -1)
+    # An index outside [0, E) means "not routed": those get a column of their own, then dropped.
+    experts = layer.config.num_experts
+    indices = indices.long().cpu()
+    indices = torch.where((indices < 0) | (indices >= experts), experts, indices)
+    return torch.zeros(tokens, experts + 1).scatter_add_(1, indices, weights)[:, :experts]
+
+
+def format_table(train: dict, before: dict, after: dict) -> str:
+    """A row per task: train loss after, then dev loss, token accuracy and choices before -> after."""
+
+    def pair(row: dict, next_row: dict, key: str, form: str) -> str:
+        values = (row[key], next_row[key])
+        return " -> ".join("-" if value is None else format(value, form) for value in values)
+
+    def choices(row: dict, next_row: dict) -> str:
+        if not row["choices"]:
+            return "-"
+        return f"{row['choices_right']} -> {next_row['choices_right']} of {row['choices']}"
+
+    def mean(table: dict) -> dict:
+        rows = [row for row in table.values() if row["tokens"]]
+        means = {k: sum(r[k] for r in rows) / len(rows) for k in ("loss", "token_accuracy")}
+        return means | {k: sum(r[k] for r in rows) for k in ("choices", "choices_right")}
+
+    train, before, after = ({**t, "mean over tasks": mean(t)} for t in (train, before, after))
+    width = max(map(len, train))
+    lines = [
+        f"{'task':{width}}  train loss  {'dev loss':>16}  {'token accuracy':>16}  choices right"
+    ]
+    for task, row in train.items():
+        old, new = before[task], after[task]
+        loss = pair(old, new, "loss", ".3f")
+        accuracy = pair(old, new, "token_accuracy", ".1%")
+        lines.append(
+            f"{task:{width}}  {row['loss']:10.3f}  {loss:>16}  {accuracy:>16}  "
+            f"{choices(old, new):>13}"
+        )
+    return "\n".join(lines)
+
+
+def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: str) -> None:
+    """The training loss per step and smoothed, the dev loss (mean over tasks) at both ends."""
+    steps = range(1, len(curve) + 1)
+    window = max(1, len(curve) // 20)
+    smooth = [
+        sum(curve[max(0, i - window) : i]) / len(curve[max(0, i - window) : i]) for i in steps
+    ]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, curve, color="tab:blue", alpha=0.3, linewidth=1, label="train, each step")
+    axes.plot(steps, smooth, color="tab:blue", label=f"train, mean of {window} steps")
+    ends = []
+    for table in (before, after):
+        losses = [row["loss"] for row in table.values() if row["loss"] is not None]
+        ends.append(sum(losses) / len(losses))
+    axes.plot([1, len(curve)], ends, "o", color="tab:orange", label="dev, mean over tasks")
+    axes.set(title=title, xlabel="step", ylabel="target loss (nats per token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: str) -> None:
+    """Heat map of the mean gate weight: task x expert, averaged over the layers.
+
+    load [task, layer, expert]
+    """
+    mean = load.mean(1)
+    num_tasks, experts = mean.shape
+    figure, axes = plt.subplots(
+        figsize=(3.5 + 0.6 * experts, 1.5 + 0.32 * num_tasks), layout="constrained"
+    )
+    picture = axes.imshow(mean, aspect="auto", cmap="viridis", vmin=0)
+    axes.set(title=title, xlabel="expert", xticks=range(experts))
+    axes.set_yticks(range(num_tasks), tasks)
+    half = mean.max() / 2
+    for task in range(num_tasks):
+        for expert in range(experts):
+            value = mean[task, expert].item()
+            color = "white" if value < half else "black"
+            axes.text(
+                expert, task, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
+            )
+    figure.colorbar(picture, label="mean gate weight over tokens and layers")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
