@@ -4,15 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from promptcblue import IGNORED, Batch, Encoder, Sample
 
 from moelora_kernels import record_routing
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
 
 EVAL_BATCH = 16
 
@@ -114,7 +111,7 @@ def dense_gates(layer, tokens: int) -> torch.Tensor:
 
 
 def format_table(train: dict, before: dict, after: dict) -> str:
-    """A row per task: train loss after, then dev loss, token accuracy and choices before -> after."""
+    """A row per task: train loss after; dev loss, token accuracy, choices right before -> after."""
 
     def pair(row: dict, next_row: dict, key: str, form: str) -> str:
         values = (row[key], next_row[key])
@@ -153,7 +150,8 @@ def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: 
     smooth = [
         sum(curve[max(0, i - window) : i]) / len(curve[max(0, i - window) : i]) for i in steps
     ]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, curve, color="tab:blue", alpha=0.3, linewidth=1, label="train, each step")
     axes.plot(steps, smooth, color="tab:blue", label=f"train, mean of {window} steps")
     ends = []
@@ -165,7 +163,6 @@ def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: 
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: str) -> None:
@@ -175,9 +172,9 @@ def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: st
     """
     mean = load.mean(1)
     num_tasks, experts = mean.shape
-    figure, axes = plt.subplots(
-        figsize=(3.5 + 0.6 * experts, 1.5 + 0.32 * num_tasks), layout="constrained"
-    )
+    size = (3.5 + 0.6 * experts, 1.5 + 0.32 * num_tasks)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     picture = axes.imshow(mean, aspect="auto", cmap="viridis", vmin=0)
     axes.set(title=title, xlabel="expert", xticks=range(experts))
     axes.set_yticks(range(num_tasks), tasks)
@@ -191,4 +188,3 @@ def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: st
             )
     figure.colorbar(picture, label="mean gate weight over tokens and layers")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

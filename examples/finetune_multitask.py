@@ -45,6 +45,7 @@ from promptcblue import (
 )
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from moelora_kernels import (
     MoeLoraConfig,
@@ -139,7 +140,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     model.train()
     curve = []
-    progress = tqdm(batches, total=schedule.steps, desc=title, unit="step", leave=False)
+    progress = tqdm(batches, total=schedule.steps, desc=title, unit="step", disable=None)
     for batch in progress:
         losses, _, counted = token_losses(model, batch, tasks)
         loss = losses.sum() / counted.sum()
@@ -187,14 +188,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=sorted(PLANS), default="moelora", help="which mixture to train")
     add("--aux", help="auxiliary losses of the routers, comma separated: load_balance,z")
     add("--model", help="a local folder or a hub name; default: a small model made here")
-    add("--hidden", type=positive, default=192, help="width of the model made here")
+    add("--hidden", type=positive, default=128, help="width of the model made here")
     add("--layers", type=positive, default=4, help="depth of the model made here")
-    add("--pretrain-steps", type=natural, default=200, help="for the model made here")
+    add("--pretrain-steps", type=natural, default=100, help="for the model made here")
     add("--pretrain-lr", type=float, default=3e-3)
-    add("--steps", type=positive, default=200, help="fine-tuning steps")
+    add("--steps", type=positive, default=120, help="fine-tuning steps")
     add("--lr", type=float, default=3e-3, help="peak learning rate; 2e-4 suits a real model")
     add("--batch", type=positive, default=8, help="samples in a batch, all tasks mixed")
-    add("--max-length", type=positive, default=384, help="tokens of prompt and target")
+    add("--max-length", type=positive, default=256, help="tokens of prompt and target")
     add("--out", type=Path, help="folder for the results; default: out/<preset>")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -273,6 +274,8 @@ def check_reload(model, plan: list[Placement], path: Path, base_path, args, batc
 def main(argv: list[str] | None = None) -> dict:
     """Run the example and return what metrics.json holds."""
     args = parse_arguments(argv)
+    # One bar at a time: fit has its own.
+    disable_progress_bar()
     start = time.perf_counter()
     try:
         if args.data is None:
