@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from promptcblue import IGNORED, Batch, Encoder, Sample
 
-from moelora_kernels import record_routing
+from moelora_kernels import MoeLoraLinear, record_routing
 
 EVAL_BATCH = 16
 
@@ -98,13 +98,14 @@ def expert_load(
     return totals / counts[:, None, None].clamp_min(1)
 
 
-def dense_gates(layer, tokens: int) -> torch.Tensor:
+def dense_gates(layer: MoeLoraLinear, tokens: int) -> torch.Tensor:
     """The gates [T, E] of a layer's last forward, in float32 on the CPU."""
     weights, indices = layer.record.weights.float().cpu(), layer.record.indices
     if indices is None:
-        return weights.expand(tokens, -1)
+        # Fewer rows than tokens: one per sequence, or one for all.
+        return weights.repeat_interleave(tokens // len(weights), dim=0)
     # An index outside [0, E) means "not routed": those get a column of their own, then dropped.
-    experts = layer.config.num_experts
+    experts = len(layer.config.ranks())
     indices = indices.long().cpu()
     indices = torch.where((indices < 0) | (indices >= experts), experts, indices)
     return torch.zeros(tokens, experts + 1).scatter_add_(1, indices, weights)[:, :experts]

@@ -213,14 +213,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def make_plan(preset: str, num_tasks: int, aux: str | None) -> list[Placement]:
     """The configurations of a preset and the linears that each of them takes."""
-    mixture, *others = PLANS[preset]
-    overrides = {}
-    if MoeLoraConfig.preset(mixture[0]).router == "task":
-        overrides["num_tasks"] = num_tasks
+    # Adapters in bfloat16 would lose most updates to rounding.
+    (name, targets), *others = PLANS[preset]
+    mixture = MoeLoraConfig.preset(name, adapter_dtype="float32")
+    if mixture.router == "task":
+        mixture = mixture.replace(num_tasks=num_tasks)
     if aux is not None:
-        overrides["aux"] = tuple(aux.split(","))
-    first = (MoeLoraConfig.preset(mixture[0], **overrides), mixture[1])
-    return [first, *((MoeLoraConfig.preset(name), targets) for name, targets in others)]
+        if mixture.granularity != "token" or mixture.router is None:
+            raise ValueError(f"aux: {preset} has no router per token to regularise")
+        mixture = mixture.replace(aux=tuple(aux.split(",")))
+    rest = [(MoeLoraConfig.preset(n, adapter_dtype="float32"), where) for n, where in others]
+    return [(mixture, targets), *rest]
 
 
 def read_base(path: str | Path, args: argparse.Namespace) -> torch.nn.Module:
@@ -277,6 +280,10 @@ def main(argv: list[str] | None = None) -> dict:
     # One bar at a time: fit has its own.
     disable_progress_bar()
     start = time.perf_counter()
+    try:
+        make_plan(args.preset, 1, args.aux)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     try:
         if args.data is None:
             print("no --data: training on five generated toy tasks, not on real text")
