@@ -176,7 +176,7 @@ def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: st
     size = (3.5 + 0.6 * experts, 1.5 + 0.32 * num_tasks)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(mean, aspect="auto", cmap="viridis", vmin=0)
+    picture = axes.imshow(mean.numpy(), aspect="auto", cmap="viridis", vmin=0)
     axes.set(title=title, xlabel="expert", xticks=range(experts))
     axes.set_yticks(range(num_tasks), tasks)
     half = mean.max() / 2

@@ -187,13 +187,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with train.jsonl and dev.jsonl; default: toy tasks")
     add("--preset", choices=sorted(PLANS), default="moelora", help="which mixture to train")
     add("--aux", help="auxiliary losses of the routers, comma separated: load_balance,z")
+    add("--dropout", type=float, help="on the input of the adapters; default: the preset's")
     add("--model", help="a local folder or a hub name; default: a small model made here")
     add("--hidden", type=positive, default=128, help="width of the model made here")
     add("--layers", type=positive, default=4, help="depth of the model made here")
     add("--pretrain-steps", type=natural, default=100, help="for the model made here")
     add("--pretrain-lr", type=float, default=3e-3)
-    add("--steps", type=positive, default=120, help="fine-tuning steps")
-    add("--lr", type=float, default=3e-3, help="peak learning rate; 2e-4 suits a real model")
+    add("--steps", type=positive, default=200, help="fine-tuning steps")
+    add("--lr", type=float, default=5e-3, help="peak learning rate; 2e-4 suits a real model")
     add("--batch", type=positive, default=8, help="samples in a batch, all tasks mixed")
     add("--max-length", type=positive, default=256, help="tokens of prompt and target")
     add("--out", type=Path, help="folder for the results; default: out/<preset>")
@@ -211,7 +212,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_plan(preset: str, num_tasks: int, aux: str | None) -> list[Placement]:
+def make_plan(
+    preset: str, num_tasks: int, aux: str | None = None, dropout: float | None = None
+) -> list[Placement]:
     """The configurations of a preset and the linears that each of them takes."""
     # Adapters in bfloat16 would lose most updates to rounding.
     (name, targets), *others = PLANS[preset]
@@ -223,7 +226,10 @@ def make_plan(preset: str, num_tasks: int, aux: str | None) -> list[Placement]:
             raise ValueError(f"aux: {preset} has no router per token to regularise")
         mixture = mixture.replace(aux=tuple(aux.split(",")))
     rest = [(MoeLoraConfig.preset(n, adapter_dtype="float32"), where) for n, where in others]
-    return [(mixture, targets), *rest]
+    plan = [(mixture, targets), *rest]
+    if dropout is not None:
+        plan = [(config.replace(dropout=dropout), where) for config, where in plan]
+    return plan
 
 
 def read_base(path: str | Path, args: argparse.Namespace) -> torch.nn.Module:
@@ -243,7 +249,7 @@ def pretrain(encoder: Encoder, train: list[Sample], args: argparse.Namespace):
         schedule = Schedule(args.pretrain_steps, args.pretrain_lr)
         curve = fit(model, model.parameters(), batches, schedule, title="pre-train on prompts")
         print(f"pre-training on the prompts: loss {curve[0]:.3f} -> {curve[-1]:.3f}")
-    return model.to(DTYPES[args.dtype])
+    return model
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -281,7 +287,7 @@ def main(argv: list[str] | None = None) -> dict:
     disable_progress_bar()
     start = time.perf_counter()
     try:
-        make_plan(args.preset, 1, args.aux)
+        make_plan(args.preset, 1, args.aux, args.dropout)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     try:
@@ -305,15 +311,15 @@ def main(argv: list[str] | None = None) -> dict:
     if cut:
         print(f"{cut} targets are longer than --max-length {args.max_length} allows: end cut off")
 
-    plan = make_plan(args.preset, len(task_ids), args.aux)
+    plan = make_plan(args.preset, len(task_ids), args.aux, args.dropout)
     tasks = set_tasks if any(config.router == "task" for config, _ in plan) else None
     torch.manual_seed(args.seed)
     if args.model is None:
-        model = pretrain(encoder, train, args)
         base_path = args.out / "base"
-        model.save_pretrained(base_path)
+        pretrain(encoder, train, args).save_pretrained(base_path)
     else:
-        model, base_path = read_base(args.model, args), args.model
+        base_path = args.model
+    model = read_base(base_path, args)
 
     torch.manual_seed(args.seed)
     names = add_adapters(model, plan)

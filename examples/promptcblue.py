@@ -23,6 +23,7 @@ import torch
 
 IGNORED = -100
 FIELDS = ("input", "target", "answer_choices", "task_type", "task_dataset", "sample_id")
+SPLITS = ("train", "dev")
 MAX_PROBLEMS = 20
 
 
@@ -185,11 +186,9 @@ def encode_pair(tokenizer, text: str, target: str, max_length: int) -> tuple[lis
 
 def collate(tokenizer, pairs: list[tuple[list[int], int]], task_ids: list[int], device) -> Batch:
     """Pad encoded pairs on the right into a Batch."""
-    # Some tokenizers have no padding token; the mask hides whatever stands in for it.
-    padding = tokenizer.pad_token_id
-    padding = tokenizer.eos_token_id if padding is None else padding
+    # The mask hides what stands in the padding; not every tokenizer has a token of its own for it.
     length = max(len(ids) for ids, _ in pairs)
-    input_ids = torch.full((len(pairs), length), padding)
+    input_ids = torch.full((len(pairs), length), tokenizer.eos_token_id)
     attention_mask = torch.zeros(len(pairs), length, dtype=torch.int64)
     labels = torch.full((len(pairs), length), IGNORED)
     for row, (ids, answer_length) in enumerate(pairs):
