@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -166,26 +167,33 @@ def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: 
     figure.savefig(path, dpi=150)
 
 
-def plot_expert_load(path: Path, load: torch.Tensor, tasks: list[str], title: str) -> None:
-    """Heat map of the mean gate weight: task x expert, averaged over the layers.
+def plot_expert_load(
+    path: Path, load: torch.Tensor, tasks: list[str], layers: list[str], title: str
+) -> None:
+    """Heat maps of the mean gate weight, task x expert.
+
+    One is averaged over the layers. Where layers route by themselves, expert 3 of one layer has
+    nothing to do with expert 3 of the next and the average hides what each does: a second map shows
+    the layer in which the tasks differ most.
 
     load [task, layer, expert]
     """
-    mean = load.mean(1)
-    num_tasks, experts = mean.shape
-    size = (3.5 + 0.6 * experts, 1.5 + 0.32 * num_tasks)
+    maps = [(f"{title}: mean over {len(layers)} linears", load.mean(1))]
+    if (load != load[:, :1]).any():
+        spread = load.std(dim=0, correction=0).sum(-1)
+        chosen = int(spread.argmax())
+        maps.append((layers[chosen].removeprefix("model."), load[:, chosen]))
+    num_tasks, experts = maps[0][1].shape
+    size = (2.5 + len(maps) * (1.2 + 0.55 * experts), 1.5 + 0.32 * num_tasks)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(mean.numpy(), aspect="auto", cmap="viridis", vmin=0)
-    axes.set(title=title, xlabel="expert", xticks=range(experts))
-    axes.set_yticks(range(num_tasks), tasks)
-    half = mean.max() / 2
-    for task in range(num_tasks):
-        for expert in range(experts):
-            value = mean[task, expert].item()
-            color = "white" if value < half else "black"
-            axes.text(
-                expert, task, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7
-            )
-    figure.colorbar(picture, label="mean gate weight over tokens and layers")
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, maps, strict=True):
+        picture = axes.imshow(values.numpy(), aspect="auto", cmap="viridis", vmin=0)
+        axes.set(title=name, xlabel="expert", xticks=range(experts))
+        axes.set_yticks(range(num_tasks), tasks)
+        half = values.max() / 2
+        for (task, expert), value in np.ndenumerate(values.numpy()):
+            style = {"color": "white" if value < half else "black", "fontsize": 7}
+            axes.text(expert, task, f"{value:.2f}", ha="center", va="center", **style)
+        figure.colorbar(picture, ax=axes, label="mean gate weight of a token")
     figure.savefig(path, dpi=150)

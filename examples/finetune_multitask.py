@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> dict:
     write_json(args.out / "adapter_config.json", described)
     write_json(args.out / "metrics.json", metrics)
     plot_loss(args.out / "loss_curve.png", curve, before, after, args.preset)
-    plot_expert_load(args.out / "expert_load.png", load, task_names, args.preset)
+    plot_expert_load(args.out / "expert_load.png", load, task_names, names[0], args.preset)
     check_reload(model, plan, args.out, base_path, args, encoder.batch(dev[:EVAL_BATCH]), tasks)
     print(f"{args.out}: written, {time.perf_counter() - start:.0f} s in all")
     return metrics
