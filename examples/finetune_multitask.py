@@ -12,6 +12,9 @@ on the answers alone. Every number printed under "before" belongs to that frozen
 Written to --out: adapter.safetensors, adapter_config.json, metrics.json, loss_curve.png,
 expert_load.png and, for a model made here, base/. The adapter is then loaded into a base read
 afresh from disk, whose logits must be the same bits.
+
+On a CPU build the native library first: without it the dropout masks of the moelora preset, one per
+expert, take most of the time of a step (--dropout 0 does without them).
 """
 
 import argparse
@@ -94,14 +97,14 @@ class Schedule:
 
 def make_base(vocab_size: int, max_length: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
     """A small Qwen2 with random weights: grouped-query attention, and biases on q, k, v."""
-    heads = max(2, hidden // 32)
+    heads = hidden // 32
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3 // 16 * 16,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_key_value_heads=1 if heads % 2 else 2,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
         use_cache=False,
@@ -192,18 +195,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hidden", type=positive, default=128, help="width of the model made here")
     add("--layers", type=positive, default=4, help="depth of the model made here")
     add("--pretrain-steps", type=natural, default=100, help="for the model made here")
-    add("--pretrain-lr", type=float, default=3e-3)
+    add("--pretrain-lr", type=float, default=3e-3, help="peak learning rate of that")
     add("--steps", type=positive, default=200, help="fine-tuning steps")
     add("--lr", type=float, default=5e-3, help="peak learning rate; 2e-4 suits a real model")
     add("--batch", type=positive, default=8, help="samples in a batch, all tasks mixed")
     add("--max-length", type=positive, default=256, help="tokens of prompt and target")
     add("--out", type=Path, help="folder for the results; default: out/<preset>")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the weights, the order and the toy tasks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="of the frozen model")
     args = parser.parse_args(argv)
     if args.max_length < 8:
         parser.error(f"argument --max-length: must be at least 8, got {args.max_length}")
+    if args.hidden % 32:
+        parser.error(f"argument --hidden: must be a multiple of 32, got {args.hidden}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out = args.out or Path("out") / args.preset
