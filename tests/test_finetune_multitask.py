@@ -40,7 +40,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
     return example.main([*SMALL, "--out", str(tmp_path / "out"), *arguments])
 
 
-@pytest.mark.parametrize("preset", ["moelora", "ming"])
+@pytest.mark.parametrize("preset", ("moelora", "ming"))
 def test_learns_writes_and_reloads(preset, tmp_path, capsys):
     # Without the native library a dropout mask per expert takes most of the time of a step.
     short = ["--steps", "60", "--lr", "1e-2", "--pretrain-steps", "40", "--dropout", "0"]
@@ -72,7 +72,7 @@ def test_learns_writes_and_reloads(preset, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
+    (
         ["--preset", "loramoe"],
         ["--preset", "hydralora"],
         ["--preset", "mola"],
@@ -80,7 +80,7 @@ def test_learns_writes_and_reloads(preset, tmp_path, capsys):
         ["--preset", "ming", "--aux", "load_balance,z"],
         ["--preset", "ming", "--dtype", "bf16"],
         ["--preset", "moelora", "--dtype", "bf16"],
-    ],
+    ),
     ids=lambda arguments: "-".join(arguments[1::2]),
 )
 def test_every_preset_and_option_runs(arguments, tmp_path, capsys):
@@ -135,7 +135,7 @@ def write_data(folder: Path, train: list, dev: list) -> None:
 
 @pytest.mark.parametrize(
     ("file", "line", "message"),
-    [
+    (
         ("train", b'{"input": "1+1', "train.jsonl:2: invalid JSON"),
         ("train", b"", "train.jsonl:2: invalid JSON"),
         ("train", b"[1, 2]", "train.jsonl:2: expected an object, got list"),
@@ -146,7 +146,7 @@ def write_data(folder: Path, train: list, dev: list) -> None:
         ("dev", GOOD | {"answer_choices": "2"}, "dev.jsonl:2: field answer_choices must be"),
         ("dev", GOOD | {"answer_choices": [2]}, "dev.jsonl:2: field answer_choices must be"),
         ("dev", GOOD | {"task_dataset": "new"}, "dev.jsonl:2: unknown task 'new'"),
-    ],
+    ),
 )
 def test_broken_line_is_named_and_nothing_written(file, line, message, tmp_path):
     good = [GOOD, GOOD | {"answer_choices": None}]
@@ -192,7 +192,7 @@ def test_script_exits_with_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--preset", "moelora", "--aux", "z"], ["--preset", "ming", "--aux", "balance"]],
+    (["--preset", "moelora", "--aux", "z"], ["--preset", "ming", "--aux", "balance"]),
     ids=["no-token-router", "unknown-name"],
 )
 def test_aux_that_does_not_fit_is_refused(arguments, tmp_path):
@@ -343,12 +343,12 @@ def with_exact_norms(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("preset", "lr"),
-    [
+    (
         ("moelora", 1e-2),
         # Faster, a token changes its expert because of a rounding, the two float32 trainings part
         # ways, and the budget (0.27 at 1e-2, seed 0) allows anything.
         ("ming", 2e-3),
-    ],
+    ),
 )
 def test_loss_curve_coincides_with_plain_expert_loops(preset, lr):
     """The same training of the package's layers and of the loops, with a budget from the data.
