@@ -132,14 +132,14 @@ def format_table(train: dict, before: dict, after: dict) -> str:
     train, before, after = ({**t, "mean over tasks": mean(t)} for t in (train, before, after))
     width = max(map(len, train))
     lines = [
-        f"{'task':{width}}  train loss  {'dev loss':>16}  {'token accuracy':>16}  choices right"
+        f"{'task':{width}}  train loss  {'dev loss':>16}  {'token accuracy':>17}  choices right"
     ]
     for task, row in train.items():
         old, new = before[task], after[task]
         loss = pair(old, new, "loss", ".3f")
         accuracy = pair(old, new, "token_accuracy", ".1%")
         lines.append(
-            f"{task:{width}}  {row['loss']:10.3f}  {loss:>16}  {accuracy:>16}  "
+            f"{task:{width}}  {row['loss']:10.3f}  {loss:>16}  {accuracy:>17}  "
             f"{choices(old, new):>13}"
         )
     return "\n".join(lines)
