@@ -47,9 +47,9 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
 
     x [T, I]; seed one int64; stream tells masks of one seed apart. Returns [T, I] in x.dtype.
     """
-    index = torch.arange(x.numel(), device=x.device)
-    counter = index >> 2
-    words = [counter & UINT32, (counter >> 32) & UINT32, torch.full_like(index, stream), 0 * index]
+    counter = torch.arange((x.numel() + 3) // 4, device=x.device)
+    low, high = counter & UINT32, (counter >> 32) & UINT32
+    words = [low, high, torch.full_like(counter, stream), torch.zeros_like(counter)]
     key = [seed.reshape(()) & UINT32, (seed.reshape(()) >> 32) & UINT32]
     for _ in range(PHILOX_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves all 64 bits of a 32 x 32 bit product intact.
@@ -58,8 +58,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
         low = [product & UINT32 for product in products]
         words = [high[1] ^ words[1] ^ key[0], low[1], high[0] ^ words[3] ^ key[1], low[0]]
         key = [(k + step) & UINT32 for k, step in zip(key, PHILOX_KEY_STEPS, strict=True)]
-    lane = index & 3
-    random = torch.stack(words).gather(0, lane[None])[0]
+    random = torch.stack(words, dim=1).flatten()[: x.numel()]
     keep = (random >= round(p * 2**32)).view(x.shape)
     scaled = x.to(compute_dtype(x)) / (1.0 - p)
     return torch.where(keep, scaled, 0).to(x.dtype)

@@ -19,7 +19,7 @@ def replace_linears(
     """Put a MoeLoraLinear over every matching nn.Linear of `model`, in place.
 
     The bases are frozen; other parameters stay as they are. With router="task" one gate serves all
-    layers.
+    layers, those of an earlier call with a gate of the same sizes included.
 
     Args:
         model: any module.
@@ -60,7 +60,7 @@ def replace_linears(
         ):
             raise TypeError(f"target_modules: {name} is a {type(module)}, expected a linear")
 
-    shared: TaskRouter | None = None
+    shared = _task_router(model, config)
     replaced: dict[nn.Module, MoeLoraLinear] = {}
     for name in chosen:
         parent_name, _, child = name.rpartition(".")
@@ -72,6 +72,17 @@ def replace_linears(
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[module])
     return chosen
+
+
+def _task_router(model: nn.Module, config: MoeLoraConfig) -> TaskRouter | None:
+    """The gate that layers of `model` already share, if a new layer can use it."""
+    sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.config.router == config.router == "task":
+            own = layer.config
+            if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):
+                return layer.router
+    return None
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
