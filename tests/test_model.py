@@ -202,7 +202,7 @@ def test_tasks_that_do_not_fit_raise():
         with pytest.raises(ValueError, match="ids: expected whole numbers"):
             set_tasks(model, ids)
     set_tasks(model, [1, 2, 3])
-    with pytest.raises(ValueError, match=r"3 gate rows for x \[2, 3, 6\]"):
+    with pytest.raises(ValueError, match=r"set_tasks: 3 gate rows for x \[2, 3, 6\]"):
         model["layers"](x)
     with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
         set_tasks(make_model(), [1])
