@@ -48,6 +48,10 @@ def _columns(tensor: Tensor, n: int) -> Sequence[Tensor]:
     return (tensor,) if n == 1 else tensor.chunk(n, dim=1)
 
 
+def _rows(tensor: Tensor, n: int) -> Sequence[Tensor]:
+    return (tensor,) if n == 1 else tensor.chunk(n)
+
+
 def _rows_apart(dy: Tensor) -> Tensor:
     """dy itself if its rows are dense and do not overlap, else a contiguous copy."""
     if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]:
@@ -150,17 +154,16 @@ class MoeLora(torch.autograd.Function):
         needs = Sibling(*_fields(ctx.needs_input_grad[-INPUTS_PER_SIBLING * n :]))
         none = (None,) * n
         of_a = of_b = of_router = of_router_bias = none
-        if any(needs.lora_a + needs.lora_b + needs.router_weight):
-            da, drouter, of_b = ops.gram(
+        if any(needs.lora_a + needs.lora_b + needs.router_weight + needs.router_bias):
+            da, drouter, dbias, of_b = ops.gram(
                 x, dh, dlogits, dy, u, lora_a[0].dtype, routers[0].dtype if routers else x.dtype,
                 plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
             )  # fmt: skip
-            of_a = (da,) if n == 1 else da.chunk(n)
+            of_a = _rows(da, n)
             if routers:
-                of_router = (drouter,) if n == 1 else drouter.chunk(n)
-        if any(needs.router_bias):
-            of_router_bias = _columns(dgate.sum(dim=0, keepdim=True).to(routers[0].dtype), n)
-            of_router_bias = [bias[0] for bias in of_router_bias]
+                of_router = _rows(drouter, n)
+            if any(needs.router_bias):
+                of_router_bias = _rows(dbias, n)
         of_weight = [g.t() @ x if need else None for g, need in zip(dy, needs.weight, strict=True)]
         of_bias = [g.sum(dim=0) if need else None for g, need in zip(dy, needs.bias, strict=True)]
         of_base = [g if need else None for g, need in zip(grads[:n], needs.base, strict=True)]

@@ -356,14 +356,14 @@ def gram(
     dropout_p: float = 0.0,
     dropout_per_expert: bool = False,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients of all parameters: products that sum over the tokens.
 
         dA = dh^T dropout(x)        [n R, I]        dB_i = dy_i^T u_i       [O_i, R]
-        dWr = dlogits^T x           [n E, I]
+        dWr = dlogits^T x           [n E, I]        dbr = sum_t dlogits     [n E]
 
-    x [T, I]; dh [T, n R]; dlogits [T, n E] or None (then dWr is empty); dy n x [T, O_i];
-    u [T, n R].
+    x [T, I]; dh [T, n R]; dlogits [T, n E] or None (then dWr and dbr are empty); dy n x [T, O_i];
+    u [T, n R]. Returns dA, dWr, dbr and the list of dB_i.
     """
     dtype, siblings = compute_dtype(x), len(dy)
     left = dh.to(dtype).t()
@@ -375,12 +375,13 @@ def gram(
         da = torch.cat([part @ dropped[i % len(ranks)] for i, part in enumerate(parts)])
     else:
         da = left @ dropout(x, dropout_p, seed).to(dtype)
-    drouter = x.new_empty(0, dtype=router_dtype)
+    drouter, dbias = (x.new_empty(0, dtype=router_dtype) for _ in range(2))
     if dlogits is not None:
         drouter = (dlogits.to(dtype).t() @ x.to(dtype)).to(router_dtype)
+        dbias = dlogits.to(dtype).sum(dim=0).to(router_dtype)
     gated = u.to(dtype).chunk(siblings, dim=1)
     db = [(g.to(dtype).t() @ part).to(lora_dtype) for g, part in zip(dy, gated, strict=True)]
-    return da.to(lora_dtype), drouter, db
+    return da.to(lora_dtype), drouter, dbias, db
 
 
 def moe_lora_linear(

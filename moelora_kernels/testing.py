@@ -76,7 +76,7 @@ def reference_step(
         dlogits, plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize,
         plan.temperature,
     )  # fmt: skip
-    da, drouter, db = reference.gram(
+    da, drouter, dbias, db = reference.gram(
         x, dh, dgate if routers else None, dy, u, a[0].dtype,
         routers[0].dtype if routers else x.dtype, plan.ranks, plan.dropout,
         plan.dropout_per_expert, seed,
@@ -97,7 +97,7 @@ def reference_step(
         if routers:
             found[f"drouter{i}"] = drouter.chunk(n)[i]
         if biases:
-            found[f"dbias{i}"] = dgate.chunk(n, dim=1)[i].sum(dim=0).to(biases[0].dtype)
+            found[f"dbias{i}"] = dbias.chunk(n)[i]
     found["dx"] = dx.to(x.dtype)
     if not routers:
         found["dgates"] = dgate.to(gates.dtype)

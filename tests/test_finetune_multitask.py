@@ -353,8 +353,8 @@ def test_loss_curve_coincides_with_plain_expert_loops(preset, lr):
     """The same training of the package's layers and of the loops, with a budget from the data.
 
     The loops in float64 are the truth. In float32 the package may be off by twice what the loops in
-    float32 are off by, each taken over the whole curve, plus one rounding of the loss (measured: 0.2
-    to 0.4 of that budget, which is about 2e-6). In float64 the two differ by roundings alone.
+    float32 are off by, each taken over the whole curve, plus one rounding of the loss (measured:
+    0.2 to 0.4 of that budget, about 2e-6). In float64 the two differ by roundings alone.
     """
     steps, distinct = 25, 5
     train, _ = data.generate(0)

@@ -105,13 +105,14 @@ def test_int64_index_past_int32_does_not_wrap_into_range():
 def test_dy_of_any_strides_and_dtype(strides):
     # What sum(), a transpose, cat and an fp32 loss hand back.
     case = make_case(tokens=16, out_features=(12, 12))
-    if strides == "expanded":
-        case.dy = [torch.ones(()).double().expand(16, 12) for _ in case.dy]
-    elif strides == "transposed":
-        case.dy = [torch.randn(12, 16).bfloat16().double().t() for _ in case.dy]
-    elif strides == "narrowed":
-        case.dy = [torch.randn(16, 40).bfloat16().double()[:, 5:17] for _ in case.dy]
     low = case.to(torch.bfloat16)
+    if strides == "expanded":
+        low.dy = [torch.ones((), dtype=torch.bfloat16).expand(16, 12) for _ in case.dy]
+    elif strides == "transposed":
+        low.dy = [torch.randn(12, 16).bfloat16().t() for _ in case.dy]
+    elif strides == "narrowed":
+        low.dy = [torch.randn(18, 40).bfloat16()[2:, 5:17] for _ in case.dy]
+    case.dy = [g.double() for g in low.dy]
     if strides == "another dtype":
         low.dy = [g.float() for g in low.dy]
         x = low.x.clone().requires_grad_()

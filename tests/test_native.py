@@ -163,6 +163,13 @@ class Inputs:
             c.dropout, c.per_expert, self.seed,
         ]  # fmt: skip
 
+    def shrink_dx(self, back: tuple[Tensor, ...]) -> list:
+        c = self.case
+        return [
+            back[0], back[2] if self.router else None, self.lora_a, self.router, list(c.ranks),
+            c.dropout, c.per_expert, self.seed,
+        ]  # fmt: skip
+
 
 def _double(value):
     if isinstance(value, Tensor):
@@ -173,6 +180,7 @@ def _double(value):
 
 
 def _named(names: str, outputs) -> dict[str, Tensor]:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     found = dict(zip(names.split(), outputs, strict=True))
     if isinstance(found.get("db"), list):
         found.update({f"db{i}": db for i, db in enumerate(found.pop("db"))})
@@ -240,14 +248,15 @@ def test_op_shrink_gate_backward(case: Case, dtype: torch.dtype) -> None:
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_op_gram(case: Case, dtype: torch.dtype) -> None:
+def test_op_gram_and_shrink_dx(case: Case, dtype: torch.dtype) -> None:
     if case.share_a:
         case = case._replace(dropout=0.0)
     inputs = Inputs(case, dtype)
     forward = _forward(inputs)
     back = reference.shrink_gate_backward(*inputs.backward(forward))
     arguments = inputs.gram(forward, back)
-    _compare("da drouter db", ops.gram, reference.gram, arguments, dtype)
+    _compare("da drouter dbias db", ops.gram, reference.gram, arguments, dtype)
+    _compare("dx", ops.shrink_dx, reference.shrink_dx, inputs.shrink_dx(back), dtype)
 
 
 @needs_library
@@ -393,7 +402,7 @@ def _layouts(dy: Tensor) -> dict[str, Tensor]:
         "mean over tokens": dy[:1].expand(T, O),
         "one column": dy[:, :1].expand(T, O),
         "transposed": dy.t().contiguous().t(),
-        "cat": torch.cat([dy, dy, dy], dim=1)[:, O : 2 * O],
+        "cat": torch.cat([dy + 1, dy, dy - 1], dim=1)[:, O : 2 * O],
         "every other": dy.repeat_interleave(2, dim=1)[:, ::2],
         "float32": dy.float(),
         "float64": dy.double(),
@@ -412,7 +421,7 @@ def test_any_strides_of_dy(layout: str, dtype: torch.dtype) -> None:
         inputs.backward(forward, dy), dtype,
     )  # fmt: skip
     back = reference.shrink_gate_backward(*inputs.backward(forward, dy))
-    _compare("da drouter db", ops.gram, reference.gram, inputs.gram(forward, back, dy), dtype)
+    _compare("da drouter dbias db", ops.gram, reference.gram, inputs.gram(forward, back, dy), dtype)
 
 
 @needs_library

@@ -38,11 +38,10 @@ inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
 // A view of a matrix; straight from the C shim, several times cheaper than through the dispatcher.
 inline Tensor view(const Tensor& matrix, std::array<int64_t, 2> sizes,
                    std::array<int64_t, 2> strides, int64_t offset) {
-  int64_t start = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(matrix.get(), &start));
   AtenTensorHandle handle = nullptr;
+  // The offset counts from the first element of `matrix`, not of its storage.
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(),
-                                                        strides.data(), start + offset, &handle));
+                                                        strides.data(), offset, &handle));
   return Tensor(handle);
 }
 

@@ -6,6 +6,7 @@
 #include "dropout.h"
 #include "gate.h"
 #include "router.h"
+#include "simd.h"
 
 namespace moelora {
 namespace {
@@ -29,7 +30,25 @@ Tensor gram_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t s
   return da;
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> gram(
+// The sum of dlogits [T, N] over the tokens, in their order and in double: a float would lose bits
+// that a long product keeps. [1, N] in the compute dtype.
+Tensor sum_over_tokens(const Tensor& dlogits) {
+  const auto [T, N] = shape<2>(dlogits, "dlogits");
+  const Tensor sums = empty(1, N, dlogits.scalar_type());
+  for_dtype(dlogits.scalar_type(), [&, T = T, N = N](auto type) {
+    using C = typename decltype(type)::type;
+    const C* from = dlogits.const_data_ptr<C>();
+    C* to = sums.mutable_data_ptr<C>();
+    std::vector<double> sum(N);
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t e = 0; e < N; ++e) sum[e] += from[t * N + e];
+    }
+    std::copy(sum.begin(), sum.end(), to);
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
     ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed) {
@@ -48,8 +67,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gram(
 
   const Tensor da =
       cast(gram_a(x, dh, blocks, siblings, dropout_p, dropout_per_expert, seed), lora_dtype);
-  const Tensor drouter =
-      dlogits ? cast(router_gram(*dlogits, x), router_dtype) : absent(router_dtype);
+  Tensor drouter = absent(router_dtype);
+  Tensor dbias = absent(router_dtype);
+  if (dlogits) {
+    const Tensor wide = row_major(cast(*dlogits, compute_dtype(x.scalar_type())));
+    drouter = cast(router_gram(wide, x), router_dtype);
+    const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
+    dbias = torch::stable::select(sums, 0, 0);
+  }
   std::vector<Tensor> db;
   const Tensor gated = cast(u, dtype);
   for (int64_t i = 0; i < siblings; ++i) {
@@ -58,7 +83,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gram(
     const Tensor right = siblings == 1 ? gated : columns(gated, i * blocks.total, blocks.total);
     db.push_back(cast(mm(left, right), lora_dtype));
   }
-  return {da, drouter, db};
+  return {da, drouter, dbias, db};
 }
 
 }  // namespace

@@ -11,7 +11,4 @@ from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
 from moelora_kernels.ops.topk_gate import topk_gate
 
-# What serves an op where no device has an implementation of its own; the reference, if not named.
-DEFAULTS = {"shrink_dx": "aten"}
-
 __all__ = ["dropout", "gram", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate"]
