@@ -1,0 +1,183 @@
+"""What does a mixture of LoRA experts cost over the frozen linear under it?
+
+    python benchmarks/bench_grouped.py                    minutes, on the GPU if there is one
+    python benchmarks/bench_grouped.py --quick            toy shapes, seconds, a check of the setup
+    python benchmarks/bench_grouped.py --suite linear --cases 4096x14336 --tokens 1,4096
+
+Every provider is compared by name (y, dx, dA, dB, router) to an fp64 reference first; one that is
+wrong is reported and not timed. Prints a table per case and mode, writes OUT/<suite>.json and .png.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# The siblings of this file are the package `benchmarks`, also when this file is run as a script
+# and when moelora_kernels is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import harness, report
+from benchmarks.inputs import DTYPES, ROUTINGS
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import TOKENS, select_cases
+
+# suite -> the function that measures one of its cases
+SUITES = {"linear": harness.run_case, "group": harness.run_case}
+
+MODES = ("fwd", "fwd_bwd")
+
+# device -> seconds of samples per cell, fewest rounds. On a CPU the large cells are over budget
+# with the fewest rounds already; on a GPU 0.3 s are hundreds of rounds, except for the largest T.
+BUDGETS = {"cpu": (1.0, 3), "cuda": (0.3, 10), "quick": (0.02, 3)}
+
+# Compiling takes longer than everything else in a quick run together.
+QUICK_PROVIDERS = [name for name in PROVIDERS if name != "masked_compiled"]
+
+
+def names(allowed, what: str):
+    """A comma-separated list of names out of `allowed`."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown:
+            known = ", ".join(allowed)
+            raise argparse.ArgumentTypeError(f"unknown {what} {unknown}; expected some of {known}")
+        return chosen
+
+    return parse
+
+
+def token_counts(text: str) -> list[int]:
+    """A comma-separated list of positive integers."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive token counts, got {text}")
+    return counts
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, masked_compiled left out")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR")
+    parser.add_argument("--commit", metavar="SHA", help="recorded where git cannot be asked")
+    parser.add_argument("--tokens", type=token_counts, metavar="T,...")
+    parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,...|all")
+    parser.add_argument("--providers", type=names(PROVIDERS, "providers"), metavar="NAME,...")
+    parser.add_argument("--modes", type=names(MODES, "modes"), default=list(MODES))
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16, help="of one expert")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--routing", choices=list(ROUTINGS), default="uniform")
+    parser.add_argument("--budget", type=float, help="seconds of samples per case, T and mode")
+    return parser
+
+
+def make_options(arguments: argparse.Namespace) -> harness.Options:
+    """Fill in what depends on the device and on --quick; frozen always runs, as the yardstick."""
+    kind = arguments.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    size = "quick" if arguments.quick else kind
+    budget, min_rounds = BUDGETS[size]
+    chosen = arguments.providers or (QUICK_PROVIDERS if arguments.quick else list(PROVIDERS))
+    return harness.Options(
+        device=torch.device(kind),
+        dtype=arguments.dtype,
+        tokens=arguments.tokens or list(TOKENS[size]),
+        modes=arguments.modes,
+        providers=[name for name in PROVIDERS if name in chosen or name == "frozen"],
+        experts=arguments.experts,
+        rank=arguments.rank,
+        top_k=arguments.top_k,
+        routing=arguments.routing,
+        budget_s=budget if arguments.budget is None else arguments.budget,
+        min_rounds=min_rounds,
+    )
+
+
+def progress_bar(total: int):
+    """A bar of `total` cells on stderr; without tqdm, a line per cell."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None, lambda text: print(text, file=sys.stderr)
+    bar = tqdm(total=total, unit="cell", file=sys.stderr, dynamic_ncols=True)
+
+    def advance(text: str) -> None:
+        bar.set_description(text)
+        bar.update()
+
+    return bar, advance
+
+
+def say(bar, text: str) -> None:
+    """A line on stdout that does not tear the bar."""
+    if bar is None:
+        print(text)
+    else:
+        bar.write(text, file=sys.stdout)
+
+
+def write_result(result: dict, suite: str, folder: Path) -> list[Path]:
+    """FOLDER/<suite>.json, and the plot if matplotlib is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{suite}.json"]
+    written[0].write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    try:
+        report.plot(result, folder / f"{suite}.png")
+        written.append(folder / f"{suite}.png")
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the suites; 1 if the package was found wrong or could not run, else 0."""
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    options = make_options(parsed)
+    suites = list(SUITES) if parsed.suite == "all" else [parsed.suite]
+    try:
+        cases = {
+            suite: select_cases(suite, options.device.type, parsed.quick, parsed.cases)
+            for suite in suites
+        }
+    except ValueError as error:
+        parser.error(str(error))
+
+    commit = harness.git_commit() if parsed.commit is None else parsed.commit
+    if not commit:
+        print("no commit recorded: git cannot tell it, and --commit is not given", file=sys.stderr)
+    clock = harness.CudaClock() if options.device.type == "cuda" else harness.CpuClock()
+    cells = sum(map(len, cases.values())) * len(options.tokens) * len(options.modes)
+    bar, advance = progress_bar(cells)
+    failures = 0
+    for suite in suites:
+        rows = []
+        for case in cases[suite]:
+            of_case = SUITES[suite](case, options, clock, advance)
+            for table in report.by_case_and_mode(of_case):
+                say(bar, report.text_table(table) + "\n")
+            rows += of_case
+        if not rows:
+            continue
+        failures += sum(row["provider"] == "moelora" and row["status"] != "ok" for row in rows)
+        result = harness.make_result(rows, commit, options.device, clock)
+        for path in write_result(result, suite, parsed.out):
+            say(bar, f"wrote {path}")
+    if bar is not None:
+        bar.close()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

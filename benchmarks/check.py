@@ -1,0 +1,179 @@
+"""Is a provider right? Every y and every gradient, by name, against the expert formula in fp64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.inputs import Adapter, Layer
+from benchmarks.providers import PROVIDERS
+
+# Rows that are compared. The provider runs at the full T, but the fp64 products need these rows
+# only: on a slow CPU 128 rows of 4096x4096 take a fraction of a second.
+CHECKED_ROWS = {"cpu": 128, "cuda": 1024}
+
+# Rows of W that are converted to fp64 at a time, so that no second W is ever held.
+BLOCK = 2048
+
+
+def checked_rows(tokens: int, device: torch.device) -> Tensor:
+    """Rows spread evenly over [0, T), the first and the last among them."""
+    count = min(tokens, CHECKED_ROWS[device.type])
+    return torch.linspace(0, tokens - 1, count, dtype=torch.float64, device=device).round().long()
+
+
+def base_product(adapter: Adapter, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """x Wt + b [t, O] and dy W [t, I] in fp64, without autograd."""
+    y, dx = [], torch.zeros_like(x)
+    for weight, piece in zip(adapter.weight.split(BLOCK), dy.split(BLOCK, dim=1), strict=True):
+        weight = weight.double()
+        y.append(x @ weight.T)
+        dx += piece @ weight
+    return torch.cat(y, dim=1) + adapter.bias.double(), dx
+
+
+def expert_sum(
+    layer: Layer, x: Tensor, formula: str, trained: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sum over e of scale * gate[:, e] * (x A_e^t) B_e^t, one expert at a time; and the gate.
+
+    trained: A [R, I], B [O, R], router weight [E, I], router bias [E], fp64.
+    formula "plain" has gate 1 for all; "mixture" has the softmax over the top K logits.
+    """
+    lora_A, lora_B, router_weight, router_bias = trained
+    gate = x.new_ones(len(x), layer.experts)
+    if formula == "mixture":
+        logits = x @ router_weight.T + router_bias
+        cut = logits.sort(dim=1, descending=True).values[:, layer.top_k - 1, None]
+        gate = logits.masked_fill(logits < cut, -torch.inf).softmax(dim=1)
+        gate.retain_grad()
+    total = x.new_zeros(len(x), len(lora_B))
+    for e in range(layer.experts):
+        block = slice(e * layer.rank, (e + 1) * layer.rank)
+        expert = (x @ lora_A[block].T) @ lora_B[:, block].T
+        total = total + layer.scaling * gate[:, e, None] * expert
+    return total, gate
+
+
+def cancellation(gate: Tensor) -> float:
+    """How much larger the terms of dlogits are than dlogits = gate (dgate - <gate, dgate>).
+
+    For one token whose two experts gain alike, the difference is all rounding, in every provider.
+    """
+    g, d = gate.detach(), gate.grad
+    dlogits = g * (d - (g * d).sum(dim=1, keepdim=True))
+    terms = g * (d.abs() + (g * d.abs()).sum(dim=1, keepdim=True))
+    return float(terms.norm() / dlogits.norm()) if dlogits.any() else 1.0
+
+
+@dataclass
+class Expected:
+    """A tensor in fp64, and how many times its norm an error is measured against."""
+
+    value: Tensor
+    terms: float = 1.0
+
+
+def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[str, Expected]:
+    """The rows x [t, I], dy [t, O] in fp64: y, dx, dA, dB, drouter_weight, drouter_bias by name.
+
+    formula: "base" has no adapter, "plain" one LoRA of rank R, "mixture" the gated experts.
+    """
+    x = x.double().requires_grad_()
+    expected, dx = {}, torch.zeros_like(x)
+    for index, (adapter, dy) in enumerate(zip(layer.adapters, dys, strict=True)):
+        dy = dy.double()
+        y, base_dx = base_product(adapter, x.detach(), dy)
+        dx += base_dx
+        if formula != "base":
+            tensors = (adapter.lora_A, adapter.lora_B, adapter.router_weight, adapter.router_bias)
+            trained = [tensor.double().requires_grad_() for tensor in tensors]
+            delta, gate = expert_sum(layer, x, formula, trained)
+            delta.backward(dy)
+            y = y + delta.detach()
+            gradients = {"dA": Expected(trained[0].grad), "dB": Expected(trained[1].grad)}
+            if formula == "mixture":
+                terms = cancellation(gate)
+                gradients["drouter_weight"] = Expected(trained[2].grad, terms)
+                gradients["drouter_bias"] = Expected(trained[3].grad, terms)
+            expected |= {layer.label(index, name): each for name, each in gradients.items()}
+        expected[layer.label(index, "y")] = Expected(y)
+    expected["dx"] = Expected(dx if x.grad is None else dx + x.grad)
+    return expected
+
+
+def run_provider(
+    provider: nn.Module, layer: Layer, x: Tensor, dys: list[Tensor], rows: Tensor, mode: str
+) -> dict[str, Tensor]:
+    """What the provider computes at full T, cut down to the rows, under the reference's names.
+
+    dy is zero outside the rows. So dA, dB and the router's gradients, sums over all T tokens, are
+    sums over the rows, and one fp64 product of few rows checks the very shape that is timed.
+    """
+    if mode == "fwd":
+        with torch.no_grad():
+            outputs = provider(x)
+        return {layer.label(i, "y"): y[rows] for i, y in enumerate(outputs)}
+    provider.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    outputs = provider(x)
+    sparse = [torch.zeros_like(dy).index_copy(0, rows, dy[rows]) for dy in dys]
+    torch.autograd.backward(outputs, sparse)
+    found = {layer.label(i, "y"): y.detach()[rows] for i, y in enumerate(outputs)}
+    found |= {"dx": x.grad[rows]} | provider.gradients()
+    provider.zero_grad(set_to_none=True)
+    return found
+
+
+def relative_rms(found: Tensor | None, expected: Expected) -> float:
+    """||found - value|| / (terms ||value||); inf for a missing, misshapen or non-finite tensor."""
+    if found is None or found.shape != expected.value.shape:
+        return float("inf")
+    scale = expected.terms * expected.value.norm()
+    error = (found.double() - expected.value).norm() / (scale if scale > 0 else 1.0)
+    return error.item() if torch.isfinite(error) else float("inf")
+
+
+class Checker:
+    """The verdict on providers at one (layer, T), in both modes.
+
+    For each tensor by name
+
+        error  = ||found - fp64|| / ||fp64||      router: ... / (cancellation * ||fp64||)
+        budget = 2 * error of the masked eager provider in the same dtype + unit roundoff
+
+    so the tolerance is what plain PyTorch needs at this shape, not a constant somebody chose.
+    The masked provider cannot fail against itself; it is held to an absolute 2 % (0.1 % in fp32),
+    which rounding does not reach and a wrong expert or a lost term exceeds.
+    Raises ArithmeticError if it does.
+    """
+
+    def __init__(self, layer: Layer, x: Tensor, dys: list[Tensor]):
+        self.layer, self.x, self.dys = layer, x, dys
+        self.rows = checked_rows(len(x), x.device)
+        self.expected: dict[str, dict[str, Expected]] = {}
+        build, formula = PROVIDERS["masked"]
+        roundoff = torch.finfo(x.dtype).eps / 2
+        ceiling = 0.001 if x.dtype == torch.float32 else 0.02
+        self.budgets = {}
+        for name, error in self.errors(build(layer), formula, "fwd_bwd").items():
+            if error > ceiling:
+                raise ArithmeticError(f"the masked provider is wrong: {name} is off by {error:.1e}")
+            self.budgets[name] = 2 * error + roundoff
+
+    def errors(self, provider: nn.Module, formula: str, mode: str) -> dict[str, float]:
+        if formula not in self.expected:
+            few = [dy[self.rows] for dy in self.dys]
+            self.expected[formula] = reference(self.layer, self.x[self.rows], few, formula)
+        expected = self.expected[formula]
+        if mode == "fwd":
+            outputs = [self.layer.label(i, "y") for i in range(len(self.dys))]
+            expected = {name: expected[name] for name in outputs}
+        found = run_provider(provider, self.layer, self.x, self.dys, self.rows, mode)
+        return {name: relative_rms(found.get(name), expected[name]) for name in expected}
+
+    def verdict(self, provider: nn.Module, formula: str, mode: str) -> tuple[str, float, float]:
+        """(name, error, budget) of the tensor that comes closest to its budget or exceeds it."""
+        errors = self.errors(provider, formula, mode)
+        worst = max(errors, key=lambda name: errors[name] / self.budgets[name])
+        return worst, errors[worst], self.budgets[worst]

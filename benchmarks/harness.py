@@ -1,0 +1,327 @@
+"""Check, then time: one row per (case, tokens, mode, provider), in the schema of the results.
+
+A cell is one (case, tokens, mode). Within a cell the providers are sampled in turn, one sample of
+each, again and again: a clock that drifts, or a neighbour on the machine, hits all alike.
+"""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.check import Checker
+from benchmarks.inputs import DTYPES, draw_inputs, make_layer
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED_CODE = ("moelora_kernels", "csrc", "setup.py", "benchmarks/*.py")
+
+MEMORY_KIND = {
+    "cuda": "peak allocated by one call, less what was allocated before it",
+    "cpu": "storages saved for backward, without x and parameters (null in fwd: nothing is saved)",
+}
+
+
+@dataclass
+class Options:
+    """What a run was asked for. budget_s: seconds of samples per cell, shared by its providers."""
+
+    device: torch.device
+    dtype: str
+    tokens: list[int]
+    modes: list[str]
+    providers: list[str]
+    experts: int
+    rank: int
+    top_k: int
+    routing: str
+    budget_s: float
+    min_rounds: int
+
+
+class CpuClock:
+    """Wall time of one call, with caches full of something else before it.
+
+    In a model the weights of a layer come from memory: the other layers ran in between. The
+    buffer is twice the last level cache, as the kernel reports it, up to 256 MiB.
+    """
+
+    def __init__(self):
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+        text = size.read_text().strip() if size.exists() else "32768K"
+        unit = {"K": 2**10, "M": 2**20}[text[-1]]
+        self.cache_bytes = min(2 * int(text[:-1]) * unit, 2**28)
+        self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8)
+
+    def sample(self, call: Callable[[], None]) -> float:
+        self.buffer.add_(1)
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+    def microseconds(self, samples: list[float]) -> list[float]:
+        return samples
+
+
+class CudaClock:
+    """Time between two events around one call, with L2 overwritten before it.
+
+    Nothing waits for the device until all samples of a cell are queued. Where the host is slower
+    than the device, the time between the events is the host's: that is what a user sees.
+    """
+
+    def __init__(self):
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.cache_bytes = 2 * properties.L2_cache_size
+        self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8, device="cuda")
+
+    def sample(self, call: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffer.zero_()
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+    def microseconds(self, samples: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in samples]
+
+
+class Timed:
+    """One provider in one mode on fixed x and dy: `call()` is what the clock sees."""
+
+    def __init__(self, provider: nn.Module, x: Tensor, dys: list[Tensor], mode: str):
+        self.provider, self.dys, self.mode = provider, dys, mode
+        self.x = x.detach().requires_grad_(mode == "fwd_bwd")
+
+    def reset(self) -> None:
+        """Gradients to None, so that no call accumulates; not timed."""
+        self.provider.zero_grad(set_to_none=True)
+        self.x.grad = None
+
+    def call(self) -> None:
+        if self.mode == "fwd":
+            with torch.no_grad():
+                self.provider(self.x)
+        else:
+            torch.autograd.backward(self.provider(self.x), self.dys)
+
+    def extra_mib(self) -> float | None:
+        """Memory of one call beyond x and parameters, in the sense of MEMORY_KIND."""
+        self.reset()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.call()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        if self.mode == "fwd":
+            return None
+        return saved_bytes(self.provider, self.x) / 2**20
+
+
+def saved_bytes(provider: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that one forward keeps for backward."""
+    known = {x.untyped_storage().data_ptr()}
+    known |= {p.untyped_storage().data_ptr() for p in provider.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Held until counted: a freed storage could hand its address to the next one.
+        outputs = provider(x)
+    total = sum(saved.values())
+    del outputs
+    return total
+
+
+def sample_in_turn(timed: dict[str, Timed], options: Options, clock) -> dict[str, list[float]]:
+    """Microseconds per call of each provider; the number of rounds follows from the budget."""
+    for each in timed.values():
+        each.reset()
+        each.call()
+    start = time.perf_counter()
+    for each in timed.values():
+        each.reset()
+        clock.microseconds([clock.sample(each.call)])
+    one_round = time.perf_counter() - start
+    rounds = min(max(int(options.budget_s / one_round), options.min_rounds), 200)
+    samples: dict[str, list] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, each in timed.items():
+            each.reset()
+            samples[name].append(clock.sample(each.call))
+    return {name: clock.microseconds(taken) for name, taken in samples.items()}
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear interpolation between the ordered values."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place - math.floor(place))
+
+
+def implementation(provider: nn.Module, x: Tensor) -> str | None:
+    """What the package's impl="auto" chose here; None for the rivals."""
+    chosen = getattr(provider, "implementation", None)
+    return chosen(x) if chosen else None
+
+
+def empty_row(case: Case, tokens: int, mode: str, name: str, options: Options) -> dict:
+    row = {
+        "suite": case.suite,
+        "case": case.name,
+        "tokens": tokens,
+        "in_features": case.in_features,
+        "out_features": list(case.out_features),
+        "experts": options.experts,
+        "rank": options.rank,
+        "top_k": options.top_k,
+        "routing": options.routing,
+        "dtype": options.dtype,
+        "mode": mode,
+        "provider": name,
+        "impl": None,
+        "status": "ok",
+        "reason": None,
+        "median_us": None,
+        "p10_us": None,
+        "p90_us": None,
+        "samples": 0,
+        "peak_extra_mib": None,
+        "error": None,
+        "error_budget": None,
+        "worst": None,
+        "used_by": list(case.used_by),
+    }
+    if name == "frozen":
+        for key in ("experts", "rank", "top_k", "routing"):
+            del row[key]
+    return row
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def run_cell(
+    layer, checker: Checker, x: Tensor, dys: list[Tensor], mode: str, options: Options, clock
+) -> Iterator[dict]:
+    """Rows of one cell, each provider checked, those that are right timed."""
+    rows, timed = {}, {}
+    for name in options.providers:
+        row = rows[name] = empty_row(layer.case, len(x), mode, name, options)
+        build, formula = PROVIDERS[name]
+        try:
+            provider = build(layer)
+            row["impl"] = implementation(provider, x)
+            worst, error, budget = checker.verdict(provider, formula, mode)
+            row |= {"worst": worst, "error_budget": budget}
+            row["error"] = error if math.isfinite(error) else None
+            if error > budget:
+                shown = f"off by {error:.2e}" if math.isfinite(error) else "missing or not finite"
+                row |= {"status": "wrong", "reason": f"{worst} is {shown}, allowed {budget:.2e}"}
+                continue
+            candidate = Timed(provider, x, dys, mode)
+            candidate.reset()
+            candidate.call()
+            row["peak_extra_mib"] = candidate.extra_mib()
+            timed[name] = candidate
+        except Exception as error:  # one provider that cannot run must not end the run
+            row |= {"status": "failed", "reason": first_line(error)}
+    for name, taken in sample_in_turn(timed, options, clock).items() if timed else ():
+        rows[name] |= {
+            "median_us": quantile(taken, 0.5),
+            "p10_us": quantile(taken, 0.1),
+            "p90_us": quantile(taken, 0.9),
+            "samples": len(taken),
+        }
+    yield from rows.values()
+
+
+def run_case(case: Case, options: Options, clock, progress: Callable[[str], None]) -> list[dict]:
+    """All rows of a case; `progress(text)` is called after each cell."""
+    layer = make_layer(
+        case,
+        options.experts,
+        options.rank,
+        options.top_k,
+        DTYPES[options.dtype],
+        options.device,
+    )
+    rows = []
+    for tokens in options.tokens:
+        x, dys = draw_inputs(layer, tokens, options.routing)
+        checker = Checker(layer, x, dys)
+        for mode in options.modes:
+            rows += run_cell(layer, checker, x, dys, mode, options, clock)
+            progress(f"{case.name} {mode} T={tokens}")
+    return rows
+
+
+def git_commit() -> str:
+    """HEAD, with -dirty if the code that is measured differs from it; '' without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", *MEASURED_CODE)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def describe_machine(device: torch.device, clock) -> dict:
+    """What a reader needs to judge the numbers: versions, threads, what was flushed."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cache_flush_mib": clock.cache_bytes / 2**20,
+        "memory_kind": MEMORY_KIND[device.type],
+    }
+
+
+def cpu_name() -> str:
+    """The model name of the processor, as the kernel reports it."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def make_result(rows: list[dict], commit: str, device: torch.device, clock) -> dict:
+    command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    machine = describe_machine(device, clock)
+    return {"schema": 1, "commit": commit, "command": command, "machine": machine, "rows": rows}

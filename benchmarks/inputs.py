@@ -1,0 +1,145 @@
+"""The numbers every provider is given: frozen weights, adapters, router, x and dy.
+
+T tokens, I in_features, O out_features, E experts, K experts per token, r rank, R = E r.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Case
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# name -> how likely each expert is [E], not normalised. A token draws K distinct experts from it.
+ROUTINGS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": torch.ones,
+    "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
+    # Expert 0 outweighs all others together: about half of the first places.
+    "skewed": lambda experts: torch.tensor([experts - 1.0] + [1.0] * (experts - 1)),
+    # Every token goes to expert 0; a second place is uniform over the others.
+    "one": lambda experts: torch.tensor([1.0] + [1e-9] * (experts - 1)),
+    # The last expert never gets a token.
+    "empty": lambda experts: torch.tensor([1.0] * (experts - 1) + [0.0]),
+}
+
+
+@dataclass
+class Adapter:
+    """One sibling: y = x Wt + b + mixture.
+
+    weight [O, I] bias [O]  lora_A [R, I] lora_B [O, R]  router_weight [E, I] router_bias [E]
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    router_weight: Tensor
+    router_bias: Tensor
+
+
+@dataclass
+class Layer:
+    """A case with its numbers: n siblings, all with E experts of rank r, top K, scale = alpha/r."""
+
+    case: Case
+    adapters: list[Adapter]
+    experts: int
+    rank: int
+    top_k: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def label(self, index: int, tensor: str) -> str:
+        """`dA` for a single linear, `q_proj.dA` among siblings."""
+        single = len(self.adapters) == 1
+        return tensor if single else f"{self.adapters[index].name}.{tensor}"
+
+
+def make_layer(
+    case: Case, experts: int, rank: int, top_k: int, dtype: torch.dtype, device: torch.device
+) -> Layer:
+    """Draw a layer whose base, rank space and mixture all have entries of order one.
+
+    W, A and the router ~ N(0, 1/I), so that x ~ N(0, 1) gives y, h and logits of order one.
+    B ~ N(0, 1/R) rather than zero: the adapter is then a visible part of y, and an error in it
+    cannot hide behind the base product.
+    """
+    generator = torch.Generator(device).manual_seed(len(case.name) + case.in_features)
+
+    def normal(*shape: int, variance: float) -> Tensor:
+        draw = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return draw.mul_(variance**0.5).to(dtype)
+
+    fan_in, width = case.in_features, experts * rank
+    adapters = [
+        Adapter(
+            name=name,
+            weight=normal(out, fan_in, variance=1 / fan_in),
+            bias=normal(out, variance=0.01),
+            lora_A=normal(width, fan_in, variance=1 / fan_in),
+            lora_B=normal(out, width, variance=1 / width),
+            router_weight=normal(experts, fan_in, variance=1 / fan_in),
+            router_bias=normal(experts, variance=0.01),
+        )
+        for name, out in case.siblings
+    ]
+    return Layer(case, adapters, experts, rank, top_k, alpha=2.0 * rank)
+
+
+def draw_experts(
+    routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator
+) -> Tensor:
+    """[T, K] distinct experts per token, drawn from the named distribution (on the CPU).
+
+    Raises ValueError if the distribution has fewer than K experts to give.
+    """
+    likelihood = ROUTINGS[routing](experts)
+    if int((likelihood > 0).sum()) < top_k:
+        raise ValueError(f"routing {routing!r} over {experts} experts cannot give top-{top_k}")
+    return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
+
+
+def draw_inputs(layer: Layer, tokens: int, routing: str) -> tuple[Tensor, list[Tensor]]:
+    """X [T, I] that routes as `routing` says with a wide margin, and dy [T, O] per sibling.
+
+    With x drawn blindly, two logits of some token are nearly equal, rounding decides between
+    them, and a correct bf16 provider is off by a whole expert. So the experts are drawn first,
+    logits are put around them (chosen in [1, 2], others in [-1, 0.5]: a gap of at least 0.5), and
+    x is moved by the least amount that makes the routers say so,
+
+        x = x0 + (logits - b - x0 Wt) (W Wt)^-1 W        W [n E, I] the routers of all n siblings.
+
+    As I >> n E this changes n E of I directions; all else in x stays N(0, 1). Rounding x to bf16
+    moves a logit by about 2^-9, far less than the gap.
+    """
+    case, first = layer.case, layer.adapters[0]
+    device, dtype = first.weight.device, first.weight.dtype
+    on_cpu = torch.Generator().manual_seed(tokens)
+    targets = []
+    for _ in layer.adapters:
+        chosen = draw_experts(routing, tokens, layer.experts, layer.top_k, on_cpu)
+        low = torch.rand(tokens, layer.experts, generator=on_cpu) * 1.5 - 1.0
+        high = torch.rand(tokens, layer.top_k, generator=on_cpu) + 1.0
+        targets.append(low.scatter(1, chosen, high))
+    logits = torch.cat(targets, dim=1).to(device)  # [T, n E]
+
+    generator = torch.Generator(device).manual_seed(tokens)
+    x = torch.randn(tokens, case.in_features, generator=generator, device=device)
+    routers = torch.cat([adapter.router_weight for adapter in layer.adapters]).double()
+    biases = torch.cat([adapter.router_bias for adapter in layer.adapters])
+    missing = (logits - biases - x @ routers.float().T).double()
+    moves = torch.linalg.solve(routers @ routers.T, missing.T).T @ routers
+    x = (x + moves).to(dtype)
+    dys = [
+        torch.randn(tokens, out, generator=generator, device=device).to(dtype)
+        for out in case.out_features
+    ]
+    return x, dys
