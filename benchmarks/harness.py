@@ -48,6 +48,11 @@ class Options:
     min_rounds: int
 
 
+def load() -> float | None:
+    """Processes that wanted a CPU over the last minute, before this run added its own."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 class CpuClock:
     """Wall time of one call, with caches full of something else before it.
 
@@ -61,6 +66,7 @@ class CpuClock:
         unit = {"K": 2**10, "M": 2**20}[text[-1]]
         self.cache_bytes = min(2 * int(text[:-1]) * unit, 2**28)
         self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8)
+        self.load_at_start = load()
 
     def sample(self, call: Callable[[], None]) -> float:
         self.buffer.add_(1)
@@ -83,6 +89,7 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.cache_bytes = 2 * properties.L2_cache_size
         self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8, device="cuda")
+        self.load_at_start = load()
 
     def sample(self, call: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -307,6 +314,7 @@ def describe_machine(device: torch.device, clock) -> dict:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "load_at_start": clock.load_at_start,
         "cache_flush_mib": clock.cache_bytes / 2**20,
         "memory_kind": MEMORY_KIND[device.type],
     }

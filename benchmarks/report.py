@@ -24,6 +24,11 @@ STYLES = {
     "grouped_mm": ("#ff7f0e", "-."),
 }
 
+# Ratios beyond this leave the plot: what matters happens between 1x and 2x.
+HIGHEST_RATIO = 8.0
+COARSE_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
+FINE_TICKS = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3)
+
 TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 
 
@@ -205,10 +210,10 @@ def plot(result: dict, path: Path, case: str | None = None) -> None:
         panel.set_title(title(rows[0]["mode"]))
         panel.set_xlabel("tokens")
         panel.grid(alpha=0.3)
-    ticks = [
-        t for t in (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if t <= highest * 1.2
-    ]
-    axes[0][0].yaxis.set_major_locator(FixedLocator(ticks))
+    top = min(1.15 * highest, HIGHEST_RATIO)
+    coarse = top > 3
+    axes[0][0].set_ylim(0.97 / (1.1 if coarse else 1.0), top)
+    axes[0][0].yaxis.set_major_locator(FixedLocator(COARSE_TICKS if coarse else FINE_TICKS))
     axes[0][0].yaxis.set_minor_locator(NullLocator())
     axes[0][0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes[0][0].set_ylabel("time over the frozen layer")
