@@ -179,9 +179,9 @@ class MoeLora(nn.Module):
     def __init__(self, layer: Layer):
         super().__init__()
         # Imported late: the rivals can be measured where the package does not import.
-        from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear
+        from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, formulation
 
-        self.layer = layer
+        self.layer, self.choose = layer, formulation.choose
         config = MoeLoraConfig.preset(
             "ming",
             num_experts=layer.experts,
@@ -205,6 +205,18 @@ class MoeLora(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.module(x),) if self.single else self.module(x)
+
+    def implementation(self, x: Tensor) -> str:
+        """What impl="auto" takes for these sizes."""
+        return self.choose(
+            x.device.type,
+            tokens=len(x),
+            in_features=self.layer.case.in_features,
+            out_features=sum(self.layer.case.out_features),
+            num_experts=self.layer.experts,
+            rank=self.layer.rank,
+            top_k=self.layer.top_k,
+        ).impl
 
     def gradients(self) -> dict[str, Tensor]:
         return {

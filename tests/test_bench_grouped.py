@@ -23,7 +23,6 @@ QUICK_LINEAR = shapes.QUICK_CASES["linear"][0]
 QUICK_QKV = shapes.QUICK_CASES["group"][0]
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
@@ -391,7 +390,9 @@ def test_runs_as_a_script_from_the_root(tmp_path):
     command = [sys.executable, "benchmarks/bench_grouped.py", *arguments]
     chosen = ["--providers", "masked", "--modes", "fwd", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, *chosen], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "72x104, forward, bf16, 8 experts of rank 16, top-2, uniform routing" in done.stdout
     result = json.loads((tmp_path / "linear.json").read_text())
