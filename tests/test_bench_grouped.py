@@ -22,16 +22,6 @@ CPU = torch.device("cpu")
 QUICK_LINEAR = shapes.QUICK_CASES["linear"][0]
 QUICK_QKV = shapes.QUICK_CASES["group"][0]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 NUMBER = (int, float)
 FIELDS = {
     "suite": str,
@@ -56,6 +46,15 @@ FIELDS = {
     "used_by": list,
 }
 MIXTURE_FIELDS = {"experts": int, "rank": int, "top_k": int, "routing": str}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def check_row(row: dict) -> None:
