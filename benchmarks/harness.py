@@ -158,10 +158,7 @@ def saved_bytes(provider: nn.Module, x: Tensor) -> int:
 
 
 def sample_in_turn(timed: dict[str, Timed], options: Options, clock) -> dict[str, list[float]]:
-    """Microseconds per call of each provider; the number of rounds follows from the budget."""
-    for each in timed.values():
-        each.reset()
-        each.call()
+    """Microseconds per call of each provider, all of them warm; as many rounds as the budget has."""
     start = time.perf_counter()
     for each in timed.values():
         each.reset()
