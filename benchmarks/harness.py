@@ -158,7 +158,7 @@ def saved_bytes(provider: nn.Module, x: Tensor) -> int:
 
 
 def sample_in_turn(timed: dict[str, Timed], options: Options, clock) -> dict[str, list[float]]:
-    """Microseconds per call of each provider, all of them warm; as many rounds as the budget has."""
+    """Microseconds per call of each provider, all warm; as many rounds as the budget has."""
     start = time.perf_counter()
     for each in timed.values():
         each.reset()
@@ -294,6 +294,15 @@ def git_commit() -> str:
         return ""
 
 
+def native_library() -> str | None:
+    """Whether the package's native CPU library serves its ops here, or why not."""
+    try:
+        from moelora_kernels import native
+    except ImportError:
+        return None
+    return "loaded" if native.available() else native.reason()
+
+
 def describe_machine(device: torch.device, clock) -> dict:
     """What a reader needs to judge the numbers: versions, threads, what was flushed."""
     try:
@@ -309,6 +318,7 @@ def describe_machine(device: torch.device, clock) -> dict:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "native": native_library(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_at_start": clock.load_at_start,
