@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16, help="of one expert")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--routing", choices=list(ROUTINGS), default="uniform")
+    parser.add_argument("--warm", action="store_true", help="leave the caches as a call left them")
     parser.add_argument("--budget", type=float, help="seconds of samples per case, T and mode")
     return parser
 
@@ -162,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     commit = harness.git_commit() if parsed.commit is None else parsed.commit
     if not commit:
         print("no commit recorded: git cannot tell it, and --commit is not given", file=sys.stderr)
-    clock = harness.CudaClock() if options.device.type == "cuda" else harness.CpuClock()
+    make_clock = harness.CudaClock if options.device.type == "cuda" else harness.CpuClock
+    clock = make_clock(cold=not parsed.warm)
     if (clock.load_at_start or 0) > BUSY * (os.cpu_count() or 1):
         print(
             f"the machine is busy (load {clock.load_at_start}): don't trust the times",

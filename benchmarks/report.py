@@ -150,9 +150,10 @@ def markdown(result: dict, cases: list[str] | None = None, modes: list[str] | No
         for row in result["rows"]
         if (cases is None or row["case"] in cases) and (modes is None or row["mode"] in modes)
     ]
+    caches = "cold" if result["machine"]["cache_flush_mib"] else "warm"
     source = (
-        f"Measured on {provenance(result)}: `{result['command']}`. Median of cold-cache samples; "
-        "the factor is against the frozen layer."
+        f"Measured on {provenance(result)}: `{result['command']}`. Median of {caches}-cache "
+        "samples; the factor is against the frozen layer."
     )
     memory = f"Extra memory: {result['machine']['memory_kind']}."
     return "\n\n".join([source, *map(markdown_table, by_case_and_mode(rows)), memory]) + "\n"

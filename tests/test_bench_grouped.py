@@ -173,16 +173,16 @@ class DropsLastColumn(Masked):
         return torch.cat([y[:, :-1], torch.zeros_like(y[:, -1:])], dim=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize(
     ("broken", "mode", "worst"),
-    [
+    (
         (ForgetsLastExpert, "fwd", "y"),
         (ScalesOneGradient, "fwd_bwd", "dB"),
         (DetachesTheRouter, "fwd_bwd", "drouter"),
         (ReturnsNan, "fwd", "y"),
         (DropsLastColumn, "fwd", "y"),
-    ],
+    ),
 )
 def test_wrong_provider_is_named(broken, mode, worst, dtype):
     layer = make_layer(QUICK_QKV, 8, 16, 2, dtype, CPU)
@@ -280,7 +280,7 @@ def test_too_few_experts_for_the_routing():
 
 
 @pytest.mark.parametrize("routing", list(ROUTINGS))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_no_routing_near_ties_after_rounding(routing, dtype):
     layer = make_layer(QUICK_QKV, 8, 16, 2, dtype, CPU)
     x, dys = draw_inputs(layer, 50, routing)
@@ -338,12 +338,12 @@ def test_cases_are_chosen_by_name():
 
 @pytest.mark.parametrize(
     "arguments",
-    [
+    (
         ["--cases", "nonsense"],
         ["--providers", "nobody"],
         ["--modes", "sideways"],
         ["--tokens", "0"],
-    ],
+    ),
 )
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -387,7 +387,7 @@ def test_quantile_interpolates():
 def test_runs_as_a_script_from_the_root(tmp_path):
     arguments = ["--quick", "--suite", "linear", "--device", "cpu", "--tokens", "2"]
     command = [sys.executable, "benchmarks/bench_grouped.py", *arguments]
-    chosen = ["--providers", "masked", "--modes", "fwd", "--out", str(tmp_path)]
+    chosen = ["--providers", "masked", "--modes", "fwd", "--warm", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *chosen], cwd=ROOT, capture_output=True, text=True, env=environment
@@ -396,9 +396,11 @@ def test_runs_as_a_script_from_the_root(tmp_path):
     assert "72x104, forward, bf16, 8 experts of rank 16, top-2, uniform routing" in done.stdout
     result = json.loads((tmp_path / "linear.json").read_text())
     assert result["command"].startswith("python benchmarks/bench_grouped.py --quick")
+    assert result["machine"]["cache_flush_mib"] == 0
+    assert "warm-cache" in report.markdown(result)
 
 
-@pytest.mark.parametrize("provider", ["frozen", "moelora", "masked"])
+@pytest.mark.parametrize("provider", ("frozen", "moelora", "masked"))
 def test_time_of_a_toy_layer(benchmark, provider):
     """For `pytest --benchmark-only`: forward + backward, so that a slowdown of the host shows."""
     layer = make_layer(QUICK_LINEAR, 8, 16, 2, torch.float32, CPU)
