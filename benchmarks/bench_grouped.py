@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import harness, report
-from benchmarks.inputs import DTYPES, ROUTINGS
+from benchmarks.inputs import DTYPES, ROUTINGS, check_mixture
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import TOKENS, select_cases
 
@@ -157,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
             suite: select_cases(suite, options.device.type, parsed.quick, parsed.cases)
             for suite in suites
         }
+        for case in sum(cases.values(), []):
+            check_mixture(case, options.routing, options.experts, options.top_k)
     except ValueError as error:
         parser.error(str(error))
 

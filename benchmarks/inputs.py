@@ -94,16 +94,21 @@ def make_layer(
     return Layer(case, adapters, experts, rank, top_k, alpha=2.0 * rank)
 
 
+def check_mixture(case: Case, routing: str, experts: int, top_k: int) -> None:
+    """Raise ValueError if this mixture cannot be routed as named on this case."""
+    available = int((ROUTINGS[routing](experts) > 0).sum())
+    if not 1 <= top_k <= available:
+        raise ValueError(f"top_k: expected 1 to {available} with routing {routing!r}, got {top_k}")
+    logits = experts * len(case.siblings)
+    if logits >= case.in_features:
+        raise ValueError(f"experts: {logits} logits cannot be chosen freely by x on {case.name}")
+
+
 def draw_experts(
     routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator
 ) -> Tensor:
-    """[T, K] distinct experts per token, drawn from the named distribution (on the CPU).
-
-    Raises ValueError if the distribution has fewer than K experts to give.
-    """
+    """[T, K] distinct experts per token, drawn from the named distribution (on the CPU)."""
     likelihood = ROUTINGS[routing](experts)
-    if int((likelihood > 0).sum()) < top_k:
-        raise ValueError(f"routing {routing!r} over {experts} experts cannot give top-{top_k}")
     return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
 
 
