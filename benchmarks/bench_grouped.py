@@ -157,8 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
             suite: select_cases(suite, options.device.type, parsed.quick, parsed.cases)
             for suite in suites
         }
-        for case in sum(cases.values(), []):
-            check_mixture(case, options.routing, options.experts, options.top_k)
+        for of_suite in cases.values():
+            for case in of_suite:
+                check_mixture(case, options.routing, options.experts, options.top_k)
     except ValueError as error:
         parser.error(str(error))
 
