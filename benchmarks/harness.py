@@ -53,24 +53,53 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-class CpuClock:
-    """Wall time of one call, with caches full of something else before it.
+def last_level_cache() -> int:
+    """Bytes of the processor's last level cache as the kernel reports it, else 32 MiB."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    text = size.read_text().strip() if size.exists() else "32768K"
+    unit = {"K": 2**10, "M": 2**20}[text[-1]]
+    return int(text[:-1]) * unit
 
-    In a model the weights of a layer come from memory: the other layers ran in between. The
-    buffer is twice the last level cache, as the kernel reports it, up to 256 MiB. The interpreter
-    goes cold with the weights: at small T a provider pays for every line of Python it runs.
+
+class ColdWeights:
+    """The frozen weights of a layer and copies of them, one after the other from call to call.
+
+    In a model a layer's weights come from memory, because the other layers ran in between, while
+    x was just written and the code, the layers' own, was just run. The copies together are twice
+    the last level cache, so a call finds W in memory and everything else where a model has it.
     """
 
+    def __init__(self, layer, cold_bytes: int):
+        self.weights = [adapter.weight for adapter in layer.adapters]
+        size = sum(weight.nbytes for weight in self.weights)
+        count = max(1, math.ceil(cold_bytes / size))
+        clones = [[weight.clone() for weight in self.weights] for _ in range(count - 1)]
+        self.copies = [self.weights, *clones]
+        self.place = 0
+
+    def of(self, provider: nn.Module) -> list[tuple[nn.Parameter, int]]:
+        """The parameters of a provider that are frozen weights, each with its sibling's number."""
+        number = {weight.data_ptr(): i for i, weight in enumerate(self.weights)}
+        frozen = [p for p in provider.parameters() if not p.requires_grad]
+        return [(p, number[p.data_ptr()]) for p in frozen if p.data_ptr() in number]
+
+    def turn(self, parameters: list[tuple[nn.Parameter, int]]) -> None:
+        """Let these parameters have the values that were read longest ago."""
+        self.place = (self.place + 1) % len(self.copies)
+        for parameter, number in parameters:
+            parameter.data = self.copies[self.place][number]
+
+
+class CpuClock:
+    """Wall time of one call; its weights are cold because of ColdWeights."""
+
+    cold_kind = "copies of the frozen weights in turn: W comes from memory, the code is warm"
+
     def __init__(self, cold: bool = True):
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-        text = size.read_text().strip() if size.exists() else "32768K"
-        unit = {"K": 2**10, "M": 2**20}[text[-1]]
-        self.cache_bytes = min(2 * int(text[:-1]) * unit, 2**28) if cold else 0
-        self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8)
+        self.cold_bytes = self.weight_bytes = 2 * last_level_cache() if cold else 0
         self.load_at_start = load()
 
     def sample(self, call: Callable[[], None]) -> float:
-        self.buffer.add_(1)
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
@@ -86,10 +115,13 @@ class CudaClock:
     than the device, the time between the events is the host's: that is what a user sees.
     """
 
+    cold_kind = "L2 overwritten before every call"
+    weight_bytes = 0
+
     def __init__(self, cold: bool = True):
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.cache_bytes = 2 * properties.L2_cache_size if cold else 0
-        self.buffer = torch.zeros(self.cache_bytes, dtype=torch.uint8, device="cuda")
+        self.cold_bytes = 2 * properties.L2_cache_size if cold else 0
+        self.buffer = torch.zeros(self.cold_bytes, dtype=torch.uint8, device="cuda")
         self.load_at_start = load()
 
     def sample(self, call: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -108,12 +140,16 @@ class CudaClock:
 class Timed:
     """One provider in one mode on fixed x and dy: `call()` is what the clock sees."""
 
-    def __init__(self, provider: nn.Module, x: Tensor, dys: list[Tensor], mode: str):
+    def __init__(
+        self, provider: nn.Module, weights: ColdWeights, x: Tensor, dys: list[Tensor], mode: str
+    ):
         self.provider, self.dys, self.mode = provider, dys, mode
+        self.weights, self.frozen = weights, weights.of(provider)
         self.x = x.detach().requires_grad_(mode == "fwd_bwd")
 
     def reset(self) -> None:
-        """Gradients to None, so that no call accumulates; not timed."""
+        """Cold weights, and gradients to None so that no call accumulates; not timed."""
+        self.weights.turn(self.frozen)
         self.provider.zero_grad(set_to_none=True)
         self.x.grad = None
 
@@ -227,9 +263,10 @@ def first_line(error: Exception) -> str:
 
 
 def run_cell(
-    layer, checker: Checker, x: Tensor, dys: list[Tensor], mode: str, options: Options, clock
+    weights: ColdWeights, checker: Checker, mode: str, options: Options, clock
 ) -> Iterator[dict]:
     """Rows of one cell, each provider checked, those that are right timed."""
+    layer, x, dys = checker.layer, checker.x, checker.dys
     rows, timed = {}, {}
     for name in options.providers:
         row = rows[name] = empty_row(layer.case, len(x), mode, name, options)
@@ -244,7 +281,7 @@ def run_cell(
                 shown = f"off by {error:.2e}" if math.isfinite(error) else "missing or not finite"
                 row |= {"status": "wrong", "reason": f"{worst} is {shown}, allowed {budget:.2e}"}
                 continue
-            candidate = Timed(provider, x, dys, mode)
+            candidate = Timed(provider, weights, x, dys, mode)
             candidate.reset()
             candidate.call()
             row["peak_extra_mib"] = candidate.extra_mib()
@@ -271,12 +308,13 @@ def run_case(case: Case, options: Options, clock, progress: Callable[[str], None
         DTYPES[options.dtype],
         options.device,
     )
+    weights = ColdWeights(layer, clock.weight_bytes)
     rows = []
     for tokens in options.tokens:
         x, dys = draw_inputs(layer, tokens, options.routing)
         checker = Checker(layer, x, dys)
         for mode in options.modes:
-            rows += run_cell(layer, checker, x, dys, mode, options, clock)
+            rows += run_cell(weights, checker, mode, options, clock)
             progress(f"{case.name} {mode} T={tokens}")
     return rows
 
@@ -305,7 +343,7 @@ def native_library() -> str | None:
 
 
 def describe_machine(device: torch.device, clock) -> dict:
-    """What a reader needs to judge the numbers: versions, threads, what was flushed."""
+    """What a reader needs to judge the numbers: versions, threads, what was cold."""
     try:
         import triton
 
@@ -323,7 +361,8 @@ def describe_machine(device: torch.device, clock) -> dict:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_at_start": clock.load_at_start,
-        "cache_flush_mib": clock.cache_bytes / 2**20,
+        "cold_mib": clock.cold_bytes / 2**20,
+        "cold_kind": clock.cold_kind,
         "memory_kind": MEMORY_KIND[device.type],
     }
 

@@ -150,7 +150,7 @@ def markdown(result: dict, cases: list[str] | None = None, modes: list[str] | No
         for row in result["rows"]
         if (cases is None or row["case"] in cases) and (modes is None or row["mode"] in modes)
     ]
-    caches = "cold" if result["machine"]["cache_flush_mib"] else "warm"
+    caches = "cold" if result["machine"]["cold_mib"] else "warm"
     source = (
         f"Measured on {provenance(result)}: `{result['command']}`. Median of {caches}-cache "
         "samples; the factor is against the frozen layer."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import formulation, reference
-from moelora_kernels.autograd import MoeLora, Plan, Sibling
+from moelora_kernels.autograd import Plan, Sibling, run
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -43,9 +43,8 @@ def apply(
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
         with torch.autocast(x.device.type, enabled=False):
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
-    fields = [tensor for field in zip(*siblings, strict=True) for tensor in field]
-    run = MoeLora.apply if torch.is_grad_enabled() else MoeLora.forward
-    *outputs, _, weights, chosen, logits = run(plan, x, gates, indices, rows, seed, *fields)
+    flat = [tensor for sibling in siblings for tensor in sibling]
+    *outputs, _, weights, chosen, logits = run(plan, x, gates, indices, rows, seed, *flat)
     return outputs, weights, chosen, logits
 
 

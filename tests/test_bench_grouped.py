@@ -395,7 +395,7 @@ def test_runs_as_a_script_from_the_root(tmp_path):
     assert "72x104, forward, bf16, 8 experts of rank 16, top-2, uniform routing" in done.stdout
     result = json.loads((tmp_path / "linear.json").read_text())
     assert result["command"].startswith("python benchmarks/bench_grouped.py --quick")
-    assert result["machine"]["cache_flush_mib"] == 0
+    assert result["machine"]["cold_mib"] == 0
     assert "warm-cache" in report.markdown(result)
 
 
@@ -404,5 +404,22 @@ def test_time_of_a_toy_layer(benchmark, provider):
     """For `pytest --benchmark-only`: forward + backward, so that a slowdown of the host shows."""
     layer = make_layer(QUICK_LINEAR, 8, 16, 2, torch.float32, CPU)
     x, dys = draw_inputs(layer, 33, "uniform")
-    timed = harness.Timed(PROVIDERS[provider][0](layer), x, dys, "fwd_bwd")
+    weights = harness.ColdWeights(layer, cold_bytes=0)
+    timed = harness.Timed(PROVIDERS[provider][0](layer), weights, x, dys, "fwd_bwd")
     benchmark.pedantic(timed.call, setup=timed.reset, rounds=10, warmup_rounds=2)
+
+
+def test_cold_weights_turn_through_equal_copies():
+    layer = make_layer(shapes.linear_case(40, 24), 4, 2, 2, torch.float32, CPU)
+    size = layer.adapters[0].weight.nbytes
+    weights = harness.ColdWeights(layer, cold_bytes=3 * size - 1)
+    provider = PROVIDERS["masked"][0](layer)
+    parameters = weights.of(provider)
+    assert len(parameters) == 1
+    x, _ = draw_inputs(layer, 5, "uniform")
+    expected, places = provider(x)[0], set()
+    for _ in range(6):
+        weights.turn(parameters)
+        places.add(parameters[0][0].data_ptr())
+        assert torch.equal(provider(x)[0], expected)
+    assert len(places) == 3

@@ -155,16 +155,6 @@ def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device
     return device, weight.dtype if is_float else torch.float32
 
 
-def _is_read(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `base` is a plain dense nn.Linear, in the dtype of the layer."""
-    return (
-        is_plain_linear(base)
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and base.weight.dtype == dtype
-        and base.weight.device == x.device
-    )
-
-
 def _is_fused(layer: MoeLoraLinear) -> bool:
     """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
     return (
@@ -211,14 +201,25 @@ def forward_siblings(
 
 
 def _sibling(layer: MoeLoraLinear, x: Tensor, tokens: Tensor, fused: bool) -> Sibling:
-    base, router = layer.base_layer, layer.router
-    weight = bias = output = None
-    if _is_read(base, x, tokens.dtype):
-        weight, bias = base.weight, base.bias
+    """The tensors of a layer; a base that is no plain dense nn.Linear in this dtype is called."""
+    base, weight = layer.base_layer, None
+    if is_plain_linear(base):
+        weight = base.weight
+        if (
+            type(weight) not in (nn.Parameter, Tensor)
+            or weight.dtype != tokens.dtype
+            or weight.device != tokens.device
+        ):
+            weight = None
+    bias = output = router_weight = router_bias = None
+    if weight is not None:
+        bias = base.bias
     else:
         output = base(x)
         output = output.reshape(-1, output.shape[-1])
-    router_weight, router_bias = (router.weight, router.bias) if fused else (None, None)
+    if fused:
+        router = layer.router
+        router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
 
 
