@@ -37,141 +37,111 @@ class Sibling(NamedTuple):
     router_bias: Tensor | None  # [E]
 
 
-FIELDS = len(Sibling._fields)
-
-
-def _columns(tensor: Tensor, n: int) -> Sequence[Tensor]:
-    return (tensor,) if n == 1 else tensor.chunk(n, dim=1)
-
-
-def _rows(tensor: Tensor, n: int) -> Sequence[Tensor]:
-    return (tensor,) if n == 1 else tensor.chunk(n)
-
-
-def _matrix(dy: Tensor | None, x: Tensor, lora_b: Tensor) -> Tensor:
-    """dy [T, O] in x.dtype with dense rows that do not overlap; zero where there is none."""
-    if dy is None:
-        return x.new_zeros((x.shape[0], lora_b.shape[0]))
-    dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-    return dy if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
-
-
 class MoeLora(torch.autograd.Function):
     """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; see `reference` for the formulas.
 
+    `tensors` are the siblings' tensors field by field, counts[f] of them (n or 0) for field f.
     Saves for backward x, the parameters, h, and the gate or routing: nothing that is O wide.
     """
 
     @staticmethod
-    def forward(plan, x, gates, indices, rows, seed, *tensors):
-        siblings = _siblings(tensors)
-        h, u, weights, chosen, logits = ops.shrink_gate(
-            x,
-            [s.lora_a for s in siblings],
-            gates,
-            indices,
-            rows,
-            [s.router_weight for s in siblings if s.router_weight is not None],
-            [s.router_bias for s in siblings if s.router_bias is not None],
-            *plan,
-            seed,
+    def forward(plan, counts, x, gates, indices, rows, seed, *tensors):
+        fields = _split(tensors, counts)
+        outputs, h, weights, chosen, logits = ops.wide(
+            x, *fields, gates, indices, rows, seed, *plan
         )
-        outputs = []
-        for sibling, gated in zip(siblings, _columns(u, len(siblings)), strict=True):
-            weight, bias, base, _, b, *_ = sibling
-            if base is not None:
-                # The result keeps the base's dtype; the base's output may be saved elsewhere.
-                outputs.append(torch.addmm(base, gated.to(base.dtype), b.to(base.dtype).t()))
-                continue
-            # Expand first, base product last and in place: y is written once by each product, and
-            # the large one is rounded once together with the small one.
-            b = (b if b.dtype == x.dtype else b.to(x.dtype)).t()
-            y = torch.mm(gated, b) if bias is None else torch.addmm(bias, gated, b)
-            outputs.append(y.addmm_(x, weight.t()))
         return (*outputs, h, weights, chosen, logits)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        plan, x, gates, indices, rows, seed, *tensors = inputs
+        plan, counts, x, gates, indices, rows, seed, *tensors = inputs
         h, weights, chosen, logits = output[-4:]
         if plan.top_k:
             gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
         keep_logits = plan.top_k and not plan.renormalize
-        ctx.plan = plan
+        weight, _, _, lora_a, lora_b, router_weight, _ = _split(tensors, counts)
+        ctx.plan, ctx.counts = plan, counts
         ctx.mark_non_differentiable(h, weights, chosen)
         ctx.set_materialize_grads(False)
-        saved = [x, gates, indices, rows, seed, h, logits if keep_logits else None]
-        for weight, _, _, lora_a, lora_b, router_weight, _ in _siblings(tensors):
-            # Of a base that is called nothing is needed, of the biases neither.
-            saved += weight, None, None, lora_a, lora_b, router_weight, None
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(
+            x, gates, indices, rows, seed, h, logits if keep_logits else None,
+            *weight, *lora_a, *lora_b, *router_weight,
+        )  # fmt: skip
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        plan = ctx.plan
         x, gates, indices, rows, seed, h, logits, *tensors = ctx.saved_tensors
-        siblings = _siblings(tensors)
-        n = len(siblings)
-        lora_a = [s.lora_a for s in siblings]
-        lora_b = [s.lora_b for s in siblings]
-        routers = [s.router_weight for s in siblings if s.router_weight is not None]
-        dy = [_matrix(g, x, b) for g, b in zip(grads[:n], lora_b, strict=True)]
-        dh, u, dgate = ops.shrink_gate_backward(
-            dy, lora_b, h, gates, indices, rows, logits, grads[-1],
-            plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize, plan.temperature,
+        of_weight, of_bias, of_base, of_a, of_b, of_router, of_router_bias = ctx.counts
+        weight, lora_a, lora_b, router_weight = _split(tensors, (of_weight, of_a, of_b, of_router))
+        _, _, needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
+        needs_base = needs[: of_weight + of_bias + of_base]
+        dy = [
+            x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
+            for g, b in zip(grads[:of_b], lora_b, strict=True)
+        ]
+        dx, dgate, da, drouter, dbias, db = ops.wide_backward(
+            dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, rows, logits,
+            grads[-1], seed, *ctx.plan, needs_x, any(needs[len(needs_base) :]),
         )  # fmt: skip
-        dlogits = dgate if routers else None
-
-        dx = dgates = None
-        if ctx.needs_input_grad[1]:
-            dx = ops.shrink_dx(
-                dh, dlogits, lora_a, routers,
-                plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
-            )  # fmt: skip
-            for g, s in zip(dy, siblings, strict=True):
-                if s.weight is not None:
-                    dx.addmm_(g, s.weight)
-        if ctx.needs_input_grad[2]:
-            dgates = dgate.to(gates.dtype)
-
-        needs = _siblings(ctx.needs_input_grad[6:])
-        of_a = of_b = of_router = of_router_bias = (None,) * n
-        if any(any(need[3:]) for need in needs):
-            da, drouter, dbias, of_b = ops.gram(
-                x, dh, dlogits, dy, u, lora_a[0].dtype, routers[0].dtype if routers else x.dtype,
-                plan.ranks, plan.dropout, plan.dropout_per_expert, seed,
-            )  # fmt: skip
-            of_a = _rows(da, n)
-            if routers:
-                of_router, of_router_bias = _rows(drouter, n), _rows(dbias, n)
-        of_siblings = []
-        for i, need in enumerate(needs):
-            of_siblings += [
-                dy[i].t() @ x if need.weight else None,
-                dy[i].sum(dim=0) if need.bias else None,
-                grads[i] if need.base else None,
-                of_a[i],
-                of_b[i],
-                of_router[i],
-                of_router_bias[i] if need.router_bias else None,
-            ]
-        return (None, dx, dgates, None, None, None, *of_siblings)
+        of_bases = [None] * len(needs_base)
+        if any(needs_base):
+            of_bases = _base_gradients(dy, x, needs_base, ctx.counts)
+        if not db:
+            da = drouter = dbias = None
+            db = [None] * of_b
+        return (
+            None, None, dx if needs_x else None, dgate.to(gates.dtype) if needs_gates else None,
+            None, None, None, *of_bases, *_rows(da, of_a), *db, *_rows(drouter, of_router),
+            *_rows(dbias, of_router_bias),
+        )  # fmt: skip
 
 
-def run(*inputs) -> tuple:
-    """What `MoeLora.apply` returns, with less of Python around it where none of it is needed.
+def _base_gradients(dy: list[Tensor], x: Tensor, needs: list[bool], counts: tuple) -> list:
+    """Gradients of weights, biases and called bases, where they are asked for."""
+    of_weight, of_bias, of_base, *_ = counts
+    makers = (
+        (of_weight, lambda g: g.to(x.dtype).t() @ x),
+        (of_bias, lambda g: g.to(x.dtype).sum(dim=0)),
+        (of_base, lambda g: g),
+    )
+    made = [(make, g) for count, make in makers for g in dy[:count]]
+    return [make(g) if need else None for need, (make, g) in zip(needs, made, strict=True)]
 
-    `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
-    call, longer than the smallest products take.
+
+def _rows(tensor: Tensor | None, n: int) -> Sequence[Tensor | None]:
+    """The row blocks of n siblings."""
+    if tensor is None or n <= 1:
+        return (tensor,) * n
+    return tensor.chunk(n)
+
+
+def _split(flat: Sequence, counts: Sequence[int]) -> list[list]:
+    """`flat` cut into lists of these lengths."""
+    lists, start = [], 0
+    for count in counts:
+        lists.append(list(flat[start : start + count]))
+        start += count
+    return lists
+
+
+def run(plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
+    """The outputs of `MoeLora` for x, gates, indices, rows, seed.
+
+    Raises ValueError where some siblings have a tensor that others lack.
     """
+    counts, tensors = [], []
+    for name, field in zip(Sibling._fields, zip(*siblings, strict=True), strict=True):
+        present = [tensor for tensor in field if tensor is not None]
+        if len(present) not in (0, len(siblings)):
+            raise ValueError(f"{name}: expected one for each sibling or none, got {len(present)}")
+        counts.append(len(present))
+        tensors += present
+    counts = tuple(counts)
     if not torch.is_grad_enabled():
-        return MoeLora.forward(*inputs)
+        return MoeLora.forward(plan, counts, *inputs, *tensors)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return MoeLora.apply(*inputs)
-    return super(torch.autograd.Function, MoeLora).apply(*inputs)
-
-
-def _siblings(flat: Sequence) -> list[Sibling]:
-    """What the flat inputs of the Function stand for: n siblings, one after the other."""
-    return [Sibling._make(flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
+        return MoeLora.apply(plan, counts, *inputs, *tensors)
+    # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
+    # call, longer than the smallest products take.
+    return super(torch.autograd.Function, MoeLora).apply(plan, counts, *inputs, *tensors)

@@ -43,8 +43,7 @@ def apply(
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
         with torch.autocast(x.device.type, enabled=False):
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
-    flat = [tensor for sibling in siblings for tensor in sibling]
-    *outputs, _, weights, chosen, logits = run(plan, x, gates, indices, rows, seed, *flat)
+    *outputs, _, weights, chosen, logits = run(plan, siblings, x, gates, indices, rows, seed)
     return outputs, weights, chosen, logits
 
 

@@ -68,6 +68,34 @@ def test_opcheck(name, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("called", (False, True))
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_of_the_whole_layer(name, called):
+    case = make_case(**CASES[name]).to(torch.float32)
+    x, lora_a, gates, indices, rows, routers, biases, *plan, seed = shrink_arguments(case)
+    weight, bias, lora_b = ([s[i] for s in case.siblings] for i in (0, 1, 4))
+    base = [torch.randn_like(g) for g in case.dy] if called else []
+    weight, bias = ([], []) if called else (weight, bias)
+    torch.library.opcheck(
+        ops.wide,
+        (
+            x, weight, bias, base, lora_a, lora_b, routers, biases, gates, indices, rows, seed,
+            *plan,
+        ),
+        test_utils=OPCHECKS,
+    )  # fmt: skip
+    dy, lora_b, h, gates, indices, rows, logits, dlogits, *_ = backward_arguments(case)
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            ops.wide_backward,
+            (
+                dy, x, weight, lora_a, lora_b, routers, h, gates, indices, rows, logits, dlogits,
+                seed, *plan, *needs,
+            ),
+            test_utils=OPCHECKS,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", (5, 90))
 def test_shrink_dx_equals_its_reference(name, tokens):

@@ -19,7 +19,8 @@ def section(title: str) -> str:
 
 
 def first_cells(text: str) -> list[str]:
-    return re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    cells = re.findall(r"^\| ([^|:]*)", text, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
 
 
 def test_the_example_runs(tmp_path, monkeypatch):

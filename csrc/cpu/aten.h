@@ -1,6 +1,7 @@
 // ATen through the dispatcher: the large products stay in oneDNN and MKL.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -33,6 +34,13 @@ inline Tensor mm(const Tensor& left, const Tensor& right) {
 // Into `out`, any strides.
 inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
   call("aten::mm", "out", left, right, out);
+}
+
+// to = start + left right, in one product; `start` may be `to`, or a vector for all rows.
+inline void addmm_out(const Tensor& to, const Tensor& start, const Tensor& left,
+                      const Tensor& right) {
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(to.get(), start.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
 // A view of a matrix; straight from the C shim, several times cheaper than through the dispatcher.

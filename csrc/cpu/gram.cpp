@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "gate.h"
+#include "ops.h"
 #include "router.h"
 #include "simd.h"
 
@@ -48,6 +49,8 @@ Tensor sum_over_tokens(const Tensor& dlogits) {
   return sums;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
     ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
@@ -86,7 +89,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
   return {da, drouter, dbias, db};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) { m.impl("gram", TORCH_BOX(&moelora::gram)); }

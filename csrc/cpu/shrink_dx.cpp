@@ -1,19 +1,13 @@
 // The rank-space part of dx: dropout(dh A) + dlogits Wr, summed over the siblings.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include "dropout.h"
 #include "gate.h"
+#include "ops.h"
 #include "simd.h"
 
 namespace moelora {
 namespace {
-
-// to += left right, in one product.
-void addmm(const Tensor& to, const Tensor& left, const Tensor& right) {
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0));
-}
 
 // The matrices of `parts` side by side, or below one another.
 Tensor stacked(const std::vector<Tensor>& parts, bool by_column) {
@@ -39,7 +33,7 @@ Tensor sum_of_products(const std::vector<Tensor>& left, const std::vector<Tensor
   for (const Tensor& part : right) total += part.size(0);
   if (left[0].size(0) >= total) return mm(stacked(left, true), stacked(right, false));
   const Tensor sum = mm(left[0], right[0]);
-  for (size_t i = 1; i < left.size(); ++i) addmm(sum, left[i], right[i]);
+  for (size_t i = 1; i < left.size(); ++i) addmm_out(sum, sum, left[i], right[i]);
   return sum;
 }
 
@@ -75,6 +69,8 @@ Tensor dropped_per_expert(const std::vector<Tensor>& dh, const std::vector<Tenso
   }
   return *sum;
 }
+
+}  // namespace
 
 Tensor shrink_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> lora_a,
                  std::vector<Tensor> router_weight, std::vector<int64_t> ranks, double dropout_p,
@@ -120,11 +116,11 @@ Tensor shrink_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> l
       dropout_per_expert
           ? cast(dropped_per_expert(left, right, Blocks(ranks), storage, dropout_p, *seed), dtype)
           : dropout(sum_of_products(left, right), dropout_p, *seed, 0);
-  for (size_t i = 0; i < left_router.size(); ++i) addmm(dx, left_router[i], right_router[i]);
+  for (size_t i = 0; i < left_router.size(); ++i)
+    addmm_out(dx, dx, left_router[i], right_router[i]);
   return cast(dx, storage);
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) { m.impl("shrink_dx", TORCH_BOX(&moelora::shrink_dx)); }

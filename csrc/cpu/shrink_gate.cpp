@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "gate.h"
+#include "ops.h"
 #include "router.h"
 
 namespace moelora {
@@ -78,6 +79,8 @@ std::vector<Tensor> products(const Tensor& x, const std::vector<Tensor>& lora_a,
   for (const Tensor& of_sibling : right) out.push_back(mm(left, of_sibling));
   return out;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     Tensor x, std::vector<Tensor> lora_a, std::optional<Tensor> gates,
@@ -175,7 +178,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   return {h, u, weights, chosen, logits};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

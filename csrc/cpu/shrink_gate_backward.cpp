@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "gate.h"
+#include "ops.h"
 
 namespace moelora {
 namespace {
@@ -127,6 +128,8 @@ struct BackwardRows {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
     std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h, Tensor gates,
     std::optional<Tensor> indices, std::optional<Tensor> rows_of_tokens,
@@ -219,7 +222,6 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
   return {dh, u, result};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

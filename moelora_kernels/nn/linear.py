@@ -180,7 +180,10 @@ def forward_siblings(
     tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
     fused = all(_is_fused(layer) for layer in layers)
-    siblings = [_sibling(layer, x, tokens, fused) for layer in layers]
+    read = all(_is_read(layer.base_layer, tokens) for layer in layers) and (
+        len(layers) == 1 or len({layer.bias is None for layer in layers}) == 1
+    )
+    siblings = [_sibling(layer, x, read, fused) for layer in layers]
 
     plan, seed = first._fused_plan if fused else first._plan, None
     if config.dropout > 0.0 and first.training:
@@ -200,25 +203,28 @@ def forward_siblings(
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
-def _sibling(layer: MoeLoraLinear, x: Tensor, tokens: Tensor, fused: bool) -> Sibling:
-    """The tensors of a layer; a base that is no plain dense nn.Linear in this dtype is called."""
-    base, weight = layer.base_layer, None
-    if is_plain_linear(base):
-        weight = base.weight
-        if (
-            type(weight) not in (nn.Parameter, Tensor)
-            or weight.dtype != tokens.dtype
-            or weight.device != tokens.device
-        ):
-            weight = None
-    bias = output = router_weight = router_bias = None
-    if weight is not None:
-        bias = base.bias
+def _is_read(base: nn.Module, tokens: Tensor) -> bool:
+    """Whether `base` is a plain dense nn.Linear, of the dtype and device of the layer's input."""
+    if not is_plain_linear(base):
+        return False
+    weight = base.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == tokens.dtype
+        and weight.device == tokens.device
+    )
+
+
+def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
+    """The tensors of a layer; a base that is not to be read is called."""
+    base, router = layer.base_layer, layer.router
+    weight = bias = output = router_weight = router_bias = None
+    if read:
+        weight, bias = base.weight, base.bias
     else:
         output = base(x)
         output = output.reshape(-1, output.shape[-1])
     if fused:
-        router = layer.router
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
 

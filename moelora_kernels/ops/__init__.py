@@ -10,5 +10,15 @@ from moelora_kernels.ops.gram import gram
 from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
 from moelora_kernels.ops.topk_gate import topk_gate
+from moelora_kernels.ops.wide import wide, wide_backward
 
-__all__ = ["dropout", "gram", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate"]
+__all__ = [
+    "dropout",
+    "gram",
+    "shrink_dx",
+    "shrink_gate",
+    "shrink_gate_backward",
+    "topk_gate",
+    "wide",
+    "wide_backward",
+]
