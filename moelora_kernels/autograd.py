@@ -118,11 +118,13 @@ def _rows(tensor: Tensor | None, n: int) -> Sequence[Tensor | None]:
 
 def _split(flat: Sequence, counts: Sequence[int]) -> list[list]:
     """`flat` cut into lists of these lengths."""
-    lists, start = [], 0
-    for count in counts:
-        lists.append(list(flat[start : start + count]))
-        start += count
-    return lists
+    rest = iter(flat)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _present(siblings: Sequence[Sibling]) -> list[list[str]]:
+    named = (zip(Sibling._fields, sibling, strict=True) for sibling in siblings)
+    return [[name for name, tensor in fields if tensor is not None] for fields in named]
 
 
 def run(plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
@@ -130,14 +132,12 @@ def run(plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
 
     Raises ValueError where some siblings have a tensor that others lack.
     """
-    counts, tensors = [], []
-    for name, field in zip(Sibling._fields, zip(*siblings, strict=True), strict=True):
-        present = [tensor for tensor in field if tensor is not None]
-        if len(present) not in (0, len(siblings)):
-            raise ValueError(f"{name}: expected one for each sibling or none, got {len(present)}")
-        counts.append(len(present))
-        tensors += present
-    counts = tuple(counts)
+    n, first = len(siblings), siblings[0]
+    absent = [tensor is None for tensor in first]
+    if n > 1 and any([[tensor is None for tensor in s] != absent for s in siblings]):
+        raise ValueError(f"siblings: expected the same tensors of each, got {_present(siblings)}")
+    tensors = [t for field in zip(*siblings, strict=True) for t in field if t is not None]
+    counts = tuple([0 if missing else n for missing in absent])
     if not torch.is_grad_enabled():
         return MoeLora.forward(plan, counts, *inputs, *tensors)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -367,3 +367,11 @@ def test_compiles_whole_and_once_for_every_number_of_tokens():
 def test_every_public_name_has_a_docstring():
     for name in moelora_kernels.__all__:
         assert getattr(moelora_kernels, name).__doc__, name
+
+
+def test_siblings_must_have_the_same_tensors():
+    case = make_case(out_features=(5, 7))
+    first, second = case.siblings
+    for bad in (second._replace(bias=None), second._replace(bias=None, base=case.dy[1])):
+        with pytest.raises(ValueError, match=r"^siblings: expected the same tensors of each"):
+            apply(case.plan, case.x, [first, bad])
