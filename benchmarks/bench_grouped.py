@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 # The siblings of this file are the package `benchmarks`, also when this file is run as a script
-# and when moelora_kernels is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# and moelora_kernels is found here where it is not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 

@@ -2,12 +2,17 @@
 
     python benchmarks/report.py benchmarks/results/<gpu>/*.json            Markdown on stdout
     python benchmarks/report.py --cases 4096x4096 --modes fwd results/linear.json
+    python benchmarks/report.py --readme README.md                         rewrites its tables
 
-README's tables are the output of this command, never typed.
+README's tables are the output of this command, never typed: they stand between the lines
+
+    <!-- table: benchmarks/results/<machine>/linear.json cases=4096x4096 modes=fwd_bwd -->
+    <!-- end of table -->
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -159,6 +164,22 @@ def markdown(result: dict, cases: list[str] | None = None, modes: list[str] | No
     return "\n\n".join([source, *map(markdown_table, by_case_and_mode(rows)), memory]) + "\n"
 
 
+def fill_tables(text: str, root: Path) -> str:
+    """`text` with every table between its marker lines made anew from the file they name."""
+
+    def fill(match: re.Match) -> str:
+        chosen = {key: match[key].split(",") if match[key] else None for key in ("cases", "modes")}
+        result = json.loads((root / match["file"]).read_text())
+        return f"{match['open']}\n{markdown(result, **chosen)}\n{match['close']}"
+
+    markers = (
+        r"(?P<open><!-- table: (?P<file>\S+)"
+        r"(?: cases=(?P<cases>\S+))?(?: modes=(?P<modes>\S+))? -->\n)"
+        r".*?(?P<close><!-- end of table -->)"
+    )
+    return re.sub(markers, fill, text, flags=re.DOTALL)
+
+
 def representative(rows: list[dict]) -> str:
     """The case of the plot: the one with the most token counts, then the largest."""
 
@@ -229,11 +250,16 @@ def plot(result: dict, path: Path, case: str | None = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Print the Markdown tables of the files; with --plots, draw DIR/<suite>.png anew as well."""
     parser = argparse.ArgumentParser(description="Markdown tables from benchmark results.")
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--readme", type=Path, help="rewrite the tables of this file")
     parser.add_argument("--cases", type=lambda text: text.split(","))
     parser.add_argument("--modes", type=lambda text: text.split(","))
     parser.add_argument("--plots", action="store_true", help="write FILE.png beside each FILE.json")
     options = parser.parse_args(arguments)
+    if options.readme:
+        path = options.readme
+        filled = fill_tables(path.read_text(encoding="utf-8"), path.resolve().parent)
+        path.write_text(filled, encoding="utf-8")
     for file in options.files:
         result = json.loads(file.read_text())
         sys.stdout.write(markdown(result, options.cases, options.modes) + "\n")

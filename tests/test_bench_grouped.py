@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from benchmarks import bench_grouped, harness, report, shapes  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import report
 from moelora_kernels import ops
 from moelora_kernels.presets import PRESETS
 
@@ -40,6 +44,11 @@ def test_commands_are_one_line(command):
     block = re.search(rf"<!-- {command} command -->\n```bash\n(.*?)```", README, re.DOTALL).group(1)
     assert block.count("\n") == 1
     assert block.startswith("python3 -m venv .venv && ")
+
+
+def test_tables_are_what_their_result_files_say():
+    assert "<!-- table: " in README
+    assert report.fill_tables(README, ROOT) == README
 
 
 def test_every_path_that_readme_names_exists():
