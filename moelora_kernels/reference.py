@@ -138,10 +138,9 @@ def dense_gate(
         return torch.where(chosen, weights, 0).sum(dim=2)
     if rows is not None:
         valid = (rows >= 0) & (rows < gates.shape[0])
-        picked = (
-            gates[torch.where(valid, rows, 0).long()] if gates.shape[0] else gates.new_zeros(())
-        )
-        gates = torch.where(valid[:, None], picked, 0)
+        # Without any gate row there is no row 0 to stand in for the ones out of range.
+        padded = gates if gates.shape[0] else gates.new_zeros((1, gates.shape[1]))
+        gates = torch.where(valid[:, None], padded[torch.where(valid, rows, 0).long()], 0)
     return gates.expand(tokens, -1).reshape(tokens, siblings, num_experts)
 
 
