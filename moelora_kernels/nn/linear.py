@@ -34,6 +34,10 @@ class MoeLoraLinear(nn.Module):
     base: a plain dense nn.Linear in x's dtype is read, everything else (quantised, hooked, cast by
     autocast) is called.
 
+    A new layer, and an expert that a token is not routed to, add exactly nothing to its y, as long
+    as A and B are finite: the products run over all experts, so a NaN or infinity in an expert's B
+    reaches y of every token, and one in its A dx of every token.
+
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         config: a MoeLoraConfig; `options` are its fields, in place of it or changing it.

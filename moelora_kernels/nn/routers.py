@@ -132,12 +132,16 @@ def gate_of_logits(
     }[config.score]()
     keep = _selected(scores, config)
     if config.normalize == "softmax":
-        return torch.where(keep, scores, -torch.inf).softmax(dim=1).nan_to_num(0.0), None
-    kept = torch.where(keep, scores, 0)
+        weights = torch.where(keep, scores, -torch.inf).softmax(dim=1).nan_to_num(0.0)
+    else:
+        weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
         # A token that no expert passes the threshold for has the gate 0, not 0 / 0.
-        kept = kept / kept.sum(dim=1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
-    return kept, None
+        tiny = torch.finfo(weights.dtype).tiny
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(tiny)
+    # A select last: backward multiplies the gradients of all weights, and that of an expert which
+    # is not kept may be no number.
+    return torch.where(keep, weights, 0), None
 
 
 def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:

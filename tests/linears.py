@@ -1,0 +1,54 @@
+"""Small MoeLoraLinear layers for the tests of the module, and one training step of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moelora_kernels import MoeLoraLinear
+
+IN, OUT = 12, 10
+MING = dict(num_experts=4, rank=3, alpha=6.0, router_bias=True, top_k=2)
+
+
+def make_layer(dtype=torch.float64, base=None, seed=0, **options):
+    """A layer whose B is not zero, so that its adapter shows."""
+    torch.manual_seed(seed)
+    options = {**MING, **options}
+    if options.get("router") in ("external", None) and "router" in options:
+        options.pop("top_k")
+    base = nn.Linear(IN, OUT, dtype=dtype) if base is None else base
+    layer = MoeLoraLinear.from_linear(base, **options)
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+    return layer
+
+
+def step(layer, x, dy=None, forward=None):
+    """y, dx and the gradient of every parameter that trains, by name; seeded for the dropout."""
+    torch.manual_seed(3)
+    leaf = x.detach().clone().requires_grad_()
+    y = (layer if forward is None else forward)(leaf)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape) if dy is None else dy
+    trained = {n: q for n, q in layer.named_parameters() if q.requires_grad}
+    grads = torch.autograd.grad(y, (leaf, *trained.values()), dy, allow_unused=True)
+    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+
+
+def assert_same(found, expected, **tolerance):
+    """Same names, same tensors: bitwise unless a tolerance is given."""
+    assert found.keys() == expected.keys()
+    tolerance = tolerance or dict(rtol=0, atol=0)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=name)
+
+
+class Prototype(nn.Module):
+    """A router of one's own: cosine to prototypes, with a parameter that must get a gradient."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(experts, IN, dtype=torch.float64))
+
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.prototypes).t()
