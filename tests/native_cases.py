@@ -1,0 +1,208 @@
+"""Cases for the native library: every option of the ops as tensors, and how to compare."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora_kernels import native, reference
+from moelora_kernels.testing import assert_within_budget
+
+REQUIRED = os.environ.get("MOELORA_REQUIRE_NATIVE") == "1"
+needs_library = pytest.mark.skipif(
+    not native.available() and not REQUIRED, reason=f"native library: {native.reason()}"
+)
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# Computed in float32 whatever x is; every other result has passed through x.dtype.
+EXACT = ("logits", "weights", "drouter", "dlogits")
+ops = torch.ops.moelora
+
+
+class Case(NamedTuple):
+    """Sizes and options of one layer; `gate` names the form its gate takes."""
+
+    T: int = 13
+    I: int = 70  # noqa: E741
+    O: int = 45  # noqa: E741
+    ranks: tuple[int, ...] = (16, 16, 16, 16)
+    n: int = 1
+    gate: str = "router"
+    top_k: int = 2
+    renormalize: bool = True
+    temperature: float = 1.0
+    bias: bool = False
+    share_a: bool = False
+    dropout: float = 0.0
+    per_expert: bool = False
+    adapters: torch.dtype | None = None
+    chained: bool = False
+
+
+# name -> case; the comment says what it would catch.
+CASES = {
+    "plain": Case(),
+    # Column blocks of the router, token tiles, tails of both, two threads.
+    "long": Case(T=523, I=2100, bias=True),
+    "no_token": Case(T=0),
+    "no_token_dense": Case(T=0, gate="dense"),
+    "one_token": Case(T=1),
+    "one_expert": Case(ranks=(5,), top_k=1),
+    "one_expert_dense": Case(ranks=(16,), gate="dense"),
+    "all_experts": Case(top_k=4),
+    "all_experts_softmax": Case(top_k=4, renormalize=False, temperature=0.7),
+    "softmax_before_topk": Case(renormalize=False, temperature=1.7, chained=True),
+    "many_experts": Case(T=31, ranks=(2,) * 67, top_k=6),
+    "mixed_ranks": Case(ranks=(1, 3, 16, 128), bias=True, chained=True),
+    "mixed_ranks_dense": Case(ranks=(1, 3, 16, 128), gate="dense"),
+    "siblings": Case(n=3, bias=True, chained=True),
+    "siblings_sparse": Case(n=3, gate="sparse"),
+    "siblings_dense": Case(n=3, ranks=(4, 9), gate="dense"),
+    "sparse_int64": Case(gate="sparse_int64"),
+    "one_row": Case(T=131, gate="one_row"),
+    "rows": Case(T=131, gate="rows"),
+    "rows_int64": Case(T=131, gate="rows_int64", n=2),
+    "share_a": Case(share_a=True, ranks=(8, 8, 8), n=2),
+    "share_a_dense": Case(share_a=True, ranks=(8, 8, 8), gate="dense"),
+    "dropout": Case(dropout=0.25, n=2),
+    "dropout_per_expert": Case(dropout=0.25, per_expert=True, n=2, ranks=(1, 5, 16)),
+    "float32_adapters": Case(n=2, adapters=torch.float32, bias=True),
+}
+
+
+class Inputs:
+    """Random tensors of a case in one dtype; `.double()` is the same layer in float64."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(of)
+
+        T, I, O, ranks, n = case[:5]  # noqa: E741
+        E, R = len(ranks), sum(ranks)
+        width = ranks[0] if case.share_a else R
+        of = case.adapters if case.adapters and dtype is not torch.float64 else dtype
+        self.case, self.E, self.R = case, E, R
+        self.scaling = [0.5 + 0.25 * e for e in range(E)]
+        self.seed = torch.tensor([-5_000_000_003]) if case.dropout else None
+        self.x = draw(T, I)
+        # Adapters are rounded to x.dtype here: what the cast inside the op costs is no error of it.
+        self.lora_a = [draw(width, I).div(I**0.5).to(dtype).to(of) for _ in range(n)]
+        self.lora_b = [draw(O, R).to(dtype).to(of) for _ in range(n)]
+        self.dy = [draw(T, O).div(O**0.5) for _ in range(n)]
+        self.dlogits = draw(T, n * E, of=reference.compute_dtype(self.x)) if case.chained else None
+        self.gates = self.indices = self.rows = None
+        self.router: list[Tensor] = []
+        self.bias: list[Tensor] = []
+        kind = case.gate
+        wide = torch.int64 if kind.endswith("int64") else torch.int32
+        if kind == "router":
+            self.router = [draw(E, I, of=of).div(I**0.5) for _ in range(n)]
+            self.bias = [draw(E, of=of) for _ in range(n)] if case.bias else []
+        elif kind.startswith("sparse"):
+            self.gates = draw(T, n * 2)
+            ids = torch.randint(-1, E + 1, (T, n * 2), generator=generator)
+            self.indices = ids.to(wide)
+        else:
+            G = {"dense": T, "one_row": 1}.get(kind, 5)
+            self.gates = draw(G, n * E)
+            self.gates[:, 0] = 0
+            if kind.startswith("rows"):
+                self.rows = torch.randint(-1, G + 1, (T,), generator=generator).to(wide)
+
+    def double(self) -> Inputs:
+        copy = object.__new__(Inputs)
+        copy.__dict__ = {name: _double(value) for name, value in self.__dict__.items()}
+        return copy
+
+    def shrink(self) -> list:
+        c = self.case
+        k = c.top_k if self.router else 0
+        return [
+            self.x, self.lora_a, self.gates, self.indices, self.rows, self.router, self.bias,
+            list(c.ranks), self.scaling, c.share_a, k, c.renormalize, c.temperature, c.dropout,
+            c.per_expert, self.seed,
+        ]  # fmt: skip
+
+    def backward(self, forward: tuple[Tensor, ...], dy: list[Tensor] | None = None) -> list:
+        """The arguments of shrink_gate_backward after shrink_gate returned `forward`."""
+        c = self.case
+        h, _, weights, chosen, logits = forward
+        gates, indices, k = self.gates, self.indices, 0
+        if self.router:
+            gates, k = weights, c.top_k
+            indices = chosen if k < self.E else None
+        return [
+            self.dy if dy is None else dy, self.lora_b, h, gates, indices, self.rows,
+            logits if self.router else None, self.dlogits if self.router else None,
+            list(c.ranks), self.scaling, c.share_a, k, c.renormalize, c.temperature,
+        ]  # fmt: skip
+
+    def gram(
+        self, forward: tuple[Tensor, ...], back: tuple[Tensor, ...], dy: list[Tensor] | None = None
+    ) -> list:
+        c = self.case
+        return [
+            self.x, back[0], back[2] if self.router else None, self.dy if dy is None else dy,
+            forward[1], self.lora_a[0].dtype, (self.router or [self.x])[0].dtype, list(c.ranks),
+            c.dropout, c.per_expert, self.seed,
+        ]  # fmt: skip
+
+    def shrink_dx(self, back: tuple[Tensor, ...]) -> list:
+        c = self.case
+        return [
+            back[0], back[2] if self.router else None, self.lora_a, self.router, list(c.ranks),
+            c.dropout, c.per_expert, self.seed,
+        ]  # fmt: skip
+
+
+def _double(value):
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)) and not isinstance(value, Case):
+        return type(value)(_double(v) for v in value)
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def _named(names: str, outputs) -> dict[str, Tensor]:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    found = dict(zip(names.split(), outputs, strict=True))
+    if isinstance(found.get("db"), list):
+        found.update({f"db{i}": db for i, db in enumerate(found.pop("db"))})
+    return found
+
+
+def compare(names: str, op, specification, arguments: list, dtype: torch.dtype) -> None:
+    """`op` against `specification` on the same arguments, integers and dtypes exactly."""
+    actual = _named(names, op(*arguments))
+    yardstick = _named(names, specification(*arguments))
+    truth = _named(names, specification(*_double(arguments)))
+    for name, expected in yardstick.items():
+        assert actual[name].dtype == expected.dtype, name
+        assert actual[name].shape == expected.shape, name
+        assert actual[name].is_contiguous(), name
+        if not expected.is_floating_point():
+            assert torch.equal(actual[name], expected), name
+    for name, expected in truth.items():
+        of = yardstick[name].dtype if name in EXACT else dtype
+        if dtype is torch.float64:
+            largest = expected.abs().max().item() if expected.numel() else 0.0
+            torch.testing.assert_close(actual[name], expected, rtol=0, atol=1e-13 * (1 + largest))
+        elif expected.is_floating_point():
+            assert_within_budget(actual, {name: expected}, yardstick, of)
+    again = _named(names, op(*arguments))
+    for name, value in actual.items():
+        assert torch.equal(value, again[name]), f"{name}: two runs differ"
+
+
+def forward_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    return reference.shrink_gate(*inputs.shrink())
