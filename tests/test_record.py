@@ -156,6 +156,38 @@ def test_sequence_gates_balance_sequences(select):
     torch.testing.assert_close(masked, collect_aux_loss(layer), **TIGHT)
 
 
+@pytest.mark.parametrize("shape", ((5, 3), (5, 2, 3)), ids=str)
+@pytest.mark.parametrize("router", ("linear", "task"))
+def test_a_sequence_counts_if_any_of_its_tokens_does(router, shape):
+    """The trainer has one mask [batch, sequence] for layers of every granularity."""
+    options = dict(router="task", num_tasks=5) if router == "task" else dict(granularity="sequence")
+    layer = make_layer(aux={"load_balance": 1.0, "z": 1.0}, **options)
+    if router == "task":
+        set_tasks(layer, [1, 2, 3, 4, 5])
+    x = torch.randn(*shape, IN, dtype=torch.float64)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[1], mask[2, :-1], mask[4] = False, False, False
+    layer(x)
+    found = collect_aux_loss(layer, mask.long())
+    layer(x)
+    by_sequence = torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(found, collect_aux_loss(layer, by_sequence), **TIGHT)
+    layer(x)
+    with pytest.raises(ValueError, match=r"mask: expected one entry for each of 5 gate rows, or"):
+        collect_aux_loss(layer, mask[:4])
+
+
+@pytest.mark.parametrize("tokens", (0, 2))
+def test_one_task_for_all_sequences_counts_with_any_token(tokens):
+    layer = make_layer(router="task", num_tasks=3, aux={"z": 1.0})
+    set_tasks(layer, [2])
+    layer(torch.randn(4, 3, IN, dtype=torch.float64))
+    expected = z_loss(layer.router()) if tokens else torch.zeros((), dtype=torch.float64)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[0, :tokens] = True
+    torch.testing.assert_close(collect_aux_loss(layer, mask), expected, **TIGHT)
+
+
 def test_a_sequence_of_one_row_and_2d_x():
     """2-D x is one sequence: one row of logits."""
     layer = make_layer(granularity="sequence", aux={"load_balance": 1.0})
@@ -163,6 +195,10 @@ def test_a_sequence_of_one_row_and_2d_x():
     layer(x)
     expected = switch_loss(layer.router(x.mean(0, keepdim=True)), 2)
     torch.testing.assert_close(collect_aux_loss(layer), expected, **TIGHT)
+    layer(x)
+    torch.testing.assert_close(
+        collect_aux_loss(layer, torch.tensor([False] * 6 + [True])), expected, **TIGHT
+    )
 
 
 def test_task_gates_have_losses_too():
@@ -245,6 +281,9 @@ def test_nonreentrant_checkpointing_counts_once(checkpointed):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+    # The recomputed forward is not a new one to make a loss of.
+    with pytest.raises(RuntimeError, match="run a forward first"):
+        collect_aux_loss(model)
     # And a second step after the recompute of the first.
     for a, b in zip(train_step(checkpointed), expected, strict=True):
         assert torch.equal(a, b)

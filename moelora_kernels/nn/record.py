@@ -13,8 +13,8 @@ class RoutingRecord:
     """Weights, indices and logits of a layer's last forward.
 
     weights [T, K] with indices [T, K], or dense gates [G, E] with indices None; logits [G, E] in
-    float32, attached to the graph. A forward overwrites it, so that recomputing under activation
-    checkpointing neither adds to it nor loses it. Copies of a layer start with an empty record.
+    float32, attached to the graph. A forward overwrites it; the one that activation checkpointing
+    repeats in backward does not. Copies of a layer start with an empty record.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,9 @@ class RoutingRecord:
         self.logits: Tensor | None = None
 
     def keep(self, weights: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:
-        """Hold the routing of a forward."""
+        """Hold the routing of a forward, unless autograd is running: that one is a repetition."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
         self.weights = weights.detach()
         self.indices = indices
         self.logits = logits
@@ -42,7 +44,12 @@ class RoutingRecord:
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
-    """Within it every layer of `model` keeps the routing of its last forward in `record`."""
+    """Within it every layer of `model` keeps the routing of its last forward in `layer.record`.
+
+    A record holds weights [T, K] with indices [T, K], or weights [G, E] with indices None where all
+    experts are gated or the gate belongs to a sequence or task (one row for each of them), and the
+    router's logits. Leaving the context clears all records: take what you need inside.
+    """
     records = [layer.record for layer in layers_of(model)]
     for record in records:
         record.wanted = True
@@ -68,12 +75,14 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 
     Args:
         model: a model whose layers have `aux` in their config.
-        mask: [batch, sequence] (or one entry per token), True where a token counts.
+        mask: [batch, sequence] (or one entry per token), True where a token counts. Where gates
+            belong to a sequence or task, that counts if any of its tokens does; one entry for each
+            gate row does as well.
 
     Raises:
         RuntimeError: no forward since the last call, or one without a graph (reentrant activation
             checkpointing runs it without: use use_reentrant=False).
-        ValueError: the mask does not have one entry per token.
+        ValueError: the mask does not fit the tokens or gate rows.
 
     Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z).
     """
@@ -104,12 +113,7 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
     logits = record.logits.to(torch.promote_types(record.logits.dtype, torch.float32))
     counts = torch.ones_like(logits[:, 0])
     if mask is not None:
-        if mask.numel() != logits.shape[0]:
-            raise ValueError(
-                f"mask: expected one entry for each of {logits.shape[0]} tokens, "
-                f"got {[*mask.shape]}"
-            )
-        counts = mask.reshape(-1).to(counts.dtype)
+        counts = _row_mask(mask, logits.shape[0], config.granularity).to(counts)
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
@@ -126,6 +130,16 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
     return loss
+
+
+def _row_mask(mask: Tensor, rows: int, granularity: str) -> Tensor:
+    """The mask of each row of logits, [rows], from one of the tokens or of the rows."""
+    if mask.numel() == rows:
+        return mask.reshape(-1)
+    if granularity != "token" and mask.dim() > 0 and rows in (1, mask.shape[0]):
+        return (mask != 0).reshape(rows, mask.numel() // rows).any(dim=1)
+    of = "tokens" if granularity == "token" else f"gate rows, or [{rows}, ...] of their tokens"
+    raise ValueError(f"mask: expected one entry for each of {rows} {of}, got {[*mask.shape]}")
 
 
 def _routed(record: RoutingRecord, num_experts: int) -> Tensor:
