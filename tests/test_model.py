@@ -175,6 +175,39 @@ def test_a_shared_task_gate_is_one_module():
     assert routers != {id(layers[0].router)}
 
 
+def test_two_calls_share_a_gate_of_the_same_sizes():
+    """Attention and MLP with different ranks are still one MOELoRA: the gate is the model's."""
+    model = make_model()
+    replace_linears(model, MOELORA, ["up_proj"])
+    replace_linears(model, MOELORA.replace(rank=3, dropout=0.0), ["down_proj"])
+    first, second = model["layers"]
+    assert len({id(b.up_proj.router) for b in (first, second)}) == 1
+    assert first.down_proj.router is second.down_proj.router is first.up_proj.router
+    assert first.down_proj.lora_A.shape[0] == 12
+
+
+@pytest.mark.parametrize(
+    "sizes", (dict(num_tasks=4), dict(num_experts=5), dict(task_embedding_dim=6)), ids=str
+)
+def test_two_calls_with_different_sizes_have_a_gate_each(sizes):
+    """And one call of set_tasks sets both, or neither where one of them refuses the ids."""
+    model = make_model()
+    replace_linears(model, MOELORA.replace(**sizes), ["up_proj"])
+    replace_linears(model, MOELORA, ["down_proj"])
+    first, second = model["layers"]
+    assert first.up_proj.router is second.up_proj.router
+    assert first.down_proj.router is second.down_proj.router
+    assert first.down_proj.router is not first.up_proj.router
+    randomise(model).eval()
+    set_tasks(model, [1, 3])
+    x = torch.randn(2, 3, 6)
+    before = model["layers"](x)
+    for ids in ([2, 4], [4, 2], [2, 9]):
+        with pytest.raises(ValueError, match="ids: expected 1 to"):
+            set_tasks(model, ids)
+    assert torch.equal(model["layers"](x), before)
+
+
 def test_tasks_hold_until_the_next_call():
     model = moelora_model().eval()
     x = torch.randn(2, 3, 6)

@@ -283,7 +283,8 @@ def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
     """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set."""
     config, router = layer.config, layer.router
     if config.router == "task":
-        return router()
+        # One gate serves all layers of a model, also of one that is spread over devices.
+        return router().to(x.device)
     source = tokens
     if config.granularity == "sequence":
         sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]

@@ -112,6 +112,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     if not routers:
         raise ValueError("model: no layer with router='task' takes task ids")
     for router in routers:
+        router.check_tasks(tasks)
+    for router in routers:
         router.set_tasks(tasks)
 
 

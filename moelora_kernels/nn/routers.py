@@ -63,8 +63,8 @@ class TaskRouter(nn.Module):
         self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
         self.register_buffer("task_ids", None, persistent=False)
 
-    def set_tasks(self, ids: Tensor) -> None:
-        """Hold ids [B], from 1 to num_tasks, for the coming forwards."""
+    def check_tasks(self, ids: Tensor) -> None:
+        """Raise unless ids are [B], from 1 to num_tasks."""
         if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"ids: expected whole numbers [batch], got {ids.dtype} {[*ids.shape]}")
         valid = ((ids >= 1) & (ids <= self.num_tasks)).all()
@@ -73,6 +73,10 @@ class TaskRouter(nn.Module):
                 raise ValueError(f"ids: expected 1 to {self.num_tasks}, got {ids.tolist()}")
         else:
             torch._assert_async(valid, f"ids: expected 1 to {self.num_tasks}")
+
+    def set_tasks(self, ids: Tensor) -> None:
+        """Hold ids [B], from 1 to num_tasks, for the coming forwards."""
+        self.check_tasks(ids)
         self.task_ids = ids.to(self.gate.weight.device)
 
     def forward(self) -> Tensor:
