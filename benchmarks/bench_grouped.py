@@ -21,9 +21,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import harness, report
-from benchmarks.inputs import DTYPES, ROUTINGS, check_mixture
+from benchmarks.inputs import DTYPES, check_mixture
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import TOKENS, select_cases
+from moelora_kernels.testing import ROUTINGS
 
 # suite -> the function that measures one of its cases
 SUITES = {"linear": harness.run_case, "group": harness.run_case}

@@ -3,27 +3,15 @@
 T tokens, I in_features, O out_features, E experts, K experts per token, r rank, R = E r.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import Case
+from moelora_kernels.testing import draw_experts, expert_likelihood
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# name -> how likely each expert is [E], not normalised. A token draws K distinct experts from it.
-ROUTINGS: dict[str, Callable[[int], Tensor]] = {
-    "uniform": torch.ones,
-    "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
-    # Expert 0 outweighs all others together: about half of the first places.
-    "skewed": lambda experts: torch.tensor([experts - 1.0] + [1.0] * (experts - 1)),
-    # Every token goes to expert 0; a second place is uniform over the others.
-    "one": lambda experts: torch.tensor([1.0] + [1e-9] * (experts - 1)),
-    # The last expert never gets a token.
-    "empty": lambda experts: torch.tensor([1.0] * (experts - 1) + [0.0]),
-}
 
 
 @dataclass
@@ -96,20 +84,10 @@ def make_layer(
 
 def check_mixture(case: Case, routing: str, experts: int, top_k: int) -> None:
     """Raise ValueError if this mixture cannot be routed as named on this case."""
-    available = int((ROUTINGS[routing](experts) > 0).sum())
-    if not 1 <= top_k <= available:
-        raise ValueError(f"top_k: expected 1 to {available} with routing {routing!r}, got {top_k}")
+    expert_likelihood(routing, experts, top_k)
     logits = experts * len(case.siblings)
     if logits >= case.in_features:
         raise ValueError(f"experts: {logits} logits cannot be chosen freely by x on {case.name}")
-
-
-def draw_experts(
-    routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator
-) -> Tensor:
-    """[T, K] distinct experts per token, drawn from the named distribution (on the CPU)."""
-    likelihood = ROUTINGS[routing](experts)
-    return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
 
 
 def draw_inputs(layer: Layer, tokens: int, routing: str) -> tuple[Tensor, list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,38 +10,43 @@ from torch import Tensor
 from moelora_kernels import reference
 from moelora_kernels.autograd import Plan, Sibling
 
-# name -> how the probability of an expert falls with its number; "empty" leaves the last one out.
-ROUTINGS = ("uniform", "zipf", "one", "empty")
+# name -> how likely each expert is [E], not normalised.
+ROUTINGS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": torch.ones,
+    "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
+    # Expert 0 outweighs all others together: about half of the first places.
+    "skewed": lambda experts: torch.tensor([experts - 1.0] + [1.0] * (experts - 1)),
+    # Every token goes to expert 0; a second place is uniform over the others.
+    "one": lambda experts: torch.tensor([1.0] + [1e-9] * (experts - 1)),
+    # The last expert never gets a token.
+    "empty": lambda experts: torch.tensor([1.0] * (experts - 1) + [0.0]),
+}
 
 
-def expert_probabilities(routing: str, num_experts: int) -> Tensor:
-    """Probability of each expert under a named distribution, [E].
+def expert_likelihood(routing: str, experts: int, top_k: int) -> Tensor:
+    """How likely each of `experts` is under a routing of ROUTINGS, [E], not normalised.
 
-    uniform: all equal; zipf: 1 / (e + 1)^1.5; one: expert 0 takes every token; empty: the last
-    expert gets no token (uniform over the others).
+    Raises ValueError for an unknown routing, or one with fewer than top_k experts to choose from.
     """
-    weights = torch.ones(num_experts)
-    if routing == "zipf":
-        weights = 1.0 / torch.arange(1, num_experts + 1) ** 1.5
-    elif routing == "one":
-        weights[1:] = 1e-6
-    elif routing == "empty" and num_experts > 1:
-        weights[-1] = 0.0
-    elif routing not in ROUTINGS:
+    if routing not in ROUTINGS:
         raise ValueError(f"routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
-    return weights / weights.sum()
+    if experts < 1:
+        raise ValueError(f"experts: expected at least 1, got {experts}")
+    likelihood = ROUTINGS[routing](experts)
+    available = int((likelihood > 0).sum())
+    if not 1 <= top_k <= available:
+        raise ValueError(f"top_k: expected 1 to {available} with routing {routing!r}, got {top_k}")
+    return likelihood
 
 
 def draw_experts(
-    routing: str, tokens: int, num_experts: int, top_k: int, generator: torch.Generator
+    routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator
 ) -> Tensor:
-    """K different experts for every token, drawn without replacement, [T, K] int64."""
-    weights = expert_probabilities(routing, num_experts)
-    if routing == "empty" and top_k == num_experts:
-        raise ValueError("routing: 'empty' needs top_k below the number of experts")
+    """K distinct experts for every token, drawn from the named distribution, [T, K] int64."""
+    likelihood = expert_likelihood(routing, experts, top_k)
     if tokens == 0:
         return torch.empty(0, top_k, dtype=torch.int64)
-    return torch.multinomial(weights.expand(tokens, -1), top_k, generator=generator)
+    return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
 
 
 def reference_step(

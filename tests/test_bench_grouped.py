@@ -15,8 +15,9 @@ sys.path.append(str(ROOT))
 
 from benchmarks import bench_grouped, harness, report, shapes  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402
-from benchmarks.inputs import ROUTINGS, draw_experts, draw_inputs, make_layer  # noqa: E402
+from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
 from benchmarks.providers import PROVIDERS, Masked, Siblings  # noqa: E402
+from moelora_kernels.testing import ROUTINGS  # noqa: E402
 
 CPU = torch.device("cpu")
 QUICK_LINEAR = shapes.QUICK_CASES["linear"][0]
@@ -247,31 +248,6 @@ def test_compiled_rival_runs_or_says_why(tmp_path):
     (row,) = (r for r in results["linear"]["rows"] if r["provider"] == "masked_compiled")
     check_row(row)
     assert row["status"] == "ok" or "ompil" in row["reason"]
-
-
-@pytest.mark.parametrize("routing", list(ROUTINGS))
-def test_routing_distributions(routing):
-    tokens, experts, top_k = 4000, 8, 2
-    chosen = draw_experts(routing, tokens, experts, top_k, torch.Generator().manual_seed(0))
-    assert chosen.shape == (tokens, top_k)
-    assert (chosen[:, 0] != chosen[:, 1]).all()
-    share = torch.bincount(chosen.flatten(), minlength=experts) / tokens
-    if routing == "uniform":
-        assert (share - top_k / experts).abs().max() < 0.05
-    elif routing == "zipf":
-        assert (share.diff() < 0.03).all()
-        assert share[0] > 3 * share[-1] > 0
-    elif routing == "skewed":
-        assert share[0] > 0.6
-        assert share[1:].min() > 0.1
-    elif routing == "one":
-        assert share[0] == 1
-        assert share[1:].min() > 0.1
-    elif routing == "empty":
-        assert share[-1] == 0
-        assert share[:-1].min() > 0.2
-    else:
-        pytest.fail(f"say here what {routing} promises")
 
 
 @pytest.mark.parametrize("routing", list(ROUTINGS))
