@@ -65,6 +65,20 @@ def token_counts(text: str) -> list[int]:
     return counts
 
 
+def size(text: str) -> int:
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A finite time."""
+    if not 0.0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text}")
+    return float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,12 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,...|all")
     parser.add_argument("--providers", type=names(PROVIDERS, "providers"), metavar="NAME,...")
     parser.add_argument("--modes", type=names(MODES, "modes"), default=list(MODES))
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16, help="of one expert")
-    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--experts", type=size, default=8)
+    parser.add_argument("--rank", type=size, default=16, help="of one expert")
+    parser.add_argument("--top-k", type=size, default=2)
     parser.add_argument("--routing", choices=list(ROUTINGS), default="uniform")
     parser.add_argument("--warm", action="store_true", help="leave the caches as a call left them")
-    parser.add_argument("--budget", type=float, help="seconds of samples per case, T and mode")
+    parser.add_argument("--budget", type=seconds, help="seconds of samples per case, T and mode")
     return parser
 
 
@@ -136,7 +150,6 @@ def say(bar, text: str) -> None:
 
 def write_result(result: dict, suite: str, folder: Path) -> list[Path]:
     """FOLDER/<suite>.json, and the plot if matplotlib is there."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{suite}.json"]
     written[0].write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     try:
@@ -151,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the suites; 1 if the package was found wrong or could not run, else 0."""
     parser = make_parser()
     parsed = parser.parse_args(arguments)
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"argument --device: torch {torch.__version__} finds no CUDA device")
     options = make_options(parsed)
     suites = list(SUITES) if parsed.suite == "all" else [parsed.suite]
     try:
@@ -163,6 +178,11 @@ def main(arguments: list[str] | None = None) -> int:
                 check_mixture(case, options.routing, options.experts, options.top_k)
     except ValueError as error:
         parser.error(str(error))
+
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
 
     commit = harness.git_commit() if parsed.commit is None else parsed.commit
     if not commit:

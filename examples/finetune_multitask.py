@@ -186,6 +186,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
         return value
 
+    def rate(text: str) -> float:
+        if not 0.0 < (value := float(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+        return value
+
     add = parser.add_argument
     add("--data", type=Path, help="folder with train.jsonl and dev.jsonl; default: toy tasks")
     add("--preset", choices=sorted(PLANS), default="moelora", help="which mixture to train")
@@ -195,9 +200,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hidden", type=positive, default=128, help="width of the model made here")
     add("--layers", type=positive, default=4, help="depth of the model made here")
     add("--pretrain-steps", type=natural, default=100, help="for the model made here")
-    add("--pretrain-lr", type=float, default=3e-3, help="peak learning rate of that")
+    add("--pretrain-lr", type=rate, default=3e-3, help="peak learning rate of that")
     add("--steps", type=positive, default=200, help="fine-tuning steps")
-    add("--lr", type=float, default=5e-3, help="peak learning rate; 2e-4 suits a real model")
+    add("--lr", type=rate, default=5e-3, help="peak learning rate; 2e-4 suits a real model")
     add("--batch", type=positive, default=8, help="samples in a batch, all tasks mixed")
     add("--max-length", type=positive, default=256, help="tokens of prompt and target")
     add("--out", type=Path, help="folder for the results; default: out/<preset>")
@@ -316,6 +321,11 @@ def main(argv: list[str] | None = None) -> dict:
     if cut:
         print(f"{cut} targets are longer than --max-length {args.max_length} allows: end cut off")
 
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --out: {error}") from None
+
     plan = make_plan(args.preset, len(task_ids), args.aux, args.dropout)
     tasks = set_tasks if any(config.router == "task" for config, _ in plan) else None
     torch.manual_seed(args.seed)
@@ -353,7 +363,6 @@ def main(argv: list[str] | None = None) -> dict:
     print(format_table(train_after, before, after))
     load = expert_load(model, encoder, dev, names[0], tasks)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     save_adapter(model, args.out / "adapter.safetensors")
     adapters = [{"config": config.to_dict(), "target_modules": targets} for config, targets in plan]
     described = {

@@ -102,6 +102,15 @@ class MoeLoraConfig:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **options})
 
+    @classmethod
+    def of(cls, config: MoeLoraConfig | None, options: Mapping[str, Any]) -> MoeLoraConfig:
+        """`config` changed by `options`, or made of them where there is none."""
+        if config is None:
+            return cls(**options)
+        if not isinstance(config, cls):
+            raise TypeError(f"config: expected a MoeLoraConfig, got {config!r}")
+        return config.replace(**options) if options else config
+
     def replace(self, **options: Any) -> MoeLoraConfig:
         """A copy with some options changed; what the old values implied is settled anew."""
         if "top_k" in options and self.select in ("all", "topk"):

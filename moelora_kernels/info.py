@@ -93,6 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2, help="0: all experts")
     given = parser.parse_args(arguments)
+    for name in ("tokens", "in_features", "out_features", "experts", "rank"):
+        if getattr(given, name) < (name != "tokens"):
+            parser.error(f"{name}: expected a size, got {getattr(given, name)}")
+    if not 0 <= given.top_k <= given.experts:
+        parser.error(f"top_k: expected 0 to {given.experts} experts, got {given.top_k}")
     sizes = {
         "tokens": given.tokens,
         "in_features": given.in_features,

@@ -317,6 +317,14 @@ def test_cases_are_chosen_by_name():
         ["--top-k", "9"],
         ["--top-k", "8", "--routing", "empty"],
         ["--experts", "72"],
+        ["--experts", "0"],
+        ["--rank", "0"],
+        ["--budget", "nan"],
+        ["--out", "/dev/null/results"],
+        pytest.param(
+            ["--device", "cuda"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ),
 )
 def test_bad_arguments_are_refused(arguments, capsys):

@@ -189,6 +189,19 @@ def test_script_exits_with_an_error(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("rate", ("nan", "0", "-1", "inf"))
+def test_a_learning_rate_that_trains_nothing_is_refused(rate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--lr", rate)
+    assert "--lr: must be positive and finite" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"--out: .*file"):
+        run(tmp_path, "--out", str(tmp_path / "file" / "out"))
+
+
 @pytest.mark.parametrize(
     "arguments",
     (["--preset", "moelora", "--aux", "z"], ["--preset", "ming", "--aux", "balance"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from moelora_kernels import info, native
@@ -30,3 +31,12 @@ def test_text_report(capsys):
     assert f"torch: {torch.__version__}" in out
     assert "impl: wide" in out
     assert "reason: " in out
+
+
+@pytest.mark.parametrize(
+    "arguments", (["--rank", "0"], ["--tokens", "-1"], ["--top-k", "9"], ["--top-k", "-1"]), ids=str
+)
+def test_sizes_of_no_layer_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        info.main(arguments)
+    assert arguments[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err

@@ -84,6 +84,21 @@ def test_a_bad_x_is_named():
         layer(torch.ones(3, IN, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("options", ({}, dict(router="mlp")), ids=str)
+@pytest.mark.parametrize("given", (torch.float64, torch.bfloat16), ids=str)
+def test_an_x_of_another_dtype_than_the_base_is_named(given, options):
+    """nn.Linear refuses it too, with "mat1 and mat2"; autocast is what converts."""
+    layer = make_layer(torch.float32, **options)
+    x = torch.randn(3, IN, dtype=given)
+    with pytest.raises(TypeError, match=f"x: expected the base's dtype torch.float32, got {given}"):
+        layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        if given != torch.float64:
+            assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="x: expected the base's device cpu, got meta"):
+        layer(torch.randn(3, IN, device="meta"))
+
+
 def test_a_nan_token_reaches_only_its_own_output():
     """One overflowed sequence of a batch must not poison the others' activations."""
     layer = make_layer(dropout=0.3)

@@ -44,6 +44,12 @@ def test_from_linear_wants_a_linear():
         MoeLoraLinear.from_linear(nn.LayerNorm(4), **MING)
 
 
+@pytest.mark.parametrize("config", ("ming", dict(rank=4)), ids=str)
+def test_a_config_that_is_none_is_named(config):
+    with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got "):
+        MoeLoraLinear(IN, OUT, config=config)
+
+
 class Doubling(nn.Linear):
     """A subclass with a forward of its own: reading its weight would miss the factor."""
 

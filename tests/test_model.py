@@ -97,6 +97,30 @@ def test_a_target_that_is_no_linear_raises_and_changes_nothing():
     assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("module", "target"),
+    (
+        (nn.MultiheadAttention(6, 2), "out_proj"),
+        (nn.TransformerEncoderLayer(6, 2, 8), "linear1"),
+        (nn.TransformerDecoderLayer(6, 2, 8), "out_proj"),
+    ),
+    ids=("attention", "encoder", "decoder"),
+)
+def test_a_linear_whose_weight_is_read_without_a_call_is_refused(module, target):
+    """Their experts would be left out without a word, of an encoder layer only in evaluation."""
+    model = nn.Sequential(nn.Linear(6, 6), module)
+    with pytest.raises(TypeError, match=rf"target_modules: 1.*{target} lies in a .*left out"):
+        replace_linears(model, MING, ["0", target])
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_config_or_pattern_that_is_none_is_named():
+    with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got 'ming'"):
+        replace_linears(make_model(), "ming", ["up_proj"])
+    with pytest.raises(ValueError, match=r"target_modules: bad pattern '\('"):
+        replace_linears(make_model(), MING, "(")
+
+
 def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
     model = make_model()
     bases = {n: m for n, m in model.named_modules() if n.endswith(".up_proj")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.autograd import Plan, Sibling
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import active_dtype, apply, dropout_seed
+from moelora_kernels.functional import active_dtype, apply, dropout_seed, is_autocast
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
@@ -74,11 +74,7 @@ class MoeLoraLinear(nn.Module):
         return layer.train(linear.training)
 
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
-        if config is None:
-            config = MoeLoraConfig(**options)
-        elif options:
-            config = config.replace(**options)
-        self.config = config
+        self.config = config = MoeLoraConfig.of(config, options)
         self.in_features, self.out_features = base.in_features, base.out_features
         ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
@@ -226,11 +222,23 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     if read:
         weight, bias = base.weight, base.bias
     else:
+        _check_called(base, x)
         output = base(x)
         output = output.reshape(-1, output.shape[-1])
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
+
+
+def _check_called(base: nn.Module, x: Tensor) -> None:
+    """Raise where a plain base would refuse x, by name instead of as an operand of a product."""
+    weight = getattr(base, "weight", None)
+    if not is_plain_linear(base) or type(weight) not in (nn.Parameter, Tensor):
+        return
+    if weight.device != x.device:
+        raise ValueError(f"x: expected the base's device {weight.device}, got {x.device}")
+    if weight.dtype != x.dtype and not is_autocast(x.device):
+        raise TypeError(f"x: expected the base's dtype {weight.dtype}, got {x.dtype}")
 
 
 def _gates(

@@ -12,6 +12,10 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 
+# Modules that hand the weights of their linears to one function: the first always, the second in
+# evaluation without gradients.
+WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
 
 def replace_linears(
     model: nn.Module, config: MoeLoraConfig, target_modules: str | Iterable[str]
@@ -32,10 +36,17 @@ def replace_linears(
 
     Raises:
         ValueError: no module matches, or one of the names matches none.
-        TypeError: a matching module has no in_features and out_features.
+        TypeError: a matching module has no in_features and out_features, or the module above it
+            reads its weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
     """
+    config = MoeLoraConfig.of(config, {})
     by_pattern = isinstance(target_modules, str)
     targets = [target_modules] if by_pattern else list(target_modules)
+    if by_pattern:
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     adapted = [
         name
@@ -59,6 +70,12 @@ def replace_linears(
             isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features")
         ):
             raise TypeError(f"target_modules: {name} is a {type(module)}, expected a linear")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, WEIGHT_READERS):
+            raise TypeError(
+                f"target_modules: {name} lies in a {type(parent)}, which reads its weight without "
+                "calling it: its experts would be left out"
+            )
 
     shared = _task_router(model, config)
     replaced: dict[nn.Module, MoeLoraLinear] = {}
@@ -104,7 +121,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             if isinstance(m, MoeLoraLinear) and m.config.router == "external"
         ]
         if not layers:
-            raise ValueError("model: no layer with router='external' takes gates")
+            raise ValueError(
+                "model: no layer with router='external' takes gates; task ids are whole numbers"
+            )
         for layer in layers:
             layer.external_gates = tasks.to(layer.lora_A.device)
         return
