@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moelora_kernels import MoeLoraLinear
+from moelora_kernels import MoeLoraLinear, adapter_parameters
 
 IN, OUT = 12, 10
 MING = dict(num_experts=4, rank=3, alpha=6.0, router_bias=True, top_k=2)
@@ -52,3 +52,12 @@ class Prototype(nn.Module):
 
     def forward(self, x):
         return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.prototypes).t()
+
+
+def randomise(model):
+    """Adapters that are not zero, so that gates and tasks show in the output."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for q in adapter_parameters(model):
+            q.normal_(std=0.5)
+    return model

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
@@ -32,6 +33,25 @@ def test_the_example_runs(tmp_path, monkeypatch):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "adapter.safetensors").stat().st_size > 0
+
+
+def test_the_example_of_a_language_model_runs():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    ids = torch.randint(0, 40, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    names = {"model": model, "batch": {"input_ids": ids, "attention_mask": mask, "labels": ids}}
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    exec(compile(example, "README.md", "exec"), names)
+    names["loss"].backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 * 4
+    assert all(p.grad.dtype == torch.float32 for p in trained)
 
 
 def test_tables_name_every_op_and_every_preset():
