@@ -48,7 +48,8 @@ class MoeLoraConfig:
     Gate
         router: "linear", "mlp" (two layers, `router_hidden` between), "task" (embedding of a task
             id and a linear layer, one for all layers), "external" (gates are passed in), any
-            nn.Module x [T, I] -> logits [T, E], or None: every gate is 1.
+            nn.Module x [T, I] -> logits [T, E] (itself, no copy: layers of one config share it), or
+            None: every gate is 1.
         router_bias: of the linear router.
         num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks.
         granularity: one gate per "token", per "sequence" (router sees the mean over positions) or

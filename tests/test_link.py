@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 
+import linears
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears
+from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
 from moelora_kernels.nn import linear
 
 
@@ -97,6 +98,33 @@ def test_every_way_of_calling_gives_the_same(models):
     linked.q_proj(x)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(linked.v_proj(x), model.v_proj(x))
+
+
+def test_inference_mode(models):
+    """Its tensors have no version counter."""
+    model, linked = models
+    with torch.inference_mode():
+        x = torch.randn(4, 12, dtype=torch.float64)
+        torch.testing.assert_close(linked(x), model(x))
+        linked[0].q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(linked[0].k_proj(x), model[0].k_proj(x))
+
+
+@pytest.mark.parametrize("router", ("task", "external"))
+def test_new_tasks_between_siblings(router):
+    model = nn.Sequential(Attention())
+    config = MoeLoraConfig(num_experts=3, rank=2, router=router, num_tasks=4)
+    replace_linears(model, config, ["q_proj", "k_proj", "v_proj"])
+    linears.randomise(model)
+    plain = copy.deepcopy(model)
+    link_siblings(model)
+    x = torch.randn(2, 5, 12)
+    batches = ([1, 2], [4, 3]) if router == "task" else torch.rand(2, 2, 3)
+    for tasks, name in zip(batches, ("v_proj", "k_proj"), strict=True):
+        for each in (plain, model):
+            set_tasks(each, tasks)
+        torch.testing.assert_close(getattr(model[0], name)(x), getattr(plain[0], name)(x))
 
 
 def test_copies_and_pickles_are_linked_among_themselves(models):

@@ -70,16 +70,20 @@ class SiblingLink:
 
     def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
         self.layers = tuple(layers)
-        self._forget()
+        self.forget()
         for layer in self.layers:
             layer.link = self
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the outputs that no layer has taken yet."""
         self.given: tuple = ()
         self.outputs: dict[int, Tensor] = {}
 
     def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
         """y of one of the layers."""
+        if x.is_inference():
+            # Nothing tells whether such a tensor was changed between two calls.
+            return forward_siblings((layer,), x, gates)[0]
         own = self.layers.index(layer)
         state = (x._version, torch.is_grad_enabled(), layer.training, active_dtype(x))
         fresh = own in self.outputs and self.given[0] is x and self.given[1] is gates
@@ -88,7 +92,7 @@ class SiblingLink:
             self.given = (x, gates, state)
         y = self.outputs.pop(own)
         if not self.outputs:
-            self._forget()
+            self.forget()
         return y
 
     def __getstate__(self) -> dict:
@@ -104,7 +108,8 @@ def link_siblings(
 
     Every module of `model` whose children have all the names of a group, as MoeLoraLinear layers
     with the same options, runs them as a MoeLoraGroup would. In training the siblings then share
-    the dropout mask of x. Under torch.compile they run one by one; a MoeLoraGroup does not.
+    the dropout mask of x. Under torch.compile and torch.inference_mode they run one by one; a
+    MoeLoraGroup does not, and neither do they under torch.no_grad.
 
     Args:
         model: a model whose linears have been replaced.

@@ -114,6 +114,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         ValueError: the model has no layer that takes them, or ids are out of range.
     """
     tasks = torch.as_tensor(tasks)
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
+            layer.link.forget()
     if tasks.is_floating_point():
         layers = [
             m
