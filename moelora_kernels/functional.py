@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -115,6 +116,10 @@ def moe_lora_linear(
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
     """
     formulation.check(impl)
+    given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor)}")
     dtype = active_dtype(x)
     ranks, scaling = _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
     _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates)
@@ -136,12 +141,16 @@ def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> T
     Drawn from torch's generator, so that `torch.manual_seed` and activation checkpointing, which
     restores the generator before it recomputes, both give the same mask again.
     """
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {p!r}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {p}")
     if p == 0.0:
         return None
     if seed is None:
         return torch.randint(0, 2**62, (1,), device=device)
+    if not isinstance(seed, (int, Tensor)) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int or one int64, got {seed!r}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: expected one int64, got {seed.dtype} {[*seed.shape]}")
@@ -180,7 +189,16 @@ def _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows
     return ranks, scaling
 
 
+def _expect_numbers(argument: str, given, kinds: tuple[type, ...], expected: str) -> None:
+    values = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
+        raise TypeError(f"{argument}: expected {expected}, got {given!r}")
+    _expect(all(map(math.isfinite, values)), argument, "finite numbers", given)
+
+
 def _check_experts(total: int, ranks, scaling) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    _expect_numbers("ranks", ranks, (int,), "an int or a sequence of ints")
+    _expect_numbers("scaling", scaling, (int, float), "a number or a sequence of numbers")
     if isinstance(ranks, int):
         _expect(ranks > 0 and total % ranks == 0, "ranks", f"a divisor of R = {total}", ranks)
         ranks = (ranks,) * (total // ranks)

@@ -280,6 +280,7 @@ BAD = {
     "ranks: expected a divisor": {"ranks": 4},
     "ranks: expected ranks from 1": {"ranks": (3, 3, 0)},
     "scaling": {"scaling": (1.0, 2.0)},
+    "scaling: expected finite": {"scaling": float("nan")},
     "gates": {"gates": torch.rand(5, 2)},
     "gates: expected at most E = 3": {
         "gates": torch.rand(6, 4),
@@ -302,7 +303,12 @@ BAD_TYPES = {
     "gates": {"gates": torch.ones(6, 2, dtype=torch.int64)},
     "indices": {"indices": torch.zeros(6, 2)},
     "rows": {"gates": torch.rand(2, 3), "indices": None, "rows": torch.zeros(6)},
-    "seed": {"dropout": 0.5, "seed": torch.tensor(1.0)},
+    "seed: expected one int64": {"dropout": 0.5, "seed": torch.tensor(1.0)},
+    "seed: expected an int": {"dropout": 0.5, "seed": 1.5},
+    "ranks": {"ranks": 2.0},
+    "scaling": {"scaling": None},
+    "dropout": {"dropout": "0.1"},
+    "gates: expected a tensor": {"gates": None},
 }
 
 
