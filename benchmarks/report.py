@@ -155,10 +155,11 @@ def markdown(result: dict, cases: list[str] | None = None, modes: list[str] | No
         for row in result["rows"]
         if (cases is None or row["case"] in cases) and (modes is None or row["mode"] in modes)
     ]
-    caches = "cold" if result["machine"]["cold_mib"] else "warm"
+    cold = result["machine"]["cold_mib"] > 0
+    caches = result["machine"]["cold_kind"] if cold else "warm-cache samples"
     source = (
-        f"Measured on {provenance(result)}: `{result['command']}`. Median of {caches}-cache "
-        "samples; the factor is against the frozen layer."
+        f"Measured on {provenance(result)}: `{result['command']}`. Medians "
+        f"({caches}); the factor is against the frozen layer."
     )
     memory = f"Extra memory: {result['machine']['memory_kind']}."
     return "\n\n".join([source, *map(markdown_table, by_case_and_mode(rows)), memory]) + "\n"
