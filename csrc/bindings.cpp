@@ -1,6 +1,5 @@
 // The Python module: what was built, for bug reports. The ops register themselves with the
 // dispatcher when the library is loaded (STABLE_TORCH_LIBRARY_IMPL in each op's file).
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/version.h>
 #include <torch/headeronly/version.h>
 
@@ -14,9 +13,19 @@
 
 namespace {
 
+constexpr uint64_t ABI_TARGET = TORCH_TARGET_VERSION;
+
+}  // namespace
+
+// Torch bundles pybind11 with a guard that refuses this macro (2.11 does), though nothing of torch
+// is used through it here.
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
+
+namespace {
+
 std::string abi_target() {
-  return std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
-         std::to_string((TORCH_TARGET_VERSION >> 48) & 0xFF);
+  return std::to_string(ABI_TARGET >> 56) + "." + std::to_string((ABI_TARGET >> 48) & 0xFF);
 }
 
 pybind11::dict build_info() {
