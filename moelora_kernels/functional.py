@@ -49,26 +49,9 @@ def apply(
 
 
 def _apply_reference(plan, x, siblings, gates, indices, rows, seed):
-    _, u, weights, chosen, logits = reference.shrink_gate(
-        x,
-        [s.lora_a for s in siblings],
-        gates,
-        indices,
-        rows,
-        [s.router_weight for s in siblings if s.router_weight is not None],
-        [s.router_bias for s in siblings if s.router_bias is not None],
-        *plan,
-        seed,
-    )
-    dtype, outputs = reference.compute_dtype(x), []
-    for sibling, gated in zip(siblings, u.chunk(len(siblings), dim=1), strict=True):
-        base = sibling.base
-        if base is None:
-            bias = None if sibling.bias is None else sibling.bias.to(dtype)
-            base = torch.nn.functional.linear(x.to(dtype), sibling.weight.to(dtype), bias)
-        y = base.to(dtype) + gated.to(dtype) @ sibling.lora_b.to(dtype).t()
-        outputs.append(y.to(x.dtype if sibling.base is None else sibling.base.dtype))
-    return outputs, weights, chosen, logits
+    fields = [[t for t in field if t is not None] for field in zip(*siblings, strict=True)]
+    y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *plan)
+    return y, weights, chosen, logits
 
 
 def moe_lora_linear(

@@ -383,35 +383,36 @@ def gram(
     return da.to(lora_dtype), drouter, dbias, db
 
 
-def moe_lora_linear(
+def wide(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gates: Tensor,
-    indices: Tensor | None = None,
-    *,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    rows: Tensor | None = None,
-    share_a: bool = False,
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """y = x Wt + b + u Bt of one linear, differentiable by autograd.
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    base: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    router_weight: Sequence[Tensor],
+    router_bias: Sequence[Tensor],
+    gates: Tensor | None,
+    indices: Tensor | None,
+    rows: Tensor | None,
+    seed: Tensor | None,
+    *plan,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """A whole layer of n siblings, differentiable by autograd: y_i = x Wt_i + b_i + u_i Bt_i.
 
-    x [T, I], weight [O, I], bias [O], lora_a [R, I], lora_b [O, R]; gates, indices, rows as in
-    `dense_gate`. Returns [T, O] in x.dtype.
+    weight n x [O_i, I] and bias n x [O_i] (or empty), or base n x [T, O_i] in place of x Wt + b;
+    lora_b n x [O_i, R]; the rest as `shrink_gate`, whose arguments after router_bias are `plan`.
+    Returns n x [T, O_i] in the dtype of base or x, and what `shrink_gate` returns but u.
     """
     dtype = compute_dtype(x)
-    none: list[Tensor] = []
-    _, u, *_ = shrink_gate(
-        x, [lora_a], gates, indices, rows, none, none, ranks, scaling, share_a,
-        dropout_p=dropout_p, dropout_per_expert=dropout_per_expert, seed=seed,
-    )  # fmt: skip
-    y = torch.nn.functional.linear(
-        x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    h, u, weights, chosen, logits = shrink_gate(
+        x, lora_a, gates, indices, rows, router_weight, router_bias, *plan, seed
     )
-    return (y + u.to(dtype) @ lora_b.to(dtype).t()).to(x.dtype)
+    y = []
+    for i, (gated, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
+        if base:
+            start = base[i].to(dtype)
+        else:
+            start = x.to(dtype) @ weight[i].to(dtype).t() + (bias[i].to(dtype) if bias else 0)
+        y.append((start + gated.to(dtype) @ b.to(dtype).t()).to((base[i] if base else x).dtype))
+    return y, h, weights, chosen, logits

@@ -9,6 +9,7 @@ from layers import assert_case, make_case
 
 import moelora_kernels
 from moelora_kernels import moe_lora_linear, reference
+from moelora_kernels.autograd import Plan
 from moelora_kernels.functional import apply
 from moelora_kernels.testing import assert_within_budget, error
 
@@ -245,11 +246,19 @@ def test_functional_form():
     given = arguments()
     y = moe_lora_linear(**given)
     assert y.shape == (2, 3, 5)
-    expected = reference.moe_lora_linear(
+    plan = Plan((2, 2, 2), (1.0, 1.0, 1.0))
+    (expected,), *_ = reference.wide(
         given["x"].view(6, 8),
-        *(given[name] for name in ("weight", "bias", "lora_a", "lora_b", "gates", "indices")),
-        ranks=(2, 2, 2),
-        scaling=(1.0, 1.0, 1.0),
+        *([given[name]] for name in ("weight", "bias")),
+        [],
+        *([given[name]] for name in ("lora_a", "lora_b")),
+        [],
+        [],
+        given["gates"],
+        given["indices"],
+        None,
+        None,
+        *plan,
     )
     torch.testing.assert_close(y.view(6, 5), expected)
     torch.testing.assert_close(moe_lora_linear(**given, impl="reference"), y)
