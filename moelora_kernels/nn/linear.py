@@ -65,9 +65,8 @@ class MoeLoraLinear(nn.Module):
         cls, linear: nn.Module, config: MoeLoraConfig | None = None, **options: Any
     ) -> MoeLoraLinear:
         """Put experts over an existing linear, which is kept and frozen."""
-        for name in ("in_features", "out_features"):
-            if not isinstance(getattr(linear, name, None), int):
-                raise TypeError(f"linear: expected a module with {name}, got {type(linear)}")
+        if missing := missing_size(linear):
+            raise TypeError(f"linear: expected a module with {missing}, got {type(linear)}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._attach(linear, config, options)
@@ -144,6 +143,14 @@ class MoeLoraLinear(nn.Module):
         )
 
 
+def missing_size(module: nn.Module) -> str | None:
+    """Which of in_features and out_features a module lacks to be the base of a layer."""
+    for name in ("in_features", "out_features"):
+        if not isinstance(getattr(module, name, None), int):
+            return name
+    return None
+
+
 def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of A, B and router on top of `base`."""
     tensors = [*base.parameters(), *base.buffers()]
@@ -205,14 +212,16 @@ def forward_siblings(
 
 def _is_read(base: nn.Module, tokens: Tensor) -> bool:
     """Whether `base` is a plain dense nn.Linear, of the dtype and device of the layer's input."""
+    weight = _dense_weight(base)
+    return weight is not None and weight.dtype == tokens.dtype and weight.device == tokens.device
+
+
+def _dense_weight(base: nn.Module) -> Tensor | None:
+    """The weight of a plain nn.Linear that holds a plain tensor; None for every other base."""
     if not is_plain_linear(base):
-        return False
+        return None
     weight = base.weight
-    return (
-        type(weight) in (nn.Parameter, Tensor)
-        and weight.dtype == tokens.dtype
-        and weight.device == tokens.device
-    )
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
@@ -232,8 +241,8 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
 
 def _check_called(base: nn.Module, x: Tensor) -> None:
     """Raise where a plain base would refuse x, by name instead of as an operand of a product."""
-    weight = getattr(base, "weight", None)
-    if not is_plain_linear(base) or type(weight) not in (nn.Parameter, Tensor):
+    weight = _dense_weight(base)
+    if weight is None:
         return
     if weight.device != x.device:
         raise ValueError(f"x: expected the base's device {weight.device}, got {x.device}")
@@ -257,14 +266,6 @@ def _gates(
         else:
             logits = _logits(layer, x, tokens)
             gate = gate_of_logits(logits, config, layer.training)
-            if config.granularity != "token" and gate[1] is not None:
-                # Sparse weights have one row per token; few rows are as well dense.
-                gate = (
-                    torch.zeros_like(logits, dtype=gate[0].dtype).scatter(
-                        1, gate[1].long(), gate[0]
-                    ),
-                    None,
-                )
             all_logits.append(logits)
         parts.append(add_shared_expert(*gate, config))
     weights = torch.cat([w for w, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]

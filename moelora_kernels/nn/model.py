@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.linear import MoeLoraLinear, missing_size
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
@@ -66,9 +66,7 @@ def replace_linears(
     chosen = [name for name in names if any(matches(name, target) for target in targets)]
     for name in chosen:
         module = model.get_submodule(name)
-        if not all(
-            isinstance(getattr(module, a, None), int) for a in ("in_features", "out_features")
-        ):
+        if missing_size(module):
             raise TypeError(f"target_modules: {name} is a {type(module)}, expected a linear")
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, WEIGHT_READERS):
@@ -136,7 +134,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     for router in routers:
         router.check_tasks(tasks)
     for router in routers:
-        router.set_tasks(tasks)
+        router.hold_tasks(tasks)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -74,9 +74,8 @@ class TaskRouter(nn.Module):
         else:
             torch._assert_async(valid, f"ids: expected 1 to {self.num_tasks}")
 
-    def set_tasks(self, ids: Tensor) -> None:
-        """Hold ids [B], from 1 to num_tasks, for the coming forwards."""
-        self.check_tasks(ids)
+    def hold_tasks(self, ids: Tensor) -> None:
+        """Keep ids [B] that `check_tasks` let pass for the coming forwards."""
         self.task_ids = ids.to(self.gate.weight.device)
 
     def forward(self) -> Tensor:
@@ -118,7 +117,8 @@ def gate_of_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """gate = normalize(select(score(logits / temperature))), in float32.
 
-    logits [N, E]. Returns weights [N, K] with indices [N, K], or dense gates [N, E] with None.
+    logits [N, E]. Returns weights [N, K] with indices [N, K] for a top-k gate of tokens, else dense
+    gates [N, E] with None.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     if training and config.noise > 0:
@@ -127,7 +127,12 @@ def gate_of_logits(
     if renormalize is not None:
         top_k = config.top_k or config.num_experts
         weights, indices = ops.topk_gate(logits, top_k, renormalize, config.temperature)
-        return (weights, indices) if top_k < config.num_experts else (weights, None)
+        if top_k == config.num_experts:
+            return weights, None
+        if config.granularity == "token":
+            return weights, indices
+        # Sparse weights have one row per token; few rows are as well dense.
+        return weights.new_zeros(logits.shape).scatter(1, indices.long(), weights), None
     scaled = logits / config.temperature
     scores = {
         "softmax": lambda: scaled.softmax(dim=1),
