@@ -16,6 +16,7 @@ import torch
 
 import moelora_kernels
 from moelora_kernels import formulation, native, ops
+from moelora_kernels.ops import registration
 
 PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
 
@@ -29,13 +30,21 @@ def version(package: str) -> str | None:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Op -> device -> what serves it: "native" (C++), or "reference" (plain PyTorch)."""
+    """Op -> device -> what serves it.
+
+    "native" (C++), "triton", "reference" (plain PyTorch), or "composite": made of the other ops and
+    of ATen's products.
+    """
     built = set(native.build_info().get("ops", ()))
-    names = [*ops.__all__, "topk_gate_backward"]
-    return {
-        name: {"cpu": "native" if name in built else "reference", "cuda": "reference"}
-        for name in sorted(names)
-    }
+    names = sorted([*ops.__all__, "topk_gate_backward"])
+    found = {}
+    for name in names:
+        default = "composite" if name.startswith("wide") else "reference"
+        found[name] = {
+            "cpu": "native" if name in built else default,
+            "cuda": "triton" if name in registration.KERNELS else default,
+        }
+    return found
 
 
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
@@ -60,6 +69,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             "reason": native.reason(),
             **native.build_info(),
         },
+        "triton kernels": registration.why_no_kernels() or "available",
         "implementations": implementations(),
         "formulations": {
             name: reason or "available" for name, reason in formulation.FORMULATIONS.items()

@@ -1,9 +1,15 @@
-"""Shared settings: NaN-poisoned allocations for every test, and what tests of the GPU need."""
+"""Shared settings: NaN-poisoned allocations for every test, and what tests of kernels need."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: kernels then run on CPU tensors, in numpy.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -16,9 +16,12 @@ def test_json_report(capsys):
     assert report["torch"] == torch.__version__
     assert report["native"]["available"] == native.available()
     assert bool(report["native"]["reason"]) != native.available()
-    expected = "native" if native.available() else "reference"
     for op, devices in report["implementations"].items():
-        assert devices == {"cpu": expected, "cuda": "reference"}, op
+        whole_layer = op.startswith("wide")
+        plain = "composite" if whole_layer else "reference"
+        expected = {"cpu": "native" if native.available() else plain}
+        expected["cuda"] = "composite" if whole_layer else "triton"
+        assert devices == expected, op
     auto = report["auto"]
     assert (auto["impl"], auto["tokens"], auto["top_k"]) == ("wide", 64, None)
     assert "R = 8 with a dense gate" in auto["reason"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_cases import CASES, DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
+from op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
 
 from moelora_kernels import reference
 

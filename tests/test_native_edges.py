@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_cases import DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
+from op_cases import DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
 from torch import Tensor
 
 from moelora_kernels import reference

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from native_cases import REQUIRED, needs_library
+from op_cases import REQUIRED, needs_library
 
 import moelora_kernels
 from moelora_kernels import native

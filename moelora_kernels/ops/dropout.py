@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 
 def _fake(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
@@ -16,3 +16,4 @@ def _fake(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
 dropout = register(
     "dropout", "(Tensor x, float p, Tensor seed, int stream) -> Tensor", reference.dropout, _fake
 )
+register_kernels("dropout")

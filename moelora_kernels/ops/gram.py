@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _SCHEMA = (
     "(Tensor x, Tensor dh, Tensor? dlogits, Tensor[] dy, Tensor u, ScalarType lora_dtype, "
@@ -26,3 +26,4 @@ def _fake(
 
 
 gram = register("gram", _SCHEMA, reference.gram, _fake)
+register_kernels("gram")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _SCHEMA = (
     "(Tensor dh, Tensor? dlogits, Tensor[] lora_a, Tensor[] router_weight, int[] ranks, "
@@ -16,3 +16,4 @@ def _fake(dh, dlogits, lora_a, router_weight, ranks, dropout, dropout_per_expert
 
 
 shrink_dx = register("shrink_dx", _SCHEMA, reference.shrink_dx, _fake)
+register_kernels("shrink_dx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _SCHEMA = (
     "(Tensor x, Tensor[] lora_a, Tensor? gates, Tensor? indices, Tensor? rows, "
@@ -60,3 +60,5 @@ shrink_gate = register("shrink_gate", _SCHEMA, reference.shrink_gate, _fake)
 shrink_gate_backward = register(
     "shrink_gate_backward", _SCHEMA_BACKWARD, reference.shrink_gate_backward, _fake_backward
 )
+register_kernels("shrink_gate")
+register_kernels("shrink_gate_backward")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 
 def _fake_forward(
@@ -43,6 +43,8 @@ _backward = register(
     reference.topk_gate_backward,
     _fake_backward,
 )
+register_kernels("topk_gate")
+register_kernels("topk_gate_backward", "launch_backward", module="topk_gate")
 
 
 class TopkGate(torch.autograd.Function):

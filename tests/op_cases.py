@@ -1,4 +1,4 @@
-"""Cases for the native library: every option of the ops as tensors, and how to compare."""
+"""Cases for the ops: every option as tensors, and how to compare with the reference."""
 
 from __future__ import annotations
 

@@ -1,0 +1,132 @@
+"""How kernels are launched: on the device of their tensors, or recorded instead of launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from moelora_kernels.kernels.configs import Tile
+from moelora_kernels.reference import blocks
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Launch(NamedTuple):
+    """One launch: what it would take to compile it, and to count what it moves."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tile: Tile
+
+
+_records: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches; tensors on the meta device are enough for it, and run nothing."""
+    global _records
+    outer, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = outer
+
+
+def run(
+    kernel, programs: int, tile: Tile, arguments: dict[str, Any], constants: dict[str, Any]
+) -> None:
+    """Launch `programs` programs on grid.x, on the current stream of the tensors' device.
+
+    arguments: tensors, tuples of tensors, numbers or None; constants: what is compiled in.
+    """
+    if _records is not None:
+        _records.append(Launch(kernel, programs, arguments, constants, tile))
+    first = next(a for a in _flat(arguments.values()) if isinstance(a, Tensor))
+    if first.is_meta or programs == 0:
+        return
+    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
+    with torch.cuda.device(first.device) if elsewhere else nullcontext():
+        kernel[(programs,)](
+            **arguments,
+            **constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            # Triton 3.10 will change the default; sums are meant to be fused multiply-adds.
+            enable_fp_fusion=True,
+        )
+
+
+def _flat(values) -> Iterator:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def block(size: int, least: int = 16) -> int:
+    """The power of two that holds `size` columns; 16 is the smallest operand of a product."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def rows_dense(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, at any distance, else a copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """A tuple of pointers for a kernel; None where there are none."""
+    return tuple(t.contiguous() for t in tensors) or None
+
+
+def require_no_capture(what: str, device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is being captured on `device`."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} must exist before a CUDA graph is captured: "
+            "run the same shapes once before, or moelora_kernels.warmup(model, tokens)"
+        )
+
+
+@cache
+def expert_matrix(
+    ranks: tuple[int, ...], scaling: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """S [E, R] float32: scaling[e] in the columns of expert e, 0 elsewhere. Made once and kept."""
+    require_no_capture("the table of experts", device)
+    matrix = torch.zeros(len(ranks), sum(ranks))
+    for row, columns, scale in zip(matrix, blocks(ranks), scaling, strict=True):
+        row[columns] = scale
+    return matrix.to(device)
+
+
+@cache
+def expert_tiles(ranks: tuple[int, ...], n: int, width: int, device: torch.device) -> Tensor:
+    """Column tiles that stay within one expert: [tiles, 4] int32 of start, end, expert, sibling.
+
+    start and end count the columns of all n siblings. Made once, then kept.
+    """
+    require_no_capture("the table of column tiles", device)
+    total = sum(ranks)
+    tiles = [
+        (sibling * total + start, sibling * total + min(start + width, columns.stop), e, sibling)
+        for sibling in range(n)
+        for e, columns in enumerate(blocks(ranks))
+        for start in range(columns.start, columns.stop, width)
+    ]
+    return torch.tensor(tiles, dtype=torch.int32).to(device)

@@ -1,0 +1,54 @@
+"""The second stage of split sums: parts added in their order, and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moelora_kernels.kernels import launcher
+from moelora_kernels.kernels.configs import Tile
+
+
+@triton.jit
+def sum_planes_kernel(
+    planes_ptr, stride_plane, outputs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """outputs[i] = sum over the planes of planes[s, starts[i] : starts[i] + sizes[i]].
+
+    Programs: blocks of the outputs, one output after the other.
+    """
+    block = tl.program_id(0)
+    stride_plane = tl.full((), 0, tl.int64) + stride_plane
+    for i in tl.static_range(len(outputs)):
+        blocks = tl.cdiv(sizes[i], BLOCK)
+        if (block >= 0) & (block < blocks):
+            element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            real = element < sizes[i]
+            total = tl.zeros((BLOCK,), tl.float32)
+            for split in range(SPLIT):
+                at = planes_ptr + split * stride_plane + starts[i] + element
+                total += tl.load(at, mask=real, other=0.0)
+            tl.store(outputs[i] + element, total.to(outputs[i].dtype.element_ty), mask=real)
+        block -= blocks
+
+
+def sum_planes(planes: Tensor, outputs: Sequence[Tensor], starts: Sequence[int] = (0,)) -> None:
+    """Fill contiguous `outputs` with the sums over planes [SPLIT, *] float32, from starts[i] on."""
+    tile = Tile(1, 1024, 4, 1)
+    sizes = tuple(o.numel() for o in outputs)
+    launcher.run(
+        sum_planes_kernel,
+        sum(launcher.ceil_div(size, tile.step) for size in sizes),
+        tile,
+        dict(
+            planes_ptr=planes,
+            stride_plane=planes.stride(0),
+            outputs=tuple(outputs),
+            sizes=sizes,
+            starts=tuple(starts),
+        ),
+        dict(SPLIT=planes.shape[0], BLOCK=tile.step),
+    )
