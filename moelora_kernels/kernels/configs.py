@@ -50,7 +50,7 @@ _SM_90 = {
     ("shrink_gate_backward", 2, 16): Tile(64, 128, 4, 3),
     ("shrink_gate_backward", 2, 32): Tile(64, 128, 4, 3),
     ("shrink_gate_backward", 2, 64): Tile(64, 128, 8, 3),
-    ("shrink_gate_backward", 2, 128): Tile(64, 64, 8, 4),
+    ("shrink_gate_backward", 2, 128): Tile(64, 64, 8, 3),
     ("shrink_gate_backward", 4, 16): Tile(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 32): Tile(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 64): Tile(64, 32, 8, 3),
@@ -63,18 +63,40 @@ _SM_90 = {
     ("gram", 4, 32): Tile(32, 64, 4, 3),
     ("gram", 4, 64): Tile(32, 64, 8, 3),
     ("gram", 4, 128): Tile(32, 64, 8, 3),
-    ("shrink_dx", 2, 16): Tile(64, 128, 4, 2),
-    ("shrink_dx", 2, 32): Tile(64, 128, 4, 2),
-    ("shrink_dx", 2, 64): Tile(64, 128, 4, 2),
+    ("shrink_dx", 2, 16): Tile(64, 128, 8, 2),
+    ("shrink_dx", 2, 32): Tile(64, 128, 8, 2),
+    ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 16): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 32): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 64): Tile(64, 64, 4, 2),
 }
 
-TILES = {"sm_80": _SM_90, "sm_89": _SM_90, "sm_90": _SM_90, "sm_100": _SM_90}
+_SM_100 = {
+    **_SM_90,
+    ("shrink_gate", 2, 16): Tile(64, 128, 8, 3),
+    ("shrink_gate", 2, 32): Tile(64, 128, 8, 3),
+    ("gram", 2, 128): Tile(64, 64, 8, 3),
+}
+# Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
+_SM_80 = {
+    **_SM_90,
+    ("shrink_gate", 2, 128): Tile(64, 32, 8, 3),
+    ("shrink_gate_backward", 2, 128): Tile(32, 64, 4, 3),
+    ("shrink_gate_backward", 4, 128): Tile(32, 32, 8, 3),
+    ("gram", 2, 32): Tile(64, 128, 8, 3),
+    ("gram", 2, 128): Tile(32, 64, 8, 3),
+    ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
+}
+_SM_89 = {
+    **_SM_80,
+    ("shrink_gate", 2, 64): Tile(64, 64, 8, 3),
+    ("shrink_gate_backward", 2, 64): Tile(64, 64, 8, 3),
+}
+
+TILES = {"sm_80": _SM_80, "sm_89": _SM_89, "sm_90": _SM_90, "sm_100": _SM_100}
 
 # What runs over rank space or element by element: no loop over products to pipeline.
-ROWS = Tile(32, 128, 4, 1)
+ROWS = Tile(16, 64, 4, 1)
 
 _assumed: str | None = None
 

@@ -1,8 +1,8 @@
 """Device functions: the gate of a tile of tokens, [BLOCK_T, BLOCK_E], as the reference defines it.
 
-`experts_ptr` is S [E, R] of `launcher.expert_matrix`: the scale of expert e in its own columns and
-0 elsewhere. A gate W [T, E] becomes scale * gate over the ranks by W S, and the sum over the ranks
-of an expert is a product with St, whatever the ranks are.
+`experts_ptr` is S [E, R] of `launcher.expert_columns`: 1 in the columns of an expert, 0 elsewhere.
+A gate W [T, E] is repeated over the ranks by W S, and the sum over the ranks of an expert is a
+product with St, whatever the ranks are.
 
 FORM names how gates are given: "sparse" (weights and indices [T, n K]), "dense" ([T, n E]), "one"
 ([1, n E], a row for all tokens), "rows" ([G, n E] and rows [T]); "router" is a linear router's.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moelora_kernels.kernels.products import exact_sum
 
 
 @triton.jit
@@ -62,16 +64,24 @@ def dense_gate(
 
 @triton.jit
 def load_experts(experts_ptr, columns, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The columns of S, [BLOCK_E, BLOCK_R]."""
+    """Columns of S, [BLOCK_E, BLOCK_R]."""
     experts = tl.arange(0, BLOCK_E)
     inside = (experts < E)[:, None] & (columns < R)[None, :]
     return tl.load(experts_ptr + experts[:, None] * R + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def rank_gate(gate, of_experts):
-    """scale * gate over these columns, [BLOCK_T, BLOCK_R]."""
-    return tl.dot(gate, of_experts, input_precision="tf32x3")
+def load_scaling(scaling_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """scale of every expert, [1, BLOCK_E]."""
+    experts = tl.arange(0, BLOCK_E)
+    return tl.load(scaling_ptr + experts, mask=experts < E, other=0.0)[None, :]
+
+
+@triton.jit
+def rank_gate(scaled, of_experts, UPCAST: tl.constexpr):
+    """scale * gate, [BLOCK_T, BLOCK_E], over the columns of S, [BLOCK_T, BLOCK_R]."""
+    total = tl.zeros((scaled.shape[0], of_experts.shape[1]), tl.float32)
+    return exact_sum(scaled, of_experts, total, UPCAST)
 
 
 @triton.jit

@@ -23,7 +23,132 @@ def store_transposed(out_ptr, stride_out, total, rows, some_rows, columns, some_
     tl.store(address, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "stride_plane", "scale"])
+@triton.jit
+def gram_of_x(
+    x_ptr,
+    stride_x,
+    dh_ptr,
+    dlogits_ptr,
+    seed_ptr,
+    tiles_ptr,
+    da_ptr,
+    drouter_ptr,
+    dbias_ptr,
+    tile,
+    start_t,
+    end_t,
+    T,
+    I,  # noqa: E741
+    scale,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PER_EXPERT: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
+    A_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of dA, dWr and dbr from the tokens of one split."""
+    column_tile = tile % A_TILES
+    first_w = tile // A_TILES * BLOCK_W
+    start = column_tile * BLOCK_A
+    end = H
+    stream = 0
+    if PER_EXPERT:
+        start = tl.multiple_of(tl.load(tiles_ptr + column_tile * 4), RANK_DIVISOR)
+        end = tl.multiple_of(tl.load(tiles_ptr + column_tile * 4 + 1), RANK_DIVISOR)
+        stream = tl.load(tiles_ptr + column_tile * 4 + 2)
+    w = first_w + tl.arange(0, BLOCK_W)
+    columns = start + tl.arange(0, BLOCK_A)
+    # Column tile c of dA also has the columns of dlogits from c BLOCK_L.
+    of_logits = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    if DROPOUT > 0:
+        seed = tl.load(seed_ptr)
+    total = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
+    of_router = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
+    of_bias = tl.zeros((BLOCK_L,), tl.float32)
+    for first in range(start_t, end_t, BLOCK_T):
+        tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
+        inside = tokens < T
+        x = tl.load(
+            x_ptr + tokens[:, None] * stride_x + w[None, :],
+            mask=inside[:, None] & (w < I)[None, :],
+            other=0.0,
+        )
+        dh = tl.load(
+            dh_ptr + tokens[:, None] * H + columns[None, :],
+            mask=inside[:, None] & (columns < end)[None, :],
+            other=0.0,
+        )
+        if L > 0:
+            dlogits = tl.load(
+                dlogits_ptr + tokens[:, None] * L + of_logits[None, :],
+                mask=inside[:, None] & (of_logits < L)[None, :],
+                other=0.0,
+            )
+            of_bias += tl.sum(dlogits, axis=0)
+            of_router = exact_product(tl.trans(x), dlogits, of_router, UPCAST)
+        if DROPOUT > 0:
+            kept = keep_tile(seed, stream, tokens, first_w, I, DROPOUT, ALIGNED, BLOCK_W)
+            x = tl.where(kept, x, 0.0).to(x.dtype)
+        total = product(tl.trans(x), dh, total, UPCAST)
+    total *= scale
+    store_transposed(da_ptr, I, total, w, w < I, columns, columns < end)
+    if L > 0:
+        some = of_logits < L
+        store_transposed(drouter_ptr, I, of_router, w, w < I, of_logits, some)
+        if first_w == 0:
+            tl.store(dbias_ptr + of_logits, of_bias.to(dbias_ptr.dtype.element_ty), mask=some)
+
+
+@triton.jit
+def gram_of_dy(
+    dy_ptr,
+    stride_dy,
+    u_ptr,
+    db_ptr,
+    tile,
+    start_t,
+    end_t,
+    T,
+    O,  # noqa: E741
+    stride_u: tl.constexpr,
+    R: tl.constexpr,
+    B_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of dB of one sibling from the tokens of one split."""
+    w = tile // B_TILES * BLOCK_W + tl.arange(0, BLOCK_W)
+    columns = tile % B_TILES * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros((BLOCK_W, BLOCK_B), tl.float32)
+    for first in range(start_t, end_t, BLOCK_T):
+        tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
+        inside = tokens < T
+        dy = tl.load(
+            dy_ptr + tokens[:, None] * stride_dy + w[None, :],
+            mask=inside[:, None] & (w < O)[None, :],
+            other=0.0,
+        )
+        u = tl.load(
+            u_ptr + tokens[:, None] * stride_u + columns[None, :],
+            mask=inside[:, None] & (columns < R)[None, :],
+            other=0.0,
+        )
+        total = product(tl.trans(dy), u, total, UPCAST)
+    address = db_ptr + w.to(tl.int64)[:, None] * R + columns[None, :]
+    mask = (w < O)[:, None] & (columns < R)[None, :]
+    tl.store(address, total.to(db_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
 def gram_kernel(
     x_ptr,
     stride_x,
@@ -51,6 +176,7 @@ def gram_kernel(
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
     A_TILES: tl.constexpr,
     B_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -69,96 +195,36 @@ def gram_kernel(
     pid = tl.program_id(0)
     x_tiles = tl.cdiv(I, BLOCK_W) * A_TILES
     tiles = x_tiles
-    for sibling in tl.static_range(n):
-        tiles += tl.cdiv(outputs[sibling], BLOCK_W) * B_TILES
+    for j in tl.static_range(n):
+        tiles += tl.cdiv(outputs[j], BLOCK_W) * B_TILES
     split = pid // tiles
     tile = pid % tiles
     plane = split.to(tl.int64) * stride_plane
-    last = tl.minimum((split + 1) * per_split, T)
+    start_t = split * per_split
+    end_t = tl.minimum(start_t + per_split, T)
     if tile < x_tiles:
-        column_tile = tile % A_TILES
-        first_w = tile // A_TILES * BLOCK_W
-        start = column_tile * BLOCK_A
-        end = H
-        stream = 0
-        if PER_EXPERT:
-            start = tl.load(tiles_ptr + column_tile * 4)
-            end = tl.load(tiles_ptr + column_tile * 4 + 1)
-            stream = tl.load(tiles_ptr + column_tile * 4 + 2)
-        w = first_w + tl.arange(0, BLOCK_W)
-        columns = start + tl.arange(0, BLOCK_A)
-        # Column tile c of dA also has the columns of dlogits from c BLOCK_L.
-        of_logits = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
-        if DROPOUT > 0:
-            seed = tl.load(seed_ptr)
-        total = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
-        of_router = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
-        of_bias = tl.zeros((BLOCK_L,), tl.float32)
-        for first in range(split * per_split, last, BLOCK_T):
-            tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-            inside = tokens < T
-            x = tl.load(
-                x_ptr + tokens[:, None] * stride_x + w[None, :],
-                mask=inside[:, None] & (w < I)[None, :],
-                other=0.0,
-            )
-            dh = tl.load(
-                dh_ptr + tokens[:, None] * H + columns[None, :],
-                mask=inside[:, None] & (columns < end)[None, :],
-                other=0.0,
-            )
-            if L > 0:
-                dlogits = tl.load(
-                    dlogits_ptr + tokens[:, None] * L + of_logits[None, :],
-                    mask=inside[:, None] & (of_logits < L)[None, :],
-                    other=0.0,
-                )
-                of_bias += tl.sum(dlogits, axis=0)
-                of_router = exact_product(tl.trans(x), dlogits, of_router, UPCAST)
-            if DROPOUT > 0:
-                kept = keep_tile(seed, stream, tokens, first_w, I, DROPOUT, ALIGNED, BLOCK_W)
-                x = tl.where(kept, x, 0.0).to(x.dtype)
-            total = product(tl.trans(x), dh, total, UPCAST)
-        total *= scale
-        store_transposed(da_ptr + plane, I, total, w, w < I, columns, columns < end)
         if L > 0:
-            some = of_logits < L
-            store_transposed(drouter_ptr + plane, I, of_router, w, w < I, of_logits, some)
-            if first_w == 0:
-                address = dbias_ptr + plane + of_logits
-                tl.store(address, of_bias.to(dbias_ptr.dtype.element_ty), mask=some)
+            drouter_ptr += plane
+            dbias_ptr += plane
+        gram_of_x(
+            x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, tiles_ptr, da_ptr + plane, drouter_ptr,
+            dbias_ptr, tile, start_t, end_t, T, I, scale, H, L, DROPOUT, ALIGNED, PER_EXPERT,
+            RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
+        )  # fmt: skip
     else:
-        tile -= x_tiles
-        sibling = 0
-        for j in tl.static_range(n - 1):
-            of_sibling = tl.cdiv(outputs[j], BLOCK_W) * B_TILES
-            if (sibling == j) & (tile >= of_sibling):
-                tile -= of_sibling
-                sibling = j + 1
-        O = pick(outputs, sibling)  # noqa: E741
-        dy_ptr = pick(dy_ptrs, sibling)
-        stride = pick(stride_dy, sibling)
-        w = tile // B_TILES * BLOCK_W + tl.arange(0, BLOCK_W)
-        columns = tile % B_TILES * BLOCK_B + tl.arange(0, BLOCK_B)
-        total = tl.zeros((BLOCK_W, BLOCK_B), tl.float32)
-        for first in range(split * per_split, last, BLOCK_T):
-            tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-            inside = tokens < T
-            dy = tl.load(
-                dy_ptr + tokens[:, None] * stride + w[None, :],
-                mask=inside[:, None] & (w < O)[None, :],
-                other=0.0,
-            )
-            u = tl.load(
-                u_ptr + tokens[:, None] * (n * R) + sibling * R + columns[None, :],
-                mask=inside[:, None] & (columns < R)[None, :],
-                other=0.0,
-            )
-            total = product(tl.trans(dy), u, total, UPCAST)
-        db_ptr = pick(db_ptrs, sibling)
-        address = db_ptr + plane + w.to(tl.int64)[:, None] * R + columns[None, :]
-        mask = (w < O)[:, None] & (columns < R)[None, :]
-        tl.store(address, total.to(db_ptr.dtype.element_ty), mask=mask)
+        # Sibling i begins where those before it end.
+        sibling = tile * 0
+        before = x_tiles
+        first_tile = x_tiles
+        for i in tl.static_range(n - 1):
+            before += tl.cdiv(outputs[i], BLOCK_W) * B_TILES
+            sibling = tl.where(tile >= before, i + 1, sibling)
+            first_tile = tl.where(tile >= before, before, first_tile)
+        gram_of_dy(
+            pick(dy_ptrs, sibling), pick(stride_dy, sibling), u_ptr + sibling * R,
+            pick(db_ptrs, sibling) + plane, tile - first_tile, start_t, end_t, T,
+            pick(outputs, sibling), n * R, R, B_TILES, BLOCK_T, BLOCK_W, BLOCK_B, UPCAST,
+        )  # fmt: skip
 
 
 def launch(
@@ -227,7 +293,7 @@ def launch(
         ),
         dict(
             n=n, H=H, L=L, R=R, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
-            PER_EXPERT=per_expert, A_TILES=a_tiles, B_TILES=b_tiles, SPLIT=split,
+            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), A_TILES=a_tiles, B_TILES=b_tiles, SPLIT=split,
             BLOCK_T=tile.tokens, BLOCK_W=tile.step, BLOCK_A=block_a, BLOCK_B=block_b,
             BLOCK_L=launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16,
             UPCAST=launcher.INTERPRET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -84,6 +85,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rank_divisor(ranks: Sequence[int]) -> int:
+    """The largest power of two up to 16 that every expert begins at a multiple of."""
+    return math.gcd(16, *ranks)
+
+
 def rows_dense(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous, at any distance, else a copy."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
@@ -104,15 +110,20 @@ def require_no_capture(what: str, device: torch.device) -> None:
 
 
 @cache
-def expert_matrix(
-    ranks: tuple[int, ...], scaling: tuple[float, ...], device: torch.device
-) -> Tensor:
-    """S [E, R] float32: scaling[e] in the columns of expert e, 0 elsewhere. Made once and kept."""
+def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """S [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere. Made once and kept."""
     require_no_capture("the table of experts", device)
-    matrix = torch.zeros(len(ranks), sum(ranks))
-    for row, columns, scale in zip(matrix, blocks(ranks), scaling, strict=True):
-        row[columns] = scale
+    matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16)
+    for row, columns in zip(matrix, blocks(ranks), strict=True):
+        row[columns] = 1
     return matrix.to(device)
+
+
+@cache
+def scaling_of(scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    """The scaling of the experts, [E] float32. Made once and kept."""
+    require_no_capture("the scaling of the experts", device)
+    return torch.tensor(scaling, dtype=torch.float32).to(device)
 
 
 @cache

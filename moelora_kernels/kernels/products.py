@@ -41,3 +41,16 @@ def exact_product(left, right, total, UPCAST: tl.constexpr):
     else:
         total = product(left.to(tl.float32), right, total, UPCAST)
     return total
+
+
+@triton.jit
+def exact_sum(left, chosen, total, UPCAST: tl.constexpr):
+    """total + left @ chosen for a float32 left and a bfloat16 matrix of zeros and ones.
+
+    As above: left is the sum of three bfloat16, and their products with 0 and 1 are exact.
+    """
+    for _ in tl.static_range(3):
+        part = left.to(tl.bfloat16)
+        left = left - part.to(tl.float32)
+        total = product(part, chosen, total, UPCAST)
+    return total

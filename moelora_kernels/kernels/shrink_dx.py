@@ -65,6 +65,7 @@ def shrink_dx_kernel(
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -81,8 +82,8 @@ def shrink_dx_kernel(
     if PER_EXPERT:
         seed = tl.load(seed_ptr)
         for tile in range(tiles):
-            start = tl.load(tiles_ptr + tile * 4)
-            end = tl.load(tiles_ptr + tile * 4 + 1)
+            start = tl.multiple_of(tl.load(tiles_ptr + tile * 4), RANK_DIVISOR)
+            end = tl.multiple_of(tl.load(tiles_ptr + tile * 4 + 1), RANK_DIVISOR)
             stream = tl.load(tiles_ptr + tile * 4 + 2)
             sibling = tl.load(tiles_ptr + tile * 4 + 3)
             a_ptr = pick(a_ptrs, sibling) - sibling.to(tl.int64) * A_ROWS * I
@@ -144,7 +145,7 @@ def launch(dh, dlogits, lora_a, router_weight, ranks, dropout, dropout_per_exper
         ),
         dict(
             n=n, A_ROWS=A_ROWS, E=len(ranks), DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
-            PER_EXPERT=per_expert, BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
+            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
             BLOCK_E=min(launcher.block(len(ranks)), STEP), UPCAST=launcher.INTERPRET,
         ),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from moelora_kernels.kernels.gates import (
     gate_form,
     gated,
     load_experts,
+    load_scaling,
     rank_gate,
     store_routing,
     topk_gate,
@@ -86,6 +87,7 @@ def shrink_gate_kernel(
     indices_ptr,
     rows_ptr,
     experts_ptr,
+    scaling_ptr,
     seed_ptr,
     tiles_ptr,
     h_ptr,
@@ -111,6 +113,7 @@ def shrink_gate_kernel(
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
+    RANK_DIVISOR: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     ROUTER_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -132,12 +135,12 @@ def shrink_gate_kernel(
     inside = tokens < T
     if PER_EXPERT:
         # Columns of one expert, because another expert has another mask.
-        start = tl.load(tiles_ptr + column_tile * 4)
-        end = tl.load(tiles_ptr + column_tile * 4 + 1)
-        stream = tl.load(tiles_ptr + column_tile * 4 + 2)
         sibling = tl.load(tiles_ptr + column_tile * 4 + 3)
-        start -= sibling * A_ROWS
-        end -= sibling * A_ROWS
+        stream = tl.load(tiles_ptr + column_tile * 4 + 2)
+        start = tl.load(tiles_ptr + column_tile * 4) - sibling * A_ROWS
+        end = tl.load(tiles_ptr + column_tile * 4 + 1) - sibling * A_ROWS
+        start = tl.multiple_of(start, RANK_DIVISOR)
+        end = tl.multiple_of(end, RANK_DIVISOR)
         place = column_tile - sibling * (COLUMN_TILES // n)
     else:
         sibling = column_tile // (COLUMN_TILES // n)
@@ -183,7 +186,9 @@ def shrink_gate_kernel(
             logits, gates_ptr, indices_ptr, rows_ptr, weights_ptr, chosen_ptr, logits_ptr, tokens,
             inside, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
         )  # fmt: skip
-        scaled = rank_gate(gate, load_experts(experts_ptr, columns, E, R, BLOCK_E))
+        gate *= load_scaling(scaling_ptr, E, BLOCK_E)
+        of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
+        scaled = rank_gate(gate, of_experts, UPCAST)
         h = h.to(h_ptr.dtype.element_ty)
         place_h = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
         tl.store(h_ptr + place_h, h, mask=real)
@@ -206,6 +211,7 @@ def gate_planes_kernel(
     indices_ptr,
     rows_ptr,
     experts_ptr,
+    scaling_ptr,
     h_ptr,
     u_ptr,
     weights_ptr,
@@ -226,6 +232,7 @@ def gate_planes_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """h, u and the routing from the planes, whose parts are added in their order.
 
@@ -238,15 +245,16 @@ def gate_planes_kernel(
     experts = tl.arange(0, BLOCK_E)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if ROUTER_COLUMNS:
-        real = inside[:, None] & (experts < E)[None, :]
+        some = inside[:, None] & (experts < E)[None, :]
         for split in range(SPLIT):
             row = (split * T + tokens)[:, None] * (n * width) + sibling * width + A_ROWS
-            logits += tl.load(planes_ptr + row + experts[None, :], mask=real, other=0.0)
+            logits += tl.load(planes_ptr + row + experts[None, :], mask=some, other=0.0)
         logits += load_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
     gate = gate_tile(
         logits, gates_ptr, indices_ptr, rows_ptr, weights_ptr, chosen_ptr, logits_ptr, tokens,
         inside, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
     )  # fmt: skip
+    gate *= load_scaling(scaling_ptr, E, BLOCK_E)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         of_a = columns % A_ROWS
@@ -261,9 +269,8 @@ def gate_planes_kernel(
             h,
             mask=real & (columns < A_ROWS)[None, :],
         )
-        u = gated(
-            rank_gate(gate, load_experts(experts_ptr, columns, E, R, BLOCK_E)), h.to(tl.float32)
-        )
+        of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
+        u = gated(rank_gate(gate, of_experts, UPCAST), h.to(tl.float32))
         tl.store(
             u_ptr + tokens[:, None] * (n * R) + sibling * R + columns[None, :],
             u.to(u_ptr.dtype.element_ty),
@@ -318,7 +325,8 @@ def launch(
         gates_ptr=None if router else gates.contiguous(),
         indices_ptr=None if router or indices is None else indices.contiguous(),
         rows_ptr=None if rows is None else rows.contiguous(),
-        experts_ptr=launcher.expert_matrix(tuple(ranks), tuple(scaling), x.device),
+        experts_ptr=launcher.expert_columns(tuple(ranks), x.device),
+        scaling_ptr=launcher.scaling_of(tuple(scaling), x.device),
         h_ptr=h,
         u_ptr=u,
         weights_ptr=weights if router else None,
@@ -352,6 +360,7 @@ def launch(
         static
         | dict(
             FUSED=fused, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0, PER_EXPERT=per_expert,
+            RANK_DIVISOR=launcher.rank_divisor(ranks),
             COLUMN_TILES=column_tiles, BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
             BLOCK_E=of_router, UPCAST=launcher.INTERPRET,
         ),
@@ -368,6 +377,7 @@ def launch(
                 BLOCK_T=rows_tile.tokens,
                 BLOCK_R=min(launcher.block(R), rows_tile.step),
                 BLOCK_E=block_e,
+                UPCAST=launcher.INTERPRET,
             ),
         )
     return h, u, weights, chosen, logits

@@ -12,18 +12,23 @@ from moelora_kernels.kernels.gates import (
     finite,
     gate_form,
     load_experts,
+    load_scaling,
     rank_gate,
     topk_gate_backward,
 )
-from moelora_kernels.kernels.products import pick, product
-from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS, FUSED_RANK
+from moelora_kernels.kernels.products import exact_sum, pick, product
+from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
 from moelora_kernels.kernels.sum_planes import sum_planes
+
+# Columns of rank space that are gated at a time: P, h, the gate, dh and u of 128 columns together do
+# not fit the registers. A program holds P of two times as many.
+COLUMNS = 64
 
 
 @triton.jit
 def gate_columns(
     p,
-    gate,
+    scaled,
     dgate,
     h_ptr,
     dh_ptr,
@@ -38,10 +43,14 @@ def gate_columns(
     R: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Store dh and u of these columns; dgate plus their part of it. (A_ROWS < R: without dh.)"""
+    """Store dh and u of these columns; dgate plus their <P, h>. (A_ROWS < R: without dh.)
+
+    scaled is scale * gate [BLOCK_T, BLOCK_E].
+    """
     of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
-    scaled = rank_gate(gate, of_experts)
+    scaled = rank_gate(scaled, of_experts, UPCAST)
     real = inside[:, None] & (columns < R)[None, :]
     at = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
     at_h = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + (columns % A_ROWS)[None, :]
@@ -54,7 +63,7 @@ def gate_columns(
     # An expert without a gate must not reach the sums of the others: 0 * NaN is NaN.
     inner = p * h
     inner = tl.where((scaled == 0) & (finite(inner) == 0), 0.0, inner)
-    return tl.dot(inner, tl.trans(of_experts), dgate, input_precision="tf32x3")
+    return exact_sum(inner, tl.trans(of_experts), dgate, UPCAST)
 
 
 @triton.jit
@@ -62,6 +71,7 @@ def store_dgate(
     dgate,
     gate,
     routed,
+    scaling,
     indices_ptr,
     logits_ptr,
     dlogits_ptr,
@@ -78,8 +88,12 @@ def store_dgate(
     RENORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The gradient of what the gate came from: logits, weights [T, n K], or the gate itself."""
+    """The gradient of what the gate came from: logits, weights [T, n K], or the gate itself.
+
+    dgate is <P, h> over the ranks of every expert.
+    """
     experts = tl.arange(0, BLOCK_E)
+    dgate *= scaling
     real = inside[:, None] & (experts < E)[None, :]
     at = tokens[:, None] * (n * E) + sibling * E + experts[None, :]
     if ROUTER:
@@ -116,6 +130,7 @@ def shrink_gate_backward_kernel(
     logits_ptr,
     dlogits_ptr,
     experts_ptr,
+    scaling_ptr,
     dh_ptr,
     u_ptr,
     dgate_ptr,
@@ -137,51 +152,67 @@ def shrink_gate_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """FUSED: all of a token tile and sibling; else sums of products to planes [SPLIT, T, n R].
 
-    Programs: (token tile, split of O, column tile of a sibling), the last fastest. outputs and
-    per_split are n numbers: O of a sibling and the part of it that one split sums.
+    Programs: (token tile, split of O, column tile of a sibling), the last fastest; a column tile
+    has PARTS (1 or 2) times BLOCK_R columns. outputs and per_split are n numbers: O of a sibling
+    and the part of it that one split sums.
     """
     pid = tl.program_id(0)
     sibling = pid % COLUMN_TILES // (COLUMN_TILES // n)
-    columns = pid % (COLUMN_TILES // n) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = pid % (COLUMN_TILES // n) * (PARTS * BLOCK_R) + tl.arange(0, BLOCK_R)
+    others = columns + BLOCK_R
     split = pid // COLUMN_TILES % SPLIT
     tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < T
     dy_ptr = pick(dy_ptrs, sibling) + tokens[:, None] * pick(stride_dy, sibling)
-    b_ptr = pick(b_ptrs, sibling) + columns[None, :]
+    b_ptr = pick(b_ptrs, sibling)
     O = pick(outputs, sibling)  # noqa: E741
     part = pick(per_split, sibling)
     p = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    q = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         some_o = o < O
         dy = tl.load(dy_ptr + o[None, :], mask=inside[:, None] & some_o[None, :], other=0.0)
+        row = b_ptr + o.to(tl.int64)[:, None] * R
         b = tl.load(
-            b_ptr + o.to(tl.int64)[:, None] * R,
-            mask=some_o[:, None] & (columns < R)[None, :],
-            other=0.0,
+            row + columns[None, :], mask=some_o[:, None] & (columns < R)[None, :], other=0.0
         )
         p = product(dy, b, p, UPCAST)
+        if PARTS == 2:
+            b = tl.load(
+                row + others[None, :], mask=some_o[:, None] & (others < R)[None, :], other=0.0
+            )
+            q = product(dy, b, q, UPCAST)
     if FUSED:
         gate, routed = dense_gate(
             gates_ptr, indices_ptr, rows_ptr, tokens, inside, sibling, G, n, E, K, FORM, BLOCK_E
         )
+        scaling = load_scaling(scaling_ptr, E, BLOCK_E)
         dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         dgate = gate_columns(
-            p, gate, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
-            n, A_ROWS, R, E, BLOCK_E,
+            p, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling,
+            columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
+        if PARTS == 2:
+            dgate = gate_columns(
+                q, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside,
+                sibling, others, n, A_ROWS, R, E, BLOCK_E, UPCAST,
+            )  # fmt: skip
         store_dgate(
-            dgate, gate, routed, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens, inside,
-            sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
+            dgate, gate, routed, scaling, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens,
+            inside, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
         )  # fmt: skip
     else:
-        row = (split * T + tokens)[:, None] * (n * R) + sibling * R
-        tl.store(planes_ptr + row + columns[None, :], p, inside[:, None] & (columns < R)[None, :])
+        plane = planes_ptr + (split * T + tokens)[:, None] * (n * R) + sibling * R
+        tl.store(plane + columns[None, :], p, mask=inside[:, None] & (columns < R)[None, :])
+        if PARTS == 2:
+            tl.store(plane + others[None, :], q, mask=inside[:, None] & (others < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
@@ -194,6 +225,7 @@ def gate_planes_backward_kernel(
     logits_ptr,
     dlogits_ptr,
     experts_ptr,
+    scaling_ptr,
     dh_ptr,
     u_ptr,
     dgate_ptr,
@@ -212,6 +244,7 @@ def gate_planes_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """The same from the planes, whose parts are added in their order. Programs: (tokens, sibling).
 
@@ -223,17 +256,19 @@ def gate_planes_backward_kernel(
     gate, routed = dense_gate(
         gates_ptr, indices_ptr, rows_ptr, tokens, inside, sibling, G, n, E, K, FORM, BLOCK_E
     )
+    scaling = load_scaling(scaling_ptr, E, BLOCK_E)
+    scaled = gate * scaling
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, R, SPLIT)
         dgate = gate_columns(
-            p, gate, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
-            n, A_ROWS, R, E, BLOCK_E,
+            p, scaled, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
+            n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
     store_dgate(
-        dgate, gate, routed, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens, inside,
-        sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
+        dgate, gate, routed, scaling, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens,
+        inside, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
     )  # fmt: skip
     if A_ROWS < R:
         for first in range(0, A_ROWS, BLOCK_R):
@@ -242,8 +277,9 @@ def gate_planes_backward_kernel(
             for e in range(E):
                 columns = tl.where(of_a < A_ROWS, e * A_ROWS + of_a, R)
                 p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, R, SPLIT)
-                scaled = rank_gate(gate, load_experts(experts_ptr, columns, E, R, BLOCK_E))
-                dh += tl.where(scaled == 0, 0.0, scaled * p)
+                of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
+                by_rank = rank_gate(scaled, of_experts, UPCAST)
+                dh += tl.where(by_rank == 0, 0.0, by_rank * p)
             at = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :]
             real = inside[:, None] & (of_a < A_ROWS)[None, :]
             tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=real)
@@ -358,15 +394,17 @@ def launch(
         return dh, u, made
     dgate = h.new_empty((T, n * (K if form == "sparse" and not top_k else E)), dtype=dtype)
 
-    block_r, block_e = min(launcher.block(R), FUSED_RANK), launcher.block(E)
-    tile = configs.tile("shrink_gate_backward", h.device, h.dtype, block_r)
-    column_tiles = n * launcher.ceil_div(R, block_r)
+    width, block_e = min(launcher.block(R), 2 * COLUMNS), launcher.block(E)
+    block_r = min(width, COLUMNS)
+    tile = configs.tile("shrink_gate_backward", h.device, h.dtype, width)
+    column_tiles = n * launcher.ceil_div(R, width)
     token_tiles = launcher.ceil_div(T, tile.tokens)
     outputs = [g.shape[1] for g in dy]
     steps = [launcher.ceil_div(O, tile.step) for O in outputs]  # noqa: E741
     if split is None:
         split = configs.splits(h.device, token_tiles * column_tiles, max(steps))
-    fused = A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS and split == 1
+    fusable = A_ROWS == R <= width and block_e <= FUSED_EXPERTS
+    fused = fusable and split == 1
     planes = None if fused else h.new_empty((split, T, n * R), dtype=dtype)
     dy = [launcher.rows_dense(g) for g in dy]
     given = dict(
@@ -376,7 +414,8 @@ def launch(
         rows_ptr=None if rows is None else rows.contiguous(),
         logits_ptr=None if renormalize or not top_k else logits.contiguous(),
         dlogits_ptr=None if dlogits is None else dlogits.contiguous(),
-        experts_ptr=launcher.expert_matrix(tuple(ranks), tuple(scaling), h.device),
+        experts_ptr=launcher.expert_columns(tuple(ranks), h.device),
+        scaling_ptr=launcher.scaling_of(tuple(scaling), h.device),
         dh_ptr=dh,
         u_ptr=u,
         dgate_ptr=dgate,
@@ -387,7 +426,7 @@ def launch(
     )
     static = dict(
         n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, ROUTER=top_k > 0,
-        RENORMALIZE=bool(renormalize), SPLIT=split, BLOCK_E=block_e,
+        RENORMALIZE=bool(renormalize), SPLIT=split, BLOCK_E=block_e, UPCAST=launcher.INTERPRET,
     )  # fmt: skip
     launcher.run(
         shrink_gate_backward_kernel,
@@ -404,7 +443,7 @@ def launch(
         static
         | dict(
             FUSED=fused, COLUMN_TILES=column_tiles, BLOCK_T=tile.tokens, BLOCK_O=tile.step,
-            BLOCK_R=block_r, UPCAST=launcher.INTERPRET,
+            BLOCK_R=block_r, PARTS=width // block_r,
         ),
     )  # fmt: skip
     if not fused:
