@@ -3,6 +3,11 @@
     python benchmarks/bench_grouped.py                    minutes, on the GPU if there is one
     python benchmarks/bench_grouped.py --quick            toy shapes, seconds, a check of the setup
     python benchmarks/bench_grouped.py --suite linear --cases 4096x14336 --tokens 1,4096
+    python benchmarks/bench_grouped.py --suite machine    what the device allows, a few minutes
+
+Suites: linear (one layer), group (siblings that read the same x), machine (rates and costs of the
+device beside what a model predicts for it, in shapes of its own). `all` is linear and group, then
+machine where there is a GPU; a CPU measures machine only when it is asked for by name.
 
 Every provider is compared by name (y, dx, dA, dB, router) to an fp64 reference first; one that is
 wrong is reported and not timed. Prints a table per case and mode, writes OUT/<suite>.json and .png.
@@ -12,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # The siblings of this file are the package `benchmarks`, also when this file is run as a script
@@ -20,10 +26,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import harness, report
+from benchmarks import harness, machine, report
+from benchmarks.comparison import Bench
 from benchmarks.inputs import DTYPES, check_mixture
 from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import TOKENS, select_cases
+from benchmarks.shapes import MACHINE, TOKENS, linear_case, select_cases
 from moelora_kernels.testing import ROUTINGS
 
 # suite -> the function that measures one of its cases
@@ -83,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--suite", choices=[*SUITES, "machine", "all"], default="all")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--quick", action="store_true", help="toy shapes, masked_compiled left out")
@@ -125,6 +132,13 @@ def make_options(arguments: argparse.Namespace) -> harness.Options:
     )
 
 
+def chosen_suites(suite: str, device: torch.device) -> list[str]:
+    """The suites of a run; on a CPU `all` leaves `machine` out and ends within five minutes."""
+    if suite != "all":
+        return [suite]
+    return [*SUITES, "machine"] if device.type == "cuda" else list(SUITES)
+
+
 def progress_bar(total: int):
     """A bar of `total` cells on stderr; without tqdm, a line per cell."""
     try:
@@ -149,9 +163,11 @@ def say(bar, text: str) -> None:
 
 
 def write_result(result: dict, suite: str, folder: Path) -> list[Path]:
-    """FOLDER/<suite>.json, and the plot if matplotlib is there."""
+    """FOLDER/<suite>.json, and the plot if there is one and matplotlib is there."""
     written = [folder / f"{suite}.json"]
     written[0].write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if suite == "machine":
+        return written
     try:
         report.plot(result, folder / f"{suite}.png")
         written.append(folder / f"{suite}.png")
@@ -166,16 +182,22 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"argument --device: torch {torch.__version__} finds no CUDA device")
+    if parsed.suite == "machine" and (parsed.cases or parsed.tokens):
+        parser.error("arguments --cases, --tokens: --suite machine has shapes of its own")
     options = make_options(parsed)
-    suites = list(SUITES) if parsed.suite == "all" else [parsed.suite]
+    size = "quick" if parsed.quick else options.device.type
+    suites = chosen_suites(parsed.suite, options.device)
     try:
         cases = {
             suite: select_cases(suite, options.device.type, parsed.quick, parsed.cases)
             for suite in suites
+            if suite in SUITES
         }
-        for of_suite in cases.values():
-            for case in of_suite:
-                check_mixture(case, options.routing, options.experts, options.top_k)
+        mixed = [case for of_suite in cases.values() for case in of_suite]
+        if "machine" in suites:
+            mixed.append(linear_case(*MACHINE[size].layer))
+        for case in mixed:
+            check_mixture(case, options.routing, options.experts, options.top_k)
     except ValueError as error:
         parser.error(str(error))
 
@@ -195,19 +217,26 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     cells = sum(map(len, cases.values())) * len(options.tokens) * len(options.modes)
+    bench = Bench(options, clock) if "machine" in suites else None
+    if bench is not None:
+        cells += sum(map(len, machine.plan(bench, size).values()))
     bar, advance = progress_bar(cells)
     failures = 0
     for suite in suites:
-        rows = []
-        for case in cases[suite]:
-            of_case = SUITES[suite](case, options, clock, advance)
-            for table in report.by_case_and_mode(of_case):
+        rows, clock_of_suite = [], clock
+        if suite == "machine":
+            measured, clock_of_suite = machine.run(bench, size, advance), bench.device_clock
+        else:
+            run_case = partial(SUITES[suite], options=options, clock=clock, progress=advance)
+            measured = map(run_case, cases[suite])
+        for of_case in measured:
+            for table in report.tables(of_case):
                 say(bar, report.text_table(table) + "\n")
             rows += of_case
         if not rows:
             continue
         failures += sum(row["provider"] == "moelora" and row["status"] != "ok" for row in rows)
-        result = harness.make_result(rows, commit, options.device, clock)
+        result = harness.make_result(rows, commit, options.device, clock_of_suite)
         for path in write_result(result, suite, parsed.out):
             say(bar, f"wrote {path}")
     if bar is not None:

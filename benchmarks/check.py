@@ -138,6 +138,11 @@ def relative_rms(found: Tensor | None, expected: Expected) -> float:
     return error.item() if torch.isfinite(error) else float("inf")
 
 
+def roundoff(dtype: torch.dtype) -> float:
+    """u + 16 u32: one rounding to the dtype, and the order in which fp32 sums are added up."""
+    return torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
+
+
 class Checker:
     """The verdict on providers at one (layer, T), in both modes.
 
@@ -159,13 +164,12 @@ class Checker:
         self.rows = checked_rows(len(x), x.device)
         self.expected: dict[str, dict[str, Expected]] = {}
         build, formula = PROVIDERS["masked"]
-        roundoff = torch.finfo(x.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
         ceiling = 0.001 if x.dtype == torch.float32 else 0.02
         self.budgets = {}
         for name, error in self.errors(build(layer), formula, "fwd_bwd").items():
             if error > ceiling:
                 raise ArithmeticError(f"the masked provider is wrong: {name} is off by {error:.1e}")
-            self.budgets[name] = 2 * error + roundoff
+            self.budgets[name] = 2 * error + roundoff(x.dtype)
 
     def errors(self, provider: nn.Module, formula: str, mode: str) -> dict[str, float]:
         if formula not in self.expected:

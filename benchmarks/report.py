@@ -52,6 +52,47 @@ def duration(microseconds: float) -> str:
     return f"{microseconds / 1e3:.1f} ms"
 
 
+def quantity(value: float | None, unit: str) -> str:
+    """A number with its unit; empty for none."""
+    if value is None:
+        return ""
+    if unit == "us":
+        return duration(value)
+    if unit.startswith("T") and value < 0.1:
+        value, unit = 1e3 * value, f"G{unit[1:]}"
+    digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.3f}" if unit == "ratio" else f"{digits} {unit}"
+
+
+def of_machine(rows: list[dict]) -> bool:
+    """Whether these rows are the suite `machine`'s: measurements, not layers."""
+    return bool(rows) and "measurement" in rows[0]
+
+
+def measured_grid(rows: list[dict]) -> list[list[str]]:
+    """A header and a line per row of one measurement: what was measured, then what predicted."""
+    lines = [["case", "of", "measured", "p10", "p90", "predicted", "measured / predicted"]]
+    for row in rows:
+        predicted = row["predicted"]
+        measured = [quantity(row[field], row["unit"]) for field in ("median", "p10", "p90")]
+        against = f"{row['median'] / predicted:.2f}" if row["median"] and predicted else ""
+        if row["median"] is None:
+            measured[0] = row["status"]
+        given = [row["case"], row["variant"]]
+        lines.append([*given, *measured, quantity(predicted, row["unit"]), against])
+    return lines
+
+
+def measured_remarks(rows: list[dict]) -> list[str]:
+    """Why something was not timed, and the notes."""
+    told = [f"{r['status']}: {r['reason']}" if r["reason"] else r["note"] for r in rows]
+    return [
+        f"{row['case']}, {row['variant']}: {text}"
+        for row, text in zip(rows, told, strict=True)
+        if text
+    ]
+
+
 def ratios(rows: list[dict]) -> dict[tuple[int, str], float]:
     """(tokens, provider) -> median over the frozen layer's median, of one case and mode."""
     timed = {(r["tokens"], r["provider"]): r["median_us"] for r in rows if r["median_us"]}
@@ -67,6 +108,8 @@ def grid(rows: list[dict]) -> list[list[str]]:
 
     rows: those of one case and one mode. What was not timed says why instead.
     """
+    if of_machine(rows):
+        return measured_grid(rows)
     tokens = sorted(distinct(rows, "tokens"))
     found = {(row["tokens"], row["provider"]): row for row in rows}
     against = ratios(rows)
@@ -92,6 +135,8 @@ def grid(rows: list[dict]) -> list[list[str]]:
 
 def remarks(rows: list[dict]) -> list[str]:
     """One line per reason why something was not timed, the same reason once."""
+    if of_machine(rows):
+        return measured_remarks(rows)
     seen: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -104,7 +149,9 @@ def remarks(rows: list[dict]) -> list[str]:
 
 
 def caption(rows: list[dict]) -> str:
-    """Case, mode and the mixture, as the title of a table."""
+    """Case, mode and the mixture, or the measurement, as the title of a table."""
+    if of_machine(rows):
+        return f"{rows[0]['measurement']}, {rows[0]['dtype']}"
     mixed = next((row for row in rows if row.get("experts")), None)
     text = f"{rows[0]['case']}, {title(rows[0]['mode'])}, {rows[0]['dtype']}"
     if mixed is None:
@@ -140,6 +187,14 @@ def by_case_and_mode(rows: list[dict]) -> list[list[dict]]:
     return list(tables.values())
 
 
+def tables(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each table: by measurement in the suite `machine`, else by case and mode."""
+    if not of_machine(rows):
+        return by_case_and_mode(rows)
+    measurements = distinct(rows, "measurement")
+    return [[row for row in rows if row["measurement"] == each] for each in measurements]
+
+
 def provenance(result: dict) -> str:
     """Machine, versions and commit in one line."""
     machine, commit = result["machine"], result["commit"]
@@ -153,16 +208,20 @@ def markdown(result: dict, cases: list[str] | None = None, modes: list[str] | No
     rows = [
         row
         for row in result["rows"]
-        if (cases is None or row["case"] in cases) and (modes is None or row["mode"] in modes)
+        if (cases is None or row["case"] in cases)
+        and (modes is None or row.get("mode", modes[0]) in modes)
     ]
     cold = result["machine"]["cold_mib"] > 0
     caches = result["machine"]["cold_kind"] if cold else "warm-cache samples"
+    against = "the factor is against the frozen layer"
+    last = f"Extra memory: {result['machine']['memory_kind']}."
+    if of_machine(rows):
+        against = "`predicted` is what a model of the device says, not measured"
+        last = "`host` is warm: calls in a row that nobody waits for."
     source = (
-        f"Measured on {provenance(result)}: `{result['command']}`. Medians "
-        f"({caches}); the factor is against the frozen layer."
+        f"Measured on {provenance(result)}: `{result['command']}`. Medians ({caches}); {against}."
     )
-    memory = f"Extra memory: {result['machine']['memory_kind']}."
-    return "\n\n".join([source, *map(markdown_table, by_case_and_mode(rows)), memory]) + "\n"
+    return "\n\n".join([source, *map(markdown_table, tables(rows)), last]) + "\n"
 
 
 def fill_tables(text: str, root: Path) -> str:
@@ -193,7 +252,12 @@ def representative(rows: list[dict]) -> str:
 
 
 def plot(result: dict, path: Path, case: str | None = None) -> None:
-    """Ratio to the frozen layer against tokens: a panel per mode, a line per provider."""
+    """Ratio to the frozen layer against tokens: a panel per mode, a line per provider.
+
+    The suite `machine` has no plot: nothing is written.
+    """
+    if of_machine(result["rows"]):
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -119,6 +119,59 @@ TOKENS = {
 }
 
 
+@dataclass(frozen=True)
+class MachineShapes:
+    """Sizes of the suite `machine`.
+
+    copy: MiB;  product, addmm: (T, I, O);  shrink: (T, I, R);  gram: (T, I, O, R);
+    layer: (I, O).
+    """
+
+    copy: tuple[int, ...]
+    product: tuple[tuple[int, int, int], ...]
+    addmm: tuple[tuple[int, int, int], ...]
+    shrink: tuple[tuple[int, int, int], ...]
+    gram: tuple[tuple[int, int, int, int], ...]
+    layer: tuple[int, int]
+    layer_tokens: tuple[int, ...]
+
+
+# What the suite `machine` measures, by device.
+MACHINE = {
+    "cuda": MachineShapes(
+        # [8192, 4096] in bf16, which partly fits the cache it is written to, and what does not.
+        copy=(64, 1024),
+        product=((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192)),
+        addmm=((1024, 4096, 4096), (8192, 4096, 4096), (1024, 4096, 14336), (8192, 4096, 14336)),
+        shrink=(
+            *((T, 4096, R) for T in (1024, 8192) for R in (32, 64, 128)),
+            (8192, 14336, 128),
+        ),
+        gram=((1024, 4096, 4096, 128), (8192, 4096, 4096, 128), (8192, 4096, 14336, 128)),
+        layer=(4096, 4096),
+        layer_tokens=(1024, 8192),
+    ),
+    "cpu": MachineShapes(
+        copy=(256,),
+        product=((512, 2048, 2048),),
+        addmm=((128, 2048, 2048), (512, 2048, 2048)),
+        shrink=tuple((512, 2048, R) for R in (32, 64, 128)),
+        gram=((512, 2048, 2048, 128),),
+        layer=(2048, 2048),
+        layer_tokens=(512,),
+    ),
+    "quick": MachineShapes(
+        copy=(1,),
+        product=((33, 72, 104),),
+        addmm=((33, 72, 104),),
+        shrink=((33, 72, 32),),
+        gram=((33, 72, 104, 32),),
+        layer=(72, 104),
+        layer_tokens=(33,),
+    ),
+}
+
+
 def select_cases(suite: str, device: str, quick: bool, wanted: list[str] | None) -> list[Case]:
     """The cases of `suite` to run; `wanted` names cases of any suite, or "all".
 
