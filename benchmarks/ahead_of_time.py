@@ -1,26 +1,28 @@
 """What the compiler makes of every kernel, on a machine without a GPU.
 
-    python benchmarks/ahead_of_time.py                       all architectures, prints the report
+    python benchmarks/ahead_of_time.py                       all architectures, exit 1 if one is bad
     python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time
 
 Runs the launchers on tensors of the meta device at real sizes, records what they would launch, and
-compiles each kernel with those very arguments, constants and tiles for each architecture: registers,
-spills, shared memory, tensor core instructions and the width of every load and store, from the
-machine code. Bytes are counted from the grid and the tiles: `moved` is what the programs of a launch
-ask for, re-reads included (most of those meet in L2), `compulsory` is every tensor once.
+compiles each kernel with those very arguments, constants and tiles for each architecture. The
+machine code tells registers, spills, shared memory, tensor core instructions and the width of every
+load and store; `traffic` counts the bytes that the programs of a launch ask for, re-reads included
+(most of those meet in L2), against every tensor once. Nothing here is a measurement of time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
+
+from benchmarks import traffic
+from moelora_kernels.kernels import configs
+from moelora_kernels.kernels.launcher import Launch
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -74,7 +80,7 @@ LAYERS = [
 ]
 
 
-def record(layer: Layer) -> Iterator[Any]:
+def record(layer: Layer) -> list[Launch]:
     """The launches of one forward and backward of a layer, op by op."""
     from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
 
@@ -116,7 +122,7 @@ def record(layer: Layer) -> Iterator[Any]:
     return launches
 
 
-def arguments_of(launch) -> tuple[dict, dict, dict]:
+def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
     """Signature, constants and alignment of a launch, as Triton specialises them when it runs."""
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -152,7 +158,7 @@ def arguments_of(launch) -> tuple[dict, dict, dict]:
     return signature, constants, aligned
 
 
-def compile_launch(launch, architecture: str):
+def compile_launch(launch: Launch, architecture: str):
     """The compiled kernel of a launch for an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -185,29 +191,204 @@ def machine_code(cubin: bytes) -> tuple[str, str]:
         )
 
 
-TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b")
+TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
 MEMORY = re.compile(r"\b(LDGSTS|LDG|STG)\.E([.\w]*)")
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def width(suffix: str) -> int:
     """Bytes of one access: LDG.E.128 has 16, LDG.E 4, LDG.E.U16 2."""
-    for name, size in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
-        if name in suffix.split("."):
-            return size
-    return 4
+    return next((WIDTHS[part] for part in suffix.split(".") if part in WIDTHS), 4)
 
 
-def inspect(launch, architecture: str) -> dict[str, Any]:
-    """Registers, spills, shared memory and instructions of a launch's kernel."""
+def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
+    """Registers, spills, shared memory, instructions and bytes of a launch."""
     compiled = compile_launch(launch, architecture)
     usage, sass = machine_code(compiled.asm["cubin"])
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     accesses = Counter((kind, width(suffix)) for kind, suffix in MEMORY.findall(sass))
+    read, written = traffic.moved(launch)
     return {
+        "kernel": launch.kernel.fn.__name__,
+        "programs": launch.programs,
+        "tile": list(launch.tile[:4]),
+        "qualified": launch.tile.qualified,
         "registers": int(found["REG"]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "stack": int(found["STACK"]),
         "shared": compiled.metadata.shared,
         "tensor_core": dict(Counter(TENSOR_CORE.findall(sass))),
         "accesses": {f"{kind}.{size}": n for (kind, size), n in sorted(accesses.items())},
+        "read": read,
+        "written": written,
+        "compulsory": traffic.compulsory(launch),
     }
+
+
+# The rows of a tile of the large products: what fills the 64 rows of a wgmma.
+WGMMA_ROWS = {
+    "shrink_gate_kernel": "BLOCK_T",
+    "shrink_gate_backward_kernel": "BLOCK_T",
+    "shrink_dx_kernel": "BLOCK_T",
+    "gram_kernel": "BLOCK_W",
+}
+
+
+def operands(launch: Launch) -> list[tuple[int, int, int]]:
+    """(elements of the tile, elements of a row in memory, bytes of an element) of what loops load."""
+    from moelora_kernels.kernels.launcher import INTERPRET
+
+    assert not INTERPRET
+    s = {**launch.constants, **launch.arguments}
+
+    def of(name: str) -> int:
+        value = s[name]
+        tensor = value[0] if isinstance(value, tuple) else value
+        return tensor.dtype.itemsize
+
+    name = launch.kernel.fn.__name__
+    if name == "shrink_gate_kernel":
+        found = [("x_ptr", "BLOCK_T", s["I"]), ("a_ptrs", "BLOCK_R", s["I"])]
+        if s["ROUTER_COLUMNS"]:
+            found.append(("router_ptrs", "BLOCK_E", s["I"]))
+        return [(s[rows] * s["BLOCK_I"], row, of(tensor)) for tensor, rows, row in found]
+    if name == "shrink_gate_backward_kernel":
+        wide = [(s["BLOCK_T"] * s["BLOCK_O"], O, of("dy_ptrs")) for O in s["outputs"]]  # noqa: E741
+        return [*wide, (s["BLOCK_O"] * s["BLOCK_R"], s["R"], of("b_ptrs"))]
+    if name == "shrink_dx_kernel":
+        found = [
+            (s["BLOCK_T"] * s["BLOCK_R"], s["A_ROWS"], of("dh_ptr")),
+            (s["BLOCK_R"] * s["BLOCK_I"], s["I"], of("a_ptrs")),
+        ]
+        if s["router_ptrs"] is not None:
+            found.append((s["BLOCK_T"] * s["BLOCK_E"], s["E"], 4))
+            found.append((s["BLOCK_E"] * s["BLOCK_I"], s["I"], of("router_ptrs")))
+        return found
+    if name == "gram_kernel":
+        found = [
+            (s["BLOCK_T"] * s["BLOCK_W"], s["I"], of("x_ptr")),
+            (s["BLOCK_T"] * s["BLOCK_A"], s["H"], of("dh_ptr")),
+            (s["BLOCK_T"] * s["BLOCK_B"], s["R"], of("u_ptr")),
+        ]
+        return [*found, (s["BLOCK_T"] * s["BLOCK_L"], s["L"], 4)] if s["L"] else found
+    return []
+
+
+def natural_widths(launch: Launch) -> set[int]:
+    """Widths that loads of operands have where nothing is lost: alignment, or a share per thread.
+
+    A row that begins at any multiple of 8 bytes cannot be loaded by 16, nor can a tile that has
+    fewer than 16 bytes for each thread.
+    """
+    threads = 32 * launch.tile.warps
+    return {
+        min(16, math.gcd(16, row * size), max(size, elements * size // threads))
+        for elements, row, size in operands(launch)
+    }
+
+
+def complaints(row: dict[str, Any], launch: Launch, architecture: str) -> list[str]:
+    """What is wrong with a compiled launch; empty where it may ship."""
+    found = []
+    if row["spills"] or row["stack"]:
+        found.append(f"{row['spills']} spilling instructions, {row['stack']} bytes of stack")
+    limit = configs.SHARED[architecture]
+    if row["shared"] > limit:
+        found.append(f"{row['shared']} bytes of shared memory of {limit}")
+    rows = launch.constants.get(WGMMA_ROWS.get(row["kernel"]), 0)
+    if architecture == "sm_90" and rows >= 64 and not row["tensor_core"].get("HGMMA"):
+        found.append(f"no wgmma for a tile of {rows} rows")
+    allowed = natural_widths(launch)
+    for access in row["accesses"]:
+        kind, size = access.split(".")
+        # Only the loads of operands are asynchronous copies; what else is loaded are gates and
+        # tables of a few bytes per token or expert.
+        if kind == "LDGSTS" and int(size) not in allowed:
+            found.append(f"loads of {size} bytes where operands allow {sorted(allowed)}")
+    return found
+
+
+def compile_layer(name: str, architecture: str) -> list[dict[str, Any]]:
+    """The compiled launches of one layer, with what is wrong with them."""
+    layer = next(each for each in LAYERS if each.name == name)
+    rows = []
+    with configs.assume(architecture):
+        for launch in record(layer):
+            row = inspect(launch, architecture)
+            wrong = complaints(row, launch, architecture)
+            rows.append({"layer": name, "architecture": architecture, **row, "wrong": wrong})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
+    """A table per architecture."""
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        f"Made by `python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time` with "
+        f"{said}; nothing here was timed.",
+        "Tile: tokens, step, warps, stages. Moved: MiB that all programs ask for, re-reads included; "
+        "compulsory: every tensor once.",
+    ]
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        lines += [
+            "",
+            f"## {architecture}",
+            "",
+            "| layer | kernel | tile | programs | registers | spills | shared KiB | tensor core "
+            "| loads and stores | moved MiB | compulsory MiB |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |",
+        ]
+        for row in rows:
+            if row["architecture"] != architecture:
+                continue
+            cores, accesses = (
+                " ".join(f"{name}:{n}" for name, n in row[field].items())
+                for field in ("tensor_core", "accesses")
+            )
+            lines.append(
+                f"| {row['layer']} | {row['kernel'].removesuffix('_kernel')} "
+                f"| {' '.join(map(str, row['tile']))} | {row['programs']} | {row['registers']} "
+                f"| {row['spills']} | {row['shared'] / 1024:.0f} | {cores} | {accesses} "
+                f"| {(row['read'] + row['written']) / 2**20:.1f} "
+                f"| {row['compulsory'] / 2**20:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile everything; 1 if something may not ship."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json and kernels.md")
+    parser.add_argument("--architectures", type=lambda text: text.split(","), default=ARCHITECTURES)
+    parser.add_argument("--layers", help="only layers whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    given = parser.parse_args(arguments)
+    unknown = set(given.architectures) - set(ARCHITECTURES)
+    if unknown:
+        parser.error(f"--architectures: expected some of {ARCHITECTURES}, got {sorted(unknown)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
+    layers = [layer.name for layer in LAYERS if (given.layers or "") in layer.name]
+    work = [(name, architecture) for architecture in given.architectures for name in layers]
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = [row for rows in pool.map(compile_layer, *zip(*work, strict=True)) for row in rows]
+    wrong = [row for row in rows if row["wrong"]]
+    for row in wrong:
+        place = f"{row['architecture']} {row['layer']}: {row['kernel']} {tuple(row['tile'])}"
+        print(f"{place}: {'; '.join(row['wrong'])}")
+    print(f"{len(rows)} launches compiled, {len(wrong)} of them bad")
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+        result = {"schema": 1, **versions, "rows": rows}
+        (given.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+        (given.out / "kernels.md").write_text(markdown(rows, versions))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

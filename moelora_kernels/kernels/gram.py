@@ -293,8 +293,9 @@ def launch(
         ),
         dict(
             n=n, H=H, L=L, R=R, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
-            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), A_TILES=a_tiles, B_TILES=b_tiles, SPLIT=split,
-            BLOCK_T=tile.tokens, BLOCK_W=tile.step, BLOCK_A=block_a, BLOCK_B=block_b,
+            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), A_TILES=a_tiles,
+            B_TILES=b_tiles, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_W=tile.step,
+            BLOCK_A=block_a, BLOCK_B=block_b,
             BLOCK_L=launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16,
             UPCAST=launcher.INTERPRET,
         ),

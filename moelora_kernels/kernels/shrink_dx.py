@@ -145,7 +145,8 @@ def launch(dh, dlogits, lora_a, router_weight, ranks, dropout, dropout_per_exper
         ),
         dict(
             n=n, A_ROWS=A_ROWS, E=len(ranks), DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
-            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
+            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks),
+            BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
             BLOCK_E=min(launcher.block(len(ranks)), STEP), UPCAST=launcher.INTERPRET,
         ),
     )  # fmt: skip

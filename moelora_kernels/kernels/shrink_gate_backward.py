@@ -20,8 +20,8 @@ from moelora_kernels.kernels.products import exact_sum, pick, product
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
 from moelora_kernels.kernels.sum_planes import sum_planes
 
-# Columns of rank space that are gated at a time: P, h, the gate, dh and u of 128 columns together do
-# not fit the registers. A program holds P of two times as many.
+# Columns of rank space that are gated at a time, because P, h, the gate, dh and u of 128 columns
+# together do not fit the registers. A program holds P of twice as many.
 COLUMNS = 64
 
 

@@ -1,0 +1,176 @@
+"""Bytes that a recorded launch asks for, counted from its grid, its tiles and its arguments.
+
+Counted is what is loaded and stored under the masks, summed over all programs: what several
+programs read counts for each of them, although most of it meets in L2. `tests/test_traffic.py`
+compares with what the interpreter sees.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moelora_kernels.kernels.launcher import Launch, ceil_div
+
+
+def _size(value) -> int:
+    """Bytes of an element; of the first of a tuple; 0 for what is absent."""
+    if isinstance(value, tuple):
+        value = value[0]
+    return 0 if value is None else value.dtype.itemsize
+
+
+def _tensors(value) -> list[Tensor]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def compulsory(launch: Launch) -> int:
+    """Every argument once, without the workspace that stages of one op hand over."""
+    given = launch.arguments.items()
+    return sum(t.nbytes for name, value in given if name != "planes_ptr" for t in _tensors(value))
+
+
+class _Sizes:
+    """Arguments and constants of a launch as attributes."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.__dict__ = {**launch.constants, **launch.arguments}
+        self.size = lambda name: _size(self.__dict__.get(name))
+        self.programs = launch.programs
+
+
+def _gate(s: _Sizes) -> int:
+    """Reads of a gate that is given."""
+    if s.FORM == "router":
+        return 0
+    if s.FORM == "sparse":
+        return s.T * s.n * s.K * (s.size("gates_ptr") + s.size("indices_ptr"))
+    return s.T * s.n * s.E * s.size("gates_ptr") + s.T * s.n * s.size("rows_ptr")
+
+
+def _experts(s: _Sizes) -> int:
+    """Reads of the table of experts and of their scaling, by one program per token tile, sibling."""
+    return ceil_div(s.T, s.BLOCK_T) * s.n * (s.E * s.R * 2 + s.E * 4)
+
+
+def _routing(s: _Sizes) -> int:
+    """Writes of a router: logits, weights, indices."""
+    if s.FORM != "router":
+        return 0
+    slots = s.T * s.n * s.K * (4 + s.size("chosen_ptr"))
+    return s.T * s.n * s.E * 4 + slots
+
+
+def _router_bias(s: _Sizes) -> int:
+    return ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.size("bias_ptrs")
+
+
+def _gated(s: _Sizes) -> tuple[int, int]:
+    """Reads and writes of the gate over h: shared by both forms of the forward."""
+    written = s.T * s.n * (s.A_ROWS + s.R) * s.size("h_ptr") + _routing(s)
+    return _gate(s) + _experts(s) + _router_bias(s), written
+
+
+def _tile_table(s: _Sizes, rows: int) -> int:
+    return s.programs * rows * 4 * 4 if s.PER_EXPERT else 0
+
+
+def _shrink_gate(s: _Sizes) -> tuple[int, int]:
+    token_tiles = ceil_div(s.T, s.BLOCK_T)
+    read = s.T * s.I * s.COLUMN_TILES * s.size("x_ptr")
+    read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
+    read += token_tiles * s.n * s.ROUTER_COLUMNS * s.I * s.size("router_ptrs")
+    read += s.programs * s.size("seed_ptr") + _tile_table(s, 1)
+    if s.FUSED:
+        of_gate, written = _gated(s)
+        return read + of_gate, written
+    return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
+
+
+def _gate_planes(s: _Sizes) -> tuple[int, int]:
+    read, written = _gated(s)
+    return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_COLUMNS) * 4, written
+
+
+def _gated_backward(s: _Sizes) -> tuple[int, int]:
+    """Reads and writes of the gate over P: shared by both forms of the backward."""
+    read = _gate(s) + _experts(s) + s.T * s.n * s.R * s.size("h_ptr")
+    of_logits = s.T * s.n * s.E * 4
+    if s.ROUTER:
+        read += of_logits * ((s.logits_ptr is not None) + (s.dlogits_ptr is not None))
+    elif s.FORM == "sparse":
+        read += s.T * s.n * s.K * s.size("indices_ptr")
+    written = s.T * s.n * (s.R + s.A_ROWS) * s.size("h_ptr") + s.dgate_ptr.nbytes
+    return read, written
+
+
+def _shrink_gate_backward(s: _Sizes) -> tuple[int, int]:
+    outputs = sum(s.outputs)
+    read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
+    read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
+    if s.FUSED:
+        of_gate, written = _gated_backward(s)
+        return read + of_gate, written
+    return read, s.SPLIT * s.T * s.n * s.R * 4
+
+
+def _gate_planes_backward(s: _Sizes) -> tuple[int, int]:
+    read, written = _gated_backward(s)
+    planes = s.SPLIT * s.T * s.n * s.R * 4
+    if s.A_ROWS < s.R:
+        # Once more for dh, which sums over the experts.
+        read += planes + ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.R * 2
+    return read + planes, written
+
+
+def _shrink_dx(s: _Sizes) -> tuple[int, int]:
+    i_tiles, token_tiles = ceil_div(s.I, s.BLOCK_I), ceil_div(s.T, s.BLOCK_T)
+    read = s.T * s.n * s.A_ROWS * s.size("dh_ptr") * i_tiles
+    read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
+    read += s.programs * s.size("seed_ptr") + _tile_table(s, s.tiles)
+    if s.router_ptrs is not None:
+        read += s.T * s.n * s.E * 4 * i_tiles
+        read += token_tiles * s.n * s.E * s.I * s.size("router_ptrs")
+    return read, s.dx_ptr.nbytes
+
+
+def _gram(s: _Sizes) -> tuple[int, int]:
+    i_tiles = ceil_div(s.I, s.BLOCK_W)
+    read = s.T * s.I * s.size("x_ptr") * s.A_TILES
+    read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
+    of_x = i_tiles * s.A_TILES * s.SPLIT
+    read += of_x * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
+    for width in s.outputs:
+        read += s.T * width * s.B_TILES * s.size("dy_ptrs")
+        read += s.T * ceil_div(width, s.BLOCK_W) * s.R * s.size("u_ptr")
+    written = s.H * s.I * s.size("da_ptr") + s.L * s.I * s.size("drouter_ptr")
+    written += s.L * s.size("dbias_ptr") + sum(s.outputs) * s.R * s.size("db_ptrs")
+    return read, s.SPLIT * written
+
+
+def _sum_planes(s: _Sizes) -> tuple[int, int]:
+    written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.outputs, strict=True))
+    return s.SPLIT * sum(s.sizes) * 4, written
+
+
+def _gate_rows(s: _Sizes) -> tuple[int, int]:
+    width_tiles, g_tiles = ceil_div(s.WIDTH, s.BLOCK_E), ceil_div(s.G, s.BLOCK_G)
+    read = s.T * s.WIDTH * 4 * g_tiles + s.T * s.size("rows_ptr") * width_tiles * g_tiles
+    return read, s.SPLIT * s.G * s.WIDTH * 4
+
+
+KERNELS = {
+    "shrink_gate_kernel": _shrink_gate,
+    "gate_planes_kernel": _gate_planes,
+    "shrink_gate_backward_kernel": _shrink_gate_backward,
+    "gate_planes_backward_kernel": _gate_planes_backward,
+    "shrink_dx_kernel": _shrink_dx,
+    "gram_kernel": _gram,
+    "sum_planes_kernel": _sum_planes,
+    "gate_rows_kernel": _gate_rows,
+}
+
+
+def moved(launch: Launch) -> tuple[int, int]:
+    """Bytes read and bytes written by all programs of a launch."""
+    return KERNELS[launch.kernel.fn.__name__](_Sizes(launch))
