@@ -81,11 +81,13 @@ CASES = {
 class Inputs:
     """Random tensors of a case in one dtype; `.double()` is the same layer in float64."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, case: Case, dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        on = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
 
         def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(of)
+            return torch.randn(*shape, dtype=torch.float64, **on).to(of)
 
         T, I, O, ranks, n = case[:5]  # noqa: E741
         E, R = len(ranks), sum(ranks)
@@ -93,7 +95,7 @@ class Inputs:
         of = case.adapters if case.adapters and dtype is not torch.float64 else dtype
         self.case, self.E, self.R = case, E, R
         self.scaling = [0.5 + 0.25 * e for e in range(E)]
-        self.seed = torch.tensor([-5_000_000_003]) if case.dropout else None
+        self.seed = torch.tensor([-5_000_000_003], device=device) if case.dropout else None
         self.x = draw(T, I)
         # Adapters are rounded to x.dtype here: what the cast inside the op costs is no error of it.
         self.lora_a = [draw(width, I).div(I**0.5).to(dtype).to(of) for _ in range(n)]
@@ -110,18 +112,25 @@ class Inputs:
             self.bias = [draw(E, of=of) for _ in range(n)] if case.bias else []
         elif kind.startswith("sparse"):
             self.gates = draw(T, n * 2)
-            ids = torch.randint(-1, E + 1, (T, n * 2), generator=generator)
+            ids = torch.randint(-1, E + 1, (T, n * 2), **on)
             self.indices = ids.to(wide)
         else:
             G = {"dense": T, "one_row": 1}.get(kind, 5)
             self.gates = draw(G, n * E)
             self.gates[:, 0] = 0
             if kind.startswith("rows"):
-                self.rows = torch.randint(-1, G + 1, (T,), generator=generator).to(wide)
+                self.rows = torch.randint(-1, G + 1, (T,), **on).to(wide)
 
     def double(self) -> Inputs:
+        return self._mapped(_double)
+
+    def to(self, device: str | torch.device) -> Inputs:
+        """The same numbers on another device."""
+        return self._mapped(lambda value: _moved(value, device))
+
+    def _mapped(self, function) -> Inputs:
         copy = object.__new__(Inputs)
-        copy.__dict__ = {name: _double(value) for name, value in self.__dict__.items()}
+        copy.__dict__ = {name: function(value) for name, value in self.__dict__.items()}
         return copy
 
     def shrink(self) -> list:
@@ -171,6 +180,12 @@ def _double(value):
     if isinstance(value, (list, tuple)) and not isinstance(value, Case):
         return type(value)(_double(v) for v in value)
     return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def _moved(value, device):
+    if isinstance(value, list):
+        return [_moved(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _named(names: str, outputs) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from moelora_kernels.kernels import (
     topk_gate,
 )
 
+# The interpreter takes CPU tensors, also on a machine with a GPU.
+DEVICE = "cuda" if torch.cuda.is_available() and not launcher.INTERPRET else "cpu"
 HALF_AND_FLOAT = {name: dtype for name, dtype in DTYPES.items() if name != "fp64"}
 each_dtype = pytest.mark.parametrize("dtype", HALF_AND_FLOAT.values(), ids=HALF_AND_FLOAT)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -29,7 +31,7 @@ def split_of(launch, split):
 @each_dtype
 @each_case
 def test_shrink_gate(case: Case, dtype: torch.dtype) -> None:
-    arguments = Inputs(case, dtype).shrink()
+    arguments = Inputs(case, dtype).to(DEVICE).shrink()
     names = "h u weights indices logits"
     for split in (1, 3):
         compare(names, split_of(shrink_gate.launch, split), reference.shrink_gate, arguments, dtype)
@@ -38,7 +40,7 @@ def test_shrink_gate(case: Case, dtype: torch.dtype) -> None:
 @each_dtype
 @each_case
 def test_shrink_gate_backward(case: Case, dtype: torch.dtype) -> None:
-    inputs = Inputs(case, dtype)
+    inputs = Inputs(case, dtype).to(DEVICE)
     arguments = inputs.backward(forward_of(inputs))
     for split in (1, 3):
         compare(
@@ -55,7 +57,7 @@ def test_shrink_gate_backward(case: Case, dtype: torch.dtype) -> None:
 def test_gram_and_shrink_dx(case: Case, dtype: torch.dtype) -> None:
     if case.share_a:
         case = case._replace(dropout=0.0)
-    inputs = Inputs(case, dtype)
+    inputs = Inputs(case, dtype).to(DEVICE)
     forward = forward_of(inputs)
     back = reference.shrink_gate_backward(*inputs.backward(forward))
     arguments = inputs.gram(forward, back)
@@ -70,7 +72,7 @@ def test_gram_and_shrink_dx(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("top_k", (1, 3, 7))
 @each_dtype
 def test_topk_gate(dtype: torch.dtype, top_k: int, renormalize: bool) -> None:
-    logits = torch.randn(101, 7, dtype=torch.float64).to(dtype)
+    logits = torch.randn(101, 7, dtype=torch.float64).to(DEVICE, dtype)
     arguments = [logits, top_k, renormalize, 0.8]
     compare("weights indices", topk_gate.launch, reference.topk_gate, arguments, dtype)
     weights, indices = reference.topk_gate(*arguments)
@@ -94,5 +96,7 @@ def test_dropout_is_the_reference_bit_by_bit(dtype: torch.dtype, p: float, shape
     for seed in (0, -1, 2**62 + 12345):
         for stream in (0, 3):
             arguments = (x, p, torch.tensor([seed]), stream)
-            found, expected = dropout.launch(*arguments), reference.dropout(*arguments)
+            # On a GPU torch divides by a number by multiplying with its reciprocal.
+            expected = reference.dropout(*arguments)
+            found = dropout.launch(x.to(DEVICE), p, arguments[2].to(DEVICE), stream).cpu()
             torch.testing.assert_close(found, expected, rtol=ulp, atol=0.0)

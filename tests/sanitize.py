@@ -1,0 +1,76 @@
+"""Every kernel and variant once, at toy size: what `.ci/sanitize` runs under a sanitizer.
+
+    python tests/sanitize.py [name ...]
+
+Inputs are drawn on the CPU and results looked at there, so that on the GPU nothing else runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from op_cases import CASES, DTYPES, Inputs
+from torch import Tensor
+
+from moelora_kernels.kernels import (
+    dropout,
+    gram,
+    launcher,
+    shrink_dx,
+    shrink_gate,
+    shrink_gate_backward,
+    topk_gate,
+)
+
+# Names of CASES: every form of a gate, fused and split, each kind of column tile and mask.
+SELECTION = (
+    "plain", "one_token", "one_expert_dense", "all_experts", "softmax_before_topk", "many_experts",
+    "mixed_ranks", "siblings_sparse", "one_row", "rows_int64", "share_a", "dropout",
+    "dropout_per_expert", "float32_adapters",
+)  # fmt: skip
+
+
+def run_case(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """All outputs of the four ops of a layer, on the CPU; each op gets what the last returned."""
+    case = CASES[name]
+    inputs = Inputs(case._replace(dropout=0.0) if case.share_a else case, dtype).to(device)
+    found = []
+    for split in (1, 3):
+        forward = shrink_gate.launch(*inputs.shrink(), split=split)
+        back = shrink_gate_backward.launch(*inputs.backward(forward), split=split)
+        *grams, db = gram.launch(*inputs.gram(forward, back), split=split)
+        found += [*forward, *back, *grams, *db, shrink_dx.launch(*inputs.shrink_dx(back))]
+    return [tensor.cpu() for tensor in found]
+
+
+def run_others(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Outputs of the ops that are used alone."""
+    logits, dweights = torch.randn(101, 7).to(dtype), torch.randn(101, 3)
+    logits, dweights = logits.to(device), dweights.to(device)
+    found = []
+    for renormalize in (True, False):
+        weights, indices = topk_gate.launch(logits, 3, renormalize, 0.8)
+        found += [weights, indices]
+        found += [topk_gate.launch_backward(dweights, weights, indices, logits, renormalize, 0.8)]
+    found += [dropout.launch(logits, 0.1, torch.tensor([5]).to(device), 1)]
+    return [tensor.cpu() for tensor in found]
+
+
+def main(names: list[str]) -> None:
+    """Run the named cases, or all of SELECTION, in every dtype."""
+    device = "cpu" if launcher.INTERPRET else "cuda"
+    for of_dtype in ("bf16", "fp16", "fp32"):
+        dtype = DTYPES[of_dtype]
+        for name in names or SELECTION:
+            # Addresses are the same in every dtype; products and the router's are not.
+            if of_dtype != "bf16" and not names and name not in ("plain", "float32_adapters"):
+                continue
+            for tensor in run_case(name, dtype, device):
+                assert torch.isfinite(tensor).all(), f"{name}, {of_dtype}: non-finite values"
+        run_others(dtype, device)
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
