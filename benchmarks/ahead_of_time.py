@@ -235,10 +235,7 @@ WGMMA_ROWS = {
 
 
 def operands(launch: Launch) -> list[tuple[int, int, int]]:
-    """(elements of the tile, elements of a row in memory, bytes of an element) of what loops load."""
-    from moelora_kernels.kernels.launcher import INTERPRET
-
-    assert not INTERPRET
+    """What loops load: elements of the tile, of a row in memory, bytes of an element."""
     s = {**launch.constants, **launch.arguments}
 
     def of(name: str) -> int:
@@ -281,10 +278,15 @@ def natural_widths(launch: Launch) -> set[int]:
     fewer than 16 bytes for each thread.
     """
     threads = 32 * launch.tile.warps
-    return {
+    found = {
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
     }
+    if launch.kernel.fn.__name__ == "gram_kernel" and launch.arguments["x_ptr"].dtype == FP32:
+        # TF32 tensor cores want both operands contiguous along the tokens: the small one is
+        # transposed on its way into shared memory, element by element.
+        found.add(4)
+    return found
 
 
 def complaints(row: dict[str, Any], launch: Launch, architecture: str) -> list[str]:
@@ -308,16 +310,32 @@ def complaints(row: dict[str, Any], launch: Launch, architecture: str) -> list[s
     return found
 
 
-def compile_layer(name: str, architecture: str) -> list[dict[str, Any]]:
-    """The compiled launches of one layer, with what is wrong with them."""
-    layer = next(each for each in LAYERS if each.name == name)
-    rows = []
+def key_of(launch: Launch) -> str:
+    """What tells two compiled launches apart; the grid does not."""
+    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.tile[:4]))
+
+
+def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:
+    """(layer, number of the launch in it, architecture) of every kernel that layers differ in."""
+    seen, found = set(), []
     with configs.assume(architecture):
-        for launch in record(layer):
-            row = inspect(launch, architecture)
-            wrong = complaints(row, launch, architecture)
-            rows.append({"layer": name, "architecture": architecture, **row, "wrong": wrong})
-    return rows
+        for layer in layers:
+            for number, launch in enumerate(record(layer)):
+                if key_of(launch) not in seen:
+                    seen.add(key_of(launch))
+                    found.append((layer.name, number, architecture))
+    return found
+
+
+def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
+    """The compiled launch, with what is wrong with it."""
+    name, number, architecture = work
+    layer = next(each for each in LAYERS if each.name == name)
+    with configs.assume(architecture):
+        launch = record(layer)[number]
+        row = inspect(launch, architecture)
+    wrong = complaints(row, launch, architecture)
+    return {"layer": name, "architecture": architecture, **row, "wrong": wrong}
 
 
 def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
@@ -328,8 +346,8 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         f"Made by `python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time` with "
         f"{said}; nothing here was timed.",
-        "Tile: tokens, step, warps, stages. Moved: MiB that all programs ask for, re-reads included; "
-        "compulsory: every tensor once.",
+        "Tile: tokens, step, warps, stages. Moved: MiB that all programs ask for, re-reads "
+        "included; compulsory: every tensor once. What several layers share is listed once.",
     ]
     for architecture in dict.fromkeys(row["architecture"] for row in rows):
         lines += [
@@ -372,10 +390,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--architectures: expected some of {ARCHITECTURES}, got {sorted(unknown)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
-    layers = [layer.name for layer in LAYERS if (given.layers or "") in layer.name]
-    work = [(name, architecture) for architecture in given.architectures for name in layers]
+    layers = [layer for layer in LAYERS if (given.layers or "") in layer.name]
+    work = [one for each in given.architectures for one in unique_launches(layers, each)]
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-        rows = [row for rows in pool.map(compile_layer, *zip(*work, strict=True)) for row in rows]
+        rows = list(pool.map(compile_one, work, chunksize=4))
     wrong = [row for row in rows if row["wrong"]]
     for row in wrong:
         place = f"{row['architecture']} {row['layer']}: {row['kernel']} {tuple(row['tile'])}"

@@ -49,7 +49,7 @@ def _gate(s: _Sizes) -> int:
 
 
 def _experts(s: _Sizes) -> int:
-    """Reads of the table of experts and of their scaling, by one program per token tile, sibling."""
+    """Reads of the table of experts and of their scaling, once per token tile and sibling."""
     return ceil_div(s.T, s.BLOCK_T) * s.n * (s.E * s.R * 2 + s.E * 4)
 
 

@@ -17,6 +17,7 @@ from moelora_kernels.nn import (
     record_routing,
     replace_linears,
     set_tasks,
+    warmup,
 )
 
 __version__ = "0.1.0"
@@ -36,4 +37,5 @@ __all__ = [
     "replace_linears",
     "save_adapter",
     "set_tasks",
+    "warmup",
 ]

@@ -55,8 +55,7 @@ def run(
     first = next(a for a in _flat(arguments.values()) if isinstance(a, Tensor))
     if first.is_meta or programs == 0:
         return
-    elsewhere = first.is_cuda and first.device.index != torch.cuda.current_device()
-    with torch.cuda.device(first.device) if elsewhere else nullcontext():
+    with _on(first.device):
         kernel[(programs,)](
             **arguments,
             **constants,
@@ -65,6 +64,26 @@ def run(
             # Triton 3.10 will change the default; sums are meant to be fused multiply-adds.
             enable_fp_fusion=True,
         )
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Launches go to `device`, and compile nothing while a CUDA graph is captured there."""
+    if device.type != "cuda":
+        yield
+        return
+    runtime = triton.knobs.runtime
+    hook = runtime.jit_cache_hook
+    with (
+        torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext()
+    ):
+        if torch.cuda.is_current_stream_capturing():
+            # Called where a kernel is not found among the compiled ones.
+            runtime.jit_cache_hook = lambda **_: require_no_capture("kernels", device)
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook = hook
 
 
 def _flat(values) -> Iterator:

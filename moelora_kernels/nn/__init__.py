@@ -5,6 +5,7 @@ from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.model import adapter_parameters, replace_linears, set_tasks
 from moelora_kernels.nn.record import collect_aux_loss, record_routing
 from moelora_kernels.nn.routers import MlpRouter, TaskRouter
+from moelora_kernels.nn.warmup import warmup
 
 __all__ = [
     "MlpRouter",
@@ -17,4 +18,5 @@ __all__ = [
     "record_routing",
     "replace_linears",
     "set_tasks",
+    "warmup",
 ]

@@ -1,0 +1,73 @@
+"""Compile what a model's layers will launch, before a CUDA graph or a clock starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from moelora_kernels.nn.group import MoeLoraGroup
+from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+
+
+def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
+    """Run every mixture layer of `model` once per token count, forward and backward, on zeros.
+
+    Kernels are compiled at their first launch, and small tables are copied to the device then;
+    neither is possible while a CUDA graph is captured. Layers run in the mode they are in (training
+    or not) and under the autocast that is active; parameters that train get no gradient, and random
+    generators and recorded routing stay as they were.
+
+    Args:
+        model: a model, a layer or a group. With task gates or external gates, `set_tasks` first.
+        tokens: tokens per sequence that will be run.
+        batch: sequences per call.
+
+    Raises:
+        ValueError: the model has no MoeLoraLinear; tokens or batch below 1.
+        RuntimeError, ValueError: task gates or external gates that were not set.
+    """
+    if not tokens or min(tokens) < 1 or batch < 1:
+        raise ValueError(f"tokens: expected counts from 1, got {tokens} with batch {batch}")
+    groups = list(_groups(model))
+    if not groups:
+        raise ValueError("model: no MoeLoraLinear in it")
+    layers = [layer for group in groups for layer in group]
+    kept = [(layer.record, vars(layer.record).copy()) for layer in layers]
+    devices = {layer.lora_A.device for layer in layers if layer.lora_A.is_cuda}
+    with torch.random.fork_rng(list(devices)):
+        for group in groups:
+            for count in tokens:
+                _run(group, batch, count)
+    for record, values in kept:
+        vars(record).update(values)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear, ...]]:
+    """The layers of a model as they run: siblings of a group or a link together."""
+    seen: set[nn.Module] = set()
+    found = list(model.modules())
+    for module in found:
+        if isinstance(module, MoeLoraGroup):
+            siblings = tuple(module.children())
+            seen.update(siblings)
+            yield siblings
+    for module in found:
+        if isinstance(module, MoeLoraLinear) and module not in seen:
+            siblings = module.link.layers if module.link is not None else (module,)
+            seen.update(siblings)
+            yield siblings
+
+
+def _run(group: tuple[MoeLoraLinear, ...], batch: int, tokens: int) -> None:
+    first = group[0]
+    weight = getattr(first.base_layer, "weight", None)
+    dense = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    like = weight if dense else first.lora_A
+    x = torch.zeros(batch, tokens, first.in_features, dtype=like.dtype, device=like.device)
+    with torch.enable_grad():
+        outputs = forward_siblings(group, x.requires_grad_())
+        trained = {p for layer in group for p in layer.parameters() if p.requires_grad}
+        gradients = [torch.zeros_like(y) for y in outputs]
+        torch.autograd.grad(outputs, [x, *trained], gradients, allow_unused=True)

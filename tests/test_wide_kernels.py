@@ -1,0 +1,161 @@
+"""A whole layer on the kernels: right in the interpreter, and its launches counted."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from op_cases import CASES, Case, Inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
+from moelora_kernels.testing import assert_within_budget, reference_step
+
+KERNELS = {
+    "shrink_gate": shrink_gate,
+    "shrink_gate_backward": shrink_gate_backward,
+    "shrink_dx": shrink_dx,
+    "gram": gram,
+}
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The module of the op `wide`, made of kernels as it is on a GPU."""
+    module = importlib.import_module("moelora_kernels.ops.wide")
+    for name, kernel in KERNELS.items():
+        monkeypatch.setattr(module, name, kernel.launch)
+    return module
+
+
+def plan_of(case: Case, inputs: Inputs) -> Plan:
+    return Plan(
+        case.ranks,
+        tuple(inputs.scaling),
+        case.share_a,
+        case.top_k if inputs.router else 0,
+        case.renormalize,
+        case.temperature,
+        case.dropout,
+        case.per_expert,
+    )
+
+
+def step(wide, plan: Plan, inputs: Inputs, weight, bias) -> dict[str, torch.Tensor]:
+    """Outputs and gradients by the names of `reference_step`."""
+    y, h, weights, chosen, logits = wide._forward(
+        inputs.x, weight, bias, [], inputs.lora_a, inputs.lora_b, inputs.router, inputs.bias,
+        inputs.gates, inputs.indices, inputs.rows, inputs.seed, *plan,
+    )  # fmt: skip
+    gates, indices = inputs.gates, inputs.indices
+    if plan.top_k:
+        gates, indices = weights, chosen if plan.top_k < inputs.E else None
+    dx, dgate, da, drouter, dbias, db = wide._backward(
+        inputs.dy, inputs.x, weight, inputs.lora_a, inputs.lora_b, inputs.router, h, gates,
+        indices, inputs.rows, logits if plan.top_k else None,
+        inputs.dlogits if plan.top_k else None, inputs.seed, *plan, True, True,
+    )  # fmt: skip
+    found = {"dx": dx} if plan.top_k else {"dx": dx, "dgates": dgate.to(gates.dtype)}
+    n = len(inputs.lora_a)
+    for i in range(n):
+        found |= {f"y{i}": y[i], f"dA{i}": da.chunk(n)[i], f"dB{i}": db[i]}
+        if inputs.router:
+            found[f"drouter{i}"] = drouter.chunk(n)[i]
+        if inputs.bias:
+            found[f"dbias{i}"] = dbias.chunk(n)[i]
+    return found
+
+
+@pytest.mark.skipif(not launcher.INTERPRET, reason="on a GPU tests/test_gpu_layers.py does this")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("fp32", "fp16"))
+@pytest.mark.parametrize("name", ("plain", "siblings", "rows", "share_a", "dropout_per_expert"))
+def test_a_layer_on_kernels_is_the_reference(name: str, dtype: torch.dtype, wide) -> None:
+    case = CASES[name]
+    inputs = Inputs(case, dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = [
+        torch.randn(case.O, case.I, generator=generator).div(case.I**0.5).to(dtype)
+        for _ in inputs.lora_a
+    ]
+    plan = plan_of(case, inputs)
+    found = step(wide, plan, inputs, weight, [])
+
+    def expected(inputs: Inputs, weight: list) -> dict[str, torch.Tensor]:
+        routers = inputs.router or [None] * case.n
+        biases = inputs.bias or [None] * case.n
+        siblings = [
+            Sibling(w, None, None, a, b, router, bias)
+            for w, a, b, router, bias in zip(
+                weight, inputs.lora_a, inputs.lora_b, routers, biases, strict=True
+            )
+        ]
+        return reference_step(
+            plan, inputs.x, siblings, inputs.dy, gates=inputs.gates, indices=inputs.indices,
+            rows=inputs.rows, seed=inputs.seed, dlogits=inputs.dlogits,
+        )  # fmt: skip
+
+    truth = expected(inputs.double(), [w.double() for w in weight])
+    assert_within_budget(found, truth, expected(inputs, weight), dtype)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Names of ATen ops that write a tensor: neither views nor allocations nor questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if not op.is_view and name not in ("empty", "new_empty", "empty_like", "promote_types"):
+            self.ops.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+# case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill an
+# H200; at 1024 its inner dimension is cut into parts, which one more launch adds up. The tiles of
+# the gradients fill it alone for R = 256 or three siblings; T = 1 is not worth a cut.
+LAUNCHES = {
+    "T=8192": (dict(tokens=8192), 3, 5),
+    "T=1024": (dict(tokens=1024), 4, 6),
+    "T=1": (dict(tokens=1), 4, 5),
+    "T=8192 qkv": (dict(tokens=8192, siblings=3), 1 + 2 * 3, 1 + 1 + 3 + 1),
+    "T=8192 R=256": (dict(tokens=8192, rank=32), 4, 5),
+    "T=8192 task gates": (dict(tokens=8192, router=False), 3, 5 + 2),
+}
+
+
+@pytest.mark.parametrize(("sizes", "forward", "backward"), LAUNCHES.values(), ids=LAUNCHES)
+def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) -> None:
+    """On tensors without data: grids, metadata and workspaces come from shapes alone."""
+    T, n, router = sizes["tokens"], sizes.get("siblings", 1), sizes.get("router", True)
+    ranks = (sizes.get("rank", 16),) * 8
+
+    def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    plan = Plan(ranks, (2.0,) * 8, top_k=2 if router else 0)
+    x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
+    weight = [empty(4096, 4096) for _ in range(n)]
+    a, b = ([empty(*shape) for _ in range(n)] for shape in ((sum(ranks), 4096), (4096, sum(ranks))))
+    routers = [empty(8, 4096) for _ in range(n)] if router else []
+    gates = None if router else empty(5, n * 8, dtype=torch.float32)
+    rows = None if router else empty(T, dtype=torch.int32)
+    # These are copied to the device once.
+    launcher.expert_columns(ranks, x.device)
+    launcher.scaling_of(plan.scaling, x.device)
+    with launcher.recording() as launches, CountLaunches() as aten:
+        _, h, weights, chosen, logits = wide._forward(
+            x, weight, [], [], a, b, routers, [], gates, None, rows, None, *plan
+        )
+    assert (len(launches) + len(aten.ops), aten.ops) == (forward, ["mm", "addmm_"] * n)
+    if router:
+        gates, rows = weights, None
+    with launcher.recording() as launches, CountLaunches() as aten:
+        wide._backward(
+            dy, x, weight, a, b, routers, h, gates, chosen if router else None, rows,
+            logits if router else None, None, None, *plan, True, True,
+        )  # fmt: skip
+    assert (len(launches) + len(aten.ops), aten.ops) == (backward, ["addmm_"] * n)
