@@ -266,17 +266,18 @@ def launch(
         planes = x.new_empty((split, sum(sizes)), dtype=torch.float32)
         parts = [planes[0, start:] for start in starts]
     of_router = (parts[1], parts[2]) if L else (None, None)
+    x, dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     launcher.run(
         gram_kernel,
         programs * split,
         tile,
         dict(
-            x_ptr=launcher.rows_dense(x),
-            stride_x=launcher.rows_dense(x).stride(0),
+            x_ptr=x,
+            stride_x=x.stride(0),
             dh_ptr=dh.contiguous(),
             dlogits_ptr=None if dlogits is None else dlogits.contiguous(),
-            dy_ptrs=tuple(launcher.rows_dense(g) for g in dy),
-            stride_dy=tuple(launcher.rows_dense(g).stride(0) for g in dy),
+            dy_ptrs=tuple(dy),
+            stride_dy=tuple(g.stride(0) for g in dy),
             u_ptr=u.contiguous(),
             seed_ptr=seed if dropout > 0 else None,
             tiles_ptr=tiles,

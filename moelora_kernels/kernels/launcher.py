@@ -55,28 +55,24 @@ def run(
     first = next(a for a in _flat(arguments.values()) if isinstance(a, Tensor))
     if first.is_meta or programs == 0:
         return
-    with _on(first.device):
-        kernel[(programs,)](
-            **arguments,
-            **constants,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            # Triton 3.10 will change the default; sums are meant to be fused multiply-adds.
-            enable_fp_fusion=True,
-        )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    # Triton 3.10 will change the default; sums are meant to be fused multiply-adds.
+    options["enable_fp_fusion"] = True
+    guard = nullcontext()
+    if first.is_cuda:
+        elsewhere = first.device.index != torch.cuda.current_device()
+        if elsewhere or torch.cuda.is_current_stream_capturing():
+            guard = _guard(first.device)
+    with guard:
+        kernel[(programs,)](**arguments, **constants, **options)
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def _guard(device: torch.device) -> Iterator[None]:
     """Launches go to `device`, and compile nothing while a CUDA graph is captured there."""
-    if device.type != "cuda":
-        yield
-        return
     runtime = triton.knobs.runtime
     hook = runtime.jit_cache_hook
-    with (
-        torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext()
-    ):
+    with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             # Called where a kernel is not found among the compiled ones.
             runtime.jit_cache_hook = lambda **_: require_no_capture("kernels", device)
@@ -96,7 +92,7 @@ def _flat(values) -> Iterator:
 
 def block(size: int, least: int = 16) -> int:
     """The power of two that holds `size` columns; 16 is the smallest operand of a product."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def ceil_div(a: int, b: int) -> int:
