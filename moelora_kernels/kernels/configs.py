@@ -37,7 +37,8 @@ PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148}
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
 # (kernel, bytes of an element of x, columns of the rank tile) -> Tile. Found by compiling ahead of
-# time: the largest tile without spills, then stages as shared memory allows two programs at once.
+# time: tiles as large as the registers hold without spills, because each program reads its columns
+# of A or B anew, and as many stages as keep 16 bytes per thread on the way.
 _SM_90 = {
     ("shrink_gate", 2, 16): Tile(64, 128, 4, 3),
     ("shrink_gate", 2, 32): Tile(64, 128, 4, 3),
@@ -65,7 +66,7 @@ _SM_90 = {
     ("gram", 4, 128): Tile(32, 64, 8, 3),
     ("shrink_dx", 2, 16): Tile(64, 128, 8, 2),
     ("shrink_dx", 2, 32): Tile(64, 128, 8, 2),
-    ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
+    ("shrink_dx", 2, 64): Tile(128, 128, 8, 2),
     ("shrink_dx", 4, 16): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 32): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 64): Tile(64, 64, 4, 2),

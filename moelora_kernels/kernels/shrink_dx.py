@@ -94,9 +94,9 @@ def shrink_dx_kernel(
             kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
             dx += tl.where(kept, part, 0.0)
     else:
-        for sibling in tl.static_range(n):
+        for sibling in range(n):
             dx = add_columns(
-                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, a_ptrs[sibling], tokens, inside, i, I,
+                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, pick(a_ptrs, sibling), tokens, inside, i, I,
                 0, A_ROWS, BLOCK_R, UPCAST,
             )  # fmt: skip
         if DROPOUT > 0:
@@ -105,9 +105,9 @@ def shrink_dx_kernel(
             dx = tl.where(kept, dx, 0.0)
     dx *= scale
     if router_ptrs is not None:
-        for sibling in tl.static_range(n):
+        for sibling in range(n):
             dx = add_columns(
-                dx, dlogits_ptr + sibling * E, n * E, router_ptrs[sibling], tokens, inside, i, I,
+                dx, dlogits_ptr + sibling * E, n * E, pick(router_ptrs, sibling), tokens, inside, i, I,
                 0, E, BLOCK_E, UPCAST,
             )  # fmt: skip
     address = dx_ptr + tokens[:, None] * I + i[None, :]
