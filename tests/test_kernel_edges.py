@@ -87,6 +87,12 @@ def test_ranks_past_one_tile(case: Case) -> None:
     check_all(Inputs(case, FP16))
 
 
+@pytest.mark.parametrize("dtype", (FP16, torch.float32), ids=("fp16", "fp32"))
+def test_one_past_a_tile(dtype: torch.dtype) -> None:
+    """The last token, row and column stand in a step of their own."""
+    check_all(Inputs(Case(T=65, I=129, O=129, n=2), dtype), dtype)
+
+
 def test_strides() -> None:
     """Rows at a distance, columns at a distance, one element for all, overlapping rows."""
     inputs = Inputs(Case(T=37, n=4), FP16)
