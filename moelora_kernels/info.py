@@ -16,6 +16,7 @@ import torch
 
 import moelora_kernels
 from moelora_kernels import formulation, native, ops
+from moelora_kernels.kernels import configs
 from moelora_kernels.ops import registration
 
 PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
@@ -47,6 +48,14 @@ def implementations() -> dict[str, dict[str, str]]:
     return found
 
 
+def tiles() -> dict[str, str]:
+    """Architecture -> how many entries of its tile table have been qualified on hardware."""
+    return {
+        name: f"{sum(bool(tile.qualified) for tile in table.values())} of {len(table)} qualified"
+        for name, table in configs.TILES.items()
+    }
+
+
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     """Everything `main` prints, as plain values."""
     choice = formulation.choose(device, **sizes)
@@ -70,6 +79,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             **native.build_info(),
         },
         "triton kernels": registration.why_no_kernels() or "available",
+        "tiles": tiles(),
         "implementations": implementations(),
         "formulations": {
             name: reason or "available" for name, reason in formulation.FORMULATIONS.items()

@@ -22,6 +22,8 @@ def test_json_report(capsys):
         expected = {"cpu": "native" if native.available() else plain}
         expected["cuda"] = "composite" if whole_layer else "triton"
         assert devices == expected, op
+    assert set(report["tiles"]) == {"sm_80", "sm_89", "sm_90", "sm_100"}
+    assert all(text.endswith("qualified") for text in report["tiles"].values())
     auto = report["auto"]
     assert (auto["impl"], auto["tokens"], auto["top_k"]) == ("wide", 64, None)
     assert "R = 8 with a dense gate" in auto["reason"]
