@@ -100,3 +100,24 @@ def test_dropout_is_the_reference_bit_by_bit(dtype: torch.dtype, p: float, shape
             expected = reference.dropout(*arguments)
             found = dropout.launch(x.to(DEVICE), p, arguments[2].to(DEVICE), stream).cpu()
             torch.testing.assert_close(found, expected, rtol=ulp, atol=0.0)
+
+
+def test_the_smallest_word_that_is_kept() -> None:
+    """An element is kept where its word is at least p 2^32: found by halving, for one element."""
+    x, seed = torch.ones(1, 1), torch.tensor([3])
+    low, high = 0, 2**32
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = reference.dropout(x, middle / 2**32, seed).item() != 0
+        low, high = (middle, high) if kept else (low, middle)
+    x, seed = x.to(DEVICE), seed.to(DEVICE)
+    assert dropout.launch(x, low / 2**32, seed, 0).item() != 0
+    assert dropout.launch(x, high / 2**32, seed, 0).item() == 0
+    # The mask inside another kernel is the same.
+    weight = torch.ones(1, 1, device=DEVICE)
+    gate = torch.ones(1, 1, device=DEVICE)
+    for p, expected in ((low / 2**32, True), (high / 2**32, False)):
+        h, *_ = shrink_gate.launch(
+            x, [weight], gate, None, None, [], [], [1], [1.0], False, 0, True, 1.0, p, False, seed
+        )
+        assert (h.item() != 0) == expected

@@ -96,8 +96,8 @@ def shrink_dx_kernel(
     else:
         for sibling in range(n):
             dx = add_columns(
-                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, pick(a_ptrs, sibling), tokens, inside, i, I,
-                0, A_ROWS, BLOCK_R, UPCAST,
+                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, pick(a_ptrs, sibling), tokens, inside,
+                i, I, 0, A_ROWS, BLOCK_R, UPCAST,
             )  # fmt: skip
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)
@@ -107,8 +107,8 @@ def shrink_dx_kernel(
     if router_ptrs is not None:
         for sibling in range(n):
             dx = add_columns(
-                dx, dlogits_ptr + sibling * E, n * E, pick(router_ptrs, sibling), tokens, inside, i, I,
-                0, E, BLOCK_E, UPCAST,
+                dx, dlogits_ptr + sibling * E, n * E, pick(router_ptrs, sibling), tokens, inside,
+                i, I, 0, E, BLOCK_E, UPCAST,
             )  # fmt: skip
     address = dx_ptr + tokens[:, None] * I + i[None, :]
     tl.store(address, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (i < I)[None, :])
