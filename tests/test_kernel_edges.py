@@ -93,6 +93,14 @@ def test_one_past_a_tile(dtype: torch.dtype) -> None:
     check_all(Inputs(Case(T=65, I=129, O=129, n=2), dtype), dtype)
 
 
+@pytest.mark.parametrize("per_expert", (False, True), ids=("one_mask", "mask_per_expert"))
+@pytest.mark.parametrize("I", (70, 72), ids=("shifted", "aligned"))
+def test_masks_where_rows_begin_within_and_at_a_counter(I: int, per_expert: bool) -> None:  # noqa: E741
+    """Where I is a multiple of 4 four neighbours share a counter; else each has its own."""
+    case = Case(T=37, I=I, ranks=(5, 16), dropout=0.25, per_expert=per_expert, n=2)
+    check_all(Inputs(case, FP16))
+
+
 def test_strides() -> None:
     """Rows at a distance, columns at a distance, one element for all, overlapping rows."""
     inputs = Inputs(Case(T=37, n=4), FP16)
