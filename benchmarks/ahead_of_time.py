@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks import traffic
 from moelora_kernels.kernels import configs
-from moelora_kernels.kernels.launcher import Launch
+from moelora_kernels.kernels.launcher import Launch, options
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -56,6 +56,7 @@ class Layer(NamedTuple):
     dropout: float = 0.0
     per_expert: bool = False
     renormalize: bool = True
+    oversized: bool = False
 
 
 # Every entry of the tile tables and every variant of a kernel that a preset leads to.
@@ -68,6 +69,8 @@ LAYERS = [
     Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
     Layer("R=256", ranks=(32,) * 8),
     Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),
+    Layer("R=32 fp32 adapters", ranks=(4,) * 8, adapters=FP32),
+    Layer("R=64 fp32 adapters", ranks=(8,) * 8, adapters=FP32),
     Layer("qkv R=64", out_features=(4096, 1024, 1024), ranks=(8,) * 8),
     Layer("softmax before top-k", renormalize=False),
     Layer("all experts", top_k=8),
@@ -77,6 +80,12 @@ LAYERS = [
     Layer("dropout", dropout=0.05),
     Layer("task gates, dropout per expert", gate="rows", dropout=0.05, per_expert=True),
     Layer("shared A", share_a=True, ranks=(8,) * 3, top_k=3),
+    # More experts than the tiles are made for: these have to launch, and may spill.
+    Layer("E=32", ranks=(4,) * 32, top_k=32, oversized=True),
+    Layer("E=64", ranks=(8,) * 64, oversized=True),
+    Layer("E=128 of rank 1", ranks=(1,) * 128, oversized=True),
+    Layer("E=64 siblings", out_features=(4096,) * 3, ranks=(1,) * 64, oversized=True),
+    Layer("E=64 shared A", share_a=True, ranks=(8,) * 64, oversized=True),
 ]
 
 
@@ -166,13 +175,8 @@ def compile_launch(launch: Launch, architecture: str):
 
     signature, constants, aligned = arguments_of(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {
-        "num_warps": launch.tile.warps,
-        "num_stages": launch.tile.stages,
-        "enable_fp_fusion": True,
-    }
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options(launch.tile))
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:
@@ -289,10 +293,12 @@ def natural_widths(launch: Launch) -> set[int]:
     return found
 
 
-def complaints(row: dict[str, Any], launch: Launch, architecture: str) -> list[str]:
+def complaints(
+    row: dict[str, Any], launch: Launch, architecture: str, oversized: bool = False
+) -> list[str]:
     """What is wrong with a compiled launch; empty where it may ship."""
     found = []
-    if row["spills"] or row["stack"]:
+    if (row["spills"] or row["stack"]) and not oversized:
         found.append(f"{row['spills']} spilling instructions, {row['stack']} bytes of stack")
     limit = configs.SHARED[architecture]
     if row["shared"] > limit:
@@ -334,7 +340,7 @@ def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
     with configs.assume(architecture):
         launch = record(layer)[number]
         row = inspect(launch, architecture)
-    wrong = complaints(row, launch, architecture)
+    wrong = complaints(row, launch, architecture, layer.oversized)
     return {"layer": name, "architecture": architecture, **row, "wrong": wrong}
 
 

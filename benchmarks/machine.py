@@ -191,7 +191,9 @@ def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E
     variants = {f"gram ({impl})": operation}
     if bench.launchers:
         launches = recorded(operation, arguments)
-        rule = next(each.constants["SPLIT"] for each in launches if "SPLIT" in each.constants)
+        from benchmarks import traffic
+
+        rule = traffic.gram_split(traffic.Sizes(launches[0]))
         variants = {
             f"split={split}{' (rule)' if split == rule else ''}": partial(operation, split=split)
             for split in sorted({*SPLITS, rule})
@@ -221,12 +223,14 @@ def layer_calls(
 
 def bare_launch(bench: Bench, call: Call, name: str) -> Call:
     """What remains of a launcher's call without the launcher: Triton's own launches."""
+    from moelora_kernels.kernels import launcher
+
     launches = recorded(call.call, [])
 
     def launch() -> None:
         for each in launches:
-            compiled = {"num_warps": each.tile.warps, "num_stages": each.tile.stages}
-            each.kernel[(each.programs,)](**each.arguments, **each.constants, **compiled)
+            options = launcher.options(each.tile)
+            each.kernel[(each.programs,)](**each.arguments, **each.constants, **options)
 
     predicted = len(launches) * roofline.launch(bench.rates, "triton")
     return Call(name, launch, predicted, "moelora", verdict=call.verdict)

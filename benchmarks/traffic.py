@@ -30,7 +30,7 @@ def compulsory(launch: Launch) -> int:
     return sum(t.nbytes for name, value in given if name != "planes_ptr" for t in _tensors(value))
 
 
-class _Sizes:
+class Sizes:
     """Arguments and constants of a launch as attributes."""
 
     def __init__(self, launch: Launch) -> None:
@@ -39,7 +39,7 @@ class _Sizes:
         self.programs = launch.programs
 
 
-def _gate(s: _Sizes) -> int:
+def _gate(s: Sizes) -> int:
     """Reads of a gate that is given."""
     if s.FORM == "router":
         return 0
@@ -48,12 +48,12 @@ def _gate(s: _Sizes) -> int:
     return s.T * s.n * s.E * s.size("gates_ptr") + s.T * s.n * s.size("rows_ptr")
 
 
-def _experts(s: _Sizes) -> int:
+def _experts(s: Sizes) -> int:
     """Reads of the table of experts and of their scaling, once per token tile and sibling."""
     return ceil_div(s.T, s.BLOCK_T) * s.n * (s.E * s.R * 2 + s.E * 4)
 
 
-def _routing(s: _Sizes) -> int:
+def _routing(s: Sizes) -> int:
     """Writes of a router: logits, weights, indices."""
     if s.FORM != "router":
         return 0
@@ -61,21 +61,21 @@ def _routing(s: _Sizes) -> int:
     return s.T * s.n * s.E * 4 + slots
 
 
-def _router_bias(s: _Sizes) -> int:
+def _router_bias(s: Sizes) -> int:
     return ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.size("bias_ptrs")
 
 
-def _gated(s: _Sizes) -> tuple[int, int]:
+def _gated(s: Sizes) -> tuple[int, int]:
     """Reads and writes of the gate over h: shared by both forms of the forward."""
     written = s.T * s.n * (s.A_ROWS + s.R) * s.size("h_ptr") + _routing(s)
     return _gate(s) + _experts(s) + _router_bias(s), written
 
 
-def _tile_table(s: _Sizes, rows: int) -> int:
+def _tile_table(s: Sizes, rows: int) -> int:
     return s.programs * rows * 4 * 4 if s.PER_EXPERT else 0
 
 
-def _shrink_gate(s: _Sizes) -> tuple[int, int]:
+def _shrink_gate(s: Sizes) -> tuple[int, int]:
     token_tiles = ceil_div(s.T, s.BLOCK_T)
     read = s.T * s.I * s.COLUMN_TILES * s.size("x_ptr")
     read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
@@ -87,12 +87,12 @@ def _shrink_gate(s: _Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
 
 
-def _gate_planes(s: _Sizes) -> tuple[int, int]:
+def _gate_planes(s: Sizes) -> tuple[int, int]:
     read, written = _gated(s)
     return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_COLUMNS) * 4, written
 
 
-def _gated_backward(s: _Sizes) -> tuple[int, int]:
+def _gated_backward(s: Sizes) -> tuple[int, int]:
     """Reads and writes of the gate over P: shared by both forms of the backward."""
     read = _gate(s) + _experts(s) + s.T * s.n * s.R * s.size("h_ptr")
     of_logits = s.T * s.n * s.E * 4
@@ -104,7 +104,7 @@ def _gated_backward(s: _Sizes) -> tuple[int, int]:
     return read, written
 
 
-def _shrink_gate_backward(s: _Sizes) -> tuple[int, int]:
+def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     outputs = sum(s.outputs)
     read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
     read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
@@ -114,7 +114,7 @@ def _shrink_gate_backward(s: _Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.T * s.n * s.R * 4
 
 
-def _gate_planes_backward(s: _Sizes) -> tuple[int, int]:
+def _gate_planes_backward(s: Sizes) -> tuple[int, int]:
     read, written = _gated_backward(s)
     planes = s.SPLIT * s.T * s.n * s.R * 4
     if s.A_ROWS < s.R:
@@ -123,7 +123,7 @@ def _gate_planes_backward(s: _Sizes) -> tuple[int, int]:
     return read + planes, written
 
 
-def _shrink_dx(s: _Sizes) -> tuple[int, int]:
+def _shrink_dx(s: Sizes) -> tuple[int, int]:
     i_tiles, token_tiles = ceil_div(s.I, s.BLOCK_I), ceil_div(s.T, s.BLOCK_T)
     read = s.T * s.n * s.A_ROWS * s.size("dh_ptr") * i_tiles
     read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
@@ -134,26 +134,32 @@ def _shrink_dx(s: _Sizes) -> tuple[int, int]:
     return read, s.dx_ptr.nbytes
 
 
-def _gram(s: _Sizes) -> tuple[int, int]:
-    i_tiles = ceil_div(s.I, s.BLOCK_W)
+def gram_split(s: Sizes) -> int:
+    """Into how many parts the tokens are cut: programs over tiles of the wide sides."""
+    of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.outputs) * s.B_TILES
+    return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + of_outputs)
+
+
+def _gram(s: Sizes) -> tuple[int, int]:
+    i_tiles, split = ceil_div(s.I, s.BLOCK_W), gram_split(s)
     read = s.T * s.I * s.size("x_ptr") * s.A_TILES
     read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
-    of_x = i_tiles * s.A_TILES * s.SPLIT
+    of_x = i_tiles * s.A_TILES * split
     read += of_x * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
     for width in s.outputs:
         read += s.T * width * s.B_TILES * s.size("dy_ptrs")
         read += s.T * ceil_div(width, s.BLOCK_W) * s.R * s.size("u_ptr")
     written = s.H * s.I * s.size("da_ptr") + s.L * s.I * s.size("drouter_ptr")
     written += s.L * s.size("dbias_ptr") + sum(s.outputs) * s.R * s.size("db_ptrs")
-    return read, s.SPLIT * written
+    return read, split * written
 
 
-def _sum_planes(s: _Sizes) -> tuple[int, int]:
+def _sum_planes(s: Sizes) -> tuple[int, int]:
     written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.outputs, strict=True))
     return s.SPLIT * sum(s.sizes) * 4, written
 
 
-def _gate_rows(s: _Sizes) -> tuple[int, int]:
+def _gate_rows(s: Sizes) -> tuple[int, int]:
     width_tiles, g_tiles = ceil_div(s.WIDTH, s.BLOCK_E), ceil_div(s.G, s.BLOCK_G)
     read = s.T * s.WIDTH * 4 * g_tiles + s.T * s.size("rows_ptr") * width_tiles * g_tiles
     return read, s.SPLIT * s.G * s.WIDTH * 4
@@ -173,4 +179,4 @@ KERNELS = {
 
 def moved(launch: Launch) -> tuple[int, int]:
     """Bytes read and bytes written by all programs of a launch."""
-    return KERNELS[launch.kernel.fn.__name__](_Sizes(launch))
+    return KERNELS[launch.kernel.fn.__name__](Sizes(launch))

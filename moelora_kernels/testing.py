@@ -121,12 +121,15 @@ def assert_within_budget(
     truth: Mapping[str, Tensor],
     yardstick: Mapping[str, Tensor],
     dtype: torch.dtype,
+    truncations: int = 0,
 ) -> None:
     """Every tensor of `truth` by name: finite, of its shape, and within a budget from the data.
 
         budget = 2 * (error of the yardstick + one rounding of the largest value in `dtype`)
 
     `truth` is float64, `yardstick` the reference in the dtype that `actual` was computed in.
+    `truncations` of a running float32 sum, where hardware cuts instead of rounding, may each cost
+    one unit in the last place of the largest value more.
     """
     rounding = torch.finfo(dtype).eps / 2
     for name, expected in truth.items():
@@ -136,6 +139,7 @@ def assert_within_budget(
         largest = expected.abs().max().item() if expected.numel() else 0.0
         of_reference = error(yardstick[name], expected)
         budget = 2 * (of_reference + rounding * largest)
+        budget += truncations * torch.finfo(torch.float32).eps * largest
         measured = error(found, expected)
         assert measured <= budget, (
             f"{name}: error {measured:.3e} exceeds {budget:.3e} "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import LAYERS, complaints, record, width
 from moelora_kernels.kernels import configs

@@ -83,7 +83,8 @@ OPS = {
 
 def _entries() -> list:
     """(key of the table, dtype) for the GPU at hand; for an H200 where there is none."""
-    device = DEVICE if torch.cuda.is_available() else torch.device("cpu")
+    supported = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    device = DEVICE if supported else torch.device("cpu")
     keys = configs.TILES[configs.processors(device)[0]]
     return [
         pytest.param(key, dtype, id=f"{key[0]}-{name}-{key[2]}")

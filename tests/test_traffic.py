@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from op_cases import CASES, Case, Inputs, forward_of
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import traffic
 from moelora_kernels import reference

@@ -77,16 +77,19 @@ _SM_100 = {
     **_SM_90,
     ("shrink_gate", 2, 16): Tile(64, 128, 8, 3),
     ("shrink_gate", 2, 32): Tile(64, 128, 8, 3),
-    ("gram", 2, 128): Tile(64, 64, 8, 3),
+    ("shrink_gate_backward", 2, 32): Tile(64, 128, 8, 3),
+    ("gram", 2, 128): Tile(64, 128, 8, 2),
 }
 # Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
 _SM_80 = {
     **_SM_90,
+    ("shrink_gate", 2, 32): Tile(64, 64, 4, 3),
     ("shrink_gate", 2, 128): Tile(64, 32, 8, 3),
     ("shrink_gate_backward", 2, 128): Tile(32, 64, 4, 3),
     ("shrink_gate_backward", 4, 128): Tile(32, 32, 8, 3),
     ("gram", 2, 32): Tile(64, 128, 8, 3),
     ("gram", 2, 128): Tile(32, 64, 8, 3),
+    ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
 }
 _SM_89 = {

@@ -11,8 +11,9 @@ from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.products import exact_product, pick, product
 from moelora_kernels.kernels.sum_planes import sum_planes
 
-# Columns of rank space that one program sums.
+# Columns of rank space, and of dlogits beside them, that one program sums: what the registers hold.
 COLUMNS = 128
+ROUTER_COLUMNS = 32
 
 
 @triton.jit
@@ -179,7 +180,6 @@ def gram_kernel(
     RANK_DIVISOR: tl.constexpr,
     A_TILES: tl.constexpr,
     B_TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -250,7 +250,8 @@ def launch(
     tiles = None
     if per_expert:
         tiles = launcher.expert_tiles(tuple(ranks), n, block_a, x.device)
-    a_tiles = len(tiles) if per_expert else launcher.ceil_div(H, block_a)
+    of_router = launcher.ceil_div(L, ROUTER_COLUMNS)
+    a_tiles = len(tiles) if per_expert else max(launcher.ceil_div(H, block_a), of_router)
     b_tiles = launcher.ceil_div(R, block_b)
     of_outputs = sum(launcher.ceil_div(O, tile.step) for O in outputs)  # noqa: E741
     programs = launcher.ceil_div(I, tile.step) * a_tiles + of_outputs * b_tiles
@@ -265,7 +266,7 @@ def launch(
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         planes = x.new_empty((split, sum(sizes)), dtype=torch.float32)
         parts = [planes[0, start:] for start in starts]
-    of_router = (parts[1], parts[2]) if L else (None, None)
+    router_parts = (parts[1], parts[2]) if L else (None, None)
     x, dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     launcher.run(
         gram_kernel,
@@ -282,8 +283,8 @@ def launch(
             seed_ptr=seed if dropout > 0 else None,
             tiles_ptr=tiles,
             da_ptr=parts[0],
-            drouter_ptr=of_router[0],
-            dbias_ptr=of_router[1],
+            drouter_ptr=router_parts[0],
+            dbias_ptr=router_parts[1],
             db_ptrs=tuple(parts[-n:]),
             T=T,
             I=I,
@@ -295,7 +296,7 @@ def launch(
         dict(
             n=n, H=H, L=L, R=R, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), A_TILES=a_tiles,
-            B_TILES=b_tiles, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_W=tile.step,
+            B_TILES=b_tiles, BLOCK_T=tile.tokens, BLOCK_W=tile.step,
             BLOCK_A=block_a, BLOCK_B=block_b,
             BLOCK_L=launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16,
             UPCAST=launcher.INTERPRET,

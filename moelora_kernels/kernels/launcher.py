@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -55,16 +56,18 @@ def run(
     first = next(a for a in _flat(arguments.values()) if isinstance(a, Tensor))
     if first.is_meta or programs == 0:
         return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    # Triton 3.10 will change the default; sums are meant to be fused multiply-adds.
-    options["enable_fp_fusion"] = True
     guard = nullcontext()
     if first.is_cuda:
         elsewhere = first.device.index != torch.cuda.current_device()
         if elsewhere or torch.cuda.is_current_stream_capturing():
             guard = _guard(first.device)
     with guard:
-        kernel[(programs,)](**arguments, **constants, **options)
+        kernel[(programs,)](**arguments, **constants, **options(tile))
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """How a kernel is compiled. Sums are fused multiply-adds, whatever Triton's default becomes."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 @contextmanager
@@ -115,6 +118,16 @@ def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     return tuple(t.contiguous() for t in tensors) or None
 
 
+def _outside_pools(make: Callable[[], Tensor]) -> Tensor:
+    """make() in a thread of its own: what it allocates belongs to no graph's memory pool.
+
+    Compiled models that run as CUDA graphs direct the allocations of their thread into a pool, and
+    refuse tensors in it that outlive a run, as the tables of experts do.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 def require_no_capture(what: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is being captured on `device`."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -131,14 +144,15 @@ def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16)
     for row, columns in zip(matrix, blocks(ranks), strict=True):
         row[columns] = 1
-    return matrix.to(device)
+    return _outside_pools(lambda: matrix.to(device))
 
 
 @cache
 def scaling_of(scaling: tuple[float, ...], device: torch.device) -> Tensor:
     """The scaling of the experts, [E] float32. Made once and kept."""
     require_no_capture("the scaling of the experts", device)
-    return torch.tensor(scaling, dtype=torch.float32).to(device)
+    table = torch.tensor(scaling, dtype=torch.float32)
+    return _outside_pools(lambda: table.to(device))
 
 
 @cache
@@ -155,4 +169,5 @@ def expert_tiles(ranks: tuple[int, ...], n: int, width: int, device: torch.devic
         for e, columns in enumerate(blocks(ranks))
         for start in range(columns.start, columns.stop, width)
     ]
-    return torch.tensor(tiles, dtype=torch.int32).to(device)
+    table = torch.tensor(tiles, dtype=torch.int32)
+    return _outside_pools(lambda: table.to(device))

@@ -21,10 +21,12 @@ from moelora_kernels.kernels.gates import (
 )
 from moelora_kernels.kernels.products import exact_product, pick, product
 
-# Up to these columns one program holds h, the logits and the gate of its tokens; beyond, products
-# and gate are two launches.
+# Up to these columns and experts one program holds h, the logits and the gate of its tokens; beyond
+# them, products and gate are two launches. With 32 experts the gate of 128 columns spills on sm_80.
 FUSED_RANK = 128
-FUSED_EXPERTS = 32
+FUSED_EXPERTS = 16
+# Logits that one program of the product sums beside its columns.
+ROUTER_COLUMNS = 32
 
 
 @triton.jit
@@ -303,11 +305,15 @@ def launch(
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), FUSED_RANK)
     block_e = launcher.block(E)
     tile = configs.tile("shrink_gate", x.device, x.dtype, block_r)
-    fusable = not per_expert and A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS
     tiles = None
     if per_expert:
         tiles = launcher.expert_tiles(tuple(ranks), n, block_r, x.device)
-    column_tiles = len(tiles) if per_expert else n * launcher.ceil_div(A_ROWS, block_r)
+    fusable = not per_expert and A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS
+    column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
+    if per_expert:
+        column_tiles = len(tiles)
+    elif router and not fusable:
+        column_tiles = max(column_tiles, n * launcher.ceil_div(E, ROUTER_COLUMNS))
     token_tiles = launcher.ceil_div(T, tile.tokens)
     steps = launcher.ceil_div(I, tile.step)
     if split is None:

@@ -261,7 +261,7 @@ def gate_planes_backward_kernel(
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, R, SPLIT)
+        p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, SPLIT)
         dgate = gate_columns(
             p, scaled, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
             n, A_ROWS, R, E, BLOCK_E, UPCAST,
@@ -276,7 +276,7 @@ def gate_planes_backward_kernel(
             dh = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for e in range(E):
                 columns = tl.where(of_a < A_ROWS, e * A_ROWS + of_a, R)
-                p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, R, SPLIT)
+                p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, SPLIT)
                 of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
                 by_rank = rank_gate(scaled, of_experts, UPCAST)
                 dh += tl.where(by_rank == 0, 0.0, by_rank * p)
@@ -294,15 +294,14 @@ def load_planes(
     columns,
     T,
     n: tl.constexpr,
-    WIDTH: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The sum over the parts of planes [SPLIT, T, n WIDTH] at columns < R of a sibling."""
+    """The sum over the parts of planes [SPLIT, T, n R] at columns of a sibling."""
     total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
     real = inside[:, None] & (columns < R)[None, :]
     for split in range(SPLIT):
-        row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
+        row = (split * T + tokens)[:, None] * (n * R) + sibling * R
         total += tl.load(planes_ptr + row + columns[None, :], mask=real, other=0.0)
     return total
 
