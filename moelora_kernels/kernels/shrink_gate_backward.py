@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from moelora_kernels import reference
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels import configs, gate_rows, launcher
 from moelora_kernels.kernels.gates import (
     dense_gate,
     finite,
@@ -18,7 +18,6 @@ from moelora_kernels.kernels.gates import (
 )
 from moelora_kernels.kernels.products import exact_sum, pick, product
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
-from moelora_kernels.kernels.sum_planes import sum_planes
 
 # Columns of rank space that are gated at a time, because P, h, the gate, dh and u of 128 columns
 # together do not fit the registers. A program holds P of twice as many.
@@ -306,76 +305,6 @@ def load_planes(
     return total
 
 
-@triton.jit(do_not_specialize=["T", "G"])
-def gate_rows_kernel(
-    dgate_ptr,
-    rows_ptr,
-    planes_ptr,
-    T,
-    G,
-    per_split,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """planes[split, g] = sum of dgate[t] over the tokens of a split with gate row g.
-
-    dgate [T, WIDTH], planes [SPLIT, G, WIDTH]; without rows every token has row 0. Programs: (tile
-    of G, tile of WIDTH, split).
-    """
-    pid = tl.program_id(0)
-    split = pid % SPLIT
-    WIDTH_TILES: tl.constexpr = (WIDTH + BLOCK_E - 1) // BLOCK_E
-    e = pid // SPLIT % WIDTH_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
-    g = (pid // (SPLIT * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, T), BLOCK_T):
-        tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-        inside = tokens < T
-        row = tokens * 0
-        if rows_ptr is not None:
-            row = tl.load(rows_ptr + tokens, mask=inside, other=-1).to(tl.int64)
-        dgate = tl.load(
-            dgate_ptr + tokens[:, None] * WIDTH + e[None, :],
-            mask=inside[:, None] & (e < WIDTH)[None, :],
-            other=0.0,
-        )
-        here = (g[:, None] == row[None, :]).to(tl.float32)
-        total = tl.dot(here, dgate, total, input_precision="tf32x3")
-    at = (split * G + g)[:, None] * WIDTH + e[None, :]
-    tl.store(planes_ptr + at, total, mask=(g < G)[:, None] & (e < WIDTH)[None, :])
-
-
-def _sum_over_rows(dgate, rows, G: int):
-    """The gradient of gates [G, n E] from dgate [T, n E]; two launches."""
-    T, width = dgate.shape
-    tile, block_g = configs.ROWS, 16
-    block_e = min(launcher.block(width), tile.step)
-    programs = launcher.ceil_div(G, block_g) * launcher.ceil_div(width, block_e)
-    steps = launcher.ceil_div(T, tile.tokens)
-    split = configs.splits(dgate.device, programs, steps)
-    planes = dgate.new_empty((split, G * width))
-    launcher.run(
-        gate_rows_kernel,
-        programs * split,
-        tile,
-        dict(
-            dgate_ptr=dgate,
-            rows_ptr=None if rows is None else rows.contiguous(),
-            planes_ptr=planes,
-            T=T,
-            G=G,
-            per_split=launcher.ceil_div(steps, split) * tile.tokens,
-        ),
-        dict(WIDTH=width, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_G=block_g, BLOCK_E=block_e),
-    )
-    total = dgate.new_empty((G, width))
-    sum_planes(planes, [total])
-    return total
-
-
 def launch(
     dy, lora_b, h, gates, indices, rows, logits, dlogits, ranks, scaling, share_a, top_k,
     renormalize, temperature, *, split=None,
@@ -455,5 +384,5 @@ def launch(
             static | dict(BLOCK_T=rows_tile.tokens, BLOCK_R=min(launcher.block(R), rows_tile.step)),
         )
     if summed and not top_k:
-        dgate = _sum_over_rows(dgate, rows, G)
+        dgate = gate_rows.launch(dgate, rows, G)
     return dh, u, dgate
