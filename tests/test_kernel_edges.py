@@ -57,6 +57,16 @@ def test_a_token_that_is_not_routed_gets_exact_zeros(id_: int) -> None:
     assert not dgate.any()
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("G", (0, 1, 3))
+def test_rows_out_of_range_gate_with_zero(G: int, dtype: torch.dtype) -> None:
+    inputs = Inputs(Case(T=6, gate="rows"), FP16)
+    inputs.gates = torch.randn(G, inputs.E).half()
+    far = 2**40 if dtype is torch.int64 else 2**31 - 1
+    inputs.rows = torch.tensor([-1, G, far, -far, 0, G - 1], dtype=dtype)
+    check_all(inputs)
+
+
 def test_one_expert_twice_adds_up() -> None:
     inputs = Inputs(Case(T=33, gate="sparse"), FP16)
     inputs.indices.fill_(3)
