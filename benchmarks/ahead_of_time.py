@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import traffic
+from benchmarks import harness, traffic
 from moelora_kernels.kernels import configs
 from moelora_kernels.kernels.launcher import Launch, options
 
@@ -240,38 +240,35 @@ WGMMA_ROWS = {
 
 def operands(launch: Launch) -> list[tuple[int, int, int]]:
     """What loops load: elements of the tile, of a row in memory, bytes of an element."""
-    s = {**launch.constants, **launch.arguments}
-
-    def of(name: str) -> int:
-        value = s[name]
-        tensor = value[0] if isinstance(value, tuple) else value
-        return tensor.dtype.itemsize
-
+    s = traffic.Sizes(launch)
     name = launch.kernel.fn.__name__
     if name == "shrink_gate_kernel":
-        found = [("x_ptr", "BLOCK_T", s["I"]), ("a_ptrs", "BLOCK_R", s["I"])]
-        if s["ROUTER_COLUMNS"]:
-            found.append(("router_ptrs", "BLOCK_E", s["I"]))
-        return [(s[rows] * s["BLOCK_I"], row, of(tensor)) for tensor, rows, row in found]
+        found = [
+            (s.BLOCK_T * s.BLOCK_I, s.I, s.size("x_ptr")),
+            (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
+        ]
+        router = (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs"))
+        return [*found, router] if s.ROUTER_COLUMNS else found
     if name == "shrink_gate_backward_kernel":
-        wide = [(s["BLOCK_T"] * s["BLOCK_O"], O, of("dy_ptrs")) for O in s["outputs"]]  # noqa: E741
-        return [*wide, (s["BLOCK_O"] * s["BLOCK_R"], s["R"], of("b_ptrs"))]
+        wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.outputs]  # noqa: E741
+        return [*wide, (s.BLOCK_O * s.BLOCK_R, s.R, s.size("b_ptrs"))]
     if name == "shrink_dx_kernel":
         found = [
-            (s["BLOCK_T"] * s["BLOCK_R"], s["A_ROWS"], of("dh_ptr")),
-            (s["BLOCK_R"] * s["BLOCK_I"], s["I"], of("a_ptrs")),
+            (s.BLOCK_T * s.BLOCK_R, s.A_ROWS, s.size("dh_ptr")),
+            (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
         ]
-        if s["router_ptrs"] is not None:
-            found.append((s["BLOCK_T"] * s["BLOCK_E"], s["E"], 4))
-            found.append((s["BLOCK_E"] * s["BLOCK_I"], s["I"], of("router_ptrs")))
-        return found
+        router = [
+            (s.BLOCK_T * s.BLOCK_E, s.E, 4),
+            (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs")),
+        ]
+        return found if s.router_ptrs is None else found + router
     if name == "gram_kernel":
         found = [
-            (s["BLOCK_T"] * s["BLOCK_W"], s["I"], of("x_ptr")),
-            (s["BLOCK_T"] * s["BLOCK_A"], s["H"], of("dh_ptr")),
-            (s["BLOCK_T"] * s["BLOCK_B"], s["R"], of("u_ptr")),
+            (s.BLOCK_T * s.BLOCK_W, s.I, s.size("x_ptr")),
+            (s.BLOCK_T * s.BLOCK_A, s.H, s.size("dh_ptr")),
+            (s.BLOCK_T * s.BLOCK_B, s.R, s.size("u_ptr")),
         ]
-        return [*found, (s["BLOCK_T"] * s["BLOCK_L"], s["L"], 4)] if s["L"] else found
+        return [*found, (s.BLOCK_T * s.BLOCK_L, s.L, 4)] if s.L else found
     return []
 
 
@@ -408,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-        result = {"schema": 1, **versions, "rows": rows}
+        result = {"schema": 1, "commit": harness.git_commit(), **versions, "rows": rows}
         (given.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
         (given.out / "kernels.md").write_text(markdown(rows, versions))
     return 1 if wrong else 0

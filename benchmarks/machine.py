@@ -190,10 +190,9 @@ def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E
     operation, impl = bench.operation("gram")
     variants = {f"gram ({impl})": operation}
     if bench.launchers:
-        launches = recorded(operation, arguments)
         from benchmarks import traffic
 
-        rule = traffic.gram_split(traffic.Sizes(launches[0]))
+        rule = traffic.gram_split(traffic.Sizes(recorded(operation, arguments)[0]))
         variants = {
             f"split={split}{' (rule)' if split == rule else ''}": partial(operation, split=split)
             for split in sorted({*SPLITS, rule})

@@ -22,6 +22,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# Triton's interpreter takes CPU tensors, also on a machine with a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Computed in float32 whatever x is; every other result has passed through x.dtype.
 EXACT = ("logits", "weights", "drouter", "dlogits")
 ops = torch.ops.moelora

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from op_cases import KERNEL_DEVICE as DEVICE
 from op_cases import Case, Inputs, compare, forward_of
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from moelora_kernels.kernels import (
 )
 from moelora_kernels.testing import ROUTINGS, draw_experts
 
-DEVICE = "cuda" if torch.cuda.is_available() and not launcher.INTERPRET else "cpu"
 FP16 = torch.float16
 
 

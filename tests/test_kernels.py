@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of
+from op_cases import KERNEL_DEVICE as DEVICE
 
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
@@ -17,8 +18,6 @@ from moelora_kernels.kernels import (
     topk_gate,
 )
 
-# The interpreter takes CPU tensors, also on a machine with a GPU.
-DEVICE = "cuda" if torch.cuda.is_available() and not launcher.INTERPRET else "cpu"
 HALF_AND_FLOAT = {name: dtype for name, dtype in DTYPES.items() if name != "fp64"}
 each_dtype = pytest.mark.parametrize("dtype", HALF_AND_FLOAT.values(), ids=HALF_AND_FLOAT)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -6,12 +6,14 @@ import importlib
 
 import pytest
 import torch
-from op_cases import CASES, Case, Inputs
+from gpu_cases import layer_of
+from op_cases import CASES, Inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels import ops
+from moelora_kernels.autograd import Plan
 from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
-from moelora_kernels.testing import assert_within_budget, reference_step
+from moelora_kernels.testing import assert_within_budget
 
 KERNELS = {
     "shrink_gate": shrink_gate,
@@ -30,74 +32,18 @@ def wide(monkeypatch):
     return module
 
 
-def plan_of(case: Case, inputs: Inputs) -> Plan:
-    return Plan(
-        case.ranks,
-        tuple(inputs.scaling),
-        case.share_a,
-        case.top_k if inputs.router else 0,
-        case.renormalize,
-        case.temperature,
-        case.dropout,
-        case.per_expert,
-    )
-
-
-def step(wide, plan: Plan, inputs: Inputs, weight, bias) -> dict[str, torch.Tensor]:
-    """Outputs and gradients by the names of `reference_step`."""
-    y, h, weights, chosen, logits = wide._forward(
-        inputs.x, weight, bias, [], inputs.lora_a, inputs.lora_b, inputs.router, inputs.bias,
-        inputs.gates, inputs.indices, inputs.rows, inputs.seed, *plan,
-    )  # fmt: skip
-    gates, indices = inputs.gates, inputs.indices
-    if plan.top_k:
-        gates, indices = weights, chosen if plan.top_k < inputs.E else None
-    dx, dgate, da, drouter, dbias, db = wide._backward(
-        inputs.dy, inputs.x, weight, inputs.lora_a, inputs.lora_b, inputs.router, h, gates,
-        indices, inputs.rows, logits if plan.top_k else None,
-        inputs.dlogits if plan.top_k else None, inputs.seed, *plan, True, True,
-    )  # fmt: skip
-    found = {"dx": dx} if plan.top_k else {"dx": dx, "dgates": dgate.to(gates.dtype)}
-    n = len(inputs.lora_a)
-    for i in range(n):
-        found |= {f"y{i}": y[i], f"dA{i}": da.chunk(n)[i], f"dB{i}": db[i]}
-        if inputs.router:
-            found[f"drouter{i}"] = drouter.chunk(n)[i]
-        if inputs.bias:
-            found[f"dbias{i}"] = dbias.chunk(n)[i]
-    return found
-
-
 @pytest.mark.skipif(not launcher.INTERPRET, reason="on a GPU tests/test_gpu_layers.py does this")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("fp32", "fp16"))
 @pytest.mark.parametrize("name", ("plain", "siblings", "rows", "share_a", "dropout_per_expert"))
-def test_a_layer_on_kernels_is_the_reference(name: str, dtype: torch.dtype, wide) -> None:
-    case = CASES[name]
-    inputs = Inputs(case, dtype)
-    generator = torch.Generator().manual_seed(1)
-    weight = [
-        torch.randn(case.O, case.I, generator=generator).div(case.I**0.5).to(dtype)
-        for _ in inputs.lora_a
-    ]
-    plan = plan_of(case, inputs)
-    found = step(wide, plan, inputs, weight, [])
-
-    def expected(inputs: Inputs, weight: list) -> dict[str, torch.Tensor]:
-        routers = inputs.router or [None] * case.n
-        biases = inputs.bias or [None] * case.n
-        siblings = [
-            Sibling(w, None, None, a, b, router, bias)
-            for w, a, b, router, bias in zip(
-                weight, inputs.lora_a, inputs.lora_b, routers, biases, strict=True
-            )
-        ]
-        return reference_step(
-            plan, inputs.x, siblings, inputs.dy, gates=inputs.gates, indices=inputs.indices,
-            rows=inputs.rows, seed=inputs.seed, dlogits=inputs.dlogits,
-        )  # fmt: skip
-
-    truth = expected(inputs.double(), [w.double() for w in weight])
-    assert_within_budget(found, truth, expected(inputs, weight), dtype)
+def test_a_layer_on_kernels_is_the_reference(
+    name: str, dtype: torch.dtype, wide, monkeypatch
+) -> None:
+    """Through the autograd Function, whose ops are made of kernels here."""
+    monkeypatch.setattr(ops, "wide", wide._forward)
+    monkeypatch.setattr(ops, "wide_backward", wide._backward)
+    layer = layer_of(Inputs(CASES[name], dtype))
+    truth = layer.to(torch.float64).reference()
+    assert_within_budget(layer.run(), truth, layer.reference(), dtype)
 
 
 class CountLaunches(TorchDispatchMode):

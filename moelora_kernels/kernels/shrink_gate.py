@@ -20,6 +20,7 @@ from moelora_kernels.kernels.gates import (
     topk_gate,
 )
 from moelora_kernels.kernels.products import exact_product, pick, product
+from moelora_kernels.kernels.sum_planes import load_planes
 
 # Up to these columns and experts one program holds h, the logits and the gate of its tokens; beyond
 # them, products and gate are two launches. With 32 experts the gate of 128 columns spills on sm_80.
@@ -247,10 +248,9 @@ def gate_planes_kernel(
     experts = tl.arange(0, BLOCK_E)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if ROUTER_COLUMNS:
-        some = inside[:, None] & (experts < E)[None, :]
-        for split in range(SPLIT):
-            row = (split * T + tokens)[:, None] * (n * width) + sibling * width + A_ROWS
-            logits += tl.load(planes_ptr + row + experts[None, :], mask=some, other=0.0)
+        logits = load_planes(
+            planes_ptr, tokens, inside, sibling, A_ROWS + experts, experts < E, T, n, width, SPLIT
+        )
         logits += load_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
     gate = gate_tile(
         logits, gates_ptr, indices_ptr, rows_ptr, weights_ptr, chosen_ptr, logits_ptr, tokens,
@@ -261,10 +261,7 @@ def gate_planes_kernel(
         columns = first + tl.arange(0, BLOCK_R)
         of_a = columns % A_ROWS
         real = inside[:, None] & (columns < R)[None, :]
-        h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for split in range(SPLIT):
-            row = (split * T + tokens)[:, None] * (n * width) + sibling * width
-            h += tl.load(planes_ptr + row + of_a[None, :], mask=real, other=0.0)
+        h = load_planes(planes_ptr, tokens, inside, sibling, of_a, columns < R, T, n, width, SPLIT)
         h = h.to(h_ptr.dtype.element_ty)
         tl.store(
             h_ptr + tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :],

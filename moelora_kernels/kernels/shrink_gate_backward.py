@@ -18,6 +18,7 @@ from moelora_kernels.kernels.gates import (
 )
 from moelora_kernels.kernels.products import exact_sum, pick, product
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
+from moelora_kernels.kernels.sum_planes import load_planes
 
 # Columns of rank space that are gated at a time, because P, h, the gate, dh and u of 128 columns
 # together do not fit the registers. A program holds P of twice as many.
@@ -260,7 +261,7 @@ def gate_planes_backward_kernel(
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, SPLIT)
+        p = load_planes(planes_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT)
         dgate = gate_columns(
             p, scaled, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
             n, A_ROWS, R, E, BLOCK_E, UPCAST,
@@ -275,34 +276,15 @@ def gate_planes_backward_kernel(
             dh = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for e in range(E):
                 columns = tl.where(of_a < A_ROWS, e * A_ROWS + of_a, R)
-                p = load_planes(planes_ptr, tokens, inside, sibling, columns, T, n, R, SPLIT)
+                p = load_planes(
+                    planes_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
+                )
                 of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
                 by_rank = rank_gate(scaled, of_experts, UPCAST)
                 dh += tl.where(by_rank == 0, 0.0, by_rank * p)
             at = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :]
             real = inside[:, None] & (of_a < A_ROWS)[None, :]
             tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def load_planes(
-    planes_ptr,
-    tokens,
-    inside,
-    sibling,
-    columns,
-    T,
-    n: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """The sum over the parts of planes [SPLIT, T, n R] at columns of a sibling."""
-    total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
-    real = inside[:, None] & (columns < R)[None, :]
-    for split in range(SPLIT):
-        row = (split * T + tokens)[:, None] * (n * R) + sibling * R
-        total += tl.load(planes_ptr + row + columns[None, :], mask=real, other=0.0)
-    return total
 
 
 def launch(

@@ -13,6 +13,28 @@ from moelora_kernels.kernels.configs import Tile
 
 
 @triton.jit
+def load_planes(
+    planes_ptr,
+    tokens,
+    inside,
+    sibling,
+    columns,
+    some,
+    T,
+    n: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The sum over the parts of planes [SPLIT, T, n WIDTH] at `some` columns of a sibling."""
+    total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
+    for split in range(SPLIT):
+        row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
+        address = planes_ptr + row + columns[None, :]
+        total += tl.load(address, mask=inside[:, None] & some[None, :], other=0.0)
+    return total
+
+
+@triton.jit
 def sum_planes_kernel(
     planes_ptr, stride_plane, outputs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -157,9 +157,15 @@ def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device
     device = tensors[0].device if tensors else torch.get_default_device()
     if config.adapter_dtype is not None:
         return device, getattr(torch, config.adapter_dtype)
+    weight = float_weight(base)
+    return device, torch.float32 if weight is None else weight.dtype
+
+
+def float_weight(base: nn.Module) -> Tensor | None:
+    """The base's weight where its dtype is one to compute in; None for quantised bases."""
     weight = getattr(base, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    return device, weight.dtype if is_float else torch.float32
+    return weight if is_float else None
 
 
 def _is_fused(layer: MoeLoraLinear) -> bool:

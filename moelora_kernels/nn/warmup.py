@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moelora_kernels.nn.group import MoeLoraGroup
-from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+from moelora_kernels.nn.linear import MoeLoraLinear, float_weight, forward_siblings
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
@@ -62,9 +62,8 @@ def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear, ...]]:
 
 def _run(group: tuple[MoeLoraLinear, ...], batch: int, tokens: int) -> None:
     first = group[0]
-    weight = getattr(first.base_layer, "weight", None)
-    dense = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    like = weight if dense else first.lora_A
+    weight = float_weight(first.base_layer)
+    like = first.lora_A if weight is None else weight
     x = torch.zeros(batch, tokens, first.in_features, dtype=like.dtype, device=like.device)
     with torch.enable_grad():
         outputs = forward_siblings(group, x.requires_grad_())
