@@ -45,26 +45,25 @@ class MoeLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(plan, counts, x, gates, indices, rows, seed, *tensors):
+    def forward(impl, plan, counts, x, gates, indices, rows, seed, *tensors):
+        forward = ops.grouped if impl == "grouped" else ops.wide
         fields = _split(tensors, counts)
-        outputs, h, weights, chosen, logits = ops.wide(
-            x, *fields, gates, indices, rows, seed, *plan
-        )
-        return (*outputs, h, weights, chosen, logits)
+        outputs, *rest = forward(x, *fields, gates, indices, rows, seed, *plan)
+        return (*outputs, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        plan, counts, x, gates, indices, rows, seed, *tensors = inputs
-        h, weights, chosen, logits = output[-4:]
+        impl, plan, counts, x, gates, indices, rows, seed, *tensors = inputs
+        h, *routing, weights, chosen, logits = output[counts[4] :]
         if plan.top_k:
             gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
         keep_logits = plan.top_k and not plan.renormalize
         weight, _, _, lora_a, lora_b, router_weight, _ = _split(tensors, counts)
-        ctx.plan, ctx.counts = plan, counts
-        ctx.mark_non_differentiable(h, weights, chosen)
+        ctx.plan, ctx.counts, ctx.routing = plan, counts, len(routing)
+        ctx.mark_non_differentiable(h, *routing, weights, chosen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x, gates, indices, rows, seed, h, logits if keep_logits else None,
+            x, gates, indices, rows, seed, h, logits if keep_logits else None, *routing,
             *weight, *lora_a, *lora_b, *router_weight,
         )  # fmt: skip
 
@@ -73,16 +72,19 @@ class MoeLora(torch.autograd.Function):
     def backward(ctx, *grads):
         x, gates, indices, rows, seed, h, logits, *tensors = ctx.saved_tensors
         of_weight, of_bias, of_base, of_a, of_b, of_router, of_router_bias = ctx.counts
-        weight, lora_a, lora_b, router_weight = _split(tensors, (of_weight, of_a, of_b, of_router))
-        _, _, needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
+        routing, weight, lora_a, lora_b, router_weight = _split(
+            tensors, (ctx.routing, of_weight, of_a, of_b, of_router)
+        )
+        _, _, _, needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
         needs_base = needs[: of_weight + of_bias + of_base]
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:of_b], lora_b, strict=True)
         ]
-        dx, dgate, da, drouter, dbias, db = ops.wide_backward(
-            dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, rows, logits,
-            grads[-1], seed, *ctx.plan, needs_x, any(needs[len(needs_base) :]),
+        backward = ops.grouped_backward if routing else ops.wide_backward
+        dx, dgate, da, drouter, dbias, db = backward(
+            dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, *(routing or [rows]),
+            logits, grads[-1], seed, *ctx.plan, needs_x, any(needs[len(needs_base) :]),
         )  # fmt: skip
         of_bases = [None] * len(needs_base)
         if any(needs_base):
@@ -91,7 +93,7 @@ class MoeLora(torch.autograd.Function):
             da = drouter = dbias = None
             db = [None] * of_b
         return (
-            None, None, dx if needs_x else None, dgate.to(gates.dtype) if needs_gates else None,
+            None, None, None, dx if needs_x else None, dgate.to(gates.dtype) if needs_gates else None,
             None, None, None, *of_bases, *_rows(da, of_a), *db, *_rows(drouter, of_router),
             *_rows(dbias, of_router_bias),
         )  # fmt: skip
@@ -127,8 +129,8 @@ def _present(siblings: Sequence[Sibling]) -> list[list[str]]:
     return [[name for name, tensor in fields if tensor is not None] for fields in named]
 
 
-def run(plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
-    """The outputs of `MoeLora` for x, gates, indices, rows, seed.
+def run(impl: str, plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
+    """The outputs of `MoeLora` for x, gates, indices, rows, seed; impl is "wide" or "grouped".
 
     Raises ValueError where some siblings have a tensor that others lack.
     """
@@ -139,9 +141,9 @@ def run(plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
     tensors = [t for field in zip(*siblings, strict=True) for t in field if t is not None]
     counts = tuple([0 if missing else n for missing in absent])
     if not torch.is_grad_enabled():
-        return MoeLora.forward(plan, counts, *inputs, *tensors)
+        return MoeLora.forward(impl, plan, counts, *inputs, *tensors)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return MoeLora.apply(plan, counts, *inputs, *tensors)
+        return MoeLora.apply(impl, plan, counts, *inputs, *tensors)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
     # call, longer than the smallest products take.
-    return super(torch.autograd.Function, MoeLora).apply(plan, counts, *inputs, *tensors)
+    return super(torch.autograd.Function, MoeLora).apply(impl, plan, counts, *inputs, *tensors)

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
+
+import torch
+
+from moelora_kernels import native
+from moelora_kernels.ops.registration import why_no_kernels
 
 # name -> why it cannot be chosen, or "" where it can.
 FORMULATIONS = {
     "reference": "",
     "wide": "",
-    "grouped": "the grouped kernels are not part of this version",
+    "grouped": "",
     "decode": "the decode kernels are not part of this version",
 }
 CHOICES = (*FORMULATIONS, "auto")
+
+
+class Threshold(NamedTuple):
+    """From where on a device class computes top-k gates grouped."""
+
+    # Columns of rank space that the wide products may have for each expert a token uses:
+    # grouped where R > columns * K.
+    columns: float
+    # Tokens below which the dispatch costs more than the products it saves.
+    tokens: int
+    source: str
+
+
+_MODEL = "modelled: (4/3) FLOP/s over B/s of the device"
+
+# Device class -> threshold. A GPU's class is its compute capability; "cuda" is any other GPU.
+THRESHOLDS = {
+    "cpu": Threshold(48, 128, "measured"),
+    "sm_80": Threshold(205, 1024, _MODEL),
+    "sm_89": Threshold(230, 1024, _MODEL),
+    "sm_90": Threshold(245, 1024, _MODEL),
+    "sm_100": Threshold(305, 1024, _MODEL),
+    "cuda": Threshold(205, 1024, _MODEL),
+}
 
 
 class Choice(NamedTuple):
@@ -29,6 +59,36 @@ def check(impl: str) -> None:
         raise ValueError(f"impl: {impl!r} is not available: {FORMULATIONS[impl]}")
 
 
+def why_not_grouped(top_k: int | None, share_a: bool) -> str:
+    """Why a layer has no grouped form; empty where it has one. top_k None: a dense gate."""
+    if top_k is None:
+        return "a dense gate uses every expert for every token"
+    return "experts that share A shrink every token once" if share_a else ""
+
+
+def check_grouped(top_k: int | None, share_a: bool) -> None:
+    """Raise ValueError where impl="grouped" is asked of a layer that has no grouped form."""
+    if reason := why_not_grouped(top_k, share_a):
+        raise ValueError(f"impl: 'grouped' does not go with this layer: {reason}")
+
+
+@cache
+def device_class(device: str) -> str:
+    """The row of THRESHOLDS for a device type."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return device if device in THRESHOLDS else "cuda"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}{minor}"
+    return name if name in THRESHOLDS else "cuda"
+
+
+@cache
+def _why_no_grouped_ops(device: str) -> str:
+    if device == "cpu":
+        return "" if native.available() else f"the native library is missing ({native.reason()})"
+    return why_no_kernels()
+
+
 def choose(
     device: str,
     *,
@@ -38,12 +98,24 @@ def choose(
     num_experts: int,
     rank: int,
     top_k: int | None,
+    total_rank: int | None = None,
+    share_a: bool = False,
 ) -> Choice:
-    """What impl="auto" takes for these sizes: a static function, no timing and no look at data."""
-    total = num_experts * rank
-    gate = f"top-{top_k}" if top_k is not None and top_k < num_experts else "dense"
+    """What impl="auto" takes for these sizes: a static function, no timing and no look at data.
+
+    rank is the largest, total_rank the sum R (None: E equal ranks); top_k None (or E): a dense gate.
+    """
+    total = num_experts * rank if total_rank is None else total_rank
+    top_k = None if top_k is not None and top_k >= num_experts else top_k
+    reason = why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device)
+    if reason:
+        return Choice("wide", f"R = {total}: {reason}")
+    name = device_class(device)
+    threshold = THRESHOLDS[name]
+    limit = threshold.columns * top_k
+    if tokens < threshold.tokens:
+        return Choice("wide", f"T = {tokens}: below {threshold.tokens} tokens ({name})")
+    impl, relation = ("grouped", "above") if total > limit else ("wide", "not above")
     return Choice(
-        "wide",
-        f"R = {total} with a {gate} gate on {device}, T = {tokens}, "
-        f"{in_features} -> {out_features}: wide is the only formulation of this version",
+        impl, f"R = {total} is {relation} {threshold.columns:g} K = {limit:g} ({name}, top-{top_k})"
     )

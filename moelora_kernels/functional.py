@@ -39,13 +39,39 @@ def apply(
     Returns their outputs [T, O_i], and of a linear router weights, indices and logits as
     `reference.shrink_gate` describes them.
     """
+    impl = _formulation(plan, x, siblings, indices, impl)
     if impl == "reference":
         if not is_autocast(x.device):
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
         with torch.autocast(x.device.type, enabled=False):
             return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
-    *outputs, _, weights, chosen, logits = run(plan, siblings, x, gates, indices, rows, seed)
-    return outputs, weights, chosen, logits
+    outputs = run(impl, plan, siblings, x, gates, indices, rows, seed)
+    return [*outputs[: len(siblings)]], *outputs[-3:]
+
+
+def _formulation(plan, x, siblings, indices, impl: str) -> str:
+    """The formulation that `impl` stands for here; raises ValueError where it cannot serve."""
+    num_experts = len(plan.ranks)
+    if indices is not None:
+        top_k = indices.shape[1] // len(siblings)
+    else:
+        top_k = plan.top_k if 0 < plan.top_k < num_experts else None
+    if impl == "grouped":
+        formulation.check_grouped(top_k, plan.share_a)
+    if impl != "auto":
+        return impl
+    choice = formulation.choose(
+        x.device.type,
+        tokens=x.shape[0],
+        in_features=x.shape[1],
+        out_features=sum([s.lora_b.shape[0] for s in siblings]),
+        num_experts=num_experts,
+        rank=max(plan.ranks),
+        total_rank=sum(plan.ranks),
+        top_k=top_k,
+        share_a=plan.share_a,
+    )
+    return choice.impl
 
 
 def _apply_reference(plan, x, siblings, gates, indices, rows, seed):
@@ -88,7 +114,7 @@ def moe_lora_linear(
         rows: [T] int32 or int64, the gate row of each token; a row outside [0, G) gates with zero.
         dropout: probability of dropping an element of x on the way into A, in [0, 1).
         seed: of the dropout mask; None draws one from torch's default generator.
-        impl: "auto", "wide" or "reference".
+        impl: "auto", "wide", "grouped" (needs indices) or "reference".
 
     Returns:
         y [..., O] in x's dtype (under autocast: autocast's).

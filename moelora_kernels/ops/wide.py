@@ -17,25 +17,28 @@ from moelora_kernels.ops.shrink_gate import _fake as _fake_shrink_gate
 from moelora_kernels.ops.shrink_gate import _fake_backward as _fake_shrink_gate_backward
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
 
-_STATIC = (
+STATIC = (
     "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature, "
     "float dropout, bool dropout_per_expert"
 )
-_SCHEMA = (
-    "(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] base, Tensor[] lora_a, Tensor[] lora_b, "
+ARGUMENTS = (
+    "Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] base, Tensor[] lora_a, Tensor[] lora_b, "
     "Tensor[] router_weight, Tensor[] router_bias, Tensor? gates, Tensor? indices, Tensor? rows, "
-    f"Tensor? seed, {_STATIC}) "
+    "Tensor? seed"
+)
+_SCHEMA = (
+    f"({ARGUMENTS}, {STATIC}) "
     "-> (Tensor[] y, Tensor h, Tensor weights, Tensor indices, Tensor logits)"
 )
 _SCHEMA_BACKWARD = (
     "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, "
     "Tensor[] router_weight, Tensor h, Tensor gates, Tensor? indices, Tensor? rows, "
-    f"Tensor? logits, Tensor? dlogits, Tensor? seed, {_STATIC}, bool needs_x, bool needs_adapters) "
+    f"Tensor? logits, Tensor? dlogits, Tensor? seed, {STATIC}, bool needs_x, bool needs_adapters) "
     "-> (Tensor dx, Tensor dgate, Tensor da, Tensor drouter, Tensor dbias, Tensor[] db)"
 )
 
 
-def _matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """dy in `dtype` with dense rows that do not overlap."""
     dy = dy.to(dtype)
     return dy if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
@@ -73,7 +76,7 @@ def _backward(
 
     Empty are dx without needs_x, the others without needs_adapters.
     """
-    dy = [_matrix(g, x.dtype) for g in dy]
+    dy = [matrix(g, x.dtype) for g in dy]
     dh, u, dgate = shrink_gate_backward(
         dy, lora_b, h, gates, indices, rows, logits, dlogits,
         ranks, scaling, share_a, top_k, renormalize, temperature,

@@ -1,19 +1,4 @@
-"""The specification: every op of the package in plain PyTorch.
-
-Alphabet: T tokens, I in_features, O out_features, E experts, K experts per token, r rank of one
-expert, R sum of the ranks, G gate rows, n siblings that read the same x.
-
-    y   = x Wt + b + u Bt                x [T, I]   W [O, I] frozen   A [R, I]   B [O, R]
-    h   = x At                           h [T, R]   ungated
-    u   = scale * gate (.) h             gate[t, e] repeated over the ranks of expert e
-    P   = dy B                           P [T, R]
-    dgate[t, e] = scale * <P, h>         over the ranks of expert e
-    dh  = scale * gate (.) P
-    dx  = dy W + dh A       dA = dh^T x       dB = dy^T u
-
-Every function computes in `promote_types(dtype, float32)` and rounds once, on return. Siblings
-stand side by side: column block i of h, u, gates and logits belongs to sibling i.
-"""
+"""The wide formulation: two skinny products over all experts, gated in rank space."""
 
 from __future__ import annotations
 
@@ -22,150 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PHILOX_ROUNDS = 10
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-UINT32 = 0xFFFFFFFF
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that sums are kept in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def blocks(ranks: Sequence[int]) -> list[slice]:
-    """The columns of each expert in rank space: expert-major, in the order of `ranks`."""
-    ends = [sum(ranks[: e + 1]) for e in range(len(ranks))]
-    return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-
-
-def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
-    """x (.) mask / (1 - p), the mask a pure function of (seed, stream, position).
-
-    Element n of x (row-major) is kept where lane n % 4 of Philox-4x32-10 with counter
-    (n // 4 low, n // 4 high, stream, 0) and key (seed low, seed high) is at least p * 2^32.
-
-    x [T, I]; seed one int64; stream tells masks of one seed apart. Returns [T, I] in x.dtype.
-    """
-    counter = torch.arange((x.numel() + 3) // 4, device=x.device)
-    low, high = counter & UINT32, (counter >> 32) & UINT32
-    words = [low, high, torch.full_like(counter, stream), torch.zeros_like(counter)]
-    key = [seed.reshape(()) & UINT32, (seed.reshape(()) >> 32) & UINT32]
-    for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap modulo 2^64, which leaves all 64 bits of a 32 x 32 bit product intact.
-        products = [words[0] * PHILOX_MULTIPLIERS[0], words[2] * PHILOX_MULTIPLIERS[1]]
-        high = [(product >> 32) & UINT32 for product in products]
-        low = [product & UINT32 for product in products]
-        words = [high[1] ^ words[1] ^ key[0], low[1], high[0] ^ words[3] ^ key[1], low[0]]
-        key = [(k + step) & UINT32 for k, step in zip(key, PHILOX_KEY_STEPS, strict=True)]
-    random = torch.stack(words, dim=1).flatten()[: x.numel()]
-    keep = (random >= round(p * 2**32)).view(x.shape)
-    scaled = x.to(compute_dtype(x)) / (1.0 - p)
-    return torch.where(keep, scaled, 0).to(x.dtype)
-
-
-def topk_gate(
-    logits: Tensor, top_k: int, renormalize: bool, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts, the K largest kept, renormalised to sum 1 if asked.
-
-        p = softmax(logits / temperature)
-        weights_k = p[indices_k]        or, with renormalize, p[indices_k] / sum_j p[indices_j]
-
-    Equal logits: the lower expert first. With K = E the experts stay in their own order.
-
-    logits [N, E]. Returns weights [N, K] in the compute dtype, indices [N, K] int32.
-    """
-    scaled = logits.to(compute_dtype(logits)) / temperature
-    if top_k == logits.shape[1]:
-        indices = torch.arange(top_k, device=logits.device).expand(logits.shape)
-    else:
-        indices = scaled.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    if renormalize:
-        weights = scaled.gather(1, indices).softmax(dim=1)
-    else:
-        weights = scaled.softmax(dim=1).gather(1, indices)
-    return weights, indices.to(torch.int32).contiguous()
-
-
-def topk_gate_backward(
-    dweights: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    logits: Tensor,
-    renormalize: bool,
-    temperature: float = 1.0,
-) -> Tensor:
-    """dlogits from dweights.
-
-        mean = sum_j weights_j dweights_j
-        dlogits[i_k] = weights_k (dweights_k - mean) / temperature           with renormalize
-        dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
-
-    dweights, weights, indices [N, K], logits [N, E] (values read only without renormalize).
-    Returns [N, E] in the compute dtype.
-    """
-    dtype = compute_dtype(logits)
-    weights, dweights = weights.to(dtype), dweights.to(dtype)
-    mean = (weights * dweights).sum(dim=1, keepdim=True)
-    zeros = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
-    if renormalize:
-        dlogits = zeros.scatter(1, indices.long(), weights * (dweights - mean))
-    else:
-        probabilities = (logits.to(dtype) / temperature).softmax(dim=1)
-        dlogits = probabilities * (zeros.scatter(1, indices.long(), dweights) - mean)
-    return dlogits / temperature
-
-
-def dense_gate(
-    gates: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    tokens: int,
-    siblings: int,
-    num_experts: int,
-) -> Tensor:
-    """The gate of every token and expert, [T, n, E]: zero where a token is not routed.
-
-    Dense: gates [G, n E], row rows[t] for token t (None: G == T, or one row for all tokens); a
-    row outside [0, G) gates with zero. Sparse: gates are weights [T, n K] with indices [T, n K]; an
-    index outside [0, E) means "not routed", a repeated index adds.
-    """
-    if indices is not None:
-        slots = indices.view(tokens, siblings, indices.shape[1] // siblings, 1)
-        chosen = slots == torch.arange(num_experts, device=gates.device)
-        weights = gates.view(slots.shape)
-        return torch.where(chosen, weights, 0).sum(dim=2)
-    if rows is not None:
-        valid = (rows >= 0) & (rows < gates.shape[0])
-        # Without any gate row there is no row 0 to stand in for the ones out of range.
-        padded = gates if gates.shape[0] else gates.new_zeros((1, gates.shape[1]))
-        gates = torch.where(valid[:, None], padded[torch.where(valid, rows, 0).long()], 0)
-    return gates.expand(tokens, -1).reshape(tokens, siblings, num_experts)
-
-
-def dense_gate_backward(
-    dgate: Tensor, gates: Tensor, indices: Tensor | None, rows: Tensor | None
-) -> Tensor:
-    """The gradient of `gates` from dgate [T, n, E], in the form and shape of gates."""
-    tokens, siblings, num_experts = dgate.shape
-    if indices is not None:
-        slots = indices.view(tokens, siblings, indices.shape[1] // siblings).long()
-        valid = (slots >= 0) & (slots < num_experts)
-        picked = dgate.gather(2, torch.where(valid, slots, 0))
-        return torch.where(valid, picked, 0).view(gates.shape)
-    flat = dgate.reshape(tokens, siblings * num_experts)
-    if rows is not None:
-        of_row = rows[None, :] == torch.arange(gates.shape[0], device=gates.device)[:, None]
-        return of_row.to(flat.dtype) @ flat
-    return flat.sum(dim=0, keepdim=True) if gates.shape[0] == 1 else flat
-
-
-def rank_gate(gate: Tensor, ranks: Sequence[int], scaling: Sequence[float]) -> Tensor:
-    """scale * gate, repeated over the ranks of each expert: [T, n, E] -> [T, n, R]."""
-    scaled = gate * torch.tensor(scaling, dtype=gate.dtype, device=gate.device)
-    expert = [e for e, rank in enumerate(ranks) for _ in range(rank)]
-    return scaled[..., torch.tensor(expert, device=gate.device)]
+from moelora_kernels.reference.gates import (
+    blocks,
+    compute_dtype,
+    dense_gate,
+    dense_gate_backward,
+    dropout,
+    rank_gate,
+    topk_gate,
+    topk_gate_backward,
+)
 
 
 def shrink_gate(

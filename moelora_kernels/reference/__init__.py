@@ -1,0 +1,66 @@
+"""The specification: every op of the package in plain PyTorch.
+
+Alphabet: T tokens, I in_features, O out_features, E experts, K experts per token, r rank of one
+expert, R sum of the ranks, G gate rows, n siblings that read the same x.
+
+    y   = x Wt + b + u Bt                x [T, I]   W [O, I] frozen   A [R, I]   B [O, R]
+    h   = x At                           h [T, R]   ungated
+    u   = scale * gate (.) h             gate[t, e] repeated over the ranks of expert e
+    P   = dy B                           P [T, R]
+    dgate[t, e] = scale * <P, h>         over the ranks of expert e
+    dh  = scale * gate (.) P
+    dx  = dy W + dh A       dA = dh^T x       dB = dy^T u
+
+Every function computes in `promote_types(dtype, float32)` and rounds once, on return. Siblings
+stand side by side: column block i of h, u, gates and logits belongs to sibling i.
+"""
+
+from moelora_kernels.reference.gates import (
+    blocks,
+    compute_dtype,
+    dense_gate,
+    dense_gate_backward,
+    dropout,
+    rank_gate,
+    topk_gate,
+    topk_gate_backward,
+)
+from moelora_kernels.reference.grouped import (
+    grouped_expand,
+    grouped_gram,
+    grouped_shrink,
+    grouped_shrink_backward,
+    route,
+    router_gram,
+    router_logits,
+)
+from moelora_kernels.reference.wide import (
+    gram,
+    shrink_dx,
+    shrink_gate,
+    shrink_gate_backward,
+    wide,
+)
+
+__all__ = [
+    "blocks",
+    "compute_dtype",
+    "dense_gate",
+    "dense_gate_backward",
+    "dropout",
+    "gram",
+    "grouped_expand",
+    "grouped_gram",
+    "grouped_shrink",
+    "grouped_shrink_backward",
+    "rank_gate",
+    "route",
+    "router_gram",
+    "router_logits",
+    "shrink_dx",
+    "shrink_gate",
+    "shrink_gate_backward",
+    "topk_gate",
+    "topk_gate_backward",
+    "wide",
+]
