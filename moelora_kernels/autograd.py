@@ -53,7 +53,7 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        impl, plan, counts, x, gates, indices, rows, seed, *tensors = inputs
+        _, plan, counts, x, gates, indices, rows, seed, *tensors = inputs
         h, *routing, weights, chosen, logits = output[counts[4] :]
         if plan.top_k:
             gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
@@ -93,9 +93,9 @@ class MoeLora(torch.autograd.Function):
             da = drouter = dbias = None
             db = [None] * of_b
         return (
-            None, None, None, dx if needs_x else None, dgate.to(gates.dtype) if needs_gates else None,
-            None, None, None, *of_bases, *_rows(da, of_a), *db, *_rows(drouter, of_router),
-            *_rows(dbias, of_router_bias),
+            None, None, None, dx if needs_x else None,
+            dgate.to(gates.dtype) if needs_gates else None, None, None, None, *of_bases,
+            *_rows(da, of_a), *db, *_rows(drouter, of_router), *_rows(dbias, of_router_bias),
         )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def choose(
 ) -> Choice:
     """What impl="auto" takes for these sizes: a static function, no timing and no look at data.
 
-    rank is the largest, total_rank the sum R (None: E equal ranks); top_k None (or E): a dense gate.
+    rank is the largest, total_rank the sum R (None: E equal ranks); top_k None or E: dense gate.
     """
     total = num_experts * rank if total_rank is None else total_rank
     top_k = None if top_k is not None and top_k >= num_experts else top_k

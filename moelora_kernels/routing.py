@@ -1,8 +1,8 @@
 """Routing arrays: which pairs of a token and a slot each expert works on, as the ops pass them.
 
-A token t has S = n K slots: K for each of n siblings. Pair t S + s is slot s of token t. The N = n E
-experts of all siblings stand side by side: expert i E + e is expert e of sibling i. A place is a
-position in the order of experts; places of one expert stand together.
+A token t has S = n K slots: K for each of n siblings. Pair t S + s is slot s of token t. The
+N = n E experts of all siblings stand side by side: expert i E + e is expert e of sibling i. A place
+is a position in the order of experts; places of one expert stand together.
 
     array                 from -> to
     order   [P]           place -> pair, P = T S; by expert, then slot, then token; pairs that are

@@ -6,7 +6,6 @@ Made of the other ops and of ATen's products, in x's dtype. Arguments are those 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from moelora_kernels.ops.grouped_expand import grouped_expand
 from moelora_kernels.ops.grouped_gram import _fake as _fake_gram

@@ -141,10 +141,10 @@ def grouped_expand(
         y_t = start + sum over the pairs p of t: dropout(u_p Mt_e)        [T, O]
         y_p = start_t + u_p Mt_e                         with per_pair    [P, O]
 
-    u [P, largest rank] in the order of places; matrices m x [O, R], of siblings first to first + m;
-    pairs of other siblings add nothing. start [O], [T, O] or None (0). With per_pair there is one
-    sibling, and a row of y for every pair, in the order of pairs. Returns y in u.dtype, or the dtype
-    of a start [T, O]; slots are added in their order.
+    u [P, largest rank] in the order of places; matrices m x [O, R], of siblings first to first + m,
+    any strides; pairs of other siblings add nothing. start [O], [T, O] or None (0). With per_pair
+    there is one sibling, and a row of y for every pair, in the order of pairs. Returns y in
+    u.dtype, or the dtype of a start [T, O]; slots are added in their order.
     """
     dtype, pairs = compute_dtype(u), order.numel()
     expert = _expert_of(offsets, pairs)
