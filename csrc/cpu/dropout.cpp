@@ -2,52 +2,14 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
 #include "aten.h"
 #include "simd.h"
 
 namespace moelora {
 namespace {
 
-constexpr int ROUNDS = 10;
-constexpr uint32_t MULTIPLIERS[2] = {0xD2511F53, 0xCD9E8D57};
-constexpr uint32_t KEY_STEPS[2] = {0x9E3779B9, 0xBB67AE85};
 // Counters per step: 64 give every vector width whole vectors and stay in registers and L1.
 constexpr int64_t COUNTERS = 64;
-
-struct Philox {
-  uint32_t key[2];
-  uint32_t stream;
-};
-
-// random[4 c + lane] of COUNTERS counters from `first` on.
-MOELORA_INLINE void philox(Philox state, int64_t first, uint32_t* random) {
-  uint32_t words[4][COUNTERS];
-#pragma omp simd
-  for (int64_t c = 0; c < COUNTERS; ++c) {
-    words[0][c] = uint32_t(uint64_t(first + c));
-    words[1][c] = uint32_t(uint64_t(first + c) >> 32);
-    words[2][c] = state.stream;
-    words[3][c] = 0;
-  }
-  for (int round = 0; round < ROUNDS; ++round) {
-#pragma omp simd
-    for (int64_t c = 0; c < COUNTERS; ++c) {
-      const uint64_t product0 = uint64_t{MULTIPLIERS[0]} * words[0][c];
-      const uint64_t product1 = uint64_t{MULTIPLIERS[1]} * words[2][c];
-      words[0][c] = uint32_t(product1 >> 32) ^ words[1][c] ^ state.key[0];
-      words[1][c] = uint32_t(product1);
-      words[2][c] = uint32_t(product0 >> 32) ^ words[3][c] ^ state.key[1];
-      words[3][c] = uint32_t(product0);
-    }
-    state.key[0] += KEY_STEPS[0];
-    state.key[1] += KEY_STEPS[1];
-  }
-  for (int64_t c = 0; c < COUNTERS; ++c) {
-    for (int lane = 0; lane < 4; ++lane) random[4 * c + lane] = words[lane][c];
-  }
-}
 
 // Elements [begin, end) of x, those with a random number up to `last_dropped` set to zero.
 template <class S>
@@ -57,7 +19,7 @@ MOELORA_INLINE void drop(const S* x, S* out, int64_t begin, int64_t end, Philox 
   constexpr int64_t STEP = 4 * COUNTERS;
   alignas(64) uint32_t random[STEP];
   for (int64_t n = begin; n < end; n += STEP) {
-    philox(state, n / 4, random);
+    philox<COUNTERS>(state, n / 4, random);
     const int64_t count = std::min(STEP, end - n);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -68,6 +30,19 @@ MOELORA_INLINE void drop(const S* x, S* out, int64_t begin, int64_t end, Philox 
 }
 
 }  // namespace
+
+Mask::Mask(double p, bool of_each_expert, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: expected a probability in [0, 1), got ", p);
+  threshold = uint64_t(std::nearbyint(p * 0x1p32));
+  if (threshold == 0) return;
+  STD_TORCH_CHECK(seed.has_value(), "seed: needed for dropout");
+  check_size(seed->numel(), 1, "seed");
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed: expected int64");
+  const auto key = uint64_t(*seed->const_data_ptr<int64_t>());
+  state = {.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = 0};
+  kept = 1.0 - p;
+  per_expert = of_each_expert;
+}
 
 Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   check_floating(x, "x");

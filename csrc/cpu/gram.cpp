@@ -31,24 +31,6 @@ Tensor gram_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t s
   return da;
 }
 
-// The sum of dlogits [T, N] over the tokens, in their order and in double: a float would lose bits
-// that a long product keeps. [1, N] in the compute dtype.
-Tensor sum_over_tokens(const Tensor& dlogits) {
-  const auto [T, N] = shape<2>(dlogits, "dlogits");
-  const Tensor sums = empty(1, N, dlogits.scalar_type());
-  for_dtype(dlogits.scalar_type(), [&, T = T, N = N](auto type) {
-    using C = typename decltype(type)::type;
-    const C* from = dlogits.const_data_ptr<C>();
-    C* to = sums.mutable_data_ptr<C>();
-    std::vector<double> sum(N);
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t e = 0; e < N; ++e) sum[e] += from[t * N + e];
-    }
-    std::copy(sum.begin(), sum.end(), to);
-  });
-  return sums;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(

@@ -2,7 +2,11 @@
 // per block of rows and kept in L1.
 #include "router.h"
 
-#include "simd.h"
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "panel.h"
 
 namespace moelora {
 namespace {
@@ -14,82 +18,6 @@ constexpr int64_t TILE = 48;
 // Columns and tokens of x per step of the gram: 32 KiB of float32.
 constexpr int64_t GRAM_COLUMNS = 128;
 constexpr int64_t GRAM_TOKENS = 64;
-
-template <class S, class C>
-MOELORA_INLINE void widen_rows(const S* from, int64_t stride, int64_t num_rows, int64_t count,
-                               C* to, int64_t to_stride) {
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const S* source = from + row * stride;
-    C* target = to + row * to_stride;
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) target[j] = widen(source[j]);
-  }
-}
-
-// The sum of a vector's lanes, by halving.
-template <class C, int BYTES, class V>
-MOELORA_INLINE C sum_lanes(const V& vector) {
-  if constexpr (BYTES == 16) {
-    C sum = 0;
-    for (int64_t lane = 0; lane < Vector<C, 16>::LANES; ++lane) sum += vector[lane];
-    return sum;
-  } else {
-    typename Vector<C, BYTES / 2>::type halves[2];
-    std::memcpy(halves, &vector, BYTES);
-    return sum_lanes<C, BYTES / 2>(halves[0] + halves[1]);
-  }
-}
-
-// logits[t, row] += <x[t], weight[row]> for TOKENS x ROWS pairs, all in registers.
-template <int BYTES, int TOKENS, int ROWS, class C>
-MOELORA_INLINE void dot_block(const C* x, const C* weight, int64_t weight_stride, int64_t count,
-                              C* logits, int64_t logits_stride) {
-  using V = typename Vector<C, BYTES>::type;
-  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
-  V sum[TOKENS][ROWS];
-  for (int t = 0; t < TOKENS; ++t) {
-    for (int row = 0; row < ROWS; ++row) sum[t][row] = V{};
-  }
-  int64_t j = 0;
-  for (; j + LANES <= count; j += LANES) {
-    V of_x[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) load(of_x[t], x + t * COLUMNS + j);
-    for (int row = 0; row < ROWS; ++row) {
-      V of_weight;
-      load(of_weight, weight + row * weight_stride + j);
-      for (int t = 0; t < TOKENS; ++t) sum[t][row] += of_x[t] * of_weight;
-    }
-  }
-  for (int t = 0; t < TOKENS; ++t) {
-    for (int row = 0; row < ROWS; ++row) {
-      C total = sum_lanes<C, BYTES>(sum[t][row]);
-      for (int64_t rest = j; rest < count; ++rest) {
-        total += x[t * COLUMNS + rest] * weight[row * weight_stride + rest];
-      }
-      logits[t * logits_stride + row] += total;
-    }
-  }
-}
-
-template <int BYTES, int TOKENS, class C>
-MOELORA_INLINE void dot_rows(const C* x, const C* weight, int64_t weight_stride, int64_t count,
-                             int64_t N, C* logits) {
-  // 3 x 8 sums fill the 32 registers of AVX-512, 3 x 4 the 16 of everything narrower.
-  constexpr int ROWS = BYTES == 64 ? 8 : 4;
-  int64_t row = 0;
-  for (; row + ROWS <= N; row += ROWS) {
-    dot_block<BYTES, TOKENS, ROWS>(x, weight + row * weight_stride, weight_stride, count,
-                                   logits + row, N);
-  }
-  for (; row + 2 <= N; row += 2) {
-    dot_block<BYTES, TOKENS, 2>(x, weight + row * weight_stride, weight_stride, count, logits + row,
-                                N);
-  }
-  for (; row < N; ++row) {
-    dot_block<BYTES, TOKENS, 1>(x, weight + row * weight_stride, weight_stride, count, logits + row,
-                                N);
-  }
-}
 
 // Tokens [begin, end) of logits, which hold the bias already.
 template <int BYTES, class S, class C>
@@ -105,40 +33,13 @@ MOELORA_INLINE void logits_kernel(const S* x, const C* weight, int64_t begin, in
         const int64_t tokens = std::min<int64_t>(TOKENS, tile_end - t);
         widen_rows(x + t * I + column, I, tokens, count, widened, COLUMNS);
         C* to = logits + t * N;
-        if (tokens == 3) {
-          dot_rows<BYTES, 3>(widened, weight + column, I, count, N, to);
-        } else if (tokens == 2) {
-          dot_rows<BYTES, 2>(widened, weight + column, I, count, N, to);
-        } else {
-          dot_rows<BYTES, 1>(widened, weight + column, I, count, N, to);
-        }
+        dot_tokens<BYTES>(tokens, widened, COLUMNS, weight + column, I, count, N, to, N);
       }
     }
   }
 }
 
-// sums[row, column..] += dlogits[t, row] * x[t, column..] over `tokens`, ROWS x VECTORS registers.
-template <int BYTES, int ROWS, int VECTORS, class C>
-MOELORA_INLINE void outer_block(const C* dlogits, int64_t N, const C* x, int64_t tokens, C* sums,
-                                int64_t I) {
-  using V = typename Vector<C, BYTES>::type;
-  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
-  V sum[ROWS][VECTORS];
-  for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) load(sum[row][v], sums + row * I + v * LANES);
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    V of_x[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) load(of_x[v], x + t * GRAM_COLUMNS + v * LANES);
-    for (int row = 0; row < ROWS; ++row) {
-      for (int v = 0; v < VECTORS; ++v) sum[row][v] += dlogits[t * N + row] * of_x[v];
-    }
-  }
-  for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) store(sums + row * I + v * LANES, sum[row][v]);
-  }
-}
-
+// sums[row, column..] += dlogits[t, row] * x[t, column..] over `tokens`.
 template <int BYTES, int ROWS, class C>
 MOELORA_INLINE void outer_columns(const C* dlogits, int64_t N, const C* x, int64_t tokens,
                                   int64_t count, C* sums, int64_t I) {
@@ -146,7 +47,8 @@ MOELORA_INLINE void outer_columns(const C* dlogits, int64_t N, const C* x, int64
   constexpr int64_t STEP = VECTORS * Vector<C, BYTES>::LANES;
   int64_t j = 0;
   for (; j + STEP <= count; j += STEP) {
-    outer_block<BYTES, ROWS, VECTORS>(dlogits, N, x + j, tokens, sums + j, I);
+    panel_block<BYTES, ROWS, VECTORS>(Factors<C>{dlogits, 1, N}, x + j, GRAM_COLUMNS, tokens,
+                                      sums + j, I);
   }
   for (int64_t t = 0; t < tokens && j < count; ++t) {
     for (int row = 0; row < ROWS; ++row) {
@@ -255,4 +157,49 @@ Tensor router_gram(const Tensor& dlogits, const Tensor& x) {
   return sums;
 }
 
+Tensor sum_over_tokens(const Tensor& dlogits) {
+  const auto [T, N] = shape<2>(dlogits, "dlogits");
+  const Tensor sums = empty(1, N, dlogits.scalar_type());
+  for_dtype(dlogits.scalar_type(), [&, T = T, N = N](auto type) {
+    using C = typename decltype(type)::type;
+    const C* from = dlogits.const_data_ptr<C>();
+    C* to = sums.mutable_data_ptr<C>();
+    std::vector<double> sum(N);
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t e = 0; e < N; ++e) sum[e] += from[t * N + e];
+    }
+    std::copy(sum.begin(), sum.end(), to);
+  });
+  return sums;
+}
+
+namespace {
+
+Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Tensor> router_bias) {
+  check_floating(x, "x");
+  const auto [T, I] = shape<2>(x, "x");
+  STD_TORCH_CHECK(!router_weight.empty(), "router_weight: expected one per sibling, got none");
+  x = row_major(x);
+  const Router router(x, router_weight, router_bias);
+  const int64_t N = router.weight.size(0);
+  const Tensor logits = empty(T, N, compute_dtype(x.scalar_type()));
+  torch::stable::parallel_for(0, T, grain(N * I), [&](int64_t begin, int64_t end) {
+    router.logits(x, begin, end, logits);
+  });
+  return logits;
+}
+
+std::tuple<Tensor, Tensor> router_gram_op(Tensor dlogits, Tensor x, ScalarType router_dtype) {
+  check_floating(x, "x");
+  const Tensor wide = row_major(cast(dlogits, compute_dtype(x.scalar_type())));
+  const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
+  return {cast(router_gram(wide, row_major(x)), router_dtype), torch::stable::select(sums, 0, 0)};
+}
+
+}  // namespace
 }  // namespace moelora
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("router_logits", TORCH_BOX(&moelora::router_logits));
+  m.impl("router_gram", TORCH_BOX(&moelora::router_gram_op));
+}

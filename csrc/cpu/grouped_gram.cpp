@@ -1,0 +1,179 @@
+// The gradients of A and B: sums over the pairs of each expert, in the order of their places. A task
+// is one expert on a strip of columns, and strips come first, so that one expert with all tokens
+// still occupies every thread.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "dropout.h"
+#include "grouped.h"
+
+namespace moelora {
+namespace {
+
+// Columns of a strip and places per step: 32 KiB of widened rows.
+constexpr int64_t STRIP = 128;
+constexpr int64_t STEP = 64;
+
+template <class S, class L, class C>
+struct Gram {
+  const Places& places;
+  const Blocks& blocks;
+  const Mask& mask;
+  int64_t width;
+
+  // The sum over the places of `expert` of coefficients^T rows, columns from `strip` on:
+  // sums [w, STRIP] with ranks first, else [STRIP, w], w the padded rank.
+  template <int BYTES, bool RANKS_FIRST>
+  MOELORA_INLINE void sum(int64_t expert, const Rows<S>& matrix, int64_t features, int64_t strip,
+                          const S* coefficients, C* sums, C* of_rows, C* of_ranks) const {
+    const int64_t e = expert % blocks.experts();
+    const int64_t rank = blocks.ranks[e];
+    const int64_t w = padded(rank);
+    const int64_t columns = std::min(STRIP, features - strip);
+    std::fill_n(sums, w * STRIP, C{0});
+    std::fill_n(of_ranks, STEP * w, C{0});
+    std::fill_n(of_rows, STEP * STRIP, C{0});
+    for (int64_t first = places.first(expert); first < places.last(expert); first += STEP) {
+      const int64_t count = std::min(STEP, places.last(expert) - first);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t row = matrix.of_pair(places.pair(first + k));
+        widen_row(matrix.row(row) + strip, columns, of_rows + k * STRIP);
+        if (RANKS_FIRST && mask.active()) {
+          mask.apply(of_rows + k * STRIP, row * features + strip, columns, e);
+        }
+        widen_row(coefficients + (first + k) * width, rank, of_ranks + k * w);
+      }
+      if (RANKS_FIRST) {
+        panel<BYTES>(w, STRIP, Factors<C>{of_ranks, 1, w}, of_rows, STRIP, count, sums, STRIP);
+      } else {
+        panel<BYTES>(STRIP, w, Factors<C>{of_rows, 1, STRIP}, of_ranks, w, count, sums, w);
+      }
+    }
+  }
+
+  // dA_e [rank, I], rows from `begin` on of da [n R, I].
+  template <int BYTES>
+  MOELORA_INLINE void of_a(int64_t expert, const Rows<S>& x, int64_t I, int64_t strip, const S* dh,
+                           C* sums, C* of_rows, C* of_ranks, L* da) const {
+    sum<BYTES, true>(expert, x, I, strip, dh, sums, of_rows, of_ranks);
+    const int64_t e = expert % blocks.experts();
+    const int64_t begin = expert / blocks.experts() * blocks.total + blocks.begin[e];
+    const int64_t columns = std::min(STRIP, I - strip);
+    for (int64_t j = 0; j < blocks.ranks[e]; ++j) {
+      L* to = da + (begin + j) * I + strip;
+#pragma omp simd
+      for (int64_t k = 0; k < columns; ++k) to[k] = narrow<L>(sums[j * STRIP + k]);
+    }
+  }
+
+  // dB_e [O, rank], columns of db [O, R].
+  template <int BYTES>
+  MOELORA_INLINE void of_b(int64_t expert, const Rows<S>& dy, int64_t O, int64_t strip, const S* u,
+                           C* sums, C* of_rows, C* of_ranks, L* db) const {
+    sum<BYTES, false>(expert, dy, O, strip, u, sums, of_rows, of_ranks);
+    const int64_t e = expert % blocks.experts();
+    const int64_t w = padded(blocks.ranks[e]);
+    for (int64_t o = strip; o < std::min(strip + STRIP, O); ++o) {
+      L* to = db + o * blocks.total + blocks.begin[e];
+      const C* from = sums + (o - strip) * w;
+#pragma omp simd
+      for (int64_t j = 0; j < blocks.ranks[e]; ++j) to[j] = narrow<L>(from[j]);
+    }
+  }
+};
+
+int64_t strips_of(int64_t features) { return (features + STRIP - 1) / STRIP; }
+
+template <class S, class L>
+void run(const Places& places, const Blocks& blocks, const Mask& mask, const Tensor& x,
+         const Tensor& dh, const std::vector<Tensor>& dy, const Tensor& u, const Tensor& da,
+         const std::vector<Tensor>& db) {
+  using C = Compute<S>;
+  const int64_t width = u.size(1);
+  const Gram<S, L, C> gram{places, blocks, mask, width};
+  const int64_t w = padded(width);
+  const int64_t work = places.pairs() * w * STRIP / std::max<int64_t>(places.experts(), 1);
+  const auto tasks = [&](int64_t strips, int64_t experts, const auto& task) {
+    torch::stable::parallel_for(0, strips * experts, grain(work), [&](int64_t begin, int64_t end) {
+      std::vector<C> buffer(w * STRIP + STEP * STRIP + STEP * w);
+      C* of_rows = buffer.data() + w * STRIP;
+      vectorised([&](auto bytes) {
+        for (int64_t n = begin; n < end; ++n) {
+          task(bytes, n % experts, n / experts * STRIP, buffer.data(), of_rows,
+               of_rows + STEP * STRIP);
+        }
+      });
+    });
+  };
+  const Rows<S> of_x = places.rows_of<S>(x, "x");
+  const int64_t I = x.size(1);
+  const S* of_dh = dh.const_data_ptr<S>();
+  L* to_a = da.mutable_data_ptr<L>();
+  tasks(strips_of(I), places.experts(),
+        [&](auto bytes, int64_t expert, int64_t strip, C* sums, C* rows, C* of_ranks)
+            __attribute__((always_inline)) {
+              gram.template of_a<bytes()>(expert, of_x, I, strip, of_dh, sums, rows, of_ranks,
+                                          to_a);
+            });
+  const S* of_u = u.const_data_ptr<S>();
+  const int64_t E = blocks.experts();
+  for (size_t i = 0; i < dy.size(); ++i) {
+    const Rows<S> of_dy = places.rows_of<S>(dy[i], "dy");
+    const int64_t O = dy[i].size(1);
+    L* to_b = db[i].mutable_data_ptr<L>();
+    tasks(strips_of(O), E,
+          [&](auto bytes, int64_t e, int64_t strip, C* sums, C* rows, C* of_ranks)
+              __attribute__((always_inline)) {
+                gram.template of_b<bytes()>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums, rows,
+                                            of_ranks, to_b);
+              });
+  }
+}
+
+std::tuple<Tensor, std::vector<Tensor>> grouped_gram(
+    Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
+    Tensor /*chunks*/, ScalarType lora_dtype, std::vector<int64_t> ranks, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed) {
+  check_floating(x, "x");
+  const auto [rows, I] = shape<2>(x, "x");
+  const Blocks blocks(ranks);
+  const auto siblings = int64_t(dy.size());
+  STD_TORCH_CHECK(siblings > 0, "dy: expected one per sibling, got none");
+  const ScalarType dtype = x.scalar_type();
+  const Places places(order, offsets, siblings * blocks.experts());
+  const Mask mask(dropout_p, dropout_per_expert, seed);
+  const int64_t width = *std::max_element(ranks.begin(), ranks.end());
+  x = row_major(x);
+  dh = row_major(cast(dh, dtype));
+  u = row_major(cast(u, dtype));
+  for (const Tensor& of_ranks : {dh, u}) {
+    check_size(of_ranks.size(0), places.pairs(), "dh, u, pairs");
+    check_size(of_ranks.size(1), width, "dh, u, ranks");
+  }
+  // float64, or the dtype of x, or float32: what adapters may have.
+  const ScalarType direct = lora_dtype == dtype ? dtype : compute_dtype(dtype);
+  const Tensor da = empty(siblings * blocks.total, I, direct);
+  std::vector<Tensor> db;
+  for (Tensor& g : dy) {
+    g = dense_rows(g, dtype);
+    db.push_back(empty(g.size(1), blocks.total, direct));
+  }
+  for_dtype(dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
+    if (direct == dtype) {
+      run<S, S>(places, blocks, mask, x, dh, dy, u, da, db);
+    } else {
+      run<S, Compute<S>>(places, blocks, mask, x, dh, dy, u, da, db);
+    }
+  });
+  for (Tensor& of_sibling : db) of_sibling = cast(of_sibling, lora_dtype);
+  return {cast(da, lora_dtype), db};
+}
+
+}  // namespace
+}  // namespace moelora
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("grouped_gram", TORCH_BOX(&moelora::grouped_gram));
+}

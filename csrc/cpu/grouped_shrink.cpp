@@ -1,0 +1,276 @@
+// The rows of every expert, shrunk to its ranks and gated there: forward, and backward.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "dropout.h"
+#include "grouped.h"
+
+namespace moelora {
+namespace {
+
+// Forward: places of a tile, a multiple of the three tokens that share a load of A; and columns of x
+// and A that are widened at a time, 12 KiB of x and 4 KiB for each rank of A.
+constexpr int64_t TILE = 96;
+constexpr int64_t COLUMNS = 1024;
+// Backward: 64 x 256 of dy, 64 KiB, and 256 x r of B.
+constexpr int64_t TILE_BACKWARD = 64;
+constexpr int64_t COLUMNS_BACKWARD = 256;
+
+// h and u of one place: what is beyond the rank stays zero.
+template <class S, class C>
+MOELORA_INLINE void gate_row(const C* sums, int64_t rank, int64_t width, C scale, S* h, S* u) {
+  std::fill_n(h, width, S(0.0f));
+  std::fill_n(u, width, S(0.0f));
+#pragma omp simd
+  for (int64_t j = 0; j < rank; ++j) {
+    h[j] = narrow<S>(sums[j]);
+    u[j] = narrow<S>(scale == 0 ? C{0} : scale * C(widen(h[j])));
+  }
+}
+
+template <class S, class C>
+struct Shrink {
+  const Places& places;
+  const Blocks& blocks;
+  const C* scaling;
+  const PairWeights<C>& weights;
+  const Mask& mask;
+  Rows<S> x;
+  int64_t I;
+  std::vector<const S*> lora_a;
+  int64_t width;
+  S* h;
+  S* u;
+
+  // sums [TILE, width], of_a [width, COLUMNS], of_x [3, COLUMNS].
+  template <int BYTES>
+  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_a, C* of_x) const {
+    const int64_t E = blocks.experts();
+    const int64_t e = tile.expert % E;
+    const int64_t rank = blocks.ranks[e];
+    const S* a = lora_a[tile.expert / E] + blocks.begin[e] * I;
+    const int64_t count = tile.last - tile.first;
+    std::fill_n(sums, count * rank, C{0});
+    for (int64_t column = 0; column < I; column += COLUMNS) {
+      const int64_t columns = std::min(COLUMNS, I - column);
+      widen_rows(a + column, I, rank, columns, of_a, COLUMNS);
+      for (int64_t t = 0; t < count; t += 3) {
+        const int64_t tokens = std::min<int64_t>(3, count - t);
+        for (int64_t k = 0; k < tokens; ++k) {
+          const int64_t row = x.of_pair(places.pair(tile.first + t + k));
+          widen_row(x.row(row) + column, columns, of_x + k * COLUMNS);
+          if (mask.active()) mask.apply(of_x + k * COLUMNS, row * I + column, columns, e);
+        }
+        dot_tokens<BYTES>(tokens, of_x, COLUMNS, of_a, COLUMNS, columns, rank, sums + t * rank,
+                          rank);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t place = tile.first + t;
+      const C scale = scaling[e] * weights[places.pair(place)];
+      gate_row(sums + t * rank, rank, width, scale, h + place * width, u + place * width);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
+                                          std::optional<Tensor> weights, Tensor order,
+                                          Tensor offsets, Tensor /*tiles*/,
+                                          std::vector<int64_t> ranks, std::vector<double> scaling,
+                                          double dropout_p, bool dropout_per_expert,
+                                          std::optional<Tensor> seed) {
+  check_floating(x, "x");
+  const auto [rows, I] = shape<2>(x, "x");
+  const Blocks blocks(ranks);
+  const auto siblings = int64_t(lora_a.size());
+  check_size(int64_t(scaling.size()), blocks.experts(), "scaling");
+  const ScalarType dtype = x.scalar_type();
+  const Places places(order, offsets, siblings * blocks.experts());
+  const Mask mask(dropout_p, dropout_per_expert, seed);
+  x = row_major(x);
+  for (Tensor& a : lora_a) {
+    a = row_major(cast(a, dtype));
+    const auto [R, inputs] = shape<2>(a, "lora_a");
+    check_size(R, blocks.total, "lora_a, ranks");
+    check_size(inputs, I, "lora_a, in_features");
+  }
+  const int64_t width = *std::max_element(ranks.begin(), ranks.end());
+  const Tensor h = empty(places.pairs(), width, dtype);
+  const Tensor u = empty(places.pairs(), width, dtype);
+  for_dtype(dtype, [&, I = I](auto type) {
+    using S = typename decltype(type)::type;
+    using C = Compute<S>;
+    const std::vector<C> factors = to_compute<C>(scaling);
+    const PairWeights<C> of_pairs(weights, places, compute_dtype(dtype));
+    Shrink<S, C> shrink{.places = places,
+                        .blocks = blocks,
+                        .scaling = factors.data(),
+                        .weights = of_pairs,
+                        .mask = mask,
+                        .x = places.rows_of<S>(x, "x"),
+                        .I = I,
+                        .lora_a = {},
+                        .width = width,
+                        .h = h.mutable_data_ptr<S>(),
+                        .u = u.mutable_data_ptr<S>()};
+    for (const Tensor& a : lora_a) shrink.lora_a.push_back(a.const_data_ptr<S>());
+    const std::vector<Tile> tiles = tiles_of(places, TILE);
+    torch::stable::parallel_for(
+        0, int64_t(tiles.size()), grain(TILE * width * I), [&](int64_t begin, int64_t end) {
+          std::vector<C> buffer(TILE * width + (width + 3) * COLUMNS);
+          C* of_a = buffer.data() + TILE * width;
+          vectorised([&](auto bytes) {
+            for (int64_t n = begin; n < end; ++n) {
+              shrink.template tile<bytes()>(tiles[n], buffer.data(), of_a, of_a + width * COLUMNS);
+            }
+          });
+        });
+    clear_rows<S>(h, places.routed());
+    clear_rows<S>(u, places.routed());
+  });
+  return {h, u};
+}
+
+template <class S, class C>
+struct ShrinkBackward {
+  const Places& places;
+  const Blocks& blocks;
+  const C* scaling;
+  const PairWeights<C>& weights;
+  std::vector<Rows<S>> dy;
+  std::vector<Rows<S>> lora_b;
+  std::vector<int64_t> O;
+  int64_t width;
+  const S* h;
+  S* dh;
+  S* u;
+  C* dweights;
+
+  // sums [TILE, w], of_b [COLUMNS, w], of_dy [TILE, COLUMNS], w the padded width.
+  template <int BYTES>
+  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_b, C* of_dy) const {
+    const int64_t E = blocks.experts();
+    const int64_t i = tile.expert / E;
+    const int64_t e = tile.expert % E;
+    const int64_t rank = blocks.ranks[e];
+    const int64_t columns = padded(rank);
+    const int64_t count = tile.last - tile.first;
+    std::fill_n(sums, TILE_BACKWARD * columns, C{0});
+    std::fill_n(of_b, COLUMNS_BACKWARD * columns, C{0});
+    for (int64_t first = 0; first < O[i]; first += COLUMNS_BACKWARD) {
+      const int64_t steps = std::min(COLUMNS_BACKWARD, O[i] - first);
+      widen_rows(lora_b[i].row(first) + blocks.begin[e], lora_b[i].stride, steps, rank, of_b,
+                 columns);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t row = dy[i].of_pair(places.pair(tile.first + t));
+        widen_row(dy[i].row(row) + first, steps, of_dy + t * COLUMNS_BACKWARD);
+      }
+      panel<BYTES>(padded(count), columns, Factors<C>{of_dy, COLUMNS_BACKWARD, 1}, of_b, columns,
+                   steps, sums, columns);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t place = tile.first + t;
+      const int64_t pair = places.pair(place);
+      const C scale = scaling[e] * weights[pair];
+      const C* product = sums + t * columns;
+      const S* of_h = h + place * width;
+      S* to_dh = dh + place * width;
+      S* to_u = u + place * width;
+      std::fill_n(to_dh, width, S(0.0f));
+      std::fill_n(to_u, width, S(0.0f));
+      C inner = 0;
+#pragma omp simd reduction(+ : inner)
+      for (int64_t j = 0; j < rank; ++j) {
+        const C value = C(widen(of_h[j]));
+        to_dh[j] = narrow<S>(scale == 0 ? C{0} : scale * product[j]);
+        to_u[j] = narrow<S>(scale == 0 ? C{0} : scale * value);
+        inner += product[j] * value;
+      }
+      if (dweights) dweights[pair] = scaling[e] * inner;
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
+    std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h, std::optional<Tensor> weights,
+    Tensor order, Tensor offsets, Tensor /*tiles*/, std::vector<int64_t> ranks,
+    std::vector<double> scaling) {
+  check_floating(h, "h");
+  const Blocks blocks(ranks);
+  const auto siblings = int64_t(dy.size());
+  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
+  check_size(int64_t(scaling.size()), blocks.experts(), "scaling");
+  const ScalarType dtype = h.scalar_type();
+  const ScalarType sums = compute_dtype(dtype);
+  const Places places(order, offsets, siblings * blocks.experts());
+  const int64_t width = *std::max_element(ranks.begin(), ranks.end());
+  h = row_major(h);
+  const auto [pairs, columns] = shape<2>(h, "h");
+  check_size(pairs, places.pairs(), "h, pairs");
+  check_size(columns, width, "h, ranks");
+  std::vector<int64_t> O;
+  for (int64_t i = 0; i < siblings; ++i) {
+    dy[i] = dense_rows(dy[i], dtype);
+    lora_b[i] = dense_rows(lora_b[i], dtype);
+    O.push_back(dy[i].size(1));
+    check_size(lora_b[i].size(0), O[i], "lora_b, out_features");
+    check_size(lora_b[i].size(1), blocks.total, "lora_b, ranks");
+  }
+  const Tensor dh = empty(pairs, width, dtype);
+  const Tensor u = empty(pairs, width, dtype);
+  const Tensor dweights =
+      weights ? empty(weights->size(0), weights->size(1), sums) : absent(sums);
+  for_dtype(dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
+    using C = Compute<S>;
+    const std::vector<C> factors = to_compute<C>(scaling);
+    const PairWeights<C> of_pairs(weights, places, sums);
+    ShrinkBackward<S, C> shrink{.places = places,
+                                .blocks = blocks,
+                                .scaling = factors.data(),
+                                .weights = of_pairs,
+                                .dy = {},
+                                .lora_b = {},
+                                .O = O,
+                                .width = width,
+                                .h = h.const_data_ptr<S>(),
+                                .dh = dh.mutable_data_ptr<S>(),
+                                .u = u.mutable_data_ptr<S>(),
+                                .dweights = weights ? dweights.mutable_data_ptr<C>() : nullptr};
+    for (int64_t i = 0; i < siblings; ++i) {
+      shrink.dy.push_back(places.rows_of<S>(dy[i], "dy"));
+      shrink.lora_b.push_back({lora_b[i].const_data_ptr<S>(), lora_b[i].stride(0), 1});
+    }
+    const std::vector<Tile> tiles = tiles_of(places, TILE_BACKWARD);
+    const int64_t w = padded(width);
+    torch::stable::parallel_for(
+        0, int64_t(tiles.size()), grain(TILE_BACKWARD * width * O[0]),
+        [&](int64_t begin, int64_t end) {
+          std::vector<C> buffer((TILE_BACKWARD + COLUMNS_BACKWARD) * w +
+                                TILE_BACKWARD * COLUMNS_BACKWARD);
+          C* of_b = buffer.data() + TILE_BACKWARD * w;
+          vectorised([&](auto bytes) {
+            for (int64_t n = begin; n < end; ++n) {
+              shrink.template tile<bytes()>(tiles[n], buffer.data(), of_b,
+                                            of_b + COLUMNS_BACKWARD * w);
+            }
+          });
+        });
+    clear_rows<S>(dh, places.routed());
+    clear_rows<S>(u, places.routed());
+    if (weights) {
+      C* of_nobody = dweights.mutable_data_ptr<C>();
+      for (int64_t n = places.routed(); n < pairs; ++n) of_nobody[places.pair(n)] = C{0};
+    }
+  });
+  return {dh, u, dweights};
+}
+
+}  // namespace
+}  // namespace moelora
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("grouped_shrink", TORCH_BOX(&moelora::grouped_shrink));
+  m.impl("grouped_shrink_backward", TORCH_BOX(&moelora::grouped_shrink_backward));
+}

@@ -1,0 +1,174 @@
+// Products of small panels in registers and L1: rows widened once, sums kept in the compute dtype.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "simd.h"
+
+namespace moelora {
+
+// Panels are padded to a multiple of this many rows and columns: 16 sums of AVX-512 vectors, or 8
+// of AVX2, in every shape of `panel`.
+constexpr int64_t PANEL = 16;
+
+constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+
+template <class S, class C>
+MOELORA_INLINE void widen_row(const S* from, int64_t count, C* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
+}
+
+template <class S, class C>
+MOELORA_INLINE void widen_rows(const S* from, int64_t stride, int64_t num_rows, int64_t count,
+                               C* to, int64_t to_stride) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    widen_row(from + row * stride, count, to + row * to_stride);
+  }
+}
+
+// The sum of a vector's lanes, by halving.
+template <class C, int BYTES, class V>
+MOELORA_INLINE C sum_lanes(const V& vector) {
+  if constexpr (BYTES == 16) {
+    C sum = 0;
+    for (int64_t lane = 0; lane < Vector<C, 16>::LANES; ++lane) sum += vector[lane];
+    return sum;
+  } else {
+    typename Vector<C, BYTES / 2>::type halves[2];
+    std::memcpy(halves, &vector, BYTES);
+    return sum_lanes<C, BYTES / 2>(halves[0] + halves[1]);
+  }
+}
+
+// sums[t, row] += <x[t], weight[row]> for TOKENS x ROWS pairs, all in registers.
+template <int BYTES, int TOKENS, int ROWS, class C>
+MOELORA_INLINE void dot_block(const C* x, int64_t x_stride, const C* weight, int64_t weight_stride,
+                              int64_t count, C* sums, int64_t sums_stride) {
+  using V = typename Vector<C, BYTES>::type;
+  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  V sum[TOKENS][ROWS];
+  for (int t = 0; t < TOKENS; ++t) {
+    for (int row = 0; row < ROWS; ++row) sum[t][row] = V{};
+  }
+  int64_t j = 0;
+  for (; j + LANES <= count; j += LANES) {
+    V of_x[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) load(of_x[t], x + t * x_stride + j);
+    for (int row = 0; row < ROWS; ++row) {
+      V of_weight;
+      load(of_weight, weight + row * weight_stride + j);
+      for (int t = 0; t < TOKENS; ++t) sum[t][row] += of_x[t] * of_weight;
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) {
+    for (int row = 0; row < ROWS; ++row) {
+      C total = sum_lanes<C, BYTES>(sum[t][row]);
+      for (int64_t rest = j; rest < count; ++rest) {
+        total += x[t * x_stride + rest] * weight[row * weight_stride + rest];
+      }
+      sums[t * sums_stride + row] += total;
+    }
+  }
+}
+
+// sums[t, row] += <x[t], weight[row]> for TOKENS tokens and N rows.
+template <int BYTES, int TOKENS, class C>
+MOELORA_INLINE void dot_rows(const C* x, int64_t x_stride, const C* weight, int64_t weight_stride,
+                             int64_t count, int64_t N, C* sums, int64_t sums_stride) {
+  // 3 x 8 sums fill the 32 registers of AVX-512, 3 x 4 the 16 of everything narrower.
+  constexpr int ROWS = BYTES == 64 ? 8 : 4;
+  int64_t row = 0;
+  for (; row + ROWS <= N; row += ROWS) {
+    dot_block<BYTES, TOKENS, ROWS>(x, x_stride, weight + row * weight_stride, weight_stride, count,
+                                   sums + row, sums_stride);
+  }
+  for (; row + 2 <= N; row += 2) {
+    dot_block<BYTES, TOKENS, 2>(x, x_stride, weight + row * weight_stride, weight_stride, count,
+                                sums + row, sums_stride);
+  }
+  for (; row < N; ++row) {
+    dot_block<BYTES, TOKENS, 1>(x, x_stride, weight + row * weight_stride, weight_stride, count,
+                                sums + row, sums_stride);
+  }
+}
+
+// `dot_rows` for any number of tokens.
+template <int BYTES, class C>
+MOELORA_INLINE void dot_tokens(int64_t tokens, const C* x, int64_t x_stride, const C* weight,
+                               int64_t weight_stride, int64_t count, int64_t N, C* sums,
+                               int64_t sums_stride) {
+  if (tokens == 3) {
+    dot_rows<BYTES, 3>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+  } else if (tokens == 2) {
+    dot_rows<BYTES, 2>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+  } else if (tokens == 1) {
+    dot_rows<BYTES, 1>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+  }
+}
+
+// A matrix that is read one number at a time: element (row, step) at data[row * row_ + step * step_].
+template <class C>
+struct Factors {
+  const C* data;
+  int64_t row;
+  int64_t step;
+};
+
+// out[row, column] += sum_n left(row, n) * right[n, column] for ROWS x VECTORS vectors.
+template <int BYTES, int ROWS, int VECTORS, class C>
+MOELORA_INLINE void panel_block(const Factors<C>& left, const C* right, int64_t right_stride,
+                                int64_t steps, C* out, int64_t out_stride) {
+  using V = typename Vector<C, BYTES>::type;
+  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  V sum[ROWS][VECTORS];
+  for (int row = 0; row < ROWS; ++row) {
+    for (int v = 0; v < VECTORS; ++v) load(sum[row][v], out + row * out_stride + v * LANES);
+  }
+  for (int64_t n = 0; n < steps; ++n) {
+    V of_right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) load(of_right[v], right + n * right_stride + v * LANES);
+    const C* factor = left.data + n * left.step;
+    for (int row = 0; row < ROWS; ++row) {
+      for (int v = 0; v < VECTORS; ++v) sum[row][v] += factor[row * left.row] * of_right[v];
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    for (int v = 0; v < VECTORS; ++v) store(out + row * out_stride + v * LANES, sum[row][v]);
+  }
+}
+
+template <int BYTES, int VECTORS, class C>
+MOELORA_INLINE void panel_rows(int64_t rows, const Factors<C>& left, const C* right,
+                               int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
+  constexpr int SUMS = BYTES == 64 ? 16 : 8;
+  constexpr int ROWS = SUMS / VECTORS;
+  for (int64_t row = 0; row < rows; row += ROWS) {
+    const Factors<C> of_rows{left.data + row * left.row, left.row, left.step};
+    panel_block<BYTES, ROWS, VECTORS>(of_rows, right, right_stride, steps, out + row * out_stride,
+                                      out_stride);
+  }
+}
+
+// out[row, column] += sum_n left(row, n) * right[n, column]; rows and columns multiples of PANEL.
+template <int BYTES, class C>
+MOELORA_INLINE void panel(int64_t rows, int64_t columns, const Factors<C>& left, const C* right,
+                          int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
+  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  int64_t column = 0;
+  if constexpr (BYTES == 64) {
+    for (; column + 4 * LANES <= columns; column += 4 * LANES) {
+      panel_rows<BYTES, 4>(rows, left, right + column, right_stride, steps, out + column,
+                           out_stride);
+    }
+  }
+  for (; column + 2 * LANES <= columns; column += 2 * LANES) {
+    panel_rows<BYTES, 2>(rows, left, right + column, right_stride, steps, out + column, out_stride);
+  }
+  for (; column < columns; column += LANES) {
+    panel_rows<BYTES, 1>(rows, left, right + column, right_stride, steps, out + column, out_stride);
+  }
+}
+
+}  // namespace moelora
