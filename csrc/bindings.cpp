@@ -39,7 +39,7 @@ pybind11::dict build_info() {
 #endif
   info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
 #if MOELORA_X86
-  info["simd"] = pybind11::make_tuple("portable", "avx2", "avx512");
+  info["simd"] = pybind11::make_tuple("portable", "avx2", "avx512", "avx512bf16");
 #else
   info["simd"] = pybind11::make_tuple("portable");
 #endif

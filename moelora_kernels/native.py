@@ -2,7 +2,7 @@
 
 Importing this module loads the library, which registers its ops with the dispatcher; where it is
 missing, the reference serves the same ops. MOELORA_NATIVE=0 in the environment ignores a built
-library (to compare the two), MOELORA_SIMD=portable|avx2|avx512 limits its vector width.
+library (to compare the two), MOELORA_SIMD=portable|avx2|avx512|avx512bf16 limits its vectors.
 """
 
 from __future__ import annotations

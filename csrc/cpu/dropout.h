@@ -81,6 +81,19 @@ struct Mask {
   }
 };
 
+// What of a row an expert sees: `from` itself, or a copy in `to` with elements n + j dropped.
+template <class S>
+MOELORA_INLINE const S* dropped(const Mask& mask, const S* from, int64_t n, int64_t count,
+                                int64_t expert, Compute<S>* scratch, S* to) {
+  if (!mask.active()) return from;
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) scratch[j] = widen(from[j]);
+  mask.apply(scratch, n, count, expert);
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) to[j] = narrow<S>(scratch[j]);
+  return to;
+}
+
 Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream);
 
 }  // namespace moelora

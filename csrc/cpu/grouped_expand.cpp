@@ -51,10 +51,11 @@ struct Expand {
   int64_t O;
 
   // sums [rows of the block, STRIP] += the terms of the block's places, for columns from `strip`
-  // on; matrix [width, STRIP], of_u [STEP, width], term [STEP, STRIP].
-  template <int BYTES>
-  MOELORA_INLINE void operator()(int64_t block, int64_t strip, C* sums, C* matrix, C* of_u,
-                                 C* term) const {
+  // on; term [STEP, STRIP], matrix [width, STRIP], of_u [STEP, width].
+  template <class Level, class Unit>
+  MOELORA_INLINE void operator()(int64_t block, int64_t strip, C* sums, C* term, Unit* matrix,
+                                 Unit* of_u) const {
+    using P = Operand<S, Level::pairs>;
     const int64_t columns = std::min(STRIP, O - strip);
     const int64_t E = blocks.experts();
     int64_t expert = first_expert;
@@ -64,17 +65,18 @@ struct Expand {
       while (by_block.places[n] >= places.last(expert)) ++expert;
       const int64_t e = expert % E;
       const int64_t steps = blocks.ranks[e];
-      pack(matrices[expert / E - first_expert / E] + blocks.begin[e] * rank, steps, strip, columns,
-           matrix);
+      pack<P>(matrices[expert / E - first_expert / E] + blocks.begin[e] * rank, steps, strip,
+              columns, matrix);
       for (; n < last && by_block.places[n] < places.last(expert);) {
         int64_t count = 0;
         for (; count < STEP && n + count < last; ++count) {
           const int64_t place = by_block.places[n + count];
           if (place >= places.last(expert)) break;
-          widen_row(u + place * width, steps, of_u + count * width);
+          P::along(u + place * width, steps, of_u + count * width);
         }
         std::fill_n(term, STEP * STRIP, C{0});
-        panel<BYTES>(STEP, STRIP, Factors<C>{of_u, width, 1}, matrix, STRIP, steps, term, STRIP);
+        panel<Level{}()>(STEP, STRIP, Factors<Unit>{of_u, width, 1}, matrix, STRIP,
+                         P::units(steps), term, STRIP);
         for (int64_t k = 0; k < count; ++k) {
           const int64_t row = places.pair(by_block.places[n + k]) / fan;
           C* of_row = term + k * STRIP;
@@ -89,24 +91,29 @@ struct Expand {
   }
 
  private:
-  // The columns [strip, strip + columns) of an expert's matrix, one row for each rank.
+  // The columns [strip, strip + columns) of an expert's matrix, a row of units for each PER ranks.
+  template <class P>
   MOELORA_INLINE void pack(const S* from, int64_t ranks, int64_t strip, int64_t columns,
-                           C* to) const {
+                           typename P::Unit* to) const {
+    using Unit = typename P::Unit;
     if (feature == 1) {
-      for (int64_t j = 0; j < ranks; ++j) {
-        widen_row(from + j * rank + strip, columns, to + j * STRIP);
-        std::fill(to + j * STRIP + columns, to + (j + 1) * STRIP, C{0});
+      for (int64_t j = 0; j < ranks; j += P::PER) {
+        const S* of_rank = from + j * rank + strip;
+        Unit* of_units = to + j / P::PER * STRIP;
+        P::across(of_rank, j + 1 < ranks ? of_rank + rank : nullptr, columns, of_units);
+        std::fill(of_units + columns, of_units + STRIP, Unit{0});
       }
       return;
     }
-    for (int64_t j = 0; j < ranks; j += PANEL) {
-      alignas(64) C block[STRIP * PANEL] = {};
-      const int64_t count = std::min(PANEL, ranks - j);
+    for (int64_t j = 0; j < ranks; j += P::PER * PANEL) {
+      alignas(64) Unit block[STRIP * PANEL] = {};
+      const int64_t count = std::min(P::PER * PANEL, ranks - j);
       for (int64_t o = 0; o < columns; ++o) {
-        widen_row(from + (strip + o) * feature + j, count, block + o * PANEL);
+        P::along(from + (strip + o) * feature + j, count, block + o * PANEL);
       }
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t o = 0; o < STRIP; ++o) to[(j + k) * STRIP + o] = block[o * PANEL + k];
+      for (int64_t k = 0; k < P::units(count); ++k) {
+        Unit* of_units = to + (j / P::PER + k) * STRIP;
+        for (int64_t o = 0; o < STRIP; ++o) of_units[o] = block[o * PANEL + k];
       }
     }
   }
@@ -201,16 +208,17 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
     const auto run = [&](int64_t begin, int64_t end) {
       std::vector<C> buffer((std::min(rows, BLOCK) + width + STEP) * STRIP + STEP * width);
       C* sums = buffer.data();
-      C* matrix = sums + std::min(rows, BLOCK) * STRIP;
-      C* term = matrix + width * STRIP;
-      C* of_u = term + STEP * STRIP;
+      C* term = sums + std::min(rows, BLOCK) * STRIP;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / strips;
         const int64_t strip = task % strips * STRIP;
         const int64_t last_row = std::min(rows, (block + 1) * BLOCK);
         std::fill_n(sums, (last_row - block * BLOCK) * STRIP, C{0});
-        vectorised([&](auto bytes) {
-          expand.template operator()<bytes()>(block, strip, sums, matrix, of_u, term);
+        vectorised([&](auto level) {
+          using Unit = typename Operand<S, decltype(level)::pairs>::Unit;
+          auto* matrix = reinterpret_cast<Unit*>(term + STEP * STRIP);
+          expand.template operator()<decltype(level)>(block, strip, sums, term, matrix,
+                                                      matrix + width * STRIP);
         });
         for_dtype(result, [&](auto of_y) {
           using Y = typename decltype(of_y)::type;

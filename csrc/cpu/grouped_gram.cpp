@@ -24,39 +24,51 @@ struct Gram {
 
   // The sum over the places of `expert` of coefficients^T rows, columns from `strip` on:
   // sums [w, STRIP] with ranks first, else [STRIP, w], w the padded rank.
-  template <int BYTES, bool RANKS_FIRST>
+  template <class Level, bool RANKS_FIRST>
   MOELORA_INLINE void sum(int64_t expert, const Rows<S>& matrix, int64_t features, int64_t strip,
-                          const S* coefficients, C* sums, C* of_rows, C* of_ranks) const {
+                          const S* coefficients, C* sums, C* buffer, S* kept) const {
+    using P = Operand<S, Level::pairs>;
+    using Unit = typename P::Unit;
+    constexpr int BYTES = Level{}();
     const int64_t e = expert % blocks.experts();
     const int64_t rank = blocks.ranks[e];
     const int64_t w = padded(rank);
     const int64_t columns = std::min(STRIP, features - strip);
+    C* scratch = buffer;
+    auto* of_rows = reinterpret_cast<Unit*>(buffer + STRIP);
+    Unit* of_ranks = of_rows + STEP * STRIP;
     std::fill_n(sums, w * STRIP, C{0});
-    std::fill_n(of_ranks, STEP * w, C{0});
-    std::fill_n(of_rows, STEP * STRIP, C{0});
+    std::fill_n(of_rows, STEP * (STRIP + w), Unit{0});
+    const auto read = [&](int64_t place, S* to) MOELORA_INLINE_LAMBDA {
+      const int64_t row = matrix.of_pair(places.pair(place));
+      const S* from = matrix.row(row) + strip;
+      if constexpr (!RANKS_FIRST) return from;
+      return dropped(mask, from, row * features + strip, columns, e, scratch, to);
+    };
     for (int64_t first = places.first(expert); first < places.last(expert); first += STEP) {
       const int64_t count = std::min(STEP, places.last(expert) - first);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t row = matrix.of_pair(places.pair(first + k));
-        widen_row(matrix.row(row) + strip, columns, of_rows + k * STRIP);
-        if (RANKS_FIRST && mask.active()) {
-          mask.apply(of_rows + k * STRIP, row * features + strip, columns, e);
-        }
-        widen_row(coefficients + (first + k) * width, rank, of_ranks + k * w);
+      for (int64_t k = 0; k < count; k += P::PER) {
+        const bool second = P::PER > 1 && k + 1 < count;
+        const int64_t place = first + k;
+        P::across(read(place, kept), second ? read(place + 1, kept + STRIP) : nullptr, columns,
+                  of_rows + k / P::PER * STRIP);
+        const S* of_place = coefficients + place * width;
+        P::across(of_place, second ? of_place + width : nullptr, rank, of_ranks + k / P::PER * w);
       }
+      const int64_t steps = P::units(count);
       if (RANKS_FIRST) {
-        panel<BYTES>(w, STRIP, Factors<C>{of_ranks, 1, w}, of_rows, STRIP, count, sums, STRIP);
+        panel<BYTES>(w, STRIP, Factors<Unit>{of_ranks, 1, w}, of_rows, STRIP, steps, sums, STRIP);
       } else {
-        panel<BYTES>(STRIP, w, Factors<C>{of_rows, 1, STRIP}, of_ranks, w, count, sums, w);
+        panel<BYTES>(STRIP, w, Factors<Unit>{of_rows, 1, STRIP}, of_ranks, w, steps, sums, w);
       }
     }
   }
 
   // dA_e [rank, I], rows from `begin` on of da [n R, I].
-  template <int BYTES>
+  template <class Level>
   MOELORA_INLINE void of_a(int64_t expert, const Rows<S>& x, int64_t I, int64_t strip, const S* dh,
-                           C* sums, C* of_rows, C* of_ranks, L* da) const {
-    sum<BYTES, true>(expert, x, I, strip, dh, sums, of_rows, of_ranks);
+                           C* sums, C* buffer, S* kept, L* da) const {
+    sum<Level, true>(expert, x, I, strip, dh, sums, buffer, kept);
     const int64_t e = expert % blocks.experts();
     const int64_t begin = expert / blocks.experts() * blocks.total + blocks.begin[e];
     const int64_t columns = std::min(STRIP, I - strip);
@@ -68,10 +80,10 @@ struct Gram {
   }
 
   // dB_e [O, rank], columns of db [O, R].
-  template <int BYTES>
+  template <class Level>
   MOELORA_INLINE void of_b(int64_t expert, const Rows<S>& dy, int64_t O, int64_t strip, const S* u,
-                           C* sums, C* of_rows, C* of_ranks, L* db) const {
-    sum<BYTES, false>(expert, dy, O, strip, u, sums, of_rows, of_ranks);
+                           C* sums, C* buffer, S* kept, L* db) const {
+    sum<Level, false>(expert, dy, O, strip, u, sums, buffer, kept);
     const int64_t e = expert % blocks.experts();
     const int64_t w = padded(blocks.ranks[e]);
     for (int64_t o = strip; o < std::min(strip + STRIP, O); ++o) {
@@ -96,12 +108,12 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
   const int64_t work = places.pairs() * w * STRIP / std::max<int64_t>(places.experts(), 1);
   const auto tasks = [&](int64_t strips, int64_t experts, const auto& task) {
     torch::stable::parallel_for(0, strips * experts, grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<C> buffer(w * STRIP + STEP * STRIP + STEP * w);
-      C* of_rows = buffer.data() + w * STRIP;
-      vectorised([&](auto bytes) {
+      std::vector<C> buffer((w + 1) * STRIP + STEP * (STRIP + w));
+      std::vector<S> kept(mask.active() ? 2 * STRIP : 0);
+      vectorised([&](auto level) {
         for (int64_t n = begin; n < end; ++n) {
-          task(bytes, n % experts, n / experts * STRIP, buffer.data(), of_rows,
-               of_rows + STEP * STRIP);
+          task(level, n % experts, n / experts * STRIP, buffer.data(), buffer.data() + w * STRIP,
+               kept.data());
         }
       });
     });
@@ -111,11 +123,10 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
   const S* of_dh = dh.const_data_ptr<S>();
   L* to_a = da.mutable_data_ptr<L>();
   tasks(strips_of(I), places.experts(),
-        [&](auto bytes, int64_t expert, int64_t strip, C* sums, C* rows, C* of_ranks)
-            __attribute__((always_inline)) {
-              gram.template of_a<bytes()>(expert, of_x, I, strip, of_dh, sums, rows, of_ranks,
-                                          to_a);
-            });
+        [&](auto level, int64_t expert, int64_t strip, C* sums, C* rest, S* kept) MOELORA_INLINE_LAMBDA {
+          gram.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest, kept,
+                                              to_a);
+        });
   const S* of_u = u.const_data_ptr<S>();
   const int64_t E = blocks.experts();
   for (size_t i = 0; i < dy.size(); ++i) {
@@ -123,11 +134,10 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
     const int64_t O = dy[i].size(1);
     L* to_b = db[i].mutable_data_ptr<L>();
     tasks(strips_of(O), E,
-          [&](auto bytes, int64_t e, int64_t strip, C* sums, C* rows, C* of_ranks)
-              __attribute__((always_inline)) {
-                gram.template of_b<bytes()>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums, rows,
-                                            of_ranks, to_b);
-              });
+          [&](auto level, int64_t e, int64_t strip, C* sums, C* rest, S* kept) MOELORA_INLINE_LAMBDA {
+            gram.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums,
+                                                rest, kept, to_b);
+          });
   }
 }
 

@@ -10,9 +10,9 @@ namespace moelora {
 namespace {
 
 // Forward: places of a tile, a multiple of the three tokens that share a load of A; and columns of x
-// and A that are widened at a time, 12 KiB of x and 4 KiB for each rank of A.
+// and A at a time: sums of lanes are added up once for each.
 constexpr int64_t TILE = 96;
-constexpr int64_t COLUMNS = 1024;
+constexpr int64_t COLUMNS = 2048;
 // Backward: 64 x 256 of dy, 64 KiB, and 256 x r of B.
 constexpr int64_t TILE_BACKWARD = 64;
 constexpr int64_t COLUMNS_BACKWARD = 256;
@@ -43,9 +43,12 @@ struct Shrink {
   S* h;
   S* u;
 
-  // sums [TILE, width], of_a [width, COLUMNS], of_x [3, COLUMNS].
-  template <int BYTES>
-  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_a, C* of_x) const {
+  // sums [TILE, width], of_a [width, COLUMNS], of_x and kept [3, COLUMNS].
+  template <class Level>
+  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_a, C* of_x, S* kept) const {
+    using P = Operand<S, Level::pairs>;
+    using Q = typename P::Element;
+    constexpr int BYTES = Level{}();
     const int64_t E = blocks.experts();
     const int64_t e = tile.expert % E;
     const int64_t rank = blocks.ranks[e];
@@ -54,16 +57,26 @@ struct Shrink {
     std::fill_n(sums, count * rank, C{0});
     for (int64_t column = 0; column < I; column += COLUMNS) {
       const int64_t columns = std::min(COLUMNS, I - column);
-      widen_rows(a + column, I, rank, columns, of_a, COLUMNS);
+      if (!P::direct) widen_rows(a + column, I, rank, columns, of_a, COLUMNS);
       for (int64_t t = 0; t < count; t += 3) {
         const int64_t tokens = std::min<int64_t>(3, count - t);
+        const Q* of_tokens[3] = {};
         for (int64_t k = 0; k < tokens; ++k) {
           const int64_t row = x.of_pair(places.pair(tile.first + t + k));
-          widen_row(x.row(row) + column, columns, of_x + k * COLUMNS);
-          if (mask.active()) mask.apply(of_x + k * COLUMNS, row * I + column, columns, e);
+          const S* from = dropped(mask, x.row(row) + column, row * I + column, columns, e,
+                                  of_x + k * COLUMNS, kept + k * COLUMNS);
+          if constexpr (P::direct) {
+            of_tokens[k] = from;
+          } else {
+            widen_row(from, columns, of_x + k * COLUMNS);
+            of_tokens[k] = of_x + k * COLUMNS;
+          }
         }
-        dot_tokens<BYTES>(tokens, of_x, COLUMNS, of_a, COLUMNS, columns, rank, sums + t * rank,
-                          rank);
+        if constexpr (P::direct) {
+          dot_tokens<BYTES>(tokens, of_tokens, a + column, I, columns, rank, sums + t * rank, rank);
+        } else {
+          dot_tokens<BYTES>(tokens, of_tokens, of_a, COLUMNS, columns, rank, sums + t * rank, rank);
+        }
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -119,10 +132,12 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
     torch::stable::parallel_for(
         0, int64_t(tiles.size()), grain(TILE * width * I), [&](int64_t begin, int64_t end) {
           std::vector<C> buffer(TILE * width + (width + 3) * COLUMNS);
+          std::vector<S> kept(mask.active() ? 3 * COLUMNS : 0);
           C* of_a = buffer.data() + TILE * width;
-          vectorised([&](auto bytes) {
+          vectorised([&](auto level) {
             for (int64_t n = begin; n < end; ++n) {
-              shrink.template tile<bytes()>(tiles[n], buffer.data(), of_a, of_a + width * COLUMNS);
+              shrink.template tile<decltype(level)>(tiles[n], buffer.data(), of_a,
+                                                    of_a + width * COLUMNS, kept.data());
             }
           });
         });
@@ -148,8 +163,9 @@ struct ShrinkBackward {
   C* dweights;
 
   // sums [TILE, w], of_b [COLUMNS, w], of_dy [TILE, COLUMNS], w the padded width.
-  template <int BYTES>
-  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_b, C* of_dy) const {
+  template <class Level, class Unit>
+  MOELORA_INLINE void tile(const Tile& tile, C* sums, Unit* of_b, Unit* of_dy) const {
+    using P = Operand<S, Level::pairs>;
     const int64_t E = blocks.experts();
     const int64_t i = tile.expert / E;
     const int64_t e = tile.expert % E;
@@ -157,17 +173,20 @@ struct ShrinkBackward {
     const int64_t columns = padded(rank);
     const int64_t count = tile.last - tile.first;
     std::fill_n(sums, TILE_BACKWARD * columns, C{0});
-    std::fill_n(of_b, COLUMNS_BACKWARD * columns, C{0});
+    std::fill_n(of_b, COLUMNS_BACKWARD * columns, Unit{0});
     for (int64_t first = 0; first < O[i]; first += COLUMNS_BACKWARD) {
       const int64_t steps = std::min(COLUMNS_BACKWARD, O[i] - first);
-      widen_rows(lora_b[i].row(first) + blocks.begin[e], lora_b[i].stride, steps, rank, of_b,
-                 columns);
+      for (int64_t o = 0; o < steps; o += P::PER) {
+        const S* of_row = lora_b[i].row(first + o) + blocks.begin[e];
+        P::across(of_row, o + 1 < steps ? of_row + lora_b[i].stride : nullptr, rank,
+                  of_b + o / P::PER * columns);
+      }
       for (int64_t t = 0; t < count; ++t) {
         const int64_t row = dy[i].of_pair(places.pair(tile.first + t));
-        widen_row(dy[i].row(row) + first, steps, of_dy + t * COLUMNS_BACKWARD);
+        P::along(dy[i].row(row) + first, steps, of_dy + t * COLUMNS_BACKWARD);
       }
-      panel<BYTES>(padded(count), columns, Factors<C>{of_dy, COLUMNS_BACKWARD, 1}, of_b, columns,
-                   steps, sums, columns);
+      panel<Level{}()>(padded(count), columns, Factors<Unit>{of_dy, COLUMNS_BACKWARD, 1}, of_b,
+                       columns, P::units(steps), sums, columns);
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t place = tile.first + t;
@@ -249,11 +268,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
         [&](int64_t begin, int64_t end) {
           std::vector<C> buffer((TILE_BACKWARD + COLUMNS_BACKWARD) * w +
                                 TILE_BACKWARD * COLUMNS_BACKWARD);
-          C* of_b = buffer.data() + TILE_BACKWARD * w;
-          vectorised([&](auto bytes) {
+          vectorised([&](auto level) {
+            using Unit = typename Operand<S, decltype(level)::pairs>::Unit;
+            auto* of_b = reinterpret_cast<Unit*>(buffer.data() + TILE_BACKWARD * w);
             for (int64_t n = begin; n < end; ++n) {
-              shrink.template tile<bytes()>(tiles[n], buffer.data(), of_b,
-                                            of_b + COLUMNS_BACKWARD * w);
+              shrink.template tile<decltype(level)>(tiles[n], buffer.data(), of_b,
+                                                    of_b + COLUMNS_BACKWARD * w);
             }
           });
         });

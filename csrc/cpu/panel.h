@@ -42,31 +42,89 @@ MOELORA_INLINE C sum_lanes(const V& vector) {
   }
 }
 
-// sums[t, row] += <x[t], weight[row]> for TOKENS x ROWS pairs, all in registers.
-template <int BYTES, int TOKENS, int ROWS, class C>
-MOELORA_INLINE void dot_block(const C* x, int64_t x_stride, const C* weight, int64_t weight_stride,
+// sum += left * right, lane by lane.
+template <class V>
+MOELORA_INLINE void multiply_add(V& sum, const V& left, const V& right) {
+  sum += left * right;
+}
+
+#if MOELORA_X86
+// The same for bfloat16 pairs, one pair to a lane of 32 bits: both products are added to its sum.
+MOELORA_INLINE void multiply_add(Vector<float, 64>::type& sum,
+                                 const Vector<uint32_t, 64>::type& left,
+                                 const Vector<uint32_t, 64>::type& right) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+}
+#endif
+
+// How numbers of type S enter a product: widened, or as pairs of bfloat16 where `PAIRS` has them.
+// A unit holds what one lane multiplies: PER neighbours in the direction that is summed over.
+template <class S, bool PAIRS>
+struct Operand {
+  static constexpr bool pairs = PAIRS && std::is_same_v<S, BFloat16>;
+  static constexpr int64_t PER = pairs ? 2 : 1;
+  using Unit = std::conditional_t<pairs, uint32_t, Compute<S>>;
+  // Whether rows of S can be read as they are by `dot_tokens`, and what it reads.
+  static constexpr bool direct = pairs || std::is_same_v<S, Compute<S>>;
+  using Element = std::conditional_t<pairs, S, Compute<S>>;
+
+  static constexpr int64_t units(int64_t count) { return (count + PER - 1) / PER; }
+
+  // A row whose own elements are summed over.
+  static MOELORA_INLINE void along(const S* from, int64_t count, Unit* to) {
+    if constexpr (pairs) {
+      std::memcpy(to, from, count / 2 * sizeof(Unit));
+      if (count % 2) to[count / 2] = from[count - 1].x;
+    } else {
+      widen_row(from, count, to);
+    }
+  }
+
+  // Up to PER rows that are summed over, side by side; a missing second row is zero.
+  static MOELORA_INLINE void across(const S* first, const S* second, int64_t count, Unit* to) {
+    if constexpr (pairs) {
+      if (second == nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) to[j] = first[j].x;
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          to[j] = uint32_t{first[j].x} | uint32_t{second[j].x} << 16;
+        }
+      }
+    } else {
+      widen_row(first, count, to);
+    }
+  }
+};
+
+// sums[t, row] += <x[t], weight[row]> for TOKENS x ROWS pairs, all in registers. Q is a compute
+// dtype, or BFloat16 where its pairs can be multiplied.
+template <int BYTES, int TOKENS, int ROWS, class Q, class C>
+MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight_stride,
                               int64_t count, C* sums, int64_t sums_stride) {
   using V = typename Vector<C, BYTES>::type;
-  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  using U = typename Vector<std::conditional_t<std::is_same_v<Q, C>, C, uint32_t>, BYTES>::type;
+  constexpr int64_t ELEMENTS = BYTES / sizeof(Q);
   V sum[TOKENS][ROWS];
   for (int t = 0; t < TOKENS; ++t) {
     for (int row = 0; row < ROWS; ++row) sum[t][row] = V{};
   }
   int64_t j = 0;
-  for (; j + LANES <= count; j += LANES) {
-    V of_x[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) load(of_x[t], x + t * x_stride + j);
+  for (; j + ELEMENTS <= count; j += ELEMENTS) {
+    U of_x[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) load(of_x[t], x[t] + j);
     for (int row = 0; row < ROWS; ++row) {
-      V of_weight;
+      U of_weight;
       load(of_weight, weight + row * weight_stride + j);
-      for (int t = 0; t < TOKENS; ++t) sum[t][row] += of_x[t] * of_weight;
+      for (int t = 0; t < TOKENS; ++t) multiply_add(sum[t][row], of_x[t], of_weight);
     }
   }
   for (int t = 0; t < TOKENS; ++t) {
     for (int row = 0; row < ROWS; ++row) {
       C total = sum_lanes<C, BYTES>(sum[t][row]);
       for (int64_t rest = j; rest < count; ++rest) {
-        total += x[t * x_stride + rest] * weight[row * weight_stride + rest];
+        total += widen(x[t][rest]) * widen(weight[row * weight_stride + rest]);
       }
       sums[t * sums_stride + row] += total;
     }
@@ -74,64 +132,67 @@ MOELORA_INLINE void dot_block(const C* x, int64_t x_stride, const C* weight, int
 }
 
 // sums[t, row] += <x[t], weight[row]> for TOKENS tokens and N rows.
-template <int BYTES, int TOKENS, class C>
-MOELORA_INLINE void dot_rows(const C* x, int64_t x_stride, const C* weight, int64_t weight_stride,
+template <int BYTES, int TOKENS, class Q, class C>
+MOELORA_INLINE void dot_rows(const Q* const* x, const Q* weight, int64_t weight_stride,
                              int64_t count, int64_t N, C* sums, int64_t sums_stride) {
   // 3 x 8 sums fill the 32 registers of AVX-512, 3 x 4 the 16 of everything narrower.
   constexpr int ROWS = BYTES == 64 ? 8 : 4;
   int64_t row = 0;
   for (; row + ROWS <= N; row += ROWS) {
-    dot_block<BYTES, TOKENS, ROWS>(x, x_stride, weight + row * weight_stride, weight_stride, count,
+    dot_block<BYTES, TOKENS, ROWS>(x, weight + row * weight_stride, weight_stride, count,
                                    sums + row, sums_stride);
   }
   for (; row + 2 <= N; row += 2) {
-    dot_block<BYTES, TOKENS, 2>(x, x_stride, weight + row * weight_stride, weight_stride, count,
-                                sums + row, sums_stride);
+    dot_block<BYTES, TOKENS, 2>(x, weight + row * weight_stride, weight_stride, count, sums + row,
+                                sums_stride);
   }
   for (; row < N; ++row) {
-    dot_block<BYTES, TOKENS, 1>(x, x_stride, weight + row * weight_stride, weight_stride, count,
-                                sums + row, sums_stride);
+    dot_block<BYTES, TOKENS, 1>(x, weight + row * weight_stride, weight_stride, count, sums + row,
+                                sums_stride);
   }
 }
 
-// `dot_rows` for any number of tokens.
-template <int BYTES, class C>
-MOELORA_INLINE void dot_tokens(int64_t tokens, const C* x, int64_t x_stride, const C* weight,
+// `dot_rows` for up to three tokens.
+template <int BYTES, class Q, class C>
+MOELORA_INLINE void dot_tokens(int64_t tokens, const Q* const* x, const Q* weight,
                                int64_t weight_stride, int64_t count, int64_t N, C* sums,
                                int64_t sums_stride) {
   if (tokens == 3) {
-    dot_rows<BYTES, 3>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 3>(x, weight, weight_stride, count, N, sums, sums_stride);
   } else if (tokens == 2) {
-    dot_rows<BYTES, 2>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 2>(x, weight, weight_stride, count, N, sums, sums_stride);
   } else if (tokens == 1) {
-    dot_rows<BYTES, 1>(x, x_stride, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 1>(x, weight, weight_stride, count, N, sums, sums_stride);
   }
 }
 
-// A matrix that is read one number at a time: element (row, step) at data[row * row_ + step * step_].
-template <class C>
+// A matrix that is read one unit at a time: (row, step) at data[row * row_ + step * step_].
+template <class Unit>
 struct Factors {
-  const C* data;
+  const Unit* data;
   int64_t row;
   int64_t step;
 };
 
 // out[row, column] += sum_n left(row, n) * right[n, column] for ROWS x VECTORS vectors.
-template <int BYTES, int ROWS, int VECTORS, class C>
-MOELORA_INLINE void panel_block(const Factors<C>& left, const C* right, int64_t right_stride,
+template <int BYTES, int ROWS, int VECTORS, class Unit, class C>
+MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, int64_t right_stride,
                                 int64_t steps, C* out, int64_t out_stride) {
   using V = typename Vector<C, BYTES>::type;
+  using U = typename Vector<Unit, BYTES>::type;
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  static_assert(sizeof(Unit) == sizeof(C));
   V sum[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row) {
     for (int v = 0; v < VECTORS; ++v) load(sum[row][v], out + row * out_stride + v * LANES);
   }
   for (int64_t n = 0; n < steps; ++n) {
-    V of_right[VECTORS];
+    U of_right[VECTORS];
     for (int v = 0; v < VECTORS; ++v) load(of_right[v], right + n * right_stride + v * LANES);
-    const C* factor = left.data + n * left.step;
+    const Unit* factor = left.data + n * left.step;
     for (int row = 0; row < ROWS; ++row) {
-      for (int v = 0; v < VECTORS; ++v) sum[row][v] += factor[row * left.row] * of_right[v];
+      const U of_left = U{} + factor[row * left.row];
+      for (int v = 0; v < VECTORS; ++v) multiply_add(sum[row][v], of_left, of_right[v]);
     }
   }
   for (int row = 0; row < ROWS; ++row) {
@@ -139,22 +200,23 @@ MOELORA_INLINE void panel_block(const Factors<C>& left, const C* right, int64_t 
   }
 }
 
-template <int BYTES, int VECTORS, class C>
-MOELORA_INLINE void panel_rows(int64_t rows, const Factors<C>& left, const C* right,
+template <int BYTES, int VECTORS, class Unit, class C>
+MOELORA_INLINE void panel_rows(int64_t rows, const Factors<Unit>& left, const Unit* right,
                                int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
   constexpr int SUMS = BYTES == 64 ? 16 : 8;
   constexpr int ROWS = SUMS / VECTORS;
   for (int64_t row = 0; row < rows; row += ROWS) {
-    const Factors<C> of_rows{left.data + row * left.row, left.row, left.step};
+    const Factors<Unit> of_rows{left.data + row * left.row, left.row, left.step};
     panel_block<BYTES, ROWS, VECTORS>(of_rows, right, right_stride, steps, out + row * out_stride,
                                       out_stride);
   }
 }
 
 // out[row, column] += sum_n left(row, n) * right[n, column]; rows and columns multiples of PANEL.
-template <int BYTES, class C>
-MOELORA_INLINE void panel(int64_t rows, int64_t columns, const Factors<C>& left, const C* right,
-                          int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
+template <int BYTES, class Unit, class C>
+MOELORA_INLINE void panel(int64_t rows, int64_t columns, const Factors<Unit>& left,
+                          const Unit* right, int64_t right_stride, int64_t steps, C* out,
+                          int64_t out_stride) {
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
   int64_t column = 0;
   if constexpr (BYTES == 64) {

@@ -33,7 +33,8 @@ MOELORA_INLINE void logits_kernel(const S* x, const C* weight, int64_t begin, in
         const int64_t tokens = std::min<int64_t>(TOKENS, tile_end - t);
         widen_rows(x + t * I + column, I, tokens, count, widened, COLUMNS);
         C* to = logits + t * N;
-        dot_tokens<BYTES>(tokens, widened, COLUMNS, weight + column, I, count, N, to, N);
+        const C* of_tokens[TOKENS] = {widened, widened + COLUMNS, widened + 2 * COLUMNS};
+        dot_tokens<BYTES>(tokens, of_tokens, weight + column, I, count, N, to, N);
       }
     }
   }

@@ -14,6 +14,7 @@ Level detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Level::avx512bf16;
   return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::portable;
 #else
   return Level::portable;
@@ -22,11 +23,11 @@ Level detect() {
 
 Level allowed() {
   const char* asked = std::getenv("MOELORA_SIMD");
-  if (asked == nullptr) return Level::avx512;
-  for (Level level : {Level::portable, Level::avx2, Level::avx512}) {
+  if (asked == nullptr) return Level::avx512bf16;
+  for (Level level : {Level::portable, Level::avx2, Level::avx512, Level::avx512bf16}) {
     if (std::strcmp(asked, simd_level_name(level)) == 0) return level;
   }
-  return Level::avx512;
+  return Level::avx512bf16;
 }
 
 }  // namespace
@@ -38,6 +39,8 @@ Level simd_level() {
 
 const char* simd_level_name(Level level) {
   switch (level) {
+    case Level::avx512bf16:
+      return "avx512bf16";
     case Level::avx512:
       return "avx512";
     case Level::avx2:

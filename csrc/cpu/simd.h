@@ -15,11 +15,17 @@
 #include "check.h"
 
 #define MOELORA_INLINE inline __attribute__((always_inline))
+// The same for a lambda, after its parameters.
+#define MOELORA_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__)
 #define MOELORA_X86 1
 #define MOELORA_AVX2 \
   __attribute__((target("avx2,fma,bmi,bmi2,prefer-vector-width=256"), flatten, noinline))
+#define MOELORA_AVX512_BF16                                                                 \
+  __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2," \
+                        "prefer-vector-width=512"),                                         \
+                 flatten, noinline))
 #define MOELORA_AVX512                                                          \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2," \
                         "prefer-vector-width=512"),                             \
@@ -28,6 +34,7 @@
 #define MOELORA_X86 0
 #define MOELORA_AVX2
 #define MOELORA_AVX512
+#define MOELORA_AVX512_BF16
 #endif
 
 namespace moelora {
@@ -35,14 +42,23 @@ namespace moelora {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
-enum class Level : int { portable, avx2, avx512 };
+enum class Level : int { portable, avx2, avx512, avx512bf16 };
 
 // The level of this process: what the processor has, or less where MOELORA_SIMD asks for less.
 Level simd_level();
 const char* simd_level_name(Level level);
 
-template <int BYTES>
-using Width = std::integral_constant<int, BYTES>;
+// The width of vectors, and whether there are sums of products of bfloat16 pairs.
+template <int BYTES, bool PAIRS = false>
+struct Width {
+  static constexpr bool pairs = PAIRS;
+  constexpr int operator()() const { return BYTES; }
+};
+
+template <class Function>
+MOELORA_AVX512_BF16 void on_avx512bf16(const Function& function) {
+  function(Width<64, true>{});
+}
 
 template <class Function>
 MOELORA_AVX512 void on_avx512(const Function& function) {
@@ -58,6 +74,8 @@ template <class Function>
 void vectorised(const Function& function) {
 #if MOELORA_X86
   switch (simd_level()) {
+    case Level::avx512bf16:
+      return on_avx512bf16(function);
     case Level::avx512:
       return on_avx512(function);
     case Level::avx2:
