@@ -58,24 +58,24 @@ def start_from_svd(
             "original linear"
         )
     experts = config.num_experts
-    ranks = torch.tensor(config.ranks()[:experts])
+    ranks = config.ranks()[:experts]
     length = min(weight.shape) // experts
-    if ranks.max() > length:
+    if max(ranks) > length:
         raise ValueError(
             f"rank: init='svd_segments' has min(I, O) // E = {length} singular values for each "
-            f"expert of a weight {[*weight.shape]}, got rank {ranks.max()}"
+            f"expert of a weight {[*weight.shape]}, got rank {max(ranks)}"
         )
     if weight.is_meta:
         return base
 
     with torch.no_grad():
         left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-        index = torch.cat([e * length + torch.arange(r) for e, r in enumerate(ranks.tolist())])
-        index = index.to(weight.device)
-        scales = torch.tensor(config.scales(base.in_features)[:experts], dtype=torch.float64)
-        scales = scales.repeat_interleave(ranks).to(weight.device)
+        chosen = [e * length + i for e, rank in enumerate(ranks) for i in range(rank)]
+        index = torch.tensor(chosen, device=weight.device)
+        factors = zip(config.scales(base.in_features), ranks, strict=False)
+        scales = values.new_tensor([factor for factor, rank in factors for _ in range(rank)])
         root = (values[index] / (scales * (config.svd_rho or RHO))).sqrt()
-        own_a, own_b = lora_a[: index.numel()], lora_b[:, : index.numel()]
+        own_a, own_b = lora_a[: len(chosen)], lora_b[:, : len(chosen)]
         own_a.copy_(root[:, None] * right[index])
         own_b.copy_(left[:, index] * root)
         # From A and B as they are stored: what their dtype rounds off is not taken from the base.
