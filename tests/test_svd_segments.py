@@ -251,7 +251,13 @@ def hooked():
     return base
 
 
-@pytest.mark.parametrize("base", (Quantised, lambda: Subclass(IN, OUT), hooked))
+def float8():
+    base = linear()
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return base
+
+
+@pytest.mark.parametrize("base", (Quantised, float8, lambda: Subclass(IN, OUT), hooked))
 def test_a_base_that_cannot_be_reduced_is_refused(base):
     """A quantised weight minus a delta is no quantised weight: not silently, and by name."""
     with pytest.raises(ValueError, match=r"^init: 'svd_segments' .* plain nn.Linear"):

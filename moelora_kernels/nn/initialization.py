@@ -47,7 +47,9 @@ def start_from_svd(
     Source: arXiv 2502.16894 (GOAT).
     """
     weight = base.weight if is_plain_linear(base) else None
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    is_dense = type(weight) in (nn.Parameter, Tensor)
+    # A float of one byte is a quantised weight: it has no room for a small difference.
+    if not (is_dense and weight.is_floating_point() and weight.itemsize > 1):
         raise ValueError(
             "init: 'svd_segments' changes the base's weight, so it needs a plain nn.Linear with a "
             f"dense float weight, got {type(base)} with {type(getattr(base, 'weight', None))}"
