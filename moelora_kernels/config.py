@@ -13,17 +13,17 @@ from moelora_kernels import formulation
 from moelora_kernels.presets import PRESETS
 
 ROUTERS = ("linear", "mlp", "task", "external")
-AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001}
+AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001, "entropy": 0.01}
 
 _VALUES = {
     "granularity": ("token", "sequence", "task"),
     "score": ("softmax", "sigmoid", "identity"),
-    "select": ("all", "topk", "topp", "threshold"),
+    "select": ("all", "topk", "topp", "threshold", "learned_threshold"),
     "normalize": ("none", "sum", "softmax"),
     "share": ("none", "A"),
     "shared_expert": ("none", "always", "complement"),
     "dropout_mask": ("shared", "per_expert"),
-    "init": ("kaiming", "normal"),
+    "init": ("kaiming", "normal", "svd_segments"),
     "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 
@@ -38,11 +38,15 @@ class MoeLoraConfig:
         num_experts: E.
         rank: r of every expert, or E ranks; R is their sum.
         alpha, scaling: the factor of the adapter: "alpha/r" (r of each expert), "alpha/R",
-            "alpha/sqrt(r)" (rsLoRA), or explicit: one number, or E of them.
+            "alpha/sqrt(r)" (rsLoRA), "sqrt(3*alpha*I/r)" (GOAT, alpha its ratio eta of learning
+            rates, I in_features), or explicit: one number, or E of them.
         share: "A" gives all experts one A (and E blocks of B), as HydraLoRA does.
         shared_expert: an expert more, of rank `shared_rank` (None: the first expert's), that
             every token uses: "always" with weight 1, "complement" with 1 - max(gate).
-        init: of A: "kaiming" (uniform in +-1/sqrt(I)) or "normal" (standard deviation 0.01).
+        init: of A: "kaiming" (uniform in +-1/sqrt(I)) or "normal" (standard deviation 0.01), with
+            B zero; or "svd_segments": A and B of expert e from segment e of the base's singular
+            values, divided by `svd_rho` (None: 10), and the base reduced by their mean, see
+            `nn.initialization`. Then the mean over balanced routings is the base at the start.
         adapter_dtype: of A, B and router; None is the base's (float32 where that is not a float).
 
     Gate
@@ -57,12 +61,18 @@ class MoeLoraConfig:
         score, temperature, noise: "softmax", "sigmoid" or "identity" of logits / temperature; in
             training, noise * N(0, 1) is added to the logits first.
         select: "all", "topk" (implied by top_k), "topp" (fewest experts whose scores reach top_p of
-            the total), "threshold" (scores of at least `threshold`).
+            the total), "threshold" (scores of at least `threshold`), "learned_threshold" (scores
+            less tau = max_threshold * sigmoid(w x + b) of the token, where that is not negative;
+            max_threshold None is 1/E).
+        keep_min: for "topp" and "threshold": the experts of a token that are kept in any case.
+        entropy_threshold: a token keeps all experts where the entropy of softmax(logits /
+            temperature), divided by its largest value, is above it.
+        entropy_index: q of the entropy, 1 for Shannon's, else Tsallis' (1 - sum p^q) / (q - 1).
         normalize: the kept scores as they are ("none"), divided by their "sum", or their "softmax".
 
     Training
         dropout, dropout_mask: on x on the way into A; one mask ("shared") or one "per_expert".
-        aux: auxiliary losses by name with their weights: "load_balance", "z".
+        aux: auxiliary losses by name with their weights: "load_balance", "z", "entropy".
         impl: the formulation; "auto" may choose, any other works or raises.
 
     Raises ValueError or TypeError that names the option, what was given and what is expected.
@@ -76,6 +86,7 @@ class MoeLoraConfig:
     shared_expert: str = "none"
     shared_rank: int | None = None
     init: str = "kaiming"
+    svd_rho: float | None = None
     adapter_dtype: str | None = None
     router: str | nn.Module | None = "linear"
     router_bias: bool = False
@@ -90,6 +101,10 @@ class MoeLoraConfig:
     top_k: int | None = None
     top_p: float | None = None
     threshold: float | None = None
+    max_threshold: float | None = None
+    keep_min: int | None = None
+    entropy_threshold: float | None = None
+    entropy_index: float = 1.0
     normalize: str = "sum"
     dropout: float = 0.0
     dropout_mask: str = "shared"
@@ -179,13 +194,13 @@ class MoeLoraConfig:
             raise ValueError(f"rank: expected {self.num_experts} ranks, got {len(self.rank)}")
         if self.shared_rank is not None:
             _whole("shared_rank", self.shared_rank)
-        for name in ("alpha", "dropout", "temperature", "noise"):
+        for name in ("alpha", "dropout", "noise"):
             _finite(name, getattr(self, name))
-        self.scales()
+        # The scales of any size; that of the layer is not known yet.
+        self.scales(in_features=1)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        _above_zero("temperature", self.temperature)
         if self.noise < 0:
             raise ValueError(f"noise: expected a number from 0, got {self.noise}")
         if self.router in (None, "external"):
@@ -228,6 +243,70 @@ class MoeLoraConfig:
                 raise ValueError("dropout_mask: 'per_expert' does not go with share='A'")
         if dict(self.aux).get("load_balance") and self.select == "all":
             raise ValueError("aux: 'load_balance' is constant where every expert is selected")
+        self._check_selection()
+        self._check_svd_segments()
+
+    def _check_selection(self) -> None:
+        """The options of a selection that differs from token to token."""
+        if self.select == "learned_threshold":
+            if self.router == "task":
+                raise ValueError("select: 'learned_threshold' reads x, router='task' does not")
+            if self.normalize == "softmax":
+                raise ValueError(
+                    "normalize: 'softmax' cancels a learned threshold; use 'sum' or 'none'"
+                )
+        if self.max_threshold is not None:
+            _above_zero("max_threshold", self.max_threshold)
+            self._goes_with("max_threshold", "select", ("learned_threshold",))
+        if self.keep_min is not None:
+            _whole("keep_min", self.keep_min)
+            if self.keep_min > self.num_experts:
+                raise ValueError(
+                    f"keep_min: expected 1 to num_experts = {self.num_experts}, got {self.keep_min}"
+                )
+            self._goes_with("keep_min", "select", ("topp", "threshold"))
+        _above_zero("entropy_index", self.entropy_index)
+        if self.entropy_threshold is not None:
+            _finite("entropy_threshold", self.entropy_threshold)
+            if not 0.0 <= self.entropy_threshold < 1.0:
+                raise ValueError(
+                    f"entropy_threshold: expected a share of the largest entropy, in [0, 1), "
+                    f"got {self.entropy_threshold}"
+                )
+            self._goes_with("entropy_threshold", "select", ("topk", "topp", "threshold"))
+        by_entropy = {
+            "entropy_threshold": self.entropy_threshold is not None,
+            "aux": "entropy" in dict(self.aux),
+        }
+        for name, used in by_entropy.items():
+            if used and self.num_experts == 1:
+                raise ValueError(f"{name}: the entropy of one expert is always 0")
+        if not any(by_entropy.values()) and self.entropy_index != 1.0:
+            raise ValueError("entropy_index: goes with entropy_threshold or aux='entropy'")
+
+    def _check_svd_segments(self) -> None:
+        if self.svd_rho is not None:
+            _above_zero("svd_rho", self.svd_rho)
+            self._goes_with("svd_rho", "init", ("svd_segments",))
+        if self.init != "svd_segments":
+            return
+        if self.share == "A":
+            raise ValueError("init: 'svd_segments' gives each expert an A; share='A' has one")
+        if not min(self.scales(in_features=1)) > 0:
+            raise ValueError(f"scaling: init='svd_segments' divides by it, got {self.scaling!r}")
+        sums_to_one = self.normalize != "none" or (self.score, self.select) == ("softmax", "all")
+        if self.router == "external" or not (self.router is None or sums_to_one):
+            raise ValueError(
+                "init: 'svd_segments' reduces the base by the mean over experts, which takes gates "
+                "that sum to 1: normalize='sum' or 'softmax', and a router of the layer"
+            )
+
+    def _goes_with(self, option: str, other: str, values: tuple[str, ...]) -> None:
+        if getattr(self, other) not in values:
+            raise ValueError(
+                f"{option}: goes with {other} {' or '.join(map(repr, values))}, "
+                f"got {other}={getattr(self, other)!r}"
+            )
 
     def ranks(self) -> tuple[int, ...]:
         """Rank of each expert, the shared expert last."""
@@ -236,8 +315,8 @@ class MoeLoraConfig:
             return ranks
         return (*ranks, self.shared_rank or ranks[0])
 
-    def scales(self) -> tuple[float, ...]:
-        """Factor of each expert's output, the shared expert last."""
+    def scales(self, in_features: int | None = None) -> tuple[float, ...]:
+        """Factor of each expert's output, the shared expert last; some rules need in_features."""
         ranks = self.ranks()
         if isinstance(self.scaling, tuple):
             for factor in self.scaling:
@@ -253,12 +332,19 @@ class MoeLoraConfig:
             "alpha/R": [self.alpha / sum(ranks)] * len(ranks),
             "alpha/sqrt(r)": [self.alpha / math.sqrt(rank) for rank in ranks],
         }
-        _one_of("scaling", self.scaling, tuple(factors))
-        return tuple(factors[self.scaling])
+        by_width = "sqrt(3*alpha*I/r)"
+        _one_of("scaling", self.scaling, (*factors, by_width))
+        if self.scaling != by_width:
+            return tuple(factors[self.scaling])
+        if in_features is None:
+            raise ValueError(f"scaling: {by_width!r} differs from layer to layer: give in_features")
+        if self.alpha < 0:
+            raise ValueError(f"alpha: scaling={by_width!r} takes its root, got {self.alpha}")
+        return tuple(math.sqrt(3 * self.alpha * in_features / rank) for rank in ranks)
 
     def renormalizes(self) -> bool | None:
         """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""
-        if self.select not in ("all", "topk"):
+        if self.select not in ("all", "topk") or self.entropy_threshold is not None:
             return None
         if self.score == "softmax" and self.normalize in ("none", "sum"):
             return self.normalize == "sum" or self.select == "all"
@@ -274,6 +360,12 @@ def _one_of(name: str, value: Any, values: tuple) -> None:
 def _whole(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+
+
+def _above_zero(name: str, value: Any) -> None:
+    _finite(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
 
 
 def _finite(name: str, value: Any) -> None:

@@ -70,4 +70,79 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
+    # MOLE, the fixed top-k rival in AdaMoLE's code (arXiv 2405.00361): MoLA's gate, and the total
+    # rank of 32 split over the experts.
+    "mole": {
+        "num_experts": 8,
+        "rank": 4,
+        "alpha": 16.0,
+        "router": "linear",
+        "top_k": 2,
+        "normalize": "sum",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"load_balance": 0.001},
+    },
+    # AdaMoLE (arXiv 2405.00361): probabilities less a threshold that each token learns, at most
+    # 1/E, so that the number of experts differs from token to token.
+    "adamole": {
+        "num_experts": 8,
+        "rank": 4,
+        "alpha": 16.0,
+        "router": "linear",
+        "select": "learned_threshold",
+        "normalize": "sum",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"load_balance": 0.001},
+    },
+    # DynMoLE (arXiv 2504.00661): the experts that make up 0.75 of the probability, at least two,
+    # and all where the Tsallis entropy is high; not renormalised. Its code leaves out the expert
+    # that crosses 0.75 and adds 1e-5 to each probability before it takes the entropy; here top-p
+    # keeps that expert, and nothing is added.
+    "dynmole": {
+        "num_experts": 6,
+        "rank": 24,
+        "alpha": 48.0,
+        "router": "linear",
+        "select": "topp",
+        "top_p": 0.75,
+        "keep_min": 2,
+        "entropy_threshold": 0.9,
+        "entropy_index": 1.1,
+        "normalize": "none",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"entropy": 0.01, "load_balance": 0.001},
+    },
+    # GOAT (arXiv 2502.16894): MoLA's gate over experts that start as segments of the base's
+    # singular values; the total rank of 32 split over them, alpha is its eta.
+    "goat": {
+        "num_experts": 8,
+        "rank": 4,
+        "alpha": 1.0,
+        "scaling": "sqrt(3*alpha*I/r)",
+        "init": "svd_segments",
+        "router": "linear",
+        "top_k": 2,
+        "normalize": "sum",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"load_balance": 0.001},
+    },
+    # MoCLE (arXiv 2312.12379): per instruction, the most probable expert of its cluster by the
+    # cluster's embedding, and a universal expert with the rest of the weight. Its code multiplies
+    # the expert by its probability twice; this is the paper's formula, once.
+    "mocle": {
+        "num_experts": 4,
+        "rank": 8,
+        "alpha": 16.0,
+        "router": "task",
+        "num_tasks": 64,
+        "temperature": 0.05,
+        "noise": 0.1,
+        "top_k": 1,
+        "normalize": "none",
+        "shared_expert": "complement",
+    },
 }

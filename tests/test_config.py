@@ -70,6 +70,38 @@ BAD = [
     ("threshold", dict(select="threshold")),
     ("threshold", dict(threshold=0.1)),
     ("threshold", dict(select="threshold", threshold=math.nan)),
+    ("max_threshold", dict(select="learned_threshold", max_threshold=0.0)),
+    ("max_threshold", dict(select="learned_threshold", max_threshold=math.inf)),
+    ("max_threshold", dict(select="threshold", threshold=0.1, max_threshold=0.5)),
+    ("threshold", dict(select="learned_threshold", threshold=0.1)),
+    # A task has no x to learn a threshold from, and a softmax of differences has none in it.
+    ("select", dict(select="learned_threshold", router="task", num_tasks=2)),
+    ("select", dict(select="learned_threshold", router="external")),
+    ("normalize", dict(select="learned_threshold", normalize="softmax")),
+    ("keep_min", dict(select="topp", top_p=0.5, keep_min=0)),
+    ("keep_min", dict(select="topp", top_p=0.5, keep_min=9)),
+    ("keep_min", dict(top_k=2, keep_min=2)),
+    ("keep_min", dict(select="learned_threshold", keep_min=2)),
+    ("entropy_threshold", dict(top_k=2, entropy_threshold=1.0)),
+    ("entropy_threshold", dict(top_k=2, entropy_threshold=-0.1)),
+    ("entropy_threshold", dict(top_k=2, entropy_threshold=math.nan)),
+    ("entropy_threshold", dict(entropy_threshold=0.9)),
+    ("entropy_threshold", dict(select="learned_threshold", entropy_threshold=0.9)),
+    ("entropy_threshold", dict(num_experts=1, top_k=1, entropy_threshold=0.9)),
+    ("entropy_index", dict(top_k=2, entropy_threshold=0.9, entropy_index=0.0)),
+    ("entropy_index", dict(entropy_index=1.1)),
+    ("aux", dict(num_experts=1, aux="entropy")),
+    ("aux", dict(router="external", aux="entropy")),
+    ("svd_rho", dict(svd_rho=10.0)),
+    ("svd_rho", dict(init="svd_segments", svd_rho=0.0)),
+    ("init", dict(init="svd_segments", share="A")),
+    # Segments are taken out of the base by the mean gate, which only gates that sum to 1 have.
+    ("init", dict(init="svd_segments", router="external")),
+    ("init", dict(init="svd_segments", score="sigmoid", normalize="none")),
+    ("init", dict(init="svd_segments", top_k=2, normalize="none")),
+    ("scaling", dict(init="svd_segments", scaling=0.0)),
+    ("scaling", dict(init="svd_segments", alpha=-1.0)),
+    ("alpha", dict(scaling="sqrt(3*alpha*I/r)", alpha=-1.0)),
     ("normalize", dict(normalize="max")),
     ("normalize", dict(score="identity", normalize="sum")),
     # Gates that are given are used as given: to select among them would silently do nothing.
@@ -149,6 +181,10 @@ def test_replace_settles_implied_values_anew():
     assert plain.replace(top_k=2).replace(top_k=None) == plain
     assert plain.replace(router="task", num_tasks=4).granularity == "task"
     assert plain.replace(router="task", num_tasks=4).replace(router="mlp").granularity == "token"
+    # The limit of a learned threshold is 1/E of the E there are, whatever they were before.
+    learned = MoeLoraConfig(num_experts=8, select="learned_threshold").replace(num_experts=4)
+    assert learned == MoeLoraConfig(num_experts=4, select="learned_threshold")
+    assert MoeLoraConfig.preset("adamole", select=None, top_k=2).select == "topk"
     sequence = MoeLoraConfig(granularity="sequence")
     assert sequence.replace(top_k=2).granularity == "sequence"
     layer = MoeLoraLinear(IN, OUT, config=plain, top_k=3)
@@ -160,6 +196,9 @@ CONFIGS = [MoeLoraConfig.preset(name) for name in PRESETS] + [
     MoeLoraConfig(select="topp", top_p=0.7, aux={"z": 0.2, "load_balance": 0.1}),
     MoeLoraConfig(select="threshold", threshold=0.1, score="sigmoid", noise=0.3, temperature=2.0),
     MoeLoraConfig(router="external", shared_expert="complement", shared_rank=2),
+    MoeLoraConfig(select="learned_threshold", max_threshold=0.3),
+    MoeLoraConfig(top_k=1, entropy_threshold=0.5, entropy_index=2.0, aux="entropy"),
+    MoeLoraConfig(init="svd_segments", svd_rho=3.0, select="topp", top_p=0.5, keep_min=2),
 ]
 
 
@@ -186,6 +225,11 @@ GATES = [
     for select in ("all", "topk", "topp", "threshold")
     for normalize in ("none", "sum", "softmax")
     if score != "identity" or (select != "topp" and normalize != "sum")
+] + [
+    (score, "learned_threshold", normalize)
+    for score in ("softmax", "sigmoid", "identity")
+    for normalize in ("none", "sum")
+    if score != "identity" or normalize == "none"
 ]
 
 
@@ -212,8 +256,22 @@ def combinations(draw):
     return options, draw(st.integers(0, 2**20))
 
 
+def is_uncertain(scaled, c):
+    """Whether the entropy of one token is above its threshold, of its largest value."""
+    p, q = scaled.softmax(0).tolist(), c.entropy_index
+    if q == 1:
+        entropy, largest = -sum(v * math.log(v) for v in p), math.log(EXPERTS)
+    else:
+        entropy, largest = ((1 - sum(v**q for v in of)) / (q - 1) for of in (p, [0.25] * EXPERTS))
+    return entropy > c.entropy_threshold * largest
+
+
 def gate_of(logits, c):
     """The gate of one token from its logits, rule by rule as the docstring of the config has it."""
+    if c.select == "learned_threshold":
+        *_, of_threshold = logits
+        logits = logits[:EXPERTS]
+        tau = (c.max_threshold or 1 / EXPERTS) / (1 + (-of_threshold).exp())
     scaled = logits / c.temperature
     scores = {
         "softmax": lambda: scaled.softmax(0),
@@ -227,11 +285,17 @@ def gate_of(logits, c):
         kept = order[: c.top_k]
     elif c.select == "threshold":
         kept = [e for e in order if scores[e] >= c.threshold]
+    elif c.select == "learned_threshold":
+        scores = scores - tau
+        kept = [e for e in order if scores[e] >= 0]
     else:
         kept, total = [], 0.0
         while total < c.top_p * scores.sum().item() and len(kept) < EXPERTS:
             kept.append(order[len(kept)])
             total += scores[kept[-1]].item()
+    kept = order[: max(len(kept), c.keep_min or 0)]
+    if c.entropy_threshold is not None and is_uncertain(scaled, c):
+        kept = order
     gate = torch.zeros(EXPERTS, dtype=logits.dtype)
     if kept:
         values = scores[kept]
@@ -246,14 +310,19 @@ def gate_of(logits, c):
 
 def logits_of(layer, x):
     """Router logits [B, S, E], from the router's parameters alone."""
-    c, router = layer.config, layer.router
+    c, router, beside = layer.config, layer.router, []
     source = x.mean(dim=1, keepdim=True).expand_as(x) if c.granularity == "sequence" else x
+    if c.select == "learned_threshold":
+        beside = [source @ router.threshold.weight.t() + router.threshold.bias]
+        router = router.gate
     if c.router == "linear":
         logits = source @ router.weight.t()
-        return logits if router.bias is None else logits + router.bias
+        logits = logits if router.bias is None else logits + router.bias
+        return torch.cat([logits, *beside], dim=-1)
     if c.router == "mlp":
         hidden = source @ router.fc1.weight.t() + router.fc1.bias
-        return (hidden * hidden.sigmoid()) @ router.fc2.weight.t() + router.fc2.bias
+        logits = (hidden * hidden.sigmoid()) @ router.fc2.weight.t() + router.fc2.bias
+        return torch.cat([logits, *beside], dim=-1)
     of_task = router.embedding.weight[router.task_ids] @ router.gate.weight.t()
     return of_task[:, None].expand(*x.shape[:2], -1)
 
@@ -287,9 +356,24 @@ def outputs_and_gradients(layer, x, dy, forward):
 # A threshold of 0.9 is one that no expert of a token, or only some, pass.
 LIMITS = {
     "all": [{}],
-    "topk": [dict(top_k=1), dict(top_k=2), dict(top_k=EXPERTS)],
-    "topp": [dict(top_p=0.3), dict(top_p=0.8), dict(top_p=1.0)],
-    "threshold": [dict(threshold=0.2), dict(threshold=0.9)],
+    "topk": [
+        dict(top_k=1),
+        dict(top_k=2),
+        dict(top_k=EXPERTS),
+        dict(top_k=1, entropy_threshold=0.5),
+    ],
+    "topp": [
+        dict(top_p=0.3),
+        dict(top_p=0.8),
+        dict(top_p=1.0),
+        dict(top_p=0.3, keep_min=2, entropy_threshold=0.5, entropy_index=1.7),
+    ],
+    "threshold": [
+        dict(threshold=0.2),
+        dict(threshold=0.9),
+        dict(threshold=0.9, keep_min=1, entropy_threshold=0.4),
+    ],
+    "learned_threshold": [{}, dict(max_threshold=0.9)],
 }
 RULES = [(*gate, limit) for gate in GATES for limit in LIMITS[gate[1]]]
 
@@ -300,6 +384,9 @@ RULES = [(*gate, limit) for gate in GATES for limit in LIMITS[gate[1]]]
 def test_any_combination_of_axes_is_its_formula(score, select, normalize, limit, combination):
     """The axes are meant to be orthogonal: no pair of options may meet in an untested branch."""
     options, seed = combination
+    if select == "learned_threshold" and options["router"] == "task":
+        # A task has no x to learn a threshold from.
+        options = {k: v for k, v in options.items() if "task" not in k} | {"router": "mlp"}
     options = dict(options, score=score, select=select, normalize=normalize, **limit)
     torch.manual_seed(seed)
     layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig(**options), dtype=torch.float64)

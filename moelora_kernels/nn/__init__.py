@@ -4,7 +4,7 @@ from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.model import adapter_parameters, replace_linears, set_tasks
 from moelora_kernels.nn.record import collect_aux_loss, record_routing
-from moelora_kernels.nn.routers import MlpRouter, TaskRouter
+from moelora_kernels.nn.routers import MlpRouter, TaskRouter, ThresholdRouter
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MoeLoraGroup",
     "MoeLoraLinear",
     "TaskRouter",
+    "ThresholdRouter",
     "adapter_parameters",
     "collect_aux_loss",
     "link_siblings",

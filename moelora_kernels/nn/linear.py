@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from moelora_kernels.autograd import Plan, Sibling
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, apply, dropout_seed, is_autocast
+from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
     build_router,
     gate_of_logits,
     is_plain_linear,
+    router_logits,
     rows_of_gates,
-    wide_linear,
 )
 
 
@@ -29,10 +30,10 @@ class MoeLoraLinear(nn.Module):
         y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
 
     Parameters: `lora_A` [R, I] (with share="A" [r, I]), `lora_B` [O, R], both expert-major and B
-    zero at the start, so that a new layer equals its base; `router` where the gate has one;
-    `base_layer` the frozen linear. Any callable module with in_features and out_features can be the
-    base: a plain dense nn.Linear in x's dtype is read, everything else (quantised, hooked, cast by
-    autocast) is called.
+    zero at the start, so that a new layer equals its base (but see `nn.initialization` for
+    init="svd_segments"); `router` where the gate has one; `base_layer` the frozen linear. Any
+    callable module with in_features and out_features can be the base: a plain dense nn.Linear in
+    x's dtype is read, everything else (quantised, hooked, cast by autocast) is called.
 
     A new layer, and an expert that a token is not routed to, add exactly nothing to its y, as long
     as A and B are finite: the products run over all experts, so a NaN or infinity in an expert's B
@@ -78,7 +79,7 @@ class MoeLoraLinear(nn.Module):
         ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
             ranks,
-            config.scales(),
+            config.scales(self.in_features),
             share_a=config.share == "A",
             renormalize=renormalize is not False,
             temperature=config.temperature,
@@ -106,7 +107,10 @@ class MoeLoraLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A anew and zero B; the router keeps its own initialisation."""
+        """Draw A anew and zero B; the router keeps its own initialisation.
+
+        With init="svd_segments" A and B come from the base, once: a second call raises.
+        """
         with torch.no_grad():
             if self.config.init == "normal":
                 self.lora_A.normal_(std=0.01)
@@ -114,6 +118,10 @@ class MoeLoraLinear(nn.Module):
                 bound = 1.0 / math.sqrt(self.in_features)
                 self.lora_A.uniform_(-bound, bound)
             self.lora_B.zero_()
+            if self.config.init == "svd_segments":
+                self.base_layer = start_from_svd(
+                    self.base_layer, self.config, self.lora_A, self.lora_B
+                )
 
     @property
     def weight(self) -> Tensor:
@@ -295,7 +303,10 @@ def _external(gates: Tensor | None, num_experts: int) -> Tensor:
 
 
 def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
-    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set."""
+    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set.
+
+    [G, E + 1] where the threshold is learned.
+    """
     config, router = layer.config, layer.router
     if config.router == "task":
         # One gate serves all layers of a model, also of one that is spread over devices.
@@ -305,16 +316,11 @@ def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
         sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
         # The mean of no positions is 0, not 0 / 0.
         source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
-    if is_plain_linear(router):
-        logits = wide_linear(source, router)
-    elif isinstance(router, nn.Linear):
-        logits = router(source.to(router.weight.dtype))
-    else:
-        logits = router(source)
-    if logits.shape != (source.shape[0], config.num_experts):
+    logits = router_logits(router, source)
+    columns = config.num_experts + (config.select == "learned_threshold")
+    if logits.shape != (source.shape[0], columns):
         raise ValueError(
-            f"router: expected logits [{source.shape[0]}, {config.num_experts}], "
-            f"got {[*logits.shape]}"
+            f"router: expected logits [{source.shape[0]}, {columns}], got {[*logits.shape]}"
         )
     return logits
 

@@ -76,16 +76,17 @@ def replace_linears(
             )
 
     shared = _task_router(model, config)
-    replaced: dict[nn.Module, MoeLoraLinear] = {}
+    # By id: a base that its layer does not keep must be free to go.
+    replaced: dict[int, MoeLoraLinear] = {}
     for name in chosen:
         parent_name, _, child = name.rpartition(".")
         module = model.get_submodule(name)
-        if module not in replaced:
-            layer = replaced[module] = MoeLoraLinear.from_linear(module, config)
+        if id(module) not in replaced:
+            layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
             if config.router == "task":
                 shared = shared or layer.router
                 layer.router = shared
-        setattr(model.get_submodule(parent_name), child, replaced[module])
+        setattr(model.get_submodule(parent_name), child, replaced[id(module)])
     return chosen
 
 

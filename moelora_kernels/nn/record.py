@@ -8,13 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.routers import normalized_entropy, split_threshold
+
 
 class RoutingRecord:
     """Weights, indices and logits of a layer's last forward.
 
     weights [T, K] with indices [T, K], or dense gates [G, E] with indices None; logits [G, E] in
-    float32, attached to the graph. A forward overwrites it; the one that activation checkpointing
-    repeats in backward does not. Copies of a layer start with an empty record.
+    float32 ([G, E + 1] with that of a learned threshold last), attached to the graph. A forward
+    overwrites it; the one that activation checkpointing repeats in backward does not. Copies of a
+    layer start with an empty record.
     """
 
     def __init__(self) -> None:
@@ -70,8 +73,10 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """The weighted sum of all auxiliary losses of the last forward; zero where there are none.
 
         load_balance = E sum_e f_e p_e      f_e the share of expert e in the routed (token, slot)
-                                            pairs, p_e the mean probability of e: 1 when balanced
+                                            pairs, p_e the mean probability of e (less tau where
+                                            the threshold is learned): 1 when balanced
         z            = mean (logsumexp logits)^2
+        entropy      = mean H(p) / max H        H of `entropy_index`: 0 when every token is certain
 
     Args:
         model: a model whose layers have `aux` in their config.
@@ -84,7 +89,8 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
             checkpointing runs it without: use use_reentrant=False).
         ValueError: the mask does not fit the tokens or gate rows.
 
-    Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z).
+    Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z), arXiv 2504.00661 (entropy),
+    arXiv 2405.00361 (load balance under a learned threshold).
     """
     losses = []
     for layer in layers_of(model):
@@ -111,6 +117,7 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
     """The weighted sum of one layer's auxiliary losses."""
     record, config = layer.record, layer.config
     logits = record.logits.to(torch.promote_types(record.logits.dtype, torch.float32))
+    logits, tau = split_threshold(logits, config)
     counts = torch.ones_like(logits[:, 0])
     if mask is not None:
         counts = _row_mask(mask, logits.shape[0], config.granularity).to(counts)
@@ -125,7 +132,13 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
         if name == "z":
             loss = loss + weight * mean(logits.logsumexp(dim=1, keepdim=True).square()).sum()
             continue
+        if name == "entropy":
+            entropy = normalized_entropy(logits / config.temperature, config.entropy_index)
+            loss = loss + weight * mean(entropy[:, None]).sum()
+            continue
         probabilities = (logits / config.temperature).softmax(dim=1)
+        if tau is not None:
+            probabilities = probabilities - tau
         share = mean(_routed(record, config.num_experts).to(counts.dtype))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +86,41 @@ class TaskRouter(nn.Module):
         return wide_linear(self.embedding(self.task_ids), self.gate)
 
 
+class ThresholdRouter(nn.Module):
+    """logits = (gate(x), w x + b): beside the gate's, the logit of the threshold of each token.
+
+    x [T, I] -> [T, E + 1]. The gate of AdaMoLE (arXiv 2405.00361); `split_threshold` takes the two
+    apart again. A gate that several layers share has a threshold of its own in each of them.
+    """
+
+    def __init__(self, gate, in_features, *, device=None, dtype=None):
+        super().__init__()
+        self.gate = gate
+        self.threshold = nn.Linear(in_features, 1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> logits [T, E + 1], that of the threshold last."""
+        return torch.cat([router_logits(self.gate, x), router_logits(self.threshold, x)], dim=1)
+
+
+def router_logits(router: nn.Module, x: Tensor) -> Tensor:
+    """The logits of any router that reads x; those of a linear one in float32."""
+    if is_plain_linear(router):
+        return wide_linear(x, router)
+    if isinstance(router, nn.Linear):
+        return router(x.to(router.weight.dtype))
+    return router(x)
+
+
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
+    """The router of `config`, under a learned threshold where it selects by one."""
+    router = _build_gate(config, in_features, device, dtype)
+    if config.select == "learned_threshold":
+        return ThresholdRouter(router, in_features, device=device, dtype=dtype)
+    return router
+
+
+def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
     """The router that `config` names, or the module it holds; None where gates need none."""
     if isinstance(config.router, nn.Module):
         if isinstance(config.router, nn.Linear):
@@ -115,12 +150,13 @@ def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.M
 def gate_of_logits(
     logits: Tensor, config: MoeLoraConfig, training: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """gate = normalize(select(score(logits / temperature))), in float32.
+    """gate = normalize(select(score(logits / temperature) - tau)), in float32.
 
-    logits [N, E]. Returns weights [N, K] with indices [N, K] for a top-k gate of tokens, else dense
-    gates [N, E] with None.
+    logits [N, E], or [N, E + 1] with that of a learned threshold. Returns weights [N, K] with
+    indices [N, K] for a top-k gate of tokens, else dense gates [N, E] with None.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits, tau = split_threshold(logits, config)
     if training and config.noise > 0:
         logits = logits + config.noise * torch.randn_like(logits)
     renormalize = config.renormalizes()
@@ -139,34 +175,68 @@ def gate_of_logits(
         "sigmoid": scaled.sigmoid,
         "identity": lambda: scaled,
     }[config.score]()
+    if tau is not None:
+        scores = scores - tau
     keep = _selected(scores, config)
+    if config.entropy_threshold is not None:
+        uncertain = normalized_entropy(scaled.detach(), config.entropy_index)
+        keep = keep | (uncertain > config.entropy_threshold)[:, None]
     if config.normalize == "softmax":
         weights = torch.where(keep, scores, -torch.inf).softmax(dim=1).nan_to_num(0.0)
     else:
         weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
-        # A token that no expert passes the threshold for has the gate 0, not 0 / 0.
-        tiny = torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(tiny)
+        # A token that no expert passes the threshold for has the gate 0, not 0 / 0; one that is
+        # passed with nothing to spare has a finite gradient.
+        total = weights.sum(dim=1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, 1)
     # A select last: backward multiplies the gradients of all weights, and that of an expert which
     # is not kept may be no number.
     return torch.where(keep, weights, 0), None
+
+
+def split_threshold(logits: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, E], and tau [N, 1] = max_threshold * sigmoid(last) where it is learned."""
+    if config.select != "learned_threshold":
+        return logits, None
+    limit = 1 / config.num_experts if config.max_threshold is None else config.max_threshold
+    return logits[:, :-1], limit * logits[:, -1:].sigmoid()
+
+
+def normalized_entropy(logits: Tensor, index: float) -> Tensor:
+    """H(p) / max H of p = softmax(logits): 0 for one certain expert, 1 for all alike.
+
+        H(p) = (1 - sum_e p_e^q) / (q - 1)        - sum_e p_e log p_e for q = 1
+
+    logits [N, E], index q -> [N]. The Tsallis entropy of DynMoLE (arXiv 2504.00661).
+    """
+    # An expert masked with -inf adds 0, not 0 * inf.
+    log_p = logits.log_softmax(dim=1).clamp_min(torch.finfo(logits.dtype).min)
+    experts = logits.shape[1]
+    if index == 1.0:
+        return -(log_p.exp() * log_p).sum(dim=1) / math.log(experts)
+    return (1 - (index * log_p).exp().sum(dim=1)) / (1 - experts ** (1 - index))
 
 
 def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
     """Which experts are kept, [N, E] bool."""
     if config.select == "all":
         return torch.ones_like(scores, dtype=torch.bool)
-    if config.select == "threshold":
+    if config.select == "learned_threshold":
+        return scores >= 0
+    if config.select == "threshold" and config.keep_min is None:
         return scores >= config.threshold
     order = scores.detach().sort(dim=1, descending=True, stable=True)
     position = order.indices.argsort(dim=1)
     if config.select == "topk":
         return position < config.top_k
+    least = position < (config.keep_min or 0)
+    if config.select == "threshold":
+        return (scores >= config.threshold) | least
     reached = order.values.cumsum(dim=1) - order.values < config.top_p * order.values.sum(
         dim=1, keepdim=True
     )
-    return reached.gather(1, position)
+    return reached.gather(1, position) | least
 
 
 def add_shared_expert(
