@@ -8,15 +8,13 @@
 
 namespace moelora {
 
-// A matrix row by row, whatever its rows belong to.
+// A matrix and the row of it that belongs to each place.
 template <class S>
 struct Rows {
   const S* data;
   int64_t stride;
-  // Pairs per row: the slots of a token, or 1 where every pair has a row of its own.
-  int64_t fan;
+  const int32_t* of_place;
 
-  MOELORA_INLINE int64_t of_pair(int64_t pair) const { return pair / fan; }
   MOELORA_INLINE const S* row(int64_t index) const { return data + index * stride; }
 };
 
@@ -38,7 +36,7 @@ class Places {
   int64_t last(int64_t e) const { return offsets_data_[e + 1]; }
   MOELORA_INLINE int64_t pair(int64_t place) const { return order_data_[place]; }
 
-  // Pairs per row of a matrix with so many rows.
+  // Pairs per row of a matrix with so many rows: the slots of a token, or 1.
   int64_t fan(int64_t rows, const char* name) const {
     if (pairs() == 0) return 1;
     STD_TORCH_CHECK(rows > 0 && pairs() % rows == 0, name, ": ", rows, " rows for ", pairs(),
@@ -46,9 +44,13 @@ class Places {
     return pairs() / rows;
   }
 
-  template <class S>
-  Rows<S> rows_of(const Tensor& matrix, const char* name) const {
-    return {matrix.const_data_ptr<S>(), matrix.stride(0), fan(matrix.size(0), name)};
+  // The row of every routed place in a matrix with so many rows. A division for each place is slow
+  // where it is repeated for each strip of columns.
+  std::vector<int32_t> rows_of(const Tensor& matrix, const char* name) const {
+    const auto divisor = int32_t(fan(matrix.size(0), name));
+    std::vector<int32_t> rows(routed());
+    for (int64_t place = 0; place < routed(); ++place) rows[place] = order_data_[place] / divisor;
+    return rows;
   }
 
  private:

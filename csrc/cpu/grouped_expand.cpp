@@ -1,5 +1,6 @@
-// From the rank space of every expert to features: strips of columns, their sums kept in L2, so that
-// y is written once and rounded once however many slots a token has.
+// From the rank space of every expert to features. A strip of columns of all matrices stays in L2,
+// so each token picks its experts there, adds its slots in registers, and is written and rounded
+// once: no order of experts is needed, and none of the sums leaves the registers.
 #include <torch/csrc/stable/library.h>
 
 #include "dropout.h"
@@ -8,134 +9,232 @@
 namespace moelora {
 namespace {
 
-// Columns of a strip: 4 vectors of AVX-512.
+// Columns of a strip, fewer where the matrices have many ranks.
 constexpr int64_t STRIP = 64;
-// Rows of y whose sums are kept at a time: 512 KiB of float32.
-constexpr int64_t BLOCK = 2048;
-// Places per product.
-constexpr int64_t STEP = 16;
+constexpr int64_t STRIP_BYTES = 512 << 10;
+// Rows of a task, unless there are too few.
+constexpr int64_t ROWS = 4096;
 
-// The places that add to each block of rows, in the order of experts.
-struct ByBlock {
-  std::vector<int32_t> places;
-  std::vector<int64_t> begin;
-
-  template <class RowOf>
-  ByBlock(const Places& all, int64_t first, int64_t last, int64_t blocks, const RowOf& row_of)
-      : places(last - first), begin(blocks + 1) {
-    for (int64_t place = first; place < last; ++place) {
-      ++begin[row_of(all.pair(place)) / BLOCK + 1];
-    }
-    for (int64_t block = 0; block < blocks; ++block) begin[block + 1] += begin[block];
-    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-    for (int64_t place = first; place < last; ++place) {
-      places[next[row_of(all.pair(place)) / BLOCK]++] = int32_t(place);
-    }
-  }
+// What a pair adds to its row of y: units of u, and as many of its expert's matrix from `first` on.
+struct Term {
+  int32_t first;
+  // 0 where the pair is not routed.
+  int32_t steps;
+  int32_t expert;
 };
 
 template <class S, class C>
 struct Expand {
   const Places& places;
+  int64_t first_expert;
   const Blocks& blocks;
   const Mask& mask;
-  const ByBlock& by_block;
   const S* u;
   int64_t width;
   std::vector<const S*> matrices;
   // Strides of the matrices: from one feature, and from one rank, to the next.
   int64_t feature;
   int64_t rank;
-  int64_t first_expert;
+  // Pairs of a row.
   int64_t fan;
   int64_t O;
 
-  // sums [rows of the block, STRIP] += the terms of the block's places, for columns from `strip`
-  // on; term [STEP, STRIP], matrix [width, STRIP], of_u [STEP, width].
-  template <class Level, class Unit>
-  MOELORA_INLINE void operator()(int64_t block, int64_t strip, C* sums, C* term, Unit* matrix,
-                                 Unit* of_u) const {
-    using P = Operand<S, Level::pairs>;
-    const int64_t columns = std::min(STRIP, O - strip);
-    const int64_t E = blocks.experts();
-    int64_t expert = first_expert;
-    int64_t n = by_block.begin[block];
-    const int64_t last = by_block.begin[block + 1];
-    while (n < last) {
-      while (by_block.places[n] >= places.last(expert)) ++expert;
-      const int64_t e = expert % E;
-      const int64_t steps = blocks.ranks[e];
-      pack<P>(matrices[expert / E - first_expert / E] + blocks.begin[e] * rank, steps, strip,
-              columns, matrix);
-      for (; n < last && by_block.places[n] < places.last(expert);) {
-        int64_t count = 0;
-        for (; count < STEP && n + count < last; ++count) {
-          const int64_t place = by_block.places[n + count];
-          if (place >= places.last(expert)) break;
-          P::along(u + place * width, steps, of_u + count * width);
-        }
-        std::fill_n(term, STEP * STRIP, C{0});
-        panel<Level{}()>(STEP, STRIP, Factors<Unit>{of_u, width, 1}, matrix, STRIP,
-                         P::units(steps), term, STRIP);
-        for (int64_t k = 0; k < count; ++k) {
-          const int64_t row = places.pair(by_block.places[n + k]) / fan;
-          C* of_row = term + k * STRIP;
-          if (mask.active()) mask.apply(of_row, row * O + strip, columns, e);
-          C* to = sums + (row - block * BLOCK) * STRIP;
-#pragma omp simd
-          for (int64_t j = 0; j < STRIP; ++j) to[j] += of_row[j];
-        }
-        n += count;
+  // Units of all matrices in one column.
+  template <class P>
+  int64_t all_units() const {
+    return int64_t(matrices.size()) * units_of_expert<P>(blocks.experts());
+  }
+
+  // The columns [strip, strip + columns) of all matrices, a row of units for each PER ranks:
+  // packed [units, width of the strip].
+  template <class P>
+  MOELORA_INLINE void pack(int64_t strip, int64_t columns, int64_t strip_width,
+                           typename P::Unit* packed) const {
+    for (const S* matrix : matrices) {
+      for (int64_t e = 0; e < blocks.experts(); ++e) {
+        pack_expert<P>(matrix + blocks.begin[e] * rank, blocks.ranks[e], strip, columns,
+                       strip_width, packed);
+        packed += P::units(blocks.ranks[e]) * strip_width;
       }
     }
   }
 
- private:
-  // The columns [strip, strip + columns) of an expert's matrix, a row of units for each PER ranks.
+  // The terms of all pairs, and their rows of u as units: of_u [pairs, width].
   template <class P>
-  MOELORA_INLINE void pack(const S* from, int64_t ranks, int64_t strip, int64_t columns,
-                           typename P::Unit* to) const {
+  std::vector<Term> terms(typename P::Unit* of_u) const {
+    std::vector<Term> found(places.pairs());
+    int64_t expert = first_expert;
+    int64_t first = 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      for (int64_t e = 0; e < blocks.experts(); ++e, ++expert) {
+        const int64_t steps = P::units(blocks.ranks[e]);
+        for (int64_t n = places.first(expert); n < places.last(expert); ++n) {
+          const int64_t pair = places.pair(n);
+          found[pair] = {int32_t(first), int32_t(steps), int32_t(e)};
+          P::along(u + n * width, blocks.ranks[e], of_u + pair * width);
+        }
+        first += steps;
+      }
+    }
+    return found;
+  }
+
+  // sums [strip width] of one row: its terms in the order of slots; term [strip width] is scratch.
+  template <class Level, int VECTORS, class Unit>
+  MOELORA_INLINE void row(int64_t index, int64_t strip, int64_t columns, const Unit* packed,
+                          const Term* terms, const Unit* of_u, C* term, C* sums) const {
+    using V = typename Vector<C, Level{}()>::type;
+    constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
+    constexpr int64_t WIDTH = VECTORS * LANES;
+    V sum[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) sum[v] = V{};
+    for (int64_t pair = index * fan; pair < (index + 1) * fan; ++pair) {
+      const Unit* left = of_u + pair * width;
+      const Unit* right = packed + terms[pair].first * WIDTH;
+      if (!mask.active()) {
+        add<Level, VECTORS>(left, right, terms[pair].steps, sum);
+        continue;
+      }
+      V own[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) own[v] = V{};
+      add<Level, VECTORS>(left, right, terms[pair].steps, own);
+      for (int v = 0; v < VECTORS; ++v) store(term + v * LANES, own[v]);
+      mask.apply(term, index * O + strip, columns, terms[pair].expert);
+      for (int v = 0; v < VECTORS; ++v) {
+        load(own[v], term + v * LANES);
+        sum[v] += own[v];
+      }
+    }
+    for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
+  }
+
+ private:
+  // Units of the experts before e.
+  template <class P>
+  int64_t units_of_expert(int64_t e) const {
+    int64_t units = 0;
+    for (int64_t before = 0; before < e; ++before) units += P::units(blocks.ranks[before]);
+    return units;
+  }
+
+  template <class Level, int VECTORS, class Unit, class V>
+  MOELORA_INLINE void add(const Unit* of_u, const Unit* right, int64_t steps, V* sum) const {
+    using U = typename Vector<Unit, Level{}()>::type;
+    constexpr int64_t LANES = Vector<Unit, Level{}()>::LANES;
+    for (int64_t n = 0; n < steps; ++n) {
+      const U of_left = U{} + of_u[n];
+      for (int v = 0; v < VECTORS; ++v) {
+        U of_right;
+        load(of_right, right + (n * VECTORS + v) * LANES);
+        multiply_add(sum[v], of_left, of_right);
+      }
+    }
+  }
+
+  template <class P>
+  MOELORA_INLINE void pack_expert(const S* from, int64_t ranks, int64_t strip, int64_t columns,
+                                  int64_t strip_width, typename P::Unit* to) const {
     using Unit = typename P::Unit;
     if (feature == 1) {
       for (int64_t j = 0; j < ranks; j += P::PER) {
         const S* of_rank = from + j * rank + strip;
-        Unit* of_units = to + j / P::PER * STRIP;
+        Unit* of_units = to + j / P::PER * strip_width;
         P::across(of_rank, j + 1 < ranks ? of_rank + rank : nullptr, columns, of_units);
-        std::fill(of_units + columns, of_units + STRIP, Unit{0});
       }
       return;
     }
     for (int64_t j = 0; j < ranks; j += P::PER * PANEL) {
-      alignas(64) Unit block[STRIP * PANEL] = {};
+      alignas(64) Unit block[STRIP * PANEL];
       const int64_t count = std::min(P::PER * PANEL, ranks - j);
       for (int64_t o = 0; o < columns; ++o) {
         P::along(from + (strip + o) * feature + j, count, block + o * PANEL);
       }
       for (int64_t k = 0; k < P::units(count); ++k) {
-        Unit* of_units = to + (j / P::PER + k) * STRIP;
-        for (int64_t o = 0; o < STRIP; ++o) of_units[o] = block[o * PANEL + k];
+        Unit* of_units = to + (j / P::PER + k) * strip_width;
+        for (int64_t o = 0; o < columns; ++o) of_units[o] = block[o * PANEL + k];
       }
     }
   }
 };
 
-// y[row, column] = start + sums of one block and strip.
+// y = start + sums, for one row of a strip; start may be nullptr.
 template <class Y, class C>
-MOELORA_INLINE void finish(const C* sums, int64_t begin, int64_t end, int64_t strip, int64_t O,
-                           const Y* start, int64_t start_stride, int64_t start_fan, Y* y) {
-  const int64_t columns = std::min(STRIP, O - strip);
-  for (int64_t row = begin; row < end; ++row) {
-    const C* of_row = sums + (row - begin) * STRIP;
-    Y* to = y + row * O + strip;
-    if (start == nullptr) {
+MOELORA_INLINE void finish(const C* sums, int64_t columns, const Y* start, Y* y) {
+  if (start == nullptr) {
 #pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) to[j] = narrow<Y>(of_row[j]);
-    } else {
-      const Y* from = start + row / start_fan * start_stride + strip;
+    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(sums[j]);
+  } else {
 #pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) to[j] = narrow<Y>(of_row[j] + C(widen(from[j])));
-    }
+    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(sums[j] + C(widen(start[j])));
   }
+}
+
+// Where y starts from, by row of y.
+template <class Y>
+struct Start {
+  const Y* data;
+  int64_t stride;
+  int64_t fan;
+
+  MOELORA_INLINE const Y* row(int64_t index) const {
+    return data == nullptr ? nullptr : data + index / fan * stride;
+  }
+};
+
+template <class Level, int VECTORS, class S, class C, class Y>
+MOELORA_INLINE void strip_kernel(const Expand<S, C>& expand, const Term* terms,
+                                 const typename Operand<S, Level::pairs>::Unit* of_u, int64_t strip,
+                                 int64_t begin, int64_t end, const Start<Y>& start, Y* y,
+                                 C* buffer) {
+  using P = Operand<S, Level::pairs>;
+  constexpr int64_t WIDTH = VECTORS * Vector<C, Level{}()>::LANES;
+  const int64_t columns = std::min(WIDTH, expand.O - strip);
+  auto* packed = reinterpret_cast<typename P::Unit*>(buffer + 2 * STRIP);
+  expand.template pack<P>(strip, columns, WIDTH, packed);
+  for (int64_t row = begin; row < end; ++row) {
+    expand.template row<Level, VECTORS>(row, strip, columns, packed, terms, of_u, buffer,
+                                        buffer + STRIP);
+    const Y* from = start.row(row);
+    finish<Y, C>(buffer + STRIP, columns, from == nullptr ? nullptr : from + strip,
+                 y + row * expand.O + strip);
+  }
+}
+
+template <class Level, class S, class C, class Y>
+void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) {
+  using P = Operand<S, Level::pairs>;
+  constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
+  constexpr int MOST = int(STRIP / LANES) > 4 ? 4 : int(STRIP / LANES);
+  std::vector<typename P::Unit> of_u(expand.places.pairs() * expand.width);
+  const std::vector<Term> terms = expand.template terms<P>(of_u.data());
+  const int64_t units = expand.template all_units<P>();
+  int vectors = MOST;
+  while (vectors > 1 && units * vectors * LANES * int64_t(sizeof(C)) > STRIP_BYTES) vectors /= 2;
+  const int64_t strips = (expand.O + vectors * LANES - 1) / (vectors * LANES);
+  const int64_t chunks = (rows + ROWS - 1) / ROWS;
+  const int64_t work = vectors * LANES * (std::min(rows, ROWS) * expand.width + units);
+  torch::stable::parallel_for(0, strips * chunks, grain(work), [&](int64_t begin, int64_t end) {
+    std::vector<C> buffer(2 * STRIP + units * vectors * LANES);
+    vectorised([&](auto level) {
+      if constexpr (std::is_same_v<decltype(level), Level>) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t first = task / strips * ROWS;
+          const int64_t last = std::min(rows, first + ROWS);
+          const int64_t strip = task % strips * vectors * LANES;
+          if (vectors == 4) {
+            strip_kernel<Level, 4>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
+          } else if (vectors == 2) {
+            strip_kernel<Level, 2>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
+          } else {
+            strip_kernel<Level, 1>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
+          }
+        }
+      }
+    });
+  });
 }
 
 Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,
@@ -149,10 +248,8 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
   STD_TORCH_CHECK(siblings > 0, "matrices: expected one per sibling, got none");
   const ScalarType dtype = u.scalar_type();
   const Places places(order, offsets, offsets.numel() - 1);
-  const int64_t first_expert = first * E;
-  STD_TORCH_CHECK(first >= 0 && first_expert + siblings * E <= places.experts(),
-                  "first: siblings ", first, " to ", first + siblings, " of ",
-                  places.experts() / E);
+  STD_TORCH_CHECK(first >= 0 && (first + siblings) * E <= places.experts(), "first: siblings ",
+                  first, " to ", first + siblings, " of ", places.experts() / E);
   STD_TORCH_CHECK(!per_pair || places.experts() == E, "per_pair: expected one sibling");
   u = row_major(u);
   const auto [pairs, width] = shape<2>(u, "u");
@@ -174,67 +271,46 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
   }
   const bool of_tokens = start && start->dim() == 2;
   const ScalarType result = of_tokens ? start->scalar_type() : dtype;
+  // Written in the dtype of u, or in that of the sums and cast.
+  const ScalarType written = result == dtype ? dtype : compute_dtype(dtype);
   if (start) {
-    start = of_tokens ? dense_rows(*start, result) : row_major(cast(*start, result));
+    start = of_tokens ? dense_rows(*start, written) : row_major(cast(*start, written));
     check_size(start->size(start->dim() - 1), O, "start, features");
     if (of_tokens) check_size(start->size(0), tokens, "start, tokens");
   }
 
+  const int64_t slots = places.fan(tokens, "tokens");
   const int64_t rows = per_pair ? pairs : tokens;
-  const int64_t fan = per_pair ? 1 : places.fan(tokens, "tokens");
-  const int64_t token_fan = places.fan(tokens, "tokens");
-  const int64_t num_blocks = (rows + BLOCK - 1) / BLOCK;
-  const int64_t strips = (O + STRIP - 1) / STRIP;
-  const ByBlock by_block(places, places.first(first_expert),
-                         places.last(first_expert + siblings * E - 1), num_blocks,
-                         [&](int64_t pair) { return pair / fan; });
-  const Tensor y = empty(rows, O, result);
+  const Tensor y = empty(rows, O, written);
   for_dtype(dtype, [&, width = width](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
     Expand<S, C> expand{.places = places,
+                        .first_expert = first * E,
                         .blocks = blocks,
                         .mask = mask,
-                        .by_block = by_block,
                         .u = u.const_data_ptr<S>(),
                         .width = width,
                         .matrices = {},
                         .feature = features ? 1 : matrices[0].stride(0),
                         .rank = features ? matrices[0].stride(1) : 1,
-                        .first_expert = first_expert,
-                        .fan = fan,
+                        .fan = per_pair ? 1 : slots,
                         .O = O};
     for (const Tensor& matrix : matrices) expand.matrices.push_back(matrix.const_data_ptr<S>());
-    const auto run = [&](int64_t begin, int64_t end) {
-      std::vector<C> buffer((std::min(rows, BLOCK) + width + STEP) * STRIP + STEP * width);
-      C* sums = buffer.data();
-      C* term = sums + std::min(rows, BLOCK) * STRIP;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / strips;
-        const int64_t strip = task % strips * STRIP;
-        const int64_t last_row = std::min(rows, (block + 1) * BLOCK);
-        std::fill_n(sums, (last_row - block * BLOCK) * STRIP, C{0});
-        vectorised([&](auto level) {
-          using Unit = typename Operand<S, decltype(level)::pairs>::Unit;
-          auto* matrix = reinterpret_cast<Unit*>(term + STEP * STRIP);
-          expand.template operator()<decltype(level)>(block, strip, sums, term, matrix,
-                                                      matrix + width * STRIP);
-        });
-        for_dtype(result, [&](auto of_y) {
-          using Y = typename decltype(of_y)::type;
-          const Y* from = start ? start->const_data_ptr<Y>() : nullptr;
-          const int64_t stride = of_tokens ? start->stride(0) : 0;
-          vectorised([&](auto) {
-            finish<Y, C>(sums, block * BLOCK, last_row, strip, O, from, stride,
-                         per_pair ? token_fan : 1, y.mutable_data_ptr<Y>());
-          });
-        });
-      }
+    const auto write = [&](auto of_y) {
+      using Y = typename decltype(of_y)::type;
+      const Start<Y> from{start ? start->const_data_ptr<Y>() : nullptr,
+                          of_tokens ? start->stride(0) : 0, per_pair ? slots : 1};
+      vectorised_level(
+          [&](auto level) { run<decltype(level)>(expand, rows, from, y.mutable_data_ptr<Y>()); });
     };
-    const int64_t work = STRIP * (std::min(rows, BLOCK) + pairs * width / std::max<int64_t>(num_blocks, 1));
-    torch::stable::parallel_for(0, num_blocks * strips, grain(work), run);
+    if (written == dtype) {
+      write(Type<S>{});
+    } else {
+      write(Type<C>{});
+    }
   });
-  return y;
+  return cast(y, result);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The gradients of A and B: sums over the pairs of each expert, in the order of their places. A task
-// is one expert on a strip of columns, and strips come first, so that one expert with all tokens
-// still occupies every thread.
+// The gradients of A and B: sums over the pairs of each expert, in the order of their places. A
+// task is one expert on a strip of columns, and strips come first, so that one expert with all
+// tokens still occupies every thread.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,9 +11,10 @@
 namespace moelora {
 namespace {
 
-// Columns of a strip and places per step: 32 KiB of widened rows.
-constexpr int64_t STRIP = 128;
-constexpr int64_t STEP = 64;
+// Columns of a strip and places per step: 64 KiB of widened rows, or 32 KiB of pairs. Narrower
+// strips read each row in pieces that no prefetcher sees coming.
+constexpr int64_t STRIP = 512;
+constexpr int64_t STEP = 32;
 
 template <class S, class L, class C>
 struct Gram {
@@ -38,15 +39,19 @@ struct Gram {
     auto* of_rows = reinterpret_cast<Unit*>(buffer + STRIP);
     Unit* of_ranks = of_rows + STEP * STRIP;
     std::fill_n(sums, w * STRIP, C{0});
-    std::fill_n(of_rows, STEP * (STRIP + w), Unit{0});
     const auto read = [&](int64_t place, S* to) MOELORA_INLINE_LAMBDA {
-      const int64_t row = matrix.of_pair(places.pair(place));
+      const int64_t row = matrix.of_place[place];
       const S* from = matrix.row(row) + strip;
       if constexpr (!RANKS_FIRST) return from;
       return dropped(mask, from, row * features + strip, columns, e, scratch, to);
     };
     for (int64_t first = places.first(expert); first < places.last(expert); first += STEP) {
       const int64_t count = std::min(STEP, places.last(expert) - first);
+      const int64_t ahead = std::min(STEP, places.last(expert) - first - count);
+      for (int64_t k = 0; k < ahead; ++k) {
+        const S* next = matrix.row(matrix.of_place[first + count + k]) + strip;
+        for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + j);
+      }
       for (int64_t k = 0; k < count; k += P::PER) {
         const bool second = P::PER > 1 && k + 1 < count;
         const int64_t place = first + k;
@@ -118,33 +123,39 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
       });
     });
   };
-  const Rows<S> of_x = places.rows_of<S>(x, "x");
   const int64_t I = x.size(1);
+  const std::vector<int32_t> row_of_x = places.rows_of(x, "x");
+  const std::vector<int32_t> row_of_dy = places.rows_of(dy[0], "dy");
+  const Rows<S> of_x{x.const_data_ptr<S>(), I, row_of_x.data()};
   const S* of_dh = dh.const_data_ptr<S>();
   L* to_a = da.mutable_data_ptr<L>();
   tasks(strips_of(I), places.experts(),
-        [&](auto level, int64_t expert, int64_t strip, C* sums, C* rest, S* kept) MOELORA_INLINE_LAMBDA {
-          gram.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest, kept,
-                                              to_a);
-        });
+        [&](auto level, int64_t expert, int64_t strip, C* sums, C* rest, S* kept)
+            MOELORA_INLINE_LAMBDA {
+              gram.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest, kept,
+                                                  to_a);
+            });
   const S* of_u = u.const_data_ptr<S>();
   const int64_t E = blocks.experts();
   for (size_t i = 0; i < dy.size(); ++i) {
-    const Rows<S> of_dy = places.rows_of<S>(dy[i], "dy");
+    const Rows<S> of_dy{dy[i].const_data_ptr<S>(), dy[i].stride(0), row_of_dy.data()};
     const int64_t O = dy[i].size(1);
     L* to_b = db[i].mutable_data_ptr<L>();
     tasks(strips_of(O), E,
-          [&](auto level, int64_t e, int64_t strip, C* sums, C* rest, S* kept) MOELORA_INLINE_LAMBDA {
-            gram.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums,
-                                                rest, kept, to_b);
-          });
+          [&](auto level, int64_t e, int64_t strip, C* sums, C* rest, S* kept)
+              MOELORA_INLINE_LAMBDA {
+                gram.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums,
+                                                    rest, kept, to_b);
+              });
   }
 }
 
-std::tuple<Tensor, std::vector<Tensor>> grouped_gram(
-    Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
-    Tensor /*chunks*/, ScalarType lora_dtype, std::vector<int64_t> ranks, double dropout_p,
-    bool dropout_per_expert, std::optional<Tensor> seed) {
+std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::vector<Tensor> dy,
+                                                     Tensor u, Tensor order, Tensor offsets,
+                                                     Tensor /*chunks*/, ScalarType lora_dtype,
+                                                     std::vector<int64_t> ranks, double dropout_p,
+                                                     bool dropout_per_expert,
+                                                     std::optional<Tensor> seed) {
   check_floating(x, "x");
   const auto [rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
@@ -166,6 +177,7 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_gram(
   const Tensor da = empty(siblings * blocks.total, I, direct);
   std::vector<Tensor> db;
   for (Tensor& g : dy) {
+    check_size(g.size(0), dy[0].size(0), "dy, rows");
     g = dense_rows(g, dtype);
     db.push_back(empty(g.size(1), blocks.total, direct));
   }

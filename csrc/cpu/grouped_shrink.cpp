@@ -9,13 +9,13 @@
 namespace moelora {
 namespace {
 
-// Forward: places of a tile, a multiple of the three tokens that share a load of A; and columns of x
-// and A at a time: sums of lanes are added up once for each.
+// Forward: places of a tile, a multiple of the three tokens that share a load of A; and columns of
+// x and A at a time: sums of lanes are added up once for each.
 constexpr int64_t TILE = 96;
 constexpr int64_t COLUMNS = 2048;
-// Backward: 64 x 256 of dy, 64 KiB, and 256 x r of B.
-constexpr int64_t TILE_BACKWARD = 64;
-constexpr int64_t COLUMNS_BACKWARD = 256;
+// Backward: 48 x 1024 of dy and 1024 x r of B; rows in short pieces would defeat the prefetcher.
+constexpr int64_t TILE_BACKWARD = 48;
+constexpr int64_t COLUMNS_BACKWARD = 1024;
 
 // h and u of one place: what is beyond the rank stays zero.
 template <class S, class C>
@@ -62,7 +62,7 @@ struct Shrink {
         const int64_t tokens = std::min<int64_t>(3, count - t);
         const Q* of_tokens[3] = {};
         for (int64_t k = 0; k < tokens; ++k) {
-          const int64_t row = x.of_pair(places.pair(tile.first + t + k));
+          const int64_t row = x.of_place[tile.first + t + k];
           const S* from = dropped(mask, x.row(row) + column, row * I + column, columns, e,
                                   of_x + k * COLUMNS, kept + k * COLUMNS);
           if constexpr (P::direct) {
@@ -111,6 +111,7 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
   const int64_t width = *std::max_element(ranks.begin(), ranks.end());
   const Tensor h = empty(places.pairs(), width, dtype);
   const Tensor u = empty(places.pairs(), width, dtype);
+  const std::vector<int32_t> row_of_place = places.rows_of(x, "x");
   for_dtype(dtype, [&, I = I](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                         .scaling = factors.data(),
                         .weights = of_pairs,
                         .mask = mask,
-                        .x = places.rows_of<S>(x, "x"),
+                        .x = {x.const_data_ptr<S>(), I, row_of_place.data()},
                         .I = I,
                         .lora_a = {},
                         .width = width,
@@ -173,7 +174,6 @@ struct ShrinkBackward {
     const int64_t columns = padded(rank);
     const int64_t count = tile.last - tile.first;
     std::fill_n(sums, TILE_BACKWARD * columns, C{0});
-    std::fill_n(of_b, COLUMNS_BACKWARD * columns, Unit{0});
     for (int64_t first = 0; first < O[i]; first += COLUMNS_BACKWARD) {
       const int64_t steps = std::min(COLUMNS_BACKWARD, O[i] - first);
       for (int64_t o = 0; o < steps; o += P::PER) {
@@ -182,8 +182,8 @@ struct ShrinkBackward {
                   of_b + o / P::PER * columns);
       }
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t row = dy[i].of_pair(places.pair(tile.first + t));
-        P::along(dy[i].row(row) + first, steps, of_dy + t * COLUMNS_BACKWARD);
+        P::along(dy[i].row(dy[i].of_place[tile.first + t]) + first, steps,
+                 of_dy + t * COLUMNS_BACKWARD);
       }
       panel<Level{}()>(padded(count), columns, Factors<Unit>{of_dy, COLUMNS_BACKWARD, 1}, of_b,
                        columns, P::units(steps), sums, columns);
@@ -229,7 +229,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
   check_size(pairs, places.pairs(), "h, pairs");
   check_size(columns, width, "h, ranks");
   std::vector<int64_t> O;
+  const std::vector<int32_t> row_of_place = places.rows_of(dy[0], "dy");
   for (int64_t i = 0; i < siblings; ++i) {
+    check_size(dy[i].size(0), dy[0].size(0), "dy, rows");
     dy[i] = dense_rows(dy[i], dtype);
     lora_b[i] = dense_rows(lora_b[i], dtype);
     O.push_back(dy[i].size(1));
@@ -238,8 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
   }
   const Tensor dh = empty(pairs, width, dtype);
   const Tensor u = empty(pairs, width, dtype);
-  const Tensor dweights =
-      weights ? empty(weights->size(0), weights->size(1), sums) : absent(sums);
+  const Tensor dweights = weights ? empty(weights->size(0), weights->size(1), sums) : absent(sums);
   for_dtype(dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
@@ -258,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
                                 .u = u.mutable_data_ptr<S>(),
                                 .dweights = weights ? dweights.mutable_data_ptr<C>() : nullptr};
     for (int64_t i = 0; i < siblings; ++i) {
-      shrink.dy.push_back(places.rows_of<S>(dy[i], "dy"));
-      shrink.lora_b.push_back({lora_b[i].const_data_ptr<S>(), lora_b[i].stride(0), 1});
+      shrink.dy.push_back({dy[i].const_data_ptr<S>(), dy[i].stride(0), row_of_place.data()});
+      shrink.lora_b.push_back({lora_b[i].const_data_ptr<S>(), lora_b[i].stride(0), nullptr});
     }
     const std::vector<Tile> tiles = tiles_of(places, TILE_BACKWARD);
     const int64_t w = padded(width);

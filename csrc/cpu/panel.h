@@ -174,17 +174,17 @@ struct Factors {
   int64_t step;
 };
 
-// out[row, column] += sum_n left(row, n) * right[n, column] for ROWS x VECTORS vectors.
+// out[row][column] += sum_n left(row, n) * right[n, column] for ROWS x VECTORS vectors.
 template <int BYTES, int ROWS, int VECTORS, class Unit, class C>
 MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, int64_t right_stride,
-                                int64_t steps, C* out, int64_t out_stride) {
+                                int64_t steps, C* const* out) {
   using V = typename Vector<C, BYTES>::type;
   using U = typename Vector<Unit, BYTES>::type;
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
   static_assert(sizeof(Unit) == sizeof(C));
   V sum[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) load(sum[row][v], out + row * out_stride + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) load(sum[row][v], out[row] + v * LANES);
   }
   for (int64_t n = 0; n < steps; ++n) {
     U of_right[VECTORS];
@@ -196,7 +196,7 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
     }
   }
   for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) store(out + row * out_stride + v * LANES, sum[row][v]);
+    for (int v = 0; v < VECTORS; ++v) store(out[row] + v * LANES, sum[row][v]);
   }
 }
 
@@ -207,8 +207,9 @@ MOELORA_INLINE void panel_rows(int64_t rows, const Factors<Unit>& left, const Un
   constexpr int ROWS = SUMS / VECTORS;
   for (int64_t row = 0; row < rows; row += ROWS) {
     const Factors<Unit> of_rows{left.data + row * left.row, left.row, left.step};
-    panel_block<BYTES, ROWS, VECTORS>(of_rows, right, right_stride, steps, out + row * out_stride,
-                                      out_stride);
+    C* to[ROWS];
+    for (int64_t k = 0; k < ROWS; ++k) to[k] = out + (row + k) * out_stride;
+    panel_block<BYTES, ROWS, VECTORS>(of_rows, right, right_stride, steps, to);
   }
 }
 

@@ -48,8 +48,9 @@ MOELORA_INLINE void outer_columns(const C* dlogits, int64_t N, const C* x, int64
   constexpr int64_t STEP = VECTORS * Vector<C, BYTES>::LANES;
   int64_t j = 0;
   for (; j + STEP <= count; j += STEP) {
-    panel_block<BYTES, ROWS, VECTORS>(Factors<C>{dlogits, 1, N}, x + j, GRAM_COLUMNS, tokens,
-                                      sums + j, I);
+    C* to[ROWS];
+    for (int row = 0; row < ROWS; ++row) to[row] = sums + row * I + j;
+    panel_block<BYTES, ROWS, VECTORS>(Factors<C>{dlogits, 1, N}, x + j, GRAM_COLUMNS, tokens, to);
   }
   for (int64_t t = 0; t < tokens && j < count; ++t) {
     for (int row = 0; row < ROWS; ++row) {

@@ -22,9 +22,9 @@
 #define MOELORA_X86 1
 #define MOELORA_AVX2 \
   __attribute__((target("avx2,fma,bmi,bmi2,prefer-vector-width=256"), flatten, noinline))
-#define MOELORA_AVX512_BF16                                                                 \
+#define MOELORA_AVX512_BF16                                                                \
   __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2," \
-                        "prefer-vector-width=512"),                                         \
+                        "prefer-vector-width=512"),                                        \
                  flatten, noinline))
 #define MOELORA_AVX512                                                          \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2," \
@@ -80,6 +80,24 @@ void vectorised(const Function& function) {
       return on_avx512(function);
     case Level::avx2:
       return on_avx2(function);
+    case Level::portable:
+      break;
+  }
+#endif
+  function(Width<16>{});
+}
+
+// Calls function(Width{}) for the level that `vectorised` will take, without compiling it for that.
+template <class Function>
+void vectorised_level(const Function& function) {
+#if MOELORA_X86
+  switch (simd_level()) {
+    case Level::avx512bf16:
+      return function(Width<64, true>{});
+    case Level::avx512:
+      return function(Width<64>{});
+    case Level::avx2:
+      return function(Width<32>{});
     case Level::portable:
       break;
   }
