@@ -44,9 +44,9 @@ pybind11::dict build_info() {
   info["simd"] = pybind11::make_tuple("portable");
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
-  info["ops"] =
-      pybind11::make_tuple("dropout", "gram", "shrink_dx", "shrink_gate", "shrink_gate_backward",
-                           "topk_gate", "topk_gate_backward", "wide", "wide_backward");
+  info["ops"] = pybind11::make_tuple("dropout", "gram", "route", "shrink_dx", "shrink_gate",
+                                     "shrink_gate_backward", "topk_gate", "topk_gate_backward",
+                                     "wide", "wide_backward");
   return info;
 }
 
