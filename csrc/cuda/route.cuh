@@ -284,8 +284,7 @@ __device__ void route_block(const RouteArguments& a, const Id* ids, int* counter
 
   for (int64_t n = threadIdx.x; n < sums - counters; n += blockDim.x) counters[n] = 0;
   __syncthreads();
-  // Blocks beyond the slots place none, and need no count of slots before.
-  if (a.S > 0) count_pairs(a, ids, own < a.S ? own : 0, counts);
+  if (a.S > 0) count_pairs(a, ids, own, counts);
   __syncthreads();
   for (int64_t e = threadIdx.x; e < experts; e += blockDim.x) counts[e] += others[e];
   __syncthreads();

@@ -78,8 +78,9 @@ inline void enter() {
   swapcontext(&running->context, &scheduler);
 }
 
-// Runs one block to its end; false where threads wait for some that do not come. schedule 0: the
-// lowest thread first, 1: the highest, others: at random.
+// Runs one block to its end; false where threads wait for some that do not come. schedule 0: always
+// the lowest thread that need not wait, 1: the highest, others: all of them in turn, in an order
+// drawn anew every time.
 inline bool run_block(unsigned index, unsigned size, unsigned schedule,
                       const std::function<void()>& function) {
   constexpr size_t STACK = 64 << 10;
@@ -102,10 +103,11 @@ inline bool run_block(unsigned index, unsigned size, unsigned schedule,
     order.push_back(&thread);
   }
   if (schedule == 1) std::reverse(order.begin(), order.end());
+  const bool in_turn = schedule > 1;
   std::mt19937 random(schedule);
   for (bool moved = true; moved;) {
     moved = false;
-    if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
+    if (in_turn) std::shuffle(order.begin(), order.end(), random);
     for (Thread* thread : order) {
       if (thread->finished) continue;
       if (thread->waits_for && thread->waits_for->round == thread->round) continue;
@@ -113,6 +115,7 @@ inline bool run_block(unsigned index, unsigned size, unsigned schedule,
       moved = true;
       running = thread;
       swapcontext(&scheduler, &thread->context);
+      if (!in_turn) break;
     }
   }
   return std::all_of(order.begin(), order.end(), [](Thread* thread) { return thread->finished; });
