@@ -7,6 +7,8 @@ import torch
 from op_cases import REQUIRED, needs_library
 from route_cases import CASES, NAMES, adversarial, check_properties, drawn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import native, ops, reference
 from moelora_kernels.routing import CHUNK, TILE
@@ -14,6 +16,19 @@ from moelora_kernels.routing import CHUNK, TILE
 each_case = pytest.mark.parametrize("name", CASES)
 # tile and chunk: one place, one that divides nothing, a power of two, the shipped sizes.
 each_size = pytest.mark.parametrize("sizes", ((1, 3), (3, 64), (64, 1), (TILE, CHUNK)), ids=str)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the ops that run, and how many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.count = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -76,6 +91,24 @@ def test_one_graph_for_any_number_of_tokens() -> None:
     for tokens in (17, 64, 401):
         arguments = (drawn("uniform", tokens, 5, 2), 5, 1, TILE, CHUNK)
         assert_same(compiled(*arguments), reference.route(*arguments))
+
+
+@pytest.mark.parametrize("siblings", (1, 2))
+def test_the_fallback_asks_nothing_of_the_device(siblings: int) -> None:
+    """Without the native library it runs on CUDA: no value may be needed on the host."""
+    with FakeTensorMode(), Recorder() as recorder:
+        found = reference.route(torch.empty(37, 4, dtype=torch.int64, device="cuda"), 5, siblings,
+                                TILE, CHUNK)  # fmt: skip
+    assert all(t.device.type == "cuda" for t in found)
+    synchronous = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2"}
+    assert not recorder.names & synchronous
+    # Each is a launch or two.
+    assert recorder.count < 70
+
+
+def test_too_many_pairs_for_the_fallback() -> None:
+    with pytest.raises(ValueError, match=r"indices: expected less than 2\^31 pairs"):
+        reference.route(PAIR.expand(2**30, 2), 1, 1, 64, 64)
 
 
 PAIR = torch.zeros(1, 1, dtype=torch.int32)
