@@ -7,7 +7,6 @@ import torch
 from op_cases import REQUIRED, needs_library
 from route_cases import CASES, NAMES, adversarial, check_properties, drawn
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import native, ops, reference
@@ -96,14 +95,14 @@ def test_one_graph_for_any_number_of_tokens() -> None:
 @pytest.mark.parametrize("siblings", (1, 2))
 def test_the_fallback_asks_nothing_of_the_device(siblings: int) -> None:
     """Without the native library it runs on CUDA: no value may be needed on the host."""
-    with FakeTensorMode(), Recorder() as recorder:
-        found = reference.route(torch.empty(37, 4, dtype=torch.int64, device="cuda"), 5, siblings,
-                                TILE, CHUNK)  # fmt: skip
-    assert all(t.device.type == "cuda" for t in found)
+    with Recorder() as recorder:
+        indices = torch.empty(37, 4, dtype=torch.int64, device="meta")
+        found = reference.route(indices, 5, siblings, TILE, CHUNK)
+    assert all(t.device.type == "meta" for t in found)
     synchronous = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2"}
     assert not recorder.names & synchronous
     # Each is a launch or two.
-    assert recorder.count < 70
+    assert recorder.count < 70, recorder.count
 
 
 def test_too_many_pairs_for_the_fallback() -> None:
