@@ -38,9 +38,8 @@ def cuda_part(version: str | None, home: str | None) -> dict:
     if os.environ.get("MOELORA_CUDA") == "0" or not version or not nvcc.exists():
         reason = "no nvcc in CUDA_HOME or PATH, or MOELORA_CUDA=0"
         return without("MOELORA_CUDA", reason if version else "this torch has no CUDA")
-    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
-    gpus = "8.0;8.9;9.0a;" + ("10.0+PTX" if "sm_100" in known else "9.0+PTX")
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", gpus)
+    newest = "10.0" if b"sm_100" in subprocess.check_output([nvcc, "--list-gpu-code"]) else "9.0"
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.9;9.0a;{newest}+PTX")
     flags, link = {"cxx": [*CXX_FLAGS, "-DMOELORA_CUDA"], "nvcc": NVCC_FLAGS}, ["-ltorch_cuda"]
     return dict(sources=CPP + CU, extra_compile_args=flags, extra_link_args=link, optional=False)
 
@@ -63,6 +62,7 @@ def native() -> dict:
 
     class Build(BuildExtension):
         def run(self) -> None:
+            inplace = self.inplace
             try:
                 super().run()
             except Exception as error:
@@ -70,7 +70,7 @@ def native() -> dict:
                 again = library.sources != CPP
                 without("MOELORA_CUDA" if again else "MOELORA_NATIVE", reason)
                 vars(library).update(plain)
-                self.compiler, self.extensions = None, [library] if again else []
+                self.compiler, self.inplace, self.extensions = None, inplace, [library] * again
                 self.run()
 
     return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}
