@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/simd.h"
+#include "cuda/architectures.h"
 
 #if !defined(TORCH_TARGET_VERSION)
 #error "build with -DTORCH_TARGET_VERSION: one library then serves several torch releases"
@@ -44,16 +45,27 @@ pybind11::dict build_info() {
   info["simd"] = pybind11::make_tuple("portable");
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
-  info["ops"] = pybind11::make_tuple(
-      "dropout", "gram", "grouped_expand", "grouped_gram", "grouped_shrink",
-      "grouped_shrink_backward", "router_gram", "router_logits", "shrink_dx", "shrink_gate",
-      "shrink_gate_backward", "topk_gate", "topk_gate_backward", "wide", "wide_backward");
+  info["ops"] =
+      pybind11::make_tuple("dropout", "gram", "grouped_expand", "grouped_gram", "grouped_shrink",
+                           "grouped_shrink_backward", "route", "router_gram", "router_logits",
+                           "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
+                           "topk_gate_backward", "wide", "wide_backward");
+  // Ops on CUDA tensors, and the GPUs they are compiled for; both empty without csrc/cuda.
+  info["cuda_ops"] = pybind11::make_tuple();
+  pybind11::list gpus;
+#if defined(MOELORA_CUDA)
+  info["cuda_ops"] = pybind11::make_tuple("route");
+  for (int architecture : moelora::architectures()) {
+    gpus.append("sm_" + std::to_string(architecture / 10));
+  }
+#endif
+  info["cuda"] = pybind11::tuple(gpus);
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native CPU operators of moelora_kernels; loading the module registers them.";
+  m.doc() = "Native operators of moelora_kernels; loading the module registers them.";
   m.def("build_info", &build_info, "What this library was built with, and the vectors it uses.");
 }

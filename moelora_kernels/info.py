@@ -33,17 +33,18 @@ def version(package: str) -> str | None:
 def implementations() -> dict[str, dict[str, str]]:
     """Op -> device -> what serves it.
 
-    "native" (C++), "triton", "reference" (plain PyTorch), or "composite": made of the other ops and
-    of ATen's products.
+    "native" (C++ or CUDA), "triton", "reference" (plain PyTorch), or "composite": made of the other
+    ops and of ATen's products.
     """
-    built = set(native.build_info().get("ops", ()))
+    built, cuda_built = (set(native.build_info().get(name, ())) for name in ("ops", "cuda_ops"))
     names = sorted([*ops.__all__, "topk_gate_backward"])
     found = {}
     for name in names:
         default = "composite" if name.startswith("wide") else "reference"
+        on_gpu = "triton" if name in registration.KERNELS else default
         found[name] = {
             "cpu": "native" if name in built else default,
-            "cuda": "triton" if name in registration.KERNELS else default,
+            "cuda": "native" if name in cuda_built else on_gpu,
         }
     return found
 

@@ -1,5 +1,7 @@
 """The native library `moelora_kernels._C`: C++ implementations of the ops for CPU tensors.
 
+Some have one in CUDA C++ too, where torch and the build had CUDA; importing needs no GPU for it.
+
 Importing this module loads the library, which registers its ops with the dispatcher; where it is
 missing, the reference serves the same ops. MOELORA_NATIVE=0 in the environment ignores a built
 library (to compare the two), MOELORA_SIMD=portable|avx2|avx512|avx512bf16 limits its vectors.
@@ -46,5 +48,8 @@ def reason() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Torch, compiler and vector widths the library was built with; empty where it is missing."""
+    """What the library was built with: torch, compiler, vector widths, ops, GPUs ("cuda").
+
+    Empty where it is missing.
+    """
     return {} if _library is None else _library.build_info()

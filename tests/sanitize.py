@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 
+import route_cases
 import torch
 from op_cases import CASES, DTYPES, Inputs
 from torch import Tensor
 
+from moelora_kernels import ops
 from moelora_kernels.kernels import (
     dropout,
     gram,
@@ -57,6 +59,14 @@ def run_others(dtype: torch.dtype, device: str) -> list[Tensor]:
     return [tensor.cpu() for tensor in found]
 
 
+def run_route(device: str) -> None:
+    """`route`, whose kernels are those of the native library; more experts than fit in last."""
+    wide = torch.zeros(100, 2, dtype=torch.int32), 5000, 1
+    for indices, experts, siblings in (*route_cases.CASES.values(), wide):
+        *_, chunks = ops.route(indices.to(device), experts, siblings, 3, 64)
+        assert (chunks.cpu() >= 0).all()
+
+
 def main(names: list[str]) -> None:
     """Run the named cases, or all of SELECTION, in every dtype."""
     device = "cpu" if launcher.INTERPRET else "cuda"
@@ -69,6 +79,7 @@ def main(names: list[str]) -> None:
             for tensor in run_case(name, dtype, device):
                 assert torch.isfinite(tensor).all(), f"{name}, {of_dtype}: non-finite values"
         run_others(dtype, device)
+    run_route(device)
     print("every kernel ran")
 
 

@@ -22,6 +22,7 @@ def test_library_is_there_where_it_is_required() -> None:
     if native.available():
         assert native.reason() == ""
         assert native.build_info()["abi_target"] == "2.10"
+        assert bool(native.build_info()["cuda"]) == bool(native.build_info()["cuda_ops"])
     else:
         assert native.reason()
         assert native.build_info() == {}

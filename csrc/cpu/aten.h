@@ -87,9 +87,8 @@ inline Tensor empty(int64_t num_rows, int64_t num_columns, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// The value of an output that this call does not have: a tensor of size [0].
-inline Tensor absent(ScalarType dtype) {
-  const int64_t size = 0;
+// An uninitialised vector on the CPU.
+inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   const int64_t stride = 1;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
@@ -97,6 +96,9 @@ inline Tensor absent(ScalarType dtype) {
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+
+// The value of an output that this call does not have: a tensor of size [0].
+inline Tensor absent(ScalarType dtype) { return empty_vector(0, dtype); }
 
 // The dtype that products of a storage dtype are computed in. ATen has no blocked float16 product
 // for most processors: 335 ms against 12 ms in float32 for [2048, 2048] x [2048, 128] on a Zen 5.

@@ -98,14 +98,13 @@ struct Expand {
       V own[VECTORS];
       for (int v = 0; v < VECTORS; ++v) own[v] = V{};
       add<Level, VECTORS>(left, right, terms[pair].steps, own);
-      for (int v = 0; v < VECTORS; ++v) store(term + v * LANES, own[v]);
+      for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(term + v * LANES, own[v]);
       mask.apply(term, index * O + strip, columns, terms[pair].expert);
       for (int v = 0; v < VECTORS; ++v) {
-        load(own[v], term + v * LANES);
-        sum[v] += own[v];
+        sum[v] += load<C, Level{}()>(term + v * LANES);
       }
     }
-    for (int v = 0; v < VECTORS; ++v) store(sums + v * LANES, sum[v]);
+    for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(sums + v * LANES, sum[v]);
   }
 
  private:
@@ -124,9 +123,8 @@ struct Expand {
     for (int64_t n = 0; n < steps; ++n) {
       const U of_left = U{} + of_u[n];
       for (int v = 0; v < VECTORS; ++v) {
-        U of_right;
-        load(of_right, right + (n * VECTORS + v) * LANES);
-        multiply_add(sum[v], of_left, of_right);
+        sum[v] =
+            multiply_add(sum[v], of_left, load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
       }
     }
   }

@@ -13,8 +13,8 @@ namespace {
 
 // Columns of a strip and places per step: 64 KiB of widened rows, or 32 KiB of pairs. Narrower
 // strips read each row in pieces that no prefetcher sees coming.
-constexpr int64_t STRIP = 512;
-constexpr int64_t STEP = 32;
+constexpr int64_t STRIP = 256;
+constexpr int64_t STEP = 64;
 
 template <class S, class L, class C>
 struct Gram {

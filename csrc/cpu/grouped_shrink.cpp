@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t TILE = 96;
 constexpr int64_t COLUMNS = 2048;
 // Backward: 48 x 1024 of dy and 1024 x r of B; rows in short pieces would defeat the prefetcher.
-constexpr int64_t TILE_BACKWARD = 48;
-constexpr int64_t COLUMNS_BACKWARD = 1024;
+constexpr int64_t TILE_BACKWARD = 64;
+constexpr int64_t COLUMNS_BACKWARD = 256;
 
 // h and u of one place: what is beyond the rank stays zero.
 template <class S, class C>

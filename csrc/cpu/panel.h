@@ -42,18 +42,20 @@ MOELORA_INLINE C sum_lanes(const V& vector) {
   }
 }
 
-// sum += left * right, lane by lane.
+// sum + left * right, lane by lane.
 template <class V>
-MOELORA_INLINE void multiply_add(V& sum, const V& left, const V& right) {
-  sum += left * right;
+MOELORA_INLINE V multiply_add(V sum, V left, V right) {
+  return sum + left * right;
 }
 
 #if MOELORA_X86
 // The same for bfloat16 pairs, one pair to a lane of 32 bits: both products are added to its sum.
-MOELORA_INLINE void multiply_add(Vector<float, 64>::type& sum,
-                                 const Vector<uint32_t, 64>::type& left,
-                                 const Vector<uint32_t, 64>::type& right) {
+// By value: a sum that is an operand in place is kept on the stack.
+MOELORA_INLINE Vector<float, 64>::type multiply_add(Vector<float, 64>::type sum,
+                                                    Vector<uint32_t, 64>::type left,
+                                                    Vector<uint32_t, 64>::type right) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+  return sum;
 }
 #endif
 
@@ -104,7 +106,8 @@ template <int BYTES, int TOKENS, int ROWS, class Q, class C>
 MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight_stride,
                               int64_t count, C* sums, int64_t sums_stride) {
   using V = typename Vector<C, BYTES>::type;
-  using U = typename Vector<std::conditional_t<std::is_same_v<Q, C>, C, uint32_t>, BYTES>::type;
+  using Unit = std::conditional_t<std::is_same_v<Q, C>, C, uint32_t>;
+  using U = typename Vector<Unit, BYTES>::type;
   constexpr int64_t ELEMENTS = BYTES / sizeof(Q);
   V sum[TOKENS][ROWS];
   for (int t = 0; t < TOKENS; ++t) {
@@ -113,11 +116,12 @@ MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight
   int64_t j = 0;
   for (; j + ELEMENTS <= count; j += ELEMENTS) {
     U of_x[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) load(of_x[t], x[t] + j);
+    for (int t = 0; t < TOKENS; ++t) of_x[t] = load<Unit, BYTES>(x[t] + j);
     for (int row = 0; row < ROWS; ++row) {
-      U of_weight;
-      load(of_weight, weight + row * weight_stride + j);
-      for (int t = 0; t < TOKENS; ++t) multiply_add(sum[t][row], of_x[t], of_weight);
+      const U of_weight = load<Unit, BYTES>(weight + row * weight_stride + j);
+      for (int t = 0; t < TOKENS; ++t) {
+        sum[t][row] = multiply_add(sum[t][row], of_x[t], of_weight);
+      }
     }
   }
   for (int t = 0; t < TOKENS; ++t) {
@@ -184,19 +188,23 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
   static_assert(sizeof(Unit) == sizeof(C));
   V sum[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) load(sum[row][v], out[row] + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) sum[row][v] = load<C, BYTES>(out[row] + v * LANES);
   }
   for (int64_t n = 0; n < steps; ++n) {
     U of_right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) load(of_right[v], right + n * right_stride + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) {
+      of_right[v] = load<Unit, BYTES>(right + n * right_stride + v * LANES);
+    }
     const Unit* factor = left.data + n * left.step;
     for (int row = 0; row < ROWS; ++row) {
       const U of_left = U{} + factor[row * left.row];
-      for (int v = 0; v < VECTORS; ++v) multiply_add(sum[row][v], of_left, of_right[v]);
+      for (int v = 0; v < VECTORS; ++v) {
+        sum[row][v] = multiply_add(sum[row][v], of_left, of_right[v]);
+      }
     }
   }
   for (int row = 0; row < ROWS; ++row) {
-    for (int v = 0; v < VECTORS; ++v) store(out[row] + v * LANES, sum[row][v]);
+    for (int v = 0; v < VECTORS; ++v) store<C, BYTES>(out[row] + v * LANES, sum[row][v]);
   }
 }
 

@@ -109,17 +109,20 @@ void vectorised_level(const Function& function) {
 template <class C, int BYTES>
 struct Vector {
   typedef C type __attribute__((vector_size(BYTES)));
+  // The same anywhere in memory, whatever is stored there.
+  typedef C anywhere __attribute__((vector_size(BYTES), aligned(1), may_alias));
   static constexpr int64_t LANES = BYTES / sizeof(C);
 };
 
-template <class V, class C>
-MOELORA_INLINE void load(V& vector, const C* from) {
-  std::memcpy(&vector, from, sizeof(V));
+// BYTES from memory as a vector of C. By value: a vector filled through memcpy stays on the stack.
+template <class C, int BYTES>
+MOELORA_INLINE typename Vector<C, BYTES>::type load(const void* from) {
+  return *static_cast<const typename Vector<C, BYTES>::anywhere*>(from);
 }
 
-template <class V, class C>
-MOELORA_INLINE void store(C* to, const V& vector) {
-  std::memcpy(to, &vector, sizeof(V));
+template <class C, int BYTES>
+MOELORA_INLINE void store(void* to, const typename Vector<C, BYTES>::type& vector) {
+  *static_cast<typename Vector<C, BYTES>::anywhere*>(to) = vector;
 }
 
 template <class To, class From>

@@ -20,9 +20,12 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The routing arrays of `indices` [T, S]: order, offsets, tiles, chunks, all int32.
 
-    Columns i K to (i + 1) K belong to sibling i. An index outside [0, E) is not routed.
+    Columns i K to (i + 1) K belong to sibling i. An index outside [0, E) is not routed. Raises
+    ValueError for 2^31 pairs and more.
     """
     tokens, slots = indices.shape
+    if tokens * slots >= 2**31:
+        raise ValueError(f"indices: expected less than 2^31 pairs, got {tokens} x {slots}")
     experts = siblings * num_experts
     sibling = torch.arange(slots, device=indices.device) // max(slots // siblings, 1)
     routed = (indices >= 0) & (indices < num_experts)

@@ -1,0 +1,76 @@
+// The routing arrays on the device: what is launched, with which memory; route.cuh does the work.
+#include "route.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "device.h"
+#include "routing.h"
+
+namespace moelora {
+namespace {
+
+template <class Id>
+void launch(const RouteArguments& arguments, const Tensor& indices) {
+  const Device device(indices);
+  const auto [warps, shared] = route_plan(arguments.P, arguments.N, arguments.E);
+  const auto blocks = static_cast<unsigned>(arguments.S + 2);
+  const Id* ids = indices.const_data_ptr<Id>();
+  if (shared > 0) {
+    route_kernel<Id, true>
+        <<<blocks, warps * WARP, shared, device.stream()>>>(arguments, ids, nullptr);
+  } else {
+    const int64_t each = route_counters(arguments.N, arguments.E, warps);
+    const Tensor scratch = empty_on(indices, {blocks * each}, ScalarType::Int);
+    route_kernel<Id, false><<<blocks, warps * WARP, 0, device.stream()>>>(
+        arguments, ids, scratch.mutable_data_ptr<int>());
+  }
+  check_launch("route");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_experts,
+                                                 int64_t siblings, int64_t tile, int64_t chunk) {
+  const RoutingSizes sizes(indices, num_experts, siblings, tile, chunk);
+  const auto [T, S, E, n, P, N] = sizes;
+  const ScalarType dtype = indices.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long,
+                  "indices: expected int32 or int64");
+  const int64_t num_tiles = count_tiles(P, N, tile);
+  const int64_t num_chunks = count_tiles(P, N, chunk);
+  Tensor order = empty_on(indices, {P}, ScalarType::Int);
+  Tensor offsets = empty_on(indices, {N + 1}, ScalarType::Int);
+  Tensor tiles = empty_on(indices, {num_tiles, 2}, ScalarType::Int);
+  Tensor chunks = empty_on(indices, {num_chunks, 2}, ScalarType::Int);
+  const RouteArguments arguments{
+      // Without pairs no block is needed to place them.
+      .T = P > 0 ? T : 0,
+      .S = P > 0 ? S : 0,
+      .K = S / n,
+      .E = static_cast<int>(E),
+      .N = static_cast<int>(N),
+      .P = P,
+      .stride_token = indices.stride(0),
+      .stride_slot = indices.stride(1),
+      .tile = tile,
+      .chunk = chunk,
+      .num_tiles = num_tiles,
+      .num_chunks = num_chunks,
+      .order = order.mutable_data_ptr<int32_t>(),
+      .offsets = offsets.mutable_data_ptr<int32_t>(),
+      .tiles = tiles.mutable_data_ptr<int32_t>(),
+      .chunks = chunks.mutable_data_ptr<int32_t>(),
+  };
+  if (dtype == ScalarType::Int) {
+    launch<int32_t>(arguments, indices);
+  } else {
+    launch<int64_t>(arguments, indices);
+  }
+  return {order, offsets, tiles, chunks};
+}
+
+}  // namespace
+
+}  // namespace moelora
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, CUDA, m) { m.impl("route", TORCH_BOX(&moelora::route)); }
