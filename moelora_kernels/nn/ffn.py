@@ -205,12 +205,9 @@ class MoeLoraFFN(nn.Module):
             plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
         )
         y = self.down_proj(summed.view(*x.shape[:-1], self.intermediate_size))
-        delta = delta.view(y.shape)
-        bias = getattr(self.down_proj, "bias", None)
-        if bias is not None:
-            excess = weights.sum(dim=1).view(*x.shape[:-1], 1) - 1.0
-            delta = delta + excess * bias.to(excess.dtype)
-        return y + delta.to(y.dtype)
+        offset = _bias_correction(self.down_proj, weights)
+        delta = delta if offset is None else delta + offset
+        return y + delta.view(y.shape).to(y.dtype)
 
     def _slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] in the compute dtype and indices [T, K]; dense gates as K = E slots."""
@@ -268,6 +265,12 @@ def _of_tokens(rows: Tensor, tokens: int) -> Tensor:
     if count == tokens:
         return rows
     return rows[:, None].expand(count, tokens // count, slots).reshape(tokens, slots)
+
+
+def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
+    """bd (sum_k w_tk - 1), [T, I]: the call of the base added bd once, every expert has its own."""
+    bias = getattr(down, "bias", None)
+    return None if bias is None else (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 
 def _check_config(config: MoeLoraConfig) -> None:
