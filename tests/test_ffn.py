@@ -183,6 +183,34 @@ def test_a_nan_in_an_expert_nobody_chose_stays_there(options, matrix):
     assert_same(step(broken, x, dy), step(layer, x, dy))
 
 
+def test_a_nan_behind_a_gate_of_zero_stays_there():
+    """Such a gate selects nothing: y, dx and the parameters of the others are what they were.
+
+    Not so in A of gate and up, which multiplies a dh of zero on the way to dx, and in B of down,
+    which multiplies a u of zero: as in MoeLoraLinear.
+    """
+    layer = make_ffn(router="external", top_k=None)
+    broken = copy.deepcopy(layer)
+    with torch.no_grad():
+        broken.up_lora_B[:, 3:6] = torch.nan
+        broken.down_lora_A[3:6] = torch.nan
+    x, dy = inputs(9)
+    gates = torch.rand(9, 4, dtype=torch.float64)
+    gates[:, 2] = 0.0
+    expected, found = (
+        step(each, x, dy, forward=lambda leaf, each=each: each(leaf, gates))
+        for each in (layer, broken)
+    )
+    for name in expected:
+        if "lora" in name:
+            rows = 0 if name.endswith("A") else 1
+            for tensors in (expected, found):
+                tensors[name] = torch.cat(
+                    [t for t in tensors[name].split([3, 3, 2], rows)[::2]], rows
+                )
+        assert torch.equal(found[name], expected[name]), name
+
+
 # --- bases, activations, dropout ----------------------------------------------------------------
 
 
@@ -260,6 +288,20 @@ def test_dropout_on_the_way_into_a(per_expert):
     torch.testing.assert_close(found["y"], y, rtol=1e-11, atol=1e-11)
     for name, gradient in zip(trained, grads, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_activations_run_without_autocast():
+    """Backward makes them anew and cannot know what autocast forward had."""
+    seen = []
+
+    def activation(z):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return nn.functional.silu(z)
+
+    layer = make_ffn(torch.float32, activation=activation)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(inputs(3, dtype=torch.float32)[0]).float().sum().backward()
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("backward_inside", (True, False))

@@ -109,6 +109,21 @@ def test_only_what_is_asked_for(trains):
         assert torch.equal(*grads)
 
 
+def test_the_ops_get_rows_that_lie_dense(monkeypatch):
+    """dy of a sum or a transpose is a view with strides that no kernel should have to take."""
+    layer, (x, dy) = make_ffn(), inputs(4)
+    original, strides = ops.grouped_shrink_backward, []
+
+    def watched(dy, *args):
+        strides.extend(g.stride() for g in dy)
+        return original(dy, *args)
+
+    monkeypatch.setattr(ops, "grouped_shrink_backward", watched)
+    for given in (dy[:1].expand(4, HIDDEN), dy.t().contiguous().t()):
+        assert_same(step(layer, x, given), step(layer, x, given.contiguous()))
+    assert set(strides) == {(HIDDEN, 1), (INNER, 1)}
+
+
 # --- what it costs ------------------------------------------------------------------------------
 
 

@@ -58,8 +58,10 @@ class MoeLoraFFN(nn.Module):
     out_features will do (quantised, hooked). `down_proj` must be affine, with its offset in
     `down_proj.bias`: called on the weighted sum it adds bd once, and bd (sum_k w_tk - 1) corrects.
 
-    An expert that a token is not routed to adds nothing to its y. Where gates are dense (all,
-    top-p, threshold, external) every expert is a slot of every token, at the cost that K = E has.
+    An expert that a token is not routed to has no part in its y and gradients. Where gates are
+    dense (all, top-p, threshold, external) every expert is a slot of every token, at the cost that
+    K = E has; an external gate of zero adds zero and has its gradient, so that such an expert runs:
+    a NaN in its `down_lora_B` reaches y, one in its `gate_lora_A` or `up_lora_A` dx.
 
     Saved for backward, next to x and rank space: two [T K, F]; with `recompute` two [T, F] instead,
     for one more expand of gate and up. Neither grows with E.
