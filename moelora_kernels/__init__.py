@@ -9,12 +9,14 @@ from moelora_kernels.checkpoints import (
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import moe_lora_linear
 from moelora_kernels.nn import (
+    MoeLoraFFN,
     MoeLoraGroup,
     MoeLoraLinear,
     adapter_parameters,
     collect_aux_loss,
     link_siblings,
     record_routing,
+    replace_ffns,
     replace_linears,
     set_tasks,
     warmup,
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MoeLoraConfig",
+    "MoeLoraFFN",
     "MoeLoraGroup",
     "MoeLoraLinear",
     "adapter_parameters",
@@ -34,6 +37,7 @@ __all__ = [
     "load_adapter_state_dict",
     "moe_lora_linear",
     "record_routing",
+    "replace_ffns",
     "replace_linears",
     "save_adapter",
     "set_tasks",

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 
 
@@ -17,10 +18,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, layer in model.named_modules():
-        if not isinstance(layer, MoeLoraLinear):
+        if not isinstance(layer, (MoeLoraLinear, MoeLoraFFN)):
             continue
         prefix = f"{name}." if name else ""
-        own = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+        own = dict(layer.named_parameters(recurse=False))
         if layer.router is not None:
             own.update(
                 {f"router.{k}": v for k, v in layer.router.state_dict(keep_vars=True).items()}
@@ -30,7 +31,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 seen.add(id(tensor))
                 state[prefix + key] = tensor
     if not state:
-        raise ValueError("model: it has no MoeLoraLinear layer")
+        raise ValueError("model: it has no MoeLoraLinear layer and no MoeLoraFFN")
     return state
 
 

@@ -145,4 +145,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "none",
         "shared_expert": "complement",
     },
+    # MixLoRA (arXiv 2404.15159): per FFN, whose linears are all of one expert, softmax, two experts
+    # kept and renormalised, load balance. The original draws a dropout mask per linear; gate and up
+    # share that of x here.
+    "mixlora": {
+        "num_experts": 8,
+        "rank": 16,
+        "alpha": 32.0,
+        "router": "linear",
+        "top_k": 2,
+        "normalize": "sum",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"load_balance": 0.001},
+    },
+    # LLaVA-MoLE (arXiv 2401.16160): one router per FFN, its largest expert for all three linears,
+    # not scaled by the gate: the weight is p / p = 1, and only the load balance trains the router.
+    # Number of experts and weight of the balance are left to the caller there.
+    "llava-mole": {
+        "num_experts": 3,
+        "rank": 16,
+        "alpha": 32.0,
+        "router": "linear",
+        "router_bias": True,
+        "top_k": 1,
+        "normalize": "sum",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+        "aux": {"load_balance": 0.01},
+    },
 }
+
+# Those whose experts are whole FFNs: for `MoeLoraFFN` and `replace_ffns`.
+OF_FFNS = ("mixlora", "llava-mole")

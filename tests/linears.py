@@ -54,6 +54,26 @@ class Prototype(nn.Module):
         return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.prototypes).t()
 
 
+class PackedLinear(nn.Module):
+    """A stand-in for a quantised linear: int8 codes in `weight`, dequantised in forward."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        codes = (linear.weight.detach() / scale).round().to(torch.int8)
+        # Packed in one row, as bitsandbytes packs, so that only forward knows the shape.
+        self.weight = nn.Parameter(codes.reshape(1, -1), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def dequantised(self):
+        return self.weight.view(self.out_features, -1).to(self.scale.dtype) * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
+
+
 def randomise(model):
     """Adapters that are not zero, so that gates and tasks show in the output."""
     torch.manual_seed(1)

@@ -25,7 +25,7 @@ def section(title: str) -> str:
 
 def first_cells(text: str) -> list[str]:
     cells = re.findall(r"^\| ([^|:]*)", text, re.MULTILINE)
-    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    return [name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)]
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
@@ -52,6 +52,22 @@ def test_the_example_of_a_language_model_runs():
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * 3 * 4
     assert all(p.grad.dtype == torch.float32 for p in trained)
+
+
+def test_the_example_of_whole_ffns_runs():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    ids = torch.randint(0, 40, (2, 6))
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
+    exec(compile(example, "README.md", "exec"), {"model": model})
+    model(ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * (7 + 4 * 2)
+    assert all(p.grad is not None for p in trained)
 
 
 def test_tables_name_every_op_and_every_preset():

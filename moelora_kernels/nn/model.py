@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear, missing_size
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
 # evaluation without gradients.
 WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+LAYERS = (MoeLoraLinear, MoeLoraFFN)
 
 
 def replace_linears(
@@ -40,30 +42,10 @@ def replace_linears(
             reads its weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
     """
     config = MoeLoraConfig.of(config, {})
-    by_pattern = isinstance(target_modules, str)
-    targets = [target_modules] if by_pattern else list(target_modules)
-    if by_pattern:
-        try:
-            re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     adapted = [
-        name
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, MoeLoraLinear)
+        name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)
     ]
-    names = [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in adapted)]
-
-    def matches(name: str, target: str) -> bool:
-        if by_pattern:
-            return re.fullmatch(target, name) is not None
-        return name == target or name.endswith(f".{target}")
-
-    unmatched = [t for t in targets if not any(matches(name, t) for name in names)]
-    if unmatched or not targets:
-        raise ValueError(f"target_modules: no module matches {unmatched or targets}")
-    chosen = [name for name in names if any(matches(name, target) for target in targets)]
+    chosen = _matching(model, target_modules, adapted)
     for name in chosen:
         module = model.get_submodule(name)
         if missing_size(module):
@@ -90,11 +72,86 @@ def replace_linears(
     return chosen
 
 
+def replace_ffns(
+    model: nn.Module,
+    config: MoeLoraConfig,
+    target_modules: str | Iterable[str] = r".*\.mlp",
+    *,
+    recompute: bool = False,
+) -> list[str]:
+    """Put a MoeLoraFFN over every matching gated MLP of `model` (Llama, Qwen2, Mistral), in place.
+
+        replace_ffns(model, MoeLoraConfig.preset("mixlora"))
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        replace_linears(model, MoeLoraConfig.preset("lora"), attention)
+
+    is MixLoRA: whole-FFN experts, and plain LoRA on attention. The linears of an MLP keep their
+    names and are frozen; other parameters stay as they are. With router="task" one gate serves all
+    layers, as in `replace_linears`.
+
+    Args:
+        model: any module.
+        config: the options of every layer.
+        target_modules: as in `replace_linears`.
+        recompute: of every layer, see `MoeLoraFFN`.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: no module matches, one of the names matches none, or an option has no meaning
+            for whole-FFN experts.
+        TypeError: a matching module is no gated MLP, or has experts already. Nothing is replaced.
+    """
+    config = MoeLoraConfig.of(config, {})
+    chosen = _matching(model, target_modules, ())
+    for name in chosen:
+        if problem := why_no_ffn(model.get_submodule(name)):
+            raise TypeError(f"target_modules: {name}: {problem}")
+    shared = _task_router(model, config)
+    replaced: dict[nn.Module, MoeLoraFFN] = {}
+    for name in chosen:
+        parent_name, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        if module not in replaced:
+            layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
+            if config.router == "task":
+                shared = shared or layer.router
+                layer.router = shared
+        setattr(model.get_submodule(parent_name), child, replaced[module])
+    return chosen
+
+
+def _matching(
+    model: nn.Module, target_modules: str | Iterable[str], adapted: Iterable[str]
+) -> list[str]:
+    """The names of the modules that match, without those in `adapted` and what lies inside them."""
+    by_pattern = isinstance(target_modules, str)
+    targets = [target_modules] if by_pattern else list(target_modules)
+    if by_pattern:
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    names = [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in adapted)]
+
+    def matches(name: str, target: str) -> bool:
+        if by_pattern:
+            return re.fullmatch(target, name) is not None
+        return name == target or name.endswith(f".{target}")
+
+    unmatched = [t for t in targets if not any(matches(name, t) for name in names)]
+    if unmatched or not targets:
+        raise ValueError(f"target_modules: no module matches {unmatched or targets}")
+    return [name for name in names if any(matches(name, target) for target in targets)]
+
+
 def _task_router(model: nn.Module, config: MoeLoraConfig) -> TaskRouter | None:
     """The gate that layers of `model` already share, if a new layer can use it."""
     sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.config.router == config.router == "task":
+        if isinstance(layer, LAYERS) and layer.config.router == config.router == "task":
             own = layer.config
             if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):
                 return layer.router
@@ -118,16 +175,14 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             layer.link.forget()
     if tasks.is_floating_point():
         layers = [
-            m
-            for m in model.modules()
-            if isinstance(m, MoeLoraLinear) and m.config.router == "external"
+            m for m in model.modules() if isinstance(m, LAYERS) and m.config.router == "external"
         ]
         if not layers:
             raise ValueError(
                 "model: no layer with router='external' takes gates; task ids are whole numbers"
             )
         for layer in layers:
-            layer.external_gates = tasks.to(layer.lora_A.device)
+            layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
         return
     routers = [m for m in model.modules() if isinstance(m, TaskRouter)]
     if not routers:
@@ -142,8 +197,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A, B and router parameters of all layers, each once."""
     found: dict[int, nn.Parameter] = {}
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear):
-            own = [layer.lora_A, layer.lora_B]
+        if isinstance(layer, LAYERS):
+            own = list(layer.parameters(recurse=False))
             own += [] if layer.router is None else list(layer.router.parameters())
             found.update((id(p), p) for p in own)
     return list(found.values())

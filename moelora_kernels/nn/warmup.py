@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.linear import MoeLoraLinear, float_weight, forward_siblings
 
@@ -25,17 +26,18 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         batch: sequences per call.
 
     Raises:
-        ValueError: the model has no MoeLoraLinear; tokens or batch below 1.
+        ValueError: the model has no MoeLoraLinear and no MoeLoraFFN; tokens or batch below 1.
         RuntimeError, ValueError: task gates or external gates that were not set.
     """
     if not tokens or min(tokens) < 1 or batch < 1:
         raise ValueError(f"tokens: expected counts from 1, got {tokens} with batch {batch}")
     groups = list(_groups(model))
     if not groups:
-        raise ValueError("model: no MoeLoraLinear in it")
+        raise ValueError("model: no MoeLoraLinear and no MoeLoraFFN in it")
     layers = [layer for group in groups for layer in group]
     kept = [(layer.record, vars(layer.record).copy()) for layer in layers]
-    devices = {layer.lora_A.device for layer in layers if layer.lora_A.is_cuda}
+    places = {p.device for layer in layers for p in layer.parameters(recurse=False)}
+    devices = {device for device in places if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         for group in groups:
             for count in tokens:
@@ -44,8 +46,8 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         vars(record).update(values)
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear, ...]]:
-    """The layers of a model as they run: siblings of a group or a link together."""
+def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]]:
+    """The layers of a model as they run: siblings of a group or a link together, an FFN alone."""
     seen: set[nn.Module] = set()
     found = list(model.modules())
     for module in found:
@@ -54,19 +56,23 @@ def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear, ...]]:
             seen.update(siblings)
             yield siblings
     for module in found:
+        if isinstance(module, MoeLoraFFN):
+            yield (module,)
         if isinstance(module, MoeLoraLinear) and module not in seen:
             siblings = module.link.layers if module.link is not None else (module,)
             seen.update(siblings)
             yield siblings
 
 
-def _run(group: tuple[MoeLoraLinear, ...], batch: int, tokens: int) -> None:
+def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int) -> None:
     first = group[0]
-    weight = float_weight(first.base_layer)
-    like = first.lora_A if weight is None else weight
-    x = torch.zeros(batch, tokens, first.in_features, dtype=like.dtype, device=like.device)
+    base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
+    weight = float_weight(base)
+    like = next(first.parameters(recurse=False)) if weight is None else weight
+    x = torch.zeros(batch, tokens, base.in_features, dtype=like.dtype, device=like.device)
     with torch.enable_grad():
-        outputs = forward_siblings(group, x.requires_grad_())
+        x.requires_grad_()
+        outputs = [first(x)] if isinstance(first, MoeLoraFFN) else forward_siblings(group, x)
         trained = {p for layer in group for p in layer.parameters() if p.requires_grad}
         gradients = [torch.zeros_like(y) for y in outputs]
         torch.autograd.grad(outputs, [x, *trained], gradients, allow_unused=True)

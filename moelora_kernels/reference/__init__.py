@@ -15,6 +15,7 @@ Every function computes in `promote_types(dtype, float32)` and rounds once, on r
 stand side by side: column block i of h, u, gates and logits belongs to sibling i.
 """
 
+from moelora_kernels.reference.ffn import ffn
 from moelora_kernels.reference.gates import (
     blocks,
     compute_dtype,
@@ -48,6 +49,7 @@ __all__ = [
     "dense_gate",
     "dense_gate_backward",
     "dropout",
+    "ffn",
     "gram",
     "grouped_expand",
     "grouped_gram",

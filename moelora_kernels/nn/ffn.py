@@ -1,0 +1,323 @@
+"""MoeLoraFFN: a frozen gated MLP whose experts are whole FFNs, each with adapters of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.autograd_ffn import FfnAdapters, FfnPlan, RouterLogits, ffn_experts
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.functional import active_dtype, dropout_seed
+from moelora_kernels.nn.linear import (
+    MoeLoraLinear,
+    _adapter_place,
+    _check_called,
+    _external,
+    _logits,
+    missing_size,
+)
+from moelora_kernels.nn.record import RoutingRecord
+from moelora_kernels.nn.routers import (
+    add_shared_expert,
+    build_router,
+    gate_of_logits,
+    is_plain_linear,
+    rows_of_gates,
+)
+from moelora_kernels.reference import compute_dtype
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "relu": nn.ReLU,
+}
+
+
+class MoeLoraFFN(nn.Module):
+    """Drop-in for a gated MLP with whole-FFN experts over its frozen linears, as in MixLoRA.
+
+        w [T, K], experts e(t, k)                                       from one router per FFN
+        a_tk = act(Wg x_t + bg + s Bg_e Ag_e x_t) * (Wu x_t + bu + s Bu_e Au_e x_t)
+        y_t  = sum_k w_tk (Wd a_tk + bd + s Bd_e Ad_e a_tk)
+             = Wd (sum_k w_tk a_tk) + bd sum_k w_tk + sum_k w_tk s Bd_e Ad_e a_tk
+
+    Wd is linear, so that each frozen product runs once per token: 3 of them, where experts one by
+    one make 3 K. An expert is scaled as a whole, its part of the frozen FFN included, so a new
+    layer equals its base where the weights of a token sum to 1 (top-k or all, normalize="sum").
+
+    Parameters: `gate_lora_A`, `up_lora_A` [R, I], `gate_lora_B`, `up_lora_B` [F, R], `down_lora_A`
+    [R, F], `down_lora_B` [I, R], expert-major, B zero at the start; `router` where the gate has
+    one; `gate_proj`, `up_proj`, `down_proj` the frozen linears under their own names, so that
+    checkpoints of the base fit. These are called, never read: any modules with in_features and
+    out_features will do (quantised, hooked). `down_proj` must be affine, with its offset in
+    `down_proj.bias`: called on the weighted sum it adds bd once, and bd (sum_k w_tk - 1) corrects.
+
+    An expert that a token is not routed to has no part in its y and gradients. Where gates are
+    dense (all, top-p, threshold, external) every expert is a slot of every token, at the cost that
+    K = E has; an external gate of zero adds zero and has its gradient, so that such an expert runs:
+    a NaN in its `down_lora_B` reaches y, one in its `gate_lora_A` or `up_lora_A` dx.
+
+    Saved for backward, next to x and rank space: two [T K, F]; with `recompute` two [T, F] instead,
+    for one more expand of gate and up. Neither grows with E.
+
+    Args:
+        hidden_size: I.
+        intermediate_size: F.
+        bias, device, dtype: of the frozen linears, as nn.Linear.
+        activation: "silu", "gelu", "gelu_tanh", "relu", or any elementwise module or function that
+            leaves its input as it is.
+        config: a MoeLoraConfig; `options` are its fields, in place of it or changing it. rank,
+            scaling and dropout are those of each of the three linears; in training gate and up
+            share the mask of x.
+        recompute: make the activations of the experts anew in backward; the results do not change.
+
+    Raises ValueError or TypeError that names the option, what was given and what is expected.
+
+    Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 of weight 1).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        *,
+        activation: str | Callable[[Tensor], Tensor] = "silu",
+        config: MoeLoraConfig | None = None,
+        device=None,
+        dtype=None,
+        recompute: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation: expected one of {', '.join(ACTIVATIONS)} or a module, "
+                f"got {activation!r}"
+            )
+        act_fn = ACTIVATIONS[activation]() if isinstance(activation, str) else activation
+        gate, up = (
+            nn.Linear(hidden_size, intermediate_size, bias, device=device, dtype=dtype)
+            for _ in range(2)
+        )
+        down = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
+        self._attach((gate, up, down), act_fn, config, options, recompute)
+
+    @classmethod
+    def from_mlp(
+        cls,
+        mlp: nn.Module,
+        config: MoeLoraConfig | None = None,
+        *,
+        recompute: bool = False,
+        **options: Any,
+    ) -> MoeLoraFFN:
+        """Put experts over an existing MLP, whose linears and activation are kept and frozen.
+
+        mlp: down_proj(act_fn(gate_proj(x)) * up_proj(x)), as Llama, Qwen2, Mistral, Gemma have it.
+        """
+        if problem := why_no_ffn(mlp):
+            raise TypeError(f"mlp: {problem}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        bases = tuple(getattr(mlp, name) for name in PROJECTIONS)
+        layer._attach(bases, mlp.act_fn, config, options, recompute)
+        return layer.train(mlp.training)
+
+    def _attach(self, bases, act_fn, config, options: dict, recompute: bool) -> None:
+        self.config = config = MoeLoraConfig.of(config, options)
+        _check_config(config)
+        if not callable(act_fn):
+            raise TypeError(f"activation: expected a module or a function, got {type(act_fn)}")
+        if getattr(act_fn, "inplace", False):
+            raise ValueError("activation: expected one that leaves its input as it is (inplace)")
+        gate = bases[0]
+        self.hidden_size, self.intermediate_size = gate.in_features, gate.out_features
+        self._plan = FfnPlan(
+            config.ranks(),
+            config.scales(),
+            bool(recompute),
+            dropout_per_expert=config.dropout_mask == "per_expert",
+        )
+        device, dtype = _adapter_place(gate, config)
+        total = sum(self._plan.ranks)
+        for name, base in zip(PROJECTIONS, bases, strict=True):
+            setattr(self, name, base.requires_grad_(False))
+            stem = name.removesuffix("_proj")
+            for matrix, shape in (
+                ("A", (total, base.in_features)),
+                ("B", (base.out_features, total)),
+            ):
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                setattr(self, f"{stem}_lora_{matrix}", parameter)
+        self.act_fn = act_fn.requires_grad_(False) if isinstance(act_fn, nn.Module) else act_fn
+        self.router = build_router(config, self.hidden_size, device, dtype)
+        self.record = RoutingRecord()
+        self.external_gates: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every A anew and zero every B; the router keeps its own initialisation."""
+        adapters = self._adapters()
+        with torch.no_grad():
+            for matrix in (adapters.gate_a, adapters.up_a, adapters.down_a):
+                if self.config.init == "normal":
+                    matrix.normal_(std=0.01)
+                else:
+                    bound = 1.0 / math.sqrt(matrix.shape[1])
+                    matrix.uniform_(-bound, bound)
+            for matrix in (adapters.gate_b, adapters.up_b, adapters.down_b):
+                matrix.zero_()
+
+    def _adapters(self) -> FfnAdapters:
+        return FfnAdapters(
+            self.gate_lora_A, self.gate_lora_B, self.up_lora_A, self.up_lora_B,
+            self.down_lora_A, self.down_lora_B,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: expected [..., {self.hidden_size}], got {[*x.shape]}")
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a float dtype, got {x.dtype}")
+        config, dtype = self.config, active_dtype(x)
+        if gates is not None and config.router != "external":
+            raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
+        for base in (self.gate_proj, self.up_proj, self.down_proj):
+            _check_called(base, x)
+        tokens = x.reshape(-1, self.hidden_size).to(dtype)
+        gate, up = (
+            base(x).reshape(-1, self.intermediate_size).to(dtype)
+            for base in (self.gate_proj, self.up_proj)
+        )
+        weights, indices = self._slots(x, tokens, gates)
+        plan, seeds = self._plan, (None, None)
+        if config.dropout > 0.0 and self.training:
+            plan = plan._replace(dropout=config.dropout)
+            seeds = tuple(dropout_seed(config.dropout, None, x.device) for _ in range(2))
+        impl = "reference" if config.impl == "reference" else "grouped"
+        summed, delta = ffn_experts(
+            plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
+        )
+        y = self.down_proj(summed.view(*x.shape[:-1], self.intermediate_size))
+        offset = _bias_correction(self.down_proj, weights)
+        delta = delta if offset is None else delta + offset
+        return y + delta.view(y.shape).to(y.dtype)
+
+    def _slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] in the compute dtype and indices [T, K]; dense gates as K = E slots."""
+        config, logits = self.config, None
+        source = "set_tasks" if gates is None else "gates"
+        if config.router is None:
+            weights, indices = tokens.new_ones((1, 1), dtype=compute_dtype(tokens)), None
+        elif config.router == "external":
+            own = self.external_gates if gates is None else gates
+            weights, indices = _external(own, config.num_experts), None
+        else:
+            if config.granularity == "token" and is_plain_linear(self.router):
+                logits = RouterLogits.apply(tokens, self.router.weight, self.router.bias)
+            else:
+                logits = _logits(self, x, tokens)
+            weights, indices = gate_of_logits(logits, config, self.training)
+        weights, indices = add_shared_expert(weights, indices, config)
+        rows_of_gates(weights, x.shape, x.device, source)
+        if config.aux or self.record.wanted:
+            self.record.keep(weights, indices, logits)
+        if indices is None:
+            weights, indices = _slots_of_dense(weights, config)
+        weights = weights.to(compute_dtype(tokens))
+        return tuple(_of_tokens(t, tokens.shape[0]) for t in (weights, indices))
+
+    def extra_repr(self) -> str:
+        """Sizes and the options that set this layer apart."""
+        c = self.config
+        router = type(c.router).__name__ if isinstance(c.router, nn.Module) else c.router
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
+            + (f", top_k={c.top_k}" if c.top_k else "")
+            + (", recompute=True" if self._plan.recompute else "")
+        )
+
+
+def _slots_of_dense(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor]:
+    """Dense gates [G, E] as slots: the K that a top-k gate kept, else one for every expert."""
+    if config.select == "topk":
+        slots = config.top_k + (config.shared_expert != "none")
+        # Kept scores may be negative (identity), those not kept are zero.
+        indices = weights.detach().abs().topk(slots, dim=1).indices
+        return weights.gather(1, indices), indices
+    indices = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
+    if config.select != "all":
+        # Not routed rather than of weight zero: such pairs cost nothing where kernels serve.
+        indices = torch.where(weights != 0, indices, -1)
+    return weights, indices
+
+
+def _of_tokens(rows: Tensor, tokens: int) -> Tensor:
+    """One row for each token from rows of all tokens, of sequences, or one for all."""
+    count, slots = rows.shape
+    if count == tokens:
+        return rows
+    return rows[:, None].expand(count, tokens // count, slots).reshape(tokens, slots)
+
+
+def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
+    """bd (sum_k w_tk - 1), [T, I]: the call of the base added bd once, every expert has its own."""
+    bias = getattr(down, "bias", None)
+    return None if bias is None else (weights.sum(dim=1, keepdim=True) - 1.0) * bias
+
+
+def _check_config(config: MoeLoraConfig) -> None:
+    """Raise where an option has no meaning for whole-FFN experts."""
+    if config.share == "A":
+        raise ValueError(
+            "share: 'A' does not go with whole-FFN experts: each down projection reads the "
+            "activation of its own expert"
+        )
+    if config.impl not in ("auto", "grouped", "reference"):
+        raise ValueError(
+            f"impl: {config.impl!r} does not go with whole-FFN experts: their activation lies "
+            "between the products, so each expert runs on its own tokens (grouped)"
+        )
+    if config.router is None and config.num_experts > 1:
+        raise ValueError(
+            "router: None gives every expert, and so the frozen FFN in each of them, the weight 1; "
+            "use it with num_experts=1"
+        )
+    if config.shared_expert == "always":
+        raise ValueError(
+            "shared_expert: 'always' would add the frozen FFN a second time; 'complement' weighs it"
+        )
+
+
+def why_no_ffn(mlp: nn.Module) -> str:
+    """Why whole-FFN experts cannot be put over `mlp`; empty where they can."""
+    if isinstance(mlp, MoeLoraFFN):
+        return "it has whole-FFN experts already"
+    kind = f"{type(mlp).__name__}, expected a gated MLP"
+    for name in PROJECTIONS:
+        base = getattr(mlp, name, None)
+        if isinstance(base, MoeLoraLinear):
+            return f"its {name} has experts already"
+        if not isinstance(base, nn.Module):
+            return f"{kind} with {name}"
+        if missing := missing_size(base):
+            return f"{kind} whose {name} has {missing}, got {type(base).__name__}"
+    if not callable(getattr(mlp, "act_fn", None)):
+        return f"{kind} with act_fn"
+    gate, up, down = (getattr(mlp, name) for name in PROJECTIONS)
+    sizes = [(base.in_features, base.out_features) for base in (gate, up, down)]
+    if not sizes[0] == sizes[1] == sizes[2][::-1]:
+        return f"{kind}, got (in_features, out_features) {sizes} of gate_proj, up_proj, down_proj"
+    hooks = (mlp._forward_hooks, mlp._forward_pre_hooks, mlp._backward_hooks)
+    if any(hooks) or mlp._backward_pre_hooks or "forward" in mlp.__dict__:
+        return f"{type(mlp).__name__} has hooks or a patched forward, which would be lost"
+    return ""
