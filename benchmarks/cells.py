@@ -12,9 +12,10 @@ A full product would be thousands of cells. What several tables show is measured
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from benchmarks.tables import VARYING
 from moelora_kernels.testing import ROUTINGS
 
-TABLES = ("mixtures", "routing", "tokens")
+TABLES = tuple(VARYING)
 
 
 class Mixture(NamedTuple):
@@ -64,7 +65,7 @@ PLANS = {
     "cuda": Plan(
         mixtures(
             # The rank, few experts: R / K from 32 to 512.
-            *((8, rank, 2) for rank in (8, 16, 32, 64, 128)),
+            *((8, rank, 2) for rank in (8, 16, 32, 48, 64, 96, 128)),
             *((8, 64, top_k) for top_k in (1, 4)),
             # K, on either side of the model's crossover: R / K from 32 to 256.
             *((16, 16, top_k) for top_k in (1, 2, 4, 8)),
@@ -73,6 +74,7 @@ PLANS = {
             *((64, rank, 2) for rank in (8, 16, 32, 64, 128)),
             *((64, 8, top_k) for top_k in (4, 8)),
             *((64, 64, top_k) for top_k in (1, 4, 8)),
+            (64, 48, 8),
             # Few tokens for each expert, and weights of the experts far larger than W.
             *((256, 8, top_k) for top_k in (1, 2, 4, 8)),
             (256, 32, 4),

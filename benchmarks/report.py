@@ -44,6 +44,10 @@ COARSE_TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8)
 FINE_TICKS = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3)
 
 
+# Tables of the suite `grouped` that can be chosen.
+OF_GROUPED = (*tables.VARYING, "crossover")
+
+
 def all_tables(result: dict, chosen: list[str] | None = None) -> list[tables.Table]:
     """The tables of a result file; `chosen` names some of those of the suite `grouped`."""
     found = tables.of_rows(result["rows"], chosen)
@@ -191,9 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="rewrite the tables of this file")
     parser.add_argument("--cases", type=lambda text: text.split(","))
     parser.add_argument("--modes", type=lambda text: text.split(","))
-    parser.add_argument("--tables", type=lambda text: text.split(","))
+    parser.add_argument("--tables", type=lambda text: text.split(","), help=", ".join(OF_GROUPED))
     parser.add_argument("--plots", action="store_true", help="write FILE.png beside each FILE.json")
     options = parser.parse_args(arguments)
+    if unknown := sorted({*(options.tables or ())} - {*OF_GROUPED}):
+        parser.error(f"argument --tables: unknown {unknown}; expected some of {OF_GROUPED}")
     if options.readme:
         path = options.readme
         filled = fill_tables(path.read_text(encoding="utf-8"), path.resolve().parent)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
     if device == "cuda":
         assert {m.experts for m in plan.mixtures} == {8, 16, 64, 256}
         assert {m.top_k for m in plan.mixtures} == {1, 2, 4, 8}
-        assert {m.rank for m in plan.mixtures} == {8, 16, 32, 64, 128}
+        assert {m.rank for m in plan.mixtures} >= {8, 16, 32, 64, 128}
 
 
 def test_what_is_asked_for_replaces_the_plan():
@@ -189,8 +190,22 @@ def test_markdown_of_the_tables_asked_for(quick_run, tmp_path, capsys):
     text = readme.read_text()
     assert "| routing |" not in text
     assert text.count("| T | frozen |") == text.count("wide / grouped |") == 1
+    with pytest.raises(SystemExit):
+        report.main([str(folder / "grouped.json"), "--tables", "nonsense"])
     crossover.main([str(folder / "grouped.json")])
     assert "Measured crossover: " in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", ("grouped", "ffn"))
+def test_quick_run_on_a_gpu(tmp_path, suite):
+    # In a process of its own: cuBLAS refuses the deterministic mode that the tests run in.
+    command = [sys.executable, "benchmarks/bench_grouped.py", "--quick", "--suite", suite]
+    chosen = ["--device", "cuda", "--out", str(tmp_path)]
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / f"{suite}.json").read_text())["rows"]
+    assert {row["provider"] for row in rows if row["status"] == "wrong"} == set()
 
 
 def test_a_run_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
