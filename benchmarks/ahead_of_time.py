@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import harness, traffic
+from benchmarks import environment, traffic
 from moelora_kernels.kernels import configs
 from moelora_kernels.kernels.launcher import Launch, options
 
@@ -405,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-        result = {"schema": 1, "commit": harness.git_commit(), **versions, "rows": rows}
+        result = {"schema": 1, "commit": environment.git_commit(), **versions, "rows": rows}
         (given.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
         (given.out / "kernels.md").write_text(markdown(rows, versions))
     return 1 if wrong else 0

@@ -38,10 +38,13 @@ def expert_sum(
     """Sum over e of scale * gate[:, e] * (x A_e^t) B_e^t, one expert at a time; and the gate.
 
     trained: A [R, I], B [O, R], router weight [E, I], router bias [E], fp64.
-    formula "plain" has gate 1 for all; "mixture" has the softmax over the top K logits.
+    formula "plain" has gate 1 for all; "active" is that with the first K r columns alone, as one
+    expert; "mixture" has the softmax over the top K logits.
     """
     lora_A, lora_B, router_weight, router_bias = trained
     gate = x.new_ones(len(x), layer.experts)
+    if formula == "active":
+        return layer.scaling * (x @ lora_A.T) @ lora_B.T, gate
     if formula == "mixture":
         logits = x @ router_weight.T + router_bias
         cut = logits.sort(dim=1, descending=True).values[:, layer.top_k - 1, None]
@@ -80,7 +83,8 @@ class Expected:
 def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[str, Expected]:
     """The rows x [t, I], dy [t, O] in fp64: y, dx, dA, dB, drouter_weight, drouter_bias by name.
 
-    formula: "base" has no adapter, "plain" one LoRA of rank R, "mixture" the gated experts.
+    formula: "base" has no adapter, "plain" one LoRA of rank R, "active" one of rank K r, "mixture"
+    the gated experts.
     """
     x = x.double().requires_grad_()
     expected, dx = {}, torch.zeros_like(x)
@@ -90,7 +94,11 @@ def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[
         dx += base_dx
         if formula != "base":
             tensors = (adapter.lora_A, adapter.lora_B, adapter.router_weight, adapter.router_bias)
-            trained = [tensor.double().requires_grad_() for tensor in tensors]
+            trained = [tensor.double() for tensor in tensors]
+            if formula == "active":
+                columns = layer.top_k * layer.rank
+                trained[:2] = trained[0][:columns].clone(), trained[1][:, :columns].clone()
+            trained = [tensor.requires_grad_() for tensor in trained]
             delta, gate = expert_sum(layer, x, formula, trained)
             delta.backward(dy)
             y = y + delta.detach()
@@ -157,24 +165,36 @@ class Checker:
     The masked provider cannot fail against itself; it is held to an absolute 2 % (0.1 % in fp32),
     which rounding does not reach and a wrong expert or a lost term exceeds.
     Raises ArithmeticError if it does.
+    Subclasses have another yardstick, another reference.
     """
+
+    yardstick = "masked"
 
     def __init__(self, layer: Layer, x: Tensor, dys: list[Tensor]):
         self.layer, self.x, self.dys = layer, x, dys
         self.rows = checked_rows(len(x), x.device)
         self.expected: dict[str, dict[str, Expected]] = {}
-        build, formula = PROVIDERS["masked"]
+        build, formula = self.providers()[self.yardstick]
         ceiling = 0.001 if x.dtype == torch.float32 else 0.02
         self.budgets = {}
         for name, error in self.errors(build(layer), formula, "fwd_bwd").items():
             if error > ceiling:
-                raise ArithmeticError(f"the masked provider is wrong: {name} is off by {error:.1e}")
+                who = f"the {self.yardstick} provider is wrong"
+                raise ArithmeticError(f"{who}: {name} is off by {error:.1e}")
             self.budgets[name] = 2 * error + roundoff(x.dtype)
+
+    def providers(self) -> dict:
+        """Where the yardstick is found."""
+        return PROVIDERS
+
+    def reference(self, x: Tensor, dys: list[Tensor], formula: str) -> dict[str, Expected]:
+        """Everything that rows x and dy lead to, in fp64."""
+        return reference(self.layer, x, dys, formula)
 
     def errors(self, provider: nn.Module, formula: str, mode: str) -> dict[str, float]:
         if formula not in self.expected:
             few = [dy[self.rows] for dy in self.dys]
-            self.expected[formula] = reference(self.layer, self.x[self.rows], few, formula)
+            self.expected[formula] = self.reference(self.x[self.rows], few, formula)
         expected = self.expected[formula]
         if mode == "fwd":
             outputs = [self.layer.label(i, "y") for i in range(len(self.dys))]

@@ -6,34 +6,28 @@ each, again and again: a clock that drifts, or a neighbour on the machine, hits 
 
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import ffn
+from benchmarks.cells import Cell
 from benchmarks.check import Checker
 from benchmarks.inputs import DTYPES, draw_inputs, make_layer
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import GROUPED_PROVIDERS, PROVIDERS, why_left_out
 from benchmarks.shapes import Case
-
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED_CODE = ("moelora_kernels", "csrc", "setup.py", "benchmarks/*.py")
-
-MEMORY_KIND = {
-    "cuda": "peak allocated by one call, less what was allocated before it",
-    "cpu": "storages saved for backward, without x and parameters (null in fwd: nothing is saved)",
-}
 
 
 @dataclass
 class Options:
-    """What a run was asked for. budget_s: seconds of samples per cell, shared by its providers."""
+    """What a run was asked for. budget_s: seconds of samples per cell, shared by its providers.
+
+    left_out: provider -> why it has a row but no time, whatever the cell.
+    """
 
     device: torch.device
     dtype: str
@@ -46,6 +40,24 @@ class Options:
     routing: str
     budget_s: float
     min_rounds: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a suite measures: how its layers are drawn and checked, and who provides them."""
+
+    providers: dict[str, tuple[Callable, str]]
+    make_layer: Callable = make_layer
+    make_checker: Callable = Checker
+    why_left_out: Callable = why_left_out
+
+
+LINEAR = Subject(PROVIDERS)
+GROUPED = Subject(GROUPED_PROVIDERS)
+FEED_FORWARD = Subject(
+    ffn.PROVIDERS, ffn.make_feed_forward, ffn.FeedForwardChecker, lambda name, layer, tokens: ""
+)
 
 
 def load() -> float | None:
@@ -165,7 +177,7 @@ class Timed:
             torch.autograd.backward(self.provider(self.x), self.dys)
 
     def extra_mib(self) -> float | None:
-        """Memory of one call beyond x and parameters, in the sense of MEMORY_KIND."""
+        """Memory of one call beyond x and parameters, as `environment.MEMORY_KIND` has it."""
         self.reset()
         if self.x.is_cuda:
             torch.cuda.synchronize()
@@ -270,14 +282,19 @@ def first_line(error: Exception) -> str:
 
 
 def run_cell(
-    weights: ColdWeights, checker: Checker, mode: str, options: Options, clock
+    subject: Subject, weights: ColdWeights, checker: Checker, mode: str, options: Options, clock
 ) -> Iterator[dict]:
     """Rows of one cell, each provider checked, those that are right timed."""
     layer, x, dys = checker.layer, checker.x, checker.dys
     rows, timed = {}, {}
-    for name in options.providers:
+    for name, (build, formula) in subject.providers.items():
+        if name not in options.providers and name not in options.left_out:
+            continue
         row = rows[name] = empty_row(layer.case, len(x), mode, name, options)
-        build, formula = PROVIDERS[name]
+        reason = options.left_out.get(name) or subject.why_left_out(name, layer, len(x))
+        if reason:
+            row |= {"status": "left out", "reason": reason}
+            continue
         try:
             provider = build(layer)
             row["impl"] = implementation(provider, x)
@@ -305,9 +322,15 @@ def run_cell(
     yield from rows.values()
 
 
-def run_case(case: Case, options: Options, clock, progress: Callable[[str], None]) -> list[dict]:
+def run_case(
+    case: Case,
+    options: Options,
+    clock,
+    progress: Callable[[str], None],
+    subject: Subject = LINEAR,
+) -> list[dict]:
     """All rows of a case; `progress(text)` is called after each cell."""
-    layer = make_layer(
+    layer = subject.make_layer(
         case,
         options.experts,
         options.rank,
@@ -319,71 +342,21 @@ def run_case(case: Case, options: Options, clock, progress: Callable[[str], None
     rows = []
     for tokens in options.tokens:
         x, dys = draw_inputs(layer, tokens, options.routing)
-        checker = Checker(layer, x, dys)
+        checker = subject.make_checker(layer, x, dys)
         for mode in options.modes:
-            rows += run_cell(weights, checker, mode, options, clock)
+            rows += run_cell(subject, weights, checker, mode, options, clock)
             progress(f"{case.name} {mode} T={tokens}")
     return rows
 
 
-def git_commit() -> str:
-    """HEAD, with -dirty if the code that is measured differs from it; '' without git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", *MEASURED_CODE)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def native_library() -> str | None:
-    """Whether the package's native CPU library serves its ops here, or why not."""
-    try:
-        from moelora_kernels import native
-    except ImportError:
-        return None
-    return "loaded" if native.available() else native.reason()
-
-
-def describe_machine(device: torch.device, clock) -> dict:
-    """What a reader needs to judge the numbers: versions, threads, what was cold."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "native": native_library(),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "load_at_start": clock.load_at_start,
-        "cold_mib": clock.cold_bytes / 2**20,
-        "cold_kind": clock.cold_kind,
-        "memory_kind": MEMORY_KIND[device.type],
-    }
-
-
-def cpu_name() -> str:
-    """The model name of the processor, as the kernel reports it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def make_result(rows: list[dict], commit: str, device: torch.device, clock) -> dict:
-    command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-    machine = describe_machine(device, clock)
-    return {"schema": 1, "commit": commit, "command": command, "machine": machine, "rows": rows}
+def run_mixture(
+    case: Case, cell: Cell, options: Options, clock, progress: Callable[[str], None]
+) -> list[dict]:
+    """All rows of one cell of the suite `grouped`, with its name and the tables that show it."""
+    experts, rank, top_k = cell.mixture
+    of_cell = replace(
+        options, experts=experts, rank=rank, top_k=top_k, routing=cell.routing, tokens=[cell.tokens]
+    )
+    told = lambda text: progress(f"{text} E={experts} r={rank} K={top_k} {cell.routing}")  # noqa: E731
+    rows = run_case(case, of_cell, clock, told, GROUPED)
+    return [row | {"cell": cell.name, "tables": list(cell.tables)} for row in rows]

@@ -18,16 +18,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Adapter:
     """One sibling: y = x Wt + b + mixture.
 
-    weight [O, I] bias [O]  lora_A [R, I] lora_B [O, R]  router_weight [E, I] router_bias [E]
+    weight [O, I] bias [O]  lora_A [R, I] lora_B [O, R]  router_weight [E, I] router_bias [E];
+    None for what there is not.
     """
 
     name: str
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
-    router_weight: Tensor
-    router_bias: Tensor
+    router_weight: Tensor | None
+    router_bias: Tensor | None
 
 
 @dataclass
@@ -44,6 +45,11 @@ class Layer:
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def routers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight [E, I] and bias [E] of every router that reads x."""
+        return [(each.router_weight, each.router_bias) for each in self.adapters]
 
     def label(self, index: int, tensor: str) -> str:
         """`dA` for a single linear, `q_proj.dA` among siblings."""
@@ -85,6 +91,7 @@ def make_layer(
 def check_mixture(case: Case, routing: str, experts: int, top_k: int) -> None:
     """Raise ValueError if this mixture cannot be routed as named on this case."""
     expert_likelihood(routing, experts, top_k)
+    # As many routers as outputs: one per sibling, one per feed-forward network.
     logits = experts * len(case.siblings)
     if logits >= case.in_features:
         raise ValueError(f"experts: {logits} logits cannot be chosen freely by x on {case.name}")
@@ -102,27 +109,39 @@ def draw_inputs(layer: Layer, tokens: int, routing: str) -> tuple[Tensor, list[T
 
     As I >> n E this changes n E of I directions; all else in x stays N(0, 1). Rounding x to bf16
     moves a logit by about 2^-9, far less than the gap.
+    Raises ArithmeticError if a router of the layer chooses others than were drawn.
     """
     case, first = layer.case, layer.adapters[0]
     device, dtype = first.weight.device, first.weight.dtype
     on_cpu = torch.Generator().manual_seed(tokens)
-    targets = []
-    for _ in layer.adapters:
+    drawn, targets = [], []
+    for _ in layer.routers:
         chosen = draw_experts(routing, tokens, layer.experts, layer.top_k, on_cpu)
         low = torch.rand(tokens, layer.experts, generator=on_cpu) * 1.5 - 1.0
         high = torch.rand(tokens, layer.top_k, generator=on_cpu) + 1.0
+        drawn.append(chosen.to(device))
         targets.append(low.scatter(1, chosen, high))
     logits = torch.cat(targets, dim=1).to(device)  # [T, n E]
 
     generator = torch.Generator(device).manual_seed(tokens)
     x = torch.randn(tokens, case.in_features, generator=generator, device=device)
-    routers = torch.cat([adapter.router_weight for adapter in layer.adapters]).double()
-    biases = torch.cat([adapter.router_bias for adapter in layer.adapters])
+    routers = torch.cat([weight for weight, _ in layer.routers]).double()
+    biases = torch.cat([bias for _, bias in layer.routers])
     missing = (logits - biases - x @ routers.float().T).double()
     moves = torch.linalg.solve(routers @ routers.T, missing.T).T @ routers
     x = (x + moves).to(dtype)
+    check_routing(layer, x, drawn)
     dys = [
         torch.randn(tokens, out, generator=generator, device=device).to(dtype)
         for out in case.out_features
     ]
     return x, dys
+
+
+def check_routing(layer: Layer, x: Tensor, drawn: list[Tensor]) -> None:
+    """Raise ArithmeticError unless every router chooses the experts drawn for it [T, K]."""
+    for (weight, bias), expected in zip(layer.routers, drawn, strict=True):
+        chosen = (x.float() @ weight.float().T + bias.float()).topk(layer.top_k, dim=1).indices
+        wrong = (chosen.sort(dim=1).values != expected.sort(dim=1).values).any(dim=1).sum().item()
+        if wrong:
+            raise ArithmeticError(f"{wrong} of {len(x)} tokens choose other experts than drawn")

@@ -5,6 +5,8 @@ the same Layer, and `provider.gradients()` names what it trains. The router is p
 that have experts: linear with bias, top-K logits, softmax over the chosen (the preset "ming").
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ def frozen_linear(adapter: Adapter) -> nn.Linear:
     out_features, in_features = adapter.weight.shape
     linear = nn.Linear(in_features, out_features, device="meta")
     linear.weight = nn.Parameter(adapter.weight, requires_grad=False)
-    linear.bias = nn.Parameter(adapter.bias, requires_grad=False)
+    linear.bias = None
+    if adapter.bias is not None:
+        linear.bias = nn.Parameter(adapter.bias, requires_grad=False)
     return linear
 
 
@@ -36,13 +40,14 @@ class Frozen(nn.Module):
 
 
 class PlainLora(nn.Module):
-    """y = x Wt + b + scale (x At) Bt: a LoRA of the same total rank, without a gate."""
+    """y = x Wt + b + scale (x At) Bt: a LoRA of the same total rank R, without a gate."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__()
         self.base = frozen_linear(adapter)
-        self.lora_A = nn.Parameter(adapter.lora_A)
-        self.lora_B = nn.Parameter(adapter.lora_B)
+        columns = self.columns(layer)
+        self.lora_A = nn.Parameter(adapter.lora_A[:columns])
+        self.lora_B = nn.Parameter(adapter.lora_B[:, :columns].contiguous())
         self.scaling = layer.scaling
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,6 +56,16 @@ class PlainLora(nn.Module):
 
     def gradients(self) -> dict[str, Tensor]:
         return {"dA": self.lora_A.grad, "dB": self.lora_B.grad}
+
+    def columns(self, layer: Layer) -> int:
+        return layer.experts * layer.rank
+
+
+class ActiveLora(PlainLora):
+    """A LoRA of rank K r: as many columns as one token uses of the mixture."""
+
+    def columns(self, layer: Layer) -> int:
+        return layer.top_k * layer.rank
 
 
 class Routed(nn.Module):
@@ -129,6 +144,44 @@ class Loop(SeparateExperts):
         return y
 
 
+class GroupedMM(Routed):
+    """Pairs of token and slot in the order of experts, products with all experts in one call.
+
+    Sorted on the device: nobody waits for the number of tokens of an expert.
+    """
+
+    def __init__(self, adapter: Adapter, layer: Layer):
+        super().__init__(adapter, layer)
+        in_features, experts, rank = layer.case.in_features, layer.experts, layer.rank
+        by_expert = adapter.lora_B.view(-1, experts, rank).transpose(0, 1)
+        self.A = nn.Parameter(adapter.lora_A.view(experts, rank, in_features))  # [E, r, I]
+        self.B = nn.Parameter(by_expert.contiguous())  # [E, O, r]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        of_slots = chosen.flatten()
+        ordered, order = of_slots.sort(stable=True)
+        experts = torch.arange(self.experts, device=x.device)
+        ends = torch.searchsorted(ordered, experts, right=True, out_int32=True)
+        token = order // self.top_k
+        h = grouped_mm(x.index_select(0, token), self.A.transpose(1, 2), ends)
+        u = h * weights.flatten().index_select(0, order)[:, None]
+        delta = grouped_mm(u, self.B.transpose(1, 2), ends)
+        return self.base(x).index_add_(0, token, delta)
+
+    def gradients(self) -> dict[str, Tensor]:
+        of_B = self.B.grad.transpose(0, 1)
+        return super().gradients() | {
+            "dA": self.A.grad.flatten(0, 1),
+            "dB": of_B.reshape(len(of_B), -1),
+        }
+
+
+def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows [P, d] of expert e, up to ends[e], times matrices[e] [d, n]: [P, n]."""
+    return F.grouped_mm(rows, matrices, offs=ends)
+
+
 class Stacked(SeparateExperts):
     """All experts on all tokens, stacked [E, T, O], then the chosen gathered: as MING trains."""
 
@@ -176,18 +229,19 @@ class CompiledMasked(Siblings):
 class MoeLora(nn.Module):
     """The package: MoeLoraLinear, or MoeLoraGroup where there are siblings."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, impl: str = "auto"):
         super().__init__()
         # Imported late: the rivals can be measured where the package does not import.
         from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, formulation
 
-        self.layer, self.choose = layer, formulation.choose
+        self.layer, self.impl, self.choose = layer, impl, formulation.choose
         config = MoeLoraConfig.preset(
             "ming",
             num_experts=layer.experts,
             rank=layer.rank,
             top_k=layer.top_k,
             alpha=layer.alpha,
+            impl=impl,
         )
         linears = {}
         for adapter in layer.adapters:
@@ -207,7 +261,9 @@ class MoeLora(nn.Module):
         return (self.module(x),) if self.single else self.module(x)
 
     def implementation(self, x: Tensor) -> str:
-        """What impl="auto" takes for these sizes."""
+        """The formulation asked for; of "auto" what it takes for these sizes."""
+        if self.impl != "auto":
+            return self.impl
         return self.choose(
             x.device.type,
             tokens=len(x),
@@ -235,9 +291,50 @@ class MoeLora(nn.Module):
 PROVIDERS = {
     "frozen": (lambda layer: Siblings(Frozen, layer), "base"),
     "moelora": (MoeLora, "mixture"),
+    "moelora_wide": (lambda layer: MoeLora(layer, "wide"), "mixture"),
+    "moelora_grouped": (lambda layer: MoeLora(layer, "grouped"), "mixture"),
     "masked": (lambda layer: Siblings(Masked, layer), "mixture"),
     "masked_compiled": (CompiledMasked, "mixture"),
     "plain_lora": (lambda layer: Siblings(PlainLora, layer), "plain"),
     "loop": (lambda layer: Siblings(Loop, layer), "mixture"),
     "stacked": (lambda layer: Siblings(Stacked, layer), "mixture"),
+    "grouped_mm": (lambda layer: Siblings(GroupedMM, layer), "mixture"),
 }
+
+# Where R is far beyond what a token uses, the fair plain LoRA is the one of its K r columns.
+GROUPED_PROVIDERS = PROVIDERS | {
+    "plain_lora": (lambda layer: Siblings(ActiveLora, layer), "active")
+}
+
+# Products with all R columns, forward and backward.
+WIDE = ("moelora_wide", "masked", "masked_compiled")
+
+# Columns of rank space for each of the smaller of I and O beyond which those are not measured:
+# 1 + 3 R / d = 7 times the frozen layer.
+WIDEST = 2
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def why_left_out(name: str, layer: Layer, tokens: int) -> str:
+    """Why a provider is not measured on a layer and T; empty where it is."""
+    adapter, R = layer.adapters[0], layer.experts * layer.rank
+    size, widest = adapter.weight.itemsize, WIDEST * min(*adapter.weight.shape)
+    if name in WIDE and widest < R:
+        return f"R = {R} columns, above {widest}: more than 7 times the frozen layer"
+    if name == "moelora_grouped" and layer.top_k >= layer.experts:
+        return "every token uses every expert"
+    if name == "grouped_mm" and layer.rank * size % 16:
+        return f"rows of rank {layer.rank} are no multiple of 16 bytes"
+    if name == "stacked":
+        # Every expert's output, their stack, and the gradients of both.
+        needed = 4 * layer.experts * tokens * sum(layer.case.out_features) * size
+        have = memory_of(adapter.weight.device)
+        if needed > have / 2:
+            return f"needs {needed / 2**30:.0f} GiB, more than half of {have / 2**30:.0f} GiB"
+    return ""

@@ -86,3 +86,12 @@ def layer(of: Rates, T: int, I: int, O: int, R: int, mode: str, passes: int | No
         backward += product(of, T, O, R) + expand(of, T, R, I, passes)
         backward += gram(of, T, I, R) + gram(of, T, O, R)
     return forward if mode == "fwd" else forward + backward
+
+
+def crossover(of: Rates) -> float:
+    """R / K from which on experts on their own tokens win over products with all experts.
+
+    Wide is bound by arithmetic there, 6 T R (I + O) operations forward and backward; grouped reads
+    and adds rows of x and y for every slot, 8 T K (I + O) bytes: equal at (4/3) rate / bandwidth.
+    """
+    return 4.0 / 3.0 * of.tflops / of.tbytes

@@ -1,17 +1,19 @@
 """What is measured: the linears of real models, named cases, token counts.
 
-Cases are named `IxO` (one linear) and `qkv-I`, `qkv-IxKV`, `gate_up-IxO` (siblings that read the
-same x). A shape which several models share is measured once; `used_by` keeps the names.
+Cases are named `IxO` (one linear), `qkv-I`, `qkv-IxKV`, `gate_up-IxO` (siblings that read the same
+x) and `ffn-IxH` (a gated feed-forward network of H hidden units). A shape which several models
+share is measured once; `used_by` keeps the names.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Case:
-    """One frozen linear, or n siblings reading the same x [T, I].
+    """One frozen linear, n siblings reading the same x [T, I], or a feed-forward network.
 
-    siblings: ((name, O), ...) in the order of the outputs;  used_by: "model.module" names.
+    siblings: ((name, O), ...) in the order of the outputs;  used_by: "model.module" names;
+    intermediate: width between the linears of a feed-forward network, else 0.
     """
 
     suite: str
@@ -19,6 +21,7 @@ class Case:
     in_features: int
     siblings: tuple[tuple[str, int], ...]
     used_by: tuple[str, ...] = ()
+    intermediate: int = 0
 
     @property
     def out_features(self) -> tuple[int, ...]:
@@ -60,6 +63,16 @@ def gate_up_case(hidden: int, intermediate: int, used_by: tuple[str, ...] = ()) 
     return Case("group", name, hidden, siblings, used_by)
 
 
+def ffn_case(hidden: int, intermediate: int, used_by: tuple[str, ...] = ()) -> Case:
+    name = f"ffn-{hidden}x{intermediate}"
+    return Case("ffn", name, hidden, (("mlp", hidden),), used_by, intermediate)
+
+
+def grouped_case(of: Case) -> Case:
+    """The linear of a case in the suite that varies the mixture over it."""
+    return replace(of, suite="grouped")
+
+
 def linear_cases() -> list[Case]:
     """Every distinct (I, O) of the models above, smallest first."""
     users: dict[tuple[int, int], list[str]] = {}
@@ -90,13 +103,28 @@ def group_cases() -> list[Case]:
     ]
 
 
+def ffn_cases() -> list[Case]:
+    """Every distinct feed-forward network of the models above."""
+    users: dict[tuple[int, int], list[str]] = {}
+    for model, (hidden, _, intermediate) in DECODERS.items():
+        users.setdefault((hidden, intermediate), []).append(f"{model}.mlp")
+    return [ffn_case(*shape, tuple(users[shape])) for shape in sorted(users)]
+
+
 # Toy shapes for --quick: the same structure, no dimension a multiple of a tile.
 QUICK_CASES = {
     "linear": [linear_case(72, 104)],
     "group": [qkv_case(72, 40), gate_up_case(72, 104)],
+    "grouped": [grouped_case(linear_case(72, 104))],
+    "ffn": [ffn_case(72, 104)],
 }
 
-CASES = {"linear": linear_cases(), "group": group_cases()}
+CASES = {
+    "linear": linear_cases(),
+    "group": group_cases(),
+    "grouped": [grouped_case(case) for case in linear_cases()],
+    "ffn": ffn_cases(),
+}
 
 # What a run without --cases measures. The GPU list holds one 7B model; each further cell costs
 # about three seconds, most of it torch.compile for the rival, and the run should take minutes.
@@ -104,10 +132,14 @@ DEFAULT_CASES = {
     "cuda": {
         "linear": ("4096x4096", "4096x11008", "11008x4096"),
         "group": ("qkv-4096", "gate_up-4096x11008"),
+        "grouped": ("4096x4096",),
+        "ffn": ("ffn-4096x11008",),
     },
     "cpu": {
         "linear": ("2048x2048", "4096x4096"),
         "group": ("qkv-2048", "gate_up-2048x5504"),
+        "grouped": ("2048x2048",),
+        "ffn": ("ffn-2048x5504",),
     },
 }
 

@@ -13,7 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_grouped, harness, report, shapes  # noqa: E402
+import moelora_kernels  # noqa: E402
+from benchmarks import bench_grouped, environment, harness, report, shapes, tables  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402
 from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
 from benchmarks.providers import PROVIDERS, Masked, Siblings  # noqa: E402
@@ -47,6 +48,7 @@ FIELDS = {
     "used_by": list,
 }
 MIXTURE_FIELDS = {"experts": int, "rank": int, "top_k": int, "routing": str}
+CELL_FIELDS = {"cell": str, "tables": list}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,6 +63,7 @@ def one_thread():
 def check_row(row: dict) -> None:
     """A row has every field of the schema, of the right type, and numbers that hang together."""
     fields = FIELDS if row["provider"] == "frozen" else FIELDS | MIXTURE_FIELDS
+    fields = fields | CELL_FIELDS if row["suite"] == "grouped" else fields
     assert set(row) == set(fields)
     for name, kind in fields.items():
         assert isinstance(row[name], kind), name
@@ -72,7 +75,7 @@ def check_row(row: dict) -> None:
         assert row["samples"] >= 3
         assert (row["peak_extra_mib"] is None) == (row["mode"] == "fwd")
     else:
-        assert row["status"] in ("wrong", "failed")
+        assert row["status"] in ("wrong", "failed", "left out")
         assert row["reason"]
         assert row["median_us"] is None
         assert row["samples"] == 0
@@ -92,6 +95,12 @@ def quick_run(tmp_path_factory):
     return folder, code, results
 
 
+def may_have_no_time(row: dict) -> bool:
+    """What is left out says why; the version of the package may have no whole-FFN experts."""
+    before_ffn = row["suite"] == "ffn" and not hasattr(moelora_kernels, "MoeLoraFFN")
+    return row["status"] == "left out" or (row["provider"] == "moelora" and before_ffn)
+
+
 def test_quick_run_of_every_suite(quick_run):
     folder, code, results = quick_run
     assert set(results) == set(bench_grouped.SUITES)
@@ -104,17 +113,19 @@ def test_quick_run_of_every_suite(quick_run):
         for row in result["rows"]:
             check_row(row)
             assert row["suite"] == suite
-        cases, modes = len(shapes.QUICK_CASES[suite]), len(bench_grouped.MODES)
-        assert len(result["rows"]) == cases * modes * len(bench_grouped.QUICK_PROVIDERS)
+        parsed = bench_grouped.make_parser().parse_args(["--quick", "--tokens", "5"])
+        cells, _ = bench_grouped.plan(suite, parsed, None, print)
+        providers = bench_grouped.make_options(parsed, suite).providers
+        assert len(result["rows"]) == cells * len(providers)
         assert (folder / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
     unsound = [
         (row["case"], row["mode"], row["provider"], row["reason"])
         for result in results.values()
         for row in result["rows"]
-        if row["status"] != "ok"
+        if row["status"] != "ok" and not may_have_no_time(row)
     ]
     assert not unsound
-    assert code == 0
+    assert code == 0 or not hasattr(moelora_kernels, "MoeLoraFFN")
 
 
 def test_markdown_has_every_table(quick_run, capsys):
@@ -122,9 +133,9 @@ def test_markdown_has_every_table(quick_run, capsys):
     report.main([str(folder / "group.json")])
     text = capsys.readouterr().out
     assert "abc123" in text
-    tables = len(report.by_case_and_mode(results["group"]["rows"]))
-    assert text.count("| provider |") == tables == 4
-    assert text.count("| moelora |") == tables
+    count = len(tables.split(results["group"]["rows"], "case", "mode"))
+    assert text.count("| provider |") == count == 4
+    assert text.count("| moelora |") == count
     report.main([str(folder / "linear.json"), "--modes", "fwd", "--plots"])
     text = capsys.readouterr().out
     assert "forward + backward" not in text
@@ -201,7 +212,7 @@ def test_right_providers_are_within_budget_where_rows_are_sampled():
     assert len(checker.rows) == 128
     assert checker.rows[0] == 0
     assert checker.rows[-1] == 299
-    for provider in ("frozen", "plain_lora", "loop", "stacked"):
+    for provider in ("frozen", "plain_lora", "loop", "stacked", "grouped_mm", "moelora_grouped"):
         build, formula = PROVIDERS[provider]
         name, error, budget = checker.verdict(build(layer), formula, "fwd_bwd")
         assert error <= budget, (provider, name)
@@ -337,13 +348,14 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 def test_frozen_is_always_the_yardstick():
     parsed = bench_grouped.make_parser().parse_args(["--providers", "moelora", "--quick"])
-    assert bench_grouped.make_options(parsed).providers == ["frozen", "moelora"]
+    for suite in bench_grouped.SUITES:
+        assert bench_grouped.make_options(parsed, suite).providers == ["frozen", "moelora"]
 
 
 def test_commit_without_git_is_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert harness.git_commit() == ""
+    assert environment.git_commit() == ""
 
 
 def test_saved_bytes_counts_what_backward_keeps():

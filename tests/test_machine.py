@@ -12,12 +12,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_grouped, comparison, harness, machine, report, roofline  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_grouped,
+    comparison,
+    environment,
+    harness,
+    machine,
+    report,
+    roofline,
+    tables,
+)
 from benchmarks.comparison import Bench, Call, compare  # noqa: E402
 from benchmarks.shapes import MACHINE  # noqa: E402
 
 H200 = roofline.ASSUMED["NVIDIA H200"]
 MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "gram", "host", "layer"]
+ALL = ["linear", "group", "grouped", "ffn"]
 UNITS = {"us", "ratio", "TB/s", "TFLOP/s"}
 
 
@@ -100,7 +110,7 @@ def test_quick_run_on_a_cpu(quick_run):
         check_row(row, fields)
         assert row["status"] == "ok", row["reason"]
         assert row["predicted"] is None, "a CPU has no predictions"
-    assert report.distinct(result["rows"], "measurement") == MEASUREMENTS
+    assert tables.distinct(result["rows"], "measurement") == MEASUREMENTS
     checked = [row for row in result["rows"] if row["provider"] == "moelora" and row["error"]]
     of = {row["measurement"] for row in checked}
     assert of >= {"shrink", "gram", "layer"}
@@ -109,7 +119,7 @@ def test_quick_run_on_a_cpu(quick_run):
 def test_cold_samples_say_so():
     bench = make_bench(warm=False)
     assert bench.device_clock.cold_bytes == bench.device_clock.buffer.nbytes > 0
-    result = harness.make_result([], "", bench.device, bench.device_clock)
+    result = environment.make_result([], "", bench.device, bench.device_clock)
     assert result["machine"]["cold_kind"] == "caches overwritten before every call"
 
 
@@ -158,13 +168,13 @@ def test_quick_run_on_a_gpu(tmp_path):
     rows = json.loads((tmp_path / "machine.json").read_text())["rows"]
     for row in rows:
         check_row(row, set(rows[0]))
-    assert report.distinct(rows, "measurement") == MEASUREMENTS
+    assert tables.distinct(rows, "measurement") == MEASUREMENTS
     assert {row["variant"] for row in rows if row["status"] != "ok"} <= {"native GPU op"}
 
 
 def test_tables_show_predictions_apart(interpreted_run):
     _, measured = interpreted_run
-    text = "\n\n".join(map(report.text_table, measured))
+    text = "\n\n".join(tables.text(table) for rows in measured for table in tables.of_rows(rows))
     header = next(line for line in text.splitlines() if "measured / predicted" in line)
     assert header.split()[:7] == ["case", "of", "measured", "p10", "p90", "predicted", "measured"]
     copied = next(line for line in text.splitlines() if "read + write" in line)
@@ -332,9 +342,9 @@ def test_rates_and_ratios_come_from_the_samples():
 
 
 def test_all_ends_with_machine_on_a_gpu_alone():
-    assert bench_grouped.chosen_suites("all", torch.device("cpu")) == ["linear", "group"]
+    assert bench_grouped.chosen_suites("all", torch.device("cpu")) == ALL
     on_gpu = bench_grouped.chosen_suites("all", torch.device("cuda"))
-    assert on_gpu == ["linear", "group", "machine"]
+    assert on_gpu == [*ALL, "machine"]
     assert bench_grouped.chosen_suites("machine", torch.device("cpu")) == ["machine"]
 
 
