@@ -45,11 +45,11 @@ pybind11::dict build_info() {
   info["simd"] = pybind11::make_tuple("portable");
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
-  info["ops"] =
-      pybind11::make_tuple("dropout", "gram", "grouped_expand", "grouped_gram", "grouped_shrink",
-                           "grouped_shrink_backward", "route", "router_gram", "router_logits",
-                           "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
-                           "topk_gate_backward", "wide", "wide_backward");
+  info["ops"] = pybind11::make_tuple(
+      "dropout", "gram", "grouped", "grouped_backward", "grouped_expand", "grouped_gram",
+      "grouped_shrink", "grouped_shrink_backward", "route", "router_gram", "router_logits",
+      "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate", "topk_gate_backward", "wide",
+      "wide_backward");
   // Ops on CUDA tensors, and the GPUs they are compiled for; both empty without csrc/cuda.
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;

@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "grouped.h"
+#include "ops.h"
 
 namespace moelora {
 namespace {
@@ -14,6 +15,8 @@ constexpr int64_t STRIP = 64;
 constexpr int64_t STRIP_BYTES = 512 << 10;
 // Rows of a task, unless there are too few.
 constexpr int64_t ROWS = 4096;
+// Columns of `dense` that a row takes at a time; even, so that pairs stay pairs.
+constexpr int64_t MOST_DENSE = 64;
 
 // What a pair adds to its row of y: units of u, and as many of its expert's matrix from `first` on.
 struct Term {
@@ -38,11 +41,15 @@ struct Expand {
   // Pairs of a row.
   int64_t fan;
   int64_t O;
+  // A product without experts: row t of dense [T, dense_width] times dense_matrix [dense_width, O].
+  const S* dense = nullptr;
+  const S* dense_matrix = nullptr;
+  int64_t dense_width = 0;
 
   // Units of all matrices in one column.
   template <class P>
   int64_t all_units() const {
-    return int64_t(matrices.size()) * units_of_expert<P>(blocks.experts());
+    return experts_units<P>() + P::units(dense_width);
   }
 
   // The columns [strip, strip + columns) of all matrices, a row of units for each PER ranks:
@@ -57,6 +64,7 @@ struct Expand {
         packed += P::units(blocks.ranks[e]) * strip_width;
       }
     }
+    pack_rows<P>(dense_matrix, O, dense_width, strip, columns, strip_width, packed);
   }
 
   // The terms of all pairs, and their rows of u as units: of_u [pairs, width].
@@ -104,16 +112,25 @@ struct Expand {
         sum[v] += load<C, Level{}()>(term + v * LANES);
       }
     }
+    if (dense_width > 0) {
+      using P = Operand<S, Level::pairs>;
+      Unit of_dense[P::units(MOST_DENSE)];
+      for (int64_t begin = 0; begin < dense_width; begin += MOST_DENSE) {
+        const int64_t count = std::min(MOST_DENSE, dense_width - begin);
+        P::along(dense + index * dense_width + begin, count, of_dense);
+        add<Level, VECTORS>(of_dense, packed + (experts_units<P>() + begin / P::PER) * WIDTH,
+                            P::units(count), sum);
+      }
+    }
     for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(sums + v * LANES, sum[v]);
   }
 
  private:
-  // Units of the experts before e.
   template <class P>
-  int64_t units_of_expert(int64_t e) const {
+  int64_t experts_units() const {
     int64_t units = 0;
-    for (int64_t before = 0; before < e; ++before) units += P::units(blocks.ranks[before]);
-    return units;
+    for (int64_t rank_of_expert : blocks.ranks) units += P::units(rank_of_expert);
+    return int64_t(matrices.size()) * units;
   }
 
   template <class Level, int VECTORS, class Unit, class V>
@@ -129,16 +146,23 @@ struct Expand {
     }
   }
 
+  // `count` rows with dense features.
+  template <class P>
+  MOELORA_INLINE void pack_rows(const S* from, int64_t stride, int64_t count, int64_t strip,
+                                int64_t columns, int64_t strip_width, typename P::Unit* to) const {
+    for (int64_t j = 0; j < count; j += P::PER) {
+      const S* of_row = from + j * stride + strip;
+      P::across(of_row, j + 1 < count ? of_row + stride : nullptr, columns,
+                to + j / P::PER * strip_width);
+    }
+  }
+
   template <class P>
   MOELORA_INLINE void pack_expert(const S* from, int64_t ranks, int64_t strip, int64_t columns,
                                   int64_t strip_width, typename P::Unit* to) const {
     using Unit = typename P::Unit;
     if (feature == 1) {
-      for (int64_t j = 0; j < ranks; j += P::PER) {
-        const S* of_rank = from + j * rank + strip;
-        Unit* of_units = to + j / P::PER * strip_width;
-        P::across(of_rank, j + 1 < ranks ? of_rank + rank : nullptr, columns, of_units);
-      }
+      pack_rows<P>(from, rank, ranks, strip, columns, strip_width, to);
       return;
     }
     for (int64_t j = 0; j < ranks; j += P::PER * PANEL) {
@@ -155,7 +179,7 @@ struct Expand {
   }
 };
 
-// y = start + sums, for one row of a strip; start may be nullptr.
+// y = start + sums, for one row of a strip; start may be nullptr, or y.
 template <class Y, class C>
 MOELORA_INLINE void finish(const C* sums, int64_t columns, const Y* start, Y* y) {
   if (start == nullptr) {
@@ -235,10 +259,12 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
   });
 }
 
-Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,
-                      Tensor order, Tensor offsets, Tensor /*tiles*/, std::vector<int64_t> ranks,
-                      int64_t tokens, int64_t first, bool per_pair, double dropout_p,
-                      bool dropout_per_expert, std::optional<Tensor> seed) {
+// As grouped_expand; `into` [T, O] in u.dtype is start and result at once.
+Tensor expand_to(std::optional<Tensor> into, Tensor u, std::vector<Tensor> matrices,
+                 std::optional<Tensor> start, const Tensor& order, const Tensor& offsets,
+                 const std::vector<int64_t>& ranks, int64_t tokens, int64_t first, bool per_pair,
+                 double dropout_p, bool dropout_per_expert, const std::optional<Tensor>& seed,
+                 std::optional<Tensor> dense, std::optional<Tensor> dense_matrix) {
   check_floating(u, "u");
   const Blocks blocks(ranks);
   const int64_t E = blocks.experts();
@@ -279,7 +305,14 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
 
   const int64_t slots = places.fan(tokens, "tokens");
   const int64_t rows = per_pair ? pairs : tokens;
-  const Tensor y = empty(rows, O, written);
+  if (dense) {
+    dense = row_major(cast(*dense, dtype));
+    dense_matrix = row_major(cast(*dense_matrix, dtype));
+    check_size(dense->size(0), tokens, "dense, tokens");
+    check_size(dense_matrix->size(0), dense->size(1), "dense_matrix, columns of dense");
+    check_size(dense_matrix->size(1), O, "dense_matrix, features");
+  }
+  const Tensor y = into ? *into : empty(rows, O, written);
   for_dtype(dtype, [&, width = width](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
@@ -295,6 +328,11 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
                         .fan = per_pair ? 1 : slots,
                         .O = O};
     for (const Tensor& matrix : matrices) expand.matrices.push_back(matrix.const_data_ptr<S>());
+    if (dense) {
+      expand.dense = dense->const_data_ptr<S>();
+      expand.dense_matrix = dense_matrix->const_data_ptr<S>();
+      expand.dense_width = dense->size(1);
+    }
     const auto write = [&](auto of_y) {
       using Y = typename decltype(of_y)::type;
       const Start<Y> from{start ? start->const_data_ptr<Y>() : nullptr,
@@ -312,6 +350,24 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
 }
 
 }  // namespace
+
+Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,
+                      Tensor order, Tensor offsets, Tensor /*tiles*/, std::vector<int64_t> ranks,
+                      int64_t tokens, int64_t first, bool per_pair, double dropout_p,
+                      bool dropout_per_expert, std::optional<Tensor> seed) {
+  return expand_to(std::nullopt, u, matrices, start, order, offsets, ranks, tokens, first, per_pair,
+                   dropout_p, dropout_per_expert, seed, std::nullopt, std::nullopt);
+}
+
+void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
+                             Tensor offsets, std::vector<int64_t> ranks, int64_t first,
+                             double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
+                             std::optional<Tensor> dense, std::optional<Tensor> dense_matrix) {
+  STD_TORCH_CHECK(y.is_contiguous() && y.scalar_type() == u.scalar_type(), "y: of u's dtype");
+  expand_to(y, u, matrices, y, order, offsets, ranks, y.size(0), first, false, dropout_p,
+            dropout_per_expert, seed, dense, dense_matrix);
+}
+
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

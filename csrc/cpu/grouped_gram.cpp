@@ -7,6 +7,7 @@
 
 #include "dropout.h"
 #include "grouped.h"
+#include "ops.h"
 
 namespace moelora {
 namespace {
@@ -47,7 +48,8 @@ struct Gram {
     };
     for (int64_t first = places.first(expert); first < places.last(expert); first += STEP) {
       const int64_t count = std::min(STEP, places.last(expert) - first);
-      const int64_t ahead = std::min(STEP, places.last(expert) - first - count);
+      // Places go on with the next expert, which is the next task.
+      const int64_t ahead = std::min(STEP, places.routed() - first - count);
       for (int64_t k = 0; k < ahead; ++k) {
         const S* next = matrix.row(matrix.of_place[first + count + k]) + strip;
         for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + j);
@@ -150,6 +152,8 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::vector<Tensor> dy,
                                                      Tensor u, Tensor order, Tensor offsets,
                                                      Tensor /*chunks*/, ScalarType lora_dtype,
@@ -193,7 +197,6 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::v
   return {cast(da, lora_dtype), db};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

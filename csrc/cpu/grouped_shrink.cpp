@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "grouped.h"
+#include "ops.h"
 
 namespace moelora {
 namespace {
@@ -87,6 +88,8 @@ struct Shrink {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                                           std::optional<Tensor> weights, Tensor order,
                                           Tensor offsets, Tensor /*tiles*/,
@@ -148,6 +151,8 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
   return {h, u};
 }
 
+namespace {
+
 template <class S, class C>
 struct ShrinkBackward {
   const Places& places;
@@ -182,8 +187,13 @@ struct ShrinkBackward {
                   of_b + o / P::PER * columns);
       }
       for (int64_t t = 0; t < count; ++t) {
-        P::along(dy[i].row(dy[i].of_place[tile.first + t]) + first, steps,
-                 of_dy + t * COLUMNS_BACKWARD);
+        const S* from = dy[i].row(dy[i].of_place[tile.first + t]) + first;
+        // The next piece of the row, while this one is multiplied.
+        const int64_t ahead = std::min(steps, O[i] - first - steps);
+        for (int64_t o = 0; o < ahead; o += 64 / int64_t(sizeof(S))) {
+          __builtin_prefetch(from + steps + o);
+        }
+        P::along(from, steps, of_dy + t * COLUMNS_BACKWARD);
       }
       panel<Level{}()>(padded(count), columns, Factors<Unit>{of_dy, COLUMNS_BACKWARD, 1}, of_b,
                        columns, P::units(steps), sums, columns);
@@ -210,6 +220,8 @@ struct ShrinkBackward {
     }
   }
 };
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
     std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h, std::optional<Tensor> weights,
@@ -288,7 +300,6 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
   return {dh, u, dweights};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

@@ -1,4 +1,4 @@
-// The ops of the wide path as functions, for the ops that are made of them; see reference.py.
+// Ops as functions, for the ops that are made of them; see moelora_kernels/reference.
 #pragma once
 
 #include <optional>
@@ -34,5 +34,54 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
     ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed);
+
+// weights, indices.
+std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormalize,
+                                     double temperature);
+
+// dlogits.
+Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tensor logits,
+                          bool renormalize, double temperature);
+
+Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Tensor> router_bias);
+
+// dWr, dbr.
+std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType router_dtype);
+
+// h, u.
+std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
+                                          std::optional<Tensor> weights, Tensor order,
+                                          Tensor offsets, Tensor tiles, std::vector<int64_t> ranks,
+                                          std::vector<double> scaling, double dropout_p,
+                                          bool dropout_per_expert, std::optional<Tensor> seed);
+
+// dh, u, dweights.
+std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(std::vector<Tensor> dy,
+                                                           std::vector<Tensor> lora_b, Tensor h,
+                                                           std::optional<Tensor> weights,
+                                                           Tensor order, Tensor offsets,
+                                                           Tensor tiles, std::vector<int64_t> ranks,
+                                                           std::vector<double> scaling);
+
+// y [T, O] += the terms of every token, in place; of the gradient of the logits too, where
+// dense [T, D] and dense_matrix [D, O] are given: y += dense dense_matrix.
+void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
+                             Tensor offsets, std::vector<int64_t> ranks, int64_t first,
+                             double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
+                             std::optional<Tensor> dense, std::optional<Tensor> dense_matrix);
+
+// y [T, O] = start and the terms of every token, or a row for every pair.
+Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,
+                      Tensor order, Tensor offsets, Tensor tiles, std::vector<int64_t> ranks,
+                      int64_t tokens, int64_t first, bool per_pair, double dropout_p,
+                      bool dropout_per_expert, std::optional<Tensor> seed);
+
+// dA and the list of dB.
+std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::vector<Tensor> dy,
+                                                     Tensor u, Tensor order, Tensor offsets,
+                                                     Tensor chunks, ScalarType lora_dtype,
+                                                     std::vector<int64_t> ranks, double dropout_p,
+                                                     bool dropout_per_expert,
+                                                     std::optional<Tensor> seed);
 
 }  // namespace moelora

@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "ops.h"
 #include "panel.h"
 
 namespace moelora {
@@ -101,12 +102,23 @@ Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
   }
   for (const Tensor& of_sibling : biases) check_size(of_sibling.numel(), E, "router_bias");
 
+  bool all_pairs = x.scalar_type() == ScalarType::BFloat16;
+  for (const Tensor& of_sibling : weights) {
+    all_pairs = all_pairs && of_sibling.scalar_type() == ScalarType::BFloat16;
+  }
+  if (all_pairs) {
+    pairs = siblings > 1 ? empty(siblings * E, I, ScalarType::BFloat16) : row_major(weights[0]);
+  }
   if (siblings > 1) weight = empty(siblings * E, I, weight.scalar_type());
   if (!biases.empty()) bias = empty(1, siblings * E, weight.scalar_type());
   for (int64_t i = 0; i < siblings; ++i) {
     if (siblings > 1) {
       Tensor part = rows(weight, i * E, E);
       torch::stable::copy_(part, weights[i]);
+      if (pairs) {
+        Tensor of_pairs = rows(*pairs, i * E, E);
+        torch::stable::copy_(of_pairs, weights[i]);
+      }
     }
     if (bias) {
       Tensor part = columns(*bias, i * E, E);
@@ -128,8 +140,21 @@ void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& t
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t row = 0; row < N; ++row) logits_data[t * N + row] = start ? start[row] : C{0};
     }
-    vectorised([&](auto width) {
-      logits_kernel<width()>(x_data, weight_data, begin, end, I, N, logits_data);
+    vectorised([&](auto level) {
+      using Level = decltype(level);
+      if constexpr (Operand<S, Level::pairs>::pairs) {
+        if (pairs) {
+          const S* narrow_weight = pairs->const_data_ptr<S>();
+          for (int64_t t = begin; t < end; t += 3) {
+            const S* const of_tokens[3] = {x_data + t * I, x_data + (t + 1) * I,
+                                           x_data + (t + 2) * I};
+            dot_tokens<level()>(std::min<int64_t>(3, end - t), of_tokens, narrow_weight, I, I, N,
+                                logits_data + t * N, N);
+          }
+          return;
+        }
+      }
+      logits_kernel<level()>(x_data, weight_data, begin, end, I, N, logits_data);
     });
   });
 }
@@ -175,8 +200,6 @@ Tensor sum_over_tokens(const Tensor& dlogits) {
   return sums;
 }
 
-namespace {
-
 Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Tensor> router_bias) {
   check_floating(x, "x");
   const auto [T, I] = shape<2>(x, "x");
@@ -191,17 +214,16 @@ Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Te
   return logits;
 }
 
-std::tuple<Tensor, Tensor> router_gram_op(Tensor dlogits, Tensor x, ScalarType router_dtype) {
+std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType router_dtype) {
   check_floating(x, "x");
   const Tensor wide = row_major(cast(dlogits, compute_dtype(x.scalar_type())));
   const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
   return {cast(router_gram(wide, row_major(x)), router_dtype), torch::stable::select(sums, 0, 0)};
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
   m.impl("router_logits", TORCH_BOX(&moelora::router_logits));
-  m.impl("router_gram", TORCH_BOX(&moelora::router_gram_op));
+  m.impl("router_gram", TORCH_BOX(&moelora::router_gradients));
 }

@@ -9,7 +9,9 @@ namespace moelora {
 
 // The rows and biases of all siblings' routers, in the compute dtype.
 struct Router {
-  Tensor weight;               // [N, I], N = n E
+  Tensor weight;  // [N, I], N = n E
+  // The same as it was given, where all is bfloat16: its pairs with those of x are exact.
+  std::optional<Tensor> pairs;
   std::optional<Tensor> bias;  // [1, N]
 
   // weight n x [E, I]; bias n x [E] or none. The compute dtype is that of `x`.

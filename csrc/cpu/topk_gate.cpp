@@ -4,9 +4,9 @@
 #include <tuple>
 
 #include "gate.h"
+#include "ops.h"
 
 namespace moelora {
-namespace {
 
 std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormalize,
                                      double temperature) {
@@ -70,7 +70,6 @@ Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tenso
   return dlogits;
 }
 
-}  // namespace
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {

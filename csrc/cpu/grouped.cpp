@@ -1,0 +1,165 @@
+// A whole layer in the grouped formulation, forward and backward. On a CPU the base product comes
+// first and the experts add to it in place: y is then in the cache, and no product reads it back.
+#include <torch/csrc/stable/library.h>
+
+#include "aten.h"
+#include "gate.h"
+#include "ops.h"
+#include "route.h"
+
+namespace moelora {
+namespace {
+
+// moelora_kernels/routing.py has the same: the maps are not read on a CPU, but returned.
+constexpr int64_t TILE = 64;
+constexpr int64_t CHUNK = 1024;
+
+void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
+  if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
+}
+
+Tensor reshaped(const Tensor& matrix, int64_t num_rows, int64_t num_columns) {
+  return view(matrix, {num_rows, num_columns}, {std::max<int64_t>(num_columns, 1), 1}, 0);
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+grouped(Tensor x, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<Tensor> base,
+        std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<Tensor> router_weight,
+        std::vector<Tensor> router_bias, std::optional<Tensor> gates, std::optional<Tensor> indices,
+        std::optional<Tensor> /*rows*/, std::optional<Tensor> seed, std::vector<int64_t> ranks,
+        std::vector<double> scaling, bool /*share_a*/, int64_t top_k, bool renormalize,
+        double temperature, double dropout_p, bool dropout_per_expert) {
+  const auto siblings = int64_t(lora_a.size());
+  const auto E = int64_t(ranks.size());
+  const auto [T, I] = shape<2>(x, "x");
+  const ScalarType dtype = x.scalar_type();
+  const ScalarType sums = compute_dtype(dtype);
+  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
+  check_count(weight, siblings, "weight, siblings");
+  check_count(bias, siblings, "bias, siblings");
+  check_count(base, siblings, "base, siblings");
+  STD_TORCH_CHECK(weight.empty() != base.empty(), "weight: needed where no base is given");
+
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const Tensor y = empty(T, weight[i].size(0), dtype);
+    if (bias.empty()) {
+      mm_out(y, x, transposed(weight[i]));
+    } else {
+      addmm_out(y, bias[i], x, transposed(weight[i]));
+    }
+    outputs.push_back(y);
+  }
+  Tensor logits = absent(sums), weights = absent(sums), chosen = absent(ScalarType::Int);
+  if (!router_weight.empty()) {
+    logits = router_logits(x, router_weight, router_bias);
+    std::tie(weights, chosen) =
+        topk_gate(reshaped(logits, T * siblings, E), top_k, renormalize, temperature);
+    gates = weights = reshaped(weights, T, siblings * top_k);
+    indices = chosen = reshaped(chosen, T, siblings * top_k);
+  }
+  STD_TORCH_CHECK(gates && indices, "indices: needed without a router");
+  const auto [order, offsets, tiles, chunks] = route(*indices, E, siblings, TILE, CHUNK);
+  const auto [h, u] = grouped_shrink(x, lora_a, gates, order, offsets, tiles, ranks, scaling,
+                                     dropout_p, dropout_per_expert, seed);
+  for (int64_t i = 0; i < siblings; ++i) {
+    if (base.empty()) {
+      grouped_expand_in_place(outputs[i], u, {lora_b[i]}, order, offsets, ranks, i, 0.0, false,
+                              std::nullopt, std::nullopt, std::nullopt);
+    } else {
+      outputs.push_back(grouped_expand(u, {lora_b[i]}, base[i], order, offsets, tiles, ranks, T, i,
+                                       false, 0.0, false, std::nullopt));
+    }
+  }
+  return {outputs, h, order, offsets, tiles, chunks, weights, chosen, logits};
+}
+
+// The matrices of `parts` below one another.
+Tensor stacked(const std::vector<Tensor>& parts, ScalarType dtype) {
+  if (parts.size() == 1) return cast(parts[0], dtype);
+  const int64_t each = parts[0].size(0);
+  const Tensor all = empty(int64_t(parts.size()) * each, parts[0].size(1), dtype);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Tensor to = rows(all, int64_t(i) * each, each);
+    torch::stable::copy_(to, parts[i]);
+  }
+  return all;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_backward(
+    std::vector<Tensor> dy, Tensor x, std::vector<Tensor> weight, std::vector<Tensor> lora_a,
+    std::vector<Tensor> lora_b, std::vector<Tensor> router_weight, Tensor h, Tensor weights,
+    Tensor indices, Tensor order, Tensor offsets, Tensor tiles, Tensor chunks,
+    std::optional<Tensor> logits, std::optional<Tensor> dlogits, std::optional<Tensor> seed,
+    std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
+    bool renormalize, double temperature, double dropout_p, bool dropout_per_expert, bool needs_x,
+    bool needs_adapters) {
+  const ScalarType dtype = x.scalar_type();
+  const auto siblings = int64_t(dy.size());
+  const auto E = int64_t(ranks.size());
+  const int64_t T = x.size(0);
+  check_count(weight, siblings, "weight, siblings");
+  for (Tensor& of_sibling : dy) {
+    of_sibling = cast(of_sibling, dtype);
+    const bool dense = of_sibling.stride(1) == 1 &&
+                       of_sibling.stride(0) >= std::max<int64_t>(of_sibling.size(1), 1);
+    if (!dense) of_sibling = row_major(of_sibling);
+  }
+  Tensor dx = absent(dtype);
+  if (needs_x && !weight.empty()) {
+    dx = empty(T, x.size(1), dtype);
+    mm_out(dx, dy[0], weight[0]);
+    for (int64_t i = 1; i < siblings; ++i) addmm_out(dx, dx, dy[i], weight[i]);
+  }
+  auto [dh, u, dgate] =
+      grouped_shrink_backward(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling);
+  std::optional<Tensor> of_router, router;
+  if (!router_weight.empty()) {
+    const Tensor like = renormalize ? empty(T * siblings, E, dgate.scalar_type())
+                                    : reshaped(row_major(*logits), T * siblings, E);
+    dgate = topk_gate_backward(
+        reshaped(dgate, T * siblings, top_k), reshaped(weights, T * siblings, top_k),
+        reshaped(indices, T * siblings, top_k), like, renormalize, temperature);
+    dgate = reshaped(dgate, T, siblings * E);
+    if (dlogits) {
+      const Tensor more = row_major(cast(*dlogits, dgate.scalar_type()));
+      check_size(more.numel(), dgate.numel(), "dlogits");
+      for_dtype(dgate.scalar_type(), [&](auto type) {
+        using C = typename decltype(type)::type;
+        C* to = dgate.mutable_data_ptr<C>();
+        const C* from = more.const_data_ptr<C>();
+        for (int64_t n = 0; n < dgate.numel(); ++n) to[n] += from[n];
+      });
+    }
+    of_router = dgate;
+    router = stacked(router_weight, dtype);
+  }
+  std::vector<Tensor> transposed_a;
+  for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
+  if (needs_x && !weight.empty()) {
+    grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
+                            dropout_per_expert, seed, of_router, router);
+  } else if (needs_x) {
+    dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, ranks, T, 0, false,
+                        dropout_p, dropout_per_expert, seed);
+    if (of_router) addmm_out(dx, dx, cast(*of_router, dtype), *router);
+  }
+  const ScalarType lora_dtype = lora_a[0].scalar_type();
+  const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
+  Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
+  std::vector<Tensor> db;
+  if (needs_adapters) {
+    std::tie(da, db) = grouped_gram(x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks,
+                                    dropout_p, dropout_per_expert, seed);
+    if (of_router) std::tie(drouter, dbias) = router_gradients(*of_router, x, router_dtype);
+  }
+  return {dx, dgate, da, drouter, dbias, db};
+}
+
+}  // namespace
+}  // namespace moelora
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("grouped", TORCH_BOX(&moelora::grouped));
+  m.impl("grouped_backward", TORCH_BOX(&moelora::grouped_backward));
+}
