@@ -186,6 +186,8 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
   using U = typename Vector<Unit, BYTES>::type;
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
   static_assert(sizeof(Unit) == sizeof(C));
+  // A pair may be two numbers of a row of bfloat16.
+  typedef Unit anywhere __attribute__((may_alias, aligned(2)));
   V sum[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row) {
     for (int v = 0; v < VECTORS; ++v) sum[row][v] = load<C, BYTES>(out[row] + v * LANES);
@@ -197,7 +199,7 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
     }
     const Unit* factor = left.data + n * left.step;
     for (int row = 0; row < ROWS; ++row) {
-      const U of_left = U{} + factor[row * left.row];
+      const U of_left = U{} + *reinterpret_cast<const anywhere*>(factor + row * left.row);
       for (int v = 0; v < VECTORS; ++v) {
         sum[row][v] = multiply_add(sum[row][v], of_left, of_right[v]);
       }

@@ -125,6 +125,15 @@ Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
       torch::stable::copy_(part, biases[i]);
     }
   }
+  if (!pairs || siblings * E % PANEL != 0 || I % 2 != 0) return;
+  const int64_t N = siblings * E;
+  const auto* words = pairs->const_data_ptr<BFloat16>();
+  by_column.resize(I / 2 * N);
+  for (int64_t row = 0; row < N; ++row) {
+    for (int64_t n = 0; n < I / 2; ++n) {
+      std::memcpy(&by_column[n * N + row], words + row * I + 2 * n, sizeof(uint32_t));
+    }
+  }
 }
 
 void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& to) const {
@@ -145,7 +154,13 @@ void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& t
       if constexpr (Operand<S, Level::pairs>::pairs) {
         if (pairs) {
           const S* narrow_weight = pairs->const_data_ptr<S>();
-          for (int64_t t = begin; t < end; t += 3) {
+          int64_t first = begin;
+          for (; !by_column.empty() && first + PANEL <= end; first += PANEL) {
+            const auto* of_tokens = reinterpret_cast<const uint32_t*>(x_data + first * I);
+            panel<level()>(PANEL, N, Factors<uint32_t>{of_tokens, I / 2, 1}, by_column.data(), N,
+                           I / 2, logits_data + first * N, N);
+          }
+          for (int64_t t = first; t < end; t += 3) {
             const S* const of_tokens[3] = {x_data + t * I, x_data + (t + 1) * I,
                                            x_data + (t + 2) * I};
             dot_tokens<level()>(std::min<int64_t>(3, end - t), of_tokens, narrow_weight, I, I, N,

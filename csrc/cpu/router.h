@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "aten.h"
 
@@ -12,6 +13,8 @@ struct Router {
   Tensor weight;  // [N, I], N = n E
   // The same as it was given, where all is bfloat16: its pairs with those of x are exact.
   std::optional<Tensor> pairs;
+  // And those transposed, one row of N for each two columns, where N fills vectors.
+  std::vector<uint32_t> by_column;
   std::optional<Tensor> bias;  // [1, N]
 
   // weight n x [E, I]; bias n x [E] or none. The compute dtype is that of `x`.
