@@ -13,6 +13,8 @@ namespace {
 // moelora_kernels/routing.py has the same: the maps are not read on a CPU, but returned.
 constexpr int64_t TILE = 64;
 constexpr int64_t CHUNK = 1024;
+// Router columns that cost less next to the experts' ranks than in a pass of their own.
+constexpr int64_t MOST_ALONG = 16;
 
 void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
   if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
@@ -136,9 +138,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   }
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
+  // Few columns ride along with the experts; many are a product for the BLAS.
+  if (of_router && needs_x && !weight.empty() && siblings * E > MOST_ALONG) {
+    addmm_out(dx, dx, cast(*of_router, dtype), *router);
+    router.reset();
+  }
   if (needs_x && !weight.empty()) {
     grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
-                            dropout_per_expert, seed, of_router, router);
+                            dropout_per_expert, seed, router ? of_router : std::nullopt, router);
   } else if (needs_x) {
     dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, ranks, T, 0, false,
                         dropout_p, dropout_per_expert, seed);

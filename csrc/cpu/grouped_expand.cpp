@@ -137,12 +137,26 @@ struct Expand {
   MOELORA_INLINE void add(const Unit* of_u, const Unit* right, int64_t steps, V* sum) const {
     using U = typename Vector<Unit, Level{}()>::type;
     constexpr int64_t LANES = Vector<Unit, Level{}()>::LANES;
-    for (int64_t n = 0; n < steps; ++n) {
-      const U of_left = U{} + of_u[n];
+    // Two sets of sums: one alone would wait for itself in every step.
+    V odd[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) odd[v] = V{};
+    int64_t n = 0;
+    for (; n + 2 <= steps; n += 2) {
+      const U first = U{} + of_u[n];
+      const U second = U{} + of_u[n + 1];
       for (int v = 0; v < VECTORS; ++v) {
         sum[v] =
-            multiply_add(sum[v], of_left, load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+            multiply_add(sum[v], first, load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+        odd[v] = multiply_add(odd[v], second,
+                              load<Unit, Level{}()>(right + ((n + 1) * VECTORS + v) * LANES));
       }
+    }
+    for (int v = 0; v < VECTORS; ++v) {
+      if (n < steps) {
+        sum[v] = multiply_add(sum[v], U{} + of_u[n],
+                              load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+      }
+      sum[v] += odd[v];
     }
   }
 
