@@ -77,6 +77,8 @@ CASES = {
     "empty": Case(ranks=(3, 3, 3, 3, 3, 3, 3), routing="even"),
     # Exactly full tiles and chunks: no tail, and no tile beyond the last but those of N.
     "full": Case(T=64, K=1, ranks=(16, 16), routing="alternate"),
+    # Tiles of as many places as programs take; chunks of several steps, with tails.
+    "long": Case(T=150, I=24, O=16, ranks=(4, 4), tile=64, chunk=96),
     "mixed_ranks": Case(ranks=(1, 3, 16, 33), start="bias", bias=True),
     "rank_1": Case(ranks=(1,) * 5),
     # A rank that takes several steps, or several tiles of columns.

@@ -152,7 +152,7 @@ def launch(
                 stride_from=stride,
                 order_ptr=order,
                 tiles_ptr=tiles,
-                ranks_ptr=launcher.rank_table(tuple(ranks), u.device),
+                ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
                 seed_ptr=seed if dropout > 0 else None,
                 y_ptr=after,
                 P=P,

@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 
 from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.configs import Tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
 from moelora_kernels.kernels.products import pick, product
 from moelora_kernels.kernels.tiles import load_ranks, load_tile
+
+# Elements of a gradient that one program adds up from its parts: 16 for each thread.
+SUM = Tile(1, 4096, 8, 1)
 
 
 @triton.jit
@@ -239,24 +243,27 @@ def sum_pairs(
             strides = parts.stride()
     wide = [launcher.rows_dense(matrix) for matrix in wide]
     shared = dict(
-        offsets_ptr=offsets,
-        chunks_ptr=chunks,
-        ranks_ptr=launcher.rank_table(tuple(ranks), narrow.device),
-        widths=widths,
-        out_ptrs=tuple(outputs),
-        stride_w=outputs[0].stride(0),
-        stride_c=outputs[0].stride(1),
         parts_ptr=parts,
         stride_part=strides[0],
         part_w=strides[1],
         part_c=strides[2],
+        out_ptrs=tuple(outputs),
+        stride_w=outputs[0].stride(0),
+        stride_c=outputs[0].stride(1),
+        widths=widths,
+        offsets_ptr=offsets,
+        chunks_ptr=chunks,
+        ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
         P=P,
         M=len(chunks),
     )
     static = dict(
-        n=len(wide), E=len(ranks), **launcher.rank_constants(ranks), COLUMN_TILES=column_tiles,
-        TILES=tiles, BLOCK_W=tile.step, BLOCK_R=block_r,
-    )  # fmt: skip
+        n=len(wide),
+        E=len(ranks),
+        **launcher.rank_constants(ranks),
+        COLUMN_TILES=column_tiles,
+        BLOCK_R=block_r,
+    )
     launcher.run(
         grouped_gram_kernel,
         len(chunks) * tiles,
@@ -274,11 +281,19 @@ def sum_pairs(
         | dict(
             PAIRS=P // wide[0].shape[0], DROPOUT=threshold(dropout),
             ALIGNED=all(W % 4 == 0 for W in widths), PER_EXPERT=dropout_per_expert,
-            BLOCK_P=tile.tokens, UPCAST=launcher.INTERPRET,
+            TILES=tiles, BLOCK_P=tile.tokens, BLOCK_W=tile.step, UPCAST=launcher.INTERPRET,
         ),
     )  # fmt: skip
     if parts is not None:
-        launcher.run(sum_parts_kernel, len(chunks) * tiles, tile, shared, static)
+        block_w = SUM.step // block_r
+        tiles = launcher.ceil_div(max(widths), block_w) * column_tiles
+        launcher.run(
+            sum_parts_kernel,
+            len(chunks) * tiles,
+            SUM,
+            shared,
+            static | dict(TILES=tiles, BLOCK_W=block_w),
+        )
 
 
 def launch(

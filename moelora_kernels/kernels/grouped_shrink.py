@@ -111,7 +111,7 @@ def launch(
             scaling_ptr=launcher.scaling_of(tuple(scaling), x.device),
             order_ptr=order,
             tiles_ptr=tiles,
-            ranks_ptr=launcher.rank_table(tuple(ranks), x.device),
+            ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
             seed_ptr=seed if dropout > 0 else None,
             h_ptr=h,
             u_ptr=u,

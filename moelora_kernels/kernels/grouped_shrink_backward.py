@@ -111,7 +111,7 @@ def launch(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
             scaling_ptr=launcher.scaling_of(tuple(scaling), h.device),
             order_ptr=order,
             tiles_ptr=tiles,
-            ranks_ptr=launcher.rank_table(tuple(ranks), h.device),
+            ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
             dh_ptr=dh,
             u_ptr=u,
             dweights_ptr=None if weights is None else dweights,
