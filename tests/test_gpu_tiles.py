@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import grouped_cases
 import pytest
 import torch
-import grouped_cases
 from gpu_cases import DEVICE, keep_apart
 from op_cases import DTYPES, Case, Inputs, compare, forward_of
 from torch import Tensor

@@ -115,6 +115,8 @@ _SM_100 = {
     ("shrink_gate", 2, 32): Tile(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): Tile(64, 128, 8, 3),
     ("gram", 2, 128): Tile(64, 128, 8, 2),
+    ("router_logits", 2, 16): Tile(64, 128, 8, 3),
+    ("grouped_gram", 2, 64): Tile(64, 128, 8, 2),
 }
 # Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
 _SM_80 = {
@@ -127,6 +129,10 @@ _SM_80 = {
     ("gram", 2, 128): Tile(32, 64, 8, 3),
     ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
+    ("router_gram", 2, 32): Tile(64, 128, 8, 3),
+    ("router_gram", 2, 64): Tile(64, 64, 8, 3),
+    ("grouped_expand", 4, 64): Tile(64, 64, 8, 2),
+    ("grouped_gram", 2, 16): Tile(64, 128, 8, 3),
 }
 _SM_89 = {
     **_SM_80,
