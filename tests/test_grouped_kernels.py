@@ -75,6 +75,20 @@ def test_what_is_not_chosen_adds_nothing(dtype: torch.dtype) -> None:
     check_what_is_not_chosen(LAUNCHERS, dtype, DEVICE)
 
 
+def test_many_slots_are_added_before_they_are_rounded() -> None:
+    """Terms of 3/8 of the last place of y: rounded one by one they would all be lost."""
+    case = Case(T=3, K=8, O=5, ranks=(1,) * 8, routing="all")
+    order, offsets, tiles, _ = Inputs(case, FP16, device=DEVICE).routing()
+    u, start = (
+        torch.full(s, v, device=DEVICE).half() for s, v in (((24, 1), 0.75), ((5,), 2048.0))
+    )
+    matrix = torch.ones(5, 8, device=DEVICE).half()
+    y = grouped_expand.launch(
+        u, [matrix], start, order, offsets, tiles, [1] * 8, 3, 0, False, 0.0, False, None
+    )
+    assert (y == 2048 + 8 * 0.75).all()
+
+
 @each_op
 def test_strides(name: str) -> None:
     """Rows at a distance, columns at a distance, one element for all, matrices transposed."""

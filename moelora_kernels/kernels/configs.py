@@ -99,7 +99,6 @@ _SM_90 = {
     ("grouped_expand", 2, 64): Tile(64, 128, 8, 2),
     ("grouped_expand", 4, 16): Tile(64, 64, 4, 2),
     ("grouped_expand", 4, 32): Tile(64, 64, 4, 2),
-    ("grouped_expand", 4, 64): Tile(64, 64, 4, 2),
     ("grouped_gram", 2, 16): Tile(64, 128, 4, 3),
     ("grouped_gram", 2, 32): Tile(64, 128, 4, 3),
     ("grouped_gram", 2, 64): Tile(64, 128, 8, 3),
@@ -130,8 +129,7 @@ _SM_80 = {
     ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
     ("router_gram", 2, 32): Tile(64, 128, 8, 3),
-    ("router_gram", 2, 64): Tile(64, 64, 8, 3),
-    ("grouped_expand", 4, 64): Tile(64, 64, 8, 2),
+    ("router_gram", 2, 64): Tile(32, 64, 8, 3),
     ("grouped_gram", 2, 16): Tile(64, 128, 8, 3),
 }
 _SM_89 = {

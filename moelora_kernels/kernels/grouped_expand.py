@@ -11,8 +11,9 @@ from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.products import product
 from moelora_kernels.kernels.tiles import load_ranks, load_tile
 
-# Columns of rank space that one step multiplies.
-STEP = 64
+# Columns of rank space that one step multiplies, by the bytes of an element: TF32 cores want float32
+# in three parts.
+STEP = {2: 64, 4: 32}
 # Passes that may add to a result of 16 bits, which each of them rounds: their errors together stay
 # below twice that of one. More of them add to float32.
 ROUNDINGS = 4
@@ -129,7 +130,7 @@ def launch(
     sums = y
     if len(slots) > ROUNDINGS and dtype.itemsize == 2:
         sums = y.new_empty(y.shape, dtype=torch.float32)
-    block_r = min(launcher.block(max(ranks)), STEP)
+    block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
     tile = configs.tile("grouped_expand", u.device, u.dtype, block_r)
     u = u.contiguous()
     before, stride = start, 0

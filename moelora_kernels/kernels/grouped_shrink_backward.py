@@ -82,7 +82,8 @@ def grouped_shrink_backward_kernel(
         u = tl.where(gate == 0, 0.0, gate * h)
         tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=real)
     if weights_ptr is not None:
-        inner = tl.where(expert < n * E, inner * tl.load(scaling_ptr + of_sibling), 0.0)
+        # Pairs that are not routed have the sum of no product.
+        inner *= tl.load(scaling_ptr + of_sibling)
         tl.store(dweights_ptr + pairs, inner, mask=inside)
 
 
