@@ -11,8 +11,8 @@ from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.products import product
 from moelora_kernels.kernels.tiles import load_ranks, load_tile
 
-# Columns of rank space that one step multiplies, by the bytes of an element: TF32 cores want float32
-# in three parts.
+# Columns of rank space that one step multiplies, by the bytes of an element: TF32 cores want each
+# operand in two parts.
 STEP = {2: 64, 4: 32}
 # Passes that may add to a result of 16 bits, which each of them rounds: their errors together stay
 # below twice that of one. More of them add to float32.
