@@ -38,8 +38,9 @@ LAUNCHERS = {
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 each_op = pytest.mark.parametrize("name", LAUNCHERS)
-# Other dtypes than float16 take other casts and products, and no other addresses.
-FEW = ("mixed_ranks", "dropout_per_expert", "by_pair", "float32_adapters")
+# Other dtypes take other casts and products, and no other addresses. Two passes at most: Triton's
+# interpreter cuts a float32 down to bfloat16 where a GPU rounds it, in every pass.
+FEW = ("mixed_ranks", "dropout_by_pair", "float32_adapters")
 
 
 def test_every_op_has_a_launcher() -> None:
