@@ -116,6 +116,7 @@ _SM_100 = {
     ("gram", 2, 128): Tile(64, 128, 8, 2),
     ("router_logits", 2, 16): Tile(64, 128, 8, 3),
     ("grouped_gram", 2, 64): Tile(64, 128, 8, 2),
+    ("grouped_gram", 4, 32): Tile(32, 64, 8, 3),
 }
 # Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
 _SM_80 = {
@@ -130,6 +131,7 @@ _SM_80 = {
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
     ("router_gram", 2, 32): Tile(64, 128, 8, 3),
     ("router_gram", 2, 64): Tile(32, 64, 8, 3),
+    ("grouped_expand", 2, 16): Tile(64, 64, 8, 2),
     ("grouped_gram", 2, 16): Tile(64, 128, 8, 3),
 }
 _SM_89 = {
