@@ -78,7 +78,7 @@ LAYERS = [
     Layer("grouped dropout per expert", dropout=0.05, per_expert=True, grouped=True),
     Layer("grouped fp32 adapters", adapters=FP32, ranks=(64,) * 16, grouped=True),
     *(
-        Layer(f"grouped E=4 r={r} fp32", ranks=(r,) * 4, dtype=FP32, grouped=True)
+        Layer(f"grouped E={r} r={r} fp32", ranks=(r,) * r, dtype=FP32, grouped=True)
         for r in (16, 32, 64)
     ),
 ]

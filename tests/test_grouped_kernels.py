@@ -18,6 +18,7 @@ from torch import Tensor
 from moelora_kernels import ops
 from moelora_kernels.autograd import Plan
 from moelora_kernels.kernels import (
+    configs,
     grouped_expand,
     grouped_gram,
     grouped_shrink,
@@ -25,6 +26,7 @@ from moelora_kernels.kernels import (
     launcher,
     router,
 )
+from moelora_kernels.routing import TILE
 from moelora_kernels.testing import assert_within_budget
 
 # Who serves `route` on a GPU is no kernel of Triton.
@@ -45,6 +47,13 @@ FEW = ("mixed_ranks", "dropout_by_pair", "float32_adapters")
 
 def test_every_op_has_a_launcher() -> None:
     assert {*LAUNCHERS, "route"} == set(OUTPUTS)
+
+
+@pytest.mark.parametrize("architecture", configs.TILES)
+def test_programs_take_whole_tiles(architecture: str) -> None:
+    for (kernel, _, _), tile in configs.TILES[architecture].items():
+        if kernel in ("grouped_shrink", "grouped_shrink_backward", "grouped_expand"):
+            assert tile.tokens >= TILE, kernel
 
 
 @each_op
