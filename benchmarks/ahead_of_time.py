@@ -25,7 +25,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -33,102 +33,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, traffic
+from benchmarks.launches import LAYERS, Layer, record
 from moelora_kernels.kernels import configs
 from moelora_kernels.kernels.launcher import Launch, options
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-class Layer(NamedTuple):
-    """A layer whose launches are compiled: sizes, gate form and dtypes."""
-
-    name: str
-    tokens: int = 8192
-    in_features: int = 4096
-    out_features: tuple[int, ...] = (4096,)
-    ranks: tuple[int, ...] = (16,) * 8
-    gate: str = "router"
-    top_k: int = 2
-    dtype: torch.dtype = BF16
-    adapters: torch.dtype | None = None
-    share_a: bool = False
-    dropout: float = 0.0
-    per_expert: bool = False
-    renormalize: bool = True
-    oversized: bool = False
-
-
-# Every entry of the tile tables and every variant of a kernel that a preset leads to.
-LAYERS = [
-    *(Layer(f"R={8 * r}", ranks=(r,) * 8) for r in (2, 4, 8, 16)),
-    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32) for r in (2, 4, 8, 16)),
-    *(Layer(f"R={8 * r} T=1024", tokens=1024, ranks=(r,) * 8) for r in (8, 16)),
-    Layer("R=128 fp16", dtype=FP16),
-    Layer("R=128 fp32 adapters", adapters=FP32),
-    Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
-    Layer("R=256", ranks=(32,) * 8),
-    Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),
-    Layer("R=32 fp32 adapters", ranks=(4,) * 8, adapters=FP32),
-    Layer("R=64 fp32 adapters", ranks=(8,) * 8, adapters=FP32),
-    Layer("qkv R=64", out_features=(4096, 1024, 1024), ranks=(8,) * 8),
-    Layer("softmax before top-k", renormalize=False),
-    Layer("all experts", top_k=8),
-    Layer("sparse gates", gate="sparse"),
-    Layer("dense gates", gate="dense"),
-    Layer("task gates", gate="rows"),
-    Layer("dropout", dropout=0.05),
-    Layer("task gates, dropout per expert", gate="rows", dropout=0.05, per_expert=True),
-    Layer("shared A", share_a=True, ranks=(8,) * 3, top_k=3),
-    # More experts than the tiles are made for: these have to launch, and may spill.
-    Layer("E=32", ranks=(4,) * 32, top_k=32, oversized=True),
-    Layer("E=64", ranks=(8,) * 64, oversized=True),
-    Layer("E=128 of rank 1", ranks=(1,) * 128, oversized=True),
-    Layer("E=64 siblings", out_features=(4096,) * 3, ranks=(1,) * 64, oversized=True),
-    Layer("E=64 shared A", share_a=True, ranks=(8,) * 64, oversized=True),
-]
-
-
-def record(layer: Layer) -> list[Launch]:
-    """The launches of one forward and backward of a layer, op by op."""
-    from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
-
-    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    T, I = layer.tokens, layer.in_features  # noqa: E741
-    n, E, R = len(layer.out_features), len(layer.ranks), sum(layer.ranks)
-    of = layer.adapters or layer.dtype
-    rows_of_a = layer.ranks[0] if layer.share_a else R
-    x, seed = empty(T, I), empty(1, dtype=torch.int64)
-    lora_a = [empty(rows_of_a, I, dtype=of) for _ in range(n)]
-    lora_b = [empty(O, R, dtype=of) for O in layer.out_features]  # noqa: E741
-    dy = [empty(T, O) for O in layer.out_features]  # noqa: E741
-    router, gates, indices, rows, top_k = [], None, None, None, 0
-    if layer.gate == "router":
-        router, top_k = [empty(E, I, dtype=of) for _ in range(n)], layer.top_k
-    elif layer.gate == "sparse":
-        gates, indices = empty(T, n * layer.top_k), empty(T, n * layer.top_k, dtype=torch.int32)
-    else:
-        gates = empty(8 if layer.gate == "rows" else T, n * E, dtype=FP32)
-        rows = empty(T, dtype=torch.int32) if layer.gate == "rows" else None
-    ranks, scaling = layer.ranks, (2.0,) * E
-    drop = (layer.dropout, layer.per_expert, seed)
-    with launcher.recording() as launches:
-        h, u, weights, chosen, logits = shrink_gate.launch(
-            x, lora_a, gates, indices, rows, router, [], ranks, scaling, layer.share_a, top_k,
-            layer.renormalize, 1.0, *drop,
-        )  # fmt: skip
-        if top_k:
-            gates, indices = weights, chosen if top_k < E else None
-        dh, u, dgate = shrink_gate_backward.launch(
-            dy, lora_b, h, gates, indices, rows, logits, None, ranks, scaling, layer.share_a,
-            top_k, layer.renormalize, 1.0,
-        )  # fmt: skip
-        dlogits = dgate if top_k else None
-        shrink_dx.launch(dh, dlogits, lora_a, router, ranks, *drop)
-        gram.launch(x, dh, dlogits, dy, u, of, of, ranks, *drop)
-    return launches
 
 
 def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
@@ -235,6 +144,12 @@ WGMMA_ROWS = {
     "shrink_gate_backward_kernel": "BLOCK_T",
     "shrink_dx_kernel": "BLOCK_T",
     "gram_kernel": "BLOCK_W",
+    "router_logits_kernel": "BLOCK_T",
+    "router_gram_kernel": "BLOCK_W",
+    "grouped_shrink_kernel": "BLOCK_P",
+    "grouped_shrink_backward_kernel": "BLOCK_P",
+    "grouped_expand_kernel": "BLOCK_P",
+    "grouped_gram_kernel": "BLOCK_W",
 }
 
 
@@ -269,6 +184,37 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
             (s.BLOCK_T * s.BLOCK_B, s.R, s.size("u_ptr")),
         ]
         return [*found, (s.BLOCK_T * s.BLOCK_L, s.L, 4)] if s.L else found
+    return _operands_of_grouped(name, s)
+
+
+def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, int]]:
+    """The same for the grouped formulation, whose experts begin within the rows of B."""
+    if name == "router_logits_kernel":
+        return [
+            (s.BLOCK_T * s.BLOCK_I, s.I, s.size("x_ptr")),
+            (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs")),
+        ]
+    if name == "router_gram_kernel":
+        return [(s.BLOCK_T * s.BLOCK_W, s.I, s.size("x_ptr")), (s.BLOCK_T * s.BLOCK_L, s.L, 4)]
+    if name == "grouped_shrink_kernel":
+        return [
+            (s.BLOCK_P * s.BLOCK_I, s.I, s.size("x_ptr")),
+            (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
+        ]
+    if name == "grouped_shrink_backward_kernel":
+        wide = [(s.BLOCK_P * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.outputs]  # noqa: E741
+        return [*wide, (s.BLOCK_O * s.BLOCK_R, s.RANK_DIVISOR, s.size("b_ptrs"))]
+    if name == "grouped_expand_kernel":
+        row = s.RANK_DIVISOR if s.stride_r == 1 else s.O
+        return [
+            (s.BLOCK_P * s.BLOCK_R, s.WIDEST, s.size("u_ptr")),
+            (s.BLOCK_O * s.BLOCK_R, row, s.size("matrix_ptr")),
+        ]
+    if name == "grouped_gram_kernel":
+        wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
+        # The order of places is on the way as well: 4 bytes each, for a row of wide.
+        order = (s.BLOCK_P, 1, 4)
+        return [*wide, (s.BLOCK_P * s.BLOCK_R, s.WIDEST, s.size("narrow_ptr")), order]
     return []
 
 
@@ -283,7 +229,8 @@ def natural_widths(launch: Launch) -> set[int]:
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
     }
-    if launch.kernel.fn.__name__ == "gram_kernel" and launch.arguments["x_ptr"].dtype == FP32:
+    wide = launch.arguments.get("x_ptr", launch.arguments.get("wide_ptrs", (None,))[0])
+    if "gram_kernel" in launch.kernel.fn.__name__ and wide.dtype == torch.float32:
         # TF32 tensor cores want both operands contiguous along the tokens: the small one is
         # transposed on its way into shared memory, element by element.
         found.add(4)

@@ -7,6 +7,9 @@ compares with what the interpreter sees.
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import NamedTuple
+
 from torch import Tensor
 
 from moelora_kernels.kernels.launcher import Launch, ceil_div
@@ -27,7 +30,12 @@ def _tensors(value) -> list[Tensor]:
 def compulsory(launch: Launch) -> int:
     """Every argument once, without the workspace that stages of one op hand over."""
     given = launch.arguments.items()
-    return sum(t.nbytes for name, value in given if name != "planes_ptr" for t in _tensors(value))
+    return sum(
+        t.nbytes
+        for name, value in given
+        if name not in ("planes_ptr", "parts_ptr")
+        for t in _tensors(value)
+    )
 
 
 class Sizes:
@@ -165,6 +173,153 @@ def _gate_rows(s: Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.G * s.WIDTH * 4
 
 
+def _topk_gate_backward(s: Sizes) -> tuple[int, int]:
+    read = s.N * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("indices_ptr"))
+    return read + s.N * s.E * s.size("logits_ptr"), s.N * s.E * 4
+
+
+def _router_logits(s: Sizes) -> tuple[int, int]:
+    token_tiles, e_tiles = ceil_div(s.T, s.BLOCK_T), ceil_div(s.E, s.BLOCK_E)
+    read = s.T * s.I * s.n * e_tiles * s.size("x_ptr")
+    read += token_tiles * s.n * s.E * (s.I * s.size("router_ptrs") + s.size("bias_ptrs"))
+    return read, s.SPLIT * s.T * s.n * s.E * 4
+
+
+def _router_gram(s: Sizes) -> tuple[int, int]:
+    l_tiles, i_tiles = ceil_div(s.L, s.BLOCK_L), ceil_div(s.I, s.BLOCK_W)
+    split = s.programs // (l_tiles * i_tiles)
+    read = s.T * s.I * s.size("x_ptr") * l_tiles + s.T * s.L * 4 * i_tiles
+    written = s.L * s.I * s.size("drouter_ptr") + s.L * s.size("dbias_ptr")
+    return read, split * written
+
+
+class _Tile(NamedTuple):
+    """Places of one expert: those of a tile, or of a part of its sum."""
+
+    expert: int
+    first: int
+    end: int
+    places: int
+
+
+def _tiles(s: Sizes, tiles: Tensor) -> list[_Tile]:
+    """The tiles that hold places; routing arrays are real also where nothing else is."""
+    rows = tiles.tolist()
+    ends = [first for _, first in rows[1:]] + [s.P]
+    return [
+        _Tile(expert, first, end, end - first)
+        for (expert, first), end in zip(rows, ends, strict=True)
+        if first < end
+    ]
+
+
+def _rank(s: Sizes, expert: int) -> int:
+    return s.RANK or int(s.ranks_ptr[expert % s.E, 1])
+
+
+def _tile_map(s: Sizes, tiles: Tensor) -> int:
+    """Reads of a map of tiles by all programs: the last tile ends with the places."""
+    each = s.programs // len(tiles)
+    return each * (12 * len(tiles) - 4)
+
+
+def _grouped_shrink(s: Sizes) -> tuple[int, int]:
+    routed = [tile for tile in _tiles(s, s.tiles_ptr) if tile.expert < s.n * s.E]
+    pairs = sum(tile.places for tile in routed)
+    read = _tile_map(s, s.tiles_ptr) + s.programs * (4 + 2 * s.size("ranks_ptr"))
+    read += s.COLUMN_TILES * (s.P * 4 + pairs * (s.I * s.size("x_ptr") + s.size("weights_ptr")))
+    read += s.COLUMN_TILES * len(routed) * s.size("seed_ptr")
+    read += sum(_rank(s, tile.expert) for tile in routed) * s.I * s.size("a_ptrs")
+    return read, 2 * s.P * s.WIDEST * s.size("h_ptr")
+
+
+def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
+    read = _tile_map(s, s.tiles_ptr) + s.P * (4 + s.WIDEST * s.size("h_ptr"))
+    read += s.programs * (4 + 2 * s.size("ranks_ptr") + (4 if s.weights_ptr is not None else 0))
+    for tile in _tiles(s, s.tiles_ptr):
+        if tile.expert < s.n * s.E:
+            O = s.outputs[tile.expert // s.E]  # noqa: E741
+            read += tile.places * O * s.size("dy_ptrs") * ceil_div(s.WIDEST, s.BLOCK_R)
+            read += O * _rank(s, tile.expert) * s.size("b_ptrs")
+            read += tile.places * s.size("weights_ptr")
+    written = 2 * s.P * s.WIDEST * s.size("h_ptr") + s.P * s.size("dweights_ptr")
+    return read, written
+
+
+def _grouped_expand(s: Sizes) -> tuple[int, int]:
+    o_tiles, order = ceil_div(s.O, s.BLOCK_O), s.order_ptr.tolist()
+    read, rows = _tile_map(s, s.tiles_ptr), 0
+    for tile in _tiles(s, s.tiles_ptr):
+        slots = [pair % s.S for pair in order[tile.first : tile.end]]
+        mine = tile.places if s.PER_PAIR else slots.count(s.slot)
+        read += 0 if s.PER_PAIR else 8 * o_tiles
+        passed = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
+        if passed or (s.IN_PLACE and tile.expert >= s.N):
+            continue
+        rows += mine
+        read += tile.places * 4 * o_tiles
+        if tile.expert < s.N:
+            rank = _rank(s, tile.expert)
+            read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
+            read += rank * (mine * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
+    return read + rows * s.O * s.size("from_ptr"), rows * s.O * s.size("y_ptr")
+
+
+def _parts(s: Sizes) -> list[_Tile]:
+    """The parts of the sums of experts: whole chunks, the last with what is left."""
+    found: list[_Tile] = []
+    sizes: dict[int, int] = {}
+    for tile in _tiles(s, s.chunks_ptr):
+        if tile.expert >= s.n * s.E:
+            continue
+        size = sizes.setdefault(tile.expert, tile.places)
+        if tile.places < size:
+            before = found.pop()
+            tile = _Tile(tile.expert, before.first, tile.end, tile.end - before.first)
+        found.append(tile)
+    return found
+
+
+def _part_map(s: Sizes) -> int:
+    """Reads by which programs find their part, but for those of the map of chunks."""
+    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    later = len(routed) - len({tile.expert for tile in routed})
+    return s.TILES * (8 * len(routed) + 4 * later)
+
+
+def _grouped_gram(s: Sizes) -> tuple[int, int]:
+    parts = _parts(s)
+    alone = Counter(part.expert for part in parts)
+    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
+    written = 0
+    for expert in range(s.n * s.E):
+        if expert not in alone:
+            read += s.TILES * 2 * s.size("ranks_ptr")
+            written += _rank(s, expert) * s.widths[expert // s.E] * s.size("out_ptrs")
+    for part in parts:
+        W, rank = s.widths[part.expert // s.E], _rank(s, part.expert)
+        w_tiles = ceil_div(W, s.BLOCK_W)
+        programs = w_tiles * s.COLUMN_TILES
+        read += programs * (4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr") + 4 * part.places)
+        read += part.places * W * s.COLUMN_TILES * s.size("wide_ptrs")
+        read += part.places * rank * w_tiles * s.size("narrow_ptr")
+        written += rank * W * (s.size("out_ptrs") if alone[part.expert] == 1 else 4)
+    return read, written
+
+
+def _sum_parts(s: Sizes) -> tuple[int, int]:
+    of = Counter(part.expert for part in _parts(s))
+    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * len(routed)
+    written = 0
+    for expert, count in of.items():
+        if count > 1:
+            elements = _rank(s, expert) * s.widths[expert // s.E]
+            read += s.TILES * 2 * s.size("ranks_ptr") + elements * 4 * count
+            written += elements * s.size("out_ptrs")
+    return read, written
+
+
 KERNELS = {
     "shrink_gate_kernel": _shrink_gate,
     "gate_planes_kernel": _gate_planes,
@@ -174,6 +329,15 @@ KERNELS = {
     "gram_kernel": _gram,
     "sum_planes_kernel": _sum_planes,
     "gate_rows_kernel": _gate_rows,
+    "topk_gate_kernel": lambda s: (s.N * s.E * s.size("logits_ptr"), s.N * s.K * 8),
+    "topk_gate_backward_kernel": _topk_gate_backward,
+    "router_logits_kernel": _router_logits,
+    "router_gram_kernel": _router_gram,
+    "grouped_shrink_kernel": _grouped_shrink,
+    "grouped_shrink_backward_kernel": _grouped_shrink_backward,
+    "grouped_expand_kernel": _grouped_expand,
+    "grouped_gram_kernel": _grouped_gram,
+    "sum_parts_kernel": _sum_parts,
 }
 
 

@@ -219,6 +219,18 @@ def _group(tokens: int) -> Step:
     return _of_module(MoeLoraGroup(**layers), _x(tokens))
 
 
+def _grouped(tokens: int) -> Step:
+    """Experts of two ranks, whose columns stand in a table on the device."""
+    layer = make_layer(num_experts=16, rank=(16, 24) * 8, top_k=2, impl="grouped")
+    return _of_module(layer, _x(tokens))
+
+
+def _grouped_group(tokens: int) -> Step:
+    sizes = dict(q=512, k=128, v=128).items()
+    layers = {name: make_layer(outputs=o, top_k=2, impl="grouped") for name, o in sizes}
+    return _of_module(MoeLoraGroup(**layers), _x(tokens))
+
+
 def _x(tokens: int) -> Tensor:
     x = torch.zeros(tokens, 512, device=DEVICE, dtype=torch.bfloat16)
     return x.requires_grad_()
@@ -232,6 +244,8 @@ STEPS: dict[str, Callable[[int], Step]] = {
     "sparse": _sparse,
     "task": _task,
     "group": _group,
+    "grouped": _grouped,
+    "grouped_group": _grouped_group,
 }
 each_step = pytest.mark.parametrize("form", STEPS)
 

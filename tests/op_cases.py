@@ -26,7 +26,7 @@ DTYPES = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Computed in float32 whatever x is; every other result has passed through x.dtype.
-EXACT = ("logits", "weights", "drouter", "dlogits")
+EXACT = ("logits", "weights", "dweights", "drouter", "dlogits")
 ops = torch.ops.moelora
 
 

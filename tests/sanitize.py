@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import grouped_cases
 import route_cases
 import torch
 from op_cases import CASES, DTYPES, Inputs
@@ -18,7 +19,12 @@ from moelora_kernels import ops
 from moelora_kernels.kernels import (
     dropout,
     gram,
+    grouped_expand,
+    grouped_gram,
+    grouped_shrink,
+    grouped_shrink_backward,
     launcher,
+    router,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
@@ -31,6 +37,19 @@ SELECTION = (
     "mixed_ranks", "siblings_sparse", "one_row", "rows_int64", "share_a", "dropout",
     "dropout_per_expert", "float32_adapters",
 )  # fmt: skip
+# Names of grouped_cases.CASES: tiles beyond the last, parts, empty experts, each form of a row.
+GROUPED = (
+    "plain", "eight_slots", "mostly_one", "empty", "mixed_ranks", "large_ranks", "few_pairs",
+    "nothing_routed_int64", "three_siblings", "by_pair_base", "dropout_per_expert",
+)  # fmt: skip
+LAUNCHERS = {
+    "router_logits": router.launch_logits,
+    "grouped_shrink": grouped_shrink.launch,
+    "grouped_shrink_backward": grouped_shrink_backward.launch,
+    "grouped_expand": grouped_expand.launch,
+    "grouped_gram": grouped_gram.launch,
+    "router_gram": router.launch_gram,
+}
 
 
 def run_case(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -44,6 +63,24 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
         *grams, db = gram.launch(*inputs.gram(forward, back), split=split)
         found += [*forward, *back, *grams, *db, shrink_dx.launch(*inputs.shrink_dx(back))]
     return [tensor.cpu() for tensor in found]
+
+
+def run_grouped(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """All outputs of the grouped ops, on the CPU; each op gets what the reference returns."""
+    inputs = grouped_cases.Inputs(grouped_cases.CASES[name], dtype)
+    found = []
+    for op, launch in LAUNCHERS.items():
+        for arguments in inputs.calls(op):
+            outputs = launch(*_moved(arguments, device))
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            found += [t for o in outputs for t in (o if isinstance(o, list) else [o])]
+    return [tensor.cpu() for tensor in found]
+
+
+def _moved(value, device: str):
+    if isinstance(value, list):
+        return [_moved(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def run_others(dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -72,11 +109,17 @@ def main(names: list[str]) -> None:
     device = "cpu" if launcher.INTERPRET else "cuda"
     for of_dtype in ("bf16", "fp16", "fp32"):
         dtype = DTYPES[of_dtype]
-        for name in names or SELECTION:
-            # Addresses are the same in every dtype; products and the router's are not.
-            if of_dtype != "bf16" and not names and name not in ("plain", "float32_adapters"):
+        # Addresses are the same in every dtype; products and the router's are not.
+        few = of_dtype != "bf16" and not names
+        for name in names or (*SELECTION, *GROUPED):
+            if few and name not in ("plain", "float32_adapters"):
                 continue
-            for tensor in run_case(name, dtype, device):
+            results = []
+            if name in CASES:
+                results += run_case(name, dtype, device)
+            if name in GROUPED:
+                results += run_grouped(name, dtype, device)
+            for tensor in results:
                 assert torch.isfinite(tensor).all(), f"{name}, {of_dtype}: non-finite values"
         run_others(dtype, device)
     run_route(device)

@@ -109,18 +109,18 @@ def require_memory(needed: int) -> None:
 
 def word(seed: int, stream: int, element: int) -> int:
     """The random word of one element: `reference.dropout` in whole numbers of any size."""
-    words = [element // 4 & reference.UINT32, element // 4 >> 32, stream, 0]
-    key = [seed & reference.UINT32, seed >> 32 & reference.UINT32]
-    for _ in range(reference.PHILOX_ROUNDS):
-        left = words[0] * reference.PHILOX_MULTIPLIERS[0]
-        right = words[2] * reference.PHILOX_MULTIPLIERS[1]
+    words = [element // 4 & reference.gates.UINT32, element // 4 >> 32, stream, 0]
+    key = [seed & reference.gates.UINT32, seed >> 32 & reference.gates.UINT32]
+    for _ in range(reference.gates.PHILOX_ROUNDS):
+        left = words[0] * reference.gates.PHILOX_MULTIPLIERS[0]
+        right = words[2] * reference.gates.PHILOX_MULTIPLIERS[1]
         words = [
-            right >> 32 ^ words[1] ^ key[0], right & reference.UINT32,
-            left >> 32 ^ words[3] ^ key[1], left & reference.UINT32,
+            right >> 32 ^ words[1] ^ key[0], right & reference.gates.UINT32,
+            left >> 32 ^ words[3] ^ key[1], left & reference.gates.UINT32,
         ]  # fmt: skip
         key = [
-            k + step & reference.UINT32
-            for k, step in zip(key, reference.PHILOX_KEY_STEPS, strict=True)
+            k + step & reference.gates.UINT32
+            for k, step in zip(key, reference.gates.PHILOX_KEY_STEPS, strict=True)
         ]
     return words[element % 4]
 

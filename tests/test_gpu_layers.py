@@ -187,7 +187,12 @@ def test_launches_of_a_layer() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    (dict(top_k=2), dict(), dict(top_k=2, rank=(4, 8) * 4, router_bias=True)),
+    (
+        dict(top_k=2),
+        dict(),
+        dict(top_k=2, rank=(4, 8) * 4, router_bias=True),
+        dict(top_k=2, impl="grouped"),
+    ),
     ids=str,
 )
 def test_compiled(options: dict) -> None:

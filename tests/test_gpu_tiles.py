@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import grouped_cases
 import pytest
 import torch
 from gpu_cases import DEVICE, keep_apart
@@ -17,11 +18,17 @@ from moelora_kernels import reference
 from moelora_kernels.kernels import (
     configs,
     gram,
+    grouped_expand,
+    grouped_gram,
+    grouped_shrink,
+    grouped_shrink_backward,
     launcher,
+    router,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
 )
+from moelora_kernels.routing import CHUNK, TILE
 
 pytestmark = pytest.mark.gpu
 
@@ -72,12 +79,49 @@ def _shrink_dx(inputs: Inputs, split: int) -> tuple[str, Callable, Callable, lis
     return "dx", launch, specification, inputs.shrink_dx(back)
 
 
+def _wide(make: Callable) -> Callable:
+    """The calls of a kernel of the wide formulation, with so many columns of rank space."""
+
+    def calls(columns: int, dtype: torch.dtype, variant: str) -> list[tuple]:
+        case, split = VARIANTS[variant]
+        case = case._replace(ranks=(columns // 4,) * 4)
+        return [make(keep_apart(Inputs(case, dtype, device=DEVICE)), split)]
+
+    return calls
+
+
+def _grouped(name: str, launch: Callable) -> Callable:
+    """The calls of a kernel of the grouped formulation, with experts of so many columns.
+
+    Tails of tiles; chunks that are all of an expert, or 13 parts of it.
+    """
+
+    def calls(columns: int, dtype: torch.dtype, variant: str) -> list[tuple]:
+        split = variant == "split"
+        ranks = (1,) * columns if name.startswith("router") else (columns,) * 4
+        case = grouped_cases.Case(
+            T=1700, I=4104, O=4104, ranks=ranks, start="bias", bias=True, tile=TILE,
+            chunk=65 if split else CHUNK, dropout=0.1 if split else 0.0,
+        )  # fmt: skip
+        names, specification = grouped_cases.OUTPUTS[name], getattr(reference, name)
+        made = grouped_cases.Inputs(case, dtype, device=DEVICE).calls(name)
+        return [(names, launch, specification, arguments) for arguments in made]
+
+    return calls
+
+
 # A kernel in the table that is not here has nothing to qualify it: the tests below fail.
 OPS = {
-    "shrink_gate": _shrink_gate,
-    "shrink_gate_backward": _shrink_gate_backward,
-    "gram": _gram,
-    "shrink_dx": _shrink_dx,
+    "shrink_gate": _wide(_shrink_gate),
+    "shrink_gate_backward": _wide(_shrink_gate_backward),
+    "gram": _wide(_gram),
+    "shrink_dx": _wide(_shrink_dx),
+    "router_logits": _grouped("router_logits", router.launch_logits),
+    "router_gram": _grouped("router_gram", router.launch_gram),
+    "grouped_shrink": _grouped("grouped_shrink", grouped_shrink.launch),
+    "grouped_shrink_backward": _grouped("grouped_shrink_backward", grouped_shrink_backward.launch),
+    "grouped_expand": _grouped("grouped_expand", grouped_expand.launch),
+    "grouped_gram": _grouped("grouped_gram", grouped_gram.launch),
 }
 
 
@@ -95,6 +139,7 @@ def _entries() -> list:
 
 
 def _flat(outputs) -> list[Tensor]:
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     return [
         tensor
         for output in outputs
@@ -107,18 +152,15 @@ def _flat(outputs) -> list[Tensor]:
 def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str) -> None:
     """Right by float64, no NaN under poisoned allocations, and the same bits in 50 runs."""
     kernel, _, columns = key
-    case, split = VARIANTS[variant]
-    case = case._replace(ranks=(columns // 4,) * 4)
-    inputs = keep_apart(Inputs(case, dtype, device=DEVICE))
-    names, op, specification, arguments = OPS[kernel](inputs, split)
-    with launcher.recording() as launches:
-        first = _flat(op(*arguments))
-    tile = configs.TILES[configs.processors(DEVICE)[0]][key]
-    assert any(launch.tile is tile for launch in launches), f"no launch takes the tile of {key}"
-    compare(names, op, specification, arguments, dtype)
+    for names, op, specification, arguments in OPS[kernel](columns, dtype, variant):
+        with launcher.recording() as launches:
+            first = _flat(op(*arguments))
+        tile = configs.TILES[configs.processors(DEVICE)[0]][key]
+        assert any(launch.tile is tile for launch in launches), f"no launch takes the tile of {key}"
+        compare(names, op, specification, arguments, dtype)
 
-    differing = torch.zeros(len(first), dtype=torch.int64, device=DEVICE)
-    for _ in range(REPEATS - 1):
-        for i, again in enumerate(_flat(op(*arguments))):
-            differing[i] += (again != first[i]).any()
-    assert differing.tolist() == [0] * len(first), f"runs of {REPEATS} that differ, by output"
+        differing = torch.zeros(len(first), dtype=torch.int64, device=DEVICE)
+        for _ in range(REPEATS - 1):
+            for i, again in enumerate(_flat(op(*arguments))):
+                differing[i] += (again != first[i]).any()
+        assert differing.tolist() == [0] * len(first), f"runs of {REPEATS} that differ, by output"

@@ -16,27 +16,30 @@ def test_json_report(capsys):
     assert report["torch"] == torch.__version__
     assert report["native"]["available"] == native.available()
     assert bool(report["native"]["reason"]) != native.available()
+    built = native.build_info().get("ops", ())
     for op, devices in report["implementations"].items():
-        whole_layer = op.startswith("wide")
+        whole_layer = op.removesuffix("_backward") in ("wide", "grouped")
         plain = "composite" if whole_layer else "reference"
-        expected = {"cpu": "native" if native.available() else plain}
-        expected["cuda"] = "composite" if whole_layer else "triton"
+        assert devices["cpu"] == ("native" if op in built else plain), op
+        # No kernel of Triton sorts the pairs.
         if op in native.build_info().get("cuda_ops", ()):
-            expected["cuda"] = "native"
-        assert devices == expected, op
+            assert devices["cuda"] == "native", op
+        elif op != "route":
+            assert devices["cuda"] == ("composite" if whole_layer else "triton"), op
     assert set(report["tiles"]) == {"sm_80", "sm_89", "sm_90", "sm_100"}
     assert all(text.endswith("qualified") for text in report["tiles"].values())
     auto = report["auto"]
     assert (auto["impl"], auto["tokens"], auto["top_k"]) == ("wide", 64, None)
-    assert "R = 8 with a dense gate" in auto["reason"]
-    assert report["formulations"]["grouped"] != "available"
+    assert auto["reason"].startswith("R = 8: a dense gate")
+    assert report["formulations"]["grouped"] == "available"
+    assert report["formulations"]["decode"] != "available"
 
 
 def test_text_report(capsys):
     info.main([])
     out = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in out
-    assert "impl: wide" in out
+    assert "impl: " in out
     assert "reason: " in out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import grouped_cases
 import pytest
 import torch
 from op_cases import CASES, Case, Inputs, forward_of
@@ -13,7 +14,19 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import traffic
 from moelora_kernels import reference
-from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
+from moelora_kernels.kernels import (
+    gram,
+    grouped_expand,
+    grouped_gram,
+    grouped_shrink,
+    grouped_shrink_backward,
+    launcher,
+    router,
+    shrink_dx,
+    shrink_gate,
+    shrink_gate_backward,
+    topk_gate,
+)
 
 pytestmark = pytest.mark.skipif(not launcher.INTERPRET, reason="needs Triton's interpreter")
 
@@ -57,6 +70,11 @@ def launches(case: Case, split: int) -> list:
     return found
 
 
+def check_moved(found: list, counted: list) -> None:
+    moved = [traffic.moved(launch) for launch in found]
+    assert counted == [sum(sizes) for sizes in zip(*moved, strict=True)]
+
+
 @pytest.mark.parametrize("split", (1, 3))
 @pytest.mark.parametrize(
     "name",
@@ -78,12 +96,55 @@ def launches(case: Case, split: int) -> list:
 )
 def test_moved_is_what_kernels_load_and_store(name: str, split: int, counted) -> None:
     case = {**CASES, "wide_rank": Case(ranks=(40, 100, 60), bias=True, chained=True)}[name]
-    expected = [0, 0]
-    for launch in launches(case, split):
-        read, written = traffic.moved(launch)
-        expected[0] += read
-        expected[1] += written
-    assert counted == expected
+    check_moved(launches(case, split), counted)
+
+
+# Launchers of the grouped formulation, whose arguments `grouped_cases` makes.
+GROUPED = {
+    "router_logits": router.launch_logits,
+    "grouped_shrink": grouped_shrink.launch,
+    "grouped_shrink_backward": grouped_shrink_backward.launch,
+    "grouped_expand": grouped_expand.launch,
+    "grouped_gram": grouped_gram.launch,
+    "router_gram": router.launch_gram,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "plain",
+        "eight_slots",
+        "mostly_one",
+        "empty",
+        "long",
+        "mixed_ranks",
+        "large_ranks",
+        "three_siblings",
+        "unweighted",
+        "by_pair",
+        "float32_start",
+        "dropout_per_expert",
+        "float32_adapters",
+    ),
+)
+@pytest.mark.parametrize("op", GROUPED)
+def test_moved_is_what_grouped_kernels_load_and_store(op: str, name: str, counted) -> None:
+    inputs = grouped_cases.Inputs(grouped_cases.CASES[name], torch.float16)
+    calls = inputs.calls(op)
+    with launcher.recording() as found:
+        for arguments in calls:
+            GROUPED[op](*arguments)
+    check_moved(found, counted)
+
+
+@pytest.mark.parametrize("renormalize", (True, False))
+def test_moved_is_what_the_gate_loads_and_stores(renormalize: bool, counted) -> None:
+    logits, dweights = torch.randn(35, 7).half(), torch.randn(35, 3)
+    with launcher.recording() as found:
+        weights, indices = topk_gate.launch(logits, 3, renormalize, 1.0)
+        topk_gate.launch_backward(dweights, weights, indices, logits, renormalize, 1.0)
+    check_moved(found, counted)
 
 
 def test_compulsory_is_every_tensor_once() -> None:

@@ -18,9 +18,10 @@ import torch
 class Tile(NamedTuple):
     """Rows and step of a program, and how it is compiled.
 
-    tokens: tokens of a tile (for `gram`: of a step). step: columns per step of the loop (for
-    `gram` and `shrink_dx`: columns of the wide side that a program owns). qualified: GPU, torch,
-    Triton and commit of the `gpu` tests that passed with it; empty: compiled only.
+    tokens: tokens of a tile (for the grams: of a step; for tiles of an expert at least
+    `routing.TILE`). step: columns per step of the loop (for the grams, `shrink_dx` and
+    `grouped_expand`: columns of the wide side that a program owns). qualified: GPU, torch, Triton
+    and commit of the `gpu` tests that passed with it; empty: compiled only.
     """
 
     tokens: int
@@ -70,6 +71,41 @@ _SM_90 = {
     ("shrink_dx", 4, 16): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 32): Tile(64, 64, 4, 2),
     ("shrink_dx", 4, 64): Tile(64, 64, 4, 2),
+    ("router_logits", 2, 16): Tile(64, 128, 4, 3),
+    ("router_logits", 2, 32): Tile(64, 128, 4, 3),
+    ("router_logits", 2, 64): Tile(64, 64, 4, 3),
+    ("router_logits", 4, 16): Tile(64, 32, 4, 3),
+    ("router_logits", 4, 32): Tile(64, 32, 4, 3),
+    ("router_logits", 4, 64): Tile(64, 32, 8, 3),
+    ("router_gram", 2, 16): Tile(64, 128, 4, 3),
+    ("router_gram", 2, 32): Tile(64, 128, 4, 3),
+    ("router_gram", 2, 64): Tile(64, 128, 8, 3),
+    ("router_gram", 4, 16): Tile(32, 64, 4, 3),
+    ("router_gram", 4, 32): Tile(32, 64, 4, 3),
+    ("router_gram", 4, 64): Tile(32, 64, 8, 3),
+    ("grouped_shrink", 2, 16): Tile(64, 128, 4, 3),
+    ("grouped_shrink", 2, 32): Tile(64, 128, 4, 3),
+    ("grouped_shrink", 2, 64): Tile(64, 128, 8, 3),
+    ("grouped_shrink", 4, 16): Tile(64, 32, 4, 3),
+    ("grouped_shrink", 4, 32): Tile(64, 32, 4, 3),
+    ("grouped_shrink", 4, 64): Tile(64, 32, 8, 3),
+    ("grouped_shrink_backward", 2, 16): Tile(64, 128, 4, 3),
+    ("grouped_shrink_backward", 2, 32): Tile(64, 128, 4, 3),
+    ("grouped_shrink_backward", 2, 64): Tile(64, 128, 8, 3),
+    ("grouped_shrink_backward", 4, 16): Tile(64, 32, 4, 3),
+    ("grouped_shrink_backward", 4, 32): Tile(64, 32, 4, 3),
+    ("grouped_shrink_backward", 4, 64): Tile(64, 32, 8, 3),
+    ("grouped_expand", 2, 16): Tile(64, 128, 8, 2),
+    ("grouped_expand", 2, 32): Tile(64, 128, 8, 2),
+    ("grouped_expand", 2, 64): Tile(64, 128, 8, 2),
+    ("grouped_expand", 4, 16): Tile(64, 64, 4, 2),
+    ("grouped_expand", 4, 32): Tile(64, 64, 4, 2),
+    ("grouped_gram", 2, 16): Tile(64, 128, 4, 3),
+    ("grouped_gram", 2, 32): Tile(64, 128, 4, 3),
+    ("grouped_gram", 2, 64): Tile(64, 128, 8, 3),
+    ("grouped_gram", 4, 16): Tile(32, 64, 4, 3),
+    ("grouped_gram", 4, 32): Tile(32, 64, 4, 3),
+    ("grouped_gram", 4, 64): Tile(32, 64, 8, 3),
 }
 
 # With Triton 3.8, though not with 3.6 or 3.9, the product of R = 256 keeps 8 bytes on the stack.
@@ -79,6 +115,11 @@ _SM_100 = {
     ("shrink_gate", 2, 32): Tile(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): Tile(64, 128, 8, 3),
     ("gram", 2, 128): Tile(64, 128, 8, 2),
+    ("router_logits", 2, 16): Tile(64, 128, 8, 3),
+    ("grouped_gram", 2, 64): Tile(64, 128, 8, 2),
+    ("grouped_gram", 4, 32): Tile(32, 64, 8, 3),
+    ("router_gram", 4, 16): Tile(32, 64, 8, 3),
+    ("grouped_shrink_backward", 4, 64): Tile(64, 32, 8, 2),
 }
 # Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
 _SM_80 = {
@@ -91,11 +132,18 @@ _SM_80 = {
     ("gram", 2, 128): Tile(32, 64, 8, 3),
     ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
+    ("router_gram", 2, 32): Tile(64, 128, 8, 3),
+    ("router_gram", 2, 64): Tile(32, 64, 8, 3),
+    ("grouped_expand", 2, 16): Tile(64, 64, 8, 2),
+    ("grouped_expand", 4, 32): Tile(64, 64, 8, 2),
+    ("grouped_gram", 2, 16): Tile(64, 128, 8, 3),
 }
 _SM_89 = {
     **_SM_80,
     ("shrink_gate", 2, 64): Tile(64, 64, 8, 3),
     ("shrink_gate_backward", 2, 64): Tile(64, 64, 8, 3),
+    ("grouped_shrink_backward", 4, 32): Tile(64, 32, 8, 3),
+    ("grouped_expand", 4, 32): Tile(64, 32, 4, 2),
 }
 
 TILES = {"sm_80": _SM_80, "sm_89": _SM_89, "sm_90": _SM_90, "sm_100": _SM_100}

@@ -137,6 +137,25 @@ def require_no_capture(what: str, device: torch.device) -> None:
         )
 
 
+def rank_constants(ranks: Sequence[int]) -> dict[str, int]:
+    """What kernels over tiles of experts are compiled for; RANK is 0 where ranks differ."""
+    equal = min(ranks) == max(ranks)
+    return dict(RANK=ranks[0] if equal else 0, WIDEST=max(ranks), RANK_DIVISOR=rank_divisor(ranks))
+
+
+@cache
+def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """First column and rank of every expert, [E, 2] int32; None where all ranks are equal.
+
+    Made once, then kept.
+    """
+    if min(ranks) == max(ranks):
+        return None
+    require_no_capture("the table of ranks", device)
+    table = torch.tensor([(c.start, c.stop - c.start) for c in blocks(ranks)], dtype=torch.int32)
+    return _outside_pools(lambda: table.to(device))
+
+
 @cache
 def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """S [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere. Made once and kept."""

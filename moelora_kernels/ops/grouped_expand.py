@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _SCHEMA = (
     "(Tensor u, Tensor[] matrices, Tensor? start, Tensor order, Tensor offsets, Tensor tiles, "
@@ -22,3 +22,4 @@ def _fake(
 
 
 grouped_expand = register("grouped_expand", _SCHEMA, reference.grouped_expand, _fake)
+register_kernels("grouped_expand")

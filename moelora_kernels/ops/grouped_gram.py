@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _SCHEMA = (
     "(Tensor x, Tensor dh, Tensor[] dy, Tensor u, Tensor order, Tensor offsets, Tensor chunks, "
@@ -21,3 +21,4 @@ def _fake(
 
 
 grouped_gram = register("grouped_gram", _SCHEMA, reference.grouped_gram, _fake)
+register_kernels("grouped_gram")

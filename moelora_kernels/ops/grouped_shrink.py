@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 _ROUTING = "Tensor order, Tensor offsets, Tensor tiles, int[] ranks"
 _SCHEMA = (
@@ -36,3 +36,5 @@ grouped_shrink_backward = register(
     reference.grouped_shrink_backward,
     _fake_backward,
 )
+register_kernels("grouped_shrink")
+register_kernels("grouped_shrink_backward")

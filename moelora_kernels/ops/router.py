@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 
 
 def _fake_logits(x: Tensor, router_weight: list[Tensor], router_bias: list[Tensor]) -> Tensor:
@@ -34,3 +34,5 @@ router_gram = register(
     reference.router_gram,
     _fake_gram,
 )
+register_kernels("router_logits", "launch_logits", module="router")
+register_kernels("router_gram", "launch_gram", module="router")

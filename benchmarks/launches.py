@@ -1,0 +1,183 @@
+"""Layers at real sizes, and what their ops would launch: recorded on tensors without data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moelora_kernels import reference
+from moelora_kernels.kernels.launcher import Launch
+from moelora_kernels.routing import CHUNK, TILE
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Layer(NamedTuple):
+    """A layer whose launches are compiled: sizes, gate form and dtypes.
+
+    by_pair: x and dy have a row for every pair of a token and an expert, as where experts are whole
+    feed-forwards.
+    """
+
+    name: str
+    tokens: int = 8192
+    in_features: int = 4096
+    out_features: tuple[int, ...] = (4096,)
+    ranks: tuple[int, ...] = (16,) * 8
+    gate: str = "router"
+    top_k: int = 2
+    dtype: torch.dtype = BF16
+    adapters: torch.dtype | None = None
+    share_a: bool = False
+    dropout: float = 0.0
+    per_expert: bool = False
+    renormalize: bool = True
+    oversized: bool = False
+    grouped: bool = False
+    by_pair: bool = False
+
+
+# Every entry of the tile tables and every variant of a kernel that a preset leads to.
+LAYERS = [
+    *(Layer(f"R={8 * r}", ranks=(r,) * 8) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r} T=1024", tokens=1024, ranks=(r,) * 8) for r in (8, 16)),
+    Layer("R=128 fp16", dtype=FP16),
+    Layer("R=128 fp32 adapters", adapters=FP32),
+    Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
+    Layer("R=256", ranks=(32,) * 8),
+    Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),
+    Layer("R=32 fp32 adapters", ranks=(4,) * 8, adapters=FP32),
+    Layer("R=64 fp32 adapters", ranks=(8,) * 8, adapters=FP32),
+    Layer("qkv R=64", out_features=(4096, 1024, 1024), ranks=(8,) * 8),
+    Layer("softmax before top-k", renormalize=False),
+    Layer("all experts", top_k=8),
+    Layer("sparse gates", gate="sparse"),
+    Layer("dense gates", gate="dense"),
+    Layer("task gates", gate="rows"),
+    Layer("dropout", dropout=0.05),
+    Layer("task gates, dropout per expert", gate="rows", dropout=0.05, per_expert=True),
+    Layer("shared A", share_a=True, ranks=(8,) * 3, top_k=3),
+    # More experts than the tiles are made for: these have to launch, and may spill.
+    Layer("E=32", ranks=(4,) * 32, top_k=32, oversized=True),
+    Layer("E=64", ranks=(8,) * 64, oversized=True),
+    Layer("E=128 of rank 1", ranks=(1,) * 128, oversized=True),
+    Layer("E=64 siblings", out_features=(4096,) * 3, ranks=(1,) * 64, oversized=True),
+    Layer("E=64 shared A", share_a=True, ranks=(8,) * 64, oversized=True),
+    Layer("grouped E=64 r=16", ranks=(16,) * 64, grouped=True),
+    Layer("grouped E=64 r=64 K=4", ranks=(64,) * 64, top_k=4, grouped=True),
+    Layer("grouped E=256 r=16 K=8", ranks=(16,) * 256, top_k=8, grouped=True),
+    Layer("grouped qkv", out_features=(4096, 1024, 1024), ranks=(16,) * 8, grouped=True),
+    Layer(
+        "grouped experts by pair", out_features=(11008,), gate="sparse", by_pair=True, grouped=True
+    ),
+    Layer("grouped E=32 r=32", ranks=(32,) * 32, grouped=True),
+    Layer("grouped mixed ranks", ranks=(8, 24, 64, 128), grouped=True),
+    Layer("grouped dropout per expert", dropout=0.05, per_expert=True, grouped=True),
+    Layer("grouped fp32 adapters", adapters=FP32, ranks=(64,) * 16, grouped=True),
+    *(
+        Layer(f"grouped E={r} r={r} fp32", ranks=(r,) * r, dtype=FP32, grouped=True)
+        for r in (16, 32, 64)
+    ),
+]
+
+
+def record(layer: Layer) -> list[Launch]:
+    """The launches of one forward and backward of a layer, op by op."""
+    if layer.grouped:
+        return record_grouped(layer)
+    from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, I = layer.tokens, layer.in_features  # noqa: E741
+    n, E, R = len(layer.out_features), len(layer.ranks), sum(layer.ranks)
+    of = layer.adapters or layer.dtype
+    rows_of_a = layer.ranks[0] if layer.share_a else R
+    x, seed = empty(T, I), empty(1, dtype=torch.int64)
+    lora_a = [empty(rows_of_a, I, dtype=of) for _ in range(n)]
+    lora_b = [empty(O, R, dtype=of) for O in layer.out_features]  # noqa: E741
+    dy = [empty(T, O) for O in layer.out_features]  # noqa: E741
+    router, gates, indices, rows, top_k = [], None, None, None, 0
+    if layer.gate == "router":
+        router, top_k = [empty(E, I, dtype=of) for _ in range(n)], layer.top_k
+    elif layer.gate == "sparse":
+        gates, indices = empty(T, n * layer.top_k), empty(T, n * layer.top_k, dtype=torch.int32)
+    else:
+        gates = empty(8 if layer.gate == "rows" else T, n * E, dtype=FP32)
+        rows = empty(T, dtype=torch.int32) if layer.gate == "rows" else None
+    ranks, scaling = layer.ranks, (2.0,) * E
+    drop = (layer.dropout, layer.per_expert, seed)
+    with launcher.recording() as launches:
+        h, u, weights, chosen, logits = shrink_gate.launch(
+            x, lora_a, gates, indices, rows, router, [], ranks, scaling, layer.share_a, top_k,
+            layer.renormalize, 1.0, *drop,
+        )  # fmt: skip
+        if top_k:
+            gates, indices = weights, chosen if top_k < E else None
+        dh, u, dgate = shrink_gate_backward.launch(
+            dy, lora_b, h, gates, indices, rows, logits, None, ranks, scaling, layer.share_a,
+            top_k, layer.renormalize, 1.0,
+        )  # fmt: skip
+        dlogits = dgate if top_k else None
+        shrink_dx.launch(dh, dlogits, lora_a, router, ranks, *drop)
+        gram.launch(x, dh, dlogits, dy, u, of, of, ranks, *drop)
+    return launches
+
+
+def _balanced(layer: Layer) -> tuple[Tensor, ...]:
+    """Routing arrays where every expert has as many pairs as the next: real ones, to be counted."""
+    n, E = len(layer.out_features), len(layer.ranks)
+    slots = torch.arange(n * layer.top_k) % layer.top_k
+    ids = (torch.arange(layer.tokens)[:, None] * layer.top_k + slots) % E
+    return reference.route(ids, E, n, TILE, CHUNK)
+
+
+def record_grouped(layer: Layer) -> list[Launch]:
+    """The launches of one forward and backward in the grouped formulation, op by op."""
+    from moelora_kernels.kernels import (
+        grouped_expand,
+        grouped_gram,
+        grouped_shrink,
+        grouped_shrink_backward,
+        launcher,
+        router,
+        topk_gate,
+    )
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, I, K = layer.tokens, layer.in_features, layer.top_k  # noqa: E741
+    n, E, R = len(layer.out_features), len(layer.ranks), sum(layer.ranks)
+    rows, of = T * K if layer.by_pair else T, layer.adapters or layer.dtype
+    x, seed = empty(rows, I), empty(1, dtype=torch.int64)
+    lora_a = [empty(R, I, dtype=of) for _ in range(n)]
+    lora_b = [empty(O, R, dtype=of) for O in layer.out_features]  # noqa: E741
+    dy = [empty(rows, O) for O in layer.out_features]  # noqa: E741
+    routers = [empty(E, I, dtype=of) for _ in range(n)] if layer.gate == "router" else []
+    ranks, scaling, keep = layer.ranks, (2.0,) * E, (0.0, False, None)
+    drop = (layer.dropout, layer.per_expert, seed)
+    order, offsets, tiles, chunks = _balanced(layer)
+    weights = empty(T, n * K, dtype=FP32)
+    with launcher.recording() as launches:
+        if routers:
+            logits = router.launch_logits(x, routers, [])
+            by_sibling, chosen = topk_gate.launch(logits.view(-1, E), K, layer.renormalize, 1.0)
+        routing = (order, offsets, tiles, ranks)
+        h, u = grouped_shrink.launch(x, lora_a, weights, *routing, scaling, *drop)
+        for i, b in enumerate(lora_b):
+            grouped_expand.launch(u, [b], None, *routing, T, i, layer.by_pair, *keep)
+        dh, u, dweights = grouped_shrink_backward.launch(dy, lora_b, h, weights, *routing, scaling)
+        transposed = [a.t() for a in lora_a]
+        grouped_expand.launch(dh, transposed, None, *routing, T, 0, layer.by_pair, *drop)
+        grouped_gram.launch(x, dh, dy, u, order, offsets, chunks, of, ranks, *drop)
+        if routers:
+            dlogits = topk_gate.launch_backward(
+                dweights.view(-1, K), by_sibling, chosen, logits.view(-1, E), layer.renormalize, 1.0
+            )
+            router.launch_gram(dlogits.view(T, n * E), x, of)
+    return launches
