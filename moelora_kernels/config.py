@@ -346,7 +346,7 @@ class MoeLoraConfig:
         return tuple(math.sqrt(3 * self.alpha * in_features / rank) for rank in ranks)
 
     def is_sparse(self) -> bool:
-        """Whether the gate is K weights and indices per token; else it is dense, E weights a row."""
+        """Whether the gate is K weights and indices per token, not E weights."""
         sparse = self.select == "topk" and self.top_k < self.num_experts
         return sparse and self.granularity == "token" and self.renormalizes() is not None
 

@@ -40,7 +40,8 @@ def implementations() -> dict[str, dict[str, str]]:
     names = sorted([*ops.__all__, "topk_gate_backward"])
     found = {}
     for name in names:
-        default = "composite" if name.startswith("wide") else "reference"
+        whole_layer = name.removesuffix("_backward") in ("wide", "grouped")
+        default = "composite" if whole_layer else "reference"
         on_gpu = "triton" if name in registration.KERNELS else default
         found[name] = {
             "cpu": "native" if name in built else default,
