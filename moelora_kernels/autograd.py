@@ -142,8 +142,14 @@ def run(impl: str, plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
     counts = tuple([0 if missing else n for missing in absent])
     if not torch.is_grad_enabled():
         return MoeLora.forward(impl, plan, counts, *inputs, *tensors)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return MoeLora.apply(impl, plan, counts, *inputs, *tensors)
+    if torch.compiler.is_compiling():
+        # Where nothing needs a gradient, Dynamo calls the forward of a Function with a context
+        # before its arguments, which this form of a Function does not take.
+        trains = any([t is not None and t.requires_grad for t in (*inputs, *tensors)])
+        call = MoeLora.apply if trains else MoeLora.forward
+        return call(impl, plan, counts, *inputs, *tensors)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
     # call, longer than the smallest products take.
     return super(torch.autograd.Function, MoeLora).apply(impl, plan, counts, *inputs, *tensors)

@@ -73,7 +73,8 @@ class MoeLoraConfig:
     Training
         dropout, dropout_mask: on x on the way into A; one mask ("shared") or one "per_expert".
         aux: auxiliary losses by name with their weights: "load_balance", "z", "entropy".
-        impl: the formulation; "auto" may choose, any other works or raises.
+        impl: the formulation, see `formulation`: "auto" may choose, "wide", "grouped" (top-k gates
+            of tokens only) or "reference" works or raises.
 
     Raises ValueError or TypeError that names the option, what was given and what is expected.
     """
@@ -245,6 +246,8 @@ class MoeLoraConfig:
             raise ValueError("aux: 'load_balance' is constant where every expert is selected")
         self._check_selection()
         self._check_svd_segments()
+        if self.impl == "grouped":
+            formulation.check_grouped(self.top_k if self.is_sparse() else None, self.share == "A")
 
     def _check_selection(self) -> None:
         """The options of a selection that differs from token to token."""
@@ -341,6 +344,11 @@ class MoeLoraConfig:
         if self.alpha < 0:
             raise ValueError(f"alpha: scaling={by_width!r} takes its root, got {self.alpha}")
         return tuple(math.sqrt(3 * self.alpha * in_features / rank) for rank in ranks)
+
+    def is_sparse(self) -> bool:
+        """Whether the gate is K weights and indices per token, not E weights."""
+        sparse = self.select == "topk" and self.top_k < self.num_experts
+        return sparse and self.granularity == "token" and self.renormalizes() is not None
 
     def renormalizes(self) -> bool | None:
         """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""

@@ -72,9 +72,47 @@ def check_grouped(top_k: int | None, share_a: bool) -> None:
         raise ValueError(f"impl: 'grouped' does not go with this layer: {reason}")
 
 
-@cache
+def pick(
+    device: str,
+    *,
+    tokens: int,
+    num_experts: int,
+    total_rank: int,
+    top_k: int | None,
+    share_a: bool = False,
+) -> str:
+    """What impl="auto" takes: `choose` without the words.
+
+    A compiled graph calls this one. A number that is written into a text is a constant of the
+    graph, and every T would compile anew; here T only has a side of the threshold.
+    """
+    top_k = _sparse(top_k, num_experts)
+    if why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
+        return "wide"
+    threshold = THRESHOLDS[device_class(device)]
+    few = tokens < threshold.tokens
+    return "wide" if few or total_rank <= threshold.columns * top_k else "grouped"
+
+
+def _sparse(top_k: int | None, num_experts: int) -> int | None:
+    """K, None where all E are used: such a gate is a dense one."""
+    return None if top_k is None or top_k >= num_experts else top_k
+
+
+# Constants of a compiled graph, which could not look for a package or ask a device.
+@torch.compiler.assume_constant_result
 def device_class(device: str) -> str:
     """The row of THRESHOLDS for a device type."""
+    return _device_class(device)
+
+
+@torch.compiler.assume_constant_result
+def _why_no_grouped_ops(device: str) -> str:
+    return _missing_ops(device)
+
+
+@cache
+def _device_class(device: str) -> str:
     if device != "cuda" or not torch.cuda.is_available():
         return device if device in THRESHOLDS else "cuda"
     major, minor = torch.cuda.get_device_capability()
@@ -83,7 +121,7 @@ def device_class(device: str) -> str:
 
 
 @cache
-def _why_no_grouped_ops(device: str) -> str:
+def _missing_ops(device: str) -> str:
     if device == "cpu":
         return "" if native.available() else f"the native library is missing ({native.reason()})"
     return why_no_kernels()
@@ -106,16 +144,19 @@ def choose(
     rank is the largest, total_rank the sum R (None: E equal ranks); top_k None or E: dense gate.
     """
     total = num_experts * rank if total_rank is None else total_rank
-    top_k = None if top_k is not None and top_k >= num_experts else top_k
-    reason = why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device)
-    if reason:
-        return Choice("wide", f"R = {total}: {reason}")
+    impl = pick(
+        device, tokens=tokens, num_experts=num_experts, total_rank=total, top_k=top_k,
+        share_a=share_a,
+    )  # fmt: skip
+    top_k = _sparse(top_k, num_experts)
+    if reason := why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
+        return Choice(impl, f"R = {total}: {reason}")
     name = device_class(device)
     threshold = THRESHOLDS[name]
-    limit = threshold.columns * top_k
     if tokens < threshold.tokens:
-        return Choice("wide", f"T = {tokens}: below {threshold.tokens} tokens ({name})")
-    impl, relation = ("grouped", "above") if total > limit else ("wide", "not above")
+        return Choice(impl, f"T = {tokens}: below {threshold.tokens} tokens ({name})")
+    limit = threshold.columns * top_k
+    relation = "above" if total > limit else "not above"
     return Choice(
         impl, f"R = {total} is {relation} {threshold.columns:g} K = {limit:g} ({name}, top-{top_k})"
     )

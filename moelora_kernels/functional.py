@@ -60,18 +60,14 @@ def _formulation(plan, x, siblings, indices, impl: str) -> str:
         formulation.check_grouped(top_k, plan.share_a)
     if impl != "auto":
         return impl
-    choice = formulation.choose(
+    return formulation.pick(
         x.device.type,
         tokens=x.shape[0],
-        in_features=x.shape[1],
-        out_features=sum([s.lora_b.shape[0] for s in siblings]),
         num_experts=num_experts,
-        rank=max(plan.ranks),
         total_rank=sum(plan.ranks),
         top_k=top_k,
         share_a=plan.share_a,
     )
-    return choice.impl
 
 
 def _apply_reference(plan, x, siblings, gates, indices, rows, seed):

@@ -141,7 +141,9 @@ def make_case(
     return Case(plan, x, siblings, dy, options, normal(tokens, n * num_experts) if aux else None)
 
 
-def assert_case(case: Case, dtype: torch.dtype, adapters: torch.dtype | None = None) -> None:
+def assert_case(
+    case: Case, dtype: torch.dtype, adapters: torch.dtype | None = None, impl: str = "wide"
+) -> None:
     """The Function in `dtype` against the float64 reference, within the budget of its dtype."""
     low = case.to(dtype, adapters)
-    assert_within_budget(low.run(), case.reference(), low.reference(), dtype)
+    assert_within_budget(low.run(impl), case.reference(), low.reference(), dtype)

@@ -13,7 +13,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-import moelora_kernels  # noqa: E402
 from benchmarks import bench_grouped, environment, harness, report, shapes, tables  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402
 from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
@@ -95,12 +94,6 @@ def quick_run(tmp_path_factory):
     return folder, code, results
 
 
-def may_have_no_time(row: dict) -> bool:
-    """What is left out says why; the version of the package may have no whole-FFN experts."""
-    before_ffn = row["suite"] == "ffn" and not hasattr(moelora_kernels, "MoeLoraFFN")
-    return row["status"] == "left out" or (row["provider"] == "moelora" and before_ffn)
-
-
 def test_quick_run_of_every_suite(quick_run):
     folder, code, results = quick_run
     assert set(results) == set(bench_grouped.SUITES)
@@ -122,10 +115,10 @@ def test_quick_run_of_every_suite(quick_run):
         (row["case"], row["mode"], row["provider"], row["reason"])
         for result in results.values()
         for row in result["rows"]
-        if row["status"] != "ok" and not may_have_no_time(row)
+        if row["status"] not in ("ok", "left out")
     ]
     assert not unsound
-    assert code == 0 or not hasattr(moelora_kernels, "MoeLoraFFN")
+    assert code == 0
 
 
 def test_markdown_has_every_table(quick_run, capsys):

@@ -13,7 +13,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-import moelora_kernels  # noqa: E402
 from benchmarks import bench_grouped, crossover, ffn, inputs, report, shapes, tables  # noqa: E402
 from benchmarks.cells import PLANS, TABLES, Mixture, cells_of  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402
@@ -25,10 +24,6 @@ from moelora_kernels.testing import ROUTINGS  # noqa: E402
 CPU = torch.device("cpu")
 LINEAR = shapes.QUICK_CASES["grouped"][0]
 NETWORK = shapes.QUICK_CASES["ffn"][0]
-
-needs_ffn = pytest.mark.skipif(
-    not hasattr(moelora_kernels, "MoeLoraFFN"), reason="this version has no whole-FFN experts"
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -308,7 +303,6 @@ def test_networks_are_right(dtype):
         assert error <= budget, (provider, name)
 
 
-@needs_ffn
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_the_whole_ffn_experts_of_the_package_are_right(dtype):
     layer, checker = network(dtype)

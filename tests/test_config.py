@@ -118,7 +118,17 @@ BAD = [
     ("aux", dict(router="external", aux="z")),
     ("aux", dict(router=None, aux="z")),
     ("impl", dict(impl="fast")),
+    # Experts on their own tokens, where every token uses all of them, or all use one A.
     ("impl", dict(impl="grouped")),
+    ("impl", dict(impl="grouped", top_k=8)),
+    ("impl", dict(impl="grouped", top_k=2, share="A")),
+    ("impl", dict(impl="grouped", router=None)),
+    ("impl", dict(impl="grouped", router="external")),
+    ("impl", dict(impl="grouped", router="task", num_tasks=2, top_k=2)),
+    ("impl", dict(impl="grouped", granularity="sequence", top_k=2)),
+    ("impl", dict(impl="grouped", select="topp", top_p=0.5)),
+    ("impl", dict(impl="grouped", top_k=2, entropy_threshold=0.9)),
+    ("impl", dict(impl="grouped", top_k=2, score="sigmoid")),
 ]
 
 

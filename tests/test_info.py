@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
-from moelora_kernels import info, native
+from moelora_kernels import formulation, info, native
+from moelora_kernels.ops import registration
 
 
 def test_json_report(capsys):
@@ -16,16 +18,18 @@ def test_json_report(capsys):
     assert report["torch"] == torch.__version__
     assert report["native"]["available"] == native.available()
     assert bool(report["native"]["reason"]) != native.available()
-    built = native.build_info().get("ops", ())
+    built, built_cuda = (native.build_info().get(name, ()) for name in ("ops", "cuda_ops"))
     for op, devices in report["implementations"].items():
         whole_layer = op.removesuffix("_backward") in ("wide", "grouped")
         plain = "composite" if whole_layer else "reference"
         assert devices["cpu"] == ("native" if op in built else plain), op
-        # No kernel of Triton sorts the pairs.
-        if op in native.build_info().get("cuda_ops", ()):
-            assert devices["cuda"] == "native", op
-        elif op != "route":
-            assert devices["cuda"] == ("composite" if whole_layer else "triton"), op
+        plain = "triton" if op in registration.KERNELS else plain
+        assert devices["cuda"] == ("native" if op in built_cuda else plain), op
+    assert {"shrink_gate", "gram", "shrink_dx", "dropout"} <= registration.KERNELS
+    if native.available():
+        # No op of this package is left to the reference on a CPU.
+        served = {devices["cpu"] for devices in report["implementations"].values()}
+        assert "reference" not in served
     assert set(report["tiles"]) == {"sm_80", "sm_89", "sm_90", "sm_100"}
     assert all(text.endswith("qualified") for text in report["tiles"].values())
     auto = report["auto"]
@@ -39,8 +43,18 @@ def test_text_report(capsys):
     info.main([])
     out = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in out
-    assert "impl: " in out
-    assert "reason: " in out
+    assert re.search(r"impl: (wide|grouped)\n  reason: R = 128 is (not )?above ", out)
+
+
+def test_more_experts_change_what_auto_takes(capsys):
+    columns = formulation.THRESHOLDS["cpu"].columns
+    for experts, expected in ((2, "wide"), (int(columns), "grouped")):
+        sizes = ["--device", "cpu", "--tokens", "8192", "--rank", "2", "--top-k", "1"]
+        info.main(["--json", "--experts", str(experts), *sizes])
+        auto = json.loads(capsys.readouterr().out)["auto"]
+        taken = expected if native.available() else "wide"
+        assert auto["impl"] == taken
+        assert f"R = {2 * experts}" in auto["reason"]
 
 
 @pytest.mark.parametrize(

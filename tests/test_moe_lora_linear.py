@@ -301,7 +301,8 @@ BAD = {
     "rows: expected None": {"rows": torch.zeros(6, dtype=torch.int64)},
     "dropout": {"dropout": 1.0},
     "impl: expected one of": {"impl": "fast"},
-    "impl: 'grouped' is not available": {"impl": "grouped"},
+    "impl: 'grouped' does not go": {"impl": "grouped", "gates": torch.rand(6, 3), "indices": None},
+    "impl: 'decode' is not available": {"impl": "decode"},
     "lora_b: expected x's device": {"lora_b": torch.empty(5, 6, device="meta")},
 }
 BAD_TYPES = {

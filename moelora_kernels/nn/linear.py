@@ -36,8 +36,9 @@ class MoeLoraLinear(nn.Module):
     x's dtype is read, everything else (quantised, hooked, cast by autocast) is called.
 
     A new layer, and an expert that a token is not routed to, add exactly nothing to its y, as long
-    as A and B are finite: the products run over all experts, so a NaN or infinity in an expert's B
-    reaches y of every token, and one in its A dx of every token.
+    as A and B are finite: the products of impl="wide" run over all experts, so a NaN or infinity in
+    an expert's B reaches y of every token, and one in its A dx of every token. With impl="grouped"
+    it stays with the tokens that chose the expert.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
