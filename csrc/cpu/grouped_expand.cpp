@@ -17,6 +17,8 @@ constexpr int64_t STRIP_BYTES = 512 << 10;
 constexpr int64_t ROWS = 4096;
 // Columns of `dense` that a row takes at a time; even, so that pairs stay pairs.
 constexpr int64_t MOST_DENSE = 64;
+// Terms of one running sum.
+constexpr int64_t LONGEST = 64;
 
 // What a pair adds to its row of y: units of u, and as many of its expert's matrix from `first` on.
 struct Term {
@@ -137,26 +139,30 @@ struct Expand {
   MOELORA_INLINE void add(const Unit* of_u, const Unit* right, int64_t steps, V* sum) const {
     using U = typename Vector<Unit, Level{}()>::type;
     constexpr int64_t LANES = Vector<Unit, Level{}()>::LANES;
-    // Two sets of sums: one alone would wait for itself in every step.
-    V odd[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) odd[v] = V{};
-    int64_t n = 0;
-    for (; n + 2 <= steps; n += 2) {
-      const U first = U{} + of_u[n];
-      const U second = U{} + of_u[n + 1];
+    // Two sets of sums: one alone would wait for itself in every step. Both start at zero again
+    // now and then: a long sum in one go would lose bits.
+    for (int64_t begin = 0; begin < steps; begin += LONGEST) {
+      const int64_t end = std::min(steps, begin + LONGEST);
+      V even[VECTORS], odd[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) even[v] = odd[v] = V{};
+      int64_t n = begin;
+      for (; n + 2 <= end; n += 2) {
+        const U first = U{} + of_u[n];
+        const U second = U{} + of_u[n + 1];
+        for (int v = 0; v < VECTORS; ++v) {
+          even[v] = multiply_add(even[v], first,
+                                 load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+          odd[v] = multiply_add(odd[v], second,
+                                load<Unit, Level{}()>(right + ((n + 1) * VECTORS + v) * LANES));
+        }
+      }
       for (int v = 0; v < VECTORS; ++v) {
-        sum[v] =
-            multiply_add(sum[v], first, load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
-        odd[v] = multiply_add(odd[v], second,
-                              load<Unit, Level{}()>(right + ((n + 1) * VECTORS + v) * LANES));
+        if (n < end) {
+          even[v] = multiply_add(even[v], U{} + of_u[n],
+                                 load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+        }
+        sum[v] += even[v] + odd[v];
       }
-    }
-    for (int v = 0; v < VECTORS; ++v) {
-      if (n < steps) {
-        sum[v] = multiply_add(sum[v], U{} + of_u[n],
-                              load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
-      }
-      sum[v] += odd[v];
     }
   }
 

@@ -16,6 +16,8 @@ namespace {
 // strips read each row in pieces that no prefetcher sees coming.
 constexpr int64_t STRIP = 256;
 constexpr int64_t STEP = 64;
+// Places of one running sum: a longer one would lose bits.
+constexpr int64_t LONGEST = 256;
 
 template <class S, class L, class C>
 struct Gram {
@@ -39,7 +41,9 @@ struct Gram {
     C* scratch = buffer;
     auto* of_rows = reinterpret_cast<Unit*>(buffer + STRIP);
     Unit* of_ranks = of_rows + STEP * STRIP;
+    C* part = buffer + STRIP + STEP * (STRIP + w);
     std::fill_n(sums, w * STRIP, C{0});
+    std::fill_n(part, w * STRIP, C{0});
     const auto read = [&](int64_t place, S* to) MOELORA_INLINE_LAMBDA {
       const int64_t row = matrix.of_place[place];
       const S* from = matrix.row(row) + strip;
@@ -64,9 +68,16 @@ struct Gram {
       }
       const int64_t steps = P::units(count);
       if (RANKS_FIRST) {
-        panel<BYTES>(w, STRIP, Factors<Unit>{of_ranks, 1, w}, of_rows, STRIP, steps, sums, STRIP);
+        panel<BYTES>(w, STRIP, Factors<Unit>{of_ranks, 1, w}, of_rows, STRIP, steps, part, STRIP);
       } else {
-        panel<BYTES>(STRIP, w, Factors<Unit>{of_rows, 1, STRIP}, of_ranks, w, steps, sums, w);
+        panel<BYTES>(STRIP, w, Factors<Unit>{of_rows, 1, STRIP}, of_ranks, w, steps, part, w);
+      }
+      const int64_t next = first + STEP;
+      if (next < places.last(expert) && (next - places.first(expert)) % LONGEST != 0) continue;
+#pragma omp simd
+      for (int64_t j = 0; j < w * STRIP; ++j) {
+        sums[j] += part[j];
+        part[j] = 0;
       }
     }
   }
@@ -115,7 +126,7 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
   const int64_t work = places.pairs() * w * STRIP / std::max<int64_t>(places.experts(), 1);
   const auto tasks = [&](int64_t strips, int64_t experts, const auto& task) {
     torch::stable::parallel_for(0, strips * experts, grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<C> buffer((w + 1) * STRIP + STEP * (STRIP + w));
+      std::vector<C> buffer((2 * w + 1) * STRIP + STEP * (STRIP + w));
       std::vector<S> kept(mask.active() ? 2 * STRIP : 0);
       vectorised([&](auto level) {
         for (int64_t n = begin; n < end; ++n) {

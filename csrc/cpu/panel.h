@@ -126,11 +126,11 @@ MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight
   }
   for (int t = 0; t < TOKENS; ++t) {
     for (int row = 0; row < ROWS; ++row) {
-      C total = sum_lanes<C, BYTES>(sum[t][row]);
-      for (int64_t rest = j; rest < count; ++rest) {
-        total += widen(x[t][rest]) * widen(weight[row * weight_stride + rest]);
+      C rest = 0;
+      for (int64_t k = j; k < count; ++k) {
+        rest += widen(x[t][k]) * widen(weight[row * weight_stride + k]);
       }
-      sums[t * sums_stride + row] += total;
+      sums[t * sums_stride + row] += sum_lanes<C, BYTES>(sum[t][row]) + rest;
     }
   }
 }
