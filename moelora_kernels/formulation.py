@@ -99,14 +99,11 @@ def _sparse(top_k: int | None, num_experts: int) -> int | None:
     return None if top_k is None or top_k >= num_experts else top_k
 
 
-# Constants of a compiled graph, which could not look for a package or ask a device.
-@torch.compiler.assume_constant_result
 def device_class(device: str) -> str:
     """The row of THRESHOLDS for a device type."""
     return _device_class(device)
 
 
-@torch.compiler.assume_constant_result
 def _why_no_grouped_ops(device: str) -> str:
     return _missing_ops(device)
 
@@ -125,6 +122,12 @@ def _missing_ops(device: str) -> str:
     if device == "cpu":
         return "" if native.available() else f"the native library is missing ({native.reason()})"
     return why_no_kernels()
+
+
+# Constants of a compiled graph, which could not look for a package or ask a device. This is what
+# torch.compiler.assume_constant_result does, after it has imported the whole compiler.
+for _constant in (device_class, _why_no_grouped_ops):
+    _constant._dynamo_marked_constant = True
 
 
 def choose(

@@ -187,6 +187,7 @@ def test_a_config_that_can_run_grouped_may_say_so(options):
 
 
 @grouped_is_there
+@pytest.mark.filterwarnings("error:.*lru_cache")  # traced into, where it is to be a constant
 def test_auto_compiles_once_on_each_side_of_the_threshold():
     """T is not a constant of the graph: only its side of the threshold is."""
     ranks = ranks_of(math.floor(CPU.columns * 2) + 1)
