@@ -35,7 +35,7 @@ _MODEL = "modelled: (4/3) FLOP/s over B/s of the device"
 
 # Device class -> threshold. A GPU's class is its compute capability; "cuda" is any other GPU.
 THRESHOLDS = {
-    "cpu": Threshold(48, 128, "measured"),
+    "cpu": Threshold(32, 1, "measured: benchmarks/results/amd-epyc-2-cores/grouped.json"),
     "sm_80": Threshold(205, 1024, _MODEL),
     "sm_89": Threshold(230, 1024, _MODEL),
     "sm_90": Threshold(245, 1024, _MODEL),
