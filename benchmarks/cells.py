@@ -88,6 +88,7 @@ PLANS = {
     # A second and more of wide products on two cores would be spent on the larger of these.
     "cpu": Plan(
         mixtures(
+            (8, 4, 4),
             (8, 8, 4),
             (8, 8, 2),
             (8, 16, 2),
