@@ -41,9 +41,10 @@ struct Gram {
     C* scratch = buffer;
     auto* of_rows = reinterpret_cast<Unit*>(buffer + STRIP);
     Unit* of_ranks = of_rows + STEP * STRIP;
-    C* part = buffer + STRIP + STEP * (STRIP + w);
+    const bool in_parts = places.last(expert) - places.first(expert) > LONGEST;
+    C* part = in_parts ? buffer + STRIP + STEP * (STRIP + w) : sums;
     std::fill_n(sums, w * STRIP, C{0});
-    std::fill_n(part, w * STRIP, C{0});
+    if (in_parts) std::fill_n(part, w * STRIP, C{0});
     const auto read = [&](int64_t place, S* to) MOELORA_INLINE_LAMBDA {
       const int64_t row = matrix.of_place[place];
       const S* from = matrix.row(row) + strip;
@@ -73,7 +74,8 @@ struct Gram {
         panel<BYTES>(STRIP, w, Factors<Unit>{of_rows, 1, STRIP}, of_ranks, w, steps, part, w);
       }
       const int64_t next = first + STEP;
-      if (next < places.last(expert) && (next - places.first(expert)) % LONGEST != 0) continue;
+      const bool full = (next - places.first(expert)) % LONGEST == 0;
+      if (!in_parts || (next < places.last(expert) && !full)) continue;
 #pragma omp simd
       for (int64_t j = 0; j < w * STRIP; ++j) {
         sums[j] += part[j];
