@@ -16,6 +16,9 @@ from moelora_kernels import ops, reference
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.routing import CHUNK, TILE
 
+# Release of torch, (major, minor).
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -224,6 +227,10 @@ def ffn_experts(
             return reference.ffn(*inputs)
         with torch.autocast(x.device.type, enabled=False):
             return reference.ffn(*inputs)
+    if torch.is_grad_enabled() and torch.compiler.is_compiling() and TORCH < (2, 13):
+        # Its gradient of the activation comes out wrong, without a word. Outside fullgraph=True
+        # the compiler runs the layer eagerly instead.
+        raise RuntimeError(f"training whole-FFN experts compiled needs torch 2.13, this is {TORCH}")
     routing = ops.route(indices, len(plan.ranks), 1, TILE, CHUNK)
     inputs = (plan, activation, x, gate, up, weights, *routing, seed_x, seed_a, *adapters)
     if not torch.is_grad_enabled():

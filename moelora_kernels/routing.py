@@ -18,6 +18,8 @@ All are int32 and have shapes that depend on T, S and N alone, so that nobody wa
 
 from __future__ import annotations
 
+import torch
+
 # Places of a tile: the rows of one product. Few experts have more with E = 64 and T = 1024.
 TILE = 64
 # Places of a chunk: the longest sum over tokens that one program takes.
@@ -26,4 +28,5 @@ CHUNK = 1024
 
 def count_tiles(pairs: int, experts: int, size: int) -> int:
     """How many tiles of `size` places hold `pairs` pairs of N experts, however they are routed."""
-    return pairs // size + min(experts + 1, pairs)
+    # Not `min`, which would be a guard on the number of tokens in a compiled graph.
+    return pairs // size + torch.sym_min(experts + 1, pairs)

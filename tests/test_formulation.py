@@ -188,8 +188,11 @@ def test_a_config_that_can_run_grouped_may_say_so(options):
 
 @grouped_is_there
 @pytest.mark.filterwarnings("error:.*lru_cache")  # traced into, where it is to be a constant
-def test_auto_compiles_once_on_each_side_of_the_threshold():
+def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
     """T is not a constant of the graph: only its side of the threshold is."""
+    # Compiled graphs have a side of T = 0 and one of T = 1 anyway.
+    threshold = CPU._replace(tokens=4)
+    monkeypatch.setitem(formulation.THRESHOLDS, "cpu", threshold)
     ranks = ranks_of(math.floor(CPU.columns * 2) + 1)
     case = make_case(tokens=1, ranks=ranks, in_features=8, out_features=(8,)).to(torch.float32)
     compiled = torch.compile(
@@ -197,8 +200,8 @@ def test_auto_compiles_once_on_each_side_of_the_threshold():
         backend="aot_eager", fullgraph=True, dynamic=True,
     )  # fmt: skip
     seen = set()
-    for tokens in (CPU.tokens + 9, CPU.tokens, 3 * CPU.tokens, CPU.tokens - 1, 5, 2):
-        side = tokens < CPU.tokens
+    for tokens in (13, 4, 12, 3, 5, 2):
+        side = tokens < threshold.tokens
         x = torch.randn(tokens, 8)
         with torch._dynamo.config.patch(error_on_recompile=side in seen):
             found = compiled(x)

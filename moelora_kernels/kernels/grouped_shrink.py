@@ -79,7 +79,8 @@ def grouped_shrink_kernel(
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             h = product(x, a, h, UPCAST)
     h = (h * scale).to(h_ptr.dtype.element_ty)
-    gate = load_gate(weights_ptr, scaling_ptr, of_sibling, pairs, inside & (expert < n * E))
+    routed = places < tl.where(expert < n * E, end, first)
+    gate = load_gate(weights_ptr, scaling_ptr, of_sibling, pairs, routed)
     u = tl.where(gate[:, None] == 0, 0.0, gate[:, None] * h.to(tl.float32))
     at = places.to(tl.int64)[:, None] * WIDEST + columns[None, :]
     real = inside[:, None] & (columns < WIDEST)[None, :]

@@ -56,7 +56,8 @@ def grouped_shrink_backward_kernel(
     dy_ptr = pick(dy_ptrs, sibling) + rows[:, None] * pick(stride_dy, sibling)
     b_ptr = pick(b_ptrs, sibling) + start
     O = pick(outputs, sibling)  # noqa: E741
-    gate = load_gate(weights_ptr, scaling_ptr, of_sibling, pairs, inside & (expert < n * E))
+    routed = places < tl.where(expert < n * E, end, first)
+    gate = load_gate(weights_ptr, scaling_ptr, of_sibling, pairs, routed)
     gate = gate[:, None]
     inner = tl.zeros((BLOCK_P,), tl.float32)
     for first_r in range(0, WIDEST, BLOCK_R):

@@ -62,7 +62,7 @@ def router_logits_kernel(
         logits = exact_product(x, w, logits, UPCAST)
     if bias_ptrs is not None:
         bias_ptr = pick(bias_ptrs, sibling) + experts
-        bias = tl.load(bias_ptr, mask=(experts < E) & (split == 0), other=0.0)
+        bias = tl.load(bias_ptr, mask=experts < tl.where(split == 0, E, 0), other=0.0)
         logits += bias.to(tl.float32)[None, :]
     at = (split * T + tokens)[:, None] * (n * E) + sibling * E + experts[None, :]
     tl.store(logits_ptr + at, logits, mask=inside[:, None] & (experts < E)[None, :])
