@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace moelora {
 
@@ -25,6 +26,11 @@ std::array<int64_t, N> shape(const Tensor& tensor, const char* name) {
 
 inline void check_size(int64_t given, int64_t expected, const char* name) {
   STD_TORCH_CHECK(given == expected, name, ": expected size ", expected, ", got ", given);
+}
+
+// One tensor for each sibling, or none at all.
+inline void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
+  if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
 }
 
 inline bool is_floating(ScalarType dtype) {

@@ -97,6 +97,31 @@ inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// A matrix in `dtype` whose rows are dense, at any distance.
+inline Tensor dense_rows(const Tensor& tensor, ScalarType dtype) {
+  const Tensor matrix = cast(tensor, dtype);
+  const bool dense =
+      matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(matrix.size(1), 1);
+  return dense ? matrix : row_major(matrix);
+}
+
+// The matrices of `parts`, all of one dtype, side by side, or below one another.
+inline Tensor stacked(const std::vector<Tensor>& parts, bool by_column) {
+  if (parts.size() == 1) return parts[0];
+  int64_t total = 0;
+  for (const Tensor& part : parts) total += part.size(by_column ? 1 : 0);
+  const Tensor all = by_column ? empty(parts[0].size(0), total, parts[0].scalar_type())
+                               : empty(total, parts[0].size(1), parts[0].scalar_type());
+  int64_t begin = 0;
+  for (const Tensor& part : parts) {
+    const int64_t count = part.size(by_column ? 1 : 0);
+    Tensor to = by_column ? columns(all, begin, count) : rows(all, begin, count);
+    torch::stable::copy_(to, part);
+    begin += count;
+  }
+  return all;
+}
+
 // The value of an output that this call does not have: a tensor of size [0].
 inline Tensor absent(ScalarType dtype) { return empty_vector(0, dtype); }
 

@@ -29,6 +29,13 @@ MOELORA_INLINE void drop(const S* x, S* out, int64_t begin, int64_t end, Philox 
   }
 }
 
+Philox philox_of(const Tensor& seed, int64_t stream) {
+  check_size(seed.numel(), 1, "seed");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected int64");
+  const auto key = uint64_t(*seed.const_data_ptr<int64_t>());
+  return {.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = uint32_t(stream)};
+}
+
 }  // namespace
 
 Mask::Mask(double p, bool of_each_expert, const std::optional<Tensor>& seed) {
@@ -36,10 +43,7 @@ Mask::Mask(double p, bool of_each_expert, const std::optional<Tensor>& seed) {
   threshold = uint64_t(std::nearbyint(p * 0x1p32));
   if (threshold == 0) return;
   STD_TORCH_CHECK(seed.has_value(), "seed: needed for dropout");
-  check_size(seed->numel(), 1, "seed");
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed: expected int64");
-  const auto key = uint64_t(*seed->const_data_ptr<int64_t>());
-  state = {.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = 0};
+  state = philox_of(*seed, 0);
   kept = 1.0 - p;
   per_expert = of_each_expert;
 }
@@ -48,15 +52,12 @@ Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   check_floating(x, "x");
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "p: expected a probability, got ", p);
   STD_TORCH_CHECK(stream >= 0 && stream <= UINT32_MAX, "stream: expected 32 bits, got ", stream);
-  check_size(seed.numel(), 1, "seed");
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected int64");
+  const Philox state = philox_of(seed, stream);
   x = row_major(x);
   const auto threshold = uint64_t(std::nearbyint(p * 0x1p32));
   if (threshold == 0) return torch::stable::clone(x);
   Tensor out = torch::stable::empty_like(x);
 
-  const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
-  const Philox state{.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = uint32_t(stream)};
   const auto last_dropped = uint32_t(threshold - 1);
   for_dtype(x.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;

@@ -16,10 +16,6 @@ constexpr int64_t CHUNK = 1024;
 // Router columns that cost less next to the experts' ranks than in a pass of their own.
 constexpr int64_t MOST_ALONG = 16;
 
-void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
-  if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
-}
-
 Tensor reshaped(const Tensor& matrix, int64_t num_rows, int64_t num_columns) {
   return view(matrix, {num_rows, num_columns}, {std::max<int64_t>(num_columns, 1), 1}, 0);
 }
@@ -76,18 +72,6 @@ grouped(Tensor x, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vec
   return {outputs, h, order, offsets, tiles, chunks, weights, chosen, logits};
 }
 
-// The matrices of `parts` below one another.
-Tensor stacked(const std::vector<Tensor>& parts, ScalarType dtype) {
-  if (parts.size() == 1) return cast(parts[0], dtype);
-  const int64_t each = parts[0].size(0);
-  const Tensor all = empty(int64_t(parts.size()) * each, parts[0].size(1), dtype);
-  for (size_t i = 0; i < parts.size(); ++i) {
-    Tensor to = rows(all, int64_t(i) * each, each);
-    torch::stable::copy_(to, parts[i]);
-  }
-  return all;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_backward(
     std::vector<Tensor> dy, Tensor x, std::vector<Tensor> weight, std::vector<Tensor> lora_a,
     std::vector<Tensor> lora_b, std::vector<Tensor> router_weight, Tensor h, Tensor weights,
@@ -97,16 +81,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
     bool renormalize, double temperature, double dropout_p, bool dropout_per_expert, bool needs_x,
     bool needs_adapters) {
   const ScalarType dtype = x.scalar_type();
+  const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
   const auto siblings = int64_t(dy.size());
   const auto E = int64_t(ranks.size());
   const int64_t T = x.size(0);
   check_count(weight, siblings, "weight, siblings");
-  for (Tensor& of_sibling : dy) {
-    of_sibling = cast(of_sibling, dtype);
-    const bool dense = of_sibling.stride(1) == 1 &&
-                       of_sibling.stride(0) >= std::max<int64_t>(of_sibling.size(1), 1);
-    if (!dense) of_sibling = row_major(of_sibling);
-  }
+  for (Tensor& of_sibling : dy) of_sibling = dense_rows(of_sibling, dtype);
   Tensor dx = absent(dtype);
   if (needs_x && !weight.empty()) {
     dx = empty(T, x.size(1), dtype);
@@ -134,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
       });
     }
     of_router = dgate;
-    router = stacked(router_weight, dtype);
+    for (Tensor& of_sibling : router_weight) of_sibling = cast(of_sibling, dtype);
+    router = stacked(router_weight, false);
   }
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
@@ -152,7 +133,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
     if (of_router) addmm_out(dx, dx, cast(*of_router, dtype), *router);
   }
   const ScalarType lora_dtype = lora_a[0].scalar_type();
-  const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
   std::vector<Tensor> db;
   if (needs_adapters) {

@@ -101,14 +101,6 @@ class PairWeights {
   const C* data_ = nullptr;
 };
 
-// A matrix in `dtype` whose rows are dense, at any distance.
-inline Tensor dense_rows(const Tensor& tensor, ScalarType dtype) {
-  const Tensor matrix = cast(tensor, dtype);
-  const bool dense =
-      matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(matrix.size(1), 1);
-  return dense ? matrix : row_major(matrix);
-}
-
 // Zeros in the rows from `first` on of a matrix that was allocated without any.
 template <class S>
 void clear_rows(const Tensor& matrix, int64_t first) {

@@ -15,8 +15,6 @@ constexpr int64_t STRIP = 64;
 constexpr int64_t STRIP_BYTES = 512 << 10;
 // Rows of a task, unless there are too few.
 constexpr int64_t ROWS = 4096;
-// Columns of `dense` that a row takes at a time; even, so that pairs stay pairs.
-constexpr int64_t MOST_DENSE = 64;
 // Terms of one running sum.
 constexpr int64_t LONGEST = 64;
 
@@ -54,6 +52,14 @@ struct Expand {
     return experts_units<P>() + P::units(dense_width);
   }
 
+  // Those of the experts, which stand first.
+  template <class P>
+  int64_t experts_units() const {
+    int64_t units = 0;
+    for (int64_t rank_of_expert : blocks.ranks) units += P::units(rank_of_expert);
+    return int64_t(matrices.size()) * units;
+  }
+
   // The columns [strip, strip + columns) of all matrices, a row of units for each PER ranks:
   // packed [units, width of the strip].
   template <class P>
@@ -89,10 +95,24 @@ struct Expand {
     return found;
   }
 
-  // sums [strip width] of one row: its terms in the order of slots; term [strip width] is scratch.
+  // Rows of dense as units, [rows, units]; none without it.
+  template <class P>
+  std::vector<typename P::Unit> dense_rows_as_units(int64_t rows) const {
+    const int64_t units = P::units(dense_width);
+    std::vector<typename P::Unit> found(rows * units);
+    if (units == 0) return found;
+    for (int64_t row = 0; row < rows; ++row) {
+      P::along(dense + row * dense_width, dense_width, found.data() + row * units);
+    }
+    return found;
+  }
+
+  // sums [strip width] of one row: its terms in the order of slots, and those of dense, whose
+  // `dense_steps` units stand last in packed; term [strip width] is scratch.
   template <class Level, int VECTORS, class Unit>
   MOELORA_INLINE void row(int64_t index, int64_t strip, int64_t columns, const Unit* packed,
-                          const Term* terms, const Unit* of_u, C* term, C* sums) const {
+                          const Term* terms, const Unit* of_u, const Unit* packed_dense,
+                          const Unit* of_dense, int64_t dense_steps, C* term, C* sums) const {
     using V = typename Vector<C, Level{}()>::type;
     constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
     constexpr int64_t WIDTH = VECTORS * LANES;
@@ -114,27 +134,11 @@ struct Expand {
         sum[v] += load<C, Level{}()>(term + v * LANES);
       }
     }
-    if (dense_width > 0) {
-      using P = Operand<S, Level::pairs>;
-      Unit of_dense[P::units(MOST_DENSE)];
-      for (int64_t begin = 0; begin < dense_width; begin += MOST_DENSE) {
-        const int64_t count = std::min(MOST_DENSE, dense_width - begin);
-        P::along(dense + index * dense_width + begin, count, of_dense);
-        add<Level, VECTORS>(of_dense, packed + (experts_units<P>() + begin / P::PER) * WIDTH,
-                            P::units(count), sum);
-      }
-    }
+    add<Level, VECTORS>(of_dense + index * dense_steps, packed_dense, dense_steps, sum);
     for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(sums + v * LANES, sum[v]);
   }
 
  private:
-  template <class P>
-  int64_t experts_units() const {
-    int64_t units = 0;
-    for (int64_t rank_of_expert : blocks.ranks) units += P::units(rank_of_expert);
-    return int64_t(matrices.size()) * units;
-  }
-
   template <class Level, int VECTORS, class Unit, class V>
   MOELORA_INLINE void add(const Unit* of_u, const Unit* right, int64_t steps, V* sum) const {
     using U = typename Vector<Unit, Level{}()>::type;
@@ -225,17 +229,20 @@ struct Start {
 
 template <class Level, int VECTORS, class S, class C, class Y>
 MOELORA_INLINE void strip_kernel(const Expand<S, C>& expand, const Term* terms,
-                                 const typename Operand<S, Level::pairs>::Unit* of_u, int64_t strip,
-                                 int64_t begin, int64_t end, const Start<Y>& start, Y* y,
-                                 C* buffer) {
+                                 const typename Operand<S, Level::pairs>::Unit* of_u,
+                                 const typename Operand<S, Level::pairs>::Unit* of_dense,
+                                 int64_t strip, int64_t begin, int64_t end, const Start<Y>& start,
+                                 Y* y, C* buffer) {
   using P = Operand<S, Level::pairs>;
   constexpr int64_t WIDTH = VECTORS * Vector<C, Level{}()>::LANES;
   const int64_t columns = std::min(WIDTH, expand.O - strip);
   auto* packed = reinterpret_cast<typename P::Unit*>(buffer + 2 * STRIP);
   expand.template pack<P>(strip, columns, WIDTH, packed);
+  const auto* packed_dense = packed + expand.template experts_units<P>() * WIDTH;
+  const int64_t dense_steps = P::units(expand.dense_width);
   for (int64_t row = begin; row < end; ++row) {
-    expand.template row<Level, VECTORS>(row, strip, columns, packed, terms, of_u, buffer,
-                                        buffer + STRIP);
+    expand.template row<Level, VECTORS>(row, strip, columns, packed, terms, of_u, packed_dense,
+                                        of_dense, dense_steps, buffer, buffer + STRIP);
     const Y* from = start.row(row);
     finish<Y, C>(buffer + STRIP, columns, from == nullptr ? nullptr : from + strip,
                  y + row * expand.O + strip);
@@ -249,6 +256,7 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
   constexpr int MOST = int(STRIP / LANES) > 4 ? 4 : int(STRIP / LANES);
   std::vector<typename P::Unit> of_u(expand.places.pairs() * expand.width);
   const std::vector<Term> terms = expand.template terms<P>(of_u.data());
+  const auto of_dense = expand.template dense_rows_as_units<P>(rows);
   const int64_t units = expand.template all_units<P>();
   int vectors = MOST;
   while (vectors > 1 && units * vectors * LANES * int64_t(sizeof(C)) > STRIP_BYTES) vectors /= 2;
@@ -264,14 +272,14 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
           const int64_t last = std::min(rows, first + ROWS);
           const int64_t strip = task % strips * vectors * LANES;
           if (vectors == 4) {
-            strip_kernel<Level, 4>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
-                                   buffer.data());
+            strip_kernel<Level, 4>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
+                                   last, start, y, buffer.data());
           } else if (vectors == 2) {
-            strip_kernel<Level, 2>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
-                                   buffer.data());
+            strip_kernel<Level, 2>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
+                                   last, start, y, buffer.data());
           } else {
-            strip_kernel<Level, 1>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
-                                   buffer.data());
+            strip_kernel<Level, 1>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
+                                   last, start, y, buffer.data());
           }
         }
       }

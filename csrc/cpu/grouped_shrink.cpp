@@ -14,7 +14,7 @@ namespace {
 // x and A at a time: sums of lanes are added up once for each.
 constexpr int64_t TILE = 96;
 constexpr int64_t COLUMNS = 2048;
-// Backward: 48 x 1024 of dy and 1024 x r of B; rows in short pieces would defeat the prefetcher.
+// Backward: 64 x 256 of dy, and 256 x r of B: some 64 KiB of float32, or 32 KiB of pairs, each.
 constexpr int64_t TILE_BACKWARD = 64;
 constexpr int64_t COLUMNS_BACKWARD = 256;
 

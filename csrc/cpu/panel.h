@@ -170,7 +170,7 @@ MOELORA_INLINE void dot_tokens(int64_t tokens, const Q* const* x, const Q* weigh
   }
 }
 
-// A matrix that is read one unit at a time: (row, step) at data[row * row_ + step * step_].
+// A matrix that is read one unit at a time: element (j, n) at data[j * row + n * step].
 template <class Unit>
 struct Factors {
   const Unit* data;

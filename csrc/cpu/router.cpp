@@ -102,7 +102,7 @@ Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
   }
   for (const Tensor& of_sibling : biases) check_size(of_sibling.numel(), E, "router_bias");
 
-  bool all_pairs = x.scalar_type() == ScalarType::BFloat16;
+  bool all_pairs = x.scalar_type() == ScalarType::BFloat16 && simd_level() == Level::avx512bf16;
   for (const Tensor& of_sibling : weights) {
     all_pairs = all_pairs && of_sibling.scalar_type() == ScalarType::BFloat16;
   }

@@ -9,23 +9,6 @@
 namespace moelora {
 namespace {
 
-// The matrices of `parts` side by side, or below one another.
-Tensor stacked(const std::vector<Tensor>& parts, bool by_column) {
-  if (parts.size() == 1) return parts[0];
-  int64_t total = 0;
-  for (const Tensor& part : parts) total += part.size(by_column ? 1 : 0);
-  const Tensor all = by_column ? empty(parts[0].size(0), total, parts[0].scalar_type())
-                               : empty(total, parts[0].size(1), parts[0].scalar_type());
-  int64_t begin = 0;
-  for (const Tensor& part : parts) {
-    const int64_t count = part.size(by_column ? 1 : 0);
-    Tensor to = by_column ? columns(all, begin, count) : rows(all, begin, count);
-    torch::stable::copy_(to, part);
-    begin += count;
-  }
-  return all;
-}
-
 // sum_i left_i right_i, right_i [., I]: one product over everything stacked, unless copying the
 // rows of `right` costs more than the passes over the result that it saves.
 Tensor sum_of_products(const std::vector<Tensor>& left, const std::vector<Tensor>& right) {

@@ -9,10 +9,6 @@
 namespace moelora {
 namespace {
 
-void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
-  if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
-}
-
 // Column block i of the siblings' u.
 Tensor of_sibling(const Tensor& u, int64_t i, int64_t siblings) {
   if (siblings == 1) return u;
@@ -72,12 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_bac
   const ScalarType dtype = x.scalar_type();
   check_count(weight, int64_t(dy.size()), "weight, siblings");
   // Once for the three products that read it.
-  for (Tensor& of_sibling : dy) {
-    of_sibling = cast(of_sibling, dtype);
-    const bool dense = of_sibling.stride(1) == 1 &&
-                       of_sibling.stride(0) >= std::max<int64_t>(of_sibling.size(1), 1);
-    if (!dense) of_sibling = row_major(of_sibling);
-  }
+  for (Tensor& of_sibling : dy) of_sibling = dense_rows(of_sibling, dtype);
   const auto [dh, u, dgate] =
       shrink_gate_backward(dy, lora_b, h, gates, indices, rows_of_tokens, logits, dlogits, ranks,
                            scaling, share_a, top_k, renormalize, temperature);
