@@ -13,11 +13,24 @@ namespace {
 // moelora_kernels/routing.py has the same: the maps are not read on a CPU, but returned.
 constexpr int64_t TILE = 64;
 constexpr int64_t CHUNK = 1024;
-// Router columns that cost less next to the experts' ranks than in a pass of their own.
-constexpr int64_t MOST_ALONG = 16;
 
 Tensor reshaped(const Tensor& matrix, int64_t num_rows, int64_t num_columns) {
   return view(matrix, {num_rows, num_columns}, {std::max<int64_t>(num_columns, 1), 1}, 0);
+}
+
+// The gradients of the logits of the chosen experts: dlogits [T n, E] at indices [T n, K].
+Tensor of_chosen(const Tensor& dlogits, const Tensor& indices) {
+  const auto [rows, K] = shape<2>(indices, "indices");
+  const int64_t E = dlogits.size(1);
+  const Tensor chosen = empty(rows, K, dlogits.scalar_type());
+  for_dtype(dlogits.scalar_type(), [&, rows = rows, K = K](auto type) {
+    using C = typename decltype(type)::type;
+    const C* from = dlogits.const_data_ptr<C>();
+    const int32_t* expert = indices.const_data_ptr<int32_t>();
+    C* to = chosen.mutable_data_ptr<C>();
+    for (int64_t n = 0; n < rows * K; ++n) to[n] = from[n / K * E + expert[n]];
+  });
+  return chosen;
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -95,13 +108,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   }
   auto [dh, u, dgate] =
       grouped_shrink_backward(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling);
-  std::optional<Tensor> of_router, router;
+  // The gradient of the logits, [T, n E]; [T n, K] of the chosen experts where it has no other.
+  std::optional<Tensor> of_router, of_pairs, router;
   if (!router_weight.empty()) {
     const Tensor like = renormalize ? empty(T * siblings, E, dgate.scalar_type())
                                     : reshaped(row_major(*logits), T * siblings, E);
     dgate = topk_gate_backward(
         reshaped(dgate, T * siblings, top_k), reshaped(weights, T * siblings, top_k),
         reshaped(indices, T * siblings, top_k), like, renormalize, temperature);
+    if (renormalize && !dlogits) {
+      of_pairs = of_chosen(dgate, reshaped(indices, T * siblings, top_k));
+    }
     dgate = reshaped(dgate, T, siblings * E);
     if (dlogits) {
       const Tensor more = row_major(cast(*dlogits, dgate.scalar_type()));
@@ -119,14 +136,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   }
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
-  // Few columns ride along with the experts; many are a product for the BLAS.
-  if (of_router && needs_x && !weight.empty() && siblings * E > MOST_ALONG) {
-    addmm_out(dx, dx, cast(*of_router, dtype), *router);
-    router.reset();
-  }
   if (needs_x && !weight.empty()) {
+    if (of_router && !of_pairs) addmm_out(dx, dx, cast(*of_router, dtype), *router);
     grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
-                            dropout_per_expert, seed, router ? of_router : std::nullopt, router);
+                            dropout_per_expert, seed, of_pairs, of_pairs ? router : std::nullopt);
   } else if (needs_x) {
     dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, ranks, T, 0, false,
                         dropout_p, dropout_per_expert, seed);
@@ -138,7 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   if (needs_adapters) {
     std::tie(da, db) = grouped_gram(x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks,
                                     dropout_p, dropout_per_expert, seed);
-    if (of_router) std::tie(drouter, dbias) = router_gradients(*of_router, x, router_dtype);
+    if (of_pairs) {
+      std::tie(drouter, dbias) =
+          grouped_router_gradients(*of_pairs, x, order, offsets, router_dtype);
+    } else if (of_router) {
+      std::tie(drouter, dbias) = router_gradients(*of_router, x, router_dtype);
+    }
   }
   return {dx, dgate, da, drouter, dbias, db};
 }

@@ -41,41 +41,42 @@ struct Expand {
   // Pairs of a row.
   int64_t fan;
   int64_t O;
-  // A product without experts: row t of dense [T, dense_width] times dense_matrix [dense_width, O].
-  const S* dense = nullptr;
-  const S* dense_matrix = nullptr;
-  int64_t dense_width = 0;
+  // One more rank of every expert, not dropped: the coefficient of a pair [pairs] times the row
+  // [., O] of its expert.
+  const S* coefficients = nullptr;
+  const S* expert_rows = nullptr;
 
   // Units of all matrices in one column.
   template <class P>
   int64_t all_units() const {
-    return experts_units<P>() + P::units(dense_width);
-  }
-
-  // Those of the experts, which stand first.
-  template <class P>
-  int64_t experts_units() const {
     int64_t units = 0;
-    for (int64_t rank_of_expert : blocks.ranks) units += P::units(rank_of_expert);
+    for (int64_t rank_of_expert : blocks.ranks) units += P::units(rank_of_expert) + more();
     return int64_t(matrices.size()) * units;
   }
+
+  // Units of a pair in of_u.
+  int64_t stride() const { return width + more(); }
 
   // The columns [strip, strip + columns) of all matrices, a row of units for each PER ranks:
   // packed [units, width of the strip].
   template <class P>
   MOELORA_INLINE void pack(int64_t strip, int64_t columns, int64_t strip_width,
                            typename P::Unit* packed) const {
+    const S* expert_row = expert_rows;
     for (const S* matrix : matrices) {
       for (int64_t e = 0; e < blocks.experts(); ++e) {
         pack_expert<P>(matrix + blocks.begin[e] * rank, blocks.ranks[e], strip, columns,
                        strip_width, packed);
         packed += P::units(blocks.ranks[e]) * strip_width;
+        if (!more()) continue;
+        P::across(expert_row + strip, nullptr, columns, packed);
+        packed += strip_width;
+        expert_row += O;
       }
     }
-    pack_rows<P>(dense_matrix, O, dense_width, strip, columns, strip_width, packed);
   }
 
-  // The terms of all pairs, and their rows of u as units: of_u [pairs, width].
+  // The terms of all pairs, and their rows of u as units: of_u [pairs, stride].
   template <class P>
   std::vector<Term> terms(typename P::Unit* of_u) const {
     std::vector<Term> found(places.pairs());
@@ -87,58 +88,50 @@ struct Expand {
         for (int64_t n = places.first(expert); n < places.last(expert); ++n) {
           const int64_t pair = places.pair(n);
           found[pair] = {int32_t(first), int32_t(steps), int32_t(e)};
-          P::along(u + n * width, blocks.ranks[e], of_u + pair * width);
+          typename P::Unit* to = of_u + pair * stride();
+          P::along(u + n * width, blocks.ranks[e], to);
+          if (more()) P::along(coefficients + pair, 1, to + steps);
         }
-        first += steps;
+        first += steps + more();
       }
     }
     return found;
   }
 
-  // Rows of dense as units, [rows, units]; none without it.
-  template <class P>
-  std::vector<typename P::Unit> dense_rows_as_units(int64_t rows) const {
-    const int64_t units = P::units(dense_width);
-    std::vector<typename P::Unit> found(rows * units);
-    if (units == 0) return found;
-    for (int64_t row = 0; row < rows; ++row) {
-      P::along(dense + row * dense_width, dense_width, found.data() + row * units);
-    }
-    return found;
-  }
-
-  // sums [strip width] of one row: its terms in the order of slots, and those of dense, whose
-  // `dense_steps` units stand last in packed; term [strip width] is scratch.
+  // sums [strip width] of one row: its terms in the order of slots; term [strip width] is scratch.
   template <class Level, int VECTORS, class Unit>
   MOELORA_INLINE void row(int64_t index, int64_t strip, int64_t columns, const Unit* packed,
-                          const Term* terms, const Unit* of_u, const Unit* packed_dense,
-                          const Unit* of_dense, int64_t dense_steps, C* term, C* sums) const {
+                          const Term* terms, const Unit* of_u, C* term, C* sums) const {
     using V = typename Vector<C, Level{}()>::type;
     constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
     constexpr int64_t WIDTH = VECTORS * LANES;
     V sum[VECTORS];
     for (int v = 0; v < VECTORS; ++v) sum[v] = V{};
     for (int64_t pair = index * fan; pair < (index + 1) * fan; ++pair) {
-      const Unit* left = of_u + pair * width;
+      const int64_t steps = terms[pair].steps;
+      const Unit* left = of_u + pair * stride();
       const Unit* right = packed + terms[pair].first * WIDTH;
+      if (more() && steps > 0) add<Level, VECTORS>(left + steps, right + steps * WIDTH, 1, sum);
       if (!mask.active()) {
-        add<Level, VECTORS>(left, right, terms[pair].steps, sum);
+        add<Level, VECTORS>(left, right, steps, sum);
         continue;
       }
       V own[VECTORS];
       for (int v = 0; v < VECTORS; ++v) own[v] = V{};
-      add<Level, VECTORS>(left, right, terms[pair].steps, own);
+      add<Level, VECTORS>(left, right, steps, own);
       for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(term + v * LANES, own[v]);
       mask.apply(term, index * O + strip, columns, terms[pair].expert);
       for (int v = 0; v < VECTORS; ++v) {
         sum[v] += load<C, Level{}()>(term + v * LANES);
       }
     }
-    add<Level, VECTORS>(of_dense + index * dense_steps, packed_dense, dense_steps, sum);
     for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(sums + v * LANES, sum[v]);
   }
 
  private:
+  // Units that the rows of the experts add to each.
+  int64_t more() const { return expert_rows == nullptr ? 0 : 1; }
+
   template <class Level, int VECTORS, class Unit, class V>
   MOELORA_INLINE void add(const Unit* of_u, const Unit* right, int64_t steps, V* sum) const {
     using U = typename Vector<Unit, Level{}()>::type;
@@ -229,20 +222,17 @@ struct Start {
 
 template <class Level, int VECTORS, class S, class C, class Y>
 MOELORA_INLINE void strip_kernel(const Expand<S, C>& expand, const Term* terms,
-                                 const typename Operand<S, Level::pairs>::Unit* of_u,
-                                 const typename Operand<S, Level::pairs>::Unit* of_dense,
-                                 int64_t strip, int64_t begin, int64_t end, const Start<Y>& start,
-                                 Y* y, C* buffer) {
+                                 const typename Operand<S, Level::pairs>::Unit* of_u, int64_t strip,
+                                 int64_t begin, int64_t end, const Start<Y>& start, Y* y,
+                                 C* buffer) {
   using P = Operand<S, Level::pairs>;
   constexpr int64_t WIDTH = VECTORS * Vector<C, Level{}()>::LANES;
   const int64_t columns = std::min(WIDTH, expand.O - strip);
   auto* packed = reinterpret_cast<typename P::Unit*>(buffer + 2 * STRIP);
   expand.template pack<P>(strip, columns, WIDTH, packed);
-  const auto* packed_dense = packed + expand.template experts_units<P>() * WIDTH;
-  const int64_t dense_steps = P::units(expand.dense_width);
   for (int64_t row = begin; row < end; ++row) {
-    expand.template row<Level, VECTORS>(row, strip, columns, packed, terms, of_u, packed_dense,
-                                        of_dense, dense_steps, buffer, buffer + STRIP);
+    expand.template row<Level, VECTORS>(row, strip, columns, packed, terms, of_u, buffer,
+                                        buffer + STRIP);
     const Y* from = start.row(row);
     finish<Y, C>(buffer + STRIP, columns, from == nullptr ? nullptr : from + strip,
                  y + row * expand.O + strip);
@@ -254,9 +244,8 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
   using P = Operand<S, Level::pairs>;
   constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
   constexpr int MOST = int(STRIP / LANES) > 4 ? 4 : int(STRIP / LANES);
-  std::vector<typename P::Unit> of_u(expand.places.pairs() * expand.width);
+  std::vector<typename P::Unit> of_u(expand.places.pairs() * expand.stride());
   const std::vector<Term> terms = expand.template terms<P>(of_u.data());
-  const auto of_dense = expand.template dense_rows_as_units<P>(rows);
   const int64_t units = expand.template all_units<P>();
   int vectors = MOST;
   while (vectors > 1 && units * vectors * LANES * int64_t(sizeof(C)) > STRIP_BYTES) vectors /= 2;
@@ -272,14 +261,14 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
           const int64_t last = std::min(rows, first + ROWS);
           const int64_t strip = task % strips * vectors * LANES;
           if (vectors == 4) {
-            strip_kernel<Level, 4>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
-                                   last, start, y, buffer.data());
+            strip_kernel<Level, 4>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
           } else if (vectors == 2) {
-            strip_kernel<Level, 2>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
-                                   last, start, y, buffer.data());
+            strip_kernel<Level, 2>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
           } else {
-            strip_kernel<Level, 1>(expand, terms.data(), of_u.data(), of_dense.data(), strip, first,
-                                   last, start, y, buffer.data());
+            strip_kernel<Level, 1>(expand, terms.data(), of_u.data(), strip, first, last, start, y,
+                                   buffer.data());
           }
         }
       }
@@ -292,7 +281,7 @@ Tensor expand_to(std::optional<Tensor> into, Tensor u, std::vector<Tensor> matri
                  std::optional<Tensor> start, const Tensor& order, const Tensor& offsets,
                  const std::vector<int64_t>& ranks, int64_t tokens, int64_t first, bool per_pair,
                  double dropout_p, bool dropout_per_expert, const std::optional<Tensor>& seed,
-                 std::optional<Tensor> dense, std::optional<Tensor> dense_matrix) {
+                 std::optional<Tensor> coefficients, std::optional<Tensor> expert_rows) {
   check_floating(u, "u");
   const Blocks blocks(ranks);
   const int64_t E = blocks.experts();
@@ -333,12 +322,12 @@ Tensor expand_to(std::optional<Tensor> into, Tensor u, std::vector<Tensor> matri
 
   const int64_t slots = places.fan(tokens, "tokens");
   const int64_t rows = per_pair ? pairs : tokens;
-  if (dense) {
-    dense = row_major(cast(*dense, dtype));
-    dense_matrix = row_major(cast(*dense_matrix, dtype));
-    check_size(dense->size(0), tokens, "dense, tokens");
-    check_size(dense_matrix->size(0), dense->size(1), "dense_matrix, columns of dense");
-    check_size(dense_matrix->size(1), O, "dense_matrix, features");
+  if (coefficients) {
+    coefficients = row_major(cast(*coefficients, dtype));
+    expert_rows = row_major(cast(*expert_rows, dtype));
+    check_size(coefficients->numel(), pairs, "coefficients, pairs");
+    check_size(expert_rows->size(0), siblings * E, "expert_rows, experts");
+    check_size(expert_rows->size(1), O, "expert_rows, features");
   }
   const Tensor y = into ? *into : empty(rows, O, written);
   for_dtype(dtype, [&, width = width](auto type) {
@@ -356,10 +345,9 @@ Tensor expand_to(std::optional<Tensor> into, Tensor u, std::vector<Tensor> matri
                         .fan = per_pair ? 1 : slots,
                         .O = O};
     for (const Tensor& matrix : matrices) expand.matrices.push_back(matrix.const_data_ptr<S>());
-    if (dense) {
-      expand.dense = dense->const_data_ptr<S>();
-      expand.dense_matrix = dense_matrix->const_data_ptr<S>();
-      expand.dense_width = dense->size(1);
+    if (coefficients) {
+      expand.coefficients = coefficients->const_data_ptr<S>();
+      expand.expert_rows = expert_rows->const_data_ptr<S>();
     }
     const auto write = [&](auto of_y) {
       using Y = typename decltype(of_y)::type;
@@ -390,10 +378,11 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
 void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
                              Tensor offsets, std::vector<int64_t> ranks, int64_t first,
                              double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
-                             std::optional<Tensor> dense, std::optional<Tensor> dense_matrix) {
+                             std::optional<Tensor> coefficients,
+                             std::optional<Tensor> expert_rows) {
   STD_TORCH_CHECK(y.is_contiguous() && y.scalar_type() == u.scalar_type(), "y: of u's dtype");
   expand_to(y, u, matrices, y, order, offsets, ranks, y.size(0), first, false, dropout_p,
-            dropout_per_expert, seed, dense, dense_matrix);
+            dropout_per_expert, seed, coefficients, expert_rows);
 }
 
 }  // namespace moelora

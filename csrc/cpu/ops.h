@@ -48,6 +48,10 @@ Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Te
 // dWr, dbr.
 std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType router_dtype);
 
+// The same where each token's gradient is zero but for the experts of its pairs: dlogits [pairs].
+std::tuple<Tensor, Tensor> grouped_router_gradients(Tensor dlogits, Tensor x, Tensor order,
+                                                    Tensor offsets, ScalarType router_dtype);
+
 // h, u.
 std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                                           std::optional<Tensor> weights, Tensor order,
@@ -63,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(std::vector<Tensor> d
                                                            Tensor tiles, std::vector<int64_t> ranks,
                                                            std::vector<double> scaling);
 
-// y [T, O] += the terms of every token, in place; of the gradient of the logits too, where
-// dense [T, D] and dense_matrix [D, O] are given: y += dense dense_matrix.
+// y [T, O] += the terms of every token, in place; where given, coefficients [pairs] times the row
+// of the pair's expert in expert_rows [n E, O] too, which no dropout masks.
 void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
                              Tensor offsets, std::vector<int64_t> ranks, int64_t first,
                              double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
-                             std::optional<Tensor> dense, std::optional<Tensor> dense_matrix);
+                             std::optional<Tensor> coefficients, std::optional<Tensor> expert_rows);
 
 // y [T, O] = start and the terms of every token, or a row for every pair.
 Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,

@@ -6,8 +6,8 @@
 
 #include <tuple>
 
+#include "grouped.h"
 #include "ops.h"
-#include "panel.h"
 
 namespace moelora {
 namespace {
@@ -19,6 +19,8 @@ constexpr int64_t TILE = 48;
 // Columns and tokens of x per step of the gram: 32 KiB of float32.
 constexpr int64_t GRAM_COLUMNS = 128;
 constexpr int64_t GRAM_TOKENS = 64;
+// Columns of the gram of pairs: their part of x stays in L2 while each expert picks its rows.
+constexpr int64_t PAIR_COLUMNS = 256;
 
 // Tokens [begin, end) of logits, which hold the bias already.
 template <int BYTES, class S, class C>
@@ -85,6 +87,45 @@ MOELORA_INLINE void gram_kernel(const C* dlogits, const S* x, int64_t begin, int
                                 I);
       }
     }
+  }
+}
+
+// sums[j] += sum_k factors[k] rows[k][j] over ROWS rows.
+template <int ROWS, class S, class C>
+MOELORA_INLINE void add_rows(const C* factors, const S* const* rows, int64_t count, C* sums) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    C sum = 0;
+    for (int row = 0; row < ROWS; ++row) sum += factors[row] * C(widen(rows[row][j]));
+    sums[j] += sum;
+  }
+}
+
+// `count` columns of an expert's sum over its places, in their order; `sums` starts at zero.
+template <class S, class C>
+MOELORA_INLINE void sum_over_places(const Places& places, int64_t expert, const C* dlogits,
+                                    const Rows<S>& x, int64_t count, C* sums) {
+  constexpr int ROWS = 4;
+  C part[PAIR_COLUMNS];
+  const int64_t end = places.last(expert);
+  for (int64_t first = places.first(expert); first < end; first += GRAM_TOKENS) {
+    const int64_t last = std::min(first + GRAM_TOKENS, end);
+    std::fill_n(part, count, C{0});
+    for (int64_t place = first; place < last; place += ROWS) {
+      const int64_t given = std::min<int64_t>(ROWS, last - place);
+      C factors[ROWS];
+      const S* rows[ROWS];
+      for (int64_t k = 0; k < given; ++k) {
+        factors[k] = dlogits[places.pair(place + k)];
+        rows[k] = x.row(x.of_place[place + k]);
+      }
+      if (given == ROWS) {
+        add_rows<ROWS>(factors, rows, count, part);
+      } else {
+        for (int64_t k = 0; k < given; ++k) add_rows<1>(factors + k, rows + k, count, part);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) sums[j] += part[j];
   }
 }
 
@@ -234,6 +275,51 @@ std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType
   const Tensor wide = row_major(cast(dlogits, compute_dtype(x.scalar_type())));
   const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
   return {cast(router_gram(wide, row_major(x)), router_dtype), torch::stable::select(sums, 0, 0)};
+}
+
+std::tuple<Tensor, Tensor> grouped_router_gradients(Tensor dlogits, Tensor x, Tensor order,
+                                                    Tensor offsets, ScalarType router_dtype) {
+  check_floating(x, "x");
+  const int64_t N = offsets.numel() - 1;
+  const int64_t I = x.size(1);
+  const Places places(order, offsets, N);
+  const ScalarType dtype = compute_dtype(x.scalar_type());
+  x = row_major(x);
+  dlogits = row_major(cast(dlogits, dtype));
+  check_size(dlogits.numel(), places.pairs(), "dlogits, pairs");
+  const Tensor sums = empty(N, I, dtype);
+  const Tensor of_bias = empty(1, N, dtype);
+  const std::vector<int32_t> row_of_x = places.rows_of(x, "x");
+  for_dtype(x.scalar_type(), [&, N = N, I = I](auto type) {
+    using S = typename decltype(type)::type;
+    using C = Compute<S>;
+    const C* from = dlogits.const_data_ptr<C>();
+    const S* x_data = x.const_data_ptr<S>();
+    C* to = sums.mutable_data_ptr<C>();
+    const int64_t strips = (I + PAIR_COLUMNS - 1) / PAIR_COLUMNS;
+    const int64_t work = places.pairs() * PAIR_COLUMNS / N;
+    torch::stable::parallel_for(0, strips * N, grain(work), [&](int64_t begin, int64_t end) {
+      vectorised([&](auto) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t expert = task % N;
+          const int64_t column = task / N * PAIR_COLUMNS;
+          const int64_t count = std::min(PAIR_COLUMNS, I - column);
+          C* of_expert = to + expert * I + column;
+          std::fill_n(of_expert, count, C{0});
+          sum_over_places(places, expert, from, Rows<S>{x_data + column, I, row_of_x.data()}, count,
+                          of_expert);
+        }
+      });
+    });
+    for (int64_t expert = 0; expert < N; ++expert) {
+      double sum = 0;
+      for (int64_t n = places.first(expert); n < places.last(expert); ++n) {
+        sum += from[places.pair(n)];
+      }
+      of_bias.mutable_data_ptr<C>()[expert] = C(sum);
+    }
+  });
+  return {cast(sums, router_dtype), torch::stable::select(cast(of_bias, router_dtype), 0, 0)};
 }
 
 }  // namespace moelora
