@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops, reference
+from moelora_kernels.functional import is_autocast
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.routing import CHUNK, TILE
 
@@ -150,7 +151,7 @@ def _adapted(u: Tensor, lora_b: Tensor, base: Tensor, routing: tuple) -> Tensor:
 
 def _gated_product(activation: Activation, z_gate: Tensor, z_up: Tensor) -> Tensor:
     """act(z_gate) * z_up, [P, F], as without autocast: backward has none that is sure to match."""
-    if z_gate.device.type == "meta" or not torch.is_autocast_enabled(z_gate.device.type):
+    if not is_autocast(z_gate.device):
         return (activation(z_gate) * z_up).to(z_gate.dtype)
     with torch.autocast(z_gate.device.type, enabled=False):
         return (activation(z_gate) * z_up).to(z_gate.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,16 @@ from torch import Tensor, nn
 from moelora_kernels.autograd_ffn import FfnAdapters, FfnPlan, RouterLogits, ffn_experts
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, dropout_seed
-from moelora_kernels.nn.linear import (
-    MoeLoraLinear,
-    _adapter_place,
-    _check_called,
-    _external,
-    _logits,
-    missing_size,
-)
+from moelora_kernels.nn.base import adapter_place, check_called, is_plain_linear, missing_size
+from moelora_kernels.nn.initialization import draw_a
+from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
     build_router,
+    external_gates,
     gate_of_logits,
-    is_plain_linear,
+    layer_logits,
     rows_of_gates,
 )
 from moelora_kernels.reference import compute_dtype
@@ -145,7 +140,7 @@ class MoeLoraFFN(nn.Module):
             bool(recompute),
             dropout_per_expert=config.dropout_mask == "per_expert",
         )
-        device, dtype = _adapter_place(gate, config)
+        device, dtype = adapter_place(gate, config)
         total = sum(self._plan.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
             setattr(self, name, base.requires_grad_(False))
@@ -167,11 +162,7 @@ class MoeLoraFFN(nn.Module):
         adapters = self._adapters()
         with torch.no_grad():
             for matrix in (adapters.gate_a, adapters.up_a, adapters.down_a):
-                if self.config.init == "normal":
-                    matrix.normal_(std=0.01)
-                else:
-                    bound = 1.0 / math.sqrt(matrix.shape[1])
-                    matrix.uniform_(-bound, bound)
+                draw_a(matrix, self.config)
             for matrix in (adapters.gate_b, adapters.up_b, adapters.down_b):
                 matrix.zero_()
 
@@ -191,7 +182,7 @@ class MoeLoraFFN(nn.Module):
         if gates is not None and config.router != "external":
             raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
         for base in (self.gate_proj, self.up_proj, self.down_proj):
-            _check_called(base, x)
+            check_called(base, x)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
         gate, up = (
             base(x).reshape(-1, self.intermediate_size).to(dtype)
@@ -219,12 +210,12 @@ class MoeLoraFFN(nn.Module):
             weights, indices = tokens.new_ones((1, 1), dtype=compute_dtype(tokens)), None
         elif config.router == "external":
             own = self.external_gates if gates is None else gates
-            weights, indices = _external(own, config.num_experts), None
+            weights, indices = external_gates(own, config.num_experts), None
         else:
             if config.granularity == "token" and is_plain_linear(self.router):
                 logits = RouterLogits.apply(tokens, self.router.weight, self.router.bias)
             else:
-                logits = _logits(self, x, tokens)
+                logits = layer_logits(self, x, tokens)
             weights, indices = gate_of_logits(logits, config, self.training)
         weights, indices = add_shared_expert(weights, indices, config)
         rows_of_gates(weights, x.shape, x.device, source)
@@ -281,6 +272,11 @@ def _check_config(config: MoeLoraConfig) -> None:
         raise ValueError(
             "share: 'A' does not go with whole-FFN experts: each down projection reads the "
             "activation of its own expert"
+        )
+    if config.init == "svd_segments":
+        raise ValueError(
+            "init: 'svd_segments' does not go with whole-FFN experts: each holds the frozen FFN as "
+            "a whole, and what is taken off a weight would be missing in all of them"
         )
     if config.impl not in ("auto", "grouped", "reference"):
         raise ValueError(

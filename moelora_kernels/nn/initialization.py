@@ -1,14 +1,25 @@
-"""A and B from the base's singular values, and the base that is left under them."""
+"""How A and B start: drawn, or from the base's singular values with a reduced base under them."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.routers import is_plain_linear
+from moelora_kernels.nn.base import is_plain_linear
 
 RHO = 10.0
+
+
+def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
+    """Draw A [R, I] in place: N(0, 0.01^2) for init="normal", else U(-1, 1) / sqrt(I) as PEFT."""
+    if config.init == "normal":
+        lora_a.normal_(std=0.01)
+    else:
+        bound = 1.0 / math.sqrt(lora_a.shape[1])
+        lora_a.uniform_(-bound, bound)
 
 
 def start_from_svd(

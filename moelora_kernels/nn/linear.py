@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,22 @@ from torch import Tensor, nn
 
 from moelora_kernels.autograd import Plan, Sibling
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import active_dtype, apply, dropout_seed, is_autocast
-from moelora_kernels.nn.initialization import start_from_svd
+from moelora_kernels.functional import active_dtype, apply, dropout_seed
+from moelora_kernels.nn.base import (
+    adapter_place,
+    check_called,
+    dense_weight,
+    is_plain_linear,
+    missing_size,
+)
+from moelora_kernels.nn.initialization import draw_a, start_from_svd
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
     build_router,
+    external_gates,
     gate_of_logits,
-    is_plain_linear,
-    router_logits,
+    layer_logits,
     rows_of_gates,
 )
 
@@ -93,7 +99,7 @@ class MoeLoraLinear(nn.Module):
             and config.shared_expert == "none"
         )
         self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
-        device, dtype = _adapter_place(base, config)
+        device, dtype = adapter_place(base, config)
         self.base_layer = base.requires_grad_(False)
         rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
@@ -113,11 +119,7 @@ class MoeLoraLinear(nn.Module):
         With init="svd_segments" A and B come from the base, once: a second call raises.
         """
         with torch.no_grad():
-            if self.config.init == "normal":
-                self.lora_A.normal_(std=0.01)
-            else:
-                bound = 1.0 / math.sqrt(self.in_features)
-                self.lora_A.uniform_(-bound, bound)
+            draw_a(self.lora_A, self.config)
             self.lora_B.zero_()
             if self.config.init == "svd_segments":
                 self.base_layer = start_from_svd(
@@ -150,31 +152,6 @@ class MoeLoraLinear(nn.Module):
             f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
             + (f", top_k={c.top_k}" if c.top_k else "")
         )
-
-
-def missing_size(module: nn.Module) -> str | None:
-    """Which of in_features and out_features a module lacks to be the base of a layer."""
-    for name in ("in_features", "out_features"):
-        if not isinstance(getattr(module, name, None), int):
-            return name
-    return None
-
-
-def _adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of A, B and router on top of `base`."""
-    tensors = [*base.parameters(), *base.buffers()]
-    device = tensors[0].device if tensors else torch.get_default_device()
-    if config.adapter_dtype is not None:
-        return device, getattr(torch, config.adapter_dtype)
-    weight = float_weight(base)
-    return device, torch.float32 if weight is None else weight.dtype
-
-
-def float_weight(base: nn.Module) -> Tensor | None:
-    """The base's weight where its dtype is one to compute in; None for quantised bases."""
-    weight = getattr(base, "weight", None)
-    is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    return weight if is_float else None
 
 
 def _is_fused(layer: MoeLoraLinear) -> bool:
@@ -227,16 +204,8 @@ def forward_siblings(
 
 def _is_read(base: nn.Module, tokens: Tensor) -> bool:
     """Whether `base` is a plain dense nn.Linear, of the dtype and device of the layer's input."""
-    weight = _dense_weight(base)
+    weight = dense_weight(base)
     return weight is not None and weight.dtype == tokens.dtype and weight.device == tokens.device
-
-
-def _dense_weight(base: nn.Module) -> Tensor | None:
-    """The weight of a plain nn.Linear that holds a plain tensor; None for every other base."""
-    if not is_plain_linear(base):
-        return None
-    weight = base.weight
-    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
@@ -246,23 +215,12 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     if read:
         weight, bias = base.weight, base.bias
     else:
-        _check_called(base, x)
+        check_called(base, x)
         output = base(x)
         output = output.reshape(-1, output.shape[-1])
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
-
-
-def _check_called(base: nn.Module, x: Tensor) -> None:
-    """Raise where a plain base would refuse x, by name instead of as an operand of a product."""
-    weight = _dense_weight(base)
-    if weight is None:
-        return
-    if weight.device != x.device:
-        raise ValueError(f"x: expected the base's device {weight.device}, got {x.device}")
-    if weight.dtype != x.dtype and not is_autocast(x.device):
-        raise TypeError(f"x: expected the base's dtype {weight.dtype}, got {x.dtype}")
 
 
 def _gates(
@@ -277,9 +235,9 @@ def _gates(
         if config.router is None:
             gate = (x.new_ones((1, config.num_experts), dtype=torch.float32), None)
         elif config.router == "external":
-            gate = _external(own, config.num_experts), None
+            gate = external_gates(own, config.num_experts), None
         else:
-            logits = _logits(layer, x, tokens)
+            logits = layer_logits(layer, x, tokens)
             gate = gate_of_logits(logits, config, layer.training)
             all_logits.append(logits)
         parts.append(add_shared_expert(*gate, config))
@@ -289,41 +247,6 @@ def _gates(
         indices = torch.cat([i for _, i in parts], dim=1) if len(parts) > 1 else parts[0][1]
     rows = rows_of_gates(weights, x.shape, x.device, "set_tasks" if gates is None else "gates")
     return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
-
-
-def _external(gates: Tensor | None, num_experts: int) -> Tensor:
-    if gates is None:
-        raise ValueError(
-            "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
-        )
-    if gates.shape[-1] != num_experts or gates.dim() < 2 or not gates.is_floating_point():
-        raise ValueError(
-            f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
-        )
-    return gates.reshape(-1, num_experts)
-
-
-def _logits(layer: MoeLoraLinear, x: Tensor, tokens: Tensor) -> Tensor:
-    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set.
-
-    [G, E + 1] where the threshold is learned.
-    """
-    config, router = layer.config, layer.router
-    if config.router == "task":
-        # One gate serves all layers of a model, also of one that is spread over devices.
-        return router().to(x.device)
-    source = tokens
-    if config.granularity == "sequence":
-        sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
-        # The mean of no positions is 0, not 0 / 0.
-        source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
-    logits = router_logits(router, source)
-    columns = config.num_experts + (config.select == "learned_threshold")
-    if logits.shape != (source.shape[0], columns):
-        raise ValueError(
-            f"router: expected logits [{source.shape[0]}, {columns}], got {[*logits.shape]}"
-        )
-    return logits
 
 
 def _keep(layers, gates: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:

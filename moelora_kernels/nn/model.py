@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.base import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
-from moelora_kernels.nn.linear import MoeLoraLinear, missing_size
+from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in

@@ -11,20 +11,7 @@ from torch import Tensor, nn
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import is_autocast
-
-
-def is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is its weight and bias and nothing else: no hooks, no forward of its own."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-    )
+from moelora_kernels.nn.base import is_plain_linear
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -145,6 +132,42 @@ def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Mo
             dtype=dtype,
         )
     return None
+
+
+def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set.
+
+    [G, E + 1] where the threshold is learned.
+    """
+    config, router = layer.config, layer.router
+    if config.router == "task":
+        # One gate serves all layers of a model, also of one that is spread over devices.
+        return router().to(x.device)
+    source = tokens
+    if config.granularity == "sequence":
+        sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
+        # The mean of no positions is 0, not 0 / 0.
+        source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
+    logits = router_logits(router, source)
+    columns = config.num_experts + (config.select == "learned_threshold")
+    if logits.shape != (source.shape[0], columns):
+        raise ValueError(
+            f"router: expected logits [{source.shape[0]}, {columns}], got {[*logits.shape]}"
+        )
+    return logits
+
+
+def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
+    """The gates that came from outside as rows [G, E], or what is wrong with them."""
+    if gates is None:
+        raise ValueError(
+            "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
+        )
+    if gates.shape[-1] != num_experts or gates.dim() < 2 or not gates.is_floating_point():
+        raise ValueError(
+            f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
+        )
+    return gates.reshape(-1, num_experts)
 
 
 def gate_of_logits(

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from moelora_kernels.nn.base import float_weight
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
-from moelora_kernels.nn.linear import MoeLoraLinear, float_weight, forward_siblings
+from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
