@@ -20,6 +20,8 @@ SHAPES = {
     "odd sizes": {"tokens": 37, "in_features": 31, "out_features": (17,), "ranks": (3, 3, 3)},
     "more places than a tile": {"tokens": 3 * TILE + 5, "ranks": (4, 4, 4)},
     "ranks of 1": {"ranks": (1,) * 8},
+    # Past every block of columns that a product is cut into.
+    "wide": {"tokens": 19, "in_features": 2051, "out_features": (323,), "ranks": (3, 18, 1)},
     "rank 128": {"ranks": (128, 128, 128), "in_features": 40},
     "ranks that differ": {"ranks": (1, 16, 3, 64, 2)},
     "one expert": {"ranks": (5,), "top_k": 1, "gate": "sparse"},
