@@ -18,7 +18,9 @@ from moelora_kernels.nn import (
     record_routing,
     replace_ffns,
     replace_linears,
+    set_prototypes,
     set_tasks,
+    update_balance,
     warmup,
 )
 
@@ -40,6 +42,8 @@ __all__ = [
     "replace_ffns",
     "replace_linears",
     "save_adapter",
+    "set_prototypes",
     "set_tasks",
+    "update_balance",
     "warmup",
 ]

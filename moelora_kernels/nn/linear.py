@@ -19,6 +19,7 @@ from moelora_kernels.nn.base import (
     missing_size,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
+from moelora_kernels.nn.loras import set_prototypes, stack_loras
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
@@ -80,6 +81,41 @@ class MoeLoraLinear(nn.Module):
         layer._attach(linear, config, options)
         return layer.train(linear.training)
 
+    @classmethod
+    def from_loras(
+        cls,
+        linear: nn.Module,
+        loras: Sequence[tuple[Tensor, Tensor, float]],
+        config: MoeLoraConfig | None = None,
+        **options: Any,
+    ) -> MoeLoraLinear:
+        """Put LoRAs that exist already over a linear, as its experts.
+
+            layer = MoeLoraLinear.from_loras(
+                linear, [(a, b, alpha), ...], MoeLoraConfig.preset("arrow")
+            )
+
+        Args:
+            linear: as in `from_linear`.
+            loras: A_e [r_e, I], B_e [O, r_e] and alpha_e of each; ranks and alphas may differ.
+            config: a MoeLoraConfig whose scaling is "alpha/r" or "alpha/sqrt(r)"; num_experts, rank
+                and scaling become those of `loras`. Prototypes are set where the router has them.
+            **options: its fields, in place of it or changing it.
+
+        Raises:
+            ValueError: no LoRA, one of another shape, another scaling, or experts of the config
+                that `loras` has not: share="A", a shared expert, init="svd_segments".
+        """
+        config = MoeLoraConfig.of(config, options)
+        made, lora_a, lora_b = stack_loras(linear, loras, config)
+        layer = cls.from_linear(linear, made)
+        with torch.no_grad():
+            layer.lora_A.copy_(lora_a)
+            layer.lora_B.copy_(lora_b)
+        if made.router == "prototype":
+            set_prototypes(layer)
+        return layer
+
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
         self.config = config = MoeLoraConfig.of(config, options)
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -97,6 +133,7 @@ class MoeLoraLinear(nn.Module):
             config.granularity == "token"
             and renormalize is not None
             and config.shared_expert == "none"
+            and config.grad_gate == "gate"
         )
         self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
         device, dtype = adapter_place(base, config)
@@ -106,6 +143,8 @@ class MoeLoraLinear(nn.Module):
         self.lora_B = nn.Parameter(
             torch.empty(self.out_features, sum(ranks), device=device, dtype=dtype)
         )
+        self.lora_A.requires_grad_(config.freeze == "none")
+        self.lora_B.requires_grad_(config.freeze != "AB")
         self.router = build_router(config, self.in_features, device, dtype)
         self.record = RoutingRecord()
         self.external_gates: Tensor | None = None
@@ -192,8 +231,9 @@ def forward_siblings(
     if not fused:
         gates, indices, rows, logits = _gates(layers, x, tokens, gates)
     outputs, weights, chosen, fused_logits = apply(
-        plan, tokens, siblings, gates, indices, rows, seed, config.impl
-    )
+        plan, tokens, siblings, gates, indices, rows, seed, config.impl,
+        sqrt_gate=config.grad_gate == "sqrt",
+    )  # fmt: skip
     if config.aux or any(layer.record.wanted for layer in layers):
         if fused:
             indices = chosen if plan.top_k < config.num_experts else None
@@ -238,7 +278,7 @@ def _gates(
             gate = external_gates(own, config.num_experts), None
         else:
             logits = layer_logits(layer, x, tokens)
-            gate = gate_of_logits(logits, config, layer.training)
+            gate = gate_of_logits(logits, config, layer.training, layer.router)
             all_logits.append(logits)
         parts.append(add_shared_expert(*gate, config))
     weights = torch.cat([w for w, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]
