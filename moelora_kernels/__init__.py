@@ -9,6 +9,7 @@ from moelora_kernels.checkpoints import (
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import moe_lora_linear
 from moelora_kernels.nn import (
+    MoeLoraAdapter,
     MoeLoraFFN,
     MoeLoraGroup,
     MoeLoraLinear,
@@ -27,6 +28,7 @@ from moelora_kernels.nn import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MoeLoraAdapter",
     "MoeLoraConfig",
     "MoeLoraFFN",
     "MoeLoraGroup",

@@ -26,6 +26,7 @@ _VALUES = {
     "init": ("kaiming", "normal", "sparse", "svd_segments"),
     "freeze": ("none", "A", "AB"),
     "grad_gate": ("gate", "sqrt"),
+    "rank_activation": (None, "gelu", "relu", "silu"),
     "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 
@@ -50,6 +51,8 @@ class MoeLoraConfig:
             "svd_segments": A and B of expert e from segment e of the base's singular
             values, divided by `svd_rho` (None: 10), and the base reduced by their mean, see
             `nn.initialization`. Then the mean over balanced routings is the base at the start.
+        rank_activation: between A and the gate, "gelu", "relu" or "silu": for `MoeLoraAdapter`, and
+            only for it.
         freeze: what of the experts does not train: "none", "A" (B trains), or "AB": LoRAs that
             exist already, see `MoeLoraLinear.from_loras`. With "AB" and a router that is not
             trained in the layer, backward makes neither dA nor dB.
@@ -104,6 +107,7 @@ class MoeLoraConfig:
     shared_rank: int | None = None
     init: str = "kaiming"
     svd_rho: float | None = None
+    rank_activation: str | None = None
     freeze: str = "none"
     adapter_dtype: str | None = None
     router: str | nn.Module | None = "linear"

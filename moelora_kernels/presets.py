@@ -262,6 +262,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "dropout_mask": "per_expert",
     },
+    # PESC (arXiv 2401.02731; Camelidae, sparsetral): adapters with a GELU in rank space on what the
+    # FFN returns, softmax over the two largest logits of what it is given, load balance. Its code
+    # drops 0.1 of each expert's input; adapters have no dropout here.
+    "pesc": {
+        "num_experts": 8,
+        "rank": 64,
+        "scaling": 1.0,
+        "rank_activation": "gelu",
+        "router": "linear",
+        "score": "identity",
+        "top_k": 2,
+        "normalize": "softmax",
+        "aux": {"load_balance": 0.01},
+    },
 }
 
 # Those whose experts are whole FFNs: for `MoeLoraFFN` and `replace_ffns`.

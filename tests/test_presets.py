@@ -21,7 +21,9 @@ from moelora_kernels.testing import assert_within_budget
 
 IN, OUT = 12, 10
 # Whole-FFN experts have a file of their own, and so have those of LOOPS in test_presets_family.
-ELSEWHERE = (*OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian")
+ELSEWHERE = (
+    *OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
+)  # fmt: skip
 PRESETS = [name for name in ALL_PRESETS if name not in ELSEWHERE]
 
 

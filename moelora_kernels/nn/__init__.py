@@ -1,5 +1,6 @@
 """The layers."""
 
+from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.gates import SequenceGate
@@ -21,6 +22,7 @@ from moelora_kernels.nn.warmup import warmup
 __all__ = [
     "BalancedRouter",
     "MlpRouter",
+    "MoeLoraAdapter",
     "MoeLoraFFN",
     "MoeLoraGroup",
     "MoeLoraLinear",

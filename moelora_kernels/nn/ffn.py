@@ -277,7 +277,7 @@ def _check_config(config: MoeLoraConfig) -> None:
         raise ValueError(
             f"router: {config.router!r} is made of the A of one linear, whole-FFN experts have 3"
         )
-    for name, plain in (("freeze", "none"), ("grad_gate", "gate")):
+    for name, plain in (("freeze", "none"), ("grad_gate", "gate"), ("rank_activation", None)):
         if getattr(config, name) != plain:
             raise ValueError(
                 f"{name}: {getattr(config, name)!r} is of linears, whole-FFN experts have it not"

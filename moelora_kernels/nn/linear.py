@@ -54,6 +54,9 @@ class MoeLoraLinear(nn.Module):
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
 
+    # Whether the layer puts config.rank_activation between A and the gate.
+    _activates = False
+
     def __init__(
         self,
         in_features: int,
@@ -116,9 +119,20 @@ class MoeLoraLinear(nn.Module):
             set_prototypes(layer)
         return layer
 
-    def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+    def _attach(
+        self,
+        base: nn.Module,
+        config: MoeLoraConfig | None,
+        options: dict,
+        features: tuple[int, int] | None = None,
+    ) -> None:
         self.config = config = MoeLoraConfig.of(config, options)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        if config.rank_activation is not None and not self._activates:
+            raise ValueError(
+                f"rank_activation: {config.rank_activation!r} goes with MoeLoraAdapter, a linear "
+                "has no activation between A and B"
+            )
+        self.in_features, self.out_features = features or (base.in_features, base.out_features)
         ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
             ranks,
@@ -208,6 +222,8 @@ def forward_siblings(
     """The outputs of layers that read the same x and share their options, in one pass over x."""
     first = layers[0]
     config = first.config
+    if config.rank_activation is not None:
+        raise ValueError("siblings: a MoeLoraAdapter runs alone, it reads what its base returns")
     if x.dim() < 1 or x.shape[-1] != first.in_features:
         raise ValueError(f"x: expected [..., {first.in_features}], got {[*x.shape]}")
     if not x.is_floating_point():
