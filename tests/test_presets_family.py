@@ -1,9 +1,12 @@
 """Presets of relatives, each against its original's formula written out in plain PyTorch."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from op_cases import KERNEL_DEVICE, Case, Inputs, compare, forward_of
 from preset_loops import blocks_of, first_largest, frozen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +23,7 @@ from moelora_kernels import (
     collect_aux_loss,
     load_adapter_state_dict,
     record_routing,
+    reference,
     replace_linears,
     set_prototypes,
     set_tasks,
@@ -596,6 +600,17 @@ def test_loras_that_do_not_fit_are_named(name, loras, options):
         MoeLoraLinear.from_loras(nn.Linear(IN, OUT), loras, **options)
 
 
+def test_the_example_in_readme_runs():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (example,) = [text for text in examples if "from_loras" in text]
+    loras = [(torch.randn(r, IN), torch.randn(OUT, r), alpha) for r, alpha in LORAS]
+    names = {"linear": nn.Linear(IN, OUT), "loras": loras, "x": torch.randn(2, 3, IN)}
+    names["gates"] = torch.rand(2, 3, len(LORAS))
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["y"].shape == (2, 3, OUT)
+
+
 # --- Prototypes ----------------------------------------------------------------------------------
 
 
@@ -740,6 +755,29 @@ def test_nothing_to_balance_is_an_error():
     with pytest.raises(ValueError, match=r"^model: no layer has a balance_rate"):
         update_balance(MoeLoraLinear(IN, OUT))
     assert isinstance(balanced_layer().router, BalancedRouter)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_gates_of_single_ranks_on_kernels(dtype):
+    """64 experts of rank 1 under a dense gate, in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    from moelora_kernels.kernels import shrink_gate, shrink_gate_backward
+
+    inputs = Inputs(Case(T=31, ranks=(1,) * 64, gate="dense"), dtype).to(KERNEL_DEVICE)
+    compare(
+        "h u weights indices logits",
+        shrink_gate.launch,
+        reference.shrink_gate,
+        inputs.shrink(),
+        dtype,
+    )
+    compare(
+        "dh u dgate",
+        shrink_gate_backward.launch,
+        reference.shrink_gate_backward,
+        inputs.backward(forward_of(inputs)),
+        dtype,
+    )
 
 
 def test_sparse_random_a():
