@@ -555,6 +555,11 @@ def test_frozen_experts_cost_no_gradient_of_theirs():
     assert x.grad.abs().max() > 0
 
 
+def test_octavius_does_not_scale():
+    """Its forward leaves out alpha / r, which happens to be 1 for the preset's own rank."""
+    assert MoeLoraConfig.preset("octavius", rank=4).scales() == (1.0,) * 4
+
+
 def test_frozen_a_trains_b():
     layer = MoeLoraLinear(IN, OUT, freeze="A", top_k=2)
     trained = {n for n, q in layer.named_parameters() if q.requires_grad}
@@ -678,8 +683,12 @@ def selected(layer, x):
 def test_the_bias_moves_against_the_load_of_all_forwards_since():
     """+-rate by the sign of what is missing to the mean; two micro-batches count as one step."""
     layer = balanced_layer()
+    torch.manual_seed(0)
     x = torch.randn(2, 7, IN, dtype=torch.float64)
-    load = sum(selected(layer.eval(), part).sum(dim=0).double() for part in x)
+    loads = [selected(layer.eval(), part).sum(dim=0).double() for part in x]
+    load = sum(loads)
+    # Neither of the two alone would move the bias like this.
+    assert all(not torch.equal((n.mean() - n).sign(), (load.mean() - load).sign()) for n in loads)
     assert layer.router.load is None
     layer.train()
     for part in x:
