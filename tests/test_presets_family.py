@@ -560,10 +560,15 @@ def test_octavius_does_not_scale():
     assert MoeLoraConfig.preset("octavius", rank=4).scales() == (1.0,) * 4
 
 
-def test_frozen_a_trains_b():
-    layer = MoeLoraLinear(IN, OUT, freeze="A", top_k=2)
-    trained = {n for n, q in layer.named_parameters() if q.requires_grad}
-    assert trained == {"lora_B", "router.weight"}
+def test_what_trains():
+    """FlyLoRA draws A and leaves it; X-LoRA and Arrow leave both, and Arrow has nothing else."""
+
+    def trained(layer):
+        return {n for n, q in layer.named_parameters() if q.requires_grad}
+
+    assert trained(MoeLoraLinear(IN, OUT, freeze="A", top_k=2)) == {"lora_B", "router.weight"}
+    for preset, expected in (("flylora", {"lora_B"}), ("xlora", set()), ("arrow", set())):
+        assert trained(MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset(preset))) == expected
 
 
 def test_from_loras_is_the_sum_of_peft_loras():
