@@ -28,6 +28,7 @@ from moelora_kernels import (
     set_prototypes,
     set_tasks,
     update_balance,
+    warmup,
 )
 from moelora_kernels.nn import (
     BalancedRouter,
@@ -445,6 +446,9 @@ def test_compiles_without_graph_breaks(preset):
 # --- Adapters with an activation -----------------------------------------------------------------
 
 
+PESC = MoeLoraConfig.preset("pesc")
+
+
 def test_an_adapter_starts_as_its_base_and_leaves_it_as_it_is():
     """PESC trains plain LoRA inside the FFN beside its adapters."""
     base = ffn().train()
@@ -466,6 +470,14 @@ def test_an_adapter_saves_what_every_layer_saves():
     loss.backward()
     assert loss > 0
     assert layer.router.weight.grad.abs().max() > 0
+
+
+def test_warmup_runs_adapters_and_leaves_loads_alone():
+    model = nn.ModuleList([balanced_layer().float(), MoeLoraAdapter(ffn(torch.bfloat16), IN, PESC)])
+    model[0](torch.randn(5, IN))
+    load = model[0].router.load.clone()
+    warmup(model, tokens=(2,))
+    assert torch.equal(model[0].router.load, load)
 
 
 def test_an_adapter_keeps_rank_space_only():

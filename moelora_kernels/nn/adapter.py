@@ -27,7 +27,8 @@ class MoeLoraAdapter(MoeLoraLinear):
         block.mlp = MoeLoraAdapter(block.mlp, hidden_size, MoeLoraConfig.preset("pesc"))
 
     Parameters as `MoeLoraLinear`, whose checkpoints, `set_tasks` and auxiliary losses it shares.
-    The base is called and left as it is: freeze it, or train plain LoRA inside it. Plain PyTorch,
+    The base is called and left as it is: freeze it, or train plain LoRA inside it (which has to be
+    there first: `replace_linears` does not look into a layer of experts). Plain PyTorch,
     all experts for every token; saved for backward beside z and the parameters is what lives in
     rank space.
 
