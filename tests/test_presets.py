@@ -20,7 +20,7 @@ from moelora_kernels.presets import PRESETS as ALL_PRESETS
 from moelora_kernels.testing import assert_within_budget
 
 IN, OUT = 12, 10
-# Whole-FFN experts have a file of their own, and so have those of LOOPS in test_presets_family.
+# Whole-FFN experts have a file of their own, and so have the relatives of test_presets_family.
 ELSEWHERE = (
     *OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
 )  # fmt: skip
