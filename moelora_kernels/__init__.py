@@ -9,6 +9,7 @@ from moelora_kernels.checkpoints import (
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import moe_lora_linear
 from moelora_kernels.nn import (
+    MoeLoraAdapter,
     MoeLoraFFN,
     MoeLoraGroup,
     MoeLoraLinear,
@@ -18,13 +19,16 @@ from moelora_kernels.nn import (
     record_routing,
     replace_ffns,
     replace_linears,
+    set_prototypes,
     set_tasks,
+    update_balance,
     warmup,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MoeLoraAdapter",
     "MoeLoraConfig",
     "MoeLoraFFN",
     "MoeLoraGroup",
@@ -40,6 +44,8 @@ __all__ = [
     "replace_ffns",
     "replace_linears",
     "save_adapter",
+    "set_prototypes",
     "set_tasks",
+    "update_balance",
     "warmup",
 ]

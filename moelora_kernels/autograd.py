@@ -99,6 +99,21 @@ class MoeLora(torch.autograd.Function):
         )  # fmt: skip
 
 
+class SqrtGateMoeLora(MoeLora):
+    """`MoeLora` whose gradients of A, B and x see the root of the gates, which are given.
+
+        dh = scale * sqrt(gate) (.) P       dB = dy^T (scale * sqrt(gate) (.) h)
+        dgate = scale * <P, h>              as before: it has no gate in it
+
+    Source: arXiv 2502.15828 (Riemannian preconditioned mixture of LoRA).
+    """
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        impl, plan, counts, x, gates, *rest = inputs
+        MoeLora.setup_context(ctx, (impl, plan, counts, x, gates.sqrt(), *rest), output)
+
+
 def _base_gradients(dy: list[Tensor], x: Tensor, needs: list[bool], counts: tuple) -> list:
     """Gradients of weights, biases and called bases, where they are asked for."""
     of_weight, of_bias, of_base, *_ = counts
@@ -129,8 +144,16 @@ def _present(siblings: Sequence[Sibling]) -> list[list[str]]:
     return [[name for name, tensor in fields if tensor is not None] for fields in named]
 
 
-def run(impl: str, plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
+def run(
+    impl: str,
+    plan: Plan,
+    siblings: Sequence[Sibling],
+    *inputs,
+    function: type[MoeLora] = MoeLora,
+) -> tuple:
     """The outputs of `MoeLora` for x, gates, indices, rows, seed; impl is "wide" or "grouped".
+
+    function: `MoeLora` or one derived from it.
 
     Raises ValueError where some siblings have a tensor that others lack.
     """
@@ -141,15 +164,15 @@ def run(impl: str, plan: Plan, siblings: Sequence[Sibling], *inputs) -> tuple:
     tensors = [t for field in zip(*siblings, strict=True) for t in field if t is not None]
     counts = tuple([0 if missing else n for missing in absent])
     if not torch.is_grad_enabled():
-        return MoeLora.forward(impl, plan, counts, *inputs, *tensors)
+        return function.forward(impl, plan, counts, *inputs, *tensors)
     if torch._C._are_functorch_transforms_active():
-        return MoeLora.apply(impl, plan, counts, *inputs, *tensors)
+        return function.apply(impl, plan, counts, *inputs, *tensors)
     if torch.compiler.is_compiling():
         # Where nothing needs a gradient, Dynamo calls the forward of a Function with a context
         # before its arguments, which this form of a Function does not take.
         trains = any([t is not None and t.requires_grad for t in (*inputs, *tensors)])
-        call = MoeLora.apply if trains else MoeLora.forward
+        call = function.apply if trains else function.forward
         return call(impl, plan, counts, *inputs, *tensors)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
     # call, longer than the smallest products take.
-    return super(torch.autograd.Function, MoeLora).apply(impl, plan, counts, *inputs, *tensors)
+    return super(torch.autograd.Function, function).apply(impl, plan, counts, *inputs, *tensors)

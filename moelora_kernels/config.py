@@ -12,18 +12,21 @@ from torch import nn
 from moelora_kernels import formulation
 from moelora_kernels.presets import PRESETS
 
-ROUTERS = ("linear", "mlp", "task", "external")
+ROUTERS = ("linear", "mlp", "task", "external", "prototype", "self", "token_task")
 AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001, "entropy": 0.01}
 
 _VALUES = {
     "granularity": ("token", "sequence", "task"),
-    "score": ("softmax", "sigmoid", "identity"),
+    "score": ("softmax", "sigmoid", "identity", "abs"),
     "select": ("all", "topk", "topp", "threshold", "learned_threshold"),
-    "normalize": ("none", "sum", "softmax"),
+    "normalize": ("none", "sum", "softmax", "one"),
     "share": ("none", "A"),
     "shared_expert": ("none", "always", "complement"),
     "dropout_mask": ("shared", "per_expert"),
-    "init": ("kaiming", "normal", "svd_segments"),
+    "init": ("kaiming", "normal", "sparse", "svd_segments"),
+    "freeze": ("none", "A", "AB"),
+    "grad_gate": ("gate", "sqrt"),
+    "rank_activation": (None, "gelu", "relu", "silu"),
     "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 
@@ -43,23 +46,33 @@ class MoeLoraConfig:
         share: "A" gives all experts one A (and E blocks of B), as HydraLoRA does.
         shared_expert: an expert more, of rank `shared_rank` (None: the first expert's), that
             every token uses: "always" with weight 1, "complement" with 1 - max(gate).
-        init: of A: "kaiming" (uniform in +-1/sqrt(I)) or "normal" (standard deviation 0.01), with
-            B zero; or "svd_segments": A and B of expert e from segment e of the base's singular
+        init: of A: "kaiming" (uniform in +-1/sqrt(I)), "normal" (standard deviation 0.01) or
+            "sparse" (FlyLoRA: K/E of each row, normal of standard deviation 1/R), with B zero; or
+            "svd_segments": A and B of expert e from segment e of the base's singular
             values, divided by `svd_rho` (None: 10), and the base reduced by their mean, see
             `nn.initialization`. Then the mean over balanced routings is the base at the start.
+        rank_activation: between A and the gate, "gelu", "relu" or "silu": for `MoeLoraAdapter`, and
+            only for it.
+        freeze: what of the experts does not train: "none", "A" (B trains), or "AB": LoRAs that
+            exist already, see `MoeLoraLinear.from_loras`. With "AB" and a router that is not
+            trained in the layer, backward makes neither dA nor dB.
         adapter_dtype: of A, B and router; None is the base's (float32 where that is not a float).
 
     Gate
         router: "linear", "mlp" (two layers, `router_hidden` between), "task" (embedding of a task
-            id and a linear layer, one for all layers), "external" (gates are passed in), any
-            nn.Module x [T, I] -> logits [T, E] (itself, no copy: layers of one config share it), or
-            None: every gate is 1.
+            id and a linear layer, one for all layers), "external" (gates are passed in),
+            "prototype" (|x v_e|, v_e of each expert, see `set_prototypes`), "self" (A x itself, of
+            experts of rank 1; no gradient), "token_task" (probabilities, of the token mixed with
+            those of a task vector, see `TokenTaskRouter`), any nn.Module
+            x [T, I] -> logits [T, E] (itself, no copy: layers of one config share it), or None:
+            every gate is 1.
         router_bias: of the linear router.
-        num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks.
+        num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks. Of
+            "token_task" task_embedding_dim is the size of a task vector.
         granularity: one gate per "token", per "sequence" (router sees the mean over positions) or
             per "task" (implied by router="task").
-        score, temperature, noise: "softmax", "sigmoid" or "identity" of logits / temperature; in
-            training, noise * N(0, 1) is added to the logits first.
+        score, temperature, noise: "softmax", "sigmoid", "identity" or "abs" of logits /
+            temperature; in training, noise * N(0, 1) is added to the logits first.
         select: "all", "topk" (implied by top_k), "topp" (fewest experts whose scores reach top_p of
             the total), "threshold" (scores of at least `threshold`), "learned_threshold" (scores
             less tau = max_threshold * sigmoid(w x + b) of the token, where that is not negative;
@@ -68,11 +81,17 @@ class MoeLoraConfig:
         entropy_threshold: a token keeps all experts where the entropy of softmax(logits /
             temperature), divided by its largest value, is above it.
         entropy_index: q of the entropy, 1 for Shannon's, else Tsallis' (1 - sum p^q) / (q - 1).
-        normalize: the kept scores as they are ("none"), divided by their "sum", or their "softmax".
+        balance_rate: for "topk": the experts are selected by score(logits + bias), with a bias per
+            expert that has no gradient and no part in the weights; `update_balance` moves it by
+            +-balance_rate against the load. None: no bias.
+        normalize: the kept scores as they are ("none"), divided by their "sum", their "softmax", or
+            "one": every kept expert has the weight 1.
 
     Training
         dropout, dropout_mask: on x on the way into A; one mask ("shared") or one "per_expert".
         aux: auxiliary losses by name with their weights: "load_balance", "z", "entropy".
+        grad_gate: the gate in the gradients of A, B and of x on its way through them: the same
+            "gate", or its root, "sqrt" (arXiv 2502.15828); the router's gradient stays as it is.
         impl: the formulation, see `formulation`: "auto" may choose, "wide", "grouped" (top-k gates
             of tokens only) or "reference" works or raises.
 
@@ -88,6 +107,8 @@ class MoeLoraConfig:
     shared_rank: int | None = None
     init: str = "kaiming"
     svd_rho: float | None = None
+    rank_activation: str | None = None
+    freeze: str = "none"
     adapter_dtype: str | None = None
     router: str | nn.Module | None = "linear"
     router_bias: bool = False
@@ -106,10 +127,12 @@ class MoeLoraConfig:
     keep_min: int | None = None
     entropy_threshold: float | None = None
     entropy_index: float = 1.0
+    balance_rate: float | None = None
     normalize: str = "sum"
     dropout: float = 0.0
     dropout_mask: str = "shared"
     aux: Mapping[str, float] | tuple = ()
+    grad_gate: str = "gate"
     impl: str = "auto"
 
     @classmethod
@@ -245,6 +268,9 @@ class MoeLoraConfig:
         if dict(self.aux).get("load_balance") and self.select == "all":
             raise ValueError("aux: 'load_balance' is constant where every expert is selected")
         self._check_selection()
+        self._check_router()
+        self._check_balance()
+        self._check_training()
         self._check_svd_segments()
         if self.impl == "grouped":
             formulation.check_grouped(self.top_k if self.is_sparse() else None, self.share == "A")
@@ -286,6 +312,70 @@ class MoeLoraConfig:
                 raise ValueError(f"{name}: the entropy of one expert is always 0")
         if not any(by_entropy.values()) and self.entropy_index != 1.0:
             raise ValueError("entropy_index: goes with entropy_threshold or aux='entropy'")
+
+    def _check_router(self) -> None:
+        """The routers whose logits are not a free choice."""
+        if self.router in ("prototype", "self") and self.aux:
+            raise ValueError(f"aux: router={self.router!r} has no parameters for a loss to train")
+        if self.router == "self":
+            if set(self.ranks()) != {1}:
+                raise ValueError(
+                    "rank: router='self' gates experts by their own A x, one number each: expected "
+                    f"rank 1, got {self.rank}"
+                )
+            if self.share == "A":
+                raise ValueError("share: router='self' tells experts apart by A; share='A' has one")
+            if self.shared_expert != "none":
+                raise ValueError("shared_expert: router='self' has a number for every row of A")
+            if self.granularity != "token":
+                raise ValueError("granularity: router='self' gates tokens")
+            if self.select == "learned_threshold":
+                raise ValueError("select: router='self' has no logit of a learned threshold")
+        if self.router == "token_task":
+            if self.score != "identity":
+                raise ValueError(
+                    "score: router='token_task' gives probabilities, which score='identity' takes "
+                    f"as they are, got {self.score!r}"
+                )
+            named = {
+                "aux": self.aux,
+                "noise": self.noise,
+                "entropy_threshold": self.entropy_threshold,
+            }
+            for name, given in named.items():
+                if given:
+                    raise ValueError(f"{name}: goes with logits, router='token_task' has none")
+
+    def _check_balance(self) -> None:
+        if self.normalize == "one":
+            if self.select == "all":
+                raise ValueError("normalize: 'one' of all experts is router=None")
+            if self.shared_expert == "complement":
+                raise ValueError("shared_expert: 'complement' of weights of 1 is always 0")
+        if self.balance_rate is None:
+            return
+        _above_zero("balance_rate", self.balance_rate)
+        self._goes_with("balance_rate", "select", ("topk",))
+        if self.top_k == self.num_experts:
+            raise ValueError("balance_rate: with top_k = num_experts every load is the same")
+        if self.router == "task":
+            raise ValueError("balance_rate: router='task' is one for all layers, a bias is not")
+
+    def _check_training(self) -> None:
+        if self.init == "sparse" and self.top_k is None:
+            raise ValueError("init: 'sparse' keeps K/E of A, so it goes with top_k")
+        if self.grad_gate == "gate":
+            return
+        if self.router in (None, "external"):
+            raise ValueError(f"grad_gate: 'sqrt' goes with a router, got router={self.router!r}")
+        if self.freeze == "AB":
+            raise ValueError("grad_gate: 'sqrt' is of the experts' gradients, freeze='AB' has none")
+        if self.normalize == "one":
+            raise ValueError("grad_gate: 'sqrt' of weights of 1 is 1")
+        if self.score == "identity" and self.normalize == "none":
+            raise ValueError("grad_gate: 'sqrt' of raw logits may be no number")
+        if self.shared_expert != "none":
+            raise ValueError("grad_gate: 'sqrt' does not go with a shared expert")
 
     def _check_svd_segments(self) -> None:
         if self.svd_rho is not None:
@@ -353,6 +443,8 @@ class MoeLoraConfig:
     def renormalizes(self) -> bool | None:
         """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""
         if self.select not in ("all", "topk") or self.entropy_threshold is not None:
+            return None
+        if self.balance_rate is not None:
             return None
         if self.score == "softmax" and self.normalize in ("none", "sum"):
             return self.normalize == "sum" or self.select == "all"

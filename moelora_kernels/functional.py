@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import formulation, reference
-from moelora_kernels.autograd import Plan, Sibling, run
+from moelora_kernels.autograd import MoeLora, Plan, Sibling, SqrtGateMoeLora, run
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -33,19 +33,25 @@ def apply(
     rows: Tensor | None = None,
     seed: Tensor | None = None,
     impl: str = "auto",
+    *,
+    sqrt_gate: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Run n siblings on x [T, I] (arguments checked and cast by the caller).
+
+    sqrt_gate: the root of the gates, which are then given, in the gradients of A, B and x.
 
     Returns their outputs [T, O_i], and of a linear router weights, indices and logits as
     `reference.shrink_gate` describes them.
     """
     impl = _formulation(plan, x, siblings, indices, impl)
     if impl == "reference":
+        apply_reference = _apply_reference_sqrt if sqrt_gate else _apply_reference
         if not is_autocast(x.device):
-            return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
+            return apply_reference(plan, x, siblings, gates, indices, rows, seed)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply_reference(plan, x, siblings, gates, indices, rows, seed)
-    outputs = run(impl, plan, siblings, x, gates, indices, rows, seed)
+            return apply_reference(plan, x, siblings, gates, indices, rows, seed)
+    function = SqrtGateMoeLora if sqrt_gate else MoeLora
+    outputs = run(impl, plan, siblings, x, gates, indices, rows, seed, function=function)
     return [*outputs[: len(siblings)]], *outputs[-3:]
 
 
@@ -74,6 +80,18 @@ def _apply_reference(plan, x, siblings, gates, indices, rows, seed):
     fields = [[t for t in field if t is not None] for field in zip(*siblings, strict=True)]
     y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *plan)
     return y, weights, chosen, logits
+
+
+def _apply_reference_sqrt(plan, x, siblings, gates, indices, rows, seed):
+    """The experts at the root of the gate, plus what is missing to the gate, for the router."""
+    held = gates.detach().sqrt()
+    outputs, *rest = _apply_reference(plan, x, siblings, held, indices, rows, seed)
+    constant = [
+        Sibling(None, None, y.new_zeros(y.shape), s.lora_a.detach(), s.lora_b.detach(), None, None)
+        for y, s in zip(outputs, siblings, strict=True)
+    ]
+    missing, *_ = _apply_reference(plan, x.detach(), constant, gates - held, indices, rows, seed)
+    return [y + more for y, more in zip(outputs, missing, strict=True)], *rest
 
 
 def moe_lora_linear(

@@ -174,6 +174,108 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.01},
     },
+    # Octavius (arXiv 2311.02684): per sample, one gate for the whole model from the instruction's
+    # embeddings, `nn.SequenceGate`; no scaling. Its code draws a second-expert policy that it does
+    # not use.
+    "octavius": {
+        "num_experts": 4,
+        "rank": 32,
+        "scaling": 1.0,
+        "router": "external",
+    },
+    # HMoRA (ICLR 2025): probabilities of the token mixed with those of a task vector, two kept, and
+    # a softmax of these; one A as in its published command. Its divergence loss is not here.
+    "hmora": {
+        "num_experts": 8,
+        "rank": 8,
+        "alpha": 8.0,
+        "scaling": "alpha/sqrt(r)",
+        "share": "A",
+        "router": "token_task",
+        "router_hidden": 32,
+        "score": "identity",
+        "top_k": 2,
+        "normalize": "softmax",
+        "dropout": 0.1,
+    },
+    # X-LoRA (arXiv 2402.07148): LoRAs that exist already, gated by a classifier of the hidden state
+    # of a first pass, which is the caller's.
+    "xlora": {
+        "num_experts": 4,
+        "rank": 16,
+        "alpha": 32.0,
+        "freeze": "AB",
+        "router": "external",
+    },
+    # Arrow (arXiv 2405.11157): LoRAs that exist already, gated by x along their first right
+    # singular vectors, softmax of the three largest. Nothing trains.
+    "arrow": {
+        "num_experts": 8,
+        "rank": 16,
+        "alpha": 32.0,
+        "freeze": "AB",
+        "router": "prototype",
+        "score": "identity",
+        "top_k": 3,
+        "normalize": "softmax",
+    },
+    # SMoRA (arXiv 2501.15103): every rank of one LoRA is an expert; eight are selected with a bias
+    # that balances their load. There is no public code: that the weights are the softmax of the
+    # logits that were kept is this package's reading.
+    "smora": {
+        "num_experts": 64,
+        "rank": 1,
+        "alpha": 128.0,
+        "scaling": "alpha/R",
+        "router": "linear",
+        "score": "identity",
+        "top_k": 8,
+        "balance_rate": 0.001,
+        "normalize": "softmax",
+    },
+    # FlyLoRA (arXiv 2510.08396): the eight ranks of largest |A x + bias| as they are; A is sparse,
+    # random and frozen. Selection is that of flylora.py: the fork of PEFT beside it leaves out the
+    # magnitude and the gradient of x.
+    "flylora": {
+        "num_experts": 32,
+        "rank": 1,
+        "alpha": 64.0,
+        "scaling": "alpha/R",
+        "init": "sparse",
+        "freeze": "A",
+        "router": "self",
+        "score": "abs",
+        "top_k": 8,
+        "balance_rate": 0.001,
+        "normalize": "one",
+    },
+    # Riemannian mixture (arXiv 2502.15828): MoLA's gate, and its root in the gradients of the
+    # experts. The preconditioner of each expert is the optimizer's part and not here.
+    "riemannian": {
+        "num_experts": 20,
+        "rank": 4,
+        "alpha": 16.0,
+        "router": "linear",
+        "top_k": 10,
+        "normalize": "sum",
+        "grad_gate": "sqrt",
+        "dropout": 0.05,
+        "dropout_mask": "per_expert",
+    },
+    # PESC (arXiv 2401.02731; Camelidae, sparsetral): adapters with a GELU in rank space on what the
+    # FFN returns, softmax over the two largest logits of what it is given, load balance. Its code
+    # drops 0.1 of each expert's input; adapters have no dropout here.
+    "pesc": {
+        "num_experts": 8,
+        "rank": 64,
+        "scaling": 1.0,
+        "rank_activation": "gelu",
+        "router": "linear",
+        "score": "identity",
+        "top_k": 2,
+        "normalize": "softmax",
+        "aux": {"load_balance": 0.01},
+    },
 }
 
 # Those whose experts are whole FFNs: for `MoeLoraFFN` and `replace_ffns`.

@@ -1,26 +1,45 @@
 """The layers."""
 
+from moelora_kernels.nn.adapter import MoeLoraAdapter
+from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.gates import SequenceGate
 from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.loras import lora_prototypes, set_prototypes
 from moelora_kernels.nn.model import adapter_parameters, replace_ffns, replace_linears, set_tasks
 from moelora_kernels.nn.record import collect_aux_loss, record_routing
-from moelora_kernels.nn.routers import MlpRouter, TaskRouter, ThresholdRouter
+from moelora_kernels.nn.routers import (
+    BalancedRouter,
+    MlpRouter,
+    PrototypeRouter,
+    TaskRouter,
+    ThresholdRouter,
+    TokenTaskRouter,
+)
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [
+    "BalancedRouter",
     "MlpRouter",
+    "MoeLoraAdapter",
     "MoeLoraFFN",
     "MoeLoraGroup",
     "MoeLoraLinear",
+    "PrototypeRouter",
+    "SequenceGate",
     "TaskRouter",
     "ThresholdRouter",
+    "TokenTaskRouter",
     "adapter_parameters",
     "collect_aux_loss",
     "link_siblings",
+    "lora_prototypes",
     "record_routing",
     "replace_ffns",
     "replace_linears",
+    "set_prototypes",
     "set_tasks",
+    "update_balance",
     "warmup",
 ]

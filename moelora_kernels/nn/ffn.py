@@ -216,7 +216,7 @@ class MoeLoraFFN(nn.Module):
                 logits = RouterLogits.apply(tokens, self.router.weight, self.router.bias)
             else:
                 logits = layer_logits(self, x, tokens)
-            weights, indices = gate_of_logits(logits, config, self.training)
+            weights, indices = gate_of_logits(logits, config, self.training, self.router)
         weights, indices = add_shared_expert(weights, indices, config)
         rows_of_gates(weights, x.shape, x.device, source)
         if config.aux or self.record.wanted:
@@ -273,6 +273,15 @@ def _check_config(config: MoeLoraConfig) -> None:
             "share: 'A' does not go with whole-FFN experts: each down projection reads the "
             "activation of its own expert"
         )
+    if config.router in ("prototype", "self"):
+        raise ValueError(
+            f"router: {config.router!r} is made of the A of one linear, whole-FFN experts have 3"
+        )
+    for name, plain in (("freeze", "none"), ("grad_gate", "gate"), ("rank_activation", None)):
+        if getattr(config, name) != plain:
+            raise ValueError(
+                f"{name}: {getattr(config, name)!r} is of linears, whole-FFN experts have it not"
+            )
     if config.init == "svd_segments":
         raise ValueError(
             "init: 'svd_segments' does not go with whole-FFN experts: each holds the frozen FFN as "

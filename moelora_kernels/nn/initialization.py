@@ -14,9 +14,18 @@ RHO = 10.0
 
 
 def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
-    """Draw A [R, I] in place: N(0, 0.01^2) for init="normal", else U(-1, 1) / sqrt(I) as PEFT."""
+    """Draw A [R, I] in place: N(0, 0.01^2) for init="normal", else U(-1, 1) / sqrt(I) as PEFT.
+
+    init="sparse": I K // E places of each row, at least one, from N(0, 1 / R^2), the others zero.
+    """
     if config.init == "normal":
         lora_a.normal_(std=0.01)
+    elif config.init == "sparse":
+        total, features = lora_a.shape
+        kept = max(1, features * config.top_k // config.num_experts)
+        places = torch.rand(total, features, device=lora_a.device).topk(kept, dim=1).indices
+        values = torch.randn(total, kept, device=lora_a.device) / sum(config.ranks())
+        lora_a.zero_().scatter_(1, places, values.to(lora_a.dtype))
     else:
         bound = 1.0 / math.sqrt(lora_a.shape[1])
         lora_a.uniform_(-bound, bound)

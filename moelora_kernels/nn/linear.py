@@ -19,6 +19,7 @@ from moelora_kernels.nn.base import (
     missing_size,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
+from moelora_kernels.nn.loras import set_prototypes, stack_loras
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
@@ -53,6 +54,9 @@ class MoeLoraLinear(nn.Module):
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
 
+    # Whether the layer puts config.rank_activation between A and the gate.
+    _activates = False
+
     def __init__(
         self,
         in_features: int,
@@ -80,9 +84,55 @@ class MoeLoraLinear(nn.Module):
         layer._attach(linear, config, options)
         return layer.train(linear.training)
 
-    def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+    @classmethod
+    def from_loras(
+        cls,
+        linear: nn.Module,
+        loras: Sequence[tuple[Tensor, Tensor, float]],
+        config: MoeLoraConfig | None = None,
+        **options: Any,
+    ) -> MoeLoraLinear:
+        """Put LoRAs that exist already over a linear, as its experts.
+
+            layer = MoeLoraLinear.from_loras(
+                linear, [(a, b, alpha), ...], MoeLoraConfig.preset("arrow")
+            )
+
+        Args:
+            linear: as in `from_linear`.
+            loras: A_e [r_e, I], B_e [O, r_e] and alpha_e of each; ranks and alphas may differ.
+            config: a MoeLoraConfig whose scaling is "alpha/r" or "alpha/sqrt(r)"; num_experts, rank
+                and scaling become those of `loras`. Prototypes are set where the router has them.
+            **options: its fields, in place of it or changing it.
+
+        Raises:
+            ValueError: no LoRA, one of another shape, another scaling, or experts of the config
+                that `loras` has not: share="A", a shared expert, init="svd_segments".
+        """
+        config = MoeLoraConfig.of(config, options)
+        made, lora_a, lora_b = stack_loras(linear, loras, config)
+        layer = cls.from_linear(linear, made)
+        with torch.no_grad():
+            layer.lora_A.copy_(lora_a)
+            layer.lora_B.copy_(lora_b)
+        if made.router == "prototype":
+            set_prototypes(layer)
+        return layer
+
+    def _attach(
+        self,
+        base: nn.Module,
+        config: MoeLoraConfig | None,
+        options: dict,
+        features: tuple[int, int] | None = None,
+    ) -> None:
         self.config = config = MoeLoraConfig.of(config, options)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        if config.rank_activation is not None and not self._activates:
+            raise ValueError(
+                f"rank_activation: {config.rank_activation!r} goes with MoeLoraAdapter, a linear "
+                "has no activation between A and B"
+            )
+        self.in_features, self.out_features = features or (base.in_features, base.out_features)
         ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
             ranks,
@@ -97,6 +147,7 @@ class MoeLoraLinear(nn.Module):
             config.granularity == "token"
             and renormalize is not None
             and config.shared_expert == "none"
+            and config.grad_gate == "gate"
         )
         self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
         device, dtype = adapter_place(base, config)
@@ -106,6 +157,8 @@ class MoeLoraLinear(nn.Module):
         self.lora_B = nn.Parameter(
             torch.empty(self.out_features, sum(ranks), device=device, dtype=dtype)
         )
+        self.lora_A.requires_grad_(config.freeze == "none")
+        self.lora_B.requires_grad_(config.freeze != "AB")
         self.router = build_router(config, self.in_features, device, dtype)
         self.record = RoutingRecord()
         self.external_gates: Tensor | None = None
@@ -169,6 +222,8 @@ def forward_siblings(
     """The outputs of layers that read the same x and share their options, in one pass over x."""
     first = layers[0]
     config = first.config
+    if config.rank_activation is not None:
+        raise ValueError("siblings: a MoeLoraAdapter runs alone, it reads what its base returns")
     if x.dim() < 1 or x.shape[-1] != first.in_features:
         raise ValueError(f"x: expected [..., {first.in_features}], got {[*x.shape]}")
     if not x.is_floating_point():
@@ -192,8 +247,9 @@ def forward_siblings(
     if not fused:
         gates, indices, rows, logits = _gates(layers, x, tokens, gates)
     outputs, weights, chosen, fused_logits = apply(
-        plan, tokens, siblings, gates, indices, rows, seed, config.impl
-    )
+        plan, tokens, siblings, gates, indices, rows, seed, config.impl,
+        sqrt_gate=config.grad_gate == "sqrt",
+    )  # fmt: skip
     if config.aux or any(layer.record.wanted for layer in layers):
         if fused:
             indices = chosen if plan.top_k < config.num_experts else None
@@ -238,7 +294,7 @@ def _gates(
             gate = external_gates(own, config.num_experts), None
         else:
             logits = layer_logits(layer, x, tokens)
-            gate = gate_of_logits(logits, config, layer.training)
+            gate = gate_of_logits(logits, config, layer.training, layer.router)
             all_logits.append(logits)
         parts.append(add_shared_expert(*gate, config))
     weights = torch.cat([w for w, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]

@@ -12,7 +12,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.routers import TaskRouter, TokenTaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
 # evaluation without gradients.
@@ -163,12 +163,14 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """The tasks, or the gates, of the coming forwards of `model`; they hold until the next call.
 
     Args:
-        model: a model with task gates or external gates.
-        tasks: task ids [batch] from 1 to num_tasks, or gates [batch, E] (also [1, E] for all, or
-            one row per token) as a float tensor for router="external".
+        model: a model with task gates, external gates or task vectors.
+        tasks: task ids [batch] from 1 to num_tasks, or as a float tensor gates [batch, E] (also
+            [1, E] for all, or one row per token) for router="external", or task vectors [batch, D]
+            for "token_task".
 
     Raises:
-        ValueError: the model has no layer that takes them, or ids are out of range.
+        ValueError: the model has no layer that takes them, or takes both gates and task vectors;
+            ids are out of range, or vectors of another size.
     """
     tasks = torch.as_tensor(tasks)
     for layer in model.modules():
@@ -178,10 +180,19 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         layers = [
             m for m in model.modules() if isinstance(m, LAYERS) and m.config.router == "external"
         ]
-        if not layers:
+        mixed = [m for m in model.modules() if isinstance(m, TokenTaskRouter)]
+        if not layers and not mixed:
             raise ValueError(
                 "model: no layer with router='external' takes gates; task ids are whole numbers"
             )
+        if layers and mixed:
+            raise ValueError(
+                "model: it takes gates and task vectors; set_tasks of its parts tells them apart"
+            )
+        for router in mixed:
+            router.check_tasks(tasks)
+        for router in mixed:
+            router.hold_tasks(tasks)
         for layer in layers:
             layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
         return

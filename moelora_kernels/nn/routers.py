@@ -16,25 +16,39 @@ from moelora_kernels.nn.base import is_plain_linear
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """x Wt + b in float32 (float64 for float64 x) whatever autocast says: logits need it."""
+    return _wide_product(x, linear.weight, linear.bias)
+
+
+def _wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     if not is_autocast(x.device):
-        return nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
     with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 class MlpRouter(nn.Module):
-    """logits = W2 silu(W1 x + b1) + b2        x [T, I] -> [T, E]"""
+    """logits = W2 act(W1 x + b1) + b2        x [T, I] -> [T, E]; act is silu unless given"""
 
-    def __init__(self, in_features, num_experts, hidden, *, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features,
+        num_experts,
+        hidden,
+        *,
+        activation=nn.functional.silu,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(in_features, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, num_experts, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> logits [T, E]."""
-        return wide_linear(nn.functional.silu(wide_linear(x, self.fc1)), self.fc2)
+        return wide_linear(self.activation(wide_linear(x, self.fc1)), self.fc2)
 
 
 class TaskRouter(nn.Module):
@@ -90,6 +104,124 @@ class ThresholdRouter(nn.Module):
         return torch.cat([router_logits(self.gate, x), router_logits(self.threshold, x)], dim=1)
 
 
+class PrototypeRouter(nn.Module):
+    """logits = |x v_e|        x [T, I] -> [T, E]
+
+    The gate of Arrow (arXiv 2405.11157): v_e is a direction of expert e, one row of the buffer
+    `prototypes` [E, I], which `set_prototypes` fills; zero until then. Nothing in it trains.
+    """
+
+    def __init__(self, in_features, num_experts, *, device=None, dtype=None):
+        super().__init__()
+        zeros = torch.zeros(num_experts, in_features, device=device, dtype=dtype)
+        self.register_buffer("prototypes", zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> logits [T, E], none negative."""
+        return _wide_product(x, self.prototypes).abs()
+
+
+class TokenTaskRouter(nn.Module):
+    """p = (1 - s) softmax(token(x)) + s softmax(task(t)), s = sigmoid(share)        [T, E]
+
+    The gate of HMoRA (ICLR 2025), x [T, I] a token and t [B, D] the task vector of its
+    sequence: `set_tasks(model, vectors)` gives them, with their graph, so that the encoder they
+    come from trains. Returns probabilities: use score="identity", and normalize="softmax" with
+    top_k for the original's second softmax. One instance as `router=` of several layers is shared
+    by them, as q, k, v and gate, up share it there.
+
+    Args:
+        in_features: I.
+        task_features: D.
+        num_experts: E.
+        hidden: of MLPs of two layers with a ReLU between; None: linear, with bias.
+        share: the start of the learned mixture; the original's rises from -2 in the first layer of
+            a model to 2 in the last.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        task_features,
+        num_experts,
+        hidden=None,
+        share=0.0,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+
+        def gate(features):
+            if hidden is None:
+                return nn.Linear(features, num_experts, device=device, dtype=dtype)
+            return MlpRouter(
+                features,
+                num_experts,
+                hidden,
+                activation=nn.functional.relu,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.token, self.task = gate(in_features), gate(task_features)
+        self.task_features = task_features
+        self.share = nn.Parameter(torch.full((), float(share), device=device, dtype=dtype))
+        self.task_vectors: Tensor | None = None
+
+    def check_tasks(self, vectors: Tensor) -> None:
+        """Raise unless vectors are [B, D]."""
+        if vectors.dim() != 2 or vectors.shape[1] != self.task_features:
+            raise ValueError(
+                f"tasks: expected vectors [batch, {self.task_features}], got {[*vectors.shape]}"
+            )
+
+    def hold_tasks(self, vectors: Tensor) -> None:
+        """Keep vectors [B, D] that `check_tasks` let pass for the coming forwards."""
+        self.task_vectors = vectors.to(self.share.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> probabilities [T, E], in float32."""
+        if self.task_vectors is None:
+            raise RuntimeError("the gate has no task vectors: call set_tasks(model, vectors) first")
+        tokens, batch = x.shape[0], self.task_vectors.shape[0]
+        if tokens % batch:
+            raise ValueError(f"tasks: {batch} task vectors do not share out over {tokens} tokens")
+        own = router_logits(self.token, x).softmax(dim=1)
+        task = router_logits(self.task, self.task_vectors).to(own).softmax(dim=1)
+        share = self.share.to(own.dtype).sigmoid()
+        return (1 - share) * own + share * task.repeat_interleave(tokens // batch, dim=0)
+
+
+class BalancedRouter(nn.Module):
+    """A gate with a bias per expert that counts where experts are selected and nowhere else.
+
+    `balance_bias` [E] is a buffer that `update_balance` moves against `load` [E], how often each
+    expert was selected in the training forwards since then (None: none yet). A gate that several
+    layers share has a bias of its own in each of them.
+
+    Source: arXiv 2408.15664 (loss-free balancing).
+    """
+
+    def __init__(self, gate, num_experts, *, device=None):
+        super().__init__()
+        self.gate = gate
+        self.register_buffer("balance_bias", torch.zeros(num_experts, device=device))
+        # Not a buffer: DDP overwrites those of all ranks with the first one's.
+        self.load: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> logits [T, E] of the gate, without the bias."""
+        return router_logits(self.gate, x)
+
+    def count(self, keep: Tensor) -> None:
+        """Add the selection keep [N, E] of a forward, but not that of a repeated one."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        counts = keep.sum(dim=0).to(torch.float32)
+        self.load = counts if self.load is None else self.load + counts
+
+
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
     """The logits of any router that reads x; those of a linear one in float32."""
     if is_plain_linear(router):
@@ -104,6 +236,8 @@ def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.M
     router = _build_gate(config, in_features, device, dtype)
     if config.select == "learned_threshold":
         return ThresholdRouter(router, in_features, device=device, dtype=dtype)
+    if config.balance_rate is not None:
+        return BalancedRouter(router, config.num_experts, device=device)
     return router
 
 
@@ -131,6 +265,17 @@ def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Mo
             device=device,
             dtype=dtype,
         )
+    if config.router == "prototype":
+        return PrototypeRouter(in_features, config.num_experts, device=device, dtype=dtype)
+    if config.router == "token_task":
+        return TokenTaskRouter(
+            in_features,
+            config.task_embedding_dim,
+            config.num_experts,
+            config.router_hidden,
+            device=device,
+            dtype=dtype,
+        )
     return None
 
 
@@ -143,6 +288,8 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     if config.router == "task":
         # One gate serves all layers of a model, also of one that is spread over devices.
         return router().to(x.device)
+    if config.router == "self":
+        return _wide_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
     if config.granularity == "sequence":
         sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
@@ -171,11 +318,12 @@ def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
 
 
 def gate_of_logits(
-    logits: Tensor, config: MoeLoraConfig, training: bool
+    logits: Tensor, config: MoeLoraConfig, training: bool, router: nn.Module | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """gate = normalize(select(score(logits / temperature) - tau)), in float32.
 
-    logits [N, E], or [N, E + 1] with that of a learned threshold. Returns weights [N, K] with
+    logits [N, E], or [N, E + 1] with that of a learned threshold; the router holds the bias of
+    `balance_rate`, where there is one, and counts. Returns weights [N, K] with
     indices [N, K] for a top-k gate of tokens, else dense gates [N, E] with None.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
@@ -193,19 +341,23 @@ def gate_of_logits(
         # Sparse weights have one row per token; few rows are as well dense.
         return weights.new_zeros(logits.shape).scatter(1, indices.long(), weights), None
     scaled = logits / config.temperature
-    scores = {
-        "softmax": lambda: scaled.softmax(dim=1),
-        "sigmoid": scaled.sigmoid,
-        "identity": lambda: scaled,
-    }[config.score]()
+    scores = _scores(scaled, config)
     if tau is not None:
         scores = scores - tau
-    keep = _selected(scores, config)
+    ranked = scores
+    if config.balance_rate is not None:
+        biased = logits.detach() + router.balance_bias.to(logits)
+        ranked = _scores(biased / config.temperature, config)
+    keep = _selected(ranked, config)
+    if config.balance_rate is not None and training:
+        router.count(keep)
     if config.entropy_threshold is not None:
         uncertain = normalized_entropy(scaled.detach(), config.entropy_index)
         keep = keep | (uncertain > config.entropy_threshold)[:, None]
     if config.normalize == "softmax":
         weights = torch.where(keep, scores, -torch.inf).softmax(dim=1).nan_to_num(0.0)
+    elif config.normalize == "one":
+        weights = torch.ones_like(scores)
     else:
         weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
@@ -216,6 +368,16 @@ def gate_of_logits(
     # A select last: backward multiplies the gradients of all weights, and that of an expert which
     # is not kept may be no number.
     return torch.where(keep, weights, 0), None
+
+
+def _scores(scaled: Tensor, config: MoeLoraConfig) -> Tensor:
+    """The scores of logits / temperature, [N, E]."""
+    return {
+        "softmax": lambda: scaled.softmax(dim=1),
+        "sigmoid": scaled.sigmoid,
+        "identity": lambda: scaled,
+        "abs": scaled.abs,
+    }[config.score]()
 
 
 def split_threshold(logits: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor | None]:

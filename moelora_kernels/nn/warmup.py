@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.base import float_weight
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+from moelora_kernels.nn.routers import BalancedRouter
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
@@ -19,7 +21,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
     Kernels are compiled at their first launch, and small tables are copied to the device then;
     neither is possible while a CUDA graph is captured. Layers run in the mode they are in (training
     or not) and under the autocast that is active; parameters that train get no gradient, and random
-    generators and recorded routing stay as they were.
+    generators, recorded routing and counted loads stay as they were.
 
     Args:
         model: a model, a layer or a group. With task gates or external gates, `set_tasks` first.
@@ -37,6 +39,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         raise ValueError("model: no MoeLoraLinear and no MoeLoraFFN in it")
     layers = [layer for group in groups for layer in group]
     kept = [(layer.record, vars(layer.record).copy()) for layer in layers]
+    loads = [(m, m.load) for m in model.modules() if isinstance(m, BalancedRouter)]
     places = {p.device for layer in layers for p in layer.parameters(recurse=False)}
     devices = {device for device in places if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
@@ -45,6 +48,8 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
                 _run(group, batch, count)
     for record, values in kept:
         vars(record).update(values)
+    for router, load in loads:
+        router.load = load
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]]:
@@ -67,13 +72,16 @@ def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]
 
 def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int) -> None:
     first = group[0]
+    alone = isinstance(first, (MoeLoraFFN, MoeLoraAdapter))
     base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
-    weight = float_weight(base)
+    weights = map(float_weight, base.modules() if isinstance(first, MoeLoraAdapter) else [base])
+    weight = next((w for w in weights if w is not None), None)
     like = next(first.parameters(recurse=False)) if weight is None else weight
-    x = torch.zeros(batch, tokens, base.in_features, dtype=like.dtype, device=like.device)
+    features = first.hidden_size if isinstance(first, MoeLoraFFN) else first.in_features
+    x = torch.zeros(batch, tokens, features, dtype=like.dtype, device=like.device)
     with torch.enable_grad():
         x.requires_grad_()
-        outputs = [first(x)] if isinstance(first, MoeLoraFFN) else forward_siblings(group, x)
+        outputs = [first(x)] if alone else forward_siblings(group, x)
         trained = {p for layer in group for p in layer.parameters() if p.requires_grad}
         gradients = [torch.zeros_like(y) for y in outputs]
         torch.autograd.grad(outputs, [x, *trained], gradients, allow_unused=True)

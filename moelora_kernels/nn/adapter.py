@@ -1,0 +1,111 @@
+"""MoeLoraAdapter: gated adapters with an activation in rank space, on what a module returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.functional import active_dtype
+from moelora_kernels.nn.linear import MoeLoraLinear, _gates, _keep
+from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
+
+ACTIVATIONS = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+}
+
+
+class MoeLoraAdapter(MoeLoraLinear):
+    """Experts that read what a frozen FFN returns, gated by what it is given, as in PESC.
+
+        y = z + u Bt        u = scale * gate (.) act(z At)        z = base(x), gate = router(x)
+
+        block.mlp = MoeLoraAdapter(block.mlp, hidden_size, MoeLoraConfig.preset("pesc"))
+
+    Parameters as `MoeLoraLinear`, whose checkpoints, `set_tasks` and auxiliary losses it shares.
+    The base is called and left as it is: freeze it, or train plain LoRA inside it (which has to be
+    there first: `replace_linears` does not look into a layer of experts). Plain PyTorch,
+    all experts for every token; saved for backward beside z and the parameters is what lives in
+    rank space.
+
+    Args:
+        base: x [..., I] -> z [..., I].
+        hidden_size: I.
+        config: a MoeLoraConfig with a `rank_activation`; adapter_dtype None is float32, the base
+            being any module.
+        **options: its fields, in place of it or changing it.
+
+    Raises ValueError that names the option, what was given and what is expected.
+
+    Source: arXiv 2401.02731 (PESC).
+    """
+
+    _activates = True
+
+    def __init__(
+        self,
+        base: nn.Module,
+        hidden_size: int,
+        config: MoeLoraConfig | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        trained = [q for q in base.parameters() if q.requires_grad]
+        self._attach(base, config, options, (hidden_size, hidden_size))
+        for q in trained:
+            q.requires_grad_()
+        self.train(base.training)
+
+    def _attach(self, base, config, options, features=None) -> None:
+        config = MoeLoraConfig.of(config, options)
+        _check_config(config)
+        super()._attach(base, config, {}, features)
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., {self.in_features}], got {[*x.shape]}")
+        config = self.config
+        if gates is not None and config.router != "external":
+            raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
+        z = self.base_layer(x)
+        if z.shape != x.shape:
+            raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
+        tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
+        weights, indices, rows, logits = _gates((self,), x, tokens, gates)
+        if config.aux or self.record.wanted:
+            _keep((self,), weights, indices, logits)
+        plan, count = self._plan, tokens.shape[0]
+        gate = dense_gate(weights, indices, rows, count, 1, len(plan.ranks))
+        gate = rank_gate(gate.to(compute_dtype(tokens)), plan.ranks, plan.scaling)[:, 0]
+        flat = z.reshape(-1, self.in_features)
+        h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
+        activated = ACTIVATIONS[config.rank_activation](h.to(gate.dtype))
+        # A select: a NaN in an expert nobody chose stays there.
+        u = torch.where(gate == 0, 0, gate * activated).to(flat.dtype)
+        return torch.addmm(flat, u, self.lora_B.to(flat.dtype).t()).view(z.shape)
+
+
+def _check_config(config: MoeLoraConfig) -> None:
+    """Raise where an option has no meaning for adapters with an activation."""
+    if config.rank_activation is None:
+        raise ValueError(
+            "rank_activation: expected one; without it the experts belong on the FFN's linears"
+        )
+    if config.router in (None, "task", "prototype", "self"):
+        raise ValueError(f"router: {config.router!r} does not gate what another module returns")
+    refused = {
+        "share": (config.share, "none"),
+        "grad_gate": (config.grad_gate, "gate"),
+        "dropout": (config.dropout, 0),
+        "impl": (config.impl, "auto"),
+    }
+    for name, (given, expected) in refused.items():
+        if given != expected:
+            raise ValueError(f"{name}: expected {expected!r} with rank_activation, got {given!r}")
+    if config.init == "svd_segments":
+        raise ValueError("init: 'svd_segments' is of a linear's weight, an adapter has none")

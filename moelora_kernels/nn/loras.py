@@ -1,0 +1,87 @@
+"""LoRAs that exist already, as experts: stacked, and what of x each of them answers most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.record import layers_of
+from moelora_kernels.nn.routers import PrototypeRouter
+from moelora_kernels.reference.gates import blocks
+
+_SCALES = {"alpha/r": lambda rank: rank, "alpha/sqrt(r)": math.sqrt}
+
+
+def stack_loras(
+    linear: nn.Module, loras: Sequence[tuple[Tensor, Tensor, float]], config: MoeLoraConfig
+) -> tuple[MoeLoraConfig, Tensor, Tensor]:
+    """The config, A [R, I] and B [O, R] of a layer whose experts are `loras`.
+
+    See `MoeLoraLinear.from_loras`.
+    """
+    loras = list(loras)
+    if not loras:
+        raise ValueError("loras: expected at least one, got none")
+    if config.scaling not in _SCALES:
+        raise ValueError(
+            f"scaling: LoRAs have {' or '.join(map(repr, _SCALES))}, got {config.scaling!r}"
+        )
+    for option, plain in (("share", "none"), ("shared_expert", "none")):
+        if getattr(config, option) != plain:
+            raise ValueError(f"{option}: the experts are those of loras, and no other")
+    if config.init == "svd_segments":
+        raise ValueError("init: the experts are those of loras, init='svd_segments' makes others")
+    ranks, scales = [], []
+    for i, (a, b, alpha) in enumerate(loras):
+        rank = a.shape[0] if a.dim() == 2 else 0
+        expected = [rank, linear.in_features], [linear.out_features, rank]
+        if not rank or ([*a.shape], [*b.shape]) != expected:
+            raise ValueError(
+                f"loras[{i}]: expected A [r, {linear.in_features}] and B "
+                f"[{linear.out_features}, r], got {[*a.shape]} and {[*b.shape]}"
+            )
+        ranks.append(rank)
+        scales.append(alpha / _SCALES[config.scaling](rank))
+    made = config.replace(num_experts=len(loras), rank=tuple(ranks), scaling=tuple(scales))
+    lora_a, lora_b = zip(*[lora[:2] for lora in loras], strict=True)
+    return made, torch.cat(lora_a), torch.cat(lora_b, dim=1)
+
+
+def lora_prototypes(lora_a: Tensor, lora_b: Tensor, ranks: Sequence[int]) -> Tensor:
+    """v_e, the first right singular vector of B_e A_e, of every expert.
+
+        B_e = Qb Rb,  A_e^T = Qa Ra        B_e A_e = Qb (Rb Ra^T) Qa^T        v_e = Qa v(Rb Ra^T)
+
+    so that no more than r x r is decomposed, in float64. Its sign is arbitrary; zero where B_e A_e
+    is zero.
+
+    lora_a [R, I], lora_b [O, R], ranks E ints of sum R -> [E, I] in lora_a's dtype.
+    """
+    rows = []
+    for own in blocks(ranks):
+        qa, ra = torch.linalg.qr(lora_a[own].detach().double().t())
+        _, rb = torch.linalg.qr(lora_b[:, own].detach().double())
+        _, values, right = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+        rows.append(torch.where(values[0] > 0, qa @ right[0], 0))
+    return torch.stack(rows).to(lora_a.dtype)
+
+
+def set_prototypes(model: nn.Module) -> None:
+    """Fill the prototypes of every layer of `model` with router="prototype" from its A and B.
+
+    To be called when A and B have their values (`MoeLoraLinear.from_loras` does it), and again when
+    they change. The prototypes are saved with the adapter.
+
+    Raises ValueError where no layer has such a router.
+    """
+    layers = [layer for layer in layers_of(model) if layer.config.router == "prototype"]
+    if not layers:
+        raise ValueError("model: no layer with router='prototype'")
+    for layer in layers:
+        router = layer.router if isinstance(layer.router, PrototypeRouter) else layer.router.gate
+        experts = layer.config.ranks()[: layer.config.num_experts]
+        router.prototypes.copy_(lora_prototypes(layer.lora_A, layer.lora_B, experts))
