@@ -13,7 +13,6 @@ from moelora_kernels import (
     MoeLoraConfig,
     adapter_parameters,
     collect_aux_loss,
-    native,
     record_routing,
     replace_linears,
 )
@@ -118,7 +117,20 @@ def test_outputs_and_gradients_are_those_of_the_drawn_experts(training):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(not native.available(), reason="grouped on a CPU is the native library")
+def test_sampling_compiles_once():
+    """No graph break, the draw of eager, and one graph for every number of tokens."""
+    layer = make_layer(**SAMPLING)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(torch.randn(2, 5, IN, dtype=torch.float64))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (3, 7):
+            x = torch.randn(2, tokens, IN, dtype=torch.float64)
+            torch.manual_seed(1)
+            found = compiled(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(found, layer(x), rtol=1e-12, atol=1e-12)
+
+
 def test_grouped_and_wide_serve_the_same_draw():
     layers = [make_layer(**SAMPLING, impl=impl) for impl in ("wide", "grouped", "reference")]
     x = torch.randn(3, 5, IN, dtype=torch.float64)

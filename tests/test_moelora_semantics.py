@@ -175,6 +175,18 @@ def test_low_precision_embeddings_are_averaged_in_float32():
     torch.testing.assert_close(router()[0].double(), exact, rtol=1e-6, atol=1e-6)
 
 
+def test_sequence_first_with_several_tasks_compiles_once():
+    """No graph break, and one graph for every number of steps."""
+    layer = make_layer(**TASK, batch_dim=1).eval()
+    set_tasks(layer, [[1, 2], [3, 0]])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(torch.randn(5, 2, IN, dtype=torch.float64))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps in (2, 7):
+            x = torch.randn(steps, 2, IN, dtype=torch.float64)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
 # --- a gate per layer ----------------------------------------------------------------------------
 
 
