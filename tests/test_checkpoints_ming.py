@@ -156,6 +156,32 @@ def test_a_folder_holds_attention_and_mixtures_apart(kind, tmp_path):
         load_ming(model, [attention, tmp_path])
 
 
+def test_a_qwen2_generates_what_the_original_does():
+    """Names of the real model; a batch of three in prefill and, with a KV cache, in decode."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    source = copy.deepcopy(model)
+    put(source, lambda base: MoLora(base, EXPERTS, RANK, ALPHA), ".mlp.")
+    put(source, lambda base: PlainLora(base, RANK, ALPHA), "_attn.")
+    replace_linears(model, CONFIG, ["gate_proj", "up_proj", "down_proj"])
+    replace_linears(model, LORA, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    state = state_of(source)
+    load_ming(model, state)
+    assert_bits(export_ming(model), state)
+    ids = torch.randint(0, 40, (3, 6))
+    with torch.no_grad():
+        found, expected = model(ids).logits, source(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found, expected = (
+        net.generate(ids, max_new_tokens=4, do_sample=False) for net in (model, source)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_lora_of_a_linear_without_a_layer_is_named():
     """Dropping attention's LoRA would leave a model that answers worse, without a word."""
     state = state_of(original(attention=True))

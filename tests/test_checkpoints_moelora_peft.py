@@ -246,7 +246,8 @@ BROKEN = {
         lambda s: {**s, "lora_gate.GateL.weight": torch.zeros(4, 8, dtype=torch.int8)},
         r"dtype of lora_gate\.GateL\.weight",
     ),
-    "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor, got int"),
+    "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor .*, got int under str"),
+    "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a name, got Tensor under int"),
     "on meta": (
         lambda s: {k: t.to("meta") if k == "lora_gate.GateL.weight" else t for k, t in s.items()},
         r"lora_gate\.GateL\.weight: the adapter's tensor is on the meta device",
@@ -320,7 +321,7 @@ def write_code(path):
 
 
 def write_plain_pickle(path):
-    path.write_bytes(pickle.dumps({"x": Code()}))
+    path.write_bytes(pickle.dumps({"x": Code()}, protocol=2))
 
 
 def write_nothing(path):
@@ -354,6 +355,8 @@ def test_a_broken_file_is_named_and_changes_nothing(write, name, message, tmp_pa
 
 
 def test_a_missing_file_or_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(TypeError, match="state_dict: expected tensors by key, a path"):
+        load_moelora_peft(ours(), 3)
     with pytest.raises(FileNotFoundError):
         load_moelora_peft(ours(), tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors, adapter_model\.bin"):

@@ -25,7 +25,7 @@ def read(state: State) -> Mapping[str, Tensor]:
     """The tensors of a dictionary, a file, a folder, or several of them, by key."""
     if isinstance(state, Mapping):
         return state
-    if not isinstance(state, (str, os.PathLike)):
+    if isinstance(state, Sequence) and not isinstance(state, str):
         tensors: dict[str, Tensor] = {}
         for part in state:
             own = read(part)
@@ -33,6 +33,10 @@ def read(state: State) -> Mapping[str, Tensor]:
                 raise ValueError(f"state_dict: {', '.join(twice)}: in more than one part")
             tensors.update(own)
         return tensors
+    if not isinstance(state, (str, os.PathLike)):
+        raise TypeError(
+            f"state_dict: expected tensors by key, a path or a list of those, got {type(state)}"
+        )
     path = Path(state)
     if path.is_dir():
         found = [next((path / n for n in row if (path / n).exists()), None) for row in FILES]

@@ -253,8 +253,9 @@ def _match(
     names: dict[str, str] = {}
     adapters: dict[str, str] = {}
     for given, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            problems.append(f"{given}: expected a tensor, got {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or not isinstance(given, str):
+            kinds = f"{type(tensor).__name__} under {type(given).__name__}"
+            problems.append(f"{given}: expected a tensor under a name, got {kinds}")
             continue
         key = given.removeprefix(PREFIX)
         if found := _ADAPTER_NAME.search(key):
