@@ -18,11 +18,13 @@ AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001, "entropy": 0.01}
 _VALUES = {
     "granularity": ("token", "sequence", "task"),
     "score": ("softmax", "sigmoid", "identity", "abs"),
-    "select": ("all", "topk", "topp", "threshold", "learned_threshold"),
+    "select": ("all", "topk", "sampling", "topp", "threshold", "learned_threshold"),
     "normalize": ("none", "sum", "softmax", "one"),
     "share": ("none", "A"),
     "shared_expert": ("none", "always", "complement"),
     "dropout_mask": ("shared", "per_expert"),
+    "task_gate": ("shared", "per_layer"),
+    "batch_dim": (0, 1),
     "init": ("kaiming", "normal", "sparse", "svd_segments"),
     "freeze": ("none", "A", "AB"),
     "grad_gate": ("gate", "sqrt"),
@@ -69,14 +71,18 @@ class MoeLoraConfig:
         router_bias: of the linear router.
         num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks. Of
             "token_task" task_embedding_dim is the size of a task vector.
+        task_gate: one task router for all layers of a model ("shared"), or one "per_layer".
+        batch_dim: the dimension of x that counts sequences: 0, or 1 for x [sequence, batch, I]. Of
+            gates per sequence or task, and of external ones with a row for each sequence.
         granularity: one gate per "token", per "sequence" (router sees the mean over positions) or
             per "task" (implied by router="task").
         score, temperature, noise: "softmax", "sigmoid", "identity" or "abs" of logits /
             temperature; in training, noise * N(0, 1) is added to the logits first.
-        select: "all", "topk" (implied by top_k), "topp" (fewest experts whose scores reach top_p of
-            the total), "threshold" (scores of at least `threshold`), "learned_threshold" (scores
-            less tau = max_threshold * sigmoid(w x + b) of the token, where that is not negative;
-            max_threshold None is 1/E).
+        select: "all", "topk" (implied by top_k), "sampling" (top_k experts, without replacement,
+            with probabilities softmax(logits / temperature), in training and in evaluation), "topp"
+            (fewest experts whose scores reach top_p of the total), "threshold" (scores of at least
+            `threshold`), "learned_threshold" (scores less tau = max_threshold * sigmoid(w x + b)
+            of the token, where that is not negative; max_threshold None is 1/E).
         keep_min: for "topp" and "threshold": the experts of a token that are kept in any case.
         entropy_threshold: a token keeps all experts where the entropy of softmax(logits /
             temperature), divided by its largest value, is above it.
@@ -115,6 +121,8 @@ class MoeLoraConfig:
     router_hidden: int = 64
     num_tasks: int | None = None
     task_embedding_dim: int = 64
+    task_gate: str = "shared"
+    batch_dim: int = 0
     granularity: str | None = None
     score: str = "softmax"
     temperature: float = 1.0
@@ -232,12 +240,16 @@ class MoeLoraConfig:
                 raise ValueError(f"select: gates of router={self.router!r} are used as they are")
             if self.aux:
                 raise ValueError(f"aux: router={self.router!r} has no logits to make a loss of")
-        for option, select in (("top_k", "topk"), ("top_p", "topp"), ("threshold", "threshold")):
+        for option, selects in (
+            ("top_k", ("topk", "sampling")),
+            ("top_p", ("topp",)),
+            ("threshold", ("threshold",)),
+        ):
             value = getattr(self, option)
-            if (value is not None) != (self.select == select):
+            if (value is not None) != (self.select in selects):
                 raise ValueError(
-                    f"{option}: select={self.select!r} with {option}={value!r}; "
-                    f"{option} goes with select={select!r}, and only with it"
+                    f"{option}: select={self.select!r} with {option}={value!r}; {option} goes with "
+                    f"select={' or '.join(map(repr, selects))}, and only with it"
                 )
         if self.top_k is not None and not (
             isinstance(self.top_k, int) and 1 <= self.top_k <= self.num_experts
@@ -253,6 +265,8 @@ class MoeLoraConfig:
             _finite("threshold", self.threshold)
         if self.router == "task":
             _whole("num_tasks", self.num_tasks)
+        if self.task_gate != "shared":
+            self._goes_with("task_gate", "router", ("task",))
         if (self.granularity == "task") != (self.router == "task"):
             raise ValueError(
                 f"granularity: {self.granularity!r} does not go with router={self.router!r}; "
@@ -341,10 +355,13 @@ class MoeLoraConfig:
                 "aux": self.aux,
                 "noise": self.noise,
                 "entropy_threshold": self.entropy_threshold,
+                "select": self.select == "sampling",
             }
             for name, given in named.items():
                 if given:
                     raise ValueError(f"{name}: goes with logits, router='token_task' has none")
+            if self.batch_dim != 0:
+                raise ValueError("batch_dim: router='token_task' takes x [batch, sequence, I] only")
 
     def _check_balance(self) -> None:
         if self.normalize == "one":
@@ -435,10 +452,15 @@ class MoeLoraConfig:
             raise ValueError(f"alpha: scaling={by_width!r} takes its root, got {self.alpha}")
         return tuple(math.sqrt(3 * self.alpha * in_features / rank) for rank in ranks)
 
+    def shares_gate(self) -> bool:
+        """Whether one router serves all layers of a model."""
+        return self.router == "task" and self.task_gate == "shared"
+
     def is_sparse(self) -> bool:
         """Whether the gate is K weights and indices per token, not E weights."""
-        sparse = self.select == "topk" and self.top_k < self.num_experts
-        return sparse and self.granularity == "token" and self.renormalizes() is not None
+        if self.granularity != "token" or self.top_k in (None, self.num_experts):
+            return False
+        return self.select == "sampling" or self.renormalizes() is not None
 
     def renormalizes(self) -> bool | None:
         """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""

@@ -246,7 +246,7 @@ def test_tasks_that_do_not_fit_raise():
             set_tasks(model, ids)
     with pytest.raises(ValueError, match="no layer with router='external' takes gates"):
         set_tasks(model, [0.5, 0.5])
-    for ids in ([[1, 2]], torch.tensor(1), torch.tensor([True, True])):
+    for ids in ([[[1, 2]]], torch.tensor(1), torch.tensor([True, True])):
         with pytest.raises(ValueError, match="ids: expected whole numbers"):
             set_tasks(model, ids)
     set_tasks(model, [1, 2, 3])

@@ -260,6 +260,8 @@ BAD = [
     ("score", MIXED | dict(score="softmax")),
     ("aux", MIXED | dict(aux="load_balance")),
     ("noise", MIXED | dict(noise=0.1)),
+    ("select", MIXED | dict(select="sampling")),
+    ("batch_dim", MIXED | dict(batch_dim=1)),
     ("entropy_threshold", MIXED | dict(entropy_threshold=0.5)),
 ]
 

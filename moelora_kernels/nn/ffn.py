@@ -218,13 +218,14 @@ class MoeLoraFFN(nn.Module):
                 logits = layer_logits(self, x, tokens)
             weights, indices = gate_of_logits(logits, config, self.training, self.router)
         weights, indices = add_shared_expert(weights, indices, config)
-        rows_of_gates(weights, x.shape, x.device, source)
+        rows_of_gates(weights, x.shape, x.device, source, config.batch_dim)
         if config.aux or self.record.wanted:
             self.record.keep(weights, indices, logits)
         if indices is None:
             weights, indices = _slots_of_dense(weights, config)
         weights = weights.to(compute_dtype(tokens))
-        return tuple(_of_tokens(t, tokens.shape[0]) for t in (weights, indices))
+        steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
+        return tuple(_of_tokens(t, tokens.shape[0], steps) for t in (weights, indices))
 
     def extra_repr(self) -> str:
         """Sizes and the options that set this layer apart."""
@@ -252,12 +253,16 @@ def _slots_of_dense(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Ten
     return weights, indices
 
 
-def _of_tokens(rows: Tensor, tokens: int) -> Tensor:
-    """One row for each token from rows of all tokens, of sequences, or one for all."""
+def _of_tokens(rows: Tensor, tokens: int, steps: int) -> Tensor:
+    """One row for each token from rows of all tokens, of sequences, or one for all.
+
+    The tokens are those of the sequences, one sequence after the other, in each of `steps` steps.
+    """
     count, slots = rows.shape
     if count == tokens:
         return rows
-    return rows[:, None].expand(count, tokens // count, slots).reshape(tokens, slots)
+    inner = tokens // max(steps * count, 1)
+    return rows[None, :, None].expand(steps, count, inner, slots).reshape(tokens, slots)
 
 
 def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:

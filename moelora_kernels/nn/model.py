@@ -26,7 +26,8 @@ def replace_linears(
     """Put a MoeLoraLinear over every matching nn.Linear of `model`, in place.
 
     The bases are frozen; other parameters stay as they are. With router="task" one gate serves all
-    layers, those of an earlier call with a gate of the same sizes included.
+    layers, those of an earlier call with a gate of the same sizes included, unless
+    task_gate="per_layer".
 
     Args:
         model: any module.
@@ -66,7 +67,7 @@ def replace_linears(
         module = model.get_submodule(name)
         if id(module) not in replaced:
             layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
-            if config.router == "task":
+            if config.shares_gate():
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[id(module)])
@@ -116,7 +117,7 @@ def replace_ffns(
         module = model.get_submodule(name)
         if module not in replaced:
             layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
-            if config.router == "task":
+            if config.shares_gate():
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[module])
@@ -152,7 +153,7 @@ def _task_router(model: nn.Module, config: MoeLoraConfig) -> TaskRouter | None:
     """The gate that layers of `model` already share, if a new layer can use it."""
     sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
     for layer in model.modules():
-        if isinstance(layer, LAYERS) and layer.config.router == config.router == "task":
+        if isinstance(layer, LAYERS) and layer.config.shares_gate() and config.shares_gate():
             own = layer.config
             if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):
                 return layer.router
@@ -164,7 +165,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
 
     Args:
         model: a model with task gates, external gates or task vectors.
-        tasks: task ids [batch] from 1 to num_tasks, or as a float tensor gates [batch, E] (also
+        tasks: task ids [batch] from 1 to num_tasks, or [batch, L] where a sequence has several: the
+            mean of their embeddings, 0 for padding. Or as a float tensor gates [batch, E] (also
             [1, E] for all, or one row per token) for router="external", or task vectors [batch, D]
             for "token_task".
 

@@ -80,9 +80,9 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 
     Args:
         model: a model whose layers have `aux` in their config.
-        mask: [batch, sequence] (or one entry per token), True where a token counts. Where gates
-            belong to a sequence or task, that counts if any of its tokens does; one entry for each
-            gate row does as well.
+        mask: [batch, sequence], also where batch_dim is 1 (or one entry per token, in the order of
+            x), True where a token counts. Where gates belong to a sequence or task, that counts if
+            any of its tokens does; one entry for each gate row does as well.
 
     Raises:
         RuntimeError: no forward since the last call, or one without a graph (reentrant activation
@@ -120,6 +120,9 @@ def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
     logits, tau = split_threshold(logits, config)
     counts = torch.ones_like(logits[:, 0])
     if mask is not None:
+        if config.batch_dim == 1 and config.granularity == "token" and mask.dim() > 1:
+            # In the order of the tokens of x [sequence, batch, I].
+            mask = mask.transpose(0, 1)
         counts = _row_mask(mask, logits.shape[0], config.granularity).to(counts)
     total = counts.sum().clamp_min(1.0)
 

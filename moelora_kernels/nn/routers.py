@@ -52,10 +52,11 @@ class MlpRouter(nn.Module):
 
 
 class TaskRouter(nn.Module):
-    """logits = W_gate embedding[task]        ids [B] -> [B, E]
+    """logits = W_gate e_b        e_b = embedding[ids_b], the mean over the ids of a row [L]
 
-    The gate of MOELoRA: task ids run from 1 to num_tasks (row 0 of the embedding is reserved for
-    padding); `set_tasks` gives the ids. One router serves every layer it is given to.
+    ids [B] or [B, L] -> [B, E]. The gate of MOELoRA: task ids run from 1 to num_tasks; row 0 of the
+    embedding is reserved, and 0 in a row of several ids is padding, left out of the mean.
+    `set_tasks` gives the ids. One router serves every layer it is given to.
     """
 
     def __init__(self, num_tasks, embedding_dim, num_experts, *, device=None, dtype=None):
@@ -66,25 +67,37 @@ class TaskRouter(nn.Module):
         self.register_buffer("task_ids", None, persistent=False)
 
     def check_tasks(self, ids: Tensor) -> None:
-        """Raise unless ids are [B], from 1 to num_tasks."""
-        if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids: expected whole numbers [batch], got {ids.dtype} {[*ids.shape]}")
-        valid = ((ids >= 1) & (ids <= self.num_tasks)).all()
+        """Raise unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks, no row all 0."""
+        if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "ids: expected whole numbers [batch] or [batch, tasks of a sequence], "
+                f"got {ids.dtype} {[*ids.shape]}"
+            )
+        several = ids.dim() == 2
+        valid = ((ids >= 0) & (ids <= self.num_tasks)).all()
+        # A sequence without a task has no gate: the mean over no embeddings.
+        valid = valid & ((ids != 0).any(dim=1) if several else ids != 0).all()
+        expected = f"1 to {self.num_tasks}" + (", and 0 beside them as padding" if several else "")
         if ids.device.type == "cpu":
             if not valid:
-                raise ValueError(f"ids: expected 1 to {self.num_tasks}, got {ids.tolist()}")
+                raise ValueError(f"ids: expected {expected}, got {ids.tolist()}")
         else:
-            torch._assert_async(valid, f"ids: expected 1 to {self.num_tasks}")
+            torch._assert_async(valid, f"ids: expected {expected}")
 
     def hold_tasks(self, ids: Tensor) -> None:
-        """Keep ids [B] that `check_tasks` let pass for the coming forwards."""
+        """Keep ids that `check_tasks` let pass for the coming forwards."""
         self.task_ids = ids.to(self.gate.weight.device)
 
     def forward(self) -> Tensor:
         """Logits [B, E] of the tasks set last."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        return wide_linear(self.embedding(self.task_ids), self.gate)
+        tasks = self.embedding(self.task_ids)
+        if self.task_ids.dim() == 2:
+            tasks = tasks.to(torch.promote_types(tasks.dtype, torch.float32))
+            is_task = (self.task_ids != 0)[..., None]
+            tasks = torch.where(is_task, tasks, 0).sum(dim=1) / is_task.sum(dim=1)
+        return wide_linear(tasks, self.gate)
 
 
 class ThresholdRouter(nn.Module):
@@ -292,7 +305,9 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
         return _wide_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
     if config.granularity == "sequence":
-        sequences = x.flatten(1, -2) if x.dim() > 2 else tokens[None]
+        sequences = tokens[None]
+        if x.dim() > 2:
+            sequences = x.movedim(config.batch_dim, 0).flatten(1, -2)
         # The mean of no positions is 0, not 0 / 0.
         source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
     logits = router_logits(router, source)
@@ -344,11 +359,15 @@ def gate_of_logits(
     scores = _scores(scaled, config)
     if tau is not None:
         scores = scores - tau
-    ranked = scores
+    ranked, drawn = scores, None
     if config.balance_rate is not None:
         biased = logits.detach() + router.balance_bias.to(logits)
         ranked = _scores(biased / config.temperature, config)
-    keep = _selected(ranked, config)
+    if config.select == "sampling":
+        drawn = _drawn(scaled.detach(), config.top_k)
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, drawn, True)
+    else:
+        keep = _selected(ranked, config)
     if config.balance_rate is not None and training:
         router.count(keep)
     if config.entropy_threshold is not None:
@@ -367,7 +386,20 @@ def gate_of_logits(
         weights = weights / torch.where(total > 0, total, 1)
     # A select last: backward multiplies the gradients of all weights, and that of an expert which
     # is not kept may be no number.
-    return torch.where(keep, weights, 0), None
+    weights = torch.where(keep, weights, 0)
+    if drawn is not None and config.granularity == "token":
+        return weights.gather(1, drawn), drawn.to(torch.int32)
+    return weights, None
+
+
+def _drawn(logits: Tensor, top_k: int) -> Tensor:
+    """K distinct experts per row, drawn without replacement from softmax(logits): [N, K] int64.
+
+    The K largest of logits - log q, q ~ Exp(1), from torch's generator. What torch.multinomial
+    draws, without its wait for the device and where a probability is too small for a float.
+    """
+    q = torch.empty_like(logits).exponential_()
+    return (logits - q.log()).topk(top_k, dim=1).indices
 
 
 def _scores(scaled: Tensor, config: MoeLoraConfig) -> Tensor:
@@ -441,21 +473,24 @@ def add_shared_expert(
 
 
 def rows_of_gates(
-    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str
+    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str, batch_dim: int = 0
 ) -> Tensor | None:
-    """The gate row of each token where x [B, S, I] has one gate row per sequence; else None.
+    """The gate row of each token where x has one gate row per sequence; else None.
+
+    x is [B, S, I], or [S, B, I] with batch_dim 1.
 
     None means what `moe_lora_linear` takes it for: a gate row per token, or one for all tokens.
     """
-    tokens = 1
-    for size in x_shape[:-1]:
+    tokens, inner = 1, 1
+    for dim, size in enumerate(x_shape[:-1]):
         tokens *= size
+        inner *= size if dim > batch_dim else 1
     count = gates.shape[0]
     if count in (1, tokens):
         return None
-    if len(x_shape) < 3 or count != x_shape[0]:
+    if len(x_shape) < 3 or count != x_shape[batch_dim]:
         raise ValueError(
             f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, one per token, "
-            "or one per sequence (the first dimension of x)"
+            f"or one per sequence (dimension {batch_dim} of x: batch_dim={batch_dim})"
         )
-    return torch.arange(tokens, device=device, dtype=torch.int32) // (tokens // count)
+    return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count

@@ -1,14 +1,14 @@
-"""Adapters on disk: one safetensors file, strict in both directions."""
+"""Our own adapters on disk: one safetensors file, strict in both directions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moelora_kernels.checkpoints.files import load_safetensors, why_unfit
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 
@@ -45,16 +45,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     for key in own:
-        if key not in state:
-            continue
-        mine, given = own[key], state[key]
-        if mine.shape != given.shape:
-            problems.append(f"shape of {key}: expected {[*mine.shape]}, got {[*given.shape]}")
-        if mine.is_floating_point() != given.is_floating_point():
-            problems.append(f"dtype of {key}: expected {mine.dtype}, got {given.dtype}")
-        if mine.is_meta or given.is_meta:
-            where = "model" if mine.is_meta else "adapter"
-            problems.append(f"{key}: the {where}'s tensor is on the meta device, without values")
+        if key in state:
+            problems += why_unfit(key, own[key], state[key])
     if problems:
         raise ValueError("adapter does not fit the model:\n  " + "\n  ".join(problems))
     for key, tensor in own.items():
@@ -72,8 +64,4 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
     Strict as `load_adapter_state_dict`; a file that is not safetensors raises ValueError as well.
     """
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
-    load_adapter_state_dict(model, state)
+    load_adapter_state_dict(model, load_safetensors(path))
