@@ -15,10 +15,13 @@ from moelora_kernels.nn import (
     adapter_parameters,
     collect_aux_loss,
     link_siblings,
+    merge_adapter,
+    merge_and_unload,
     record_routing,
     replace_ffns,
     replace_linears,
     set_tasks,
+    unmerge_adapter,
     warmup,
 )
 
@@ -35,11 +38,14 @@ __all__ = [
     "link_siblings",
     "load_adapter",
     "load_adapter_state_dict",
+    "merge_adapter",
+    "merge_and_unload",
     "moe_lora_linear",
     "record_routing",
     "replace_ffns",
     "replace_linears",
     "save_adapter",
     "set_tasks",
+    "unmerge_adapter",
     "warmup",
 ]

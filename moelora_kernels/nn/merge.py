@@ -4,6 +4,11 @@
     A' = A                 B' = B, its columns times scale_e gate_e        rank R
     share="A": A' = A      B' = sum_e scale_e gate_e B_e                   rank r
 
+A merged layer leaves its base as it is and holds W + delta W beside it, in a buffer that no state
+dict has: `unmerge` drops it, so that the base is the same bits (the difference of two rounded
+weights would not be), a tied weight stays tied, and a checkpoint never counts an adapter twice. The
+price is a second weight for each merged layer; `merge_and_unload` keeps the merged one alone.
+
 Source: arXiv 2310.18339 (MOELoRA), which recovers one weight per task.
 """
 
@@ -14,10 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.base import check_called, dense_weight
 from moelora_kernels.nn.routers import add_shared_expert, external_gates, gate_of_logits
 
 # A task id, several ids that one sample has together, or the gate itself for router="external".
 Task = int | Sequence[int] | Tensor
+REDUCED_BASE = (
+    "init='svd_segments' reduced the base, so that no LoRA of its experts fits the original weight"
+)
 
 
 def why_no_task_gate(layer: nn.Module) -> str:
@@ -120,3 +129,76 @@ def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
     """
     a, b = lora_of_task(layer, task)
     return b @ a
+
+
+@torch.no_grad()
+def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
+    """W + delta W in the dtype of W, summed in float64 and rounded once, [O, I].
+
+    Raises:
+        ValueError: the base is no plain nn.Linear with a dense float weight, or has no values (meta
+            device); the sum is not finite; and as `gate_of_task`.
+    """
+    if reason := why_no_merge(layer.base_layer):
+        raise ValueError(f"base_layer: {reason}")
+    weight = dense_weight(layer.base_layer)
+    merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError(
+            f"task: W + delta W of task {task!r} is not finite in {weight.dtype}: a weight or an "
+            "adapter that diverged, or a sum that is too large for the dtype"
+        )
+    return merged
+
+
+def why_no_merge(base: nn.Module) -> str:
+    """Why nothing can be added to a base's weight; empty where it can."""
+    weight = dense_weight(base)
+    if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+        own = getattr(base, "weight", None)
+        kind = f"a weight of {type(own).__name__}, {own.dtype}" if own is not None else "no weight"
+        return (
+            "only a plain nn.Linear with a dense float weight can be merged into, this is a "
+            f"{type(base).__name__} with {kind} (quantised, hooked and sharded bases are called)"
+        )
+    return "its weight is on the meta device, without values" if weight.is_meta else ""
+
+
+def merged_with(layer: nn.Module) -> str:
+    """What a merged layer is merged with, in words."""
+    task = f" with task {layer.merged_task!r}" if layer.config.router == "task" else ""
+    return f"the layer is merged{task}"
+
+
+def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
+    """y = x (W + delta W)t + b of a merged layer."""
+    if gates is not None:
+        raise ValueError(f"gates: {merged_with(layer)}; unmerge() before it takes other gates")
+    if layer.training and torch.is_grad_enabled() and layer.lora_A.requires_grad:
+        raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
+    check_called(layer.base_layer, x)
+    return nn.functional.linear(x, layer.merged_weight, layer.bias)
+
+
+def check_merged_tasks(model: nn.Module, tasks: Tensor) -> None:
+    """Raise ValueError where a layer of `model` is merged with another task than those to come.
+
+    tasks: as in `set_tasks`. A merged layer serves its own task, whatever is set.
+    """
+    router = "external" if tasks.is_floating_point() else "task"
+    for name, layer in model.named_modules():
+        if not getattr(layer, "merged", False) or layer.config.router != router:
+            continue
+        if not _samples(tasks) <= _samples(torch.as_tensor(layer.merged_task)[None]):
+            raise ValueError(
+                f"tasks: {merged_with(layer)}, got {tasks.tolist()} for "
+                f"{name or 'it'}; unmerge first"
+            )
+
+
+def _samples(tasks: Tensor) -> set[tuple]:
+    """The different samples of ids [B] or [B, L] without padding, or of gates [..., E]."""
+    if tasks.is_floating_point():
+        return {tuple(row) for row in tasks.reshape(-1, tasks.shape[-1]).tolist()}
+    rows = torch.atleast_1d(tasks)
+    return {tuple(sorted(filter(None, row))) for row in rows.reshape(len(rows), -1).tolist()}

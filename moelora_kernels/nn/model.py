@@ -12,6 +12,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.merge import check_merged_tasks
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
@@ -168,9 +169,11 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             one row per token) as a float tensor for router="external".
 
     Raises:
-        ValueError: the model has no layer that takes them, or ids are out of range.
+        ValueError: the model has no layer that takes them, ids are out of range, or a layer is
+            merged with another task.
     """
     tasks = torch.as_tensor(tasks)
+    check_merged_tasks(model, tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()
