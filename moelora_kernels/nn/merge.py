@@ -74,8 +74,7 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
 def _given_gate(task: Task | None, experts: int) -> Tensor:
     if task is None:
         raise ValueError(f"task: router='external' needs the gate to merge, floats [{experts}]")
-    gate = torch.as_tensor(task)
-    gate = external_gates(gate[None] if gate.dim() == 1 else gate, experts)
+    gate = external_gates(torch.atleast_2d(torch.as_tensor(task)), experts)
     if gate.shape[0] != 1:
         raise ValueError(f"task: expected one gate [{experts}], got {gate.shape[0]} rows")
     return gate.double() if gate.dtype == torch.float64 else gate.float()
@@ -111,10 +110,10 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
     Raises ValueError as `gate_of_task` does.
     """
     config, a, b = layer.config, layer.lora_A.double(), layer.lora_B.double()
-    ranks = torch.tensor(config.ranks())
     gate = gate_of_task(layer, task).to(b)
     factors = gate * gate.new_tensor(config.scales(a.shape[1]))
-    columns = factors.repeat_interleave(ranks.to(b.device))
+    ranks = torch.tensor(config.ranks(), device=b.device)
+    columns = factors.repeat_interleave(ranks, output_size=b.shape[1])
     # A select, not a product: a NaN in an expert that is off stays there.
     scaled = torch.where(columns != 0, b * columns, 0)
     if config.share == "A":
