@@ -109,7 +109,8 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
 
     Raises ValueError as `gate_of_task` does.
     """
-    config, a, b = layer.config, layer.lora_A.double(), layer.lora_B.double()
+    config = layer.config
+    a, b = (t.detach().to(torch.float64, copy=True) for t in (layer.lora_A, layer.lora_B))
     gate = gate_of_task(layer, task).to(b)
     factors = gate * gate.new_tensor(config.scales(a.shape[1]))
     ranks = torch.tensor(config.ranks(), device=b.device)
