@@ -48,7 +48,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     for name, layer in model.named_modules():
-        if getattr(layer, "merged", False):
+        if isinstance(layer, MoeLoraLinear) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     for key in own:
         if key not in state:

@@ -62,8 +62,8 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
 def model_of(layout: dict[str, Any]) -> nn.Module:
     """Modules of the names in `layout` with layers over a `MissingBase`, for an adapter's values.
 
-    Raises ValueError for layers that are nothing without their base, each by name with the reason:
-    whole-FFN experts, routers that are modules of one's own, init="svd_segments".
+    Raises ValueError for layers that are no LoRA without their base or at all, each by name with
+    the reason: whole-FFN experts, routers that are modules of one's own, init="svd_segments".
     """
     model = nn.Module()
     layers: dict[str, MoeLoraLinear] = {}
@@ -82,13 +82,13 @@ def model_of(layout: dict[str, Any]) -> nn.Module:
                 return layer
             _add(model, own, layer)
     if problems:
-        raise ValueError("layers that need their base:\n  " + "\n  ".join(problems))
+        raise ValueError("layers that are no LoRA:\n  " + "\n  ".join(problems))
     return model
 
 
 def _why_not_alone(kind: str, options: dict[str, Any] | None) -> str:
     if kind != MoeLoraLinear.__name__:
-        return f"{kind}: whole-FFN experts are not linear, so that no LoRA equals them"
+        return f"a {kind} is no sum of linear experts"
     if options is None:
         return "its router is a module that the file does not hold, and its gate depends on x"
     if options["init"] == "svd_segments":

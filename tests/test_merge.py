@@ -295,6 +295,14 @@ def test_gates_that_depend_on_x_refuse_with_the_reason(options, match):
             call(3)
 
 
+def test_a_gate_that_is_drawn_has_no_weight():
+    """Experts sampled in evaluation: one draw would be frozen into the weight."""
+    layer = task_layer(top_k=2)
+    object.__setattr__(layer.config, "select", "sampling")
+    with pytest.raises(ValueError, match="task: its experts are drawn anew at every forward"):
+        layer.merge(3)
+
+
 def refused_bases():
     hooked = nn.Linear(IN, OUT)
     hooked.register_forward_hook(lambda module, args, y: y)
@@ -302,7 +310,11 @@ def refused_bases():
     eight_bits.weight = nn.Parameter(
         eight_bits.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
     )
+    gathered = nn.Linear(IN, OUT)
+    gathered.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return {
+        # What ZeRO-3 leaves of a weight outside of its forward.
+        "gathered": (gathered, "a Linear with a weight of Parameter"),
         "packed": (PackedLinear(nn.Linear(IN, OUT)), "a PackedLinear with .*int8"),
         "hooked": (hooked, "a Linear with a weight of Parameter, torch.float32 .*hooked"),
         "float8": (eight_bits, "a Linear with .*float8"),
@@ -368,6 +380,17 @@ def test_tasks_set_to_others_raise_instead_of_being_served_wrong():
     set_tasks(layer, [5, 3])
 
 
+def test_merged_layers_of_others_take_no_part():
+    """PEFT's LoRA layers have a `merged` of their own, and no task."""
+    model = nn.ModuleDict({"own": task_layer(), "plain": make_layer(router=None)})
+    model["other"] = nn.Linear(IN, OUT)
+    model["other"].merged = True
+    model["plain"].merge()
+    set_tasks(model, [5, 3])
+    model["plain"].unmerge()
+    load_adapter_state_dict(model, adapter_state_dict(model))
+
+
 def test_gates_other_than_the_merged_raise():
     layer = make_layer(router="external", router_bias=False).eval()
     gate = torch.tensor([0.5, 0.25, 0.0, 2.0])
@@ -392,7 +415,10 @@ def test_a_merged_layer_does_not_train():
         y = layer(x)
     layer.eval()
     assert torch.equal(layer(x), y)
-    layer.train().requires_grad_(False)
+    layer.lora_A.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not train"):
+        layer.train()(x)
+    layer.requires_grad_(False)
     assert torch.equal(layer(x), y)
 
 
@@ -499,7 +525,7 @@ def test_every_layer_that_is_in_the_way_is_named(call):
         "0.2: the layer is merged already",
         "1.0: task: its gate depends on x",
         "1.2: base_layer: only a plain nn.Linear",
-        "mlp: whole-FFN experts",
+        "mlp: a MoeLoraFFN is no sum of linear experts",
     ):
         assert problem in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

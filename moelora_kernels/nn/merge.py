@@ -30,8 +30,10 @@ REDUCED_BASE = (
 
 
 def why_no_task_gate(layer: nn.Module) -> str:
-    """Why the gate of a layer is not one row for every token; empty where it is."""
+    """Why the gate of a layer is not one fixed row for every token; empty where it is."""
     config = layer.config
+    if config.select == "sampling":
+        return "its experts are drawn anew at every forward (select='sampling')"
     if config.router in (None, "task", "external"):
         return ""
     router = "a module" if isinstance(config.router, nn.Module) else repr(config.router)
@@ -154,7 +156,8 @@ def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
 def why_no_merge(base: nn.Module) -> str:
     """Why nothing can be added to a base's weight; empty where it can."""
     weight = dense_weight(base)
-    if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+    is_float = weight is not None and weight.is_floating_point() and weight.itemsize > 1
+    if not is_float or weight.shape != (base.out_features, base.in_features):
         own = getattr(base, "weight", None)
         kind = f"a weight of {type(own).__name__}, {own.dtype}" if own is not None else "no weight"
         return (
@@ -174,26 +177,23 @@ def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
     """y = x (W + delta W)t + b of a merged layer."""
     if gates is not None:
         raise ValueError(f"gates: {merged_with(layer)}; unmerge() before it takes other gates")
-    if layer.training and torch.is_grad_enabled() and layer.lora_A.requires_grad:
+    trains = layer.training and torch.is_grad_enabled()
+    if trains and any(q.requires_grad for q in layer.parameters()):
         raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
     check_called(layer.base_layer, x)
     return nn.functional.linear(x, layer.merged_weight, layer.bias)
 
 
-def check_merged_tasks(model: nn.Module, tasks: Tensor) -> None:
-    """Raise ValueError where a layer of `model` is merged with another task than those to come.
+def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
+    """Raise ValueError where a merged layer would serve its own task instead of those to come.
 
-    tasks: as in `set_tasks`. A merged layer serves its own task, whatever is set.
+    tasks: as in `set_tasks`; they are read on the host.
     """
-    router = "external" if tasks.is_floating_point() else "task"
-    for name, layer in model.named_modules():
-        if not getattr(layer, "merged", False) or layer.config.router != router:
-            continue
-        if not _samples(tasks) <= _samples(torch.as_tensor(layer.merged_task)[None]):
-            raise ValueError(
-                f"tasks: {merged_with(layer)}, got {tasks.tolist()} for "
-                f"{name or 'it'}; unmerge first"
-            )
+    takes_gates = layer.config.router == "external"
+    if layer.config.router is None or tasks.is_floating_point() != takes_gates:
+        return
+    if not _samples(tasks) <= _samples(torch.as_tensor(layer.merged_task)[None]):
+        raise ValueError(f"tasks: {merged_with(layer)}, got {tasks.tolist()}; unmerge first")
 
 
 def _samples(tasks: Tensor) -> set[tuple]:

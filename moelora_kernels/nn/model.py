@@ -12,7 +12,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import check_merged_tasks
+from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
@@ -173,7 +173,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             merged with another task.
     """
     tasks = torch.as_tensor(tasks)
-    check_merged_tasks(model, tasks)
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.merged:
+            check_merged_task(layer, tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()

@@ -96,8 +96,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []
     for name, layer in found:
-        if isinstance(layer, MoeLoraFFN):
-            problems.append(f"{name}: whole-FFN experts are no sum of linear ones")
+        if type(layer) is not MoeLoraLinear:
+            problems.append(f"{name}: a {type(layer).__name__} is no sum of linear experts")
             continue
         layers[name] = layer
         try:
