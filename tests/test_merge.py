@@ -566,6 +566,18 @@ def test_unloaded_it_is_the_plain_model():
     assert torch.equal(plain(x), model(x))
 
 
+def test_unloading_frees_one_layer_before_it_takes_the_next():
+    """A model that just fits must not be there twice; the error keeps what the call still held."""
+    model = make_model()
+    model[1][2].lora_B.data.fill_(torch.inf)
+    old = weakref.ref(model[0][0].base_layer.weight)
+    with pytest.raises(ValueError, match="is not finite") as error:
+        merge_and_unload(model, 2)
+    assert type(model[0][0]) is nn.Linear
+    assert old() is None
+    assert error.tb is not None
+
+
 def test_a_layer_of_its_own_is_unloaded_as_a_linear():
     layer = task_layer()
     x = torch.randn(5, IN, dtype=torch.float64)
