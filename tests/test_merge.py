@@ -303,6 +303,22 @@ def test_a_gate_that_is_drawn_has_no_weight():
         layer.merge(3)
 
 
+class Activated(MoeLoraLinear):
+    """A layer whose experts are not linear: what it inherits would serve another function."""
+
+    def forward(self, x, gates=None):
+        return super().forward(x, gates).relu()
+
+
+def test_a_layer_with_a_forward_of_its_own_refuses():
+    layer = Activated.from_linear(nn.Linear(IN, OUT), num_experts=4, **TASK)
+    for call in (layer.merge, layer.export_lora):
+        with pytest.raises(ValueError, match="layer: a Activated has a forward of its own"):
+            call(3)
+    with pytest.raises(ValueError, match="0: a Activated is no sum of linear experts"):
+        merge_adapter(nn.Sequential(layer), 3)
+
+
 def refused_bases():
     hooked = nn.Linear(IN, OUT)
     hooked.register_forward_hook(lambda module, args, y: y)

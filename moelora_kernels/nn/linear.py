@@ -160,6 +160,7 @@ class MoeLoraLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError(f"{merged_with(self)} already; unmerge() first")
+        self._check_linear()
         self.merged_weight = merged_weight(self, task)
         self._set_merged(True, task)
 
@@ -178,6 +179,12 @@ class MoeLoraLinear(nn.Module):
         if self.link is not None:
             self.link.forget()
 
+    def _check_linear(self) -> None:
+        if type(self).forward is not MoeLoraLinear.forward:
+            raise ValueError(
+                f"layer: a {type(self).__name__} has a forward of its own, which no weight replaces"
+            )
+
     @torch.no_grad()
     def export_lora(self, task: Task | None = None) -> tuple[Tensor, Tensor]:
         """The experts of one task as a plain LoRA over the base: y = x Wt + b + (x At) Bt.
@@ -191,6 +198,7 @@ class MoeLoraLinear(nn.Module):
         """
         if self.config.init == "svd_segments":
             raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
+        self._check_linear()
         a, b = lora_of_task(self, task)
         return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
 

@@ -71,7 +71,7 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
     del layers, layer
     for names in places.values():
         layer = model.get_submodule(names[0])
-        linear = linear_with(layer.base_layer, merged_weight(layer, task)).train(layer.training)
+        linear = linear_with(layer.base_layer, merged_weight(layer, task))
         if "" in names:
             return linear
         for name in names:
