@@ -266,6 +266,13 @@ def test_a_task_that_is_none_is_named(task, match):
     assert layer.router.task_ids.tolist() == [5]
 
 
+@pytest.mark.parametrize("router", ("task", "external"))
+def test_what_is_no_task_at_all_is_named(router):
+    layer = task_layer() if router == "task" else make_layer(router=router, router_bias=False)
+    with pytest.raises(TypeError, match="task: expected a task id, or a gate of floats, got 'ner'"):
+        layer.merge("ner")
+
+
 def test_an_external_gate_that_does_not_fit_is_named():
     layer = make_layer(router="external", router_bias=False)
     for task, match in (

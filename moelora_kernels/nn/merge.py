@@ -73,10 +73,17 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
     return gate[0]
 
 
+def _tensor(task: Task) -> Tensor:
+    try:
+        return torch.as_tensor(task)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"task: expected a task id, or a gate of floats, got {task!r}") from error
+
+
 def _given_gate(task: Task | None, experts: int) -> Tensor:
     if task is None:
         raise ValueError(f"task: router='external' needs the gate to merge, floats [{experts}]")
-    gate = external_gates(torch.atleast_2d(torch.as_tensor(task)), experts)
+    gate = external_gates(torch.atleast_2d(_tensor(task)), experts)
     if gate.shape[0] != 1:
         raise ValueError(f"task: expected one gate [{experts}], got {gate.shape[0]} rows")
     return gate.double() if gate.dtype == torch.float64 else gate.float()
@@ -86,7 +93,7 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
     """Logits [1, E] of a task; the tasks that are set stay set."""
     if task is None:
         raise ValueError(f"task: router='task' needs a task id, 1 to {router.num_tasks}")
-    ids = torch.as_tensor(task)
+    ids = _tensor(task)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 1:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
