@@ -7,9 +7,9 @@ adapter_config.json and adapter_model.safetensors: PEFT's LoRA with scaling 1, w
 `PeftModel.from_pretrained(base, OUT)` computes what the mixture computes for task N. --task is left
 out where no gate depends on it (plain LoRA).
 
-vLLM serves such a directory: tensors are lora_A and lora_B of linears and nothing else
-(modules_to_save, DoRA and biases, which it refuses, do not occur), and `--max-lora-rank` must reach
-R, which the command prints. It scales every layer by lora_alpha / r, which is 1 here for all.
+What vLLM asks of such a directory holds: tensors are lora_A and lora_B of linears and nothing else
+(no modules_to_save, DoRA or biases), and lora_alpha / r, by which it scales every layer, is 1 for
+all of them. Its `--max-lora-rank` must reach r, which the command prints.
 """
 
 from __future__ import annotations
