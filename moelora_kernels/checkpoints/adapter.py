@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -9,8 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.files import load_safetensors, why_unfit
+from moelora_kernels.layout import layout_of
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.merge import merged_with
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -44,6 +47,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     own = adapter_state_dict(model)
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoeLoraLinear) and layer.merged:
+            problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     for key in own:
         if key in state:
             problems += why_unfit(key, own[key], state[key])
@@ -54,9 +60,13 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the adapters of `model` to one safetensors file."""
+    """Write the adapters of `model` to one safetensors file, and their layout into its metadata.
+
+    With the layout `python -m moelora_kernels.export` needs no model; `load_adapter` does without.
+    """
     state = {k: v.detach().contiguous().cpu() for k, v in adapter_state_dict(model).items()}
-    save_file(state, path, metadata={"format": "moelora_kernels"})
+    metadata = {"format": "moelora_kernels", "layout": json.dumps(layout_of(model))}
+    save_file(state, path, metadata=metadata)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ from moelora_kernels.nn.routers import (
     ThresholdRouter,
     TokenTaskRouter,
 )
+from moelora_kernels.nn.serving import merge_adapter, merge_and_unload, unmerge_adapter
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [
@@ -35,11 +36,14 @@ __all__ = [
     "collect_aux_loss",
     "link_siblings",
     "lora_prototypes",
+    "merge_adapter",
+    "merge_and_unload",
     "record_routing",
     "replace_ffns",
     "replace_linears",
     "set_prototypes",
     "set_tasks",
+    "unmerge_adapter",
     "update_balance",
     "warmup",
 ]

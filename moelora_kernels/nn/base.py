@@ -65,3 +65,11 @@ def check_called(base: nn.Module, x: Tensor) -> None:
         raise ValueError(f"x: expected the base's device {weight.device}, got {x.device}")
     if weight.dtype != x.dtype and not is_autocast(x.device):
         raise TypeError(f"x: expected the base's dtype {weight.dtype}, got {x.dtype}")
+
+
+def linear_with(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A frozen nn.Linear with another weight and the bias of `linear`."""
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight = nn.Parameter(weight, requires_grad=False)
+    other.bias = linear.bias
+    return other.train(linear.training)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base import is_plain_linear
+from moelora_kernels.nn.base import is_plain_linear, linear_with
 
 RHO = 10.0
 
@@ -103,13 +103,6 @@ def start_from_svd(
         # From A and B as they are stored: what their dtype rounds off is not taken from the base.
         mean_gate = 1.0 if config.router is None else 1 / experts
         delta = (own_b.double() * (mean_gate * scales)) @ own_a.double()
-        return _linear_with(base, (weight.double() - delta).to(weight.dtype))
-
-
-def _linear_with(linear: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A frozen nn.Linear with another weight and the same bias, marked as reduced."""
-    bare = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    bare.weight = nn.Parameter(weight, requires_grad=False)
-    bare.bias = linear.bias
-    bare.is_reduced = True
-    return bare.train(linear.training)
+        reduced = linear_with(base, (weight.double() - delta).to(weight.dtype))
+        reduced.is_reduced = True
+        return reduced

@@ -20,6 +20,14 @@ from moelora_kernels.nn.base import (
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
 from moelora_kernels.nn.loras import set_prototypes, stack_loras
+from moelora_kernels.nn.merge import (
+    REDUCED_BASE,
+    Task,
+    forward_merged,
+    lora_of_task,
+    merged_weight,
+    merged_with,
+)
 from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import (
     add_shared_expert,
@@ -164,6 +172,9 @@ class MoeLoraLinear(nn.Module):
         self.external_gates: Tensor | None = None
         # Set by `link_siblings`: what runs this layer together with its siblings.
         self.link = None
+        self.merged = False
+        self.merged_task: Task | None = None
+        self.register_buffer("merged_weight", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -179,10 +190,80 @@ class MoeLoraLinear(nn.Module):
                     self.base_layer, self.config, self.lora_A, self.lora_B
                 )
 
+    @torch.no_grad()
+    def merge(self, task: Task | None = None) -> None:
+        """Add the experts of one task to the weight, until `unmerge`; forward is then one linear.
+
+            y = x (W + delta W)t + b        delta W = sum_e scale_e gate_e B_e A_e
+
+        The gate is that of evaluation (no noise, no dropout). The sum is made in float64 and
+        rounded once. Base and adapters stay as they are, and so does the state dict; a merged layer
+        holds a second weight beside the base's. It serves what it was merged with: gates, or tasks
+        set to others, raise ValueError, and so does a forward that trains (RuntimeError).
+
+        Args:
+            task: with router="task" the id, 1 to num_tasks; with router="external" the gate, floats
+                [E]; nothing with router=None.
+
+        Raises:
+            ValueError: the gate depends on x (one per token or sequence); the task is missing or
+                out of range; the base is no plain nn.Linear with a dense float weight; the sum is
+                not finite.
+            RuntimeError: the layer is merged already.
+        """
+        if self.merged:
+            raise RuntimeError(f"{merged_with(self)} already; unmerge() first")
+        self._check_linear()
+        self.merged_weight = merged_weight(self, task)
+        self._set_merged(True, task)
+
+    def unmerge(self) -> None:
+        """Take the merged task out again, exactly: the base was never changed.
+
+        Raises RuntimeError where nothing is merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the layer is not merged")
+        self.merged_weight = None
+        self._set_merged(False, None)
+
+    def _set_merged(self, merged: bool, task: Task | None) -> None:
+        self.merged, self.merged_task = merged, task
+        if self.link is not None:
+            self.link.forget()
+
+    def _check_linear(self) -> None:
+        if type(self).forward is not MoeLoraLinear.forward:
+            raise ValueError(
+                f"layer: a {type(self).__name__} has a forward of its own, which no weight replaces"
+            )
+
+    @torch.no_grad()
+    def export_lora(self, task: Task | None = None) -> tuple[Tensor, Tensor]:
+        """The experts of one task as a plain LoRA over the base: y = x Wt + b + (x At) Bt.
+
+        Returns A [R, I] and B [O, R] in the dtype of the adapter, scale and gate in B, so that the
+        scaling is 1 and only B is rounded. With share="A" they are [r, I] and [O, r]. An expert
+        that the task does not use keeps its place, as zeros.
+
+        Arguments and errors as `merge`, but any base will do. init="svd_segments" raises
+        ValueError: it has changed the base, and no other base has its LoRA.
+        """
+        if self.config.init == "svd_segments":
+            raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
+        self._check_linear()
+        a, b = lora_of_task(self, task)
+        return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+
+    def _load_from_state_dict(self, *args) -> None:
+        if self.merged:
+            raise RuntimeError(f"{merged_with(self)}; unmerge() before other values are loaded")
+        super()._load_from_state_dict(*args)
+
     @property
     def weight(self) -> Tensor:
-        """The base's weight."""
-        return self.base_layer.weight
+        """The base's weight, with the merged task in it where there is one."""
+        return self.merged_weight if self.merged else self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -204,6 +285,7 @@ class MoeLoraLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
             + (f", top_k={c.top_k}" if c.top_k else "")
+            + (f", merged_task={self.merged_task!r}" if self.merged else "")
         )
 
 
@@ -230,6 +312,10 @@ def forward_siblings(
         raise TypeError(f"x: expected a float dtype, got {x.dtype}")
     if gates is not None and config.router != "external":
         raise ValueError(f"gates: only router='external' takes gates, this is {config.router!r}")
+    if any(layer.merged for layer in layers):
+        if len(layers) == 1:
+            return [forward_merged(first, x, gates)]
+        return [forward_siblings((layer,), x, gates)[0] for layer in layers]
     dtype = active_dtype(x)
     tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)

@@ -12,6 +12,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import TaskRouter, TokenTaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
@@ -172,9 +173,12 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
 
     Raises:
         ValueError: the model has no layer that takes them, or takes both gates and task vectors;
-            ids are out of range, or vectors of another size.
+            ids are out of range, vectors of another size, or a layer is merged with another task.
     """
     tasks = torch.as_tensor(tasks)
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.merged:
+            check_merged_task(layer, tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()

@@ -1,0 +1,211 @@
+"""A mixture with one gate for every token is a plain LoRA: its gate, its factors, its delta of W.
+
+    delta W = sum_e scale_e gate_e B_e A_e = B' A'        [O, I]
+    A' = A                 B' = B, its columns times scale_e gate_e        rank R
+    share="A": A' = A      B' = sum_e scale_e gate_e B_e                   rank r
+
+A merged layer leaves its base as it is and holds W + delta W beside it, in a buffer that no state
+dict has: `unmerge` drops it, so that the base is the same bits (the difference of two rounded
+weights would not be), a tied weight stays tied, and a checkpoint never counts an adapter twice. The
+price is a second weight for each merged layer; `merge_and_unload` keeps the merged one alone.
+
+Source: arXiv 2310.18339 (MOELoRA), which recovers one weight per task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.nn.base import check_called, dense_weight
+from moelora_kernels.nn.routers import add_shared_expert, external_gates, gate_of_logits
+
+# A task id, several ids that one sample has together, or the gate itself for router="external".
+Task = int | Sequence[int] | Tensor
+REDUCED_BASE = (
+    "init='svd_segments' reduced the base, so that no LoRA of its experts fits the original weight"
+)
+
+
+def why_no_task_gate(layer: nn.Module) -> str:
+    """Why the gate of a layer is not one fixed row for every token; empty where it is."""
+    config = layer.config
+    if config.select == "sampling":
+        return "its experts are drawn anew at every forward (select='sampling')"
+    if config.router in (None, "task", "external"):
+        return ""
+    router = "a module" if isinstance(config.router, nn.Module) else repr(config.router)
+    return (
+        f"its gate depends on x (router={router}, one gate per {config.granularity}), so that no "
+        "single weight or LoRA equals it"
+    )
+
+
+@torch.no_grad()
+def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
+    """The gate that every token of a task has in evaluation, by the code that forward uses.
+
+    Args:
+        layer: what has the config and router of a MoeLoraLinear.
+        task: with router="task" an id from 1 to num_tasks, or what else `set_tasks` takes for one
+            sample; with router="external" the gate, floats [E] or [1, E]; with router=None, where
+            every task has gates of 1, nothing is read.
+
+    Returns:
+        [E] in float32 (float64 of a float64 router), the shared expert last where there is one.
+
+    Raises:
+        ValueError: the gate depends on x; the task is missing, out of range or of another kind.
+    """
+    config = layer.config
+    if reason := why_no_task_gate(layer):
+        raise ValueError(f"task: {reason}")
+    if config.router is None:
+        gate = torch.ones(1, config.num_experts)
+    elif config.router == "external":
+        gate = _given_gate(task, config.num_experts)
+    else:
+        logits = _logits_of_task(layer.router, task)
+        gate, _ = gate_of_logits(logits, config, training=False)
+    gate, _ = add_shared_expert(gate, None, config)
+    return gate[0]
+
+
+def _tensor(task: Task) -> Tensor:
+    try:
+        return torch.as_tensor(task)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"task: expected a task id, or a gate of floats, got {task!r}") from error
+
+
+def _given_gate(task: Task | None, experts: int) -> Tensor:
+    if task is None:
+        raise ValueError(f"task: router='external' needs the gate to merge, floats [{experts}]")
+    gate = external_gates(torch.atleast_2d(_tensor(task)), experts)
+    if gate.shape[0] != 1:
+        raise ValueError(f"task: expected one gate [{experts}], got {gate.shape[0]} rows")
+    return gate.double() if gate.dtype == torch.float64 else gate.float()
+
+
+def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
+    """Logits [1, E] of a task; the tasks that are set stay set."""
+    if task is None:
+        raise ValueError(f"task: router='task' needs a task id, 1 to {router.num_tasks}")
+    ids = _tensor(task)
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 1:
+        raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
+    ids = ids[None]
+    router.check_tasks(ids)
+    held = router.task_ids
+    try:
+        router.hold_tasks(ids)
+        return router()
+    finally:
+        router.task_ids = held
+
+
+@torch.no_grad()
+def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Tensor]:
+    """A' [R, I] and B' [O, R] of a task in float64 ([r, I] and [O, r] where experts share A).
+
+    An expert whose gate is zero is zero in both, whatever its A and B hold.
+
+    Args:
+        layer: what has the config, router, lora_A [R, I] and lora_B [O, R] of a MoeLoraLinear.
+        task: see `gate_of_task`.
+
+    Raises ValueError as `gate_of_task` does.
+    """
+    config = layer.config
+    a, b = (t.detach().to(torch.float64, copy=True) for t in (layer.lora_A, layer.lora_B))
+    gate = gate_of_task(layer, task).to(b)
+    factors = gate * gate.new_tensor(config.scales(a.shape[1]))
+    ranks = torch.tensor(config.ranks(), device=b.device)
+    columns = factors.repeat_interleave(ranks, output_size=b.shape[1])
+    # A select, not a product: a NaN in an expert that is off stays there.
+    scaled = torch.where(columns != 0, b * columns, 0)
+    if config.share == "A":
+        return a, scaled.unflatten(1, (len(ranks), -1)).sum(dim=1)
+    return torch.where(columns[:, None] != 0, a, 0), scaled
+
+
+def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
+    """sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
+
+    Arguments and errors as `lora_of_task`.
+    """
+    a, b = lora_of_task(layer, task)
+    return b @ a
+
+
+@torch.no_grad()
+def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
+    """W + delta W in the dtype of W, summed in float64 and rounded once, [O, I].
+
+    Raises:
+        ValueError: the base is no plain nn.Linear with a dense float weight, or has no values (meta
+            device); the sum is not finite; and as `gate_of_task`.
+    """
+    if reason := why_no_merge(layer.base_layer):
+        raise ValueError(f"base_layer: {reason}")
+    weight = dense_weight(layer.base_layer)
+    merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError(
+            f"task: W + delta W of task {task!r} is not finite in {weight.dtype}: a weight or an "
+            "adapter that diverged, or a sum that is too large for the dtype"
+        )
+    return merged
+
+
+def why_no_merge(base: nn.Module) -> str:
+    """Why nothing can be added to a base's weight; empty where it can."""
+    weight = dense_weight(base)
+    is_float = weight is not None and weight.is_floating_point() and weight.itemsize > 1
+    if not is_float or weight.shape != (base.out_features, base.in_features):
+        own = getattr(base, "weight", None)
+        kind = f"a weight of {type(own).__name__}, {own.dtype}" if own is not None else "no weight"
+        return (
+            "only a plain nn.Linear with a dense float weight can be merged into, this is a "
+            f"{type(base).__name__} with {kind} (quantised, hooked and sharded bases are called)"
+        )
+    return "its weight is on the meta device, without values" if weight.is_meta else ""
+
+
+def merged_with(layer: nn.Module) -> str:
+    """What a merged layer is merged with, in words."""
+    task = f" with task {layer.merged_task!r}" if layer.config.router == "task" else ""
+    return f"the layer is merged{task}"
+
+
+def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
+    """y = x (W + delta W)t + b of a merged layer."""
+    if gates is not None:
+        raise ValueError(f"gates: {merged_with(layer)}; unmerge() before it takes other gates")
+    trains = layer.training and torch.is_grad_enabled()
+    if trains and any(q.requires_grad for q in layer.parameters()):
+        raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
+    check_called(layer.base_layer, x)
+    return nn.functional.linear(x, layer.merged_weight, layer.bias)
+
+
+def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
+    """Raise ValueError where a merged layer would serve its own task instead of those to come.
+
+    tasks: as in `set_tasks`; they are read on the host.
+    """
+    takes_gates = layer.config.router == "external"
+    if layer.config.router is None or tasks.is_floating_point() != takes_gates:
+        return
+    if not _samples(tasks) <= _samples(torch.as_tensor(layer.merged_task)[None]):
+        raise ValueError(f"tasks: {merged_with(layer)}, got {tasks.tolist()}; unmerge first")
+
+
+def _samples(tasks: Tensor) -> set[tuple]:
+    """The different samples of ids [B] or [B, L] without padding, or of gates [..., E]."""
+    if tasks.is_floating_point():
+        return {tuple(row) for row in tasks.reshape(-1, tasks.shape[-1]).tolist()}
+    rows = torch.atleast_1d(tasks)
+    return {tuple(sorted(filter(None, row))) for row in rows.reshape(len(rows), -1).tolist()}
