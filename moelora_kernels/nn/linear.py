@@ -13,9 +13,9 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, apply, dropout_seed
 from moelora_kernels.nn.base import (
     adapter_place,
-    check_called,
+    call_base,
+    check_adapters,
     dense_weight,
-    is_plain_linear,
     missing_size,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
@@ -128,12 +128,12 @@ class MoeLoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight."""
+        """The base's weight, whatever it holds; AttributeError where it has none of that name."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
+        """The base's bias; AttributeError where it has none of that name."""
         return self.base_layer.bias
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -158,7 +158,7 @@ def _is_fused(layer: MoeLoraLinear) -> bool:
     """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
     return (
         layer._fusable
-        and is_plain_linear(layer.router)
+        and dense_weight(layer.router) is not None
         and not (layer.training and layer.config.noise > 0)
     )
 
@@ -211,13 +211,12 @@ def _is_read(base: nn.Module, tokens: Tensor) -> bool:
 def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
     """The tensors of a layer; a base that is not to be read is called."""
     base, router = layer.base_layer, layer.router
+    check_adapters(layer.lora_A, x)
     weight = bias = output = router_weight = router_bias = None
     if read:
         weight, bias = base.weight, base.bias
     else:
-        check_called(base, x)
-        output = base(x)
-        output = output.reshape(-1, output.shape[-1])
+        output = call_base(base, x)
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)

@@ -69,8 +69,10 @@ def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int)
     first = group[0]
     base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
     weight = float_weight(base)
-    like = next(first.parameters(recurse=False)) if weight is None else weight
-    x = torch.zeros(batch, tokens, base.in_features, dtype=like.dtype, device=like.device)
+    own = next(first.parameters(recurse=False))
+    dtype = own.dtype if weight is None else weight.dtype
+    # The device of A, not of a weight that is offloaded.
+    x = torch.zeros(batch, tokens, base.in_features, dtype=dtype, device=own.device)
     with torch.enable_grad():
         x.requires_grad_()
         outputs = [first(x)] if isinstance(first, MoeLoraFFN) else forward_siblings(group, x)
