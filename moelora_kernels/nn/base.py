@@ -66,9 +66,13 @@ def float_weight(base: nn.Module) -> Tensor | None:
     """
     weight = getattr(base, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    if not is_float or weight.numel() not in (0, base.in_features * base.out_features):
+    if not is_float or (weight.numel() and _is_packed(base, weight)):
         return None
     return weight
+
+
+def _is_packed(base: nn.Module, weight: Tensor) -> bool:
+    return not missing_size(base) and weight.numel() != base.in_features * base.out_features
 
 
 def dense_weight(base: nn.Module) -> Tensor | None:
@@ -85,7 +89,7 @@ def check_adapters(adapter: Tensor, x: Tensor) -> None:
         raise ValueError(f"x: expected the adapters' device {adapter.device}, got {x.device}")
 
 
-def call_base(base: nn.Module, x: Tensor) -> Tensor:
+def call_base(base: nn.Module, x: Tensor, out_features: int) -> Tensor:
     """The base's output for x [..., I] as [T, O], in its own dtype; it is to be left as it is.
 
     Warns where x needs a gradient that the base does not give.
@@ -99,12 +103,12 @@ def call_base(base: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or not y.is_floating_point():
         given = y.dtype if isinstance(y, Tensor) else type(y)
         raise TypeError(f"base: expected {type(base)} to return a float tensor, got {given}")
-    if y.shape != (*x.shape[:-1], base.out_features):
-        expected = [*x.shape[:-1], base.out_features]
+    expected = [*x.shape[:-1], out_features]
+    if [*y.shape] != expected:
         raise ValueError(f"base: expected {type(base)} to return {expected}, got {[*y.shape]}")
-    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         _warn_without_gradient(base)
-    return y.reshape(-1, y.shape[-1])
+    return y.reshape(-1, out_features)
 
 
 def _warn_without_gradient(base: nn.Module) -> None:

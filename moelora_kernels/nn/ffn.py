@@ -189,7 +189,8 @@ class MoeLoraFFN(nn.Module):
             raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
         check_adapters(self.gate_lora_A, x)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
-        gate, up = (call_base(base, x).to(dtype) for base in (self.gate_proj, self.up_proj))
+        inner = self.intermediate_size
+        gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
         weights, indices = self._slots(x, tokens, gates)
         plan, seeds = self._plan, (None, None)
         if config.dropout > 0.0 and self.training:
@@ -199,7 +200,7 @@ class MoeLoraFFN(nn.Module):
         summed, delta = ffn_experts(
             plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
         )
-        y = call_base(self.down_proj, summed.view(*x.shape[:-1], self.intermediate_size))
+        y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
         offset = _bias_correction(self.down_proj, weights, summed.dtype)
         delta = delta if offset is None else delta + offset
         return (y + delta.to(y.dtype)).view(x.shape)

@@ -128,12 +128,12 @@ class MoeLoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, whatever it holds; AttributeError where it has none of that name."""
+        """The base's weight."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias; AttributeError where it has none of that name."""
+        """The base's bias."""
         return self.base_layer.bias
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -216,7 +216,7 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     if read:
         weight, bias = base.weight, base.bias
     else:
-        output = call_base(base, x)
+        output = call_base(base, x, layer.out_features)
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
