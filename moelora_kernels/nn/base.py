@@ -66,13 +66,9 @@ def float_weight(base: nn.Module) -> Tensor | None:
     """
     weight = getattr(base, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    if not is_float or (weight.numel() and _is_packed(base, weight)):
-        return None
-    return weight
-
-
-def _is_packed(base: nn.Module, weight: Tensor) -> bool:
-    return not missing_size(base) and weight.numel() != base.in_features * base.out_features
+    if is_float and not missing_size(base):
+        is_float = weight.numel() in (0, base.in_features * base.out_features)
+    return weight if is_float else None
 
 
 def dense_weight(base: nn.Module) -> Tensor | None:
@@ -84,7 +80,7 @@ def dense_weight(base: nn.Module) -> Tensor | None:
 
 
 def check_adapters(adapter: Tensor, x: Tensor) -> None:
-    """Raise where A lies elsewhere than x: on the meta device nothing else would, and y is noise."""
+    """Raise where A lies elsewhere than x: of one on the meta device y would be noise."""
     if adapter.device != x.device:
         raise ValueError(f"x: expected the adapters' device {adapter.device}, got {x.device}")
 
