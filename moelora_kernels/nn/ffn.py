@@ -187,10 +187,10 @@ class MoeLoraFFN(nn.Module):
         config, dtype = self.config, active_dtype(x)
         if gates is not None and config.router != "external":
             raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
-        check_adapters(self.gate_lora_A, x)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
         inner = self.intermediate_size
         gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
+        check_adapters(self.gate_lora_A, x)
         weights, indices = self._slots(x, tokens, gates)
         plan, seeds = self._plan, (None, None)
         if config.dropout > 0.0 and self.training:
@@ -201,7 +201,7 @@ class MoeLoraFFN(nn.Module):
             plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
         )
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
-        offset = _bias_correction(self.down_proj, weights, summed.dtype)
+        offset = _bias_correction(self.down_proj, weights)
         delta = delta if offset is None else delta + offset
         return (y + delta.to(y.dtype)).view(x.shape)
 
@@ -263,14 +263,14 @@ def _of_tokens(rows: Tensor, tokens: int) -> Tensor:
     return rows[:, None].expand(count, tokens // count, slots).reshape(tokens, slots)
 
 
-def _bias_correction(down: nn.Module, weights: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     """bd (sum_k w_tk - 1), [T, I]: the call of the base added bd once, every expert has its own."""
     bias = getattr(down, "bias", None)
     if bias is None:
         return None
     if bias.is_meta and not weights.is_meta:
         # Offloaded: the values are there within a call alone, and the base of zero is its bias.
-        bias = down(weights.new_zeros((1, down.in_features), dtype=dtype))
+        bias = down(weights.new_zeros((1, down.in_features), dtype=bias.dtype))
     return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 

@@ -211,12 +211,12 @@ def _is_read(base: nn.Module, tokens: Tensor) -> bool:
 def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
     """The tensors of a layer; a base that is not to be read is called."""
     base, router = layer.base_layer, layer.router
-    check_adapters(layer.lora_A, x)
     weight = bias = output = router_weight = router_bias = None
     if read:
         weight, bias = base.weight, base.bias
     else:
         output = call_base(base, x, layer.out_features)
+    check_adapters(layer.lora_A, x)
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
