@@ -331,6 +331,23 @@ def test_ffn_over_a_quantised_mlp(kind):
         torch.testing.assert_close(found[name].float(), want, rtol=0, atol=limit, msg=name)
 
 
+def test_an_ffn_computes_in_the_dtype_of_x():
+    """Bases that return fp16 round their own products, and not those of the experts or of act."""
+    mlp = Gated()
+    for name, kind in (("gate_proj", "gptq_fp16"), ("up_proj", "gptq_fp16"), ("down_proj", "gptq")):
+        old = getattr(mlp, name)
+        setattr(mlp, name, make_base(kind, old.in_features, old.out_features))
+    layer = MoeLoraFFN.from_mlp(mlp, num_experts=4, rank=2, top_k=2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(layer):
+            parameter.normal_(std=0.1)
+    x, dy = inputs(5, out=HIDDEN)
+    found = step(layer, x, dy)["y"]
+    expected = step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))["y"]
+    # float32 sums of at most 96 terms; one rounding to fp16 would be 5e-4 of the largest.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 class Keeping(nn.Module):
     """A base that needs its output, or its buffer, unchanged after it has returned it."""
 

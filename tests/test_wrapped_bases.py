@@ -64,29 +64,29 @@ def offload(model, where, folder):
 @pytest.mark.parametrize("where", ("cpu", "disk"))
 def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
     """Weights are on the meta device but within a call; adapters are where the calls run."""
-    model = nn.Sequential(Gated())
+    model = nn.Sequential(Gated()).double()
     expected = adapt(copy.deepcopy(model), ffn)
     offload(model, where, tmp_path)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     adapt(model, ffn)
     assert {p.device for p in adapter_parameters(model)} == {CPU}
     assert model[0].down_proj.weight.device.type == "meta"
-    x = torch.randn(2, 3, IN)
-    # The base's products are no longer one with the experts': sums up to 20 in another order.
-    assert_same(step(model, x), step(expected, x), rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    # The base's products are no longer one with the experts': the same sums in another order.
+    assert_same(step(model, x), step(expected, x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("how", ("linears", "linked", "ffn"))
 def test_experts_that_are_offloaded_with_their_model(how, tmp_path):
     """Each layer's tensors come for its own call, so that linked siblings run one by one."""
-    model = adapt(nn.Sequential(Gated()), how == "ffn")
-    x = torch.randn(2, 3, IN)
+    model = adapt(nn.Sequential(Gated()).double(), how == "ffn")
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
     expected = model(x)
     if how == "linked":
         link_siblings(model)
         torch.testing.assert_close(model(x), expected)
     offload(model, "cpu", tmp_path)
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_group_says_that_its_adapters_are_elsewhere(tmp_path):
