@@ -70,9 +70,9 @@ def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int)
     base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
     weight = float_weight(base)
     own = next(first.parameters(recurse=False))
-    dtype = own.dtype if weight is None else weight.dtype
+    like = own if weight is None else weight
     # The device of A, not of a weight that is offloaded.
-    x = torch.zeros(batch, tokens, base.in_features, dtype=dtype, device=own.device)
+    x = torch.zeros(batch, tokens, base.in_features, dtype=like.dtype, device=own.device)
     with torch.enable_grad():
         x.requires_grad_()
         outputs = [first(x)] if isinstance(first, MoeLoraFFN) else forward_siblings(group, x)
