@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from moelora_kernels.autograd_ffn import FfnAdapters, FfnPlan, RouterLogits, ffn_experts
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, dropout_seed
-from moelora_kernels.nn.base import adapter_place, check_called, is_plain_linear, missing_size
+from moelora_kernels.nn.base import (
+    adapter_place,
+    call_base,
+    check_adapters,
+    dense_weight,
+    missing_size,
+)
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.record import RoutingRecord
@@ -181,13 +187,10 @@ class MoeLoraFFN(nn.Module):
         config, dtype = self.config, active_dtype(x)
         if gates is not None and config.router != "external":
             raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
-        for base in (self.gate_proj, self.up_proj, self.down_proj):
-            check_called(base, x)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
-        gate, up = (
-            base(x).reshape(-1, self.intermediate_size).to(dtype)
-            for base in (self.gate_proj, self.up_proj)
-        )
+        inner = self.intermediate_size
+        gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
+        check_adapters(self.gate_lora_A, x)
         weights, indices = self._slots(x, tokens, gates)
         plan, seeds = self._plan, (None, None)
         if config.dropout > 0.0 and self.training:
@@ -197,10 +200,10 @@ class MoeLoraFFN(nn.Module):
         summed, delta = ffn_experts(
             plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
         )
-        y = self.down_proj(summed.view(*x.shape[:-1], self.intermediate_size))
+        y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
         offset = _bias_correction(self.down_proj, weights)
         delta = delta if offset is None else delta + offset
-        return y + delta.view(y.shape).to(y.dtype)
+        return (y + delta.to(y.dtype)).view(x.shape)
 
     def _slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] in the compute dtype and indices [T, K]; dense gates as K = E slots."""
@@ -212,7 +215,7 @@ class MoeLoraFFN(nn.Module):
             own = self.external_gates if gates is None else gates
             weights, indices = external_gates(own, config.num_experts), None
         else:
-            if config.granularity == "token" and is_plain_linear(self.router):
+            if config.granularity == "token" and dense_weight(self.router) is not None:
                 logits = RouterLogits.apply(tokens, self.router.weight, self.router.bias)
             else:
                 logits = layer_logits(self, x, tokens)
@@ -268,7 +271,12 @@ def _of_tokens(rows: Tensor, tokens: int, steps: int) -> Tensor:
 def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     """bd (sum_k w_tk - 1), [T, I]: the call of the base added bd once, every expert has its own."""
     bias = getattr(down, "bias", None)
-    return None if bias is None else (weights.sum(dim=1, keepdim=True) - 1.0) * bias
+    if bias is None:
+        return None
+    if bias.is_meta and not weights.is_meta:
+        # Offloaded: the values are there within a call alone, and the base of zero is its bias.
+        bias = down(weights.new_zeros((1, down.in_features), dtype=bias.dtype))
+    return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 
 def _check_config(config: MoeLoraConfig) -> None:

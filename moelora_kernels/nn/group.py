@@ -81,8 +81,9 @@ class SiblingLink:
 
     def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
         """y of one of the layers."""
-        if x.is_inference():
-            # Nothing tells whether such a tensor was changed between two calls.
+        # Nothing tells whether an inference tensor was changed between two calls; and hooks before
+        # a call (offloading, FSDP, ZeRO-3) bring the tensors of that one layer.
+        if x.is_inference() or any(map(_is_prepared, self.layers)):
             return forward_siblings((layer,), x, gates)[0]
         own = self.layers.index(layer)
         state = (x._version, torch.is_grad_enabled(), layer.training, active_dtype(x))
@@ -98,6 +99,11 @@ class SiblingLink:
     def __getstate__(self) -> dict:
         # Copies and pickles start without outputs, which are kept by the identity of x.
         return {"layers": self.layers, "given": (), "outputs": {}}
+
+
+def _is_prepared(layer: MoeLoraLinear) -> bool:
+    """Whether something is to happen before each call of a layer."""
+    return bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 def link_siblings(

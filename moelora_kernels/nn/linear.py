@@ -13,9 +13,9 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, apply, dropout_seed
 from moelora_kernels.nn.base import (
     adapter_place,
-    check_called,
+    call_base,
+    check_adapters,
     dense_weight,
-    is_plain_linear,
     missing_size,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
@@ -293,7 +293,7 @@ def _is_fused(layer: MoeLoraLinear) -> bool:
     """Whether the router's logits come out of the shrink: a bare linear router with a topk_gate."""
     return (
         layer._fusable
-        and is_plain_linear(layer.router)
+        and dense_weight(layer.router) is not None
         and not (layer.training and layer.config.noise > 0)
     )
 
@@ -357,9 +357,8 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     if read:
         weight, bias = base.weight, base.bias
     else:
-        check_called(base, x)
-        output = base(x)
-        output = output.reshape(-1, output.shape[-1])
+        output = call_base(base, x, layer.out_features)
+    check_adapters(layer.lora_A, x)
     if fused:
         router_weight, router_bias = router.weight, router.bias
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)

@@ -24,7 +24,7 @@ LAYERS = (MoeLoraLinear, MoeLoraFFN)
 def replace_linears(
     model: nn.Module, config: MoeLoraConfig, target_modules: str | Iterable[str]
 ) -> list[str]:
-    """Put a MoeLoraLinear over every matching nn.Linear of `model`, in place.
+    """Put a MoeLoraLinear over every matching linear of `model`, quantised or wrapped, in place.
 
     The bases are frozen; other parameters stay as they are. With router="task" one gate serves all
     layers, those of an earlier call with a gate of the same sizes included, unless

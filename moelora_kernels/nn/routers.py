@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import is_autocast
-from moelora_kernels.nn.base import is_plain_linear
+from moelora_kernels.nn.base import dense_weight, float_weight
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -237,11 +237,10 @@ class BalancedRouter(nn.Module):
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
     """The logits of any router that reads x; those of a linear one in float32."""
-    if is_plain_linear(router):
+    if dense_weight(router) is not None:
         return wide_linear(x, router)
-    if isinstance(router, nn.Linear):
-        return router(x.to(router.weight.dtype))
-    return router(x)
+    weight = float_weight(router) if isinstance(router, nn.Linear) else None
+    return router(x if weight is None else x.to(weight.dtype))
 
 
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:

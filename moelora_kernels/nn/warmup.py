@@ -76,9 +76,11 @@ def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int)
     base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
     weights = map(float_weight, base.modules() if isinstance(first, MoeLoraAdapter) else [base])
     weight = next((w for w in weights if w is not None), None)
-    like = next(first.parameters(recurse=False)) if weight is None else weight
+    own = next(first.parameters(recurse=False))
+    like = own if weight is None else weight
     features = first.hidden_size if isinstance(first, MoeLoraFFN) else first.in_features
-    x = torch.zeros(batch, tokens, features, dtype=like.dtype, device=like.device)
+    # The device of A, not of a weight that is offloaded.
+    x = torch.zeros(batch, tokens, features, dtype=like.dtype, device=own.device)
     with torch.enable_grad():
         x.requires_grad_()
         outputs = [first(x)] if alone else forward_siblings(group, x)

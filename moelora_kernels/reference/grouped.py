@@ -170,8 +170,9 @@ def grouped_expand(
         start = u.new_zeros(outputs)
     of_tokens = start.dim() == 2
     begin = start.to(dtype).view(-1 if of_tokens else 1, 1, outputs)
-    y = by_token + begin if per_pair else by_token.sum(dim=1, keepdim=True) + begin
-    return y.flatten(0, 1).to(start.dtype if of_tokens else u.dtype)
+    # Not a view where it is a layer's output: autograd lets nobody change one of those in place.
+    y = (by_token + begin).flatten(0, 1) if per_pair else by_token.sum(dim=1) + begin[:, 0]
+    return y.to(start.dtype if of_tokens else u.dtype)
 
 
 def grouped_shrink_backward(
