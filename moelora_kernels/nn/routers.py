@@ -49,7 +49,8 @@ class TaskRouter(nn.Module):
         self.num_tasks = num_tasks
         self.embedding = nn.Embedding(num_tasks + 1, embedding_dim, device=device, dtype=dtype)
         self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
-        self.register_buffer("task_ids", None, persistent=False)
+        # No buffer: DistributedDataParallel sends those of the first process to all others.
+        self.task_ids: Tensor | None = None
 
     def check_tasks(self, ids: Tensor) -> None:
         """Raise unless ids are [B], from 1 to num_tasks."""
@@ -70,7 +71,8 @@ class TaskRouter(nn.Module):
         """Logits [B, E] of the tasks set last."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        return wide_linear(self.embedding(self.task_ids), self.gate)
+        # The router may have been moved since.
+        return wide_linear(self.embedding(self.task_ids.to(self.gate.weight.device)), self.gate)
 
 
 class ThresholdRouter(nn.Module):
