@@ -296,6 +296,7 @@ def rows_of_gates(
     if len(x_shape) < 3 or count != x_shape[0]:
         raise ValueError(
             f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, one per token, "
-            "or one per sequence (the first dimension of x)"
+            "or one per sequence (the first dimension of x); where generate makes n sequences of "
+            "each prompt (beams, samples), set_tasks takes ids.repeat_interleave(n)"
         )
     return torch.arange(tokens, device=device, dtype=torch.int32) // (tokens // count)
