@@ -42,7 +42,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
 
     Tasks
         For a model with task gates the samples have a column `task_column`: an id, or what else
-        `set_tasks` takes for one sequence. It is kept with remove_unused_columns=True as well. The
+        `set_tasks` takes for one sequence, all of one length. remove_unused_columns keeps it. The
         collator puts the ids into the batch, and the tasks are set when the model is called with
         them: also with batches fetched ahead, under gradient accumulation and in evaluation they
         are those of the batch at hand, and hold while activations are recomputed in its backward.

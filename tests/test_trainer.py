@@ -27,7 +27,8 @@ from moelora_kernels import (  # noqa: E402
     replace_linears,
     set_tasks,
 )
-from moelora_kernels.trainer import TaskCollator, attach  # noqa: E402
+from moelora_kernels.nn.record import RoutingRecord  # noqa: E402
+from moelora_kernels.trainer import TaskCollator, attach, expert_weights  # noqa: E402
 
 PROJECTIONS = ["q_proj", "gate_proj"]
 IGNORED = -100
@@ -125,16 +126,16 @@ def tasks_of(batch) -> torch.Tensor:
     return torch.tensor([table[tuple(ids[mask.bool()].tolist())] for ids, mask in rows])
 
 
-def loop(model, steps: list[list[dict]], lr: float = 0.02) -> list[float]:
-    """The training that a user writes by hand: the loss of each step.
+def loop(model, steps: list[list[dict]], lr: float = 0.02) -> tuple[list[float], list[float]]:
+    """The training that a user writes by hand: the loss of each step, and the auxiliary part.
 
     loss = sum over the tokens of all micro-batches / their number + the mean of the aux losses
     """
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=lr, weight_decay=0.0)
-    losses = []
+    losses, auxiliary = [], []
     for micro_batches in steps:
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in micro_batches)
-        total = 0.0
+        total = part = 0.0
         for batch in micro_batches:
             if model.model.layers[0].self_attn.q_proj.config.router == "task":
                 set_tasks(model, tasks_of(batch))
@@ -146,13 +147,15 @@ def loop(model, steps: list[list[dict]], lr: float = 0.02) -> list[float]:
                 reduction="sum",
             )
             aux = collect_aux_loss(model, batch["attention_mask"].bool())
-            loss = loss / tokens + aux / len(micro_batches)
+            aux = aux / len(micro_batches)
+            loss = loss / tokens + aux
             loss.backward()
-            total += loss.item()
+            total, part = total + loss.item(), part + aux.item()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses
+        auxiliary.append(part)
+    return losses, auxiliary
 
 
 def in_steps(batches: list[dict], accumulation: int) -> list[list[dict]]:
@@ -184,10 +187,14 @@ def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, frozen[name]) == (id(parameter) not in trained), name
 
-    losses = loop(twin, in_steps(batches_of(trainer), accumulation))
+    losses, auxiliary = loop(twin, in_steps(batches_of(trainer), accumulation))
     assert len(losses) == math.ceil(5 / accumulation)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-5)
+    if preset == "ming":
+        logged = [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert logged == pytest.approx(auxiliary, rel=1e-5)
+        assert min(auxiliary) > 0.1
     assert_same_adapters(model, twin, **CLOSE)
 
 
@@ -320,6 +327,30 @@ def test_logs_the_expert_load(preset, tmp_path):
         model(batch["input_ids"], attention_mask=batch["attention_mask"])
         aux.append(collect_aux_loss(model, batch["attention_mask"].bool()).item())
     assert logs[1]["aux_loss"] == pytest.approx(sum(aux) / 2, rel=1e-5)
+
+
+def record_of(weights, indices=None) -> RoutingRecord:
+    record = RoutingRecord()
+    record.keep(torch.tensor(weights), None if indices is None else torch.tensor(indices), None)
+    return record
+
+
+def test_weights_of_the_experts():
+    """By hand: slots that are not routed, a shared expert in the last column, negative gates."""
+    nan = float("nan")
+    slots = record_of([[0.5, 0.25], [1.0, nan], [2.0, -3.0]], [[0, 2], [1, -1], [0, 3]])
+    assert expert_weights(slots, 3).tolist() == [2.5, 1.0, 0.25]
+    mask = torch.tensor([[1, 0, 1]])
+    assert expert_weights(slots, 3, mask).tolist() == [2.5, 0.0, 0.25]
+    sequences = record_of([[0.25, -0.75, 9.0], [1.0, 0.0, 9.0]])
+    assert expert_weights(sequences, 2).tolist() == [1.25, 0.75]
+    # As many times as a sequence has tokens.
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    assert expert_weights(sequences, 2, mask).tolist() == [1.5, 1.5]
+    one = record_of([[0.25, 0.75]])
+    assert expert_weights(one, 2, mask).tolist() == [0.75, 2.25]
+    with pytest.raises(ValueError, match=r"attention_mask: \[2, 3\] does not fit 4 gate rows"):
+        expert_weights(record_of([[1.0, 0.0]] * 4), 2, mask)
 
 
 def test_unused_experts_are_counted(tmp_path):
@@ -477,6 +508,15 @@ def test_a_mask_that_is_not_one_of_tokens_is_named(tmp_path):
     model.train()
     with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, sequence\], got \[1"):
         trainer.compute_loss(model, batch | {"attention_mask": torch.ones(1, 1, 5, 5)})
+    # Without one, as where samples are packed, every token counts.
+    del batch["attention_mask"]
+    trainer.compute_loss(model, batch)
+    callback = trainer.callback_handler.callbacks[0]
+    logs = {"loss": 0.0}
+    trainer.state.log_history.append({})
+    callback.on_log(trainer.args, trainer.state, None, logs)
+    assert all(s.sum().item() == pytest.approx(1) for s in callback.load.values())
+    assert logs["expert_load_max"] > 1 / EXPERTS
 
 
 def test_a_trainer_that_makes_its_model(tmp_path):
@@ -547,7 +587,7 @@ def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     trainer.data_collator = Kept(trainer.data_collator)
     trainer.train()
     batches = trainer.data_collator.batches[:5]
-    losses = loop(twin, in_steps(batches, accumulation))
+    losses, _ = loop(twin, in_steps(batches, accumulation))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
     assert_same_adapters(model, twin, **CLOSE)
@@ -602,12 +642,15 @@ def test_two_processes_train_what_one_loop_trains(tmp_path):
         )
         assert all(torch.equal(state[name], other[name]) for name in state)
         twin = make_model(preset, **options)
-        losses = loop(twin, [list(pair) for pair in zip(batches, other_batches, strict=True)])
+        steps = [list(pair) for pair in zip(batches, other_batches, strict=True)]
+        losses, auxiliary = loop(twin, steps)
         assert len(losses) == 3
         trained = make_model(preset, **options)
         trained.load_state_dict(state)
         assert_same_adapters(trained, twin, **CLOSE)
         assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+        if preset == "ming":
+            assert [entry["aux_loss"] for entry in logs] == pytest.approx(auxiliary, rel=1e-4)
         # The load is that of both.
         assert load.keys() == other_load.keys()
         assert all(torch.equal(load[name], other_load[name]) for name in load)
