@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.model import adapter_parameters, set_tasks
 from moelora_kernels.nn.record import RoutingRecord, collect_aux_loss, layers_of, record_routing
-from moelora_kernels.nn.routers import TaskRouter
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
@@ -69,7 +68,8 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         ValueError: the model has no mixture layer, the trainer has been attached to before, or it
             would use nn.DataParallel (launch one process per GPU with torchrun instead).
     """
-    if not layers_of(trainer.model):
+    layers = layers_of(trainer.model)
+    if not layers:
         raise ValueError("trainer: its model has no layer with experts")
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, MoeLoraCallback) for callback in callbacks):
@@ -82,7 +82,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
     callback = MoeLoraCallback(trainer, task_column)
     trainer.compute_loss = callback.compute_loss
     callbacks.insert(0, callback)
-    if any(isinstance(module, TaskRouter) for module in trainer.model.modules()):
+    if any(layer.config.router == "task" for layer in layers):
         trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
