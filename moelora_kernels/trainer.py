@@ -45,7 +45,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         collator puts the ids into the batch, and the tasks are set when the model is called with
         them: also with batches fetched ahead, under gradient accumulation and in evaluation they
         are those of the batch at hand, and hold while activations are recomputed in its backward.
-        A sample without the column raises KeyError.
+        A sample without the column raises ValueError.
 
     Logs, beside each training loss, over the steps since the one before (on all processes):
         aux_loss                the mean of the auxiliary loss
@@ -84,6 +84,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
     callbacks.insert(0, callback)
     if any(layer.config.router == "task" for layer in layers):
         trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
+        # What remove_unused_columns keeps; SFTTrainer has a list of its own.
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
     return callback
@@ -110,9 +111,9 @@ class TaskCollator:
         """The batch of the collator, and under `column` the tasks [B] (or [B, ...])."""
         missing = [sample for sample in samples if self.column not in sample]
         if missing:
-            raise KeyError(
-                f"{self.column}: a model with task gates needs it in every sample, got a sample "
-                f"with {', '.join(missing[0])}"
+            raise ValueError(
+                f"{self.column}: a model with task gates needs this column in every sample, got "
+                f"one with {', '.join(missing[0])} (packed samples have no task of their own)"
             )
         tasks = [torch.as_tensor(sample[self.column]) for sample in samples]
         rest = [{k: v for k, v in sample.items() if k != self.column} for sample in samples]

@@ -423,7 +423,7 @@ def test_a_sample_without_a_task_is_named(kept, tmp_path):
     trainer = make_trainer(
         make_model("moelora"), tmp_path, samples=samples, remove_unused_columns=kept
     )
-    with pytest.raises(KeyError, match=r"task_ids: .* needs it in every sample"):
+    with pytest.raises(ValueError, match=r"task_ids: .* in every sample, got one with input_ids"):
         trainer.train()
 
 
