@@ -2,6 +2,10 @@
 
     python examples/finetune_multitask.py --preset ming --data ../shared/data/promptcblue
     python examples/finetune_multitask.py --preset moelora            # generated toy tasks
+    python examples/finetune_multitask.py --preset ming --aux load_balance --trainer
+
+With --trainer Hugging Face's Trainer does the training, in the same steps as the loop below; its
+logs, with the expert load, are in metrics.json.
 
 Without --model there is no pre-trained model to adapt, so the script makes one: a small Qwen2 over
 UTF-8 bytes, trained for --pretrain-steps as a plain language model on the *prompts* of the training
@@ -94,6 +98,13 @@ class Schedule:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
+    def optimizers(self, parameters: list[torch.nn.Parameter]):
+        """The optimizer of `parameters`, and what sets its learning rate."""
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.factor)
+
 
 def make_base(vocab_size: int, max_length: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
     """A small Qwen2 with random weights: grouped-query attention, and biases on q, k, v."""
@@ -137,10 +148,7 @@ def fit(
     minimised with the target loss but not part of what is returned.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=schedule.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+    optimizer, scheduler = schedule.optimizers(parameters)
     model.train()
     curve = []
     progress = tqdm(batches, total=schedule.steps, desc=title, unit="step", disable=None)
@@ -209,6 +217,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the weights, the order and the toy tasks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="of the frozen model")
+    add("--trainer", action="store_true", help="train with Hugging Face's Trainer (and accelerate)")
     args = parser.parse_args(argv)
     if args.max_length < 8:
         parser.error(f"argument --max-length: must be at least 8, got {args.max_length}")
@@ -216,6 +225,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --hidden: must be a multiple of 32, got {args.hidden}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.trainer and args.device not in ("cpu", "cuda"):
+        parser.error(f"argument --device: with --trainer cpu or cuda, got {args.device}")
     args.out = args.out or Path("out") / args.preset
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: {args.out} exists and is not a folder")
@@ -347,16 +358,26 @@ def main(argv: list[str] | None = None) -> dict:
 
     before = evaluate(model, encoder, dev, tasks)
     groups = shuffled(train, args.batch, args.steps, args.seed + 1)
+    schedule, title, logs = Schedule(args.steps, args.lr), f"fine-tune {args.preset}", {}
     fit_start = time.perf_counter()
-    curve = fit(
-        model,
-        adapter_parameters(model),
-        map(encoder.batch, groups),
-        Schedule(args.steps, args.lr),
-        tasks=tasks,
-        aux_loss=collect_aux_loss,
-        title=f"fine-tune {args.preset}",
-    )
+    if args.trainer:
+        # It needs accelerate, which the loop does not.
+        from with_trainer import fit_with_trainer
+
+        optimizers = schedule.optimizers(adapter_parameters(model))
+        curve, logs["trainer_logs"] = fit_with_trainer(
+            model, encoder, groups, optimizers, args, max_norm=schedule.max_norm, title=title
+        )
+    else:
+        curve = fit(
+            model,
+            adapter_parameters(model),
+            map(encoder.batch, groups),
+            schedule,
+            tasks=tasks,
+            aux_loss=collect_aux_loss,
+            title=title,
+        )
     seconds = time.perf_counter() - fit_start
     after = evaluate(model, encoder, dev, tasks)
     train_after = evaluate(model, encoder, train, tasks, rank_choices=False)
@@ -377,6 +398,7 @@ def main(argv: list[str] | None = None) -> dict:
         "frozen_parameters": frozen,
         "seconds_per_step": seconds / args.steps,
         "train_loss": curve,
+        **logs,
         "train_after": train_after,
         "dev_before": before,
         "dev_after": after,

@@ -16,6 +16,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -87,6 +88,30 @@ def test_every_preset_and_option_runs(arguments, tmp_path, capsys):
     metrics = run(tmp_path, *arguments, "--steps", "2", "--pretrain-steps", "0")
     assert "reload: identical" in capsys.readouterr().out
     assert all(map(math.isfinite, metrics["train_loss"]))
+
+
+@pytest.mark.parametrize(
+    "options", (["--preset", "ming", "--aux", "load_balance,z"], ["--preset", "moelora"])
+)
+def test_trainer_trains_what_the_loop_trains(options, tmp_path, capsys):
+    """The same steps by Hugging Face's Trainer, whose logs have the expert load."""
+    short = [*options, "--dropout", "0", "--steps", "6", "--pretrain-steps", "2"]
+    loop = run(tmp_path, *short)
+    metrics = run(tmp_path, *short, "--trainer")
+    assert capsys.readouterr().out.count("reload: identical") == 2
+    # The sum of the tokens' losses is divided before or after it is taken.
+    assert metrics["train_loss"] == pytest.approx(loop["train_loss"], rel=1e-5)
+    assert len(metrics["trainer_logs"]) == 6
+    for entry in metrics["trainer_logs"]:
+        assert 1 / 8 < entry["expert_load_max"] < 1
+        assert ("aux_loss" in entry) == ("--aux" in options)
+    assert "trainer_logs" not in loop
+
+
+def test_trainer_chooses_the_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--trainer", "--device", "cuda:1")
+    assert "--device: with --trainer cpu or cuda, got cuda:1" in capsys.readouterr().err
 
 
 def test_same_seed_same_curve(tmp_path):

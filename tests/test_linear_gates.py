@@ -66,6 +66,14 @@ def test_gates_that_do_not_fit_raise():
         make_layer()(x, torch.rand(3, 4))
 
 
+def test_tasks_of_another_batch_are_not_taken_for_tokens():
+    layer = make_layer(router="task", num_tasks=7)
+    set_tasks(layer, [1, 2, 3, 4, 5, 6])
+    with pytest.raises(ValueError, match=r"set_tasks: 6 gate rows for x \[2, 3, 12\]"):
+        layer(torch.randn(2, 3, IN, dtype=torch.float64))
+    layer(torch.randn(6, 1, IN, dtype=torch.float64))
+
+
 def test_any_module_can_be_the_router():
     """y and all gradients, the router's among them, as autograd of the plain formula has them."""
     layer = make_layer(router=Prototype(4), router_bias=False, normalize="none", top_k=2)

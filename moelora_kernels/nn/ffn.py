@@ -221,7 +221,7 @@ class MoeLoraFFN(nn.Module):
                 logits = layer_logits(self, x, tokens)
             weights, indices = gate_of_logits(logits, config, self.training, self.router)
         weights, indices = add_shared_expert(weights, indices, config)
-        rows_of_gates(weights, x.shape, x.device, source, config.batch_dim)
+        rows_of_gates(weights, x.shape, x.device, source, config)
         if config.aux or self.record.wanted:
             self.record.keep(weights, indices, logits)
         if indices is None:

@@ -387,7 +387,7 @@ def _gates(
     if parts[0][1] is not None:
         indices = torch.cat([i for _, i in parts], dim=1) if len(parts) > 1 else parts[0][1]
     source = "set_tasks" if gates is None else "gates"
-    rows = rows_of_gates(weights, x.shape, x.device, source, config.batch_dim)
+    rows = rows_of_gates(weights, x.shape, x.device, source, config)
     return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
 
 

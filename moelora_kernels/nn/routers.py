@@ -64,7 +64,8 @@ class TaskRouter(nn.Module):
         self.num_tasks = num_tasks
         self.embedding = nn.Embedding(num_tasks + 1, embedding_dim, device=device, dtype=dtype)
         self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
-        self.register_buffer("task_ids", None, persistent=False)
+        # No buffer: DistributedDataParallel sends those of the first process to all others.
+        self.task_ids: Tensor | None = None
 
     def check_tasks(self, ids: Tensor) -> None:
         """Raise unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks, no row all 0."""
@@ -92,10 +93,12 @@ class TaskRouter(nn.Module):
         """Logits [B, E] of the tasks set last."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        tasks = self.embedding(self.task_ids)
-        if self.task_ids.dim() == 2:
+        # The router may have been moved since.
+        ids = self.task_ids.to(self.gate.weight.device)
+        tasks = self.embedding(ids)
+        if ids.dim() == 2:
             tasks = tasks.to(torch.promote_types(tasks.dtype, torch.float32))
-            is_task = (self.task_ids != 0)[..., None]
+            is_task = (ids != 0)[..., None]
             tasks = torch.where(is_task, tasks, 0).sum(dim=1) / is_task.sum(dim=1)
         return wide_linear(tasks, self.gate)
 
@@ -472,24 +475,30 @@ def add_shared_expert(
 
 
 def rows_of_gates(
-    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str, batch_dim: int = 0
+    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
 ) -> Tensor | None:
     """The gate row of each token where x has one gate row per sequence; else None.
 
-    x is [B, S, I], or [S, B, I] with batch_dim 1.
+    x is [B, S, I], or [S, B, I] with batch_dim 1. A row for each token of several sequences may be
+    passed in, but is none of a task's: as many tasks as tokens are those of another batch.
 
     None means what `moe_lora_linear` takes it for: a gate row per token, or one for all tokens.
     """
     tokens, inner = 1, 1
     for dim, size in enumerate(x_shape[:-1]):
         tokens *= size
-        inner *= size if dim > batch_dim else 1
+        inner *= size if dim > config.batch_dim else 1
     count = gates.shape[0]
-    if count in (1, tokens):
+    sequences = x_shape[config.batch_dim] if len(x_shape) > 2 else tokens
+    by_token = count == tokens and (config.router != "task" or count == sequences)
+    if count == 1 or by_token:
         return None
-    if len(x_shape) < 3 or count != x_shape[batch_dim]:
+    if count != sequences:
+        one_per_token = "" if config.router == "task" else "one per token, "
         raise ValueError(
-            f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, one per token, "
-            f"or one per sequence (dimension {batch_dim} of x: batch_dim={batch_dim})"
+            f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, {one_per_token}"
+            f"or one per sequence (dimension {config.batch_dim} of x: batch_dim="
+            f"{config.batch_dim}); where generate makes n sequences of each prompt (beams, "
+            "samples), set_tasks takes ids.repeat_interleave(n)"
         )
     return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count
