@@ -53,6 +53,9 @@ class MoeLoraLinear(nn.Module):
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
 
+    # Of several adapters that PEFT keeps over one base, only some take part in a forward.
+    is_selected = is_running = True
+
     def __init__(
         self,
         in_features: int,
@@ -81,7 +84,13 @@ class MoeLoraLinear(nn.Module):
         return layer.train(linear.training)
 
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
-        self.config = config = MoeLoraConfig.of(config, options)
+        config = MoeLoraConfig.of(config, options)
+        self.base_layer = base
+        self._add_experts(base, config)
+        base.requires_grad_(False)
+
+    def _add_experts(self, base: nn.Module, config: MoeLoraConfig) -> None:
+        self.config = config
         self.in_features, self.out_features = base.in_features, base.out_features
         ranks, renormalize = config.ranks(), config.renormalizes()
         self._plan = Plan(
@@ -100,7 +109,6 @@ class MoeLoraLinear(nn.Module):
         )
         self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
         device, dtype = adapter_place(base, config)
-        self.base_layer = base.requires_grad_(False)
         rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(

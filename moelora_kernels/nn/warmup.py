@@ -59,7 +59,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]
     for module in found:
         if isinstance(module, MoeLoraFFN):
             yield (module,)
-        if isinstance(module, MoeLoraLinear) and module not in seen:
+        if isinstance(module, MoeLoraLinear) and module.is_running and module not in seen:
             siblings = module.link.layers if module.link is not None else (module,)
             seen.update(siblings)
             yield siblings
