@@ -1,0 +1,205 @@
+"""A linear under the adapters of a PeftModel, and one of these adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.base import adapter_place, float_weight
+from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.merge import Task, delta_weight, why_no_task_gate
+from moelora_kernels.nn.routers import TaskRouter
+
+
+class MoeLoraExperts(MoeLoraLinear):
+    """One adapter of a tuner layer: the A, B, router and record of a MoeLoraLinear.
+
+    Its base is what the tuner layer puts below it: the frozen linear, or the adapter that is active
+    before it, so that several add up. Neither is a child of this module, nor is the task gate that
+    it shares with the first layer of the adapter: each tensor has one name in a state dict. Keys
+    have one level ("router_fc1_weight"): PEFT before 0.21 tells adapters apart by it.
+    """
+
+    def __init__(
+        self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
+    ) -> None:
+        nn.Module.__init__(self)
+        # Past nn.Module, which would make a child of it.
+        object.__setattr__(self, "tuner_layer", layer)
+        self.name = name
+        self._add_experts(layer.base_layer, config)
+        if router is not None:
+            del self.router
+            object.__setattr__(self, "router", router)
+        self.train(layer.training)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The module whose output the experts add to."""
+        return self.tuner_layer.below(self.name)
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether this adapter is one of the active ones, and not part of a merged weight."""
+        return self.name in self.tuner_layer.active_adapters and not self.tuner_layer.merged
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the coming forwards use this adapter."""
+        return self.name in self.tuner_layer.running()
+
+    def task(self) -> Task | None:
+        """The one task, or the one gate, that `set_tasks` has set; None where the gate needs none.
+
+        Raises RuntimeError where none is set, or several.
+        """
+        if self.config.router is None:
+            return None
+        external = self.config.router == "external"
+        rows = self.external_gates if external else self.router.task_ids
+        if rows is None:
+            raise RuntimeError("the gate has no task to merge: call set_tasks(model, [task]) first")
+        if not (rows == rows[:1]).all():
+            raise RuntimeError(
+                "a weight holds one task, and the samples of the last set_tasks differ: call "
+                "set_tasks(model, [task]) first"
+            )
+        return rows[0] if external else rows[0].tolist()
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """As nn.Module, with keys of one level."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for nested, flat in self._flat_keys(prefix).items():
+            state[flat] = state.pop(nested)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for nested, flat in self._flat_keys(prefix).items():
+            if flat in state_dict:
+                state_dict[nested] = state_dict.pop(flat)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _flat_keys(self, prefix: str) -> dict[str, str]:
+        keys = [
+            f"{name}.{key}" for name, child in self.named_children() for key in child.state_dict()
+        ]
+        return {prefix + key: prefix + key.replace(".", "_") for key in keys}
+
+
+class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
+    """A linear under the adapters of a PeftModel: y = base(x) + the sum of the active ones."""
+
+    adapter_layer_names = ("moelora_experts",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.moelora_experts = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        # The base's weight before a merge: subtracting the delta again would not give its bits.
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.train(base_layer.training)
+
+    def update_layer(
+        self, adapter_name: str, config: MoeLoraConfig, router: TaskRouter | None = None
+    ) -> None:
+        """Add an adapter, with a task gate that layers share if there is one."""
+        self.moelora_experts[adapter_name] = MoeLoraExperts(self, adapter_name, config, router)
+        self.set_adapter(self.active_adapters)
+
+    def running(self) -> list[str]:
+        """The adapters that a forward adds to the base, in their order."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.moelora_experts]
+
+    def below(self, adapter_name: str) -> nn.Module:
+        """What an adapter adds to: the one that runs before it, else the base."""
+        running = self.running()
+        place = running.index(adapter_name) if adapter_name in running else 0
+        return self.moelora_experts[running[place - 1]] if place else self.base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> y [..., O]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        running = self.running()
+        return self.moelora_experts[running[-1]](x) if running else self.base_layer(x)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What an adapter adds to the base's weight for the task that is set, [O, I] in float64.
+
+        Raises RuntimeError where the gate depends on x, or no task or several are set.
+        """
+        experts = self._mergeable(adapter_name)
+        return delta_weight(experts, experts.task())
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise RuntimeError where `merge` would, with nothing computed."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.moelora_experts and name not in self.merged_adapters:
+                self._dense_base_weight()
+                self._mergeable(name).task()
+
+    def _mergeable(self, adapter_name: str) -> MoeLoraExperts:
+        experts = self.moelora_experts[adapter_name]
+        if reason := why_no_task_gate(experts):
+            raise RuntimeError(f"adapter {adapter_name!r} cannot be merged: {reason}")
+        return experts
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base's weight, for the task that `set_tasks` has set.
+
+        Args:
+            safe_merge: raise ValueError, with nothing changed, if the result is not finite.
+            adapter_names: the adapters; None is the active ones.
+
+        Raises RuntimeError as `get_delta_weight`, or if the base's weight is not a dense float.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.moelora_experts]
+        if not names:
+            return
+        weight = self._dense_base_weight()
+        delta = torch.stack([self.get_delta_weight(name) for name in names]).sum(dim=0)
+        merged = (weight.double() + delta.to(weight.device)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"safe_merge: adapters {names} make weights that are not finite")
+        if not self.merged:
+            self.unmerged_weight = weight.clone()
+        weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base back the weight it had before `merge`, bit by bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+            return
+        self._dense_base_weight().copy_(self.unmerged_weight)
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def _dense_base_weight(self) -> Tensor:
+        """The base's weight [O, I], to be changed in place."""
+        weight = float_weight(self.base_layer)
+        if type(weight) not in (nn.Parameter, Tensor):
+            raise RuntimeError(
+                "adapters can be merged into a dense float weight only, this base is a "
+                f"{type(self.base_layer)}"
+            )
+        return weight.data
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # The dtype stays: PEFT's would round an adapter that was loaded in float32.
+        experts = self.moelora_experts[adapter_name]
+        if not any(p.is_meta for p in experts.parameters()):
+            experts.to(device or adapter_place(self.base_layer, experts.config)[0])
