@@ -183,8 +183,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for layer in layers:
             layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
         return
-    unused = {id(m.router) for m in model.modules() if isinstance(m, LAYERS) and not m.is_selected}
-    routers = [m for m in model.modules() if isinstance(m, TaskRouter) and id(m) not in unused]
+    routers = {layer.router for layer in _selected(model) if layer.config.router == "task"}
     if not routers:
         raise ValueError("model: no layer with router='task' takes task ids")
     for router in routers:

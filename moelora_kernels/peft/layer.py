@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,9 +20,9 @@ class MoeLoraExperts(MoeLoraLinear):
     """One adapter of a tuner layer: the A, B, router and record of a MoeLoraLinear.
 
     Its base is what the tuner layer puts below it: the frozen linear, or the adapter that is active
-    before it, so that several add up. Neither is a child of this module, nor is the task gate that
-    it shares with the first layer of the adapter: each tensor has one name in a state dict. Keys
-    have one level ("router_fc1_weight"): PEFT before 0.21 tells adapters apart by it.
+    before it, so that several add up. The base and the router are no children of this module: the
+    tuner layer holds them, and the task gate of an adapter is held by its first layer alone, so
+    that each tensor has one name in a state dict.
     """
 
     def __init__(
@@ -34,9 +33,8 @@ class MoeLoraExperts(MoeLoraLinear):
         object.__setattr__(self, "tuner_layer", layer)
         self.name = name
         self._add_experts(layer.base_layer, config)
-        if router is not None:
-            del self.router
-            object.__setattr__(self, "router", router)
+        own = self._modules.pop("router", None)
+        object.__setattr__(self, "router", own if router is None else router)
         self.train(layer.training)
 
     @property
@@ -72,25 +70,6 @@ class MoeLoraExperts(MoeLoraLinear):
             )
         return rows[0] if external else rows[0].tolist()
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As nn.Module, with keys of one level."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for nested, flat in self._flat_keys(prefix).items():
-            state[flat] = state.pop(nested)
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for nested, flat in self._flat_keys(prefix).items():
-            if flat in state_dict:
-                state_dict[nested] = state_dict.pop(flat)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _flat_keys(self, prefix: str) -> dict[str, str]:
-        keys = [
-            f"{name}.{key}" for name, child in self.named_children() for key in child.state_dict()
-        ]
-        return {prefix + key: prefix + key.replace(".", "_") for key in keys}
-
 
 class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     """A linear under the adapters of a PeftModel: y = base(x) + the sum of the active ones."""
@@ -111,8 +90,31 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: MoeLoraConfig, router: TaskRouter | None = None
     ) -> None:
         """Add an adapter, with a task gate that layers share if there is one."""
-        self.moelora_experts[adapter_name] = MoeLoraExperts(self, adapter_name, config, router)
+        experts = MoeLoraExperts(self, adapter_name, config, router)
+        self.moelora_experts[adapter_name] = experts
+        if experts.router is not None and router is None:
+            self._hold_router(adapter_name, experts.router)
         self.set_adapter(self.active_adapters)
+
+    def _hold_router(self, adapter_name: str, router: nn.Module) -> None:
+        """Make children of the parts of a router that have tensors, by path and adapter.
+
+        PEFT tells adapters apart by keys of the form path.adapter.tensor, one level deep.
+        """
+        for path, part in router.named_modules():
+            own = ["." not in key for key in part.state_dict()]
+            if not any(own):
+                continue
+            if not all(own):
+                raise TypeError(
+                    f"router: {type(part)} has tensors of its own and in its parts; PEFT has no "
+                    "names for both"
+                )
+            key = "_".join(["moelora_router", *path.split(".")]).rstrip("_")
+            if key not in self._modules:
+                self.add_module(key, nn.ModuleDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, key)
+            self._modules[key][adapter_name] = part
 
     def running(self) -> list[str]:
         """The adapters that a forward adds to the base, in their order."""
