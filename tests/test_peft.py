@@ -298,19 +298,26 @@ def adapted_names(model):
     (
         (dict(target_modules=["up"]), {"layers.0.up", "layers.1.up"}),
         (dict(target_modules=r".*\.0\.(up|down)"), {"layers.0.up", "layers.0.down"}),
-        (dict(target_modules=TARGETS, exclude_modules=["0.down"], layers_to_transform=[0],
-              layers_pattern="layers"),
-         {"layers.0.up"}),
-        (dict(target_modules=["up"], layers_to_transform=1, layers_pattern="layers"),
-         {"layers.1.up"}),
-        (dict(target_modules=["up", "head"], exclude_modules=r"layers\.1.*"),
-         {"layers.0.up", "head"}),
+        (
+            dict(target_modules=TARGETS, exclude_modules=["0.down"], layers_to_transform=[0]),
+            {"layers.0.up"},
+        ),
+        (
+            dict(target_modules=["up"], layers_to_transform=1, layers_pattern="layers"),
+            {"layers.1.up"},
+        ),
+        (
+            dict(target_modules=["up", "head"], exclude_modules=r".*layers\.1.*"),
+            {"layers.0.up", "head"},
+        ),
     ),
     ids=str,
-)  # fmt: skip
+)
 def test_targets(where, names):
-    model = peft.get_peft_model(net(), MoeLoraPeftConfig(**where, **MING))
-    assert adapted_names(model.base_model.model) == names
+    # PEFT counts layers of a list that lies in a module.
+    base = nn.ModuleDict({"body": net()})
+    model = peft.get_peft_model(base, MoeLoraPeftConfig(**where, **MING))
+    assert adapted_names(model.base_model.model) == {f"body.{name}" for name in names}
 
 
 def test_all_linear_is_all_but_the_head_and_our_own_routers():
