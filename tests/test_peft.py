@@ -205,6 +205,15 @@ def test_set_adapter_switches_what_runs_and_what_trains():
     )
 
 
+def test_adapters_are_in_the_mode_of_their_base():
+    """A model in evaluation that is given an adapter must not start to drop and to draw."""
+    config = MoeLoraPeftConfig(target_modules=TARGETS, **{**MING, "dropout": 0.5, "noise": 1.0})
+    model = peft.inject_adapter_in_model(config, net().eval())
+    assert not any(m.training for m in model.modules())
+    peft.inject_adapter_in_model(config, model.train(), adapter_name="other")
+    assert all(m.training for m in model.modules())
+
+
 def test_adding_an_adapter_changes_neither_output_nor_training():
     model, x = adapted(), inputs()
     y = model(x)

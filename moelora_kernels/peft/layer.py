@@ -35,7 +35,6 @@ class MoeLoraExperts(MoeLoraLinear):
         self._add_experts(layer.base_layer, config)
         own = self._modules.pop("router", None)
         object.__setattr__(self, "router", own if router is None else router)
-        self.train(layer.training)
 
     @property
     def base_layer(self) -> nn.Module:
@@ -94,7 +93,7 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         self.moelora_experts[adapter_name] = experts
         if experts.router is not None and router is None:
             self._hold_router(adapter_name, experts.router)
-        self.set_adapter(self.active_adapters)
+        self.train(self.training)
 
     def _hold_router(self, adapter_name: str, router: nn.Module) -> None:
         """Make children of the parts of a router that have tensors, by path and adapter.
