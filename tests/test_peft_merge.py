@@ -37,11 +37,12 @@ def assert_bits(found, expected):
 @pytest.mark.parametrize("task", (1, 2, 3, 4))
 def test_every_task_merged_is_the_task_unmerged(task):
     model, x = adapted(), inputs()
-    before = bits(model)
+    before, keys = bits(model), set(model.state_dict())
     set_tasks(model, [task])
     y = model(x)
     model.merge_adapter()
     assert not torch.equal(bits(model)[0], before[0])
+    assert set(model.state_dict()) == keys
     torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
     model.unmerge_adapter()
     assert_bits(bits(model), before)
