@@ -356,6 +356,14 @@ def test_targets_that_cannot_be_adapted():
         peft.get_peft_model(reader, MoeLoraPeftConfig(target_modules=["out_proj"], **MING))
 
 
+def test_a_router_without_names_for_its_tensors():
+    """One that has tensors beside parts with tensors: PEFT would save keys that it cannot load."""
+    router = nn.Sequential(nn.Linear(6, 3))
+    router.offset = nn.Parameter(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"router: .*Sequential.* has tensors of its own and in"):
+        MoeLoraTunerLinear(nn.Linear(6, 3))._hold_router("default", router)
+
+
 def test_inject_adapter_in_model():
     """Without a PeftModel around it; also from a state dict alone, as diffusers does it."""
     x = inputs()
