@@ -52,7 +52,7 @@ class Model(nn.Module):
                 if q.requires_grad or preset == "flylora":
                     q.normal_(std=0.5)
             for name, buffer in self.layer.named_buffers():
-                if name.endswith("balance_bias"):
+                if name.endswith("balance.bias"):
                     buffer.normal_(std=0.5)
         experts = self.layer.config.num_experts
         if preset == "octavius":
@@ -112,7 +112,7 @@ def loop_hmora(x, p, m, extra):
         w2, b2 = p[f"router.{name}.fc2.weight"], p[f"router.{name}.fc2.bias"]
         return (w2 @ (w1 @ value + b1).clamp_min(0) + b2).softmax(dim=0)
 
-    c, share = m.layer.config, 1 / (1 + torch.exp(-p["router.share"]))
+    c, share = m.layer.config, 1 / (1 + torch.exp(-p["router.mixture.share"]))
     out = []
     for b, sequence in enumerate(x):
         for token in sequence:
@@ -169,7 +169,7 @@ def loop_smora(x, p, m, extra):
 
     def gate_of_token(_, token):
         logits = p["router.gate.weight"] @ token
-        kept = first_largest(logits + p["router.balance_bias"], c.top_k)
+        kept = first_largest(logits + p["router.balance.bias"], c.top_k)
         gate = torch.stack([logits[e] for e in kept]).softmax(dim=0)
         return zip(kept, gate, strict=True)
 
@@ -180,7 +180,7 @@ def loop_flylora(x, p, m, extra):
     """h = A x; y = W x + alpha / R B (mask h), mask: the largest of |h + d|."""
     c = m.layer.config
     h = x @ p["lora_A"].t()
-    biased = (h + p["router.balance_bias"]).abs().reshape(-1, c.num_experts)
+    biased = (h + p["router.balance.bias"]).abs().reshape(-1, c.num_experts)
     mask = torch.zeros_like(biased)
     for t, row in enumerate(biased):
         mask[t, first_largest(row, c.top_k)] = 1

@@ -39,13 +39,13 @@ def test_the_bias_moves_against_the_load_of_all_forwards_since():
     load = sum(loads)
     # Neither of the two alone would move the bias like this.
     assert all(not torch.equal((n.mean() - n).sign(), (load.mean() - load).sign()) for n in loads)
-    assert layer.router.load is None
+    assert layer.router.balance.load is None
     layer.train()
     for part in x:
         layer(part)
     update_balance(layer)
     expected = 0.05 * (load.mean() - load).sign()
-    torch.testing.assert_close(layer.router.balance_bias.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.router.balance.bias.double(), expected, rtol=1e-6, atol=0)
     assert expected.unique().numel() > 1
     with pytest.raises(RuntimeError, match="run a training forward first"):
         update_balance(layer)
@@ -54,7 +54,7 @@ def test_the_bias_moves_against_the_load_of_all_forwards_since():
 def test_the_bias_selects_and_does_not_weigh():
     layer = balanced_layer().eval()
     x = torch.randn(5, IN, dtype=torch.float64)
-    layer.router.balance_bias[:] = torch.tensor([9.0, 0, 0, 9.0, 0, 0])
+    layer.router.balance.bias[:] = torch.tensor([9.0, 0, 0, 9.0, 0, 0])
     with record_routing(layer):
         layer(x)
         weights = layer.record.weights
@@ -68,9 +68,9 @@ def test_the_bias_is_added_before_the_score(score):
     """|logit + d| of FlyLoRA: a bias after the magnitude would select others."""
     layer = balanced_layer(score=score, normalize="one").eval()
     with torch.no_grad():
-        layer.router.balance_bias.normal_()
+        layer.router.balance.bias.normal_()
     x = torch.randn(40, IN, dtype=torch.float64)
-    biased = x @ layer.router.gate.weight.t() + layer.router.balance_bias
+    biased = x @ layer.router.gate.weight.t() + layer.router.balance.bias
     biased = biased.abs() if score == "abs" else biased
     kept = torch.zeros(40, 6, dtype=torch.bool).scatter(1, biased.topk(2, dim=1).indices, True)
     assert torch.equal(selected(layer, x), kept)
@@ -81,7 +81,7 @@ def test_a_repeated_forward_counts_once():
     layer = balanced_layer()
     x = torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert layer.router.load.sum() == 7 * 2
+    assert layer.router.balance.load.sum() == 7 * 2
 
 
 def test_balancing_balances():
@@ -105,9 +105,9 @@ def test_balancing_balances():
 def test_whole_ffn_experts_balance_too():
     ffn = MoeLoraFFN(IN, 16, num_experts=4, rank=2, top_k=2, balance_rate=0.1)
     ffn(torch.randn(5, IN))
-    assert ffn.router.load.sum() == 10
+    assert ffn.router.balance.load.sum() == 10
     update_balance(ffn)
-    assert ffn.router.balance_bias.any()
+    assert ffn.router.balance.bias.any()
 
 
 def test_nothing_to_balance_is_an_error():

@@ -137,7 +137,7 @@ def test_a_model_trains_and_its_adapter_comes_back(preset):
         assert (layer.lora_A.grad is not None) == (config.freeze == "none")
         assert (layer.lora_B.grad is not None) == (config.freeze != "AB")
     state = adapter_state_dict(model)
-    has = {"arrow": "0.router.prototypes", "smora": "0.router.balance_bias"}
+    has = {"arrow": "0.router.prototypes", "smora": "0.router.balance.bias"}
     assert has.get(preset, "0.lora_A") in state
     for base, own in ((0, "0."), (2, "2.")):
         other[base].base_layer.load_state_dict(model[base].base_layer.state_dict())
@@ -214,7 +214,7 @@ def test_token_task_router_shared_by_siblings():
         model["q_proj"](x)
     set_tasks(model, torch.randn(2, TASK))
     model["q_proj"](x)
-    assert sum("router.share" in key for key in adapter_state_dict(model)) == 1
+    assert sum("router.mixture.share" in key for key in adapter_state_dict(model)) == 1
 
 
 def test_task_vectors_that_do_not_fit_are_named():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moelora_kernels.nn.routers import BalancedRouter
+from moelora_kernels.nn.routers import Balance, BalancedRouter
 
 
 @torch.no_grad()
@@ -18,9 +18,8 @@ def update_balance(model: nn.Module) -> None:
     it once per optimizer step, beside `optimizer.step()`, is right with gradient accumulation and
     activation checkpointing. Under data parallelism every rank counts its own tokens; sum first:
 
-        for module in model.modules():
-            if isinstance(module, BalancedRouter):
-                torch.distributed.all_reduce(module.load)
+        for balance in balances(model):
+            torch.distributed.all_reduce(balance.load)
 
     Raises:
         ValueError: no layer has a `balance_rate`.
@@ -28,13 +27,17 @@ def update_balance(model: nn.Module) -> None:
 
     Source: arXiv 2408.15664.
     """
-    layers = [m for m in model.modules() if isinstance(getattr(m, "router", None), BalancedRouter)]
-    if not layers:
+    found = balances(model)
+    if not found:
         raise ValueError("model: no layer has a balance_rate")
-    if any(layer.router.load is None for layer in layers):
+    if any(balance.load is None for balance in found):
         raise RuntimeError("no load to balance: run a training forward first")
-    for layer in layers:
-        router = layer.router
-        step = (router.load.mean() - router.load).sign() * layer.config.balance_rate
-        router.balance_bias += step.to(router.balance_bias)
-        router.load = None
+    for balance, rate in found.items():
+        balance.bias += ((balance.load.mean() - balance.load).sign() * rate).to(balance.bias)
+        balance.load = None
+
+
+def balances(model: nn.Module) -> dict[Balance, float]:
+    """Every balance in `model` (of active adapters in a PeftModel), and its rate."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "router", None), BalancedRouter)]
+    return {m.router.balance: m.config.balance_rate for m in layers if m.is_selected}

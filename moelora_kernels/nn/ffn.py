@@ -83,6 +83,9 @@ class MoeLoraFFN(nn.Module):
     Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 of weight 1).
     """
 
+    # As in MoeLoraLinear; PEFT keeps no whole-FFN experts.
+    is_selected = is_running = True
+
     def __init__(
         self,
         hidden_size: int,

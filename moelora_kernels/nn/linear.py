@@ -64,6 +64,8 @@ class MoeLoraLinear(nn.Module):
 
     # Whether the layer puts config.rank_activation between A and the gate.
     _activates = False
+    # Of several adapters that PEFT keeps over one base, only some take part in a forward.
+    is_selected = is_running = True
 
     def __init__(
         self,
@@ -134,7 +136,15 @@ class MoeLoraLinear(nn.Module):
         options: dict,
         features: tuple[int, int] | None = None,
     ) -> None:
-        self.config = config = MoeLoraConfig.of(config, options)
+        config = MoeLoraConfig.of(config, options)
+        self.base_layer = base
+        self._add_experts(base, config, features)
+        base.requires_grad_(False)
+
+    def _add_experts(
+        self, base: nn.Module, config: MoeLoraConfig, features: tuple[int, int] | None = None
+    ) -> None:
+        self.config = config
         if config.rank_activation is not None and not self._activates:
             raise ValueError(
                 f"rank_activation: {config.rank_activation!r} goes with MoeLoraAdapter, a linear "
@@ -159,7 +169,6 @@ class MoeLoraLinear(nn.Module):
         )
         self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
         device, dtype = adapter_place(base, config)
-        self.base_layer = base.requires_grad_(False)
         rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(

@@ -183,10 +183,10 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()
     if tasks.is_floating_point():
-        layers = [
-            m for m in model.modules() if isinstance(m, LAYERS) and m.config.router == "external"
-        ]
-        mixed = [m for m in model.modules() if isinstance(m, TokenTaskRouter)]
+        layers = [layer for layer in _selected(model) if layer.config.router == "external"]
+        routers = {layer.router for layer in _selected(model) if layer.router is not None}
+        within = {m for router in routers for m in router.modules()}
+        mixed = [m for m in within if isinstance(m, TokenTaskRouter)]
         if not layers and not mixed:
             raise ValueError(
                 "model: no layer with router='external' takes gates; task ids are whole numbers"
@@ -202,7 +202,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for layer in layers:
             layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
         return
-    routers = [m for m in model.modules() if isinstance(m, TaskRouter)]
+    routers = {layer.router for layer in _selected(model) if layer.config.router == "task"}
     if not routers:
         raise ValueError("model: no layer with router='task' takes task ids")
     for router in routers:
@@ -212,11 +212,14 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and router parameters of all layers, each once."""
+    """A, B and router parameters of all layers, each once (in a PeftModel: of active adapters)."""
     found: dict[int, nn.Parameter] = {}
-    for layer in model.modules():
-        if isinstance(layer, LAYERS):
-            own = list(layer.parameters(recurse=False))
-            own += [] if layer.router is None else list(layer.router.parameters())
-            found.update((id(p), p) for p in own)
+    for layer in _selected(model):
+        own = list(layer.parameters(recurse=False))
+        own += [] if layer.router is None else list(layer.router.parameters())
+        found.update((id(p), p) for p in own)
     return list(found.values())
+
+
+def _selected(model: nn.Module) -> list[MoeLoraLinear | MoeLoraFFN]:
+    return [m for m in model.modules() if isinstance(m, LAYERS) and m.is_selected]

@@ -94,7 +94,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """
     losses = []
     for layer in layers_of(model):
-        if not layer.config.aux:
+        if not (layer.config.aux and layer.is_running):
             continue
         record = layer.record
         if record.logits is None:

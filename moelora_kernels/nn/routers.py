@@ -182,7 +182,9 @@ class TokenTaskRouter(nn.Module):
 
         self.token, self.task = gate(in_features), gate(task_features)
         self.task_features = task_features
-        self.share = nn.Parameter(torch.full((), float(share), device=device, dtype=dtype))
+        # Beside the two gates, not in their parent: PEFT names tensors by the module that has them.
+        start = torch.full((), float(share), device=device, dtype=dtype)
+        self.mixture = nn.ParameterDict({"share": start})
         self.task_vectors: Tensor | None = None
 
     def check_tasks(self, vectors: Tensor) -> None:
@@ -194,7 +196,7 @@ class TokenTaskRouter(nn.Module):
 
     def hold_tasks(self, vectors: Tensor) -> None:
         """Keep vectors [B, D] that `check_tasks` let pass for the coming forwards."""
-        self.task_vectors = vectors.to(self.share.device)
+        self.task_vectors = vectors.to(self.mixture["share"].device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> probabilities [T, E], in float32."""
@@ -205,30 +207,24 @@ class TokenTaskRouter(nn.Module):
             raise ValueError(f"tasks: {batch} task vectors do not share out over {tokens} tokens")
         own = router_logits(self.token, x).softmax(dim=1)
         task = router_logits(self.task, self.task_vectors).to(own).softmax(dim=1)
-        share = self.share.to(own.dtype).sigmoid()
+        share = self.mixture["share"].to(own.dtype).sigmoid()
         return (1 - share) * own + share * task.repeat_interleave(tokens // batch, dim=0)
 
 
-class BalancedRouter(nn.Module):
-    """A gate with a bias per expert that counts where experts are selected and nowhere else.
+class Balance(nn.Module):
+    """A bias per expert that counts where experts are selected and nowhere else.
 
-    `balance_bias` [E] is a buffer that `update_balance` moves against `load` [E], how often each
-    expert was selected in the training forwards since then (None: none yet). A gate that several
-    layers share has a bias of its own in each of them.
+    `bias` [E] is a buffer that `update_balance` moves against `load` [E], how often each expert was
+    selected in the training forwards since then (None: none yet).
 
     Source: arXiv 2408.15664 (loss-free balancing).
     """
 
-    def __init__(self, gate, num_experts, *, device=None):
+    def __init__(self, num_experts, *, device=None):
         super().__init__()
-        self.gate = gate
-        self.register_buffer("balance_bias", torch.zeros(num_experts, device=device))
+        self.register_buffer("bias", torch.zeros(num_experts, device=device))
         # Not a buffer: DDP overwrites those of all ranks with the first one's.
         self.load: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> logits [T, E] of the gate, without the bias."""
-        return router_logits(self.gate, x)
 
     def count(self, keep: Tensor) -> None:
         """Add the selection keep [N, E] of a forward, but not that of a repeated one."""
@@ -236,6 +232,22 @@ class BalancedRouter(nn.Module):
             return
         counts = keep.sum(dim=0).to(torch.float32)
         self.load = counts if self.load is None else self.load + counts
+
+
+class BalancedRouter(nn.Module):
+    """A gate and its `balance`, which only selection sees.
+
+    A gate that several layers share has a balance of its own in each of them.
+    """
+
+    def __init__(self, gate, num_experts, *, device=None):
+        super().__init__()
+        self.gate = gate
+        self.balance = Balance(num_experts, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> logits [T, E] of the gate, without the bias."""
+        return router_logits(self.gate, x)
 
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
@@ -363,7 +375,7 @@ def gate_of_logits(
         scores = scores - tau
     ranked, drawn = scores, None
     if config.balance_rate is not None:
-        biased = logits.detach() + router.balance_bias.to(logits)
+        biased = logits.detach() + router.balance.bias.to(logits)
         ranked = _scores(biased / config.temperature, config)
     if config.select == "sampling":
         drawn = _drawn(scaled.detach(), config.top_k)
@@ -371,7 +383,7 @@ def gate_of_logits(
     else:
         keep = _selected(ranked, config)
     if config.balance_rate is not None and training:
-        router.count(keep)
+        router.balance.count(keep)
     if config.entropy_threshold is not None:
         uncertain = normalized_entropy(scaled.detach(), config.entropy_index)
         keep = keep | (uncertain > config.entropy_threshold)[:, None]

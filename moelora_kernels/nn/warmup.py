@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from moelora_kernels.nn.adapter import MoeLoraAdapter
+from moelora_kernels.nn.balance import balances
 from moelora_kernels.nn.base import float_weight
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
-from moelora_kernels.nn.routers import BalancedRouter
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
@@ -39,7 +39,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         raise ValueError("model: no MoeLoraLinear and no MoeLoraFFN in it")
     layers = [layer for group in groups for layer in group]
     kept = [(layer.record, vars(layer.record).copy()) for layer in layers]
-    loads = [(m, m.load) for m in model.modules() if isinstance(m, BalancedRouter)]
+    loads = [(balance, balance.load) for balance in balances(model)]
     places = {p.device for layer in layers for p in layer.parameters(recurse=False)}
     devices = {device for device in places if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
@@ -48,8 +48,8 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
                 _run(group, batch, count)
     for record, values in kept:
         vars(record).update(values)
-    for router, load in loads:
-        router.load = load
+    for balance, load in loads:
+        balance.load = load
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]]:
@@ -64,7 +64,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]
     for module in found:
         if isinstance(module, MoeLoraFFN):
             yield (module,)
-        if isinstance(module, MoeLoraLinear) and module not in seen:
+        if isinstance(module, MoeLoraLinear) and module.is_running and module not in seen:
             siblings = module.link.layers if module.link is not None else (module,)
             seen.update(siblings)
             yield siblings

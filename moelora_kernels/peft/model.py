@@ -1,0 +1,109 @@
+"""The tuner: where adapters go in a model, and what PEFT asks of all of them at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from moelora_kernels.nn.base import missing_size
+from moelora_kernels.nn.model import WEIGHT_READERS
+from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.peft.config import MoeLoraPeftConfig
+from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
+
+
+class MoeLoraModel(BaseTuner):
+    """A model with mixtures of LoRA experts over some of its linears; see `MoeLoraPeftConfig`."""
+
+    prefix = "moelora_"
+    tuner_layer_cls = MoeLoraTunerLinear
+    target_module_mapping: Mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeLoraPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        config = peft_config.moe_lora_config()
+        layer = target
+        if not isinstance(target, MoeLoraTunerLinear):
+            if missing := missing_size(target):
+                raise TypeError(
+                    f"target_modules: expected modules with in_features and out_features, but "
+                    f"{current_key} is a {type(target)} without {missing}"
+                )
+            if isinstance(parent, WEIGHT_READERS):
+                raise TypeError(
+                    f"target_modules: {current_key} lies in a {type(parent)}, which reads its "
+                    "weight without calling it: its experts would be left out"
+                )
+            layer = MoeLoraTunerLinear(target)
+        shared = self._task_router(adapter_name) if config.shares_gate() else None
+        layer.update_layer(adapter_name, config, shared)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _task_router(self, adapter_name: str) -> TaskRouter | None:
+        """The task gate that the layers of an adapter share, once its first layer has made it."""
+        for module in self.model.modules():
+            if isinstance(module, MoeLoraExperts) and module.name == adapter_name:
+                return module.router
+        return None
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into the base for the task that is set; `unmerge_adapter` undoes it.
+
+        Raises, before anything is changed, ValueError for unknown adapter_names, and RuntimeError
+        for gates that depend on x, for a task that is not set, and for a base that is not dense.
+        """
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
+            raise ValueError(
+                f"adapter_names: unknown {unknown}, expected some of {sorted(self.peft_config)}"
+            )
+        for module in self.model.modules():
+            if isinstance(module, MoeLoraTunerLinear):
+                module.check_merge(adapter_names)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
+    ) -> Iterator[None]:
+        # Without this, PEFT would drop the argument.
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names: the samples of a batch cannot use different adapters; all use the "
+                "active ones (set_adapter)"
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # A dtype that was asked for by name is not PEFT's to choose.
+        chosen = self.peft_config[adapter_name].adapter_dtype is not None
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and not chosen)
