@@ -2,7 +2,8 @@
 
     python -m moelora_kernels.export --task N IN OUT
 
-IN is a file of `save_adapter`; the base model is not needed. OUT becomes a directory with
+IN is a file of `save_adapter`, a folder of `moelora_kernels.peft` or one of MOELoRA-peft; the base
+model is not needed. OUT becomes a directory with
 adapter_config.json and adapter_model.safetensors: PEFT's LoRA with scaling 1, where
 `PeftModel.from_pretrained(base, OUT)` computes what the mixture computes for task N. --task is left
 out where no gate depends on it (plain LoRA).
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints import load_adapter_state_dict
+from moelora_kernels.folders import read_folder
 from moelora_kernels.layout import model_of
 from moelora_kernels.nn.merge import REDUCED_BASE, Task
 from moelora_kernels.nn.serving import task_layers
@@ -127,13 +129,15 @@ def export_lora(
 
 
 def read_adapter(path: str | os.PathLike) -> nn.Module:
-    """The layers of an adapter file under their names, without the model around and under them.
+    """The layers of an adapter under their names, without the model around and under them.
+
+    path: a file of `save_adapter`, or a folder, see `folders`.
 
     Raises ValueError where `path` is no safetensors file, has no layout in it (see `layout`), or
     holds other tensors than its layout says, or layers that are nothing without their base.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{os.fspath(path)}: a directory; expected a file of save_adapter")
+        return read_folder(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -160,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task", type=int, metavar="N", help="task id, from 1")
     parser.add_argument("--base-model", metavar="NAME", help="name or path of the plain model")
     parser.add_argument("--task-type", metavar="TYPE", help="of PEFT, such as CAUSAL_LM")
-    parser.add_argument("adapter", metavar="IN", help="a file of save_adapter")
+    parser.add_argument("adapter", metavar="IN", help="a file of save_adapter, or a folder")
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     given = parser.parse_args(arguments)
     try:

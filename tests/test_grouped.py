@@ -23,6 +23,8 @@ SHAPES = {
     # Past every block of columns that a product is cut into.
     "wide": {"tokens": 19, "in_features": 2051, "out_features": (323,), "ranks": (3, 18, 1)},
     "rank 128": {"ranks": (128, 128, 128), "in_features": 40},
+    # A running sum over all ranks would miss the budget.
+    "rank 4000": {"ranks": (4000, 1), "top_k": 1, "in_features": 8, "tokens": 50},
     "ranks that differ": {"ranks": (1, 16, 3, 64, 2)},
     "one expert": {"ranks": (5,), "top_k": 1, "gate": "sparse"},
     "one token": {"tokens": 1},
@@ -48,7 +50,7 @@ def test_parity(name, dtype):
 
 # A running sum of float32 over all tokens of an expert would miss the budget from about 500 on.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", (CHUNK + 77, 4 * CHUNK))
+@pytest.mark.parametrize("tokens", (CHUNK + 77, 4 * CHUNK + 5))
 def test_parity_of_sums_over_more_than_a_chunk(tokens, dtype):
     assert_case(make_case(tokens=tokens, ranks=(16, 16), top_k=1), dtype, impl="grouped")
 

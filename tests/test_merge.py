@@ -304,8 +304,7 @@ def test_gates_that_depend_on_x_refuse_with_the_reason(options, match):
 
 def test_a_gate_that_is_drawn_has_no_weight():
     """Experts sampled in evaluation: one draw would be frozen into the weight."""
-    layer = task_layer(top_k=2)
-    object.__setattr__(layer.config, "select", "sampling")
+    layer = task_layer(top_k=2, select="sampling")
     with pytest.raises(ValueError, match="task: its experts are drawn anew at every forward"):
         layer.merge(3)
 
@@ -412,6 +411,23 @@ def test_merged_layers_of_others_take_no_part():
     set_tasks(model, [5, 3])
     model["plain"].unmerge()
     load_adapter_state_dict(model, adapter_state_dict(model))
+
+
+def test_several_tasks_of_one_sequence_are_one_gate():
+    """The mean of their embeddings; in any order, and whatever padding stands between them."""
+    layer = task_layer()
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    set_tasks(layer, [[5, 3, 0], [3, 5, 0]])
+    y = layer(x)
+    layer.merge([3, 5])
+    torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
+    set_tasks(layer, [[0, 3, 5], [5, 0, 3]])
+    for tasks in ([3, 5], [[3, 0], [3, 5]], [[3, 3, 5]]):
+        with pytest.raises(ValueError, match=r"tasks: the layer is merged with task \[3, 5\]"):
+            set_tasks(layer, tasks)
+    layer.unmerge()
+    layer.merge(3)
+    set_tasks(layer, [[3, 0], [0, 3]])
 
 
 def test_gates_other_than_the_merged_raise():

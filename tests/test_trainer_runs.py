@@ -13,7 +13,6 @@ for name in ("transformers", "datasets", "accelerate"):
     pytest.importorskip(name)
 
 import datasets  # noqa: E402
-import transformers  # noqa: E402
 from trainers import (  # noqa: E402
     CLOSE,
     arguments,
@@ -23,6 +22,7 @@ from trainers import (  # noqa: E402
     loop,
     make_model,
     make_samples,
+    make_tokenizer,
     make_trainer,
 )
 
@@ -40,18 +40,6 @@ class Kept:
         batch = self.collator(samples)
         self.batches.append({k: v for k, v in batch.items() if k != "task_ids"})
         return batch
-
-
-def make_tokenizer():
-    """A tokenizer of 40 tokens, which SFTTrainer asks for even where all is tokens already."""
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {chr(94 + i): i for i in range(3, 40)}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocabulary, [])),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
 
 
 @pytest.mark.parametrize("accumulation", (1, 2))

@@ -160,3 +160,15 @@ def assert_same_adapters(a, b, **tolerance):
 # The loss is divided by the tokens before or after the sum, in float32; Adam divides gradients by
 # their own size, so that a rounding of a small one can show in full.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def make_tokenizer():
+    """A tokenizer of 40 tokens, which SFTTrainer asks for even where all is tokens already."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {chr(94 + i): i for i in range(3, 40)}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [])),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moelora_kernels.checkpoints.files import State, read, same_bits, why_unfit
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.model import adapter_parameters
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.reference import blocks
@@ -301,6 +302,9 @@ def _match(
         else:
             reason = "frozen weights that are those of the model"
         ignored.setdefault(reason, []).append(given)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoeLoraLinear) and layer.merged:
+            problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     if problems:
         raise ValueError("checkpoint does not fit the model:\n  " + "\n  ".join(problems))
     return used, ignored
