@@ -133,11 +133,22 @@ def read_adapter(path: str | os.PathLike) -> nn.Module:
 
     path: a file of `save_adapter`, or a folder, see `folders`.
 
-    Raises ValueError where `path` is no safetensors file, has no layout in it (see `layout`), or
-    holds other tensors than its layout says, or layers that are nothing without their base.
+    Raises ValueError where `path` is no safetensors file, has no layout in it (see `layout`) or one
+    that cannot be read, or holds other tensors than its layout says, or layers that are nothing
+    without their base.
     """
-    if Path(path).is_dir():
-        return read_folder(path)
+    try:
+        return read_folder(path) if Path(path).is_dir() else _read_file(path)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # Of whatever type: anything may stand where options and sizes are expected.
+        reason = f"{type(error).__name__}: {error}"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise ValueError(f"{os.fspath(path)}: the layers it describes cannot be made ({reason})")
+
+
+def _read_file(path: str | os.PathLike) -> nn.Module:
+    """The layers of a file of `save_adapter`."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

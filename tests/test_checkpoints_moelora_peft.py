@@ -246,6 +246,32 @@ BROKEN = {
         lambda s: {**s, "lora_gate.GateL.weight": torch.zeros(4, 8, dtype=torch.int8)},
         r"dtype of lora_gate\.GateL\.weight",
     ),
+    # copy_ knows none of these: the tensors before them would have been copied by then.
+    "sparse": (
+        lambda s: {**s, A0 + ".mlp.weight": s[A0 + ".mlp.weight"].to_sparse()},
+        rf"{A0}\.mlp\.weight: expected a dense tensor, got a sparse_coo one",
+    ),
+    "nested": (
+        lambda s: {**s, "lora_gate.GateL.weight": torch.nested.nested_tensor([torch.zeros(4, 8)])},
+        r"lora_gate\.GateL\.weight: expected a dense tensor, got a nested one",
+    ),
+    "a sparse copy that no forward reads": (
+        lambda s: {**s, f"{FIRST}.lora_gate.GateL.weight": torch.zeros(4, 8).to_sparse()},
+        r"lora_gate\.GateL\.weight: expected a dense tensor, got a sparse_coo one",
+    ),
+    "codes without their scale": (
+        lambda s: {**s, "lora_gate.GateL.weight": torch.zeros(4, 8).to(torch.float8_e4m3fn)},
+        r"dtype of lora_gate\.GateL\.weight: .*got torch\.float8_e4m3fn",
+    ),
+    "two values in a byte": (
+        lambda s: {
+            **s,
+            "lora_gate.GateL.weight": torch.zeros(4, 8, dtype=torch.uint8).view(
+                torch.float4_e2m1fn_x2
+            ),
+        },
+        r"dtype of lora_gate\.GateL\.weight: .*got torch\.float4_e2m1fn_x2",
+    ),
     "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor .*, got int under str"),
     "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a name, got Tensor under int"),
     "on meta": (

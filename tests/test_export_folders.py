@@ -105,6 +105,32 @@ def test_folders_that_are_neither(tmp_path):
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    (
+        ("[]", "the layers it describes cannot be made"),
+        ("{", "the layers it describes cannot be made"),
+        ('{"r": "8"}', "the layers it describes cannot be made"),
+        ('{"lora_alpha": null}', "the layers it describes cannot be made"),
+        # Both would take the factor of another rank than the one that trained.
+        ('{"r": 9}', "r = 9 is the rank of all experts .* no multiple of expert_num = 4"),
+        ('{"expert_num": 0}', "no multiple of expert_num = 0"),
+    ),
+)
+def test_a_config_of_the_original_that_cannot_be_read(values, message, tmp_path):
+    model = plain()
+    replace_linears(model, MoeLoraConfig.preset("moelora", **CONFIG), r"\d+\.\d")
+    good = dict(peft_type="MMOELORAS", r=8, lora_alpha=12, expert_num=4, task_num=3)
+    good["task_embedding_dim"] = 5
+    write(tmp_path, good, export_moelora_peft(model))
+    read_adapter(tmp_path)
+    if values.endswith("}"):
+        values = json.dumps({**good, **json.loads(values)})
+    (tmp_path / "adapter_config.json").write_text(values)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path)
+
+
 def test_layers_of_tokens_are_named(tmp_path):
     peft, own = pytest.importorskip("peft"), pytest.importorskip("moelora_kernels.peft")
     config = own.MoeLoraPeftConfig(router="mlp", num_experts=2, rank=2, target_modules=["0"])
