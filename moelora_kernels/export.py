@@ -107,7 +107,8 @@ def export_lora(
         The config as written.
 
     Raises:
-        ValueError: as `lora_of_model`; or a value that is not finite in the dtype of the adapter.
+        ValueError: as `lora_of_model`; or a value that is not finite in the dtype of the adapter,
+            or an adapter without values (meta device).
         FileExistsError: there is something at `path`.
     """
     if Path(path).exists():
@@ -116,6 +117,8 @@ def export_lora(
     state = {}
     for name, matrices in lora.items():
         for key, matrix in zip("AB", matrices, strict=True):
+            if matrix.is_meta:
+                raise ValueError(f"{name}: lora_{key} is on the meta device, without values")
             if not matrix.isfinite().all():
                 raise ValueError(
                     f"{name}: lora_{key} of task {task!r} has values that are not finite"

@@ -390,6 +390,12 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_without_values_are_named(tmp_path):
+    with pytest.raises(ValueError, match="lora_A is on the meta device, without values"):
+        export_lora(make_model().to("meta"), tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_that_peft_does_not_have(tmp_path):
     """A layer of its own has no name; of two names for one layer PEFT adapts the first alone."""
     layer = MoeLoraLinear(4, 4, config=MOELORA)
