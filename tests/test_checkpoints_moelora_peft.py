@@ -272,6 +272,10 @@ BROKEN = {
         },
         r"dtype of lora_gate\.GateL\.weight: .*got torch\.float4_e2m1fn_x2",
     ),
+    "our own key beside the layout's": (
+        lambda s: {**s, f"{FIRST}.lora_A": MODEL.get_submodule(FIRST).lora_A.detach()},
+        rf"unexpected: {FIRST}\.lora_A",
+    ),
     "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor .*, got int under str"),
     "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a name, got Tensor under int"),
     "on meta": (
@@ -405,6 +409,26 @@ def test_layers_that_the_layout_has_no_place_for_are_refused(options, message):
     for call in (lambda: load_moelora_peft(model, {}), lambda: export_moelora_peft(model)):
         with pytest.raises(ValueError, match=rf"query_key_value: MOELoRA-peft has .*{message}"):
             call()
+
+
+def test_two_shared_gates_are_refused():
+    """The top level of the layout has a place for one."""
+    model = ours()
+    model.other = nn.Linear(6, 6)
+    replace_linears(model, CONFIG.replace(num_tasks=TASKS + 1), ["other"])
+    for call in (lambda: load_moelora_peft(model, {}), lambda: export_moelora_peft(model)):
+        with pytest.raises(ValueError, match="other: MOELoRA-peft has one gate that all layers"):
+            call()
+
+
+def test_a_transposed_tensor_is_written_as_safetensors_takes_it(tmp_path):
+    """`like` lends the copies that the model does not hold, in whatever memory format."""
+    state = adapters(original())
+    dead = f"base_model.model.{FIRST}.lora_gate.GateL.weight"
+    state[dead] = state[dead].t().contiguous().t()
+    written = export_moelora_peft(ours(), like=state)
+    save_file(written, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(written[dead], state[dead])
 
 
 def test_trainable_parameters_at_the_original_size():
