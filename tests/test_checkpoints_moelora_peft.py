@@ -192,6 +192,19 @@ def test_either_of_two_names_is_enough():
         assert_bits(export_moelora_peft(model, like=some), some)
 
 
+def test_two_names_are_compared_bit_by_bit():
+    """A NaN is equal to itself, 0 is not -0, and a name of another dtype is another tensor."""
+    state = adapters(original())
+    key = f"base_model.model.{FIRST}.lora_B.loraB.0"
+    values = torch.zeros_like(state[f"{key}.weight"])
+    values[0, 0] = torch.nan
+    both = {f"{key}.weight": values, f"{key}.mlp.weight": values.clone()}
+    load(ours(), {**state, **both})
+    for other in (values.half(), values.view(torch.int32), -values):
+        with pytest.raises(ValueError, match=r"differs from .*, its other name"):
+            load(ours(), {**state, **both, f"{key}.weight": other})
+
+
 def load(model, state):
     load_moelora_peft(model, state)
     return model

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_a_folder_of_the_original(task_gate, suffix, tmp_path):
     assert_same_lora(lora_of_model(read_adapter(tmp_path), 3), expected)
     export_lora(read_adapter(tmp_path), tmp_path / "out", 3)
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * len(expected)
+
+
+def test_keys_of_the_original_in_their_other_forms(tmp_path):
+    """One of the two names, the name of the adapter, no prefix: as `load_moelora_peft` reads it."""
+    model = plain()
+    config = MoeLoraConfig.preset("moelora", rank=2, alpha=12.0, **CONFIG)
+    replace_linears(model, config, r"\d+\.\d")
+    state = export_moelora_peft(randomise(model))
+    values = dict(
+        peft_type="MMOELORAS", r=8, lora_alpha=12, expert_num=4, task_num=3, task_embedding_dim=5
+    )
+    forms = {
+        "second names": {k: t for k, t in state.items() if ".mlp." not in k},
+        "adapter": {
+            re.sub(r"(_[AB]|_gate|_embedding)\.", r"\1.ner.", k): t for k, t in state.items()
+        },
+        "no prefix": {k.removeprefix("base_model.model."): t for k, t in state.items()},
+    }
+    for name, form in forms.items():
+        assert form.keys() != state.keys()
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, values, form)
+        assert_same_lora(lora_of_model(read_adapter(tmp_path / name), 3), lora_of_model(model, 3))
 
 
 def test_a_merged_model_takes_no_checkpoint_of_the_original():

@@ -425,6 +425,20 @@ def test_merged_layers_of_others_take_no_part():
     load_adapter_state_dict(model, adapter_state_dict(model))
 
 
+def test_gates_are_not_compared_with_a_merged_task():
+    """Set for another layer of the same model, and ids beside a merged gate just so."""
+    gated = make_layer(router="external", router_bias=False)
+    model = nn.ModuleList([task_layer(), gated]).eval()
+    gates = torch.rand(2, 4)
+    model[0].merge(3)
+    set_tasks(model, gates)
+    assert torch.equal(gated.external_gates, gates)
+    model[0].unmerge()
+    gated.merge(gates[0])
+    set_tasks(model, [3, 5])
+    assert model[0].router.task_ids.tolist() == [3, 5]
+
+
 def test_several_tasks_of_one_sequence_are_one_gate():
     """The mean of their embeddings; in any order, and whatever padding stands between them."""
     layer = task_layer()

@@ -72,7 +72,8 @@ def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     Args:
         model: a model whose linears have been replaced, with router="task".
         state_dict: tensors by key, or a file (.safetensors, or one that torch.load reads as tensors
-            alone), or a folder with adapter_model and non_lora_trainables, or several of those.
+            alone), or a folder with adapter_model and non_lora_trainables (.safetensors before
+            .bin), or several of those.
 
     Raises:
         ValueError: naming every key that is missing, unexpected, double, different from its second
