@@ -107,7 +107,8 @@ def export_lora(
         The config as written.
 
     Raises:
-        ValueError: as `lora_of_model`; or a value that is not finite in the dtype of the adapter.
+        ValueError: as `lora_of_model`; or a value that is not finite in the dtype of the adapter,
+            or an adapter without values (meta device).
         FileExistsError: there is something at `path`.
     """
     if Path(path).exists():
@@ -116,6 +117,8 @@ def export_lora(
     state = {}
     for name, matrices in lora.items():
         for key, matrix in zip("AB", matrices, strict=True):
+            if matrix.is_meta:
+                raise ValueError(f"{name}: lora_{key} is on the meta device, without values")
             if not matrix.isfinite().all():
                 raise ValueError(
                     f"{name}: lora_{key} of task {task!r} has values that are not finite"
@@ -133,11 +136,22 @@ def read_adapter(path: str | os.PathLike) -> nn.Module:
 
     path: a file of `save_adapter`, or a folder, see `folders`.
 
-    Raises ValueError where `path` is no safetensors file, has no layout in it (see `layout`), or
-    holds other tensors than its layout says, or layers that are nothing without their base.
+    Raises ValueError where `path` is no safetensors file, has no layout in it (see `layout`) or one
+    that cannot be read, or holds other tensors than its layout says, or layers that are nothing
+    without their base.
     """
-    if Path(path).is_dir():
-        return read_folder(path)
+    try:
+        return read_folder(path) if Path(path).is_dir() else _read_file(path)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # Of whatever type: anything may stand where options and sizes are expected.
+        reason = f"{type(error).__name__}: {error}"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise ValueError(f"{os.fspath(path)}: the layers it describes cannot be made ({reason})")
+
+
+def _read_file(path: str | os.PathLike) -> nn.Module:
+    """The layers of a file of `save_adapter`."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -85,6 +85,11 @@ def _layout_of_original(values: Mapping[str, Any], state: Mapping[str, Tensor]) 
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"adapter_config.json: it lacks {', '.join(missing)}")
     experts = values["expert_num"]
+    if experts < 1 or values["r"] % experts:
+        raise ValueError(
+            f"adapter_config.json: r = {values['r']} is the rank of all experts together and no "
+            f"multiple of expert_num = {experts}"
+        )
     config = MoeLoraConfig.preset(
         "moelora",
         num_experts=experts,

@@ -91,7 +91,7 @@ def _why_not_alone(kind: str, options: dict[str, Any] | None) -> str:
         return f"a {kind} is no sum of linear experts"
     if options is None:
         return "its router is a module that the file does not hold, and its gate depends on x"
-    if options["init"] == "svd_segments":
+    if options.get("init") == "svd_segments":
         return REDUCED_BASE
     return ""
 

@@ -137,7 +137,16 @@ def test_values_that_cannot_be_copied_leave_the_model_unchanged():
     model = make_model(CONFIGS["ming"], 0)
     before = snapshot(model)
     good = {k: torch.zeros_like(v) for k, v in adapter_state_dict(model).items()}
-    for bad in (torch.zeros(6, 8, device="meta"), torch.zeros(6, 8, dtype=torch.int8)):
+    zeros = torch.zeros(6, 8)
+    for bad in (
+        zeros.to("meta"),
+        zeros.to(torch.int8),
+        zeros.to(torch.float8_e5m2),
+        zeros.to_sparse(),
+        zeros.to_sparse_csr(),
+        torch.nested.nested_tensor([zeros]),
+        zeros.tolist(),
+    ):
         with pytest.raises((ValueError, TypeError), match=r"1\.2\.lora_B"):
             load_adapter_state_dict(model, {**good, "1.2.lora_B": bad})
         assert_bitwise(model, before)

@@ -192,6 +192,19 @@ def test_either_of_two_names_is_enough():
         assert_bits(export_moelora_peft(model, like=some), some)
 
 
+def test_two_names_are_compared_bit_by_bit():
+    """A NaN is equal to itself, 0 is not -0, and a name of another dtype is another tensor."""
+    state = adapters(original())
+    key = f"base_model.model.{FIRST}.lora_B.loraB.0"
+    values = torch.zeros_like(state[f"{key}.weight"])
+    values[0, 0] = torch.nan
+    both = {f"{key}.weight": values, f"{key}.mlp.weight": values.clone()}
+    load(ours(), {**state, **both})
+    for other in (values.half(), values.view(torch.int32), -values):
+        with pytest.raises(ValueError, match=r"differs from .*, its other name"):
+            load(ours(), {**state, **both, f"{key}.weight": other})
+
+
 def load(model, state):
     load_moelora_peft(model, state)
     return model
@@ -245,6 +258,36 @@ BROKEN = {
     "integers": (
         lambda s: {**s, "lora_gate.GateL.weight": torch.zeros(4, 8, dtype=torch.int8)},
         r"dtype of lora_gate\.GateL\.weight",
+    ),
+    # copy_ knows none of these: the tensors before them would have been copied by then.
+    "sparse": (
+        lambda s: {**s, A0 + ".mlp.weight": s[A0 + ".mlp.weight"].to_sparse()},
+        rf"{A0}\.mlp\.weight: expected a dense tensor, got a sparse_coo one",
+    ),
+    "nested": (
+        lambda s: {**s, "lora_gate.GateL.weight": torch.nested.nested_tensor([torch.zeros(4, 8)])},
+        r"lora_gate\.GateL\.weight: expected a dense tensor, got a nested one",
+    ),
+    "a sparse copy that no forward reads": (
+        lambda s: {**s, f"{FIRST}.lora_gate.GateL.weight": torch.zeros(4, 8).to_sparse()},
+        r"lora_gate\.GateL\.weight: expected a dense tensor, got a sparse_coo one",
+    ),
+    "codes without their scale": (
+        lambda s: {**s, "lora_gate.GateL.weight": torch.zeros(4, 8).to(torch.float8_e4m3fn)},
+        r"dtype of lora_gate\.GateL\.weight: .*got torch\.float8_e4m3fn",
+    ),
+    "two values in a byte": (
+        lambda s: {
+            **s,
+            "lora_gate.GateL.weight": torch.zeros(4, 8, dtype=torch.uint8).view(
+                torch.float4_e2m1fn_x2
+            ),
+        },
+        r"dtype of lora_gate\.GateL\.weight: .*got torch\.float4_e2m1fn_x2",
+    ),
+    "our own key beside the layout's": (
+        lambda s: {**s, f"{FIRST}.lora_A": MODEL.get_submodule(FIRST).lora_A.detach()},
+        rf"unexpected: {FIRST}\.lora_A",
     ),
     "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor .*, got int under str"),
     "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a name, got Tensor under int"),
@@ -379,6 +422,26 @@ def test_layers_that_the_layout_has_no_place_for_are_refused(options, message):
     for call in (lambda: load_moelora_peft(model, {}), lambda: export_moelora_peft(model)):
         with pytest.raises(ValueError, match=rf"query_key_value: MOELoRA-peft has .*{message}"):
             call()
+
+
+def test_two_shared_gates_are_refused():
+    """The top level of the layout has a place for one."""
+    model = ours()
+    model.other = nn.Linear(6, 6)
+    replace_linears(model, CONFIG.replace(num_tasks=TASKS + 1), ["other"])
+    for call in (lambda: load_moelora_peft(model, {}), lambda: export_moelora_peft(model)):
+        with pytest.raises(ValueError, match="other: MOELoRA-peft has one gate that all layers"):
+            call()
+
+
+def test_a_transposed_tensor_is_written_as_safetensors_takes_it(tmp_path):
+    """`like` lends the copies that the model does not hold, in whatever memory format."""
+    state = adapters(original())
+    dead = f"base_model.model.{FIRST}.lora_gate.GateL.weight"
+    state[dead] = state[dead].t().contiguous().t()
+    written = export_moelora_peft(ours(), like=state)
+    save_file(written, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(written[dead], state[dead])
 
 
 def test_trainable_parameters_at_the_original_size():

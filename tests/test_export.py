@@ -322,6 +322,54 @@ def test_files_that_are_no_adapter_of_ours(tmp_path, capsys):
         load_adapter(model, path)
 
 
+def test_an_option_that_is_newer_than_the_file_has_its_default(tmp_path):
+    """What an earlier version saved did not know of it."""
+    model, path = make_model(), tmp_path / "adapter.safetensors"
+    save_adapter(model, path)
+    with safe_open(path, "pt") as file:
+        layout = json.loads(file.metadata()["layout"])
+    for options in layout["configs"]:
+        del options["init"], options["freeze"], options["grad_gate"]
+    save_file(load_file(path), path, metadata={"layout": json.dumps(layout)})
+    for name, pair in lora_of_model(read_adapter(path), 1).items():
+        for own, other in zip(pair, lora_of_model(model, 1)[name], strict=True):
+            assert torch.equal(own, other), name
+
+
+LAYOUTS = {
+    "no JSON": lambda layout: "{",
+    "null": lambda layout: "null",
+    "a list": lambda layout: "[]",
+    "no layers": lambda layout: "{}",
+    "no names": lambda layout: json.dumps({**layout, "layers": [{}]}),
+    "a config that is not there": lambda layout: json.dumps({**layout, "configs": []}),
+    "a negative size": lambda layout: json.dumps(
+        {**layout, "layers": [{**layout["layers"][0], "in_features": -1}]}
+    ),
+    "a size that is no number": lambda layout: json.dumps(
+        {**layout, "layers": [{**layout["layers"][0], "in_features": "8"}]}
+    ),
+    "an option of another kind": lambda layout: json.dumps(
+        {**layout, "configs": [{**layout["configs"][0], "aux": 3}]}
+    ),
+    "an empty name": lambda layout: json.dumps(
+        {**layout, "layers": [{**layout["layers"][0], "names": ["a..b"]}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_that_cannot_be_read_is_named_with_its_file(change, tmp_path, capsys):
+    path, out = tmp_path / "adapter.safetensors", tmp_path / "out"
+    save_adapter(make_model(), path)
+    with safe_open(path, "pt") as file:
+        layout = json.loads(file.metadata()["layout"])
+    save_file(load_file(path), path, metadata={"layout": change(layout)})
+    said = refused(["--task", "1", str(path), str(out)], capsys)
+    assert f"{path}: the layers it describes cannot be made" in said
+    assert not out.exists()
+
+
 def test_tensors_that_are_not_those_of_the_layout(tmp_path, capsys):
     model, path = make_model(), tmp_path / "adapter.safetensors"
     state = {k: v.detach() for k, v in adapter_state_dict(model).items()}
@@ -339,6 +387,12 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     model = make_model(MOELORA.replace(adapter_dtype="float16", scaling=1e7))
     with pytest.raises(ValueError, match="first: lora_B of task 1 has values that are not finite"):
         export_lora(model, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_without_values_are_named(tmp_path):
+    with pytest.raises(ValueError, match="lora_A is on the meta device, without values"):
+        export_lora(make_model().to("meta"), tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
 
 

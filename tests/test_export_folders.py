@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_a_folder_of_the_original(task_gate, suffix, tmp_path):
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * len(expected)
 
 
+def test_keys_of_the_original_in_their_other_forms(tmp_path):
+    """One of the two names, the name of the adapter, no prefix: as `load_moelora_peft` reads it."""
+    model = plain()
+    config = MoeLoraConfig.preset("moelora", rank=2, alpha=12.0, **CONFIG)
+    replace_linears(model, config, r"\d+\.\d")
+    state = export_moelora_peft(randomise(model))
+    values = dict(
+        peft_type="MMOELORAS", r=8, lora_alpha=12, expert_num=4, task_num=3, task_embedding_dim=5
+    )
+    forms = {
+        "second names": {k: t for k, t in state.items() if ".mlp." not in k},
+        "adapter": {
+            re.sub(r"(_[AB]|_gate|_embedding)\.", r"\1.ner.", k): t for k, t in state.items()
+        },
+        "no prefix": {k.removeprefix("base_model.model."): t for k, t in state.items()},
+    }
+    for name, form in forms.items():
+        assert form.keys() != state.keys()
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, values, form)
+        assert_same_lora(lora_of_model(read_adapter(tmp_path / name), 3), lora_of_model(model, 3))
+
+
 def test_a_merged_model_takes_no_checkpoint_of_the_original():
     model = plain()
     replace_linears(model, MoeLoraConfig.preset("moelora", **CONFIG), r"\d+\.\d")
@@ -102,6 +126,32 @@ def test_folders_that_are_neither(tmp_path):
         read_adapter(tmp_path)
     write(tmp_path, {"peft_type": "MMOELORAS", "r": 8}, tensor)
     with pytest.raises(ValueError, match="lacks expert_num, lora_alpha, task_num, task_emb"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    (
+        ("[]", "the layers it describes cannot be made"),
+        ("{", "the layers it describes cannot be made"),
+        ('{"r": "8"}', "the layers it describes cannot be made"),
+        ('{"lora_alpha": null}', "the layers it describes cannot be made"),
+        # Both would take the factor of another rank than the one that trained.
+        ('{"r": 9}', "r = 9 is the rank of all experts .* no multiple of expert_num = 4"),
+        ('{"expert_num": 0}', "no multiple of expert_num = 0"),
+    ),
+)
+def test_a_config_of_the_original_that_cannot_be_read(values, message, tmp_path):
+    model = plain()
+    replace_linears(model, MoeLoraConfig.preset("moelora", **CONFIG), r"\d+\.\d")
+    good = dict(peft_type="MMOELORAS", r=8, lora_alpha=12, expert_num=4, task_num=3)
+    good["task_embedding_dim"] = 5
+    write(tmp_path, good, export_moelora_peft(model))
+    read_adapter(tmp_path)
+    if values.endswith("}"):
+        values = json.dumps({**good, **json.loads(values)})
+    (tmp_path / "adapter_config.json").write_text(values)
+    with pytest.raises(ValueError, match=message):
         read_adapter(tmp_path)
 
 

@@ -267,10 +267,22 @@ def test_a_task_that_is_none_is_named(task, match):
 
 
 @pytest.mark.parametrize("router", ("task", "external"))
-def test_what_is_no_task_at_all_is_named(router):
+@pytest.mark.parametrize("task", ("ner", {3}, 2**70), ids=str)
+def test_what_is_no_task_at_all_is_named(router, task):
     layer = task_layer() if router == "task" else make_layer(router=router, router_bias=False)
-    with pytest.raises(TypeError, match="task: expected a task id, or a gate of floats, got 'ner'"):
-        layer.merge("ner")
+    with pytest.raises(TypeError, match="task: expected a task id, or a gate of floats, got "):
+        layer.merge(task)
+    assert not layer.merged
+
+
+def test_adapters_without_values_are_named():
+    """The base is there and its experts are not: a merge that was never loaded."""
+    layer = task_layer()
+    for name in ("lora_A", "lora_B"):
+        setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta")))
+    with pytest.raises(ValueError, match="lora_A: it is on the meta device, without values"):
+        layer.merge(3)
+    assert not layer.merged
 
 
 def test_an_external_gate_that_does_not_fit_is_named():
@@ -413,6 +425,20 @@ def test_merged_layers_of_others_take_no_part():
     load_adapter_state_dict(model, adapter_state_dict(model))
 
 
+def test_gates_are_not_compared_with_a_merged_task():
+    """Set for another layer of the same model, and ids beside a merged gate just so."""
+    gated = make_layer(router="external", router_bias=False)
+    model = nn.ModuleList([task_layer(), gated]).eval()
+    gates = torch.rand(2, 4)
+    model[0].merge(3)
+    set_tasks(model, gates)
+    assert torch.equal(gated.external_gates, gates)
+    model[0].unmerge()
+    gated.merge(gates[0])
+    set_tasks(model, [3, 5])
+    assert model[0].router.task_ids.tolist() == [3, 5]
+
+
 def test_several_tasks_of_one_sequence_are_one_gate():
     """The mean of their embeddings; in any order, and whatever padding stands between them."""
     layer = task_layer()
@@ -440,6 +466,34 @@ def test_gates_other_than_the_merged_raise():
         set_tasks(layer, torch.stack([gate, gate + 1]))
     with pytest.raises(ValueError, match=r"gates: the layer is merged; unmerge\(\) before"):
         layer(x, gate[None])
+
+
+@pytest.mark.parametrize("kind", ("gate", "task"))
+def test_what_the_caller_writes_later_is_not_the_merged_task(kind):
+    """A buffer of gates that is filled anew for every batch."""
+    if kind == "gate":
+        layer = make_layer(router="external", router_bias=False).eval()
+        held, other = torch.tensor([0.5, 0.25, 0.0, 2.0]), 1.0
+    else:
+        layer, held, other = task_layer(), [3, 0], 5
+    first = held.clone() if kind == "gate" else [*held]
+    layer.merge(held)
+    held[0] = other
+    set_tasks(layer, torch.as_tensor(first)[None])
+    with pytest.raises(ValueError, match="tasks: the layer is merged"):
+        set_tasks(layer, torch.as_tensor(held)[None])
+
+
+def test_a_base_that_is_hooked_after_the_merge_is_not_left_out():
+    layer = task_layer().eval()
+    layer.merge(3)
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    y = layer(x)
+    hook = layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(RuntimeError, match="merged with task 3, and the base got hooks"):
+        layer(x)
+    hook.remove()
+    assert torch.equal(layer(x), y)
 
 
 def test_a_merged_layer_does_not_train():

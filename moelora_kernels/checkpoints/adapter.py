@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moelora_kernels.checkpoints.files import load_safetensors, why_unfit
+from moelora_kernels.checkpoints.files import load_safetensors, why_no_tensor, why_unfit
 from moelora_kernels.layout import layout_of
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
@@ -42,7 +42,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     """Copy `state` into the adapters of `model`.
 
     Raises ValueError naming every key that is missing, unexpected, of another shape or kind of
-    dtype, or without values (meta device) on either side; the model is then unchanged.
+    dtype, no dense tensor, or without values (meta device) on either side; the model is then
+    unchanged.
     """
     own = adapter_state_dict(model)
     problems = [f"missing: {key}" for key in own if key not in state]
@@ -50,9 +51,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     for name, layer in model.named_modules():
         if isinstance(layer, MoeLoraLinear) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
-    for key in own:
-        if key in state:
-            problems += why_unfit(key, own[key], state[key])
+    for key, given in state.items():
+        if problem := why_no_tensor(key, given):
+            problems.append(problem)
+        elif key in own:
+            problems += why_unfit(key, own[key], given)
     if problems:
         raise ValueError("adapter does not fit the model:\n  " + "\n  ".join(problems))
     for key, tensor in own.items():

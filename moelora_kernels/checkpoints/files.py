@@ -67,12 +67,25 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
 
 
+def why_no_tensor(key: object, given: object) -> str:
+    """Why something under a key is no dense tensor under a name; empty where it is."""
+    if not isinstance(given, Tensor) or not isinstance(key, str):
+        kinds = f"{type(given).__name__} under {type(key).__name__}"
+        return f"{key}: expected a tensor under a name, got {kinds}"
+    if given.layout != torch.strided or given.is_nested:
+        layout = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
+        return f"{key}: expected a dense tensor, got a {layout} one"
+    return ""
+
+
 def why_unfit(key: str, mine: Tensor, given: Tensor) -> list[str]:
     """What keeps `given` from being copied into `mine`; empty where nothing does."""
     problems = []
     if mine.shape != given.shape:
         problems.append(f"shape of {key}: expected {[*mine.shape]}, got {[*given.shape]}")
-    if mine.is_floating_point() != given.is_floating_point():
+    # Floats of one byte are codes: the scale that goes with them is not here.
+    is_code = given.itemsize == 1 and given.is_floating_point() and given.dtype != mine.dtype
+    if mine.is_floating_point() != given.is_floating_point() or is_code:
         problems.append(f"dtype of {key}: expected {mine.dtype}, got {given.dtype}")
     if mine.is_meta or given.is_meta:
         where = "model" if mine.is_meta else "adapter"

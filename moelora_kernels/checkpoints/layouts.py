@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.checkpoints.files import State, read, same_bits, why_unfit
+from moelora_kernels.checkpoints.files import (
+    State,
+    read,
+    same_bits,
+    why_no_tensor,
+    why_unfit,
+)
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
@@ -66,7 +72,8 @@ def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     Args:
         model: a model whose linears have been replaced, with router="task".
         state_dict: tensors by key, or a file (.safetensors, or one that torch.load reads as tensors
-            alone), or a folder with adapter_model and non_lora_trainables, or several of those.
+            alone), or a folder with adapter_model and non_lora_trainables (.safetensors before
+            .bin), or several of those.
 
     Raises:
         ValueError: naming every key that is missing, unexpected, double, different from its second
@@ -254,9 +261,8 @@ def _match(
     names: dict[str, str] = {}
     adapters: dict[str, str] = {}
     for given, tensor in state.items():
-        if not isinstance(tensor, Tensor) or not isinstance(given, str):
-            kinds = f"{type(tensor).__name__} under {type(given).__name__}"
-            problems.append(f"{given}: expected a tensor under a name, got {kinds}")
+        if problem := why_no_tensor(given, tensor):
+            problems.append(problem)
             continue
         key = given.removeprefix(PREFIX)
         if found := _ADAPTER_NAME.search(key):

@@ -24,6 +24,7 @@ from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
     forward_merged,
+    held_task,
     lora_of_task,
     merged_weight,
     merged_with,
@@ -224,7 +225,7 @@ class MoeLoraLinear(nn.Module):
             raise RuntimeError(f"{merged_with(self)} already; unmerge() first")
         self._check_linear()
         self.merged_weight = merged_weight(self, task)
-        self._set_merged(True, task)
+        self._set_merged(True, held_task(task))
 
     def unmerge(self) -> None:
         """Take the merged task out again, exactly: the base was never changed.

@@ -14,6 +14,7 @@ Source: arXiv 2310.18339 (MOELoRA), which recovers one weight per task.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -76,7 +77,7 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
 def _tensor(task: Task) -> Tensor:
     try:
         return torch.as_tensor(task)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"task: expected a task id, or a gate of floats, got {task!r}") from error
 
 
@@ -146,10 +147,12 @@ def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
 
     Raises:
         ValueError: the base is no plain nn.Linear with a dense float weight, or has no values (meta
-            device); the sum is not finite; and as `gate_of_task`.
+            device), or the adapter has none; the sum is not finite; and as `gate_of_task`.
     """
     if reason := why_no_merge(layer.base_layer):
         raise ValueError(f"base_layer: {reason}")
+    if layer.lora_A.is_meta:
+        raise ValueError("lora_A: it is on the meta device, without values")
     weight = dense_weight(layer.base_layer)
     merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)
     if not merged.isfinite().all():
@@ -174,6 +177,11 @@ def why_no_merge(base: nn.Module) -> str:
     return "its weight is on the meta device, without values" if weight.is_meta else ""
 
 
+def held_task(task: Task | None) -> Task | None:
+    """A task that stays what it is when the caller writes other values into his tensor or list."""
+    return task.detach().clone() if isinstance(task, Tensor) else copy.deepcopy(task)
+
+
 def merged_with(layer: nn.Module) -> str:
     """What a merged layer is merged with, in words."""
     task = f" with task {layer.merged_task!r}" if layer.config.router == "task" else ""
@@ -187,6 +195,11 @@ def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
     trains = layer.training and torch.is_grad_enabled()
     if trains and any(q.requires_grad for q in layer.parameters()):
         raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
+    if dense_weight(layer.base_layer) is None:
+        raise RuntimeError(
+            f"{merged_with(layer)}, and the base got hooks or another forward since then, which "
+            "its merged weight would leave out; unmerge() first"
+        )
     check_called(layer.base_layer, x)
     return nn.functional.linear(x, layer.merged_weight, layer.bias)
 
