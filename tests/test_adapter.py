@@ -50,9 +50,9 @@ def test_an_adapter_saves_what_every_layer_saves():
 def test_warmup_runs_adapters_and_leaves_loads_alone():
     model = nn.ModuleList([balanced_layer().float(), MoeLoraAdapter(ffn(torch.bfloat16), IN, PESC)])
     model[0](torch.randn(5, IN))
-    load = model[0].router.load.clone()
+    load = model[0].router.balance.load.clone()
     warmup(model, tokens=(2,))
-    assert torch.equal(model[0].router.load, load)
+    assert torch.equal(model[0].router.balance.load, load)
 
 
 def test_an_adapter_keeps_rank_space_only():
