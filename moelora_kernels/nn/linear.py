@@ -17,6 +17,7 @@ from moelora_kernels.nn.base import (
     check_adapters,
     dense_weight,
     missing_size,
+    state_without_graph,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
 from moelora_kernels.nn.loras import set_prototypes, stack_loras
@@ -263,6 +264,9 @@ class MoeLoraLinear(nn.Module):
         self._check_linear()
         a, b = lora_of_task(self, task)
         return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+
+    def __getstate__(self) -> dict:
+        return state_without_graph(self, "external_gates")
 
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import is_autocast
-from moelora_kernels.nn.base import dense_weight, float_weight
+from moelora_kernels.nn.base import dense_weight, float_weight, state_without_graph
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -198,6 +198,19 @@ class TokenTaskRouter(nn.Module):
         """Keep vectors [B, D] that `check_tasks` let pass for the coming forwards."""
         self.task_vectors = vectors.to(self.mixture["share"].device)
 
+    def check_batch(self, sequences: int) -> None:
+        """Raise unless there is a task vector for each of that many sequences, or one for all."""
+        count = sequences if self.task_vectors is None else self.task_vectors.shape[0]
+        if count not in (1, sequences):
+            raise ValueError(
+                f"tasks: {count} task vectors for {sequences} sequences; expected one for each or "
+                "one for all; where generate makes n sequences of each prompt (beams, samples), "
+                "set_tasks takes vectors.repeat_interleave(n, dim=0)"
+            )
+
+    def __getstate__(self) -> dict:
+        return state_without_graph(self, "task_vectors")
+
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> probabilities [T, E], in float32."""
         if self.task_vectors is None:
@@ -324,6 +337,9 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
             sequences = x.movedim(config.batch_dim, 0).flatten(1, -2)
         # The mean of no positions is 0, not 0 / 0.
         source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
+    gate = getattr(router, "gate", router)
+    if isinstance(gate, TokenTaskRouter) and x.dim() > 2:
+        gate.check_batch(x.shape[0])
     logits = router_logits(router, source)
     columns = config.num_experts + (config.select == "learned_threshold")
     if logits.shape != (source.shape[0], columns):
