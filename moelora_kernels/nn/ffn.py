@@ -19,17 +19,16 @@ from moelora_kernels.nn.base import (
     missing_size,
     state_without_graph,
 )
+from moelora_kernels.nn.gates import (
+    add_shared_expert,
+    external_gates,
+    gate_of_logits,
+    rows_of_gates,
+)
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.record import RoutingRecord
-from moelora_kernels.nn.routers import (
-    add_shared_expert,
-    build_router,
-    external_gates,
-    gate_of_logits,
-    layer_logits,
-    rows_of_gates,
-)
+from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.reference import compute_dtype
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -19,6 +19,12 @@ from moelora_kernels.nn.base import (
     missing_size,
     state_without_graph,
 )
+from moelora_kernels.nn.gates import (
+    add_shared_expert,
+    external_gates,
+    gate_of_logits,
+    rows_of_gates,
+)
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
 from moelora_kernels.nn.loras import set_prototypes, stack_loras
 from moelora_kernels.nn.merge import (
@@ -30,14 +36,7 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.record import RoutingRecord
-from moelora_kernels.nn.routers import (
-    add_shared_expert,
-    build_router,
-    external_gates,
-    gate_of_logits,
-    layer_logits,
-    rows_of_gates,
-)
+from moelora_kernels.nn.routers import build_router, layer_logits
 
 
 class MoeLoraLinear(nn.Module):
