@@ -85,12 +85,15 @@ def draw_options(r):
     if o["router"] == "self":
         o.update(rank=1, shared_expert="none", share="none", granularity=None)
     if o["router"] == "token_task":
-        o.update(score="identity", noise=0.0, batch_dim=0, aux=())
+        o.update(score="identity", noise=0.0, batch_dim=0, aux=(), grad_gate="gate")
+        o["normalize"] = r.choice(["none", "softmax"])
     if o["router"] == "task":
         o["task_gate"] = r.choice(["shared", "per_layer"])
     select = r.choice([None, "topk", "topk", "sampling", "topp", "threshold", "learned_threshold"])
     if o["router"] in (None, "external"):
         select = None
+    if o["router"] == "token_task":
+        select = r.choice(["topk", "threshold", "learned_threshold", None])
     o["select"] = select
     if select in ("topk", "sampling"):
         o["top_k"] = r.randint(1, experts)

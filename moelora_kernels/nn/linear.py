@@ -59,6 +59,9 @@ class MoeLoraLinear(nn.Module):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         config: a MoeLoraConfig; `options` are its fields, in place of it or changing it.
 
+    Raises ValueError or TypeError that names the option, what was given and what is expected; so
+    does a forward for x, gates or tasks that do not fit, and RuntimeError for tasks never set.
+
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
 
