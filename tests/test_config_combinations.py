@@ -98,6 +98,10 @@ def draw_options(r):
     if select in ("topk", "sampling"):
         o["top_k"] = r.randint(1, experts)
         o["balance_rate"] = sometimes(0.3, [0.1], None)
+    if o["router"] == "linear" and select == "topk":
+        # What keeps the logits of such a gate out of the shrink, one by one.
+        o.update(score="softmax", shared_expert="none", granularity=None, balance_rate=None)
+        o.update(normalize="sum", noise=r.choice([0.0, 0.5]), grad_gate=r.choice(["gate", "sqrt"]))
     if select == "topp":
         o["top_p"] = r.choice([0.3, 0.6, 1.0])
     if select == "threshold":
