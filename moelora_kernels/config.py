@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -193,15 +193,17 @@ class MoeLoraConfig:
                 settle(name, tuple(getattr(self, name)))
         if isinstance(self.aux, str):
             settle("aux", (self.aux,))
-        names = self.aux if isinstance(self.aux, Mapping) else dict.fromkeys(self.aux)
-        if not isinstance(self.aux, Mapping) and any(isinstance(a, tuple) for a in self.aux):
-            names = dict(self.aux)
-        for name in names:
+        if not isinstance(self.aux, Iterable):
+            raise TypeError(f"aux: expected names, or weights by name, got {self.aux!r}")
+        given = self.aux.items() if isinstance(self.aux, Mapping) else self.aux
+        weighted = {}
+        for entry in given:
+            pair = isinstance(entry, tuple) and len(entry) == 2
+            name, weight = entry if pair else (entry, None)
             _one_of("aux", name, tuple(AUX_WEIGHTS))
-        for weight in names.values():
             if weight is not None:
                 _finite("aux", weight)
-        weighted = {k: AUX_WEIGHTS[k] if v is None else float(v) for k, v in names.items()}
+            weighted[name] = AUX_WEIGHTS[name] if weight is None else float(weight)
         settle("aux", tuple(weighted.items()))
         if self.select is None:
             settle("select", "all" if self.top_k is None else "topk")
@@ -222,10 +224,13 @@ class MoeLoraConfig:
             _whole("rank", rank)
         for name in ("router_hidden", "task_embedding_dim"):
             _whole(name, getattr(self, name))
+        for name in ("shared_rank", "num_tasks"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
+        if not isinstance(self.router_bias, bool):
+            raise TypeError(f"router_bias: expected True or False, got {self.router_bias!r}")
         if isinstance(self.rank, tuple) and len(self.rank) != self.num_experts:
             raise ValueError(f"rank: expected {self.num_experts} ranks, got {len(self.rank)}")
-        if self.shared_rank is not None:
-            _whole("shared_rank", self.shared_rank)
         for name in ("alpha", "dropout", "noise"):
             _finite(name, getattr(self, name))
         # The scales of any size; that of the layer is not known yet.
@@ -251,12 +256,10 @@ class MoeLoraConfig:
                     f"{option}: select={self.select!r} with {option}={value!r}; {option} goes with "
                     f"select={' or '.join(map(repr, selects))}, and only with it"
                 )
-        if self.top_k is not None and not (
-            isinstance(self.top_k, int) and 1 <= self.top_k <= self.num_experts
-        ):
-            raise ValueError(
-                f"top_k: expected 1 to num_experts = {self.num_experts}, got {self.top_k}"
-            )
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, self.num_experts)
+        if self.top_p is not None:
+            _finite("top_p", self.top_p)
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.top_p is not None and self.score == "identity":
@@ -302,11 +305,7 @@ class MoeLoraConfig:
             _above_zero("max_threshold", self.max_threshold)
             self._goes_with("max_threshold", "select", ("learned_threshold",))
         if self.keep_min is not None:
-            _whole("keep_min", self.keep_min)
-            if self.keep_min > self.num_experts:
-                raise ValueError(
-                    f"keep_min: expected 1 to num_experts = {self.num_experts}, got {self.keep_min}"
-                )
+            _whole("keep_min", self.keep_min, self.num_experts)
             self._goes_with("keep_min", "select", ("topp", "threshold"))
         _above_zero("entropy_index", self.entropy_index)
         if self.entropy_threshold is not None:
@@ -475,12 +474,18 @@ class MoeLoraConfig:
 
 
 def _one_of(name: str, value: Any, values: tuple) -> None:
-    if value not in values:
+    # 1.0 and True are equal to 1 and are no dimension.
+    is_plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
+    if not (is_plain and value in values):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
 
 
-def _whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _whole(name: str, value: Any, num_experts: int | None = None) -> None:
+    """Raise unless value is a whole number from 1, and at most num_experts where that is given."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if num_experts is not None and not (is_whole and value <= num_experts):
+        raise ValueError(f"{name}: expected 1 to num_experts = {num_experts}, got {value!r}")
+    if not is_whole:
         raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
 
 
@@ -491,5 +496,6 @@ def _above_zero(name: str, value: Any) -> None:
 
 
 def _finite(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value)):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -24,7 +24,7 @@ from moelora_kernels import (
     reference,
     set_tasks,
 )
-from moelora_kernels.nn.routers import gate_of_logits
+from moelora_kernels.nn.gates import gate_of_logits
 
 # --- the layer is the loop ----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from linears import IN, OUT, Prototype, assert_same, make_layer, step
 from torch.utils.checkpoint import checkpoint
 
-from moelora_kernels import MoeLoraLinear, set_tasks
+from moelora_kernels import MoeLoraFFN, MoeLoraLinear, set_tasks
 
 LIVES = [
     {},
@@ -49,6 +49,30 @@ def test_copies_compute_the_same(options, copier):
     with torch.no_grad():
         twin.lora_A.zero_()
     assert torch.equal(layer(x), y)
+
+
+TOKEN_TASK = dict(router="token_task", score="identity", normalize="softmax", task_embedding_dim=4)
+HOLDERS = [
+    make_layer(router="external"),
+    make_layer(**TOKEN_TASK),
+    MoeLoraFFN(IN, OUT, num_experts=4, rank=3, router="external", dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("layer", HOLDERS, ids=("gates", "vectors", "ffn"))
+def test_copies_of_layers_that_hold_a_graph(layer):
+    """An average of the weights is copied in mid-training, after tasks of an encoder were set."""
+    encoder = torch.rand(2, 4, dtype=torch.float64, requires_grad=True)
+    set_tasks(layer, encoder * 0.5)
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    y = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), y)
+        (found,) = torch.autograd.grad(twin(x).sum(), encoder, allow_unused=True)
+        assert found is None
+    # The layer itself keeps the graph.
+    (found,) = torch.autograd.grad(y.sum(), encoder)
+    assert found.shape == encoder.shape
 
 
 @pytest.mark.parametrize("options", LIVES, ids=str)

@@ -100,6 +100,25 @@ def test_every_way_of_calling_gives_the_same(models):
         torch.testing.assert_close(linked.v_proj(x), model.v_proj(x))
 
 
+def test_autocast_or_evaluation_between_siblings(models):
+    """The output that is waiting was made in another dtype, or with dropout."""
+    linked = models[1][0].float()
+    x = torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        linked.q_proj(x)
+    assert linked.k_proj(x).dtype == torch.float32
+
+    layers = nn.ModuleDict({n: nn.Linear(12, 6) for n in ("q_proj", "k_proj", "v_proj")})
+    replace_linears(layers, MoeLoraConfig(rank=2, top_k=2, dropout=0.5), [*layers])
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B)
+    link_siblings(layers)
+    layers["q_proj"](x)
+    layers.eval()
+    found = layers["k_proj"](x)
+    assert torch.equal(found, layers["k_proj"](x.clone()))
+
+
 def test_inference_mode(models):
     """Its tensors have no version counter."""
     model, linked = models

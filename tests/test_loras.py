@@ -137,6 +137,18 @@ def test_a_new_expert_has_no_direction():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+def test_prototypes_of_experts_that_share_a():
+    """B_e A of one A: the directions differ by B_e."""
+    layer = MoeLoraLinear(IN, OUT, num_experts=3, rank=2, router="prototype", share="A")
+    torch.nn.init.normal_(layer.lora_B)
+    set_prototypes(layer)
+    for e, found in enumerate(layer.router.prototypes):
+        delta = layer.lora_B[:, 2 * e : 2 * e + 2] @ layer.lora_A
+        expected = torch.linalg.svd(delta).Vh[0]
+        # Its sign is arbitrary.
+        torch.testing.assert_close((found @ expected).abs(), torch.ones(()))
+
+
 def test_prototypes_follow_the_experts_when_told_to():
     model = Model("arrow", (2, 3), torch.float64)
     before = model.layer.router.prototypes.clone()

@@ -16,7 +16,7 @@ from moelora_kernels import (
     record_routing,
     replace_linears,
 )
-from moelora_kernels.nn.routers import gate_of_logits
+from moelora_kernels.nn.gates import gate_of_logits
 
 SAMPLING = dict(
     num_experts=4, rank=3, alpha=6.0, router_bias=True, score="identity", normalize="softmax",

@@ -22,7 +22,7 @@ from moelora_kernels import (
     save_adapter,
     set_tasks,
 )
-from moelora_kernels.nn.routers import normalized_entropy
+from moelora_kernels.nn.gates import normalized_entropy
 
 # float64 sums of a few dozen terms, in another order.
 TIGHT = dict(rtol=1e-11, atol=1e-12)

@@ -95,3 +95,11 @@ def test_task_gates_run_with_the_tasks_that_are_set(runs):
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         warmup(**arguments)
+
+
+def test_sequence_first_layers_see_the_batch_they_are_told(runs):
+    """One gate row per sequence: x is [tokens, batch, I] where batch_dim is 1."""
+    task = MoeLoraLinear(8, 8, num_experts=3, rank=2, router="task", num_tasks=2, batch_dim=1)
+    set_tasks(task, [1, 2, 1])
+    warmup(task, tokens=(5,), batch=3)
+    assert runs[0] == [(15, 1)]

@@ -17,7 +17,10 @@ from moelora_kernels.nn.merge import merged_with
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A, B and router of every layer by name; a router that layers share, once."""
+    """A, B and router of every layer by name; a router that layers share, once.
+
+    The tensors are the model's own. Raises ValueError where the model has no layer.
+    """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, layer in model.named_modules():

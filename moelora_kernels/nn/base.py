@@ -33,6 +33,13 @@ def missing_size(module: nn.Module) -> str | None:
     return None
 
 
+def state_without_graph(module: nn.Module, name: str) -> dict:
+    """The state of a copy or pickle, where the tensor `name` has its values and not its graph."""
+    held = module.__dict__[name]
+    leaf = held is None or held.grad_fn is None
+    return module.__dict__ | ({} if leaf else {name: held.detach()})
+
+
 def adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of A, B and router on top of `base`.
 

@@ -17,18 +17,18 @@ from moelora_kernels.nn.base import (
     check_adapters,
     dense_weight,
     missing_size,
+    state_without_graph,
+)
+from moelora_kernels.nn.gates import (
+    add_shared_expert,
+    external_gates,
+    gate_of_logits,
+    rows_of_gates,
 )
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.record import RoutingRecord
-from moelora_kernels.nn.routers import (
-    add_shared_expert,
-    build_router,
-    external_gates,
-    gate_of_logits,
-    layer_logits,
-    rows_of_gates,
-)
+from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.reference import compute_dtype
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -180,6 +180,9 @@ class MoeLoraFFN(nn.Module):
             self.gate_lora_A, self.gate_lora_B, self.up_lora_A, self.up_lora_B,
             self.down_lora_A, self.down_lora_B,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict:
+        return state_without_graph(self, "external_gates")
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""

@@ -17,6 +17,13 @@ from moelora_kernels.nn.base import (
     check_adapters,
     dense_weight,
     missing_size,
+    state_without_graph,
+)
+from moelora_kernels.nn.gates import (
+    add_shared_expert,
+    external_gates,
+    gate_of_logits,
+    rows_of_gates,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
 from moelora_kernels.nn.loras import set_prototypes, stack_loras
@@ -30,14 +37,7 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.record import RoutingRecord
-from moelora_kernels.nn.routers import (
-    add_shared_expert,
-    build_router,
-    external_gates,
-    gate_of_logits,
-    layer_logits,
-    rows_of_gates,
-)
+from moelora_kernels.nn.routers import build_router, layer_logits
 
 
 class MoeLoraLinear(nn.Module):
@@ -59,6 +59,9 @@ class MoeLoraLinear(nn.Module):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         config: a MoeLoraConfig; `options` are its fields, in place of it or changing it.
+
+    Raises ValueError or TypeError that names the option, what was given and what is expected; so
+    does a forward for x, gates or tasks that do not fit, and RuntimeError for tasks never set.
 
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
@@ -264,6 +267,9 @@ class MoeLoraLinear(nn.Module):
         self._check_linear()
         a, b = lora_of_task(self, task)
         return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+
+    def __getstate__(self) -> dict:
+        return state_without_graph(self, "external_gates")
 
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:

@@ -83,5 +83,8 @@ def set_prototypes(model: nn.Module) -> None:
         raise ValueError("model: no layer with router='prototype'")
     for layer in layers:
         router = layer.router if isinstance(layer.router, PrototypeRouter) else layer.router.gate
-        experts = layer.config.ranks()[: layer.config.num_experts]
-        router.prototypes.copy_(lora_prototypes(layer.lora_A, layer.lora_B, experts))
+        config, lora_a = layer.config, layer.lora_A
+        if config.share == "A":
+            lora_a = lora_a.repeat(config.num_experts, 1)
+        experts = config.ranks()[: config.num_experts]
+        router.prototypes.copy_(lora_prototypes(lora_a, layer.lora_B, experts))

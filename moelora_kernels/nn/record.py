@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.routers import normalized_entropy, split_threshold
+from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 
 
 class RoutingRecord:

@@ -80,7 +80,8 @@ def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int)
     like = own if weight is None else weight
     features = first.hidden_size if isinstance(first, MoeLoraFFN) else first.in_features
     # The device of A, not of a weight that is offloaded.
-    x = torch.zeros(batch, tokens, features, dtype=like.dtype, device=own.device)
+    sizes = (tokens, batch) if first.config.batch_dim == 1 else (batch, tokens)
+    x = torch.zeros(*sizes, features, dtype=like.dtype, device=own.device)
     with torch.enable_grad():
         x.requires_grad_()
         outputs = [first(x)] if alone else forward_siblings(group, x)
