@@ -164,6 +164,21 @@ def test_a_sample_without_a_task_is_named(kept, tmp_path):
         trainer.train()
 
 
+def test_samples_with_several_tasks(tmp_path):
+    """Rows of one length with 0 as padding are what set_tasks gets; other rows are named."""
+    samples = make_samples()
+    for i, sample in enumerate(samples):
+        sample["task_ids"] = [1 + i % 5, (2 * i) % 6]
+    batch = TaskCollator(lambda rest: {})(samples[:2])
+    assert batch["task_ids"].tolist() == [[1, 0], [2, 2]]
+    model = make_model("moelora")
+    make_trainer(model, tmp_path, samples=samples).train()
+    assert model.model.layers[0].self_attn.q_proj.router.task_ids.shape == (2, 2)
+    samples[1]["task_ids"] = [1, 2, 3]
+    with pytest.raises(ValueError, match=r"task_ids: expected one length .* got \[\[2\], \[3\]\]"):
+        TaskCollator(lambda rest: {})(samples)
+
+
 @pytest.mark.parametrize("tie", (False, True))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
