@@ -388,6 +388,29 @@ def test_inject_adapter_in_model():
         assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "second", ({**TASKS, "num_tasks": 9}, {**TASKS, "num_experts": 5}, dict(MING, router="mlp"))
+)
+def test_a_second_adapter_of_the_same_name_takes_the_place_of_the_first(second):
+    """PEFT warns of a second get_peft_model; nothing of the first adapter is left in it."""
+    x = inputs()
+    first = adapted(TASKS).base_model.model
+    again, new = (
+        peft.get_peft_model(base, MoeLoraPeftConfig(target_modules=TARGETS, **second))
+        for base in (first, net())
+    )
+    keys = peft.get_peft_model_state_dict(new)
+    assert {k: v.shape for k, v in peft.get_peft_model_state_dict(again).items()} == {
+        k: v.shape for k, v in keys.items()
+    }
+    peft.set_peft_model_state_dict(again, keys)
+    for one in (again, new):
+        one.eval()
+        if second["preset"] == "moelora":
+            set_tasks(one, [4, second["num_tasks"]])
+    assert torch.equal(again(x), new(x))
+
+
 # --- a PeftModel as an object -------------------------------------------------------------------
 
 

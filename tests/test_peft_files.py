@@ -216,6 +216,30 @@ def test_several_adapters_have_a_folder_each(tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+def test_adapters_over_different_layers_load_one_after_another(tmp_path):
+    """The layers that have the first adapter and not the second, and the other way round."""
+    x = inputs()
+    model = adapted(TASKS)
+    model.add_adapter("ming", MoeLoraPeftConfig(target_modules=["up"], **MING))
+    model.add_adapter("top", MoeLoraPeftConfig(target_modules=["head"], **TASKS))
+    randomise(model, seed=4)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        options = dict(low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded = peft.PeftModel.from_pretrained(
+            net(), tmp_path / "ming", adapter_name="ming", **options
+        )
+        loaded.load_adapter(tmp_path, "default", **options)
+        loaded.load_adapter(tmp_path / "top", "top", **options)
+        for active in (["default"], ["ming"], ["top"], ["ming", "default", "top"]):
+            for one in (model, loaded):
+                one.base_model.set_adapter(active)
+                if active != ["ming"]:
+                    set_tasks(one, [4, 2])
+                one.eval()
+            assert torch.equal(loaded(x), model(x))
+
+
 def test_a_file_without_an_expert_is_reported(tmp_path):
     """A truncated file loads with PEFT's warning, which names the key."""
     from safetensors.torch import save_file

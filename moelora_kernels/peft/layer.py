@@ -90,6 +90,11 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, with a task gate that layers share if there is one."""
         experts = MoeLoraExperts(self, adapter_name, config, router)
+        # Injected a second time under its name: what its last router left here is not saved again.
+        kept = set() if router is None else set(router.modules())
+        for held in (self._modules[key] for key in self.adapter_layer_names[1:]):
+            if adapter_name in held and held[adapter_name] not in kept:
+                del held[adapter_name]
         self.moelora_experts[adapter_name] = experts
         if experts.router is not None and router is None:
             self._hold_router(adapter_name, experts.router)
@@ -219,6 +224,9 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
+        # PEFT asks every layer, those without this adapter as well.
+        if adapter_name not in self.moelora_experts:
+            return
         # The dtype stays: PEFT's would round an adapter that was loaded in float32.
         experts = self.moelora_experts[adapter_name]
         if not any(p.is_meta for p in experts.parameters()):
