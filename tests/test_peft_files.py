@@ -201,6 +201,25 @@ def test_keys_of_the_file(options, own, once, tmp_path):
     assert state[f"{layers[0]}.moelora_experts.lora_B"].shape == (10, rank)
 
 
+HMORA = dict(preset="hmora", num_experts=3, rank=2, task_embedding_dim=5, dropout=0.0)
+
+
+@pytest.mark.parametrize("options", (TASKS, HMORA), ids=("tasks", "hmora"))
+def test_tasks_that_are_set_before_the_values_come(options, tmp_path):
+    """An adapter made on the meta device: what set_tasks is given has values all the same."""
+    x = inputs()
+    saved = adapted(options)
+    config = MoeLoraPeftConfig(target_modules=TARGETS, **options)
+    early = peft.get_peft_model(net(), config, low_cpu_mem_usage=True).eval()
+    for model in (saved, early):
+        if options is HMORA:
+            set_tasks(model, torch.tensor([[1.0, 0, 2, -1, 1], [0.5, 1, -1, 0, 0]]))
+        give_gates(model, options)
+    state = peft.get_peft_model_state_dict(saved)
+    peft.set_peft_model_state_dict(early, state, low_cpu_mem_usage=True)
+    assert torch.equal(early(x), saved(x))
+
+
 def test_several_adapters_have_a_folder_each(tmp_path):
     model, x = adapted(TASKS), inputs()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=["up"], **TASKS))
