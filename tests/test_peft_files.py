@@ -272,6 +272,30 @@ def test_a_file_without_an_expert_is_reported(tmp_path):
         peft.PeftModel.from_pretrained(net(), tmp_path)
 
 
+@pytest.mark.parametrize("options", (MING, TASKS, dict(router="mlp", rank=2)), ids=str)
+def test_a_file_without_a_tensor_does_not_load_without_memory(options, tmp_path):
+    """With low_cpu_mem_usage the tensor would stay on meta, and its products would be noise."""
+    from safetensors.torch import save_file
+
+    adapted(options).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    for key in [key for key in state if ".layers.0.up." in key]:
+        save_file({k: v for k, v in state.items() if k != key}, path)
+        part = key.rpartition(".up.")[2]
+        with pytest.raises(RuntimeError, match=rf"adapter 'default': .* no values for {part}"):
+            peft.PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_the_router_of_an_adapter_moves_with_it():
+    model = adapted(MING)
+    layer = model.base_model.model.layers[0].up
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    own = [p for name, p in layer.named_parameters() if "moelora_" in name]
+    assert len(own) == 4
+    assert all(p.is_meta for p in own)
+
+
 def test_a_file_of_another_rank_does_not_load(tmp_path):
     adapted(MING).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
