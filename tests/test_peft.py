@@ -189,6 +189,18 @@ def test_samples_of_a_batch_cannot_choose_adapters():
 # --- adapters come and go -----------------------------------------------------------------------
 
 
+def test_the_base_of_an_adapter():
+    """The one that runs before it; of an adapter that does not run, the linear."""
+    model = two_adapters()
+    layer = model.base_model.model.layers[0].up
+    first, other = (layer.moelora_experts[name] for name in ("default", "other"))
+    assert first.base_layer is layer.base_layer
+    assert other.base_layer is layer.base_layer
+    model.base_model.set_adapter(["other", "default"])
+    assert first.base_layer is other
+    assert other.base_layer is layer.base_layer
+
+
 def test_set_adapter_switches_what_runs_and_what_trains():
     model, x = two_adapters(), inputs()
     first = model(x)
