@@ -82,7 +82,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
     callback = MoeLoraCallback(trainer, task_column)
     trainer.compute_loss = callback.compute_loss
     callbacks.insert(0, callback)
-    if any(layer.config.router == "task" for layer in layers):
+    if any(layer.config.router == "task" and layer.is_selected for layer in layers):
         trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
         # What remove_unused_columns keeps; SFTTrainer has a list of its own.
         trainer._set_signature_columns_if_needed()
@@ -116,6 +116,11 @@ class TaskCollator:
                 f"one with {', '.join(missing[0])} (packed samples have no task of their own)"
             )
         tasks = [torch.as_tensor(sample[self.column]) for sample in samples]
+        if len(shapes := {task.shape for task in tasks}) > 1:
+            raise ValueError(
+                f"{self.column}: expected one length in all samples of a batch (0 pads ids), got "
+                f"{sorted([*shape] for shape in shapes)}"
+            )
         rest = [{k: v for k, v in sample.items() if k != self.column} for sample in samples]
         batch = self.collator(rest)
         batch[self.column] = torch.stack(tasks)

@@ -189,6 +189,18 @@ def test_samples_of_a_batch_cannot_choose_adapters():
 # --- adapters come and go -----------------------------------------------------------------------
 
 
+def test_the_base_of_an_adapter():
+    """The one that runs before it; of an adapter that does not run, the linear."""
+    model = two_adapters()
+    layer = model.base_model.model.layers[0].up
+    first, other = (layer.moelora_experts[name] for name in ("default", "other"))
+    assert first.base_layer is layer.base_layer
+    assert other.base_layer is layer.base_layer
+    model.base_model.set_adapter(["other", "default"])
+    assert first.base_layer is other
+    assert other.base_layer is layer.base_layer
+
+
 def test_set_adapter_switches_what_runs_and_what_trains():
     model, x = two_adapters(), inputs()
     first = model(x)
@@ -386,6 +398,29 @@ def test_inject_adapter_in_model():
         assert not [k for k in result.missing_keys if "moelora_" in k]
         set_tasks(other, [2, 4])
         assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "second", ({**TASKS, "num_tasks": 9}, {**TASKS, "num_experts": 5}, dict(MING, router="mlp"))
+)
+def test_a_second_adapter_of_the_same_name_takes_the_place_of_the_first(second):
+    """PEFT warns of a second get_peft_model; nothing of the first adapter is left in it."""
+    x = inputs()
+    first = adapted(TASKS).base_model.model
+    again, new = (
+        peft.get_peft_model(base, MoeLoraPeftConfig(target_modules=TARGETS, **second))
+        for base in (first, net())
+    )
+    keys = peft.get_peft_model_state_dict(new)
+    assert {k: v.shape for k, v in peft.get_peft_model_state_dict(again).items()} == {
+        k: v.shape for k, v in keys.items()
+    }
+    peft.set_peft_model_state_dict(again, keys)
+    for one in (again, new):
+        one.eval()
+        if second["preset"] == "moelora":
+            set_tasks(one, [4, second["num_tasks"]])
+    assert torch.equal(again(x), new(x))
 
 
 # --- a PeftModel as an object -------------------------------------------------------------------

@@ -201,6 +201,25 @@ def test_keys_of_the_file(options, own, once, tmp_path):
     assert state[f"{layers[0]}.moelora_experts.lora_B"].shape == (10, rank)
 
 
+HMORA = dict(preset="hmora", num_experts=3, rank=2, task_embedding_dim=5, dropout=0.0)
+
+
+@pytest.mark.parametrize("options", (TASKS, HMORA), ids=("tasks", "hmora"))
+def test_tasks_that_are_set_before_the_values_come(options, tmp_path):
+    """An adapter made on the meta device: what set_tasks is given has values all the same."""
+    x = inputs()
+    saved = adapted(options)
+    config = MoeLoraPeftConfig(target_modules=TARGETS, **options)
+    early = peft.get_peft_model(net(), config, low_cpu_mem_usage=True).eval()
+    for model in (saved, early):
+        if options is HMORA:
+            set_tasks(model, torch.tensor([[1.0, 0, 2, -1, 1], [0.5, 1, -1, 0, 0]]))
+        give_gates(model, options)
+    state = peft.get_peft_model_state_dict(saved)
+    peft.set_peft_model_state_dict(early, state, low_cpu_mem_usage=True)
+    assert torch.equal(early(x), saved(x))
+
+
 def test_several_adapters_have_a_folder_each(tmp_path):
     model, x = adapted(TASKS), inputs()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=["up"], **TASKS))
@@ -216,6 +235,30 @@ def test_several_adapters_have_a_folder_each(tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+def test_adapters_over_different_layers_load_one_after_another(tmp_path):
+    """The layers that have the first adapter and not the second, and the other way round."""
+    x = inputs()
+    model = adapted(TASKS)
+    model.add_adapter("ming", MoeLoraPeftConfig(target_modules=["up"], **MING))
+    model.add_adapter("top", MoeLoraPeftConfig(target_modules=["head"], **TASKS))
+    randomise(model, seed=4)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        options = dict(low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded = peft.PeftModel.from_pretrained(
+            net(), tmp_path / "ming", adapter_name="ming", **options
+        )
+        loaded.load_adapter(tmp_path, "default", **options)
+        loaded.load_adapter(tmp_path / "top", "top", **options)
+        for active in (["default"], ["ming"], ["top"], ["ming", "default", "top"]):
+            for one in (model, loaded):
+                one.base_model.set_adapter(active)
+                if active != ["ming"]:
+                    set_tasks(one, [4, 2])
+                one.eval()
+            assert torch.equal(loaded(x), model(x))
+
+
 def test_a_file_without_an_expert_is_reported(tmp_path):
     """A truncated file loads with PEFT's warning, which names the key."""
     from safetensors.torch import save_file
@@ -227,6 +270,30 @@ def test_a_file_without_an_expert_is_reported(tmp_path):
     save_file(state, path)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*router_gate"):
         peft.PeftModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize("options", (MING, TASKS, dict(router="mlp", rank=2)), ids=str)
+def test_a_file_without_a_tensor_does_not_load_without_memory(options, tmp_path):
+    """With low_cpu_mem_usage the tensor would stay on meta, and its products would be noise."""
+    from safetensors.torch import save_file
+
+    adapted(options).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    for key in [key for key in state if ".layers.0.up." in key]:
+        save_file({k: v for k, v in state.items() if k != key}, path)
+        part = key.rpartition(".up.")[2]
+        with pytest.raises(RuntimeError, match=rf"adapter 'default': .* no values for {part}"):
+            peft.PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_the_router_of_an_adapter_moves_with_it():
+    model = adapted(MING)
+    layer = model.base_model.model.layers[0].up
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    own = [p for name, p in layer.named_parameters() if "moelora_" in name]
+    assert len(own) == 4
+    assert all(p.is_meta for p in own)
 
 
 def test_a_file_of_another_rank_does_not_load(tmp_path):

@@ -24,6 +24,7 @@ from trainers import (  # noqa: E402
     loop,
     make_model,
     make_samples,
+    make_tokenizer,
     make_trainer,
     tasks_of,
 )
@@ -162,6 +163,44 @@ def test_a_sample_without_a_task_is_named(kept, tmp_path):
     )
     with pytest.raises(ValueError, match=r"task_ids: .* in every sample, got one with input_ids"):
         trainer.train()
+
+
+def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
+    """A trainer without one of its own saves that of its collator, also behind the tasks."""
+    trainer = make_trainer(make_model("moelora"), tmp_path, attached=False)
+    trainer.data_collator.tokenizer = make_tokenizer()
+    attach(trainer)
+    trainer.save_model()
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_column_of_the_tasks_has_the_name_that_was_given(tmp_path):
+    found = []
+    for column in ("task_ids", "job"):
+        samples = [{**s, "text": ""} for s in make_samples()]
+        for sample in samples:
+            sample[column] = sample.pop("task_ids")
+        model = make_model("moelora")
+        trainer = make_trainer(model, tmp_path, samples=samples, attached=False)
+        attach(trainer, task_column=column)
+        trainer.train()
+        found.append(model)
+    assert_same_adapters(*found, rtol=0, atol=0)
+
+
+def test_samples_with_several_tasks(tmp_path):
+    """Rows of one length with 0 as padding are what set_tasks gets; other rows are named."""
+    samples = make_samples()
+    for i, sample in enumerate(samples):
+        sample["task_ids"] = [1 + i % 5, (2 * i) % 6]
+    batch = TaskCollator(lambda rest: {})(samples[:2])
+    assert batch["task_ids"].tolist() == [[1, 0], [2, 2]]
+    model = make_model("moelora")
+    make_trainer(model, tmp_path, samples=samples).train()
+    assert model.model.layers[0].self_attn.q_proj.router.task_ids.shape == (2, 2)
+    samples[1]["task_ids"] = [1, 2, 3]
+    with pytest.raises(ValueError, match=r"task_ids: expected one length .* got \[\[2\], \[3\]\]"):
+        TaskCollator(lambda rest: {})(samples)
 
 
 @pytest.mark.parametrize("tie", (False, True))

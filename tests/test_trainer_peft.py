@@ -61,3 +61,31 @@ def test_a_peft_model_trains_saves_and_resumes(preset, cls, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+
+
+def test_an_adapter_that_is_not_active_asks_for_no_tasks(tmp_path):
+    """Token gates are trained beside a task adapter that waits; with and without a column."""
+    samples = make_samples()
+    bare = [{k: v for k, v in s.items() if k != "task_ids"} for s in samples]
+    found = []
+    for given in (samples, bare):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            transformers.Qwen2ForCausalLM(make_model("ming").config),
+            MoeLoraPeftConfig(preset="moelora", num_tasks=5, target_modules=PROJECTIONS),
+        )
+        tokens = MoeLoraPeftConfig(preset="ming", num_experts=EXPERTS, target_modules=PROJECTIONS)
+        model.add_adapter("tokens", tokens)
+        model.set_adapter("tokens")
+        trainer = transformers.Trainer(
+            model,
+            arguments(tmp_path),
+            data_collator=Padding(),
+            train_dataset=datasets.Dataset.from_list(given),
+        )
+        callback = attach(trainer)
+        trainer.train()
+        assert len(callback.load) == 4
+        assert all(".tokens" in name for name in callback.load)
+        found.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

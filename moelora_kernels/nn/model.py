@@ -60,7 +60,7 @@ def replace_linears(
                 "calling it: its experts would be left out"
             )
 
-    shared = _task_router(model, config)
+    shared = fitting_task_router(model.modules(), config)
     # By id: a base that its layer does not keep must be free to go.
     replaced: dict[int, MoeLoraLinear] = {}
     for name in chosen:
@@ -111,7 +111,7 @@ def replace_ffns(
     for name in chosen:
         if problem := why_no_ffn(model.get_submodule(name)):
             raise TypeError(f"target_modules: {name}: {problem}")
-    shared = _task_router(model, config)
+    shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     for name in chosen:
         parent_name, _, child = name.rpartition(".")
@@ -150,10 +150,10 @@ def _matching(
     return [name for name in names if any(matches(name, target) for target in targets)]
 
 
-def _task_router(model: nn.Module, config: MoeLoraConfig) -> TaskRouter | None:
-    """The gate that layers of `model` already share, if a new layer can use it."""
+def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:
+    """The gate that some of `layers` already share, if a new layer can use it."""
     sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
-    for layer in model.modules():
+    for layer in layers:
         if isinstance(layer, LAYERS) and layer.config.shares_gate() and config.shares_gate():
             own = layer.config
             if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):

@@ -24,6 +24,11 @@ def _wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
+def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor on the device of a parameter; as it is while that waits for its values on meta."""
+    return tensor if parameter.is_meta else tensor.to(parameter.device)
+
+
 class MlpRouter(nn.Module):
     """logits = W2 act(W1 x + b1) + b2        x [T, I] -> [T, E]; act is silu unless given"""
 
@@ -83,7 +88,7 @@ class TaskRouter(nn.Module):
 
     def hold_tasks(self, ids: Tensor) -> None:
         """Keep ids that `check_tasks` let pass for the coming forwards."""
-        self.task_ids = ids.to(self.gate.weight.device)
+        self.task_ids = _beside(ids, self.gate.weight)
 
     def forward(self) -> Tensor:
         """Logits [B, E] of the tasks set last."""
@@ -192,7 +197,7 @@ class TokenTaskRouter(nn.Module):
 
     def hold_tasks(self, vectors: Tensor) -> None:
         """Keep vectors [B, D] that `check_tasks` let pass for the coming forwards."""
-        self.task_vectors = vectors.to(self.mixture["share"].device)
+        self.task_vectors = _beside(vectors, self.mixture["share"])
 
     def check_batch(self, sequences: int) -> None:
         """Raise unless there is a task vector for each of that many sequences, or one for all."""

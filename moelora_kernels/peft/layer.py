@@ -90,6 +90,11 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, with a task gate that layers share if there is one."""
         experts = MoeLoraExperts(self, adapter_name, config, router)
+        # Injected a second time under its name: what its last router left here is not saved again.
+        kept = set() if router is None else set(router.modules())
+        for held in (self._modules[key] for key in self.adapter_layer_names[1:]):
+            if adapter_name in held and held[adapter_name] not in kept:
+                del held[adapter_name]
         self.moelora_experts[adapter_name] = experts
         if experts.router is not None and router is None:
             self._hold_router(adapter_name, experts.router)
@@ -219,7 +224,20 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
+        # PEFT asks every layer once a file is loaded, those without this adapter as well.
+        parts = {
+            key: self._modules[key][adapter_name]
+            for key in self.adapter_layer_names
+            if adapter_name in self._modules[key]
+        }
+        tensors = [(f"{key}.{n}", t) for key, p in parts.items() for n, t in p.state_dict().items()]
+        if missing := [name for name, tensor in tensors if tensor.is_meta]:
+            # A product with a tensor that has no memory is noise, not an error.
+            raise RuntimeError(
+                f"adapter {adapter_name!r}: the file has no values for {', '.join(missing)} of a "
+                f"linear {self.in_features} to {self.out_features}, made with low_cpu_mem_usage"
+            )
         # The dtype stays: PEFT's would round an adapter that was loaded in float32.
-        experts = self.moelora_experts[adapter_name]
-        if not any(p.is_meta for p in experts.parameters()):
-            experts.to(device or adapter_place(self.base_layer, experts.config)[0])
+        for part in parts.values():
+            config = self.moelora_experts[adapter_name].config
+            part.to(device or adapter_place(self.base_layer, config)[0])

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base import missing_size
-from moelora_kernels.nn.model import WEIGHT_READERS
+from moelora_kernels.nn.model import WEIGHT_READERS, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
@@ -48,17 +49,19 @@ class MoeLoraModel(BaseTuner):
                     "weight without calling it: its experts would be left out"
                 )
             layer = MoeLoraTunerLinear(target)
-        shared = self._task_router(adapter_name) if config.shares_gate() else None
+        shared = self._task_router(adapter_name, config) if config.shares_gate() else None
         layer.update_layer(adapter_name, config, shared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _task_router(self, adapter_name: str) -> TaskRouter | None:
+    def _task_router(self, adapter_name: str, config: MoeLoraConfig) -> TaskRouter | None:
         """The task gate that the layers of an adapter share, once its first layer has made it."""
-        for module in self.model.modules():
-            if isinstance(module, MoeLoraExperts) and module.name == adapter_name:
-                return module.router
-        return None
+        own = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, MoeLoraExperts) and module.name == adapter_name
+        ]
+        return fitting_task_router(own, config)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
