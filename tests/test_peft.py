@@ -53,6 +53,10 @@ def two_adapters(first=MING, second=LORA):
     return give_gates(model, first).eval()
 
 
+def tuner_layers(model):
+    return [m for m in model.modules() if isinstance(m, MoeLoraTunerLinear)]
+
+
 def own_names(model, name):
     return [n for n, _ in model.named_parameters() if f".{name}." in n]
 
@@ -266,6 +270,17 @@ def test_delete_the_active_adapter():
     model.delete_adapter("other")
     # A PeftModel without an adapter does not run, with any method; what it wraps does.
     assert torch.equal(model.base_model.model(x), net()(x))
+
+
+def test_each_adapter_has_a_task_gate_of_its_own():
+    """Also where the sizes of both are the same: training one leaves the other as it was."""
+    model = two_adapters(TASKS, TASKS)
+    of = {
+        name: {layer.moelora_experts[name].router for layer in tuner_layers(model)}
+        for name in ("default", "other")
+    }
+    assert [len(gates) for gates in of.values()] == [1, 1]
+    assert not of["default"] & of["other"]
 
 
 def test_a_deleted_task_gate_is_not_taken_again():
