@@ -28,6 +28,15 @@ def first_cells(text: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)]
 
 
+def qwen():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.Qwen2ForCausalLM(config).requires_grad_(False)
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
@@ -36,12 +45,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_example_of_a_language_model_runs():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    model = qwen().to(torch.bfloat16)
     ids = torch.randint(0, 40, (2, 6))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -78,15 +82,6 @@ def examples(title: str) -> list[str]:
 def run(example: str, **names) -> dict:
     exec(compile(example, "README.md", "exec"), names)
     return names
-
-
-def qwen():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    return transformers.Qwen2ForCausalLM(config).requires_grad_(False)
 
 
 def test_the_example_of_peft_runs(tmp_path, monkeypatch):
