@@ -21,11 +21,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints import load_adapter_state_dict
+from moelora_kernels.checkpoints.files import load_safetensors
 from moelora_kernels.folders import read_folder
 from moelora_kernels.layout import model_of
 from moelora_kernels.nn.merge import REDUCED_BASE, Task
@@ -152,12 +153,9 @@ def read_adapter(path: str | os.PathLike) -> nn.Module:
 
 def _read_file(path: str | os.PathLike) -> nn.Module:
     """The layers of a file of `save_adapter`."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
+    state = load_safetensors(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
     if "layout" not in metadata:
         raise ValueError(
             f"{os.fspath(path)}: it does not say which options its layers have; load it into its "

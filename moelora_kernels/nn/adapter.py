@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype
-from moelora_kernels.nn.linear import MoeLoraLinear, _gates, _keep
+from moelora_kernels.nn.base import check_input
+from moelora_kernels.nn.linear import MoeLoraLinear, gates_of, keep_routing
 from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
 
 ACTIVATIONS = {
@@ -67,18 +68,15 @@ class MoeLoraAdapter(MoeLoraLinear):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected [..., {self.in_features}], got {[*x.shape]}")
         config = self.config
-        if gates is not None and config.router != "external":
-            raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
+        check_input(x, self.in_features, gates, config.router)
         z = self.base_layer(x)
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
         tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
-        weights, indices, rows, logits = _gates((self,), x, tokens, gates)
+        weights, indices, rows, logits = gates_of((self,), x, tokens, gates)
         if config.aux or self.record.wanted:
-            _keep((self,), weights, indices, logits)
+            keep_routing((self,), weights, indices, logits)
         plan, count = self._plan, tokens.shape[0]
         gate = dense_gate(weights, indices, rows, count, 1, len(plan.ranks))
         gate = rank_gate(gate.to(compute_dtype(tokens)), plan.ranks, plan.scaling)[:, 0]

@@ -86,6 +86,18 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
+def check_input(
+    x: Tensor, features: int, gates: Tensor | None, router: str | nn.Module | None
+) -> None:
+    """Raise where x is no float tensor [..., features], or gates come to a layer with a router."""
+    if x.dim() < 1 or x.shape[-1] != features:
+        raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a float dtype, got {x.dtype}")
+    if gates is not None and router != "external":
+        raise ValueError(f"gates: only router='external' takes gates, got {router!r}")
+
+
 def check_adapters(adapter: Tensor, x: Tensor) -> None:
     """Raise where A lies elsewhere than x: of one on the meta device y would be noise."""
     if adapter.device != x.device:

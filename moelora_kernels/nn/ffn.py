@@ -15,6 +15,7 @@ from moelora_kernels.nn.base import (
     adapter_place,
     call_base,
     check_adapters,
+    check_input,
     dense_weight,
     missing_size,
     state_without_graph,
@@ -186,13 +187,8 @@ class MoeLoraFFN(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
-        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: expected [..., {self.hidden_size}], got {[*x.shape]}")
-        if not x.is_floating_point():
-            raise TypeError(f"x: expected a float dtype, got {x.dtype}")
         config, dtype = self.config, active_dtype(x)
-        if gates is not None and config.router != "external":
-            raise ValueError(f"gates: only router='external' takes gates, got {config.router!r}")
+        check_input(x, self.hidden_size, gates, config.router)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
         inner = self.intermediate_size
         gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))

@@ -15,6 +15,7 @@ from moelora_kernels.nn.base import (
     adapter_place,
     call_base,
     check_adapters,
+    check_input,
     dense_weight,
     missing_size,
     state_without_graph,
@@ -322,12 +323,7 @@ def forward_siblings(
     config = first.config
     if config.rank_activation is not None:
         raise ValueError("siblings: a MoeLoraAdapter runs alone, it reads what its base returns")
-    if x.dim() < 1 or x.shape[-1] != first.in_features:
-        raise ValueError(f"x: expected [..., {first.in_features}], got {[*x.shape]}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a float dtype, got {x.dtype}")
-    if gates is not None and config.router != "external":
-        raise ValueError(f"gates: only router='external' takes gates, this is {config.router!r}")
+    check_input(x, first.in_features, gates, config.router)
     if any(layer.merged for layer in layers):
         if len(layers) == 1:
             return [forward_merged(first, x, gates)]
@@ -347,7 +343,7 @@ def forward_siblings(
         seed = dropout_seed(config.dropout, None, x.device)
     indices = rows = logits = None
     if not fused:
-        gates, indices, rows, logits = _gates(layers, x, tokens, gates)
+        gates, indices, rows, logits = gates_of(layers, x, tokens, gates)
     outputs, weights, chosen, fused_logits = apply(
         plan, tokens, siblings, gates, indices, rows, seed, config.impl,
         sqrt_gate=config.grad_gate == "sqrt",
@@ -356,7 +352,7 @@ def forward_siblings(
         if fused:
             indices = chosen if plan.top_k < config.num_experts else None
             gates, logits = weights, fused_logits
-        _keep(layers, gates, indices, logits)
+        keep_routing(layers, gates, indices, logits)
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -380,7 +376,7 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
 
 
-def _gates(
+def gates_of(
     layers: Sequence[MoeLoraLinear], x: Tensor, tokens: Tensor, gates: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gates (or weights), indices and rows of all siblings side by side, and their logits."""
@@ -407,7 +403,10 @@ def _gates(
     return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
 
 
-def _keep(layers, gates: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:
+def keep_routing(
+    layers: Sequence[MoeLoraLinear], gates: Tensor, indices: Tensor | None, logits: Tensor | None
+) -> None:
+    """Split what `gates_of` gave among the records of the layers."""
     n = len(layers)
     columns = [[None] * n if t is None else t.chunk(n, dim=1) for t in (gates, indices, logits)]
     for layer, own_gates, own_indices, own_logits in zip(layers, *columns, strict=True):

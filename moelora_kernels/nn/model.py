@@ -50,15 +50,8 @@ def replace_linears(
     ]
     chosen = _matching(model, target_modules, adapted)
     for name in chosen:
-        module = model.get_submodule(name)
-        if missing_size(module):
-            raise TypeError(f"target_modules: {name} is a {type(module)}, expected a linear")
         parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, WEIGHT_READERS):
-            raise TypeError(
-                f"target_modules: {name} lies in a {type(parent)}, which reads its weight without "
-                "calling it: its experts would be left out"
-            )
+        check_target(name, model.get_submodule(name), parent)
 
     shared = fitting_task_router(model.modules(), config)
     # By id: a base that its layer does not keep must be free to go.
@@ -73,6 +66,19 @@ def replace_linears(
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[id(module)])
     return chosen
+
+
+def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
+    """Raise TypeError where a module that target_modules names cannot have experts over it."""
+    if missing := missing_size(module):
+        raise TypeError(
+            f"target_modules: {name} is a {type(module)} without {missing}, expected a linear"
+        )
+    if isinstance(parent, WEIGHT_READERS):
+        raise TypeError(
+            f"target_modules: {name} lies in a {type(parent)}, which reads its weight without "
+            "calling it: its experts would be left out"
+        )
 
 
 def replace_ffns(

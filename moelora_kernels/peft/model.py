@@ -11,8 +11,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base import missing_size
-from moelora_kernels.nn.model import WEIGHT_READERS, fitting_task_router
+from moelora_kernels.nn.model import check_target, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
@@ -38,19 +37,9 @@ class MoeLoraModel(BaseTuner):
         config = peft_config.moe_lora_config()
         layer = target
         if not isinstance(target, MoeLoraTunerLinear):
-            if missing := missing_size(target):
-                raise TypeError(
-                    f"target_modules: expected modules with in_features and out_features, but "
-                    f"{current_key} is a {type(target)} without {missing}"
-                )
-            if isinstance(parent, WEIGHT_READERS):
-                raise TypeError(
-                    f"target_modules: {current_key} lies in a {type(parent)}, which reads its "
-                    "weight without calling it: its experts would be left out"
-                )
+            check_target(current_key, target, parent)
             layer = MoeLoraTunerLinear(target)
-        shared = self._task_router(adapter_name, config) if config.shares_gate() else None
-        layer.update_layer(adapter_name, config, shared)
+        layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
