@@ -9,28 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from moelora_kernels import formulation
+from moelora_kernels.config_checks import AUX_WEIGHTS, check, finite, one_of
 from moelora_kernels.presets import PRESETS
-
-ROUTERS = ("linear", "mlp", "task", "external", "prototype", "self", "token_task")
-AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001, "entropy": 0.01}
-
-_VALUES = {
-    "granularity": ("token", "sequence", "task"),
-    "score": ("softmax", "sigmoid", "identity", "abs"),
-    "select": ("all", "topk", "sampling", "topp", "threshold", "learned_threshold"),
-    "normalize": ("none", "sum", "softmax", "one"),
-    "share": ("none", "A"),
-    "shared_expert": ("none", "always", "complement"),
-    "dropout_mask": ("shared", "per_expert"),
-    "task_gate": ("shared", "per_layer"),
-    "batch_dim": (0, 1),
-    "init": ("kaiming", "normal", "sparse", "svd_segments"),
-    "freeze": ("none", "A", "AB"),
-    "grad_gate": ("gate", "sqrt"),
-    "rank_activation": (None, "gelu", "relu", "silu"),
-    "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,222 +180,16 @@ class MoeLoraConfig:
         for entry in given:
             pair = isinstance(entry, tuple) and len(entry) == 2
             name, weight = entry if pair else (entry, None)
-            _one_of("aux", name, tuple(AUX_WEIGHTS))
+            one_of("aux", name, tuple(AUX_WEIGHTS))
             if weight is not None:
-                _finite("aux", weight)
+                finite("aux", weight)
             weighted[name] = AUX_WEIGHTS[name] if weight is None else float(weight)
         settle("aux", tuple(weighted.items()))
         if self.select is None:
             settle("select", "all" if self.top_k is None else "topk")
         if self.granularity is None:
             settle("granularity", "task" if self.router == "task" else "token")
-        self._check()
-
-    def _check(self) -> None:
-        for name, values in _VALUES.items():
-            _one_of(name, getattr(self, name), values)
-        if isinstance(self.router, str):
-            _one_of("router", self.router, ROUTERS)
-        elif not (self.router is None or isinstance(self.router, nn.Module)):
-            raise TypeError(f"router: expected a name or an nn.Module, got {type(self.router)}")
-        formulation.check(self.impl)
-        _whole("num_experts", self.num_experts)
-        for rank in self.rank if isinstance(self.rank, tuple) else (self.rank,):
-            _whole("rank", rank)
-        for name in ("router_hidden", "task_embedding_dim"):
-            _whole(name, getattr(self, name))
-        for name in ("shared_rank", "num_tasks"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name))
-        if not isinstance(self.router_bias, bool):
-            raise TypeError(f"router_bias: expected True or False, got {self.router_bias!r}")
-        if isinstance(self.rank, tuple) and len(self.rank) != self.num_experts:
-            raise ValueError(f"rank: expected {self.num_experts} ranks, got {len(self.rank)}")
-        for name in ("alpha", "dropout", "noise"):
-            _finite(name, getattr(self, name))
-        # The scales of any size; that of the layer is not known yet.
-        self.scales(in_features=1)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        _above_zero("temperature", self.temperature)
-        if self.noise < 0:
-            raise ValueError(f"noise: expected a number from 0, got {self.noise}")
-        if self.router in (None, "external"):
-            if self.select != "all":
-                raise ValueError(f"select: gates of router={self.router!r} are used as they are")
-            if self.aux:
-                raise ValueError(f"aux: router={self.router!r} has no logits to make a loss of")
-        for option, selects in (
-            ("top_k", ("topk", "sampling")),
-            ("top_p", ("topp",)),
-            ("threshold", ("threshold",)),
-        ):
-            value = getattr(self, option)
-            if (value is not None) != (self.select in selects):
-                raise ValueError(
-                    f"{option}: select={self.select!r} with {option}={value!r}; {option} goes with "
-                    f"select={' or '.join(map(repr, selects))}, and only with it"
-                )
-        if self.top_k is not None:
-            _whole("top_k", self.top_k, self.num_experts)
-        if self.top_p is not None:
-            _finite("top_p", self.top_p)
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if self.top_p is not None and self.score == "identity":
-            raise ValueError("top_p: raw logits can be negative; use a score that is not")
-        if self.threshold is not None:
-            _finite("threshold", self.threshold)
-        if self.router == "task":
-            _whole("num_tasks", self.num_tasks)
-        if self.task_gate != "shared":
-            self._goes_with("task_gate", "router", ("task",))
-        if (self.granularity == "task") != (self.router == "task"):
-            raise ValueError(
-                f"granularity: {self.granularity!r} does not go with router={self.router!r}; "
-                "'task' goes with router='task', and only with it"
-            )
-        if self.score == "identity" and self.normalize == "sum":
-            raise ValueError("normalize: 'sum' of raw logits can be zero; use 'softmax' or 'none'")
-        if self.share == "A":
-            if len(set(self.ranks())) > 1:
-                raise ValueError("rank: experts that share A have one rank")
-            if self.dropout > 0 and self.dropout_mask == "per_expert":
-                raise ValueError("dropout_mask: 'per_expert' does not go with share='A'")
-        if dict(self.aux).get("load_balance") and self.select == "all":
-            raise ValueError("aux: 'load_balance' is constant where every expert is selected")
-        self._check_selection()
-        self._check_router()
-        self._check_balance()
-        self._check_training()
-        self._check_svd_segments()
-        if self.impl == "grouped":
-            formulation.check_grouped(self.top_k if self.is_sparse() else None, self.share == "A")
-
-    def _check_selection(self) -> None:
-        """The options of a selection that differs from token to token."""
-        if self.select == "learned_threshold":
-            if self.router == "task":
-                raise ValueError("select: 'learned_threshold' reads x, router='task' does not")
-            if self.normalize == "softmax":
-                raise ValueError(
-                    "normalize: 'softmax' cancels a learned threshold; use 'sum' or 'none'"
-                )
-        if self.max_threshold is not None:
-            _above_zero("max_threshold", self.max_threshold)
-            self._goes_with("max_threshold", "select", ("learned_threshold",))
-        if self.keep_min is not None:
-            _whole("keep_min", self.keep_min, self.num_experts)
-            self._goes_with("keep_min", "select", ("topp", "threshold"))
-        _above_zero("entropy_index", self.entropy_index)
-        if self.entropy_threshold is not None:
-            _finite("entropy_threshold", self.entropy_threshold)
-            if not 0.0 <= self.entropy_threshold < 1.0:
-                raise ValueError(
-                    f"entropy_threshold: expected a share of the largest entropy, in [0, 1), "
-                    f"got {self.entropy_threshold}"
-                )
-            self._goes_with("entropy_threshold", "select", ("topk", "topp", "threshold"))
-        by_entropy = {
-            "entropy_threshold": self.entropy_threshold is not None,
-            "aux": "entropy" in dict(self.aux),
-        }
-        for name, used in by_entropy.items():
-            if used and self.num_experts == 1:
-                raise ValueError(f"{name}: the entropy of one expert is always 0")
-        if not any(by_entropy.values()) and self.entropy_index != 1.0:
-            raise ValueError("entropy_index: goes with entropy_threshold or aux='entropy'")
-
-    def _check_router(self) -> None:
-        """The routers whose logits are not a free choice."""
-        if self.router in ("prototype", "self") and self.aux:
-            raise ValueError(f"aux: router={self.router!r} has no parameters for a loss to train")
-        if self.router == "self":
-            if set(self.ranks()) != {1}:
-                raise ValueError(
-                    "rank: router='self' gates experts by their own A x, one number each: expected "
-                    f"rank 1, got {self.rank}"
-                )
-            if self.share == "A":
-                raise ValueError("share: router='self' tells experts apart by A; share='A' has one")
-            if self.shared_expert != "none":
-                raise ValueError("shared_expert: router='self' has a number for every row of A")
-            if self.granularity != "token":
-                raise ValueError("granularity: router='self' gates tokens")
-            if self.select == "learned_threshold":
-                raise ValueError("select: router='self' has no logit of a learned threshold")
-        if self.router == "token_task":
-            if self.score != "identity":
-                raise ValueError(
-                    "score: router='token_task' gives probabilities, which score='identity' takes "
-                    f"as they are, got {self.score!r}"
-                )
-            named = {
-                "aux": self.aux,
-                "noise": self.noise,
-                "entropy_threshold": self.entropy_threshold,
-                "select": self.select == "sampling",
-            }
-            for name, given in named.items():
-                if given:
-                    raise ValueError(f"{name}: goes with logits, router='token_task' has none")
-            if self.batch_dim != 0:
-                raise ValueError("batch_dim: router='token_task' takes x [batch, sequence, I] only")
-
-    def _check_balance(self) -> None:
-        if self.normalize == "one":
-            if self.select == "all":
-                raise ValueError("normalize: 'one' of all experts is router=None")
-            if self.shared_expert == "complement":
-                raise ValueError("shared_expert: 'complement' of weights of 1 is always 0")
-        if self.balance_rate is None:
-            return
-        _above_zero("balance_rate", self.balance_rate)
-        self._goes_with("balance_rate", "select", ("topk",))
-        if self.top_k == self.num_experts:
-            raise ValueError("balance_rate: with top_k = num_experts every load is the same")
-        if self.router == "task":
-            raise ValueError("balance_rate: router='task' is one for all layers, a bias is not")
-
-    def _check_training(self) -> None:
-        if self.init == "sparse" and self.top_k is None:
-            raise ValueError("init: 'sparse' keeps K/E of A, so it goes with top_k")
-        if self.grad_gate == "gate":
-            return
-        if self.router in (None, "external"):
-            raise ValueError(f"grad_gate: 'sqrt' goes with a router, got router={self.router!r}")
-        if self.freeze == "AB":
-            raise ValueError("grad_gate: 'sqrt' is of the experts' gradients, freeze='AB' has none")
-        if self.normalize == "one":
-            raise ValueError("grad_gate: 'sqrt' of weights of 1 is 1")
-        if self.score == "identity" and self.normalize == "none":
-            raise ValueError("grad_gate: 'sqrt' of raw logits may be no number")
-        if self.shared_expert != "none":
-            raise ValueError("grad_gate: 'sqrt' does not go with a shared expert")
-
-    def _check_svd_segments(self) -> None:
-        if self.svd_rho is not None:
-            _above_zero("svd_rho", self.svd_rho)
-            self._goes_with("svd_rho", "init", ("svd_segments",))
-        if self.init != "svd_segments":
-            return
-        if self.share == "A":
-            raise ValueError("init: 'svd_segments' gives each expert an A; share='A' has one")
-        if not min(self.scales(in_features=1)) > 0:
-            raise ValueError(f"scaling: init='svd_segments' divides by it, got {self.scaling!r}")
-        sums_to_one = self.normalize != "none" or (self.score, self.select) == ("softmax", "all")
-        if self.router == "external" or not (self.router is None or sums_to_one):
-            raise ValueError(
-                "init: 'svd_segments' reduces the base by the mean over experts, which takes gates "
-                "that sum to 1: normalize='sum' or 'softmax', and a router of the layer"
-            )
-
-    def _goes_with(self, option: str, other: str, values: tuple[str, ...]) -> None:
-        if getattr(self, other) not in values:
-            raise ValueError(
-                f"{option}: goes with {other} {' or '.join(map(repr, values))}, "
-                f"got {other}={getattr(self, other)!r}"
-            )
+        check(self)
 
     def ranks(self) -> tuple[int, ...]:
         """Rank of each expert, the shared expert last."""
@@ -429,12 +203,12 @@ class MoeLoraConfig:
         ranks = self.ranks()
         if isinstance(self.scaling, tuple):
             for factor in self.scaling:
-                _finite("scaling", factor)
+                finite("scaling", factor)
             if len(self.scaling) != len(ranks):
                 raise ValueError(f"scaling: expected {len(ranks)} factors, got {len(self.scaling)}")
             return tuple(float(factor) for factor in self.scaling)
         if not isinstance(self.scaling, str):
-            _finite("scaling", self.scaling)
+            finite("scaling", self.scaling)
             return (float(self.scaling),) * len(ranks)
         factors = {
             "alpha/r": [self.alpha / rank for rank in ranks],
@@ -442,7 +216,7 @@ class MoeLoraConfig:
             "alpha/sqrt(r)": [self.alpha / math.sqrt(rank) for rank in ranks],
         }
         by_width = "sqrt(3*alpha*I/r)"
-        _one_of("scaling", self.scaling, (*factors, by_width))
+        one_of("scaling", self.scaling, (*factors, by_width))
         if self.scaling != by_width:
             return tuple(factors[self.scaling])
         if in_features is None:
@@ -471,31 +245,3 @@ class MoeLoraConfig:
             return self.normalize == "sum" or self.select == "all"
         # The softmax of the kept logits is the softmax of all, divided by the kept sum.
         return True if (self.score, self.normalize) == ("identity", "softmax") else None
-
-
-def _one_of(name: str, value: Any, values: tuple) -> None:
-    # 1.0 and True are equal to 1 and are no dimension.
-    is_plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
-    if not (is_plain and value in values):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
-
-
-def _whole(name: str, value: Any, num_experts: int | None = None) -> None:
-    """Raise unless value is a whole number from 1, and at most num_experts where that is given."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if num_experts is not None and not (is_whole and value <= num_experts):
-        raise ValueError(f"{name}: expected 1 to num_experts = {num_experts}, got {value!r}")
-    if not is_whole:
-        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
-
-
-def _above_zero(name: str, value: Any) -> None:
-    _finite(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-
-
-def _finite(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -81,3 +81,18 @@ def randomise(model):
         for q in adapter_parameters(model):
             q.normal_(std=0.5)
     return model
+
+
+# A gate for each of sixteen tasks.
+TASKS = 16
+TASK = dict(
+    router="task", num_tasks=TASKS, task_embedding_dim=6, router_bias=False, top_k=None, rank=3
+)
+
+
+def task_layer(dtype=torch.float64, base=None, seed=0, **options):
+    """A layer with task gates that differ from each other, in evaluation."""
+    layer = make_layer(dtype, base, seed, **{**TASK, **options})
+    with torch.no_grad():
+        layer.router.gate.weight.normal_()
+    return layer.eval()
