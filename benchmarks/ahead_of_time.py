@@ -34,8 +34,8 @@ from torch import Tensor
 
 from benchmarks import environment, traffic
 from benchmarks.launches import LAYERS, Layer, record
-from moelora_kernels.kernels import configs
-from moelora_kernels.kernels.launcher import Launch, options
+from moelora_kernels.kernels.common import configs
+from moelora_kernels.kernels.common.launcher import Launch, options
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
@@ -143,13 +143,13 @@ WGMMA_ROWS = {
     "shrink_gate_kernel": "BLOCK_T",
     "shrink_gate_backward_kernel": "BLOCK_T",
     "shrink_dx_kernel": "BLOCK_T",
-    "gram_kernel": "BLOCK_W",
+    "weight_grad_kernel": "BLOCK_W",
     "router_logits_kernel": "BLOCK_T",
-    "router_gram_kernel": "BLOCK_W",
+    "router_grad_kernel": "BLOCK_W",
     "grouped_shrink_kernel": "BLOCK_P",
     "grouped_shrink_backward_kernel": "BLOCK_P",
     "grouped_expand_kernel": "BLOCK_P",
-    "grouped_gram_kernel": "BLOCK_W",
+    "grouped_weight_grad_kernel": "BLOCK_W",
 }
 
 
@@ -177,7 +177,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
             (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs")),
         ]
         return found if s.router_ptrs is None else found + router
-    if name == "gram_kernel":
+    if name == "weight_grad_kernel":
         found = [
             (s.BLOCK_T * s.BLOCK_W, s.I, s.size("x_ptr")),
             (s.BLOCK_T * s.BLOCK_A, s.H, s.size("dh_ptr")),
@@ -194,7 +194,7 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
             (s.BLOCK_T * s.BLOCK_I, s.I, s.size("x_ptr")),
             (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs")),
         ]
-    if name == "router_gram_kernel":
+    if name == "router_grad_kernel":
         return [(s.BLOCK_T * s.BLOCK_W, s.I, s.size("x_ptr")), (s.BLOCK_T * s.BLOCK_L, s.L, 4)]
     if name == "grouped_shrink_kernel":
         return [
@@ -210,7 +210,7 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
             (s.BLOCK_P * s.BLOCK_R, s.WIDEST, s.size("u_ptr")),
             (s.BLOCK_O * s.BLOCK_R, row, s.size("matrix_ptr")),
         ]
-    if name == "grouped_gram_kernel":
+    if name == "grouped_weight_grad_kernel":
         wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
         # The order of places is on the way as well: 4 bytes each, for a row of wide.
         order = (s.BLOCK_P, 1, 4)
@@ -230,7 +230,7 @@ def natural_widths(launch: Launch) -> set[int]:
         for elements, row, size in operands(launch)
     }
     wide = launch.arguments.get("x_ptr", launch.arguments.get("wide_ptrs", (None,))[0])
-    if "gram_kernel" in launch.kernel.fn.__name__ and wide.dtype == torch.float32:
+    if "weight_grad_kernel" in launch.kernel.fn.__name__ and wide.dtype == torch.float32:
         # TF32 tensor cores want both operands contiguous along the tokens: the small one is
         # transposed on its way into shared memory, element by element.
         found.add(4)

@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Mixture:
     """What each table varies, and the rest that it holds fixed.
 
     mixtures at T = tokens;  routed: the mixture of the table routing, at T = tokens;  scaled: that
@@ -62,7 +62,7 @@ def mixtures(*cells: tuple[int, int, int]) -> tuple[Mixture, ...]:
 
 PLANS = {
     # On an H200 the model has wide and grouped cross at R / K = 245.
-    "cuda": Plan(
+    "cuda": Mixture(
         mixtures(
             # The rank, few experts: R / K from 32 to 512.
             *((8, rank, 2) for rank in (8, 16, 32, 48, 64, 96, 128)),
@@ -86,7 +86,7 @@ PLANS = {
         token_counts=(1024, 2048, 4096, 8192, 16384, 32768, 65536),
     ),
     # A second and more of wide products on two cores would be spent on the larger of these.
-    "cpu": Plan(
+    "cpu": Mixture(
         mixtures(
             (8, 4, 4),
             (8, 8, 4),
@@ -107,7 +107,7 @@ PLANS = {
         token_counts=(1024, 2048, 4096),
     ),
     # R / K on both sides of every threshold; a rank of 12 is no multiple of 16 bytes.
-    "quick": Plan(
+    "quick": Mixture(
         mixtures((8, 2, 2), (4, 12, 2), (8, 16, 1)),
         tokens=33,
         routed=Mixture(8, 16, 1),
@@ -118,7 +118,7 @@ PLANS = {
 
 
 def cells_of(
-    plan: Plan,
+    plan: Mixture,
     chosen: list[str],
     mixture: Mixture | None = None,
     routing: str | None = None,

@@ -2,7 +2,7 @@
 
     python benchmarks/crossover.py results/grouped.json      tables, and what they say
 
-A threshold c sends a mixture to grouped where R > c K, as `formulation.choose` does. Every c is
+A threshold c sends a mixture to grouped if R > c K, as `dispatch.choose_impl` does. Every c is
 judged by what it costs over always taking the faster of the two, on the cells where both were
 timed; the best c lies anywhere between two measured R / K, and both are named.
 """
@@ -87,9 +87,9 @@ def modelled(device: str) -> tuple[float, str]:
 
 def in_use(machine: dict) -> tuple[float, str]:
     """The threshold of the package for the device class of a result, and where it is from."""
-    from moelora_kernels import formulation
+    from moelora_kernels import dispatch
 
-    threshold = formulation.THRESHOLDS[machine["device_class"]]
+    threshold = dispatch.THRESHOLDS[machine["device_class"]]
     return threshold.columns, threshold.source
 
 

@@ -48,11 +48,11 @@ def describe_machine(device: torch.device, clock) -> dict:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    from moelora_kernels import formulation
+    from moelora_kernels import dispatch
 
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "device_class": formulation.device_class(device.type),
+        "device_class": dispatch.device_class(device.type),
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": torch.version.cuda,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.kernels.launcher import Launch
+from moelora_kernels.kernels.common.launcher import Launch
 from moelora_kernels.routing import CHUNK, TILE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -88,7 +88,8 @@ def record(layer: Layer) -> list[Launch]:
     """The launches of one forward and backward of a layer, op by op."""
     if layer.grouped:
         return record_grouped(layer)
-    from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
+    from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
+    from moelora_kernels.kernels.common import launcher
 
     def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -124,7 +125,7 @@ def record(layer: Layer) -> list[Launch]:
         )  # fmt: skip
         dlogits = dgate if top_k else None
         shrink_dx.launch(dh, dlogits, lora_a, router, ranks, *drop)
-        gram.launch(x, dh, dlogits, dy, u, of, of, ranks, *drop)
+        weight_grad.launch(x, dh, dlogits, dy, u, of, of, ranks, *drop)
     return launches
 
 
@@ -140,13 +141,13 @@ def record_grouped(layer: Layer) -> list[Launch]:
     """The launches of one forward and backward in the grouped formulation, op by op."""
     from moelora_kernels.kernels import (
         grouped_expand,
-        grouped_gram,
         grouped_shrink,
         grouped_shrink_backward,
-        launcher,
+        grouped_weight_grad,
         router,
         topk_gate,
     )
+    from moelora_kernels.kernels.common import launcher
 
     def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -174,10 +175,10 @@ def record_grouped(layer: Layer) -> list[Launch]:
         dh, u, dweights = grouped_shrink_backward.launch(dy, lora_b, h, weights, *routing, scaling)
         transposed = [a.t() for a in lora_a]
         grouped_expand.launch(dh, transposed, None, *routing, T, 0, layer.by_pair, *drop)
-        grouped_gram.launch(x, dh, dy, u, order, offsets, chunks, of, ranks, *drop)
+        grouped_weight_grad.launch(x, dh, dy, u, order, offsets, chunks, of, ranks, *drop)
         if routers:
             dlogits = topk_gate.launch_backward(
                 dweights.view(-1, K), by_sibling, chosen, logits.view(-1, E), layer.renormalize, 1.0
             )
-            router.launch_gram(dlogits.view(T, n * E), x, of)
+            router.launch_grad(dlogits.view(T, n * E), x, of)
     return launches

@@ -9,7 +9,7 @@ The choices in the package were made on a model; every measurement here decides 
                                                        goes first and the base product adds to it
     shrink     x At in the BLAS against `shrink_gate`  whether gate, u and router logits are free in
                                                        the read of x
-    gram       T in 1, 4, 8, 16 parts                  the rule `kernels.configs.splits`
+    weight_grad       T in 1, 4, 8, 16 parts                  the rule `kernels.configs.splits`
     host       a call that nobody waits for            times the launches of a layer: below the T
                                                        that takes the device as long, eager is
                                                        bound by launches
@@ -36,7 +36,7 @@ from moelora_kernels.testing import draw_experts
 # The mixture of every measurement but `layer`, which takes that of the command line.
 EXPERTS, TOP_K = 8, 2
 
-# Parts of T that `gram` is measured with, beside what its own rule takes.
+# Parts of T that `weight_grad` is measured with, beside what its own rule takes.
 SPLITS = (1, 4, 8, 16)
 
 # provider -> passes over y of its expand (`roofline.layer`). Eager PyTorch makes more of them than
@@ -158,14 +158,14 @@ def shrink(bench: Bench, T: int, I: int, R: int) -> list[dict]:  # noqa: E741
 
 def recorded(operation: Callable, arguments: list) -> list:
     """The launches that a launcher makes of these arguments."""
-    from moelora_kernels.kernels import launcher
+    from moelora_kernels.kernels.common import launcher
 
     with launcher.recording() as launches:
         operation(*arguments)
     return launches
 
 
-def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E741
+def weight_grad(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E741
     """dh^T x, dlogits^T x and dy^T u in one op; its parts of T fill the chip or add traffic.
 
     Predicted are the bytes of the inputs and results alone: parts are meant to stay in the cache.
@@ -174,7 +174,9 @@ def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E
     dlogits = bench.draw(T, EXPERTS).float()
     ranks = [R // EXPERTS] * EXPERTS
     arguments = [x, dh, dlogits, [dy], u, x.dtype, x.dtype, ranks, 0.0, False, None]
-    predicted = roofline.gram(bench.rates, T, I, R) + roofline.gram(bench.rates, T, O, R)
+    predicted = roofline.weight_grad(bench.rates, T, I, R) + roofline.weight_grad(
+        bench.rates, T, O, R
+    )
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         of_x, of_dy = x.to(dtype), dy.to(dtype).t()
@@ -187,12 +189,12 @@ def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E
         found = {"dA": dA, "dB": dB, "drouter": drouter, "dbias": dbias}
         return judge(found, plain(torch.float64), plain(x.dtype), x.dtype)
 
-    operation, impl = bench.operation("gram")
-    variants = {f"gram ({impl})": operation}
+    operation, impl = bench.operation("weight_grad")
+    variants = {f"weight_grad ({impl})": operation}
     if bench.launchers:
         from benchmarks import traffic
 
-        rule = traffic.gram_split(traffic.Sizes(recorded(operation, arguments)[0]))
+        rule = traffic.weight_grad_split(traffic.Sizes(recorded(operation, arguments)[0]))
         variants = {
             f"split={split}{' (rule)' if split == rule else ''}": partial(operation, split=split)
             for split in sorted({*SPLITS, rule})
@@ -202,7 +204,7 @@ def gram(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # noqa: E
         call = partial(function, *arguments)
         calls.append(Call(variant, call, predicted, "moelora", verdict=partial(verdict, call)))
     ratios = [(variant, "mm, mm", None) for variant in variants]
-    return compare(bench, "gram", f"{T}x{I}x{O}, R={R}", calls, bench.device_time, ratios)
+    return compare(bench, "weight_grad", f"{T}x{I}x{O}, R={R}", calls, bench.device_time, ratios)
 
 
 def layer_calls(
@@ -222,7 +224,7 @@ def layer_calls(
 
 def bare_launch(bench: Bench, call: Call, name: str) -> Call:
     """What remains of a launcher's call without the launcher: Triton's own launches."""
-    from moelora_kernels.kernels import launcher
+    from moelora_kernels.kernels.common import launcher
 
     launches = recorded(call.call, [])
 
@@ -313,7 +315,7 @@ def plan(bench: Bench, size: str) -> dict[str, list[Callable[[], list[dict]]]]:
         "product": [partial(product, bench, *sizes) for sizes in shapes.product],
         "addmm_": [partial(addmm, bench, *sizes) for sizes in shapes.addmm],
         "shrink": [partial(shrink, bench, *sizes) for sizes in shapes.shrink],
-        "gram": [partial(gram, bench, *sizes) for sizes in shapes.gram],
+        "weight_grad": [partial(weight_grad, bench, *sizes) for sizes in shapes.weight_grad],
         "host": [partial(host, bench)],
         "layer": of_layer,
     }

@@ -232,9 +232,9 @@ class MoeLora(nn.Module):
     def __init__(self, layer: Layer, impl: str = "auto"):
         super().__init__()
         # Imported late: the rivals can be measured where the package does not import.
-        from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, formulation
+        from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, dispatch
 
-        self.layer, self.impl, self.choose = layer, impl, formulation.choose
+        self.layer, self.impl, self.choose = layer, impl, dispatch.explain_choice
         config = MoeLoraConfig.preset(
             "ming",
             num_experts=layer.experts,

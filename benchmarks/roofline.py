@@ -66,7 +66,7 @@ def expand(of: Rates, T: int, R: int, O: int, passes: int) -> float:  # noqa: E7
     return limit(of, 2.0 * T * R * O, 2.0 * (T * R + R * O + passes * T * O))
 
 
-def gram(of: Rates, T: int, d: int, R: int) -> float:
+def weight_grad(of: Rates, T: int, d: int, R: int) -> float:
     """dh^T x or dy^T u: both read once, the result [R, d] in float32."""
     return limit(of, 2.0 * T * d * R, 2.0 * (T * d + T * R) + 4.0 * R * d)
 
@@ -84,7 +84,7 @@ def layer(of: Rates, T: int, I: int, O: int, R: int, mode: str, passes: int | No
     if passes is not None:
         forward += product(of, T, I, R) + expand(of, T, R, O, passes)
         backward += product(of, T, O, R) + expand(of, T, R, I, passes)
-        backward += gram(of, T, I, R) + gram(of, T, O, R)
+        backward += weight_grad(of, T, I, R) + weight_grad(of, T, O, R)
     return forward if mode == "fwd" else forward + backward
 
 

@@ -155,7 +155,7 @@ TOKENS = {
 class MachineShapes:
     """Sizes of the suite `machine`.
 
-    copy: MiB;  product, addmm: (T, I, O);  shrink: (T, I, R);  gram: (T, I, O, R);
+    copy: MiB;  product, addmm: (T, I, O);  shrink: (T, I, R);  weight_grad: (T, I, O, R);
     layer: (I, O).
     """
 
@@ -163,7 +163,7 @@ class MachineShapes:
     product: tuple[tuple[int, int, int], ...]
     addmm: tuple[tuple[int, int, int], ...]
     shrink: tuple[tuple[int, int, int], ...]
-    gram: tuple[tuple[int, int, int, int], ...]
+    weight_grad: tuple[tuple[int, int, int, int], ...]
     layer: tuple[int, int]
     layer_tokens: tuple[int, ...]
 
@@ -179,7 +179,7 @@ MACHINE = {
             *((T, 4096, R) for T in (1024, 8192) for R in (32, 64, 128)),
             (8192, 14336, 128),
         ),
-        gram=((1024, 4096, 4096, 128), (8192, 4096, 4096, 128), (8192, 4096, 14336, 128)),
+        weight_grad=((1024, 4096, 4096, 128), (8192, 4096, 4096, 128), (8192, 4096, 14336, 128)),
         layer=(4096, 4096),
         layer_tokens=(1024, 8192),
     ),
@@ -188,7 +188,7 @@ MACHINE = {
         product=((512, 2048, 2048),),
         addmm=((128, 2048, 2048), (512, 2048, 2048)),
         shrink=tuple((512, 2048, R) for R in (32, 64, 128)),
-        gram=((512, 2048, 2048, 128),),
+        weight_grad=((512, 2048, 2048, 128),),
         layer=(2048, 2048),
         layer_tokens=(512,),
     ),
@@ -197,7 +197,7 @@ MACHINE = {
         product=((33, 72, 104),),
         addmm=((33, 72, 104),),
         shrink=((33, 72, 32),),
-        gram=((33, 72, 104, 32),),
+        weight_grad=((33, 72, 104, 32),),
         layer=(72, 104),
         layer_tokens=(33,),
     ),

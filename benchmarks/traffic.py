@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moelora_kernels.kernels.launcher import Launch, ceil_div
+from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 
 
 def _size(value) -> int:
@@ -33,7 +33,7 @@ def compulsory(launch: Launch) -> int:
     return sum(
         t.nbytes
         for name, value in given
-        if name not in ("planes_ptr", "parts_ptr")
+        if name not in ("partials_ptr", "parts_ptr")
         for t in _tensors(value)
     )
 
@@ -95,7 +95,7 @@ def _shrink_gate(s: Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
 
 
-def _gate_planes(s: Sizes) -> tuple[int, int]:
+def _gate_partials(s: Sizes) -> tuple[int, int]:
     read, written = _gated(s)
     return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_COLUMNS) * 4, written
 
@@ -122,13 +122,13 @@ def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.T * s.n * s.R * 4
 
 
-def _gate_planes_backward(s: Sizes) -> tuple[int, int]:
+def _gate_partials_backward(s: Sizes) -> tuple[int, int]:
     read, written = _gated_backward(s)
-    planes = s.SPLIT * s.T * s.n * s.R * 4
+    partials = s.SPLIT * s.T * s.n * s.R * 4
     if s.A_ROWS < s.R:
         # Once more for dh, which sums over the experts.
-        read += planes + ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.R * 2
-    return read + planes, written
+        read += partials + ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.R * 2
+    return read + partials, written
 
 
 def _shrink_dx(s: Sizes) -> tuple[int, int]:
@@ -142,14 +142,14 @@ def _shrink_dx(s: Sizes) -> tuple[int, int]:
     return read, s.dx_ptr.nbytes
 
 
-def gram_split(s: Sizes) -> int:
+def weight_grad_split(s: Sizes) -> int:
     """Into how many parts the tokens are cut: programs over tiles of the wide sides."""
     of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.outputs) * s.B_TILES
     return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + of_outputs)
 
 
-def _gram(s: Sizes) -> tuple[int, int]:
-    i_tiles, split = ceil_div(s.I, s.BLOCK_W), gram_split(s)
+def _weight_grad(s: Sizes) -> tuple[int, int]:
+    i_tiles, split = ceil_div(s.I, s.BLOCK_W), weight_grad_split(s)
     read = s.T * s.I * s.size("x_ptr") * s.A_TILES
     read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
     of_x = i_tiles * s.A_TILES * split
@@ -162,7 +162,7 @@ def _gram(s: Sizes) -> tuple[int, int]:
     return read, split * written
 
 
-def _sum_planes(s: Sizes) -> tuple[int, int]:
+def _reduce_partials(s: Sizes) -> tuple[int, int]:
     written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.outputs, strict=True))
     return s.SPLIT * sum(s.sizes) * 4, written
 
@@ -185,7 +185,7 @@ def _router_logits(s: Sizes) -> tuple[int, int]:
     return read, s.SPLIT * s.T * s.n * s.E * 4
 
 
-def _router_gram(s: Sizes) -> tuple[int, int]:
+def _router_grad(s: Sizes) -> tuple[int, int]:
     l_tiles, i_tiles = ceil_div(s.L, s.BLOCK_L), ceil_div(s.I, s.BLOCK_W)
     split = s.programs // (l_tiles * i_tiles)
     read = s.T * s.I * s.size("x_ptr") * l_tiles + s.T * s.L * 4 * i_tiles
@@ -287,7 +287,7 @@ def _part_map(s: Sizes) -> int:
     return s.TILES * (8 * len(routed) + 4 * later)
 
 
-def _grouped_gram(s: Sizes) -> tuple[int, int]:
+def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
     parts = _parts(s)
     alone = Counter(part.expert for part in parts)
     read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
@@ -322,21 +322,21 @@ def _sum_parts(s: Sizes) -> tuple[int, int]:
 
 KERNELS = {
     "shrink_gate_kernel": _shrink_gate,
-    "gate_planes_kernel": _gate_planes,
+    "gate_partials_kernel": _gate_partials,
     "shrink_gate_backward_kernel": _shrink_gate_backward,
-    "gate_planes_backward_kernel": _gate_planes_backward,
+    "gate_partials_backward_kernel": _gate_partials_backward,
     "shrink_dx_kernel": _shrink_dx,
-    "gram_kernel": _gram,
-    "sum_planes_kernel": _sum_planes,
+    "weight_grad_kernel": _weight_grad,
+    "reduce_partials_kernel": _reduce_partials,
     "gate_rows_kernel": _gate_rows,
     "topk_gate_kernel": lambda s: (s.N * s.E * s.size("logits_ptr"), s.N * s.K * 8),
     "topk_gate_backward_kernel": _topk_gate_backward,
     "router_logits_kernel": _router_logits,
-    "router_gram_kernel": _router_gram,
+    "router_grad_kernel": _router_grad,
     "grouped_shrink_kernel": _grouped_shrink,
     "grouped_shrink_backward_kernel": _grouped_shrink_backward,
     "grouped_expand_kernel": _grouped_expand,
-    "grouped_gram_kernel": _grouped_gram,
+    "grouped_weight_grad_kernel": _grouped_weight_grad,
     "sum_parts_kernel": _sum_parts,
 }
 

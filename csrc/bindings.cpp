@@ -46,10 +46,10 @@ pybind11::dict build_info() {
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
   info["ops"] = pybind11::make_tuple(
-      "dropout", "gram", "grouped", "grouped_backward", "grouped_expand", "grouped_gram",
-      "grouped_shrink", "grouped_shrink_backward", "route", "router_gram", "router_logits",
-      "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate", "topk_gate_backward", "wide",
-      "wide_backward");
+      "dropout", "weight_grad", "grouped", "grouped_backward", "grouped_expand",
+      "grouped_weight_grad", "grouped_shrink", "grouped_shrink_backward", "route", "router_grad",
+      "router_logits", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
+      "topk_gate_backward", "wide", "wide_backward");
   // Ops on CUDA tensors, and the GPUs they are compiled for; both empty without csrc/cuda.
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moelora_kernels.config_checks import AUX_WEIGHTS, check, finite, one_of
+from moelora_kernels.config_rules import AUX_WEIGHTS, check, finite, one_of
 from moelora_kernels.presets import PRESETS
 
 

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints import load_adapter_state_dict
+from moelora_kernels.checkpoints.description import model_of
 from moelora_kernels.checkpoints.files import load_safetensors
-from moelora_kernels.folders import read_folder
-from moelora_kernels.layout import model_of
+from moelora_kernels.checkpoints.folders import read_folder
 from moelora_kernels.nn.merge import REDUCED_BASE, Task
-from moelora_kernels.nn.serving import task_layers
+from moelora_kernels.nn.merge_model import task_layers
 
 # name of a linear -> A [R, I] and B [O, R] of y = x Wt + b + (x At) Bt.
 PlainLora = dict[str, tuple[Tensor, Tensor]]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moelora_kernels import formulation, reference
-from moelora_kernels.autograd import MoeLora, Plan, Sibling, SqrtGateMoeLora, run
+from moelora_kernels import dispatch, reference
+from moelora_kernels.autograd.linear import LinearTensors, Mixture, MoeLora, SqrtGateMoeLora, run
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -25,9 +25,9 @@ def active_dtype(x: Tensor) -> torch.dtype:
 
 
 def apply(
-    plan: Plan,
+    mixture: Mixture,
     x: Tensor,
-    siblings: Sequence[Sibling],
+    siblings: Sequence[LinearTensors],
     gates: Tensor | None = None,
     indices: Tensor | None = None,
     rows: Tensor | None = None,
@@ -43,54 +43,56 @@ def apply(
     Returns their outputs [T, O_i], and of a linear router weights, indices and logits as
     `reference.shrink_gate` describes them.
     """
-    impl = _formulation(plan, x, siblings, indices, impl)
+    impl = _formulation(mixture, x, siblings, indices, impl)
     if impl == "reference":
         apply_reference = _apply_reference_sqrt if sqrt_gate else _apply_reference
         if not is_autocast(x.device):
-            return apply_reference(plan, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
         with torch.autocast(x.device.type, enabled=False):
-            return apply_reference(plan, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
     function = SqrtGateMoeLora if sqrt_gate else MoeLora
-    outputs = run(impl, plan, siblings, x, gates, indices, rows, seed, function=function)
+    outputs = run(impl, mixture, siblings, x, gates, indices, rows, seed, function=function)
     return [*outputs[: len(siblings)]], *outputs[-3:]
 
 
-def _formulation(plan, x, siblings, indices, impl: str) -> str:
+def _formulation(mixture, x, siblings, indices, impl: str) -> str:
     """The formulation that `impl` stands for here; raises ValueError where it cannot serve."""
-    num_experts = len(plan.ranks)
+    num_experts = len(mixture.ranks)
     if indices is not None:
         top_k = indices.shape[1] // len(siblings)
     else:
-        top_k = plan.top_k if 0 < plan.top_k < num_experts else None
+        top_k = mixture.top_k if 0 < mixture.top_k < num_experts else None
     if impl == "grouped":
-        formulation.check_grouped(top_k, plan.share_a)
+        dispatch.check_grouped(top_k, mixture.share_a)
     if impl != "auto":
         return impl
-    return formulation.pick(
+    return dispatch.choose_impl(
         x.device.type,
         tokens=x.shape[0],
         num_experts=num_experts,
-        total_rank=sum(plan.ranks),
+        total_rank=sum(mixture.ranks),
         top_k=top_k,
-        share_a=plan.share_a,
+        share_a=mixture.share_a,
     )
 
 
-def _apply_reference(plan, x, siblings, gates, indices, rows, seed):
+def _apply_reference(mixture, x, siblings, gates, indices, rows, seed):
     fields = [[t for t in field if t is not None] for field in zip(*siblings, strict=True)]
-    y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *plan)
+    y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *mixture)
     return y, weights, chosen, logits
 
 
-def _apply_reference_sqrt(plan, x, siblings, gates, indices, rows, seed):
+def _apply_reference_sqrt(mixture, x, siblings, gates, indices, rows, seed):
     """The experts at the root of the gate, plus what is missing to the gate, for the router."""
     held = gates.detach().sqrt()
-    outputs, *rest = _apply_reference(plan, x, siblings, held, indices, rows, seed)
+    outputs, *rest = _apply_reference(mixture, x, siblings, held, indices, rows, seed)
     constant = [
-        Sibling(None, None, y.new_zeros(y.shape), s.lora_a.detach(), s.lora_b.detach(), None, None)
+        LinearTensors(
+            None, None, y.new_zeros(y.shape), s.lora_a.detach(), s.lora_b.detach(), None, None
+        )
         for y, s in zip(outputs, siblings, strict=True)
     ]
-    missing, *_ = _apply_reference(plan, x.detach(), constant, gates - held, indices, rows, seed)
+    missing, *_ = _apply_reference(mixture, x.detach(), constant, gates - held, indices, rows, seed)
     return [y + more for y, more in zip(outputs, missing, strict=True)], *rest
 
 
@@ -138,7 +140,7 @@ def moe_lora_linear(
 
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
     """
-    formulation.check(impl)
+    dispatch.check(impl)
     given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -152,9 +154,9 @@ def moe_lora_linear(
     if weight.dtype != dtype:
         base = torch.nn.functional.linear(tokens, weight, bias)
         weight = bias = None
-    sibling = Sibling(weight, bias, base, lora_a, lora_b, None, None)
-    plan = Plan(ranks, scaling, dropout=float(dropout))
-    (y,), *_ = apply(plan, tokens, [sibling], gates, indices, rows, seed, impl)
+    sibling = LinearTensors(weight, bias, base, lora_a, lora_b, None, None)
+    mixture = Mixture(ranks, scaling, dropout=float(dropout))
+    (y,), *_ = apply(mixture, tokens, [sibling], gates, indices, rows, seed, impl)
     return y.view(*x.shape[:-1], lora_b.shape[0])
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import moelora_kernels
-from moelora_kernels import formulation, native, ops
-from moelora_kernels.kernels import configs
+from moelora_kernels import dispatch, native, ops
+from moelora_kernels.kernels.common import configs
 from moelora_kernels.ops import registration
 
 PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
@@ -60,7 +60,7 @@ def tiles() -> dict[str, str]:
 
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     """Everything `main` prints, as plain values."""
-    choice = formulation.choose(device, **sizes)
+    choice = dispatch.explain_choice(device, **sizes)
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "moelora_kernels": moelora_kernels.__version__,
@@ -83,9 +83,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         "triton kernels": registration.why_no_kernels() or "available",
         "tiles": tiles(),
         "implementations": implementations(),
-        "formulations": {
-            name: reason or "available" for name, reason in formulation.FORMULATIONS.items()
-        },
+        "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},
         "auto": {"device": device, **sizes, "impl": choice.impl, "reason": choice.reason},
     }
 

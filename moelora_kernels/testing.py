@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.autograd.linear import LinearTensors, Mixture
 
 # name -> how likely each expert is [E], not normalised.
 ROUTINGS: dict[str, Callable[[int], Tensor]] = {
@@ -50,9 +50,9 @@ def draw_experts(
 
 
 def reference_step(
-    plan: Plan,
+    mixture: Mixture,
     x: Tensor,
-    siblings: Sequence[Sibling],
+    siblings: Sequence[LinearTensors],
     dy: Sequence[Tensor],
     *,
     gates: Tensor | None = None,
@@ -72,25 +72,25 @@ def reference_step(
     biases = [s.router_bias for s in siblings if s.router_bias is not None]
     a, b = [s.lora_a for s in siblings], [s.lora_b for s in siblings]
     h, u, weights, chosen, logits = reference.shrink_gate(
-        x, a, gates, indices, rows, routers, biases, *plan, seed
+        x, a, gates, indices, rows, routers, biases, *mixture, seed
     )
     if routers:
-        gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
+        gates, indices = weights, chosen if mixture.top_k < len(mixture.ranks) else None
     dh, u, dgate = reference.shrink_gate_backward(
         [g.to(x.dtype) for g in dy], b, h, gates, indices, rows, logits if routers else None,
-        dlogits, plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize,
-        plan.temperature,
+        dlogits, mixture.ranks, mixture.scaling, mixture.share_a, mixture.top_k,
+        mixture.renormalize, mixture.temperature,
     )  # fmt: skip
-    da, drouter, dbias, db = reference.gram(
+    da, drouter, dbias, db = reference.weight_grad(
         x, dh, dgate if routers else None, dy, u, a[0].dtype,
-        routers[0].dtype if routers else x.dtype, plan.ranks, plan.dropout,
-        plan.dropout_per_expert, seed,
+        routers[0].dtype if routers else x.dtype, mixture.ranks, mixture.dropout,
+        mixture.dropout_per_expert, seed,
     )  # fmt: skip
 
     found: dict[str, Tensor] = {}
     dlogits = dgate if routers else None
     dx = reference.shrink_dx(
-        dh, dlogits, a, routers, plan.ranks, plan.dropout, plan.dropout_per_expert, seed
+        dh, dlogits, a, routers, mixture.ranks, mixture.dropout, mixture.dropout_per_expert, seed
     ).to(dtype)
     n = len(siblings)
     for i, (s, gated) in enumerate(zip(siblings, u.chunk(n, dim=1), strict=True)):

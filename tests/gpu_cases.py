@@ -14,7 +14,7 @@ from op_cases import Case, Inputs
 from torch import Tensor, nn
 
 from moelora_kernels import MoeLoraGroup, MoeLoraLinear, moe_lora_linear, set_tasks
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.autograd.linear import LinearTensors, Mixture
 from moelora_kernels.testing import assert_within_budget
 
 DEVICE = torch.device("cuda")
@@ -24,7 +24,7 @@ each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
 EIGHT = (16,) * 8  # R = 128, the largest that one program holds
 # name -> case; the comment says what it would catch.
 LARGE = {
-    # What the benchmarks time: full tiles, one launch per direction, no split but that of the gram.
+    # What the benchmarks time: full tiles, one launch per direction, a split in weight_grad alone.
     "router": Case(T=8192, I=4096, O=4096, ranks=EIGHT),
     # dy and B are the wide side; sums over 14336 columns.
     "up": Case(T=8192, I=4096, O=14336, ranks=EIGHT, bias=True),
@@ -32,7 +32,7 @@ LARGE = {
     "one_token": Case(T=1, I=4096, O=14336, ranks=(8,) * 8),
     # A tail of one token in the second tile; the smallest rank tile, half of it masked per expert.
     "few_tokens": Case(T=17, I=4096, O=4096, ranks=(2,) * 8),
-    # R = 256: two column tiles, planes and a second launch; the router spread over the tiles.
+    # R = 256: two column tiles, partials and a second launch; the router spread over the tiles.
     "two_tiles": Case(T=1000, I=4096, O=4096, ranks=(32,) * 8, bias=True),
     "two_tiles_long": Case(T=8192, I=4096, O=4096, ranks=(32,) * 8, gate="dense"),
     # Weights and indices from outside, some of them "not routed".
@@ -93,7 +93,7 @@ def layer_of(inputs: Inputs) -> Layer:
     """A whole layer around the inputs of the ops: W of its own, the rest theirs."""
     c, x = inputs.case, inputs.x
     siblings = [
-        Sibling(
+        LinearTensors(
             x.new_empty(c.O, c.I).normal_(std=c.I**-0.5),
             x.new_empty(c.O).normal_() if c.bias else None,
             None,
@@ -104,7 +104,7 @@ def layer_of(inputs: Inputs) -> Layer:
         )
         for i, (a, b) in enumerate(zip(inputs.lora_a, inputs.lora_b, strict=True))
     ]
-    plan = Plan(
+    plan = Mixture(
         c.ranks, tuple(inputs.scaling), c.share_a, c.top_k if inputs.router else 0, c.renormalize,
         c.temperature, c.dropout, c.per_expert,
     )  # fmt: skip

@@ -24,8 +24,8 @@ OUTPUTS = {
     "grouped_shrink": "h u",
     "grouped_shrink_backward": "dh u dweights",
     "grouped_expand": "y",
-    "grouped_gram": "da db",
-    "router_gram": "drouter dbias",
+    "grouped_weight_grad": "da db",
+    "router_grad": "drouter dbias",
 }
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 
@@ -195,7 +195,7 @@ class Inputs:
     def _router_logits(self) -> list[list]:
         return [[self.x, self.router, self.bias]]
 
-    def _router_gram(self) -> list[list]:
+    def _router_grad(self) -> list[list]:
         return [[self.dlogits, self.x, self.router[0].dtype]]
 
     def routing(self) -> list[Tensor]:
@@ -231,7 +231,7 @@ class Inputs:
             found.append(call(u, self.lora_b[1:], self.start[0], 1, keep))
         return found
 
-    def _grouped_gram(self) -> list[list]:
+    def _grouped_weight_grad(self) -> list[list]:
         c, (order, offsets, _, chunks) = self.case, self.routing()
         dh, u, _ = reference.grouped_shrink_backward(*self._grouped_shrink_backward()[0])
         given = [self.x, dh, self.dy, u, order, offsets, chunks, self.lora_a[0].dtype, [*c.ranks]]
@@ -300,7 +300,7 @@ def check_what_is_not_chosen(
     _finite(dx, "dx")
     _zero(dx[idle], "dx of what is not routed")
 
-    da, db = run["grouped_gram"](
+    da, db = run["grouped_weight_grad"](
         inputs.x, dh, inputs.dy, u, order, offsets, chunks, dtype, ranks, 0.0, False, None
     )
     _finite(da, "dA")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.autograd.linear import LinearTensors, Mixture
 from moelora_kernels.functional import apply
 from moelora_kernels.testing import assert_within_budget, draw_experts, reference_step
 
@@ -16,9 +16,9 @@ from moelora_kernels.testing import assert_within_budget, draw_experts, referenc
 class Case:
     """n siblings on one x, with the gate in one of its forms, and the gradients that come back."""
 
-    plan: Plan
+    plan: Mixture
     x: Tensor
-    siblings: list[Sibling]
+    siblings: list[LinearTensors]
     dy: list[Tensor]
     gate: dict = field(default_factory=dict)
     dlogits: Tensor | None = None
@@ -32,7 +32,7 @@ class Case:
             return tensor.detach().to(to)
 
         siblings = [
-            Sibling(*(cast(t) for t in s[:3]), *(cast(t, adapters or dtype) for t in s[3:]))
+            LinearTensors(*(cast(t) for t in s[:3]), *(cast(t, adapters or dtype) for t in s[3:]))
             for s in self.siblings
         ]
         gate = {k: cast(v) for k, v in self.gate.items()}
@@ -50,7 +50,9 @@ class Case:
         """Outputs and gradients of the Function by the names of `reference`."""
         x = self.x.clone().requires_grad_()
         siblings = [
-            Sibling(*s[:3], *(None if t is None else t.clone().requires_grad_() for t in s[3:]))
+            LinearTensors(
+                *s[:3], *(None if t is None else t.clone().requires_grad_() for t in s[3:])
+            )
             for s in self.siblings
         ]
         gate = dict(self.gate)
@@ -105,7 +107,7 @@ def make_case(
     x = normal(tokens, in_features)
     rows_of_a = ranks[0] if share_a else sum(ranks)
     siblings = [
-        Sibling(
+        LinearTensors(
             normal(o, in_features, scale=in_features**-0.5),
             normal(o) if bias else None,
             None,
@@ -116,7 +118,7 @@ def make_case(
         )
         for o in out_features
     ]
-    plan = Plan(
+    plan = Mixture(
         ranks,
         tuple(0.5 + e / 4 for e in range(num_experts)),
         share_a,

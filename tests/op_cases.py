@@ -159,7 +159,7 @@ class Inputs:
             list(c.ranks), self.scaling, c.share_a, k, c.renormalize, c.temperature,
         ]  # fmt: skip
 
-    def gram(
+    def weight_grad(
         self, forward: tuple[Tensor, ...], back: tuple[Tensor, ...], dy: list[Tensor] | None = None
     ) -> list:
         c = self.case

@@ -45,7 +45,7 @@ def main() -> int:
 
     import triton
 
-    from moelora_kernels.kernels import configs
+    from moelora_kernels.kernels.common import configs
 
     architecture, _ = configs.processors(torch.device("cuda"))
     print(f"{architecture}, {outcomes.counts['passed']} tests passed:")

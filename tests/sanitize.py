@@ -18,18 +18,18 @@ from torch import Tensor
 from moelora_kernels import ops
 from moelora_kernels.kernels import (
     dropout,
-    gram,
     grouped_expand,
-    grouped_gram,
     grouped_shrink,
     grouped_shrink_backward,
-    launcher,
+    grouped_weight_grad,
     router,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
     topk_gate,
+    weight_grad,
 )
+from moelora_kernels.kernels.common import launcher
 
 # Names of CASES: every form of a gate, fused and split, each kind of column tile and mask.
 SELECTION = (
@@ -47,8 +47,8 @@ LAUNCHERS = {
     "grouped_shrink": grouped_shrink.launch,
     "grouped_shrink_backward": grouped_shrink_backward.launch,
     "grouped_expand": grouped_expand.launch,
-    "grouped_gram": grouped_gram.launch,
-    "router_gram": router.launch_gram,
+    "grouped_weight_grad": grouped_weight_grad.launch,
+    "router_grad": router.launch_grad,
 }
 
 
@@ -60,8 +60,8 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
     for split in (1, 3):
         forward = shrink_gate.launch(*inputs.shrink(), split=split)
         back = shrink_gate_backward.launch(*inputs.backward(forward), split=split)
-        *grams, db = gram.launch(*inputs.gram(forward, back), split=split)
-        found += [*forward, *back, *grams, *db, shrink_dx.launch(*inputs.shrink_dx(back))]
+        *weight_grads, db = weight_grad.launch(*inputs.weight_grad(forward, back), split=split)
+        found += [*forward, *back, *weight_grads, *db, shrink_dx.launch(*inputs.shrink_dx(back))]
     return [tensor.cpu() for tensor in found]
 
 

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import LAYERS, complaints, record, width
-from moelora_kernels.kernels import configs
+from moelora_kernels.kernels.common import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,7 +72,7 @@ def test_what_is_complained_about(change, complaint):
 
 
 def test_narrow_loads_are_allowed_where_rows_are_not_aligned():
-    launch = one("gram_kernel", "R=24 of mixed ranks")
+    launch = one("weight_grad_kernel", "R=24 of mixed ranks")
     assert ahead_of_time.natural_widths(launch) == {4, 16}
 
 

@@ -18,7 +18,7 @@ from benchmarks.cells import PLANS, TABLES, Mixture, cells_of  # noqa: E402
 from benchmarks.check import Checker  # noqa: E402
 from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
 from benchmarks.providers import GROUPED_PROVIDERS, why_left_out  # noqa: E402
-from moelora_kernels import formulation  # noqa: E402
+from moelora_kernels import dispatch  # noqa: E402
 from moelora_kernels.testing import ROUTINGS  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
     (case,) = shapes.select_cases("grouped", device, False, None)
     for cell in cells:
         inputs.check_mixture(case, cell.routing, cell.mixture.experts, cell.mixture.top_k)
-    for name, threshold in formulation.THRESHOLDS.items():
+    for name, threshold in dispatch.THRESHOLDS.items():
         if (name == "cpu") == (device == "cpu"):
             assert min(columns) < threshold.columns / 2
             assert max(columns) > threshold.columns * 2
@@ -267,7 +267,7 @@ def test_the_model_is_that_of_the_thresholds():
     for device, name in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80")):
         columns, of = crossover.modelled(device)
         assert of == device
-        assert columns == pytest.approx(formulation.THRESHOLDS[name].columns, abs=1)
+        assert columns == pytest.approx(dispatch.THRESHOLDS[name].columns, abs=1)
     assert crossover.modelled("some CPU")[1] == "NVIDIA H200"
 
 

@@ -27,7 +27,7 @@ from moelora_kernels import (
     set_tasks,
     warmup,
 )
-from moelora_kernels.autograd_ffn import TORCH
+from moelora_kernels.autograd.ffn import TORCH
 
 MIXLORA = MoeLoraConfig.preset("mixlora", num_experts=4, rank=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -379,7 +379,7 @@ def test_tasks_and_gates_reach_ffns_and_linears():
         replace_linears(model, config, ["2"])
         replace_ffns(model, config, recompute=True)
         layers = [model[0]["mlp"], model[1]["mlp"], model[2]]
-        assert all(layer._plan.recompute for layer in layers[:2])
+        assert all(layer._mixture.recompute for layer in layers[:2])
         assert len({id(layer.router) for layer in layers}) == 1
         randomise(model)
         x = torch.randn(2, 3, HIDDEN)

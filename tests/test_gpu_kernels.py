@@ -10,15 +10,15 @@ from op_cases import CASES, Inputs, compare, forward_of
 from torch import Tensor
 
 from moelora_kernels import ops, reference
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.autograd.linear import LinearTensors, Mixture
 from moelora_kernels.functional import apply
 from moelora_kernels.kernels import (
     dropout,
-    gram,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
     topk_gate,
+    weight_grad,
 )
 from moelora_kernels.testing import assert_within_budget
 
@@ -47,8 +47,8 @@ def test_kernels(name: str, dtype: torch.dtype) -> None:
         dtype,
     )
     back = reference.shrink_gate_backward(*arguments)
-    arguments = inputs.gram(forward, back)
-    compare("da drouter dbias db", gram.launch, reference.gram, arguments, dtype)
+    arguments = inputs.weight_grad(forward, back)
+    compare("da drouter dbias db", weight_grad.launch, reference.weight_grad, arguments, dtype)
     compare("dx", shrink_dx.launch, reference.shrink_dx, inputs.shrink_dx(back), dtype)
 
 
@@ -95,7 +95,9 @@ def test_opcheck(name: str) -> None:
     arguments = inputs.backward(forward)
     torch.library.opcheck(ops.shrink_gate_backward, tuple(arguments), test_utils=checks)
     back = ops.shrink_gate_backward(*arguments)
-    torch.library.opcheck(ops.gram, tuple(inputs.gram(forward, back)), test_utils=checks)
+    torch.library.opcheck(
+        ops.weight_grad, tuple(inputs.weight_grad(forward, back)), test_utils=checks
+    )
     torch.library.opcheck(ops.shrink_dx, tuple(inputs.shrink_dx(back)), test_utils=checks)
 
 
@@ -162,9 +164,9 @@ def test_more_than_2_to_the_31_elements(wide: str) -> None:
         return torch.empty(shape, device=DEVICE, dtype=torch.float16).normal_(std=std)
 
     # Every expert is chosen, so that no rounding of a logit changes the routing.
-    plan = Plan((4, 4), (0.5, 0.75), top_k=2)
+    plan = Mixture((4, 4), (0.5, 0.75), top_k=2)
     weight, a, router = (normal(rows, I, std=I**-0.5) for rows in (O, 8, 2))
-    sibling = Sibling(weight, None, None, a, normal(O, 8, std=0.3), router, None)
+    sibling = LinearTensors(weight, None, None, a, normal(O, 8, std=0.3), router, None)
     x, dy = normal(T, I), normal(T, O).zero_()
     dy[-last:] = normal(last, O)
     slices = layers.Case(plan, x[-last:], [sibling], [dy[-last:]])

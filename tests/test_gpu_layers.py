@@ -166,7 +166,7 @@ def device_kernels(work: Callable[[], object]) -> list[str]:
     reason="the counts hold where 128 token tiles fill the chip",
 )
 def test_launches_of_a_layer() -> None:
-    """3 forward: shrink, expand, base. 5 backward: shrink, dx twice, gram and the sum of its parts.
+    """3 forward: shrink, expand, base. 5 backward: shrink, dx twice, weight_grad and its reduction.
 
     A cast, a copy or a fill on the way would be one more.
     """
@@ -181,7 +181,7 @@ def test_launches_of_a_layer() -> None:
         y = layer(x)
         backward = device_kernels(lambda: torch.autograd.grad(y, trained, dy, retain_graph=True))
         assert len(backward) == 5, backward
-        for own in ("shrink_gate_backward", "shrink_dx", "gram", "sum_planes"):
+        for own in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
             assert any(name.startswith(f"{own}_kernel") for name in backward), backward
 
 

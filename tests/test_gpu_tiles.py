@@ -16,18 +16,17 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
-    configs,
-    gram,
     grouped_expand,
-    grouped_gram,
     grouped_shrink,
     grouped_shrink_backward,
-    launcher,
+    grouped_weight_grad,
     router,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
+    weight_grad,
 )
+from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.routing import CHUNK, TILE
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +37,7 @@ REPEATS = 50
 VARIANTS = {
     # Router, gate and its gradient in the epilogue: two products per step, one launch.
     "fused": (Case(T=1000, I=4104, O=4104, bias=True), 1),
-    # Sums to planes; the mask drawn beside the product.
+    # Sums to partials; the mask drawn beside the product.
     "split": (Case(T=1000, I=4104, O=4104, gate="dense", dropout=0.1), 2),
 }
 
@@ -58,13 +57,13 @@ def _shrink_gate_backward(inputs: Inputs, split: int) -> tuple[str, Callable, Ca
     return "dh u dgate", launch, reference.shrink_gate_backward, arguments
 
 
-def _gram(inputs: Inputs, split: int) -> tuple[str, Callable, Callable, list]:
+def _weight_grad(inputs: Inputs, split: int) -> tuple[str, Callable, Callable, list]:
     def launch(*arguments):
-        return gram.launch(*arguments, split=split)
+        return weight_grad.launch(*arguments, split=split)
 
     forward = forward_of(inputs)
     back = reference.shrink_gate_backward(*inputs.backward(forward))
-    return "da drouter dbias db", launch, reference.gram, inputs.gram(forward, back)
+    return "da drouter dbias db", launch, reference.weight_grad, inputs.weight_grad(forward, back)
 
 
 def _shrink_dx(inputs: Inputs, split: int) -> tuple[str, Callable, Callable, list]:
@@ -114,14 +113,14 @@ def _grouped(name: str, launch: Callable) -> Callable:
 OPS = {
     "shrink_gate": _wide(_shrink_gate),
     "shrink_gate_backward": _wide(_shrink_gate_backward),
-    "gram": _wide(_gram),
+    "weight_grad": _wide(_weight_grad),
     "shrink_dx": _wide(_shrink_dx),
     "router_logits": _grouped("router_logits", router.launch_logits),
-    "router_gram": _grouped("router_gram", router.launch_gram),
+    "router_grad": _grouped("router_grad", router.launch_grad),
     "grouped_shrink": _grouped("grouped_shrink", grouped_shrink.launch),
     "grouped_shrink_backward": _grouped("grouped_shrink_backward", grouped_shrink_backward.launch),
     "grouped_expand": _grouped("grouped_expand", grouped_expand.launch),
-    "grouped_gram": _grouped("grouped_gram", grouped_gram.launch),
+    "grouped_weight_grad": _grouped("grouped_weight_grad", grouped_weight_grad.launch),
 }
 
 

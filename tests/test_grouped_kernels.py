@@ -16,16 +16,15 @@ from op_cases import Inputs as LayerInputs
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.autograd import Plan
+from moelora_kernels.autograd.linear import Mixture
 from moelora_kernels.kernels import (
-    configs,
     grouped_expand,
-    grouped_gram,
     grouped_shrink,
     grouped_shrink_backward,
-    launcher,
+    grouped_weight_grad,
     router,
 )
+from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.routing import TILE
 from moelora_kernels.testing import assert_within_budget
 
@@ -35,8 +34,8 @@ LAUNCHERS = {
     "grouped_shrink": grouped_shrink.launch,
     "grouped_shrink_backward": grouped_shrink_backward.launch,
     "grouped_expand": grouped_expand.launch,
-    "grouped_gram": grouped_gram.launch,
-    "router_gram": router.launch_gram,
+    "grouped_weight_grad": grouped_weight_grad.launch,
+    "router_grad": router.launch_grad,
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 each_op = pytest.mark.parametrize("name", LAUNCHERS)
@@ -69,7 +68,7 @@ def test_op_in_other_dtypes(name: str, case: str, dtype: torch.dtype) -> None:
     check(name, LAUNCHERS[name], Inputs(CASES[case], dtype, device=DEVICE), dtype)
 
 
-@pytest.mark.parametrize("name", ("router_logits", "router_gram"))
+@pytest.mark.parametrize("name", ("router_logits", "router_grad"))
 @pytest.mark.parametrize("case", ("plain", "float32_adapters", "wide"))
 def test_router_in_parts(name: str, case: str) -> None:
     """Inner dimensions cut into parts, more of them than there are steps."""
@@ -121,7 +120,9 @@ def test_strides(name: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU these pages would be real")
-@pytest.mark.parametrize("name", ("grouped_shrink", "grouped_shrink_backward", "grouped_gram"))
+@pytest.mark.parametrize(
+    "name", ("grouped_shrink", "grouped_shrink_backward", "grouped_weight_grad")
+)
 def test_offsets_past_two_to_the_31(name: str) -> None:
     """Two tokens more than 2^31 elements apart; the pages between them are never touched."""
     inputs = Inputs(Case(T=2, I=32, O=32), FP16)
@@ -190,22 +191,22 @@ LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 4,
-            "grouped_gram": 2,
+            "grouped_weight_grad": 2,
             "sum_parts": 2,
-            "router_gram": 1,
-            "sum_planes": 1,
+            "router_grad": 1,
+            "reduce_partials": 1,
         },
     ),
     # No expert can have two whole chunks: nothing to add up.
     "T=512": (
         dict(E=64, rank=64, K=2, T=512),
-        {"router_logits": 1, "sum_planes": 1, "grouped_shrink": 1, "grouped_expand": 2},
+        {"router_logits": 1, "reduce_partials": 1, "grouped_shrink": 1, "grouped_expand": 2},
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 2,
-            "grouped_gram": 2,
-            "router_gram": 1,
-            "sum_planes": 1,
+            "grouped_weight_grad": 2,
+            "router_grad": 1,
+            "reduce_partials": 1,
         },
     ),
     "qkv": (
@@ -214,10 +215,10 @@ LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 3 * 2,
-            "grouped_gram": 2,
+            "grouped_weight_grad": 2,
             "sum_parts": 2,
-            "router_gram": 1,
-            "sum_planes": 1,
+            "router_grad": 1,
+            "reduce_partials": 1,
         },
     ),
 }
@@ -233,7 +234,7 @@ def test_launches_are_counted(sizes: dict, forward: dict, backward: dict, groupe
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=BF16, device="meta")
 
-    plan = Plan((rank,) * E, (2.0,) * E, top_k=K)
+    plan = Mixture((rank,) * E, (2.0,) * E, top_k=K)
     x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
     a, b = ([empty(*s) for _ in range(n)] for s in ((E * rank, 4096), (4096, E * rank)))
     weight, routers = ([empty(rows, 4096) for _ in range(n)] for rows in (4096, E))

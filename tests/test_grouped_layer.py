@@ -235,7 +235,7 @@ def op_calls(case):
     if router:
         yield ops.router_logits, (x, router, router_bias)
         weights, indices, logits = routed
-        yield ops.router_gram, (torch.randn_like(logits), x, torch.float32)
+        yield ops.router_grad, (torch.randn_like(logits), x, torch.float32)
     yield ops.route, (indices, len(plan.ranks), n, TILE, CHUNK)
     routing = (order, offsets, tiles, plan.ranks)
     yield ops.grouped_shrink, (x, a, weights, *routing, plan.scaling, *drop, seed)
@@ -249,7 +249,7 @@ def op_calls(case):
     if n == 1:
         yield ops.grouped_expand, (u, b, bias[0], *routing, len(x), 0, True, 0.0, False, None)
     sums = (order, offsets, chunks, torch.float32, plan.ranks, *drop, seed)
-    yield ops.grouped_gram, (x, dh, case.dy, u, *sums)
+    yield ops.grouped_weight_grad, (x, dh, case.dy, u, *sums)
     for needs in ((True, True), (True, False), (False, True)):
         yield ops.grouped_backward, (
             case.dy, x, weight, a, b, router, h, weights, indices, order, offsets, tiles, chunks,

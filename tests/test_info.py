@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from moelora_kernels import formulation, info, native
+from moelora_kernels import dispatch, info, native
 from moelora_kernels.ops import registration
 
 
@@ -25,7 +25,7 @@ def test_json_report(capsys):
         assert devices["cpu"] == ("native" if op in built else plain), op
         plain = "triton" if op in registration.KERNELS else plain
         assert devices["cuda"] == ("native" if op in built_cuda else plain), op
-    assert {"shrink_gate", "gram", "shrink_dx", "dropout"} <= registration.KERNELS
+    assert {"shrink_gate", "weight_grad", "shrink_dx", "dropout"} <= registration.KERNELS
     if native.available():
         # No op of this package is left to the reference on a CPU.
         served = {devices["cpu"] for devices in report["implementations"].values()}
@@ -47,7 +47,7 @@ def test_text_report(capsys):
 
 
 def test_more_experts_change_what_auto_takes(capsys):
-    columns = formulation.THRESHOLDS["cpu"].columns
+    columns = dispatch.THRESHOLDS["cpu"].columns
     for experts, expected in ((2, "wide"), (int(columns), "grouped")):
         sizes = ["--device", "cpu", "--tokens", "8192", "--rank", "2", "--top-k", "1"]
         info.main(["--json", "--experts", str(experts), *sizes])

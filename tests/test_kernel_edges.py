@@ -11,13 +11,13 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
-    gram,
-    launcher,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
     topk_gate,
+    weight_grad,
 )
+from moelora_kernels.kernels.common import launcher
 from moelora_kernels.testing import ROUTINGS, draw_experts
 
 FP16 = torch.float16
@@ -34,7 +34,13 @@ def check_all(inputs: Inputs, dtype: torch.dtype = FP16) -> None:
     compare("dh u dgate", shrink_gate_backward.launch, reference.shrink_gate_backward, back, dtype)
     given = reference.shrink_gate_backward(*back)
     compare("dx", shrink_dx.launch, reference.shrink_dx, inputs.shrink_dx(given), dtype)
-    compare("da drouter dbias db", gram.launch, reference.gram, inputs.gram(forward, given), dtype)
+    compare(
+        "da drouter dbias db",
+        weight_grad.launch,
+        reference.weight_grad,
+        inputs.weight_grad(forward, given),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -197,7 +203,7 @@ def test_launches_follow_from_shapes_alone(gate: str) -> None:
             forward = shrink_gate.launch(*inputs.shrink())
             back = shrink_gate_backward.launch(*inputs.backward(forward))
             shrink_dx.launch(*inputs.shrink_dx(back))
-            gram.launch(*inputs.gram(forward, back))
+            weight_grad.launch(*inputs.weight_grad(forward, back))
         return [
             (
                 launch.kernel.fn.__name__,

@@ -10,13 +10,13 @@ from op_cases import KERNEL_DEVICE as DEVICE
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
     dropout,
-    gram,
-    launcher,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
     topk_gate,
+    weight_grad,
 )
+from moelora_kernels.kernels.common import launcher
 
 HALF_AND_FLOAT = {name: dtype for name, dtype in DTYPES.items() if name != "fp64"}
 each_dtype = pytest.mark.parametrize("dtype", HALF_AND_FLOAT.values(), ids=HALF_AND_FLOAT)
@@ -59,10 +59,14 @@ def test_gram_and_shrink_dx(case: Case, dtype: torch.dtype) -> None:
     inputs = Inputs(case, dtype).to(DEVICE)
     forward = forward_of(inputs)
     back = reference.shrink_gate_backward(*inputs.backward(forward))
-    arguments = inputs.gram(forward, back)
+    arguments = inputs.weight_grad(forward, back)
     for split in (1, 3):
         compare(
-            "da drouter dbias db", split_of(gram.launch, split), reference.gram, arguments, dtype
+            "da drouter dbias db",
+            split_of(weight_grad.launch, split),
+            reference.weight_grad,
+            arguments,
+            dtype,
         )
     compare("dx", shrink_dx.launch, reference.shrink_dx, inputs.shrink_dx(back), dtype)
 

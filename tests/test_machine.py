@@ -26,7 +26,7 @@ from benchmarks.comparison import Bench, Call, compare  # noqa: E402
 from benchmarks.shapes import MACHINE  # noqa: E402
 
 H200 = roofline.ASSUMED["NVIDIA H200"]
-MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "gram", "host", "layer"]
+MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "weight_grad", "host", "layer"]
 ALL = ["linear", "group", "grouped", "ffn"]
 UNITS = {"us", "ratio", "TB/s", "TFLOP/s"}
 
@@ -64,7 +64,7 @@ def make_bench(*more: str, warm: bool = True) -> Bench:
 def interpreted_bench() -> Bench:
     """A bench that takes the path of a GPU on CPU tensors, with an H200's predictions."""
     pytest.importorskip("triton")
-    from moelora_kernels.kernels import launcher
+    from moelora_kernels.kernels.common import launcher
 
     if not launcher.INTERPRET:
         pytest.skip("Triton compiles for a GPU here")
@@ -113,7 +113,7 @@ def test_quick_run_on_a_cpu(quick_run):
     assert tables.distinct(result["rows"], "measurement") == MEASUREMENTS
     checked = [row for row in result["rows"] if row["provider"] == "moelora" and row["error"]]
     of = {row["measurement"] for row in checked}
-    assert of >= {"shrink", "gram", "layer"}
+    assert of >= {"shrink", "weight_grad", "layer"}
 
 
 def test_cold_samples_say_so():
@@ -259,7 +259,8 @@ def spoil_last_column(outputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "worst"), (("shrink_gate", spoil, "u"), ("gram", spoil_last_column, "dA"))
+    ("name", "wrong", "worst"),
+    (("shrink_gate", spoil, "u"), ("weight_grad", spoil_last_column, "dA")),
 )
 def test_what_is_wrong_is_not_timed(name, wrong, worst, tmp_path, monkeypatch, capsys):
     right = Bench.operation

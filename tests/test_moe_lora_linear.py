@@ -9,7 +9,7 @@ from layers import assert_case, make_case
 
 import moelora_kernels
 from moelora_kernels import moe_lora_linear, reference
-from moelora_kernels.autograd import Plan
+from moelora_kernels.autograd.linear import Mixture
 from moelora_kernels.functional import apply
 from moelora_kernels.testing import assert_within_budget, error
 
@@ -246,7 +246,7 @@ def test_functional_form():
     given = arguments()
     y = moe_lora_linear(**given)
     assert y.shape == (2, 3, 5)
-    plan = Plan((2, 2, 2), (1.0, 1.0, 1.0))
+    plan = Mixture((2, 2, 2), (1.0, 1.0, 1.0))
     (expected,), *_ = reference.wide(
         given["x"].view(6, 8),
         *([given[name]] for name in ("weight", "bias")),

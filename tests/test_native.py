@@ -38,8 +38,8 @@ def test_op_gram_and_shrink_dx(case: Case, dtype: torch.dtype) -> None:
     inputs = Inputs(case, dtype)
     forward = forward_of(inputs)
     back = reference.shrink_gate_backward(*inputs.backward(forward))
-    arguments = inputs.gram(forward, back)
-    compare("da drouter dbias db", ops.gram, reference.gram, arguments, dtype)
+    arguments = inputs.weight_grad(forward, back)
+    compare("da drouter dbias db", ops.weight_grad, reference.weight_grad, arguments, dtype)
     compare("dx", ops.shrink_dx, reference.shrink_dx, inputs.shrink_dx(back), dtype)
 
 

@@ -59,7 +59,7 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(ops.shrink_gate_backward, arguments, test_utils=OPCHECKS)
     dh, u, dgate = reference.shrink_gate_backward(*arguments)
     torch.library.opcheck(
-        ops.gram,
+        ops.weight_grad,
         (
             case.x, dh, dgate if case.plan.top_k else None, case.dy, u, torch.float32, dtype,
             case.plan.ranks, case.plan.dropout, case.plan.dropout_per_expert, case.gate.get("seed"),

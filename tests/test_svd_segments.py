@@ -60,8 +60,8 @@ def test_experts_are_segments_of_the_singular_values(outputs, rho):
         total += delta / EXPERTS
     torch.testing.assert_close(layer.weight, original - total, **TIGHT)
     # Balanced between A and B: singular values sqrt(sigma / (s rho)) on either side.
-    gram_a, gram_b = layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
-    torch.testing.assert_close(gram_a, gram_b, **TIGHT)
+    weight_grad_a, gram_b = layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
+    torch.testing.assert_close(weight_grad_a, gram_b, **TIGHT)
     assert layer.lora_B.abs().min() > 0
 
 

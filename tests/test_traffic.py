@@ -15,18 +15,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import traffic
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
-    gram,
     grouped_expand,
-    grouped_gram,
     grouped_shrink,
     grouped_shrink_backward,
-    launcher,
+    grouped_weight_grad,
     router,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
     topk_gate,
+    weight_grad,
 )
+from moelora_kernels.kernels.common import launcher
 
 pytestmark = pytest.mark.skipif(not launcher.INTERPRET, reason="needs Triton's interpreter")
 
@@ -66,7 +66,7 @@ def launches(case: Case, split: int) -> list:
         shrink_gate.launch(*inputs.shrink(), split=split)
         shrink_gate_backward.launch(*inputs.backward(forward), split=split)
         shrink_dx.launch(*inputs.shrink_dx(back))
-        gram.launch(*inputs.gram(forward, back), split=split)
+        weight_grad.launch(*inputs.weight_grad(forward, back), split=split)
     return found
 
 
@@ -105,8 +105,8 @@ GROUPED = {
     "grouped_shrink": grouped_shrink.launch,
     "grouped_shrink_backward": grouped_shrink_backward.launch,
     "grouped_expand": grouped_expand.launch,
-    "grouped_gram": grouped_gram.launch,
-    "router_gram": router.launch_gram,
+    "grouped_weight_grad": grouped_weight_grad.launch,
+    "router_grad": router.launch_grad,
 }
 
 

@@ -14,7 +14,7 @@ from trainers import EXPERTS, batches_of, make_model, make_samples, make_trainer
 from transformers import TrainerCallback  # noqa: E402
 
 from moelora_kernels import collect_aux_loss, record_routing, set_tasks  # noqa: E402
-from moelora_kernels.nn.record import RoutingRecord  # noqa: E402
+from moelora_kernels.nn.routing_record import RoutingRecord  # noqa: E402
 from moelora_kernels.trainer import attach, expert_weights  # noqa: E402
 
 

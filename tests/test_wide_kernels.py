@@ -11,15 +11,16 @@ from op_cases import CASES, Inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import ops
-from moelora_kernels.autograd import Plan
-from moelora_kernels.kernels import gram, launcher, shrink_dx, shrink_gate, shrink_gate_backward
+from moelora_kernels.autograd.linear import Mixture
+from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
+from moelora_kernels.kernels.common import launcher
 from moelora_kernels.testing import assert_within_budget
 
 KERNELS = {
     "shrink_gate": shrink_gate,
     "shrink_gate_backward": shrink_gate_backward,
     "shrink_dx": shrink_dx,
-    "gram": gram,
+    "weight_grad": weight_grad,
 }
 
 
@@ -82,7 +83,7 @@ def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) ->
     def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    plan = Plan(ranks, (2.0,) * 8, top_k=2 if router else 0)
+    plan = Mixture(ranks, (2.0,) * 8, top_k=2 if router else 0)
     x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
     weight = [empty(4096, 4096) for _ in range(n)]
     a, b = ([empty(*shape) for _ in range(n)] for shape in ((sum(ranks), 4096), (4096, sum(ranks))))

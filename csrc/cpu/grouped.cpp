@@ -149,13 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
   std::vector<Tensor> db;
   if (needs_adapters) {
-    std::tie(da, db) = grouped_gram(x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks,
-                                    dropout_p, dropout_per_expert, seed);
+    std::tie(da, db) = grouped_weight_grad(x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks,
+                                           dropout_p, dropout_per_expert, seed);
     if (of_pairs) {
-      std::tie(drouter, dbias) =
-          grouped_router_gradients(*of_pairs, x, order, offsets, router_dtype);
+      std::tie(drouter, dbias) = grouped_router_grad(*of_pairs, x, order, offsets, router_dtype);
     } else if (of_router) {
-      std::tie(drouter, dbias) = router_gradients(*of_router, x, router_dtype);
+      std::tie(drouter, dbias) = router_grad(*of_router, x, router_dtype);
     }
   }
   return {dx, dgate, da, drouter, dbias, db};

@@ -30,7 +30,7 @@ Tensor shrink_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> l
                  bool dropout_per_expert, std::optional<Tensor> seed);
 
 // dA, dWr, dbr and the list of dB.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> weight_grad(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
     ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed);
@@ -46,11 +46,11 @@ Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tenso
 Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Tensor> router_bias);
 
 // dWr, dbr.
-std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType router_dtype);
+std::tuple<Tensor, Tensor> router_grad(Tensor dlogits, Tensor x, ScalarType router_dtype);
 
 // The same where each token's gradient is zero but for the experts of its pairs: dlogits [pairs].
-std::tuple<Tensor, Tensor> grouped_router_gradients(Tensor dlogits, Tensor x, Tensor order,
-                                                    Tensor offsets, ScalarType router_dtype);
+std::tuple<Tensor, Tensor> grouped_router_grad(Tensor dlogits, Tensor x, Tensor order,
+                                               Tensor offsets, ScalarType router_dtype);
 
 // h, u.
 std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
@@ -81,11 +81,9 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
                       bool dropout_per_expert, std::optional<Tensor> seed);
 
 // dA and the list of dB.
-std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::vector<Tensor> dy,
-                                                     Tensor u, Tensor order, Tensor offsets,
-                                                     Tensor chunks, ScalarType lora_dtype,
-                                                     std::vector<int64_t> ranks, double dropout_p,
-                                                     bool dropout_per_expert,
-                                                     std::optional<Tensor> seed);
+std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
+    Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
+    Tensor chunks, ScalarType lora_dtype, std::vector<int64_t> ranks, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed);
 
 }  // namespace moelora

@@ -16,10 +16,11 @@ namespace {
 constexpr int64_t COLUMNS = 1024;
 // Tokens that share one pass over a column block of the weight.
 constexpr int64_t TILE = 48;
-// Columns and tokens of x per step of the gram: 32 KiB of float32.
-constexpr int64_t GRAM_COLUMNS = 128;
+// Columns and tokens of x per step of the weight_grad: 32 KiB of float32.
+constexpr int64_t GRAD_COLUMNS = 128;
 constexpr int64_t GRAM_TOKENS = 64;
-// Columns of the gram of pairs: their part of x stays in L2 while each expert picks its rows.
+// Columns of the weight_grad of pairs: their part of x stays in L2 while each expert picks its
+// rows.
 constexpr int64_t PAIR_COLUMNS = 256;
 
 // Tokens [begin, end) of logits, which hold the bias already.
@@ -53,12 +54,12 @@ MOELORA_INLINE void outer_columns(const C* dlogits, int64_t N, const C* x, int64
   for (; j + STEP <= count; j += STEP) {
     C* to[ROWS];
     for (int row = 0; row < ROWS; ++row) to[row] = sums + row * I + j;
-    panel_block<BYTES, ROWS, VECTORS>(Factors<C>{dlogits, 1, N}, x + j, GRAM_COLUMNS, tokens, to);
+    panel_block<BYTES, ROWS, VECTORS>(Factors<C>{dlogits, 1, N}, x + j, GRAD_COLUMNS, tokens, to);
   }
   for (int64_t t = 0; t < tokens && j < count; ++t) {
     for (int row = 0; row < ROWS; ++row) {
       for (int64_t rest = j; rest < count; ++rest) {
-        sums[row * I + rest] += dlogits[t * N + row] * x[t * GRAM_COLUMNS + rest];
+        sums[row * I + rest] += dlogits[t * N + row] * x[t * GRAD_COLUMNS + rest];
       }
     }
   }
@@ -66,16 +67,16 @@ MOELORA_INLINE void outer_columns(const C* dlogits, int64_t N, const C* x, int64
 
 // Columns [begin, end) of sums [N, I], tokens in their order.
 template <int BYTES, class S, class C>
-MOELORA_INLINE void gram_kernel(const C* dlogits, const S* x, int64_t begin, int64_t end, int64_t T,
-                                int64_t I, int64_t N, C* sums) {
+MOELORA_INLINE void weight_grad_kernel(const C* dlogits, const S* x, int64_t begin, int64_t end,
+                                       int64_t T, int64_t I, int64_t N, C* sums) {
   constexpr int ROWS = BYTES == 64 ? 8 : 4;
-  alignas(64) C widened[GRAM_TOKENS * GRAM_COLUMNS];
-  for (int64_t column = begin; column < end; column += GRAM_COLUMNS) {
-    const int64_t count = std::min(GRAM_COLUMNS, end - column);
+  alignas(64) C widened[GRAM_TOKENS * GRAD_COLUMNS];
+  for (int64_t column = begin; column < end; column += GRAD_COLUMNS) {
+    const int64_t count = std::min(GRAD_COLUMNS, end - column);
     for (int64_t row = 0; row < N; ++row) std::fill_n(sums + row * I + column, count, C{0});
     for (int64_t t = 0; t < T; t += GRAM_TOKENS) {
       const int64_t tokens = std::min(GRAM_TOKENS, T - t);
-      widen_rows(x + t * I + column, I, tokens, count, widened, GRAM_COLUMNS);
+      widen_rows(x + t * I + column, I, tokens, count, widened, GRAD_COLUMNS);
       const C* of_tile = dlogits + t * N;
       int64_t row = 0;
       for (; row + ROWS <= N; row += ROWS) {
@@ -215,7 +216,7 @@ void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& t
   });
 }
 
-Tensor router_gram(const Tensor& dlogits, const Tensor& x) {
+Tensor router_weight_grad(const Tensor& dlogits, const Tensor& x) {
   const auto [T, I] = shape<2>(x, "x");
   const auto [dlogits_rows, N] = shape<2>(dlogits, "dlogits");
   check_size(dlogits_rows, T, "dlogits, tokens");
@@ -228,12 +229,12 @@ Tensor router_gram(const Tensor& dlogits, const Tensor& x) {
     const C* left_data = left.const_data_ptr<C>();
     const S* x_data = x.const_data_ptr<S>();
     C* to = sums.mutable_data_ptr<C>();
-    const int64_t num_blocks = (I + GRAM_COLUMNS - 1) / GRAM_COLUMNS;
-    const int64_t work = T * N * GRAM_COLUMNS;
+    const int64_t num_blocks = (I + GRAD_COLUMNS - 1) / GRAD_COLUMNS;
+    const int64_t work = T * N * GRAD_COLUMNS;
     torch::stable::parallel_for(0, num_blocks, grain(work), [&](int64_t first, int64_t last) {
       vectorised([&](auto width) {
-        gram_kernel<width()>(left_data, x_data, first * GRAM_COLUMNS,
-                             std::min(last * GRAM_COLUMNS, I), T, I, N, to);
+        weight_grad_kernel<width()>(left_data, x_data, first * GRAD_COLUMNS,
+                                    std::min(last * GRAD_COLUMNS, I), T, I, N, to);
       });
     });
   });
@@ -270,15 +271,16 @@ Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Te
   return logits;
 }
 
-std::tuple<Tensor, Tensor> router_gradients(Tensor dlogits, Tensor x, ScalarType router_dtype) {
+std::tuple<Tensor, Tensor> router_grad(Tensor dlogits, Tensor x, ScalarType router_dtype) {
   check_floating(x, "x");
   const Tensor wide = row_major(cast(dlogits, compute_dtype(x.scalar_type())));
   const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
-  return {cast(router_gram(wide, row_major(x)), router_dtype), torch::stable::select(sums, 0, 0)};
+  return {cast(router_weight_grad(wide, row_major(x)), router_dtype),
+          torch::stable::select(sums, 0, 0)};
 }
 
-std::tuple<Tensor, Tensor> grouped_router_gradients(Tensor dlogits, Tensor x, Tensor order,
-                                                    Tensor offsets, ScalarType router_dtype) {
+std::tuple<Tensor, Tensor> grouped_router_grad(Tensor dlogits, Tensor x, Tensor order,
+                                               Tensor offsets, ScalarType router_dtype) {
   check_floating(x, "x");
   const int64_t N = offsets.numel() - 1;
   const int64_t I = x.size(1);
@@ -326,5 +328,5 @@ std::tuple<Tensor, Tensor> grouped_router_gradients(Tensor dlogits, Tensor x, Te
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
   m.impl("router_logits", TORCH_BOX(&moelora::router_logits));
-  m.impl("router_gram", TORCH_BOX(&moelora::router_gradients));
+  m.impl("router_grad", TORCH_BOX(&moelora::router_grad));
 }

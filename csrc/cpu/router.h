@@ -25,7 +25,7 @@ struct Router {
 };
 
 // dlogits^T x, summed over the tokens in their order: [N, I] in the compute dtype.
-Tensor router_gram(const Tensor& dlogits, const Tensor& x);
+Tensor router_weight_grad(const Tensor& dlogits, const Tensor& x);
 
 // The sum of dlogits [T, N] over the tokens, in their order and in double: a float would lose bits
 // that a long product keeps. [1, N] in the compute dtype.

@@ -86,8 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_bac
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
   std::vector<Tensor> db;
   if (needs_adapters) {
-    std::tie(da, drouter, dbias, db) = gram(x, dh, of_router, dy, u, lora_dtype, router_dtype,
-                                            ranks, dropout_p, dropout_per_expert, seed);
+    std::tie(da, drouter, dbias, db) =
+        weight_grad(x, dh, of_router, dy, u, lora_dtype, router_dtype, ranks, dropout_p,
+                    dropout_per_expert, seed);
   }
   return {dx, dgate, da, drouter, dbias, db};
 }

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels import launcher
-from moelora_kernels.kernels.configs import Tile
+from moelora_kernels.kernels.common import launcher
+from moelora_kernels.kernels.common.configs import Tile
 
 
 @triton.jit

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import product
+from moelora_kernels.kernels.common.tiles import load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.kernels.products import product
-from moelora_kernels.kernels.tiles import load_ranks, load_tile
 
 # Columns of rank space that one step multiplies, by the bytes of an element: TF32 cores want each
 # operand in two parts.

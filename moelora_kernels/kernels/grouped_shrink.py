@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import pick, product
+from moelora_kernels.kernels.common.tiles import load_gate, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.kernels.products import pick, product
-from moelora_kernels.kernels.tiles import load_gate, load_ranks, load_tile
 
 # Columns of rank space that one program sums: more experts have too few rows to share the reads.
 COLUMNS = 64

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from moelora_kernels import reference
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import pick, product
+from moelora_kernels.kernels.common.tiles import load_gate, load_ranks, load_tile
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
-from moelora_kernels.kernels.products import pick, product
-from moelora_kernels.kernels.tiles import load_gate, load_ranks, load_tile
 
 
 @triton.jit(do_not_specialize=["P", "M"])

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from moelora_kernels import reference
-from moelora_kernels.kernels import configs, launcher
-from moelora_kernels.kernels.gram import store_transposed
-from moelora_kernels.kernels.products import exact_product, pick
-from moelora_kernels.kernels.sum_planes import sum_planes
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import exact_product, pick
+from moelora_kernels.kernels.common.reduce_partials import reduce_partials
+from moelora_kernels.kernels.weight_grad import store_transposed
 
 # Experts of one program.
 COLUMNS = 64
@@ -69,7 +69,7 @@ def router_logits_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def router_gram_kernel(
+def router_grad_kernel(
     x_ptr,
     stride_x,
     dlogits_ptr,
@@ -133,7 +133,7 @@ def launch_logits(x, router_weight, router_bias, *, split=None):
     steps = launcher.ceil_div(I, tile.step)
     if split is None:
         split = configs.splits(x.device, programs, steps)
-    planes = logits if split == 1 else x.new_empty((split, T * n * E), dtype=logits.dtype)
+    partials = logits if split == 1 else x.new_empty((split, T * n * E), dtype=logits.dtype)
     x = launcher.rows_dense(x)
     launcher.run(
         router_logits_kernel,
@@ -144,7 +144,7 @@ def launch_logits(x, router_weight, router_bias, *, split=None):
             stride_x=x.stride(0),
             router_ptrs=launcher.contiguous(router_weight),
             bias_ptrs=launcher.contiguous(router_bias),
-            logits_ptr=planes,
+            logits_ptr=partials,
             T=T,
             I=I,
             per_split=launcher.ceil_div(steps, split) * tile.step,
@@ -155,33 +155,33 @@ def launch_logits(x, router_weight, router_bias, *, split=None):
         ),
     )  # fmt: skip
     if split > 1:
-        sum_planes(planes, [logits])
+        reduce_partials(partials, [logits])
     return logits
 
 
-def launch_gram(dlogits, x, router_dtype, *, split=None):
-    """`reference.router_gram` on a GPU. `split`: parts of T, None: what fills the chip."""
+def launch_grad(dlogits, x, router_dtype, *, split=None):
+    """`reference.router_grad` on a GPU. `split`: parts of T, None: what fills the chip."""
     (T, I), L = x.shape, dlogits.shape[1]  # noqa: E741
     make = x.new_zeros if T == 0 else x.new_empty
     drouter, dbias = make((L, I), dtype=router_dtype), make(L, dtype=router_dtype)
     if T == 0:
         return drouter, dbias
     block_l = min(launcher.block(L), COLUMNS)
-    tile = configs.tile("router_gram", x.device, x.dtype, block_l)
+    tile = configs.tile("router_grad", x.device, x.dtype, block_l)
     programs = launcher.ceil_div(I, tile.step) * launcher.ceil_div(L, block_l)
     steps = launcher.ceil_div(T, tile.tokens)
     if split is None:
         split = configs.splits(x.device, programs, steps)
-    planes, starts, parts = None, [0, drouter.numel()], [drouter, dbias]
+    partials, starts, parts = None, [0, drouter.numel()], [drouter, dbias]
     if split > 1:
         # Every part starts at a multiple of 16 bytes.
         starts = [0, launcher.ceil_div(drouter.numel(), 16) * 16]
         sizes = starts[1] + launcher.ceil_div(L, 16) * 16
-        planes = x.new_empty((split, sizes), dtype=torch.float32)
-        parts = [planes[0, start:] for start in starts]
+        partials = x.new_empty((split, sizes), dtype=torch.float32)
+        parts = [partials[0, start:] for start in starts]
     x = launcher.rows_dense(x)
     launcher.run(
-        router_gram_kernel,
+        router_grad_kernel,
         programs * split,
         tile,
         dict(
@@ -193,12 +193,12 @@ def launch_gram(dlogits, x, router_dtype, *, split=None):
             T=T,
             I=I,
             per_split=launcher.ceil_div(steps, split) * tile.tokens,
-            stride_plane=0 if planes is None else planes.stride(0),
+            stride_plane=0 if partials is None else partials.stride(0),
         ),
         dict(
             L=L, BLOCK_T=tile.tokens, BLOCK_W=tile.step, BLOCK_L=block_l, UPCAST=launcher.INTERPRET
         ),
     )
     if split > 1:
-        sum_planes(planes, [drouter, dbias], starts)
+        reduce_partials(partials, [drouter, dbias], starts)
     return drouter, dbias

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import pick, product
 from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.kernels.products import pick, product
 
 # Columns of dh and of dlogits that one step multiplies. More of the second, which are float32, do
 # not fit beside the first on an L40S.

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 
 from moelora_kernels import reference
-from moelora_kernels.kernels import configs, launcher
-from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.kernels.gates import (
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.gates import (
     dense_gate,
     gate_form,
     gated,
@@ -19,8 +18,9 @@ from moelora_kernels.kernels.gates import (
     store_routing,
     topk_gate,
 )
-from moelora_kernels.kernels.products import exact_product, pick, product
-from moelora_kernels.kernels.sum_planes import load_planes
+from moelora_kernels.kernels.common.products import exact_product, pick, product
+from moelora_kernels.kernels.common.reduce_partials import load_partials
+from moelora_kernels.kernels.dropout import keep_tile, threshold
 
 # Up to these columns and experts one program holds h, the logits and the gate of its tokens; beyond
 # them, products and gate are two launches. With 32 experts the gate of 128 columns spills on sm_80.
@@ -98,7 +98,7 @@ def shrink_gate_kernel(
     weights_ptr,
     chosen_ptr,
     logits_ptr,
-    planes_ptr,
+    partials_ptr,
     T,
     I,  # noqa: E741
     G,
@@ -126,10 +126,10 @@ def shrink_gate_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """FUSED: h, u and the routing of a token tile and sibling; else sums of products to planes.
+    """FUSED: h, u and the routing of a token tile and sibling; else sums of products to partials.
 
     Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that those
-    which read the same x run together. planes [SPLIT, T, n (A_ROWS + ROUTER_COLUMNS)] float32.
+    which read the same x run together. partials [SPLIT, T, n (A_ROWS + ROUTER_COLUMNS)] float32.
     """
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
@@ -200,15 +200,15 @@ def shrink_gate_kernel(
     else:
         width: tl.constexpr = A_ROWS + ROUTER_COLUMNS
         row = (split * T + tokens)[:, None] * (n * width) + sibling * width
-        tl.store(planes_ptr + row + columns[None, :], h, mask=real)
+        tl.store(partials_ptr + row + columns[None, :], h, mask=real)
         if ROUTER_COLUMNS:
             some = inside[:, None] & (experts < E)[None, :]
-            tl.store(planes_ptr + row + A_ROWS + experts[None, :], logits, mask=some)
+            tl.store(partials_ptr + row + A_ROWS + experts[None, :], logits, mask=some)
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
-def gate_planes_kernel(
-    planes_ptr,
+def gate_partials_kernel(
+    partials_ptr,
     bias_ptrs,
     gates_ptr,
     indices_ptr,
@@ -237,7 +237,7 @@ def gate_planes_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """h, u and the routing from the planes, whose parts are added in their order.
+    """h, u and the routing from the partials, whose parts are added in their order.
 
     Programs: (token tile, sibling). With A_ROWS < R all experts share the rows of A.
     """
@@ -248,8 +248,8 @@ def gate_planes_kernel(
     experts = tl.arange(0, BLOCK_E)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if ROUTER_COLUMNS:
-        logits = load_planes(
-            planes_ptr, tokens, inside, sibling, A_ROWS + experts, experts < E, T, n, width, SPLIT
+        logits = load_partials(
+            partials_ptr, tokens, inside, sibling, A_ROWS + experts, experts < E, T, n, width, SPLIT
         )
         logits += load_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
     gate = gate_tile(
@@ -261,7 +261,9 @@ def gate_planes_kernel(
         columns = first + tl.arange(0, BLOCK_R)
         of_a = columns % A_ROWS
         real = inside[:, None] & (columns < R)[None, :]
-        h = load_planes(planes_ptr, tokens, inside, sibling, of_a, columns < R, T, n, width, SPLIT)
+        h = load_partials(
+            partials_ptr, tokens, inside, sibling, of_a, columns < R, T, n, width, SPLIT
+        )
         h = h.to(h_ptr.dtype.element_ty)
         tl.store(
             h_ptr + tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :],
@@ -320,8 +322,8 @@ def launch(
     of_router = block_e
     if not fused and router:
         of_router = launcher.block(launcher.ceil_div(E, column_tiles // n))
-    of_planes = n * (A_ROWS + (E if router else 0))
-    planes = None if fused else x.new_empty((split, T, of_planes), dtype=dtype)
+    partial_columns = n * (A_ROWS + (E if router else 0))
+    partials = None if fused else x.new_empty((split, T, partial_columns), dtype=dtype)
     x = launcher.rows_dense(x)
     given = dict(
         bias_ptrs=launcher.contiguous(router_bias),
@@ -335,7 +337,7 @@ def launch(
         weights_ptr=weights if router else None,
         chosen_ptr=chosen if router and top_k < E else None,
         logits_ptr=logits if router else None,
-        planes_ptr=planes,
+        partials_ptr=partials,
         T=T,
         G=0 if router else gates.shape[0],
         temperature=float(temperature),
@@ -371,7 +373,7 @@ def launch(
     if not fused:
         rows_tile = configs.ROWS
         launcher.run(
-            gate_planes_kernel,
+            gate_partials_kernel,
             launcher.ceil_div(T, rows_tile.tokens) * n,
             rows_tile,
             given,

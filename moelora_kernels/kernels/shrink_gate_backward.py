@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from moelora_kernels import reference
-from moelora_kernels.kernels import configs, gate_rows, launcher
-from moelora_kernels.kernels.gates import (
+from moelora_kernels.kernels.common import configs, gate_rows, launcher
+from moelora_kernels.kernels.common.gates import (
     dense_gate,
     finite,
     gate_form,
@@ -16,9 +16,9 @@ from moelora_kernels.kernels.gates import (
     rank_gate,
     topk_gate_backward,
 )
-from moelora_kernels.kernels.products import exact_sum, pick, product
+from moelora_kernels.kernels.common.products import exact_sum, pick, product
+from moelora_kernels.kernels.common.reduce_partials import load_partials
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
-from moelora_kernels.kernels.sum_planes import load_planes
 
 # Columns of rank space that are gated at a time, because P, h, the gate, dh and u of 128 columns
 # together do not fit the registers. A program holds P of twice as many.
@@ -134,7 +134,7 @@ def shrink_gate_backward_kernel(
     dh_ptr,
     u_ptr,
     dgate_ptr,
-    planes_ptr,
+    partials_ptr,
     T,
     G,
     temperature,
@@ -156,7 +156,7 @@ def shrink_gate_backward_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """FUSED: all of a token tile and sibling; else sums of products to planes [SPLIT, T, n R].
+    """FUSED: all of a token tile and sibling; else sums of products to partials [SPLIT, T, n R].
 
     Programs: (token tile, split of O, column tile of a sibling), the last fastest; a column tile
     has PARTS (1 or 2) times BLOCK_R columns. outputs and per_split are n numbers: O of a sibling
@@ -209,15 +209,15 @@ def shrink_gate_backward_kernel(
             inside, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
         )  # fmt: skip
     else:
-        plane = planes_ptr + (split * T + tokens)[:, None] * (n * R) + sibling * R
+        plane = partials_ptr + (split * T + tokens)[:, None] * (n * R) + sibling * R
         tl.store(plane + columns[None, :], p, mask=inside[:, None] & (columns < R)[None, :])
         if PARTS == 2:
             tl.store(plane + others[None, :], q, mask=inside[:, None] & (others < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
-def gate_planes_backward_kernel(
-    planes_ptr,
+def gate_partials_backward_kernel(
+    partials_ptr,
     h_ptr,
     gates_ptr,
     indices_ptr,
@@ -246,7 +246,7 @@ def gate_planes_backward_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The same from the planes, whose parts are added in their order. Programs: (tokens, sibling).
+    """The same from the partials, added in their order. Programs: (tokens, sibling).
 
     With A_ROWS < R all experts share the rows of A, and dh sums over the experts.
     """
@@ -261,7 +261,9 @@ def gate_planes_backward_kernel(
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        p = load_planes(planes_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT)
+        p = load_partials(
+            partials_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
+        )
         dgate = gate_columns(
             p, scaled, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
             n, A_ROWS, R, E, BLOCK_E, UPCAST,
@@ -276,8 +278,8 @@ def gate_planes_backward_kernel(
             dh = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for e in range(E):
                 columns = tl.where(of_a < A_ROWS, e * A_ROWS + of_a, R)
-                p = load_planes(
-                    planes_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
+                p = load_partials(
+                    partials_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
                 )
                 of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
                 by_rank = rank_gate(scaled, of_experts, UPCAST)
@@ -315,7 +317,7 @@ def launch(
         split = configs.splits(h.device, token_tiles * column_tiles, max(steps))
     fusable = A_ROWS == R <= width and block_e <= FUSED_EXPERTS
     fused = fusable and split == 1
-    planes = None if fused else h.new_empty((split, T, n * R), dtype=dtype)
+    partials = None if fused else h.new_empty((split, T, n * R), dtype=dtype)
     dy = [launcher.rows_dense(g) for g in dy]
     given = dict(
         h_ptr=h.contiguous(),
@@ -329,7 +331,7 @@ def launch(
         dh_ptr=dh,
         u_ptr=u,
         dgate_ptr=dgate,
-        planes_ptr=planes,
+        partials_ptr=partials,
         T=T,
         G=G,
         temperature=float(temperature),
@@ -359,7 +361,7 @@ def launch(
     if not fused:
         rows_tile = configs.ROWS
         launcher.run(
-            gate_planes_backward_kernel,
+            gate_partials_backward_kernel,
             launcher.ceil_div(T, rows_tile.tokens) * n,
             rows_tile,
             given,

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import gates, launcher
-from moelora_kernels.kernels.configs import ROWS
+from moelora_kernels.kernels.common import gates, launcher
+from moelora_kernels.kernels.common.configs import ROWS
 
 
 @triton.jit(do_not_specialize=["N", "temperature"])

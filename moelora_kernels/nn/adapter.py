@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype
-from moelora_kernels.nn.base import check_input
+from moelora_kernels.nn.base_linear import check_input
 from moelora_kernels.nn.linear import MoeLoraLinear, gates_of, keep_routing
 from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
 
@@ -77,9 +77,9 @@ class MoeLoraAdapter(MoeLoraLinear):
         weights, indices, rows, logits = gates_of((self,), x, tokens, gates)
         if config.aux or self.record.wanted:
             keep_routing((self,), weights, indices, logits)
-        plan, count = self._plan, tokens.shape[0]
-        gate = dense_gate(weights, indices, rows, count, 1, len(plan.ranks))
-        gate = rank_gate(gate.to(compute_dtype(tokens)), plan.ranks, plan.scaling)[:, 0]
+        mixture, count = self._mixture, tokens.shape[0]
+        gate = dense_gate(weights, indices, rows, count, 1, len(mixture.ranks))
+        gate = rank_gate(gate.to(compute_dtype(tokens)), mixture.ranks, mixture.scaling)[:, 0]
         flat = z.reshape(-1, self.in_features)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
         activated = ACTIVATIONS[config.rank_activation](h.to(gate.dtype))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd_ffn import FfnAdapters, FfnPlan, RouterLogits, ffn_experts
+from moelora_kernels.autograd.ffn import FfnAdapters, FfnMixture, RouterLogits, ffn_experts
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, dropout_seed
-from moelora_kernels.nn.base import (
+from moelora_kernels.nn.base_linear import (
     adapter_place,
     call_base,
     check_adapters,
@@ -28,8 +28,8 @@ from moelora_kernels.nn.gates import (
 )
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.record import RoutingRecord
 from moelora_kernels.nn.routers import build_router, layer_logits
+from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.reference import compute_dtype
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -144,14 +144,14 @@ class MoeLoraFFN(nn.Module):
             raise ValueError("activation: expected one that leaves its input as it is (inplace)")
         gate = bases[0]
         self.hidden_size, self.intermediate_size = gate.in_features, gate.out_features
-        self._plan = FfnPlan(
+        self._mixture = FfnMixture(
             config.ranks(),
             config.scales(),
             bool(recompute),
             dropout_per_expert=config.dropout_mask == "per_expert",
         )
         device, dtype = adapter_place(gate, config)
-        total = sum(self._plan.ranks)
+        total = sum(self._mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
             setattr(self, name, base.requires_grad_(False))
             stem = name.removesuffix("_proj")
@@ -194,13 +194,13 @@ class MoeLoraFFN(nn.Module):
         gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
         check_adapters(self.gate_lora_A, x)
         weights, indices = self._slots(x, tokens, gates)
-        plan, seeds = self._plan, (None, None)
+        mixture, seeds = self._mixture, (None, None)
         if config.dropout > 0.0 and self.training:
-            plan = plan._replace(dropout=config.dropout)
+            mixture = mixture._replace(dropout=config.dropout)
             seeds = tuple(dropout_seed(config.dropout, None, x.device) for _ in range(2))
         impl = "reference" if config.impl == "reference" else "grouped"
         summed, delta = ffn_experts(
-            plan, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
+            mixture, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
         )
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
         offset = _bias_correction(self.down_proj, weights)
@@ -240,7 +240,7 @@ class MoeLoraFFN(nn.Module):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
             + (f", top_k={c.top_k}" if c.top_k else "")
-            + (", recompute=True" if self._plan.recompute else "")
+            + (", recompute=True" if self._mixture.recompute else "")
         )
 
 

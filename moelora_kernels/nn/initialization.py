@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base import is_plain_linear, linear_with
+from moelora_kernels.nn.base_linear import is_plain_linear, linear_with
 
 RHO = 10.0
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd import Plan, Sibling
+from moelora_kernels.autograd.linear import LinearTensors, Mixture
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import active_dtype, apply, dropout_seed
-from moelora_kernels.nn.base import (
+from moelora_kernels.nn.base_linear import (
     adapter_place,
     call_base,
     check_adapters,
@@ -27,7 +27,6 @@ from moelora_kernels.nn.gates import (
     rows_of_gates,
 )
 from moelora_kernels.nn.initialization import draw_a, start_from_svd
-from moelora_kernels.nn.loras import set_prototypes, stack_loras
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
@@ -37,8 +36,9 @@ from moelora_kernels.nn.merge import (
     merged_weight,
     merged_with,
 )
-from moelora_kernels.nn.record import RoutingRecord
+from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
 from moelora_kernels.nn.routers import build_router, layer_logits
+from moelora_kernels.nn.routing_record import RoutingRecord
 
 
 class MoeLoraLinear(nn.Module):
@@ -157,7 +157,7 @@ class MoeLoraLinear(nn.Module):
             )
         self.in_features, self.out_features = features or (base.in_features, base.out_features)
         ranks, renormalize = config.ranks(), config.renormalizes()
-        self._plan = Plan(
+        self._mixture = Mixture(
             ranks,
             config.scales(self.in_features),
             share_a=config.share == "A",
@@ -165,14 +165,14 @@ class MoeLoraLinear(nn.Module):
             temperature=config.temperature,
             dropout_per_expert=config.dropout_mask == "per_expert",
         )
-        # Whether a linear router's logits can come out of the shrink, and the plan where they do.
+        # Whether a linear router's logits can come out of the shrink, and the mixture if they do.
         self._fusable = (
             config.granularity == "token"
             and renormalize is not None
             and config.shared_expert == "none"
             and config.grad_gate == "gate"
         )
-        self._fused_plan = self._plan._replace(top_k=config.top_k or config.num_experts)
+        self._fused_mixture = self._mixture._replace(top_k=config.top_k or config.num_experts)
         device, dtype = adapter_place(base, config)
         rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
@@ -337,20 +337,20 @@ def forward_siblings(
     )
     siblings = [_sibling(layer, x, read, fused) for layer in layers]
 
-    plan, seed = first._fused_plan if fused else first._plan, None
+    mixture, seed = first._fused_mixture if fused else first._mixture, None
     if config.dropout > 0.0 and first.training:
-        plan = plan._replace(dropout=config.dropout)
+        mixture = mixture._replace(dropout=config.dropout)
         seed = dropout_seed(config.dropout, None, x.device)
     indices = rows = logits = None
     if not fused:
         gates, indices, rows, logits = gates_of(layers, x, tokens, gates)
     outputs, weights, chosen, fused_logits = apply(
-        plan, tokens, siblings, gates, indices, rows, seed, config.impl,
+        mixture, tokens, siblings, gates, indices, rows, seed, config.impl,
         sqrt_gate=config.grad_gate == "sqrt",
     )  # fmt: skip
     if config.aux or any(layer.record.wanted for layer in layers):
         if fused:
-            indices = chosen if plan.top_k < config.num_experts else None
+            indices = chosen if mixture.top_k < config.num_experts else None
             gates, logits = weights, fused_logits
         keep_routing(layers, gates, indices, logits)
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
@@ -362,7 +362,7 @@ def _is_read(base: nn.Module, tokens: Tensor) -> bool:
     return weight is not None and weight.dtype == tokens.dtype and weight.device == tokens.device
 
 
-def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Sibling:
+def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> LinearTensors:
     """The tensors of a layer; a base that is not to be read is called."""
     base, router = layer.base_layer, layer.router
     weight = bias = output = router_weight = router_bias = None
@@ -373,7 +373,9 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Siblin
     check_adapters(layer.lora_A, x)
     if fused:
         router_weight, router_bias = router.weight, router.bias
-    return Sibling(weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias)
+    return LinearTensors(
+        weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias
+    )
 
 
 def gates_of(

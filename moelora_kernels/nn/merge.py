@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.base import check_called, dense_weight
+from moelora_kernels.nn.base_linear import check_called, dense_weight
 from moelora_kernels.nn.gates import add_shared_expert, external_gates, gate_of_logits
 
 # A task id, several ids that one sample has together, or the gate itself for router="external".

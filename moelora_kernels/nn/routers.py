@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.functional import is_autocast
-from moelora_kernels.nn.base import dense_weight, float_weight, state_without_graph
+from moelora_kernels.nn.base_linear import dense_weight, float_weight, state_without_graph
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.balance import balances
-from moelora_kernels.nn.base import float_weight
+from moelora_kernels.nn.base_linear import float_weight
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 
 from moelora_kernels.ops.grouped_expand import grouped_expand
-from moelora_kernels.ops.grouped_gram import _fake as _fake_gram
-from moelora_kernels.ops.grouped_gram import grouped_gram
 from moelora_kernels.ops.grouped_shrink import grouped_shrink, grouped_shrink_backward
+from moelora_kernels.ops.grouped_weight_grad import _fake as _fake_weight_grad
+from moelora_kernels.ops.grouped_weight_grad import grouped_weight_grad
 from moelora_kernels.ops.registration import register
 from moelora_kernels.ops.route import _fake as _fake_route
 from moelora_kernels.ops.route import route
-from moelora_kernels.ops.router import router_gram, router_logits
+from moelora_kernels.ops.router import router_grad, router_logits
 from moelora_kernels.ops.topk_gate import _backward as topk_gate_backward
 from moelora_kernels.ops.topk_gate import _forward as topk_gate
 from moelora_kernels.ops.wide import ARGUMENTS, STATIC, matrix
@@ -104,11 +104,11 @@ def _backward(
     drouter, dbias = (x.new_empty(0, dtype=router_dtype) for _ in range(2))
     if not needs_adapters:
         return dx, dgate, x.new_empty(0, dtype=lora_dtype), drouter, dbias, []
-    da, db = grouped_gram(
+    da, db = grouped_weight_grad(
         x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks, dropout, dropout_per_expert, seed
     )
     if router_weight:
-        drouter, dbias = router_gram(dgate, x, router_dtype)
+        drouter, dbias = router_grad(dgate, x, router_dtype)
     return dx, dgate, da, drouter, dbias, db
 
 
@@ -145,7 +145,7 @@ def _fake_backward(
     drouter, dbias = (x.new_empty(0, dtype=router_dtype) for _ in range(2))
     if not needs_adapters:
         return dx, dgate, x.new_empty(0, dtype=lora_dtype), drouter, dbias, []
-    da, db = _fake_gram(
+    da, db = _fake_weight_grad(
         x, h, dy, h, order, offsets, chunks, lora_dtype, ranks, dropout, dropout_per_expert,
         seed,
     )  # fmt: skip

@@ -14,7 +14,9 @@ def _fake_logits(x: Tensor, router_weight: list[Tensor], router_bias: list[Tenso
     return x.new_empty((x.shape[0], experts), dtype=reference.compute_dtype(x))
 
 
-def _fake_gram(dlogits: Tensor, x: Tensor, router_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fake_weight_grad(
+    dlogits: Tensor, x: Tensor, router_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     experts = dlogits.shape[1]
     return (
         x.new_empty((experts, x.shape[1]), dtype=router_dtype),
@@ -28,11 +30,11 @@ router_logits = register(
     reference.router_logits,
     _fake_logits,
 )
-router_gram = register(
-    "router_gram",
+router_grad = register(
+    "router_grad",
     "(Tensor dlogits, Tensor x, ScalarType router_dtype) -> (Tensor drouter, Tensor dbias)",
-    reference.router_gram,
-    _fake_gram,
+    reference.router_grad,
+    _fake_weight_grad,
 )
 register_kernels("router_logits", "launch_logits", module="router")
-register_kernels("router_gram", "launch_gram", module="router")
+register_kernels("router_grad", "launch_grad", module="router")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moelora_kernels.ops.gram import _fake as _fake_gram
-from moelora_kernels.ops.gram import gram
 from moelora_kernels.ops.registration import register
 from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import _fake as _fake_shrink_gate
 from moelora_kernels.ops.shrink_gate import _fake_backward as _fake_shrink_gate_backward
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
+from moelora_kernels.ops.weight_grad import _fake as _fake_weight_grad
+from moelora_kernels.ops.weight_grad import weight_grad
 
 STATIC = (
     "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature, "
@@ -46,11 +46,11 @@ def matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _forward(
     x, weight, bias, base, lora_a, lora_b, router_weight, router_bias, gates, indices, rows, seed,
-    *plan,
+    *mixture,
 ):  # fmt: skip
     """y_i = x Wt_i + b_i + u_i Bt_i, or base_i + u_i Bt_i; and what `shrink_gate` returns but u."""
     h, u, weights, chosen, logits = shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *plan, seed
+        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
     )
     outputs = []
     for i, (gated, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
@@ -93,7 +93,7 @@ def _backward(
     if not needs_adapters:
         empty = [x.new_empty(0, dtype=router_dtype) for _ in range(2)]
         return dx, dgate, x.new_empty(0, dtype=lora_dtype), *empty, []
-    return dx, dgate, *gram(
+    return dx, dgate, *weight_grad(
         x, dh, of_router, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed
     )  # fmt: skip
 
@@ -104,10 +104,10 @@ def _dtypes(x, lora_a, router_weight) -> tuple[torch.dtype, torch.dtype]:
 
 def _fake(
     x, weight, bias, base, lora_a, lora_b, router_weight, router_bias, gates, indices, rows, seed,
-    *plan,
+    *mixture,
 ):  # fmt: skip
     h, _, *routing = _fake_shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *plan, seed
+        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
     )
     dtypes = [b.dtype for b in base] or [x.dtype] * len(lora_b)
     shapes = [(x.shape[0], b.shape[0]) for b in lora_b]
@@ -128,7 +128,7 @@ def _fake_backward(
     if not needs_adapters:
         empty = [x.new_empty(0, dtype=router_dtype) for _ in range(2)]
         return dx, dgate, x.new_empty(0, dtype=lora_dtype), *empty, []
-    return dx, dgate, *_fake_gram(
+    return dx, dgate, *_fake_weight_grad(
         x, dh, dgate if router_weight else None, dy, u, lora_dtype, router_dtype, ranks, dropout,
         dropout_per_expert, seed,
     )  # fmt: skip

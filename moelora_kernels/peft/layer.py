@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base import adapter_place, float_weight
+from moelora_kernels.nn.base_linear import adapter_place, float_weight
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, delta_weight, why_no_task_gate
 from moelora_kernels.nn.routers import TaskRouter

@@ -11,7 +11,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.model import check_target, fitting_task_router
+from moelora_kernels.nn.replace import check_target, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear

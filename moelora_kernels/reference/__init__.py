@@ -28,18 +28,18 @@ from moelora_kernels.reference.gates import (
 )
 from moelora_kernels.reference.grouped import (
     grouped_expand,
-    grouped_gram,
     grouped_shrink,
     grouped_shrink_backward,
+    grouped_weight_grad,
     route,
-    router_gram,
+    router_grad,
     router_logits,
 )
 from moelora_kernels.reference.wide import (
-    gram,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
+    weight_grad,
     wide,
 )
 
@@ -50,19 +50,19 @@ __all__ = [
     "dense_gate_backward",
     "dropout",
     "ffn",
-    "gram",
     "grouped_expand",
-    "grouped_gram",
     "grouped_shrink",
     "grouped_shrink_backward",
+    "grouped_weight_grad",
     "rank_gate",
     "route",
-    "router_gram",
+    "router_grad",
     "router_logits",
     "shrink_dx",
     "shrink_gate",
     "shrink_gate_backward",
     "topk_gate",
     "topk_gate_backward",
+    "weight_grad",
     "wide",
 ]

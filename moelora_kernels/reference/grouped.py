@@ -217,7 +217,7 @@ def grouped_shrink_backward(
     return dh, u, dweights.view(weights.shape)
 
 
-def grouped_gram(
+def grouped_weight_grad(
     x: Tensor,
     dh: Tensor,
     dy: Sequence[Tensor],
@@ -262,7 +262,7 @@ def router_logits(
     return logits + torch.cat([b.to(dtype) for b in router_bias]) if router_bias else logits
 
 
-def router_gram(dlogits: Tensor, x: Tensor, router_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def router_grad(dlogits: Tensor, x: Tensor, router_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The gradients of n linear routers: dWr = dlogits^T x [n E, I], dbr = sum_t dlogits [n E]."""
     dtype = compute_dtype(x)
     drouter = dlogits.to(dtype).t() @ x.to(dtype)

@@ -194,7 +194,7 @@ def shrink_dx(
     return dx.to(dh.dtype)
 
 
-def gram(
+def weight_grad(
     x: Tensor,
     dh: Tensor,
     dlogits: Tensor | None,
@@ -247,17 +247,17 @@ def wide(
     indices: Tensor | None,
     rows: Tensor | None,
     seed: Tensor | None,
-    *plan,
+    *mixture,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """A whole layer of n siblings, differentiable by autograd: y_i = x Wt_i + b_i + u_i Bt_i.
 
     weight n x [O_i, I] and bias n x [O_i] (or empty), or base n x [T, O_i] in place of x Wt + b;
-    lora_b n x [O_i, R]; the rest as `shrink_gate`, whose arguments after router_bias are `plan`.
+    lora_b n x [O_i, R]; the rest as `shrink_gate`, whose arguments after router_bias are `mixture`.
     Returns n x [T, O_i] in the dtype of base or x, and what `shrink_gate` returns but u.
     """
     dtype = compute_dtype(x)
     h, u, weights, chosen, logits = shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *plan, seed
+        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
     )
     y = []
     for i, (gated, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):

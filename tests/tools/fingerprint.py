@@ -52,9 +52,7 @@ def make_layer(kind: str, config: MoeLoraConfig, dtype: torch.dtype) -> nn.Modul
         base = nn.Sequential(nn.Linear(I, F, dtype=dtype), nn.Linear(F, I, dtype=dtype))
         layer = MoeLoraAdapter(base.requires_grad_(False), I, config)
     elif kind == "group":
-        layers = {
-            name: MoeLoraLinear(I, O, config=config, dtype=dtype) for name in ("q", "k", "v")
-        }
+        layers = {name: MoeLoraLinear(I, O, config=config, dtype=dtype) for name in ("q", "k", "v")}
         layer = MoeLoraGroup(**layers)
     else:
         layer = MoeLoraLinear(I, O, config=config, dtype=dtype)

@@ -25,5 +25,5 @@ def _fake(
     )
 
 
-gram = register("gram", _SCHEMA, reference.gram, _fake)
-register_kernels("gram")
+weight_grad = register("weight_grad", _SCHEMA, reference.weight_grad, _fake)
+register_kernels("weight_grad")

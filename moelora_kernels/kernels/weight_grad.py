@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.products import exact_product, pick, product
+from moelora_kernels.kernels.common.reduce_partials import reduce_partials
 from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.kernels.products import exact_product, pick, product
-from moelora_kernels.kernels.sum_planes import sum_planes
 
 # Columns of rank space, and of dlogits beside them, that one program sums: what the registers hold.
 COLUMNS = 128
@@ -25,7 +25,7 @@ def store_transposed(out_ptr, stride_out, total, rows, some_rows, columns, some_
 
 
 @triton.jit
-def gram_of_x(
+def weight_grad_of_x(
     x_ptr,
     stride_x,
     dh_ptr,
@@ -108,7 +108,7 @@ def gram_of_x(
 
 
 @triton.jit
-def gram_of_dy(
+def weight_grad_of_dy(
     dy_ptr,
     stride_dy,
     u_ptr,
@@ -150,7 +150,7 @@ def gram_of_dy(
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
-def gram_kernel(
+def weight_grad_kernel(
     x_ptr,
     stride_x,
     dh_ptr,
@@ -206,13 +206,13 @@ def gram_kernel(
         if L > 0:
             drouter_ptr += plane
             dbias_ptr += plane
-        gram_of_x(
+        weight_grad_of_x(
             x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, tiles_ptr, da_ptr + plane, drouter_ptr,
             dbias_ptr, tile, start_t, end_t, T, I, scale, H, L, DROPOUT, ALIGNED, PER_EXPERT,
             RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
         )  # fmt: skip
     else:
-        # Sibling i begins where those before it end.
+        # LinearTensors i begins where those before it end.
         sibling = tile * 0
         before = x_tiles
         first_tile = x_tiles
@@ -220,7 +220,7 @@ def gram_kernel(
             before += tl.cdiv(outputs[i], BLOCK_W) * B_TILES
             sibling = tl.where(tile >= before, i + 1, sibling)
             first_tile = tl.where(tile >= before, before, first_tile)
-        gram_of_dy(
+        weight_grad_of_dy(
             pick(dy_ptrs, sibling), pick(stride_dy, sibling), u_ptr + sibling * R,
             pick(db_ptrs, sibling) + plane, tile - first_tile, start_t, end_t, T,
             pick(outputs, sibling), n * R, R, B_TILES, BLOCK_T, BLOCK_W, BLOCK_B, UPCAST,
@@ -231,7 +231,7 @@ def launch(
     x, dh, dlogits, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed,
     *, split=None,
 ):  # fmt: skip
-    """`reference.gram` on a GPU. `split`: parts of T, None: what fills the chip."""
+    """`reference.weight_grad` on a GPU. `split`: parts of T, None: what fills the chip."""
     (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
     R, outputs = u.shape[1] // n, [g.shape[1] for g in dy]
     L = 0 if dlogits is None else dlogits.shape[1]
@@ -246,7 +246,7 @@ def launch(
     per_expert = dropout > 0 and dropout_per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
-    tile = configs.tile("gram", x.device, x.dtype, max(block_a, block_b))
+    tile = configs.tile("weight_grad", x.device, x.dtype, max(block_a, block_b))
     tiles = None
     if per_expert:
         tiles = launcher.expert_tiles(tuple(ranks), n, block_a, x.device)
@@ -259,17 +259,17 @@ def launch(
     if split is None:
         split = configs.splits(x.device, programs, steps)
     made = [da, drouter, dbias, *db] if L else [da, *db]
-    planes, starts, parts = None, [0] * len(made), made
+    partials, starts, parts = None, [0] * len(made), made
     if split > 1:
         # Every part starts at a multiple of 16 bytes.
         sizes = [launcher.ceil_div(out.numel(), 16) * 16 for out in made]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        planes = x.new_empty((split, sum(sizes)), dtype=torch.float32)
-        parts = [planes[0, start:] for start in starts]
+        partials = x.new_empty((split, sum(sizes)), dtype=torch.float32)
+        parts = [partials[0, start:] for start in starts]
     router_parts = (parts[1], parts[2]) if L else (None, None)
     x, dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     launcher.run(
-        gram_kernel,
+        weight_grad_kernel,
         programs * split,
         tile,
         dict(
@@ -290,7 +290,7 @@ def launch(
             I=I,
             outputs=tuple(outputs),
             per_split=launcher.ceil_div(steps, split) * tile.tokens,
-            stride_plane=0 if planes is None else planes.stride(0),
+            stride_plane=0 if partials is None else partials.stride(0),
             scale=1.0 / (1.0 - dropout),
         ),
         dict(
@@ -303,5 +303,5 @@ def launch(
         ),
     )  # fmt: skip
     if split > 1:
-        sum_planes(planes, made, starts)
+        reduce_partials(partials, made, starts)
     return da, drouter, dbias, db

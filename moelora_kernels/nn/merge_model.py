@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from moelora_kernels.nn.base import linear_with
+from moelora_kernels.nn.base_linear import linear_with
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.linear import MoeLoraLinear

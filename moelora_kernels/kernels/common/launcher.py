@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moelora_kernels.kernels.configs import Tile
+from moelora_kernels.kernels.common.configs import Tile
 from moelora_kernels.reference import blocks
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -23,7 +23,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 Activation = Callable[[Tensor], Tensor]
 
 
-class FfnPlan(NamedTuple):
+class FfnMixture(NamedTuple):
     """What is static about a layer: the same for all tokens and all steps."""
 
     ranks: tuple[int, ...]
@@ -54,29 +54,29 @@ class FfnExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        plan, activation, x, gate, up, weights, order, offsets, tiles, chunks, seed_x, seed_a,
+        mixture, activation, x, gate, up, weights, order, offsets, tiles, chunks, seed_x, seed_a,
         gate_a, gate_b, up_a, up_b, down_a, down_b,
     ):  # fmt: skip
-        routing = (order, offsets, tiles, plan.ranks)
-        drop = (plan.dropout, plan.dropout_per_expert)
+        routing = (order, offsets, tiles, mixture.ranks)
+        drop = (mixture.dropout, mixture.dropout_per_expert)
         u_gate, u_up = (
-            ops.grouped_shrink(x, [a], None, *routing, plan.scaling, *drop, seed_x)[1]
+            ops.grouped_shrink(x, [a], None, *routing, mixture.scaling, *drop, seed_x)[1]
             for a in (gate_a, up_a)
         )
         z_gate = _adapted(u_gate, gate_b, gate, routing)
         z_up = _adapted(u_up, up_b, up, routing)
         a = _gated_product(activation, z_gate, z_up)
-        h, u = ops.grouped_shrink(a, [down_a], weights, *routing, plan.scaling, *drop, seed_a)
+        h, u = ops.grouped_shrink(a, [down_a], weights, *routing, mixture.scaling, *drop, seed_a)
         tokens = x.shape[0]
         delta = ops.grouped_expand(u, [down_b], None, *routing, tokens, 0, False, 0.0, False, None)
         return _weighted_sum(a, weights), delta, z_gate, z_up, u_gate, u_up, h
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        plan, ctx.activation, x, gate, up, *shared = inputs
-        ctx.plan = plan
+        mixture, ctx.activation, x, gate, up, *shared = inputs
+        ctx.mixture = mixture
         z_gate, z_up, *of_ranks = output[2:]
-        kept = (gate, up) if plan.recompute else (z_gate, z_up)
+        kept = (gate, up) if mixture.recompute else (z_gate, z_up)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *kept, *of_ranks, *shared)
@@ -84,16 +84,16 @@ class FfnExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dsummed, ddelta, *_):
-        plan = ctx.plan
+        mixture = ctx.mixture
         (
             x, z_gate, z_up, u_gate, u_up, h, weights, order, offsets, tiles, chunks, seed_x,
             seed_a, gate_a, gate_b, up_a, up_b, down_a, down_b,
         ) = ctx.saved_tensors  # fmt: skip
         _, _, needs_x, needs_gate, needs_up, needs_weights, *_ = ctx.needs_input_grad
         needs = FfnAdapters(*ctx.needs_input_grad[-6:])
-        tokens, routing = x.shape[0], (order, offsets, tiles, plan.ranks)
-        drop = (plan.dropout, plan.dropout_per_expert)
-        if plan.recompute:
+        tokens, routing = x.shape[0], (order, offsets, tiles, mixture.ranks)
+        drop = (mixture.dropout, mixture.dropout_per_expert)
+        if mixture.recompute:
             z_gate = _adapted(u_gate, gate_b, z_gate, routing)
             z_up = _adapted(u_up, up_b, z_up, routing)
         a, activation_backward = _gated_product_backward(ctx.activation, z_gate, z_up)
@@ -101,18 +101,18 @@ class FfnExperts(torch.autograd.Function):
         ddelta = a.new_zeros((tokens, down_b.shape[0])) if ddelta is None else ddelta
         ddelta = matrix(ddelta, x.dtype)
 
-        def grams(read, dh, dy, u, seed):
-            da, (db,) = ops.grouped_gram(
-                read, dh, [dy], u, order, offsets, chunks, gate_a.dtype, plan.ranks, *drop, seed
+        def weight_grads(read, dh, dy, u, seed):
+            da, (db,) = ops.grouped_weight_grad(
+                read, dh, [dy], u, order, offsets, chunks, gate_a.dtype, mixture.ranks, *drop, seed
             )
             return da, db
 
         grads = dict.fromkeys(FfnAdapters._fields)
         dh, u, dweights = ops.grouped_shrink_backward(
-            [ddelta], [down_b], h, weights, *routing, plan.scaling
+            [ddelta], [down_b], h, weights, *routing, mixture.scaling
         )
         if needs.down_a or needs.down_b:
-            grads["down_a"], grads["down_b"] = grams(a, dh, ddelta, u, seed_a)
+            grads["down_a"], grads["down_b"] = weight_grads(a, dh, ddelta, u, seed_a)
         if needs_weights:
             dweights = (dweights + _inner_products(dsummed, a, weights)).to(weights.dtype)
         dx = dgate = dup = None
@@ -132,10 +132,10 @@ class FfnExperts(torch.autograd.Function):
             ):
                 # Only dh is used, and it does not depend on the h that is given: u stands in.
                 dh, _, _ = ops.grouped_shrink_backward(
-                    [dz], [lora_b], u, selected, *routing, plan.scaling
+                    [dz], [lora_b], u, selected, *routing, mixture.scaling
                 )
                 if any(getattr(needs, f"{name}_{m}") for m in "ab"):
-                    grads[f"{name}_a"], grads[f"{name}_b"] = grams(x, dh, dz, u, seed_x)
+                    grads[f"{name}_a"], grads[f"{name}_b"] = weight_grads(x, dh, dz, u, seed_x)
                 if needs_x:
                     dx = ops.grouped_expand(
                         dh, [lora_a.t()], dx, *routing, tokens, 0, False, *drop, seed_x
@@ -202,7 +202,7 @@ def _add_weighted(drows: Tensor, dsummed: Tensor, weights: Tensor) -> None:
 
 
 def ffn_experts(
-    plan: FfnPlan,
+    mixture: FfnMixture,
     activation: Activation,
     x: Tensor,
     gate: Tensor,
@@ -219,10 +219,10 @@ def ffn_experts(
     x [T, I]; gate, up [T, F] in x's dtype; weights [T, K] in the compute dtype; indices [T, K]: one
     outside [0, E) means "not routed". impl: "grouped" or "reference". Returns summed, delta.
     """
-    routed = (indices >= 0) & (indices < len(plan.ranks))
+    routed = (indices >= 0) & (indices < len(mixture.ranks))
     weights = torch.where(routed, weights, 0)
     if impl == "reference":
-        static = (plan.ranks, plan.scaling, plan.dropout, plan.dropout_per_expert)
+        static = (mixture.ranks, mixture.scaling, mixture.dropout, mixture.dropout_per_expert)
         inputs = (x, gate, up, weights, indices, *adapters, activation, *static, seed_x, seed_a)
         if x.device.type == "meta":
             return reference.ffn(*inputs)
@@ -232,8 +232,8 @@ def ffn_experts(
         # Its gradient of the activation comes out wrong, without a word. Outside fullgraph=True
         # the compiler runs the layer eagerly instead.
         raise RuntimeError(f"training whole-FFN experts compiled needs torch 2.13, this is {TORCH}")
-    routing = ops.route(indices, len(plan.ranks), 1, TILE, CHUNK)
-    inputs = (plan, activation, x, gate, up, weights, *routing, seed_x, seed_a, *adapters)
+    routing = ops.route(indices, len(mixture.ranks), 1, TILE, CHUNK)
+    inputs = (mixture, activation, x, gate, up, weights, *routing, seed_x, seed_a, *adapters)
     if not torch.is_grad_enabled():
         return FfnExperts.forward(*inputs)[:2]
     return FfnExperts.apply(*inputs)[:2]
@@ -260,5 +260,5 @@ class RouterLogits(torch.autograd.Function):
         if needs_x:
             dx = dlogits.to(x.dtype) @ weight.to(x.dtype)
         if needs_weight or needs_bias:
-            dweight, dbias = ops.router_gram(dlogits.contiguous(), x, weight.dtype)
+            dweight, dbias = ops.router_grad(dlogits.contiguous(), x, weight.dtype)
         return dx, dweight, dbias if needs_bias else None

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels import configs, launcher
-from moelora_kernels.kernels.configs import Tile
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.configs import Tile
+from moelora_kernels.kernels.common.products import pick, product
+from moelora_kernels.kernels.common.tiles import load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
-from moelora_kernels.kernels.products import pick, product
-from moelora_kernels.kernels.tiles import load_ranks, load_tile
 
 # Elements of a gradient that one program adds up from its parts: 16 for each thread.
 SUM = Tile(1, 4096, 8, 1)
@@ -72,7 +72,7 @@ def store_zeros(
 
 
 @triton.jit(do_not_specialize=["P", "M", "scale"])
-def grouped_gram_kernel(
+def grouped_weight_grad_kernel(
     wide_ptrs,
     stride_wide,
     widths,
@@ -228,7 +228,7 @@ def sum_pairs(
     P, N = order.shape[0], len(offsets) - 1
     widths = tuple(matrix.shape[1] for matrix in wide)
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile = configs.tile("grouped_gram", narrow.device, narrow.dtype, block_r)
+    tile = configs.tile("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     tiles = launcher.ceil_div(max(widths), tile.step) * column_tiles
     # Whole chunks that P pairs may fill: the upper bound of `routing.count_tiles` without the rest.
@@ -265,7 +265,7 @@ def sum_pairs(
         BLOCK_R=block_r,
     )
     launcher.run(
-        grouped_gram_kernel,
+        grouped_weight_grad_kernel,
         len(chunks) * tiles,
         tile,
         shared
@@ -299,7 +299,7 @@ def sum_pairs(
 def launch(
     x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks, dropout, dropout_per_expert, seed
 ):
-    """`reference.grouped_gram` on a GPU."""
+    """`reference.grouped_weight_grad` on a GPU."""
     n, R, I = len(dy), sum(ranks), x.shape[1]  # noqa: E741
     make = x.new_empty if order.shape[0] else x.new_zeros
     da = make((n * R, I), dtype=lora_dtype)

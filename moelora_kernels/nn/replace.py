@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base import missing_size
+from moelora_kernels.nn.base_linear import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import check_merged_task

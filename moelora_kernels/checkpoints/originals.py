@@ -20,7 +20,7 @@ from moelora_kernels.checkpoints.files import (
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
-from moelora_kernels.nn.model import adapter_parameters
+from moelora_kernels.nn.replace import adapter_parameters
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.reference import blocks
 
@@ -220,7 +220,7 @@ def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _is_plain_lora(layer: MoeLoraLinear) -> bool:
-    return layer.router is None and layer.config.num_experts == 1 and len(layer._plan.ranks) == 1
+    return layer.router is None and layer.config.num_experts == 1 and len(layer._mixture.ranks) == 1
 
 
 def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:

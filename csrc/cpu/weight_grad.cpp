@@ -13,8 +13,8 @@ namespace moelora {
 namespace {
 
 // dA = dh^T dropout(x) in the product dtype, [n R, I].
-Tensor gram_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t siblings, double p,
-              bool per_expert, const std::optional<Tensor>& seed) {
+Tensor weight_grad_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t siblings,
+                     double p, bool per_expert, const std::optional<Tensor>& seed) {
   const ScalarType dtype = product_dtype(x.scalar_type());
   const Tensor left = transposed(cast(dh, dtype));
   if (p == 0.0) return mm(left, cast(x, dtype));
@@ -33,7 +33,7 @@ Tensor gram_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, int64_t s
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> weight_grad(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
     ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed) {
@@ -51,12 +51,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
   x = row_major(x);
 
   const Tensor da =
-      cast(gram_a(x, dh, blocks, siblings, dropout_p, dropout_per_expert, seed), lora_dtype);
+      cast(weight_grad_a(x, dh, blocks, siblings, dropout_p, dropout_per_expert, seed), lora_dtype);
   Tensor drouter = absent(router_dtype);
   Tensor dbias = absent(router_dtype);
   if (dlogits) {
     const Tensor wide = row_major(cast(*dlogits, compute_dtype(x.scalar_type())));
-    drouter = cast(router_gram(wide, x), router_dtype);
+    drouter = cast(router_weight_grad(wide, x), router_dtype);
     const Tensor sums = cast(sum_over_tokens(wide), router_dtype);
     dbias = torch::stable::select(sums, 0, 0);
   }
@@ -73,4 +73,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gram(
 
 }  // namespace moelora
 
-STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) { m.impl("gram", TORCH_BOX(&moelora::gram)); }
+STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("weight_grad", TORCH_BOX(&moelora::weight_grad));
+}

@@ -20,7 +20,7 @@ constexpr int64_t STEP = 64;
 constexpr int64_t LONGEST = 256;
 
 template <class S, class L, class C>
-struct Gram {
+struct WeightGrad {
   const Places& places;
   const Blocks& blocks;
   const Mask& mask;
@@ -123,7 +123,7 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
          const std::vector<Tensor>& db) {
   using C = Compute<S>;
   const int64_t width = u.size(1);
-  const Gram<S, L, C> gram{places, blocks, mask, width};
+  const WeightGrad<S, L, C> weight_grad{places, blocks, mask, width};
   const int64_t w = padded(width);
   const int64_t work = places.pairs() * w * STRIP / std::max<int64_t>(places.experts(), 1);
   const auto tasks = [&](int64_t strips, int64_t experts, const auto& task) {
@@ -147,8 +147,8 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
   tasks(strips_of(I), places.experts(),
         [&](auto level, int64_t expert, int64_t strip, C* sums, C* rest, S* kept)
             MOELORA_INLINE_LAMBDA {
-              gram.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest, kept,
-                                                  to_a);
+              weight_grad.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest,
+                                                         kept, to_a);
             });
   const S* of_u = u.const_data_ptr<S>();
   const int64_t E = blocks.experts();
@@ -159,20 +159,18 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
     tasks(strips_of(O), E,
           [&](auto level, int64_t e, int64_t strip, C* sums, C* rest, S* kept)
               MOELORA_INLINE_LAMBDA {
-                gram.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip, of_u, sums,
-                                                    rest, kept, to_b);
+                weight_grad.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip,
+                                                           of_u, sums, rest, kept, to_b);
               });
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::vector<Tensor> dy,
-                                                     Tensor u, Tensor order, Tensor offsets,
-                                                     Tensor /*chunks*/, ScalarType lora_dtype,
-                                                     std::vector<int64_t> ranks, double dropout_p,
-                                                     bool dropout_per_expert,
-                                                     std::optional<Tensor> seed) {
+std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
+    Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
+    Tensor /*chunks*/, ScalarType lora_dtype, std::vector<int64_t> ranks, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed) {
   check_floating(x, "x");
   const auto [rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
@@ -213,5 +211,5 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_gram(Tensor x, Tensor dh, std::v
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
-  m.impl("grouped_gram", TORCH_BOX(&moelora::grouped_gram));
+  m.impl("grouped_weight_grad", TORCH_BOX(&moelora::grouped_weight_grad));
 }

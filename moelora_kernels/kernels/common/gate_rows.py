@@ -6,15 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels import configs, launcher
-from moelora_kernels.kernels.sum_planes import sum_planes
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common.reduce_partials import reduce_partials
 
 
 @triton.jit(do_not_specialize=["T", "G"])
 def gate_rows_kernel(
     dgate_ptr,
     rows_ptr,
-    planes_ptr,
+    partials_ptr,
     T,
     G,
     per_split,
@@ -24,10 +24,10 @@ def gate_rows_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """planes[split, g] = sum of dgate[t] over the tokens of a split with gate row g.
+    """partials[split, g] = sum of dgate[t] over the tokens of a split with gate row g.
 
-    dgate [T, WIDTH], planes [SPLIT, G, WIDTH]; without rows every token has row 0. Programs: (tile
-    of G, tile of WIDTH, split).
+    dgate [T, WIDTH], partials [SPLIT, G, WIDTH]; without rows every token has row 0.
+    Programs: (tile of G, tile of WIDTH, split).
     """
     pid = tl.program_id(0)
     split = pid % SPLIT
@@ -49,7 +49,7 @@ def gate_rows_kernel(
         here = (g[:, None] == row[None, :]).to(tl.float32)
         total = tl.dot(here, dgate, total, input_precision="tf32x3")
     at = (split * G + g)[:, None] * WIDTH + e[None, :]
-    tl.store(planes_ptr + at, total, mask=(g < G)[:, None] & (e < WIDTH)[None, :])
+    tl.store(partials_ptr + at, total, mask=(g < G)[:, None] & (e < WIDTH)[None, :])
 
 
 def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
@@ -60,7 +60,7 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
     programs = launcher.ceil_div(G, block_g) * launcher.ceil_div(width, block_e)
     steps = launcher.ceil_div(T, tile.tokens)
     split = configs.splits(dgate.device, programs, steps)
-    planes = dgate.new_empty((split, G * width))
+    partials = dgate.new_empty((split, G * width))
     launcher.run(
         gate_rows_kernel,
         programs * split,
@@ -68,7 +68,7 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
         dict(
             dgate_ptr=dgate,
             rows_ptr=None if rows is None else rows.contiguous(),
-            planes_ptr=planes,
+            partials_ptr=partials,
             T=T,
             G=G,
             per_split=launcher.ceil_div(steps, split) * tile.tokens,
@@ -76,5 +76,5 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
         dict(WIDTH=width, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_G=block_g, BLOCK_E=block_e),
     )
     total = dgate.new_empty((G, width))
-    sum_planes(planes, [total])
+    reduce_partials(partials, [total])
     return total

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels import launcher
-from moelora_kernels.kernels.configs import Tile
+from moelora_kernels.kernels.common import launcher
+from moelora_kernels.kernels.common.configs import Tile
 
 
 @triton.jit
-def load_planes(
-    planes_ptr,
+def load_partials(
+    partials_ptr,
     tokens,
     inside,
     sibling,
@@ -25,20 +25,20 @@ def load_planes(
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The sum over the parts of planes [SPLIT, T, n WIDTH] at `some` columns of a sibling."""
+    """The sum over the parts of partials [SPLIT, T, n WIDTH] at `some` columns of a sibling."""
     total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
     for split in range(SPLIT):
         row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
-        address = planes_ptr + row + columns[None, :]
+        address = partials_ptr + row + columns[None, :]
         total += tl.load(address, mask=inside[:, None] & some[None, :], other=0.0)
     return total
 
 
 @triton.jit
-def sum_planes_kernel(
-    planes_ptr, stride_plane, outputs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+def reduce_partials_kernel(
+    partials_ptr, stride_plane, outputs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """outputs[i] = sum over the planes of planes[s, starts[i] : starts[i] + sizes[i]].
+    """outputs[i] = sum over the partials of partials[s, starts[i] : starts[i] + sizes[i]].
 
     Programs: blocks of the outputs, one output after the other.
     """
@@ -51,26 +51,28 @@ def sum_planes_kernel(
             real = element < sizes[i]
             total = tl.zeros((BLOCK,), tl.float32)
             for split in range(SPLIT):
-                at = planes_ptr + split * stride_plane + starts[i] + element
+                at = partials_ptr + split * stride_plane + starts[i] + element
                 total += tl.load(at, mask=real, other=0.0)
             tl.store(outputs[i] + element, total.to(outputs[i].dtype.element_ty), mask=real)
         block -= blocks
 
 
-def sum_planes(planes: Tensor, outputs: Sequence[Tensor], starts: Sequence[int] = (0,)) -> None:
-    """Fill contiguous `outputs` with the sums over planes [SPLIT, *] float32, from starts[i] on."""
+def reduce_partials(
+    partials: Tensor, outputs: Sequence[Tensor], starts: Sequence[int] = (0,)
+) -> None:
+    """Fill contiguous `outputs` with sums over partials [SPLIT, *] float32, from starts[i] on."""
     tile = Tile(1, 1024, 4, 1)
     sizes = tuple(o.numel() for o in outputs)
     launcher.run(
-        sum_planes_kernel,
+        reduce_partials_kernel,
         sum(launcher.ceil_div(size, tile.step) for size in sizes),
         tile,
         dict(
-            planes_ptr=planes,
-            stride_plane=planes.stride(0),
+            partials_ptr=partials,
+            stride_plane=partials.stride(0),
             outputs=tuple(outputs),
             sizes=sizes,
             starts=tuple(starts),
         ),
-        dict(SPLIT=planes.shape[0], BLOCK=tile.step),
+        dict(SPLIT=partials.shape[0], BLOCK=tile.step),
     )

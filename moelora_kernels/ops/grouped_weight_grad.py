@@ -20,5 +20,5 @@ def _fake(
     return da, [x.new_empty((g.shape[1], total), dtype=lora_dtype) for g in dy]
 
 
-grouped_gram = register("grouped_gram", _SCHEMA, reference.grouped_gram, _fake)
-register_kernels("grouped_gram")
+grouped_weight_grad = register("grouped_weight_grad", _SCHEMA, reference.grouped_weight_grad, _fake)
+register_kernels("grouped_weight_grad")

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints import load_adapter_state_dict, load_moelora_peft
+from moelora_kernels.checkpoints.description import model_of
 from moelora_kernels.checkpoints.files import read
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.layout import model_of
 
 _OF_PEFT = re.compile(r"base_model\.model\.(.+)\.moelora_(experts|router)(?:_(.+))?\.([^.]+)$")
 _OF_ORIGINAL = re.compile(

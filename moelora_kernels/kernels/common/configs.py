@@ -18,8 +18,8 @@ import torch
 class Tile(NamedTuple):
     """Rows and step of a program, and how it is compiled.
 
-    tokens: tokens of a tile (for the grams: of a step; for tiles of an expert at least
-    `routing.TILE`). step: columns per step of the loop (for the grams, `shrink_dx` and
+    tokens: tokens of a tile (for the weight_grads: of a step; for tiles of an expert at least
+    `routing.TILE`). step: columns per step of the loop (for the weight_grads, `shrink_dx` and
     `grouped_expand`: columns of the wide side that a program owns). qualified: GPU, torch, Triton
     and commit of the `gpu` tests that passed with it; empty: compiled only.
     """
@@ -57,14 +57,14 @@ _SM_90 = {
     ("shrink_gate_backward", 4, 32): Tile(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 64): Tile(64, 32, 8, 3),
     ("shrink_gate_backward", 4, 128): Tile(64, 32, 8, 3),
-    ("gram", 2, 16): Tile(64, 128, 4, 3),
-    ("gram", 2, 32): Tile(64, 128, 4, 3),
-    ("gram", 2, 64): Tile(64, 128, 8, 3),
-    ("gram", 2, 128): Tile(64, 128, 8, 3),
-    ("gram", 4, 16): Tile(32, 64, 4, 3),
-    ("gram", 4, 32): Tile(32, 64, 4, 3),
-    ("gram", 4, 64): Tile(32, 64, 8, 3),
-    ("gram", 4, 128): Tile(32, 64, 8, 3),
+    ("weight_grad", 2, 16): Tile(64, 128, 4, 3),
+    ("weight_grad", 2, 32): Tile(64, 128, 4, 3),
+    ("weight_grad", 2, 64): Tile(64, 128, 8, 3),
+    ("weight_grad", 2, 128): Tile(64, 128, 8, 3),
+    ("weight_grad", 4, 16): Tile(32, 64, 4, 3),
+    ("weight_grad", 4, 32): Tile(32, 64, 4, 3),
+    ("weight_grad", 4, 64): Tile(32, 64, 8, 3),
+    ("weight_grad", 4, 128): Tile(32, 64, 8, 3),
     ("shrink_dx", 2, 16): Tile(64, 128, 8, 2),
     ("shrink_dx", 2, 32): Tile(64, 128, 8, 2),
     ("shrink_dx", 2, 64): Tile(128, 128, 8, 2),
@@ -77,12 +77,12 @@ _SM_90 = {
     ("router_logits", 4, 16): Tile(64, 32, 4, 3),
     ("router_logits", 4, 32): Tile(64, 32, 4, 3),
     ("router_logits", 4, 64): Tile(64, 32, 8, 3),
-    ("router_gram", 2, 16): Tile(64, 128, 4, 3),
-    ("router_gram", 2, 32): Tile(64, 128, 4, 3),
-    ("router_gram", 2, 64): Tile(64, 128, 8, 3),
-    ("router_gram", 4, 16): Tile(32, 64, 4, 3),
-    ("router_gram", 4, 32): Tile(32, 64, 4, 3),
-    ("router_gram", 4, 64): Tile(32, 64, 8, 3),
+    ("router_grad", 2, 16): Tile(64, 128, 4, 3),
+    ("router_grad", 2, 32): Tile(64, 128, 4, 3),
+    ("router_grad", 2, 64): Tile(64, 128, 8, 3),
+    ("router_grad", 4, 16): Tile(32, 64, 4, 3),
+    ("router_grad", 4, 32): Tile(32, 64, 4, 3),
+    ("router_grad", 4, 64): Tile(32, 64, 8, 3),
     ("grouped_shrink", 2, 16): Tile(64, 128, 4, 3),
     ("grouped_shrink", 2, 32): Tile(64, 128, 4, 3),
     ("grouped_shrink", 2, 64): Tile(64, 128, 8, 3),
@@ -100,12 +100,12 @@ _SM_90 = {
     ("grouped_expand", 2, 64): Tile(64, 128, 8, 2),
     ("grouped_expand", 4, 16): Tile(64, 64, 4, 2),
     ("grouped_expand", 4, 32): Tile(64, 64, 4, 2),
-    ("grouped_gram", 2, 16): Tile(64, 128, 4, 3),
-    ("grouped_gram", 2, 32): Tile(64, 128, 4, 3),
-    ("grouped_gram", 2, 64): Tile(64, 128, 8, 3),
-    ("grouped_gram", 4, 16): Tile(32, 64, 4, 3),
-    ("grouped_gram", 4, 32): Tile(32, 64, 4, 3),
-    ("grouped_gram", 4, 64): Tile(32, 64, 8, 3),
+    ("grouped_weight_grad", 2, 16): Tile(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 32): Tile(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 64): Tile(64, 128, 8, 3),
+    ("grouped_weight_grad", 4, 16): Tile(32, 64, 4, 3),
+    ("grouped_weight_grad", 4, 32): Tile(32, 64, 4, 3),
+    ("grouped_weight_grad", 4, 64): Tile(32, 64, 8, 3),
 }
 
 # With Triton 3.8, though not with 3.6 or 3.9, the product of R = 256 keeps 8 bytes on the stack.
@@ -114,11 +114,11 @@ _SM_100 = {
     ("shrink_gate", 2, 16): Tile(64, 128, 8, 3),
     ("shrink_gate", 2, 32): Tile(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): Tile(64, 128, 8, 3),
-    ("gram", 2, 128): Tile(64, 128, 8, 2),
+    ("weight_grad", 2, 128): Tile(64, 128, 8, 2),
     ("router_logits", 2, 16): Tile(64, 128, 8, 3),
-    ("grouped_gram", 2, 64): Tile(64, 128, 8, 2),
-    ("grouped_gram", 4, 32): Tile(32, 64, 8, 3),
-    ("router_gram", 4, 16): Tile(32, 64, 8, 3),
+    ("grouped_weight_grad", 2, 64): Tile(64, 128, 8, 2),
+    ("grouped_weight_grad", 4, 32): Tile(32, 64, 8, 3),
+    ("router_grad", 4, 16): Tile(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): Tile(64, 32, 8, 2),
 }
 # Without wgmma a tile of 64 tokens and 128 columns does not fit the registers.
@@ -128,15 +128,15 @@ _SM_80 = {
     ("shrink_gate", 2, 128): Tile(64, 32, 8, 3),
     ("shrink_gate_backward", 2, 128): Tile(32, 64, 4, 3),
     ("shrink_gate_backward", 4, 128): Tile(32, 32, 8, 3),
-    ("gram", 2, 32): Tile(64, 128, 8, 3),
-    ("gram", 2, 128): Tile(32, 64, 8, 3),
+    ("weight_grad", 2, 32): Tile(64, 128, 8, 3),
+    ("weight_grad", 2, 128): Tile(32, 64, 8, 3),
     ("shrink_dx", 2, 64): Tile(64, 128, 8, 2),
     ("shrink_dx", 4, 64): Tile(32, 64, 4, 2),
-    ("router_gram", 2, 32): Tile(64, 128, 8, 3),
-    ("router_gram", 2, 64): Tile(32, 64, 8, 3),
+    ("router_grad", 2, 32): Tile(64, 128, 8, 3),
+    ("router_grad", 2, 64): Tile(32, 64, 8, 3),
     ("grouped_expand", 2, 16): Tile(64, 64, 8, 2),
     ("grouped_expand", 4, 32): Tile(64, 64, 8, 2),
-    ("grouped_gram", 2, 16): Tile(64, 128, 8, 3),
+    ("grouped_weight_grad", 2, 16): Tile(64, 128, 8, 3),
 }
 _SM_89 = {
     **_SM_80,

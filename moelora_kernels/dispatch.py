@@ -11,13 +11,13 @@ from moelora_kernels import native
 from moelora_kernels.ops.registration import why_no_kernels
 
 # name -> why it cannot be chosen, or "" where it can.
-FORMULATIONS = {
+IMPLS = {
     "reference": "",
     "wide": "",
     "grouped": "",
     "decode": "the decode kernels are not part of this version",
 }
-CHOICES = (*FORMULATIONS, "auto")
+CHOICES = (*IMPLS, "auto")
 
 
 class Threshold(NamedTuple):
@@ -55,8 +55,8 @@ def check(impl: str) -> None:
     """Raise ValueError unless `impl` names a formulation that can be chosen here."""
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
-    if FORMULATIONS.get(impl):
-        raise ValueError(f"impl: {impl!r} is not available: {FORMULATIONS[impl]}")
+    if IMPLS.get(impl):
+        raise ValueError(f"impl: {impl!r} is not available: {IMPLS[impl]}")
 
 
 def why_not_grouped(top_k: int | None, share_a: bool) -> str:
@@ -72,7 +72,7 @@ def check_grouped(top_k: int | None, share_a: bool) -> None:
         raise ValueError(f"impl: 'grouped' does not go with this layer: {reason}")
 
 
-def pick(
+def choose_impl(
     device: str,
     *,
     tokens: int,
@@ -81,7 +81,7 @@ def pick(
     top_k: int | None,
     share_a: bool = False,
 ) -> str:
-    """What impl="auto" takes: `choose` without the words.
+    """What impl="auto" takes: `explain_choice` without the words.
 
     A compiled graph calls this one. A number that is written into a text is a constant of the
     graph, and every T would compile anew; here T only has a side of the threshold.
@@ -130,7 +130,7 @@ for _constant in (device_class, _why_no_grouped_ops):
     _constant._dynamo_marked_constant = True
 
 
-def choose(
+def explain_choice(
     device: str,
     *,
     tokens: int,
@@ -147,7 +147,7 @@ def choose(
     rank is the largest, total_rank the sum R (None: E equal ranks); top_k None or E: dense gate.
     """
     total = num_experts * rank if total_rank is None else total_rank
-    impl = pick(
+    impl = choose_impl(
         device, tokens=tokens, num_experts=num_experts, total_rank=total, top_k=top_k,
         share_a=share_a,
     )  # fmt: skip

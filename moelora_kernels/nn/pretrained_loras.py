@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.record import layers_of
 from moelora_kernels.nn.routers import PrototypeRouter
+from moelora_kernels.nn.routing_record import layers_of
 from moelora_kernels.reference.gates import blocks
 
 _SCALES = {"alpha/r": lambda rank: rank, "alpha/sqrt(r)": math.sqrt}

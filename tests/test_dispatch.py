@@ -9,8 +9,8 @@ import torch
 from layers import assert_case, make_case
 from linears import make_layer
 
-from moelora_kernels import MoeLoraConfig, formulation, native, ops
-from moelora_kernels.formulation import THRESHOLDS, choose, pick
+from moelora_kernels import MoeLoraConfig, dispatch, native, ops
+from moelora_kernels.dispatch import THRESHOLDS, choose_impl, explain_choice
 from moelora_kernels.functional import apply
 
 SIZES = dict(in_features=64, out_features=64, num_experts=8, rank=1)
@@ -23,13 +23,13 @@ grouped_is_there = pytest.mark.skipif(
 @pytest.fixture
 def every_op(monkeypatch):
     """A machine that serves the grouped ops on every device."""
-    monkeypatch.setattr(formulation, "_why_no_grouped_ops", lambda device: "")
+    monkeypatch.setattr(dispatch, "_why_no_grouped_ops", lambda device: "")
 
 
 @pytest.mark.parametrize("top_k", (1, 2, 7))
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
-    monkeypatch.setattr(formulation, "device_class", lambda device: name)
+    monkeypatch.setattr(dispatch, "device_class", lambda device: name)
     threshold = THRESHOLDS[name]
     most = math.floor(threshold.columns * top_k)
     for total, tokens, expected, word in (
@@ -40,12 +40,12 @@ def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
         (most + 1, 2**20, "grouped", "is above"),
     ):
         given = dict(SIZES, tokens=tokens, top_k=top_k, total_rank=total)
-        choice = choose("cpu", **given)
+        choice = explain_choice("cpu", **given)
         assert choice.impl == expected, (total, tokens)
         assert word in choice.reason, choice
         assert name in choice.reason
         few = {k: given[k] for k in ("tokens", "top_k", "total_rank", "num_experts")}
-        assert pick("cpu", **few) == expected
+        assert choose_impl("cpu", **few) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
 def test_a_gpu_is_of_its_compute_capability(capability, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    formulation._device_class.cache_clear()
+    dispatch._device_class.cache_clear()
     try:
-        assert formulation.device_class("cuda") == (name or "cuda")
-        assert formulation.device_class("cpu") == "cpu"
+        assert dispatch.device_class("cuda") == (name or "cuda")
+        assert dispatch.device_class("cpu") == "cpu"
     finally:
-        formulation._device_class.cache_clear()
+        dispatch._device_class.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_gpu_is_of_its_compute_capability(capability, name, monkeypatch):
     ids=str,
 )
 def test_layers_without_a_grouped_form_run_wide(options, reason, every_op):
-    choice = choose("cpu", tokens=2**20, **{**SIZES, "rank": 4096}, **options)
+    choice = explain_choice("cpu", tokens=2**20, **{**SIZES, "rank": 4096}, **options)
     assert choice.impl == "wide"
     assert reason in choice.reason
     assert f"R = {8 * 4096}" in choice.reason
@@ -85,11 +85,11 @@ def test_without_the_native_library_a_cpu_runs_wide(monkeypatch):
     """The reference of the grouped ops computes every expert for every pair."""
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "reason", lambda: "not built")
-    formulation._missing_ops.cache_clear()
+    dispatch._missing_ops.cache_clear()
     try:
-        choice = choose("cpu", tokens=2**20, **{**SIZES, "rank": 4096}, top_k=1)
+        choice = explain_choice("cpu", tokens=2**20, **{**SIZES, "rank": 4096}, top_k=1)
     finally:
-        formulation._missing_ops.cache_clear()
+        dispatch._missing_ops.cache_clear()
     assert choice.impl == "wide"
     assert "the native library is missing (not built)" in choice.reason
 
@@ -192,7 +192,7 @@ def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
     """T is not a constant of the graph: only its side of the threshold is."""
     # Compiled graphs have a side of T = 0 and one of T = 1 anyway.
     threshold = CPU._replace(tokens=4)
-    monkeypatch.setitem(formulation.THRESHOLDS, "cpu", threshold)
+    monkeypatch.setitem(dispatch.THRESHOLDS, "cpu", threshold)
     ranks = ranks_of(math.floor(CPU.columns * 2) + 1)
     case = make_case(tokens=1, ranks=ranks, in_features=8, out_features=(8,)).to(torch.float32)
     compiled = torch.compile(

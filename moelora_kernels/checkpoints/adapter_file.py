@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moelora_kernels.checkpoints.description import layout_of
 from moelora_kernels.checkpoints.files import load_safetensors, why_no_tensor, why_unfit
-from moelora_kernels.layout import layout_of
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with

@@ -11,7 +11,7 @@ from torch import Tensor
 from moelora_kernels import ops
 
 
-class Plan(NamedTuple):
+class Mixture(NamedTuple):
     """What is static about a layer: the same for all siblings, all tokens and all steps."""
 
     ranks: tuple[int, ...]
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     dropout_per_expert: bool = False
 
 
-class Sibling(NamedTuple):
+class LinearTensors(NamedTuple):
     """The tensors of one linear: `base` is the output of a base that is called, not read."""
 
     weight: Tensor | None  # [O, I]
@@ -45,21 +45,21 @@ class MoeLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(impl, plan, counts, x, gates, indices, rows, seed, *tensors):
+    def forward(impl, mixture, counts, x, gates, indices, rows, seed, *tensors):
         forward = ops.grouped if impl == "grouped" else ops.wide
         fields = _split(tensors, counts)
-        outputs, *rest = forward(x, *fields, gates, indices, rows, seed, *plan)
+        outputs, *rest = forward(x, *fields, gates, indices, rows, seed, *mixture)
         return (*outputs, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, plan, counts, x, gates, indices, rows, seed, *tensors = inputs
+        _, mixture, counts, x, gates, indices, rows, seed, *tensors = inputs
         h, *routing, weights, chosen, logits = output[counts[4] :]
-        if plan.top_k:
-            gates, indices = weights, chosen if plan.top_k < len(plan.ranks) else None
-        keep_logits = plan.top_k and not plan.renormalize
+        if mixture.top_k:
+            gates, indices = weights, chosen if mixture.top_k < len(mixture.ranks) else None
+        keep_logits = mixture.top_k and not mixture.renormalize
         weight, _, _, lora_a, lora_b, router_weight, _ = _split(tensors, counts)
-        ctx.plan, ctx.counts, ctx.routing = plan, counts, len(routing)
+        ctx.mixture, ctx.counts, ctx.routing = mixture, counts, len(routing)
         ctx.mark_non_differentiable(h, *routing, weights, chosen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -84,7 +84,7 @@ class MoeLora(torch.autograd.Function):
         backward = ops.grouped_backward if routing else ops.wide_backward
         dx, dgate, da, drouter, dbias, db = backward(
             dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, *(routing or [rows]),
-            logits, grads[-1], seed, *ctx.plan, needs_x, any(needs[len(needs_base) :]),
+            logits, grads[-1], seed, *ctx.mixture, needs_x, any(needs[len(needs_base) :]),
         )  # fmt: skip
         of_bases = [None] * len(needs_base)
         if any(needs_base):
@@ -110,8 +110,8 @@ class SqrtGateMoeLora(MoeLora):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        impl, plan, counts, x, gates, *rest = inputs
-        MoeLora.setup_context(ctx, (impl, plan, counts, x, gates.sqrt(), *rest), output)
+        impl, mixture, counts, x, gates, *rest = inputs
+        MoeLora.setup_context(ctx, (impl, mixture, counts, x, gates.sqrt(), *rest), output)
 
 
 def _base_gradients(dy: list[Tensor], x: Tensor, needs: list[bool], counts: tuple) -> list:
@@ -139,15 +139,15 @@ def _split(flat: Sequence, counts: Sequence[int]) -> list[list]:
     return [[next(rest) for _ in range(count)] for count in counts]
 
 
-def _present(siblings: Sequence[Sibling]) -> list[list[str]]:
-    named = (zip(Sibling._fields, sibling, strict=True) for sibling in siblings)
+def _present(siblings: Sequence[LinearTensors]) -> list[list[str]]:
+    named = (zip(LinearTensors._fields, sibling, strict=True) for sibling in siblings)
     return [[name for name, tensor in fields if tensor is not None] for fields in named]
 
 
 def run(
     impl: str,
-    plan: Plan,
-    siblings: Sequence[Sibling],
+    mixture: Mixture,
+    siblings: Sequence[LinearTensors],
     *inputs,
     function: type[MoeLora] = MoeLora,
 ) -> tuple:
@@ -164,15 +164,15 @@ def run(
     tensors = [t for field in zip(*siblings, strict=True) for t in field if t is not None]
     counts = tuple([0 if missing else n for missing in absent])
     if not torch.is_grad_enabled():
-        return function.forward(impl, plan, counts, *inputs, *tensors)
+        return function.forward(impl, mixture, counts, *inputs, *tensors)
     if torch._C._are_functorch_transforms_active():
-        return function.apply(impl, plan, counts, *inputs, *tensors)
+        return function.apply(impl, mixture, counts, *inputs, *tensors)
     if torch.compiler.is_compiling():
         # Where nothing needs a gradient, Dynamo calls the forward of a Function with a context
         # before its arguments, which this form of a Function does not take.
         trains = any([t is not None and t.requires_grad for t in (*inputs, *tensors)])
         call = function.apply if trains else function.forward
-        return call(impl, plan, counts, *inputs, *tensors)
+        return call(impl, mixture, counts, *inputs, *tensors)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
     # call, longer than the smallest products take.
-    return super(torch.autograd.Function, function).apply(impl, plan, counts, *inputs, *tensors)
+    return super(torch.autograd.Function, function).apply(impl, mixture, counts, *inputs, *tensors)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels.products import exact_sum
+from moelora_kernels.kernels.common.products import exact_sum
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moelora_kernels import formulation
+from moelora_kernels import dispatch
 
 if TYPE_CHECKING:
     from moelora_kernels.config import MoeLoraConfig
@@ -41,7 +41,7 @@ def check(config: MoeLoraConfig) -> None:
         one_of("router", config.router, ROUTERS)
     elif not (config.router is None or isinstance(config.router, nn.Module)):
         raise TypeError(f"router: expected a name or an nn.Module, got {type(config.router)}")
-    formulation.check(config.impl)
+    dispatch.check(config.impl)
     whole("num_experts", config.num_experts)
     for rank in config.rank if isinstance(config.rank, tuple) else (config.rank,):
         whole("rank", rank)
@@ -113,7 +113,7 @@ def check(config: MoeLoraConfig) -> None:
     _check_training(config)
     _check_svd_segments(config)
     if config.impl == "grouped":
-        formulation.check_grouped(config.top_k if config.is_sparse() else None, config.share == "A")
+        dispatch.check_grouped(config.top_k if config.is_sparse() else None, config.share == "A")
 
 
 def _check_selection(config: MoeLoraConfig) -> None:

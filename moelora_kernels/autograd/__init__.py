@@ -1,0 +1,1 @@
+"""The torch.autograd.Functions of the layers."""
