@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.kernels.common.launcher import Launch
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, TILE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -1,4 +1,4 @@
-// The sizes of the routing arrays, on any device; routing.py explains the arrays.
+// The sizes of the routing arrays, on any device; types.py explains the arrays.
 #pragma once
 
 #include <algorithm>

@@ -9,40 +9,55 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import dispatch, reference
-from moelora_kernels.autograd.linear import LinearTensors, Mixture, MoeLora, SqrtGateMoeLora, run
+from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, _Flat, run
+from moelora_kernels.numerics import active_dtype, dropout_seed, is_autocast
+from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LayerOutput, LinearTensors, Mixture
 
 
-def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of `device` (the meta device has none)."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def active_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a layer computes in: autocast's where that is on (never for float64), else x's."""
-    if is_autocast(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def apply(
+def run_layer(
     mixture: Mixture,
     x: Tensor,
-    siblings: Sequence[LinearTensors],
-    gates: Tensor | None = None,
-    indices: Tensor | None = None,
-    rows: Tensor | None = None,
-    seed: Tensor | None = None,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None = None,
+    dropout: Dropout = NO_DROPOUT,
     impl: str = "auto",
     *,
     sqrt_gate: bool = False,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Run n siblings on x [T, I] (arguments checked and cast by the caller).
+) -> LayerOutput:
+    """Run n siblings on x. The caller has checked the arguments and cast the tensors.
 
-    sqrt_gate: the root of the gates, which are then given, in the gradients of A, B and x.
+        y_i = x Wt_i + b_i + u_i Bt_i        u = scale * gate (.) (dropout(x) At)
 
-    Returns their outputs [T, O_i], and of a linear router weights, indices and logits as
-    `reference.shrink_gate` describes them.
+    Args:
+        mixture: the static options, the same for all siblings.
+        x: [T, I].
+        linears: n of them, with the same fields present in each.
+        gate: the gate of every token; None if linear routers make it (`mixture.top_k` is above 0).
+        dropout: of x on its way into A.
+        impl: "auto", "wide", "grouped" or "reference".
+        sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
+
+    Returns:
+        y_i [T, O_i] of every sibling; and `gate`, or the gate that the routers made.
+
+    Raises:
+        ValueError: `impl` cannot compute this layer, or the siblings have different fields.
     """
+    flat = _Flat(*mixture, *dropout[:2])
+    gates, indices, rows, _ = gate or (None, None, None, None)
+    outputs, weights, chosen, logits = _apply(
+        flat, x, linears, gates, indices, rows, dropout.seed, impl, sqrt_gate=sqrt_gate
+    )
+    if gate is None:
+        experts = chosen if mixture.is_sparse else None
+        gate = Gate(weights, experts, None, logits)
+    return LayerOutput(outputs, gate)
+
+
+def _apply(
+    mixture, x, siblings, gates=None, indices=None, rows=None, seed=None, impl="auto", *,
+    sqrt_gate=False,
+):  # fmt: skip
     impl = _formulation(mixture, x, siblings, indices, impl)
     if impl == "reference":
         apply_reference = _apply_reference_sqrt if sqrt_gate else _apply_reference
@@ -154,33 +169,10 @@ def moe_lora_linear(
     if weight.dtype != dtype:
         base = torch.nn.functional.linear(tokens, weight, bias)
         weight = bias = None
-    sibling = LinearTensors(weight, bias, base, lora_a, lora_b, None, None)
-    mixture = Mixture(ranks, scaling, dropout=float(dropout))
-    (y,), *_ = apply(mixture, tokens, [sibling], gates, indices, rows, seed, impl)
+    linear = LinearTensors(weight, bias, base, lora_a, lora_b)
+    gate, drop = Gate(gates, indices, rows), Dropout(float(dropout), False, seed)
+    (y,), _ = run_layer(Mixture(ranks, scaling), tokens, [linear], gate, drop, impl)
     return y.view(*x.shape[:-1], lora_b.shape[0])
-
-
-def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed of a forward's dropout mask as one int64 on `device`, None without dropout.
-
-    Drawn from torch's generator, so that `torch.manual_seed` and activation checkpointing, which
-    restores the generator before it recomputes, both give the same mask again.
-    """
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"dropout: expected a number, got {p!r}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {p}")
-    if p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**62, (1,), device=device)
-    if not isinstance(seed, (int, Tensor)) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected an int or one int64, got {seed!r}")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected one int64, got {seed.dtype} {[*seed.shape]}")
-        return seed.to(device)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def _expect(condition: bool, argument: str, expected: str, given) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.autograd.linear import LinearTensors, Mixture
+from moelora_kernels.autograd.linear import _Flat as Mixture
+from moelora_kernels.types import LinearTensors
 
 # name -> how likely each expert is [E], not normalised.
 ROUTINGS: dict[str, Callable[[int], Tensor]] = {

@@ -14,8 +14,9 @@ from op_cases import Case, Inputs
 from torch import Tensor, nn
 
 from moelora_kernels import MoeLoraGroup, MoeLoraLinear, moe_lora_linear, set_tasks
-from moelora_kernels.autograd.linear import LinearTensors, Mixture
+from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import LinearTensors
 
 DEVICE = torch.device("cuda")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moelora_kernels.autograd.linear import LinearTensors, Mixture
-from moelora_kernels.functional import apply
+from moelora_kernels.autograd.linear import _Flat as Mixture
+from moelora_kernels.functional import _apply as apply
 from moelora_kernels.testing import assert_within_budget, draw_experts, reference_step
+from moelora_kernels.types import LinearTensors
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moelora_kernels.routing import count_tiles
 from moelora_kernels.testing import ROUTINGS, draw_experts
+from moelora_kernels.types import count_tiles
 
 NAMES = ("order", "offsets", "tiles", "chunks")
 

@@ -11,7 +11,7 @@ from linears import make_layer
 
 from moelora_kernels import MoeLoraConfig, dispatch, native, ops
 from moelora_kernels.dispatch import THRESHOLDS, choose_impl, explain_choice
-from moelora_kernels.functional import apply
+from moelora_kernels.functional import _apply as apply
 
 SIZES = dict(in_features=64, out_features=64, num_experts=8, rank=1)
 CPU = THRESHOLDS["cpu"]

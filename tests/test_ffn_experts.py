@@ -6,10 +6,14 @@ from ffns import HIDDEN, INNER, check, inputs, make_ffn
 from linears import assert_same, step
 from torch import nn
 
-from moelora_kernels import autograd_ffn, ops
-from moelora_kernels.autograd.ffn import FfnAdapters, FfnMixture, RouterLogits, ffn_experts
+from moelora_kernels import ops
+from moelora_kernels.autograd import ffn as autograd_ffn
+from moelora_kernels.autograd.ffn import RouterLogits
+from moelora_kernels.autograd.ffn import _ffn_experts as ffn_experts
+from moelora_kernels.autograd.ffn import _FlatFfn as FfnMixture
 from moelora_kernels.nn import ffn as nn_ffn
 from moelora_kernels.testing import draw_experts
+from moelora_kernels.types import FfnTensors
 
 RANKS, SCALING = (1, 3, 2), (0.5, 2.0, 1.0)
 # Out of range on both sides, the first id past the end, and an expert in two slots of a token.
@@ -28,7 +32,7 @@ def draw(tokens, slots):
 def run(plan, indices, tensors, impl="grouped", activation=nn.functional.silu):
     x, gate, up, weights, *adapters = tensors
     seeds = [torch.tensor([s]) for s in (5, 7)] if plan.dropout else [None, None]
-    adapters = FfnAdapters(*adapters)
+    adapters = FfnTensors(*adapters)
     return ffn_experts(plan, activation, x, gate, up, weights, indices, adapters, *seeds, impl)
 
 
@@ -94,7 +98,7 @@ def test_the_function_is_the_reference(routing, plan):
 @pytest.mark.parametrize("trains", ("x", "gate", "weights", "gate_b", "up_a", "down_a"))
 def test_only_what_is_asked_for(trains):
     """One input that trains and all others frozen: its gradient is what it is among all."""
-    names = ["x", "gate", "up", "weights", *FfnAdapters._fields]
+    names = ["x", "gate", "up", "weights", *FfnTensors._fields]
     tensors, indices = draw(6, 2), torch.tensor(ADVERSARIAL)
     everything = [t.clone().requires_grad_() for t in tensors]
     own = names.index(trains)
@@ -202,7 +206,7 @@ def forget_last_slot(monkeypatch, layer):
 
 def swap_gate_and_up(monkeypatch, layer):
     own = layer._adapters()
-    swapped = FfnAdapters(own.up_a, own.up_b, own.gate_a, own.gate_b, own.down_a, own.down_b)
+    swapped = FfnTensors(own.up_a, own.up_b, own.gate_a, own.gate_b, own.down_a, own.down_b)
     monkeypatch.setattr(layer, "_adapters", lambda: swapped)
 
 

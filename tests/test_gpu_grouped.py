@@ -11,8 +11,8 @@ from op_cases import Case as LayerCase
 from op_cases import Inputs as LayerInputs
 
 from moelora_kernels import ops
-from moelora_kernels.routing import CHUNK, TILE
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import CHUNK, TILE
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ from op_cases import CASES, Inputs, compare, forward_of
 from torch import Tensor
 
 from moelora_kernels import ops, reference
-from moelora_kernels.autograd.linear import LinearTensors, Mixture
-from moelora_kernels.functional import apply
+from moelora_kernels.autograd.linear import _Flat as Mixture
+from moelora_kernels.functional import _apply as apply
 from moelora_kernels.kernels import (
     dropout,
     shrink_dx,
@@ -21,6 +21,7 @@ from moelora_kernels.kernels import (
     weight_grad,
 )
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import LinearTensors
 
 pytestmark = pytest.mark.gpu
 

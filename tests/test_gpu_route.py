@@ -8,8 +8,8 @@ from route_cases import CASES, NAMES, adversarial, drawn
 from torch import Tensor
 
 from moelora_kernels import native, ops, reference
-from moelora_kernels.routing import CHUNK, TILE
 from moelora_kernels.testing import ROUTINGS
+from moelora_kernels.types import CHUNK, TILE
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.gpu

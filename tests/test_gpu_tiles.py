@@ -27,7 +27,7 @@ from moelora_kernels.kernels import (
     weight_grad,
 )
 from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, TILE
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@ from layers import assert_case, make_case
 from torch import Tensor
 
 from moelora_kernels import moe_lora_linear, ops
-from moelora_kernels.functional import apply
-from moelora_kernels.routing import CHUNK, TILE, count_tiles
+from moelora_kernels.functional import _apply as apply
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import CHUNK, TILE, count_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from op_cases import Inputs as LayerInputs
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.linear import Mixture
+from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.kernels import (
     grouped_expand,
     grouped_shrink,
@@ -25,8 +25,8 @@ from moelora_kernels.kernels import (
     router,
 )
 from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.routing import TILE
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import TILE
 
 # Who serves `route` on a GPU is no kernel of Triton.
 LAUNCHERS = {

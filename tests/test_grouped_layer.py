@@ -11,8 +11,8 @@ from linears import IN, assert_same, make_layer, step
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraGroup, collect_aux_loss, ops
-from moelora_kernels.routing import CHUNK, TILE
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import CHUNK, TILE
 
 GATES = {
     # name -> options

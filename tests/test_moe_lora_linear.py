@@ -9,8 +9,8 @@ from layers import assert_case, make_case
 
 import moelora_kernels
 from moelora_kernels import moe_lora_linear, reference
-from moelora_kernels.autograd.linear import Mixture
-from moelora_kernels.functional import apply
+from moelora_kernels.autograd.linear import _Flat as Mixture
+from moelora_kernels.functional import _apply as apply
 from moelora_kernels.testing import assert_within_budget, error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

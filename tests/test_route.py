@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import native, ops, reference
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, TILE
 
 each_case = pytest.mark.parametrize("name", CASES)
 # tile and chunk: one place, one that divides nothing, a power of two, the shipped sizes.

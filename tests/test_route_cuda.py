@@ -19,7 +19,7 @@ from route_cases import CASES, NAMES, drawn
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.routing import CHUNK, TILE, count_tiles
+from moelora_kernels.types import CHUNK, TILE, count_tiles
 
 ROOT = Path(__file__).parents[1]
 GUARD, GARBAGE = 16, -77

@@ -11,7 +11,7 @@ from op_cases import CASES, Inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.linear import Mixture
+from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
 from moelora_kernels.kernels.common import launcher
 from moelora_kernels.testing import assert_within_budget

@@ -10,7 +10,7 @@
 namespace moelora {
 namespace {
 
-// moelora_kernels/routing.py has the same: the maps are not read on a CPU, but returned.
+// moelora_kernels/types.py has the same: the maps are not read on a CPU, but returned.
 constexpr int64_t TILE = 64;
 constexpr int64_t CHUNK = 1024;
 

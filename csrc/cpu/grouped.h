@@ -1,4 +1,4 @@
-// The routing arrays as the grouped ops read them; see moelora_kernels/routing.py.
+// The routing arrays as the grouped ops read them; see moelora_kernels/types.py.
 #pragma once
 
 #include <vector>

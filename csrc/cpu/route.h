@@ -1,4 +1,4 @@
-// From the experts of every token to the tokens of every expert; routing.py explains the arrays.
+// From the experts of every token to the tokens of every expert; types.py explains the arrays.
 #pragma once
 
 #include <tuple>

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops, reference
-from moelora_kernels.functional import is_autocast
+from moelora_kernels.numerics import is_autocast
 from moelora_kernels.ops.wide import matrix
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, NO_DROPOUT, TILE, Dropout, FfnMixture, FfnTensors, Gate
 
 # Release of torch, (major, minor).
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -23,7 +23,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 Activation = Callable[[Tensor], Tensor]
 
 
-class FfnMixture(NamedTuple):
+class _FlatFfn(NamedTuple):
     """What is static about a layer: the same for all tokens and all steps."""
 
     ranks: tuple[int, ...]
@@ -32,17 +32,6 @@ class FfnMixture(NamedTuple):
     recompute: bool = False
     dropout: float = 0.0
     dropout_per_expert: bool = False
-
-
-class FfnAdapters(NamedTuple):
-    """A and B of the three linears, expert-major."""
-
-    gate_a: Tensor  # [R, I]
-    gate_b: Tensor  # [F, R]
-    up_a: Tensor  # [R, I]
-    up_b: Tensor  # [F, R]
-    down_a: Tensor  # [R, F]
-    down_b: Tensor  # [I, R]
 
 
 class FfnExperts(torch.autograd.Function):
@@ -90,7 +79,7 @@ class FfnExperts(torch.autograd.Function):
             seed_a, gate_a, gate_b, up_a, up_b, down_a, down_b,
         ) = ctx.saved_tensors  # fmt: skip
         _, _, needs_x, needs_gate, needs_up, needs_weights, *_ = ctx.needs_input_grad
-        needs = FfnAdapters(*ctx.needs_input_grad[-6:])
+        needs = FfnTensors(*ctx.needs_input_grad[-6:])
         tokens, routing = x.shape[0], (order, offsets, tiles, mixture.ranks)
         drop = (mixture.dropout, mixture.dropout_per_expert)
         if mixture.recompute:
@@ -107,7 +96,7 @@ class FfnExperts(torch.autograd.Function):
             )
             return da, db
 
-        grads = dict.fromkeys(FfnAdapters._fields)
+        grads = dict.fromkeys(FfnTensors._fields)
         dh, u, dweights = ops.grouped_shrink_backward(
             [ddelta], [down_b], h, weights, *routing, mixture.scaling
         )
@@ -205,11 +194,47 @@ def ffn_experts(
     mixture: FfnMixture,
     activation: Activation,
     x: Tensor,
+    gate_out: Tensor,
+    up_out: Tensor,
+    gate: Gate,
+    tensors: FfnTensors,
+    dropout_x: Dropout = NO_DROPOUT,
+    dropout_a: Dropout = NO_DROPOUT,
+    impl: str = "grouped",
+) -> tuple[Tensor, Tensor]:
+    """`reference.ffn` with its gradients. The caller has checked and cast the arguments.
+
+    Args:
+        mixture: the static options.
+        activation: elementwise, applied to the output of the gate projection.
+        x: [T, I].
+        gate_out: [T, F], the output of the frozen gate projection, in x's dtype.
+        up_out: [T, F], the output of the frozen up projection, in x's dtype.
+        gate: sparse, weights [T, K] in the compute dtype.
+        tensors: A and B of the three linears.
+        dropout_x: of x on its way into the A of gate and up.
+        dropout_a: of the activation on its way into the A of down; p and per_expert as dropout_x.
+        impl: "grouped" or "reference".
+
+    Returns:
+        summed [T, F] and delta [T, I], see `reference.ffn`.
+    """
+    flat = _FlatFfn(*mixture, *dropout_x[:2])
+    return _ffn_experts(
+        flat, activation, x, gate_out, up_out, gate.weights, gate.experts, tensors,
+        dropout_x.seed, dropout_a.seed, impl,
+    )  # fmt: skip
+
+
+def _ffn_experts(
+    mixture: _FlatFfn,
+    activation: Activation,
+    x: Tensor,
     gate: Tensor,
     up: Tensor,
     weights: Tensor,
     indices: Tensor,
-    adapters: FfnAdapters,
+    adapters: FfnTensors,
     seed_x: Tensor | None = None,
     seed_a: Tensor | None = None,
     impl: str = "grouped",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
+from moelora_kernels.types import LinearTensors
 
 
-class Mixture(NamedTuple):
+class _Flat(NamedTuple):
     """What is static about a layer: the same for all siblings, all tokens and all steps."""
 
     ranks: tuple[int, ...]
@@ -23,18 +24,6 @@ class Mixture(NamedTuple):
     temperature: float = 1.0
     dropout: float = 0.0
     dropout_per_expert: bool = False
-
-
-class LinearTensors(NamedTuple):
-    """The tensors of one linear: `base` is the output of a base that is called, not read."""
-
-    weight: Tensor | None  # [O, I]
-    bias: Tensor | None  # [O]
-    base: Tensor | None  # [T, O]
-    lora_a: Tensor  # [R, I], or [r, I] with share_a
-    lora_b: Tensor  # [O, R]
-    router_weight: Tensor | None  # [E, I]
-    router_bias: Tensor | None  # [E]
 
 
 class MoeLora(torch.autograd.Function):
@@ -146,7 +135,7 @@ def _present(siblings: Sequence[LinearTensors]) -> list[list[str]]:
 
 def run(
     impl: str,
-    mixture: Mixture,
+    mixture: _Flat,
     siblings: Sequence[LinearTensors],
     *inputs,
     function: type[MoeLora] = MoeLora,

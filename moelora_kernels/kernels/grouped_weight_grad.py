@@ -231,7 +231,7 @@ def sum_pairs(
     tile = configs.tile("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     tiles = launcher.ceil_div(max(widths), tile.step) * column_tiles
-    # Whole chunks that P pairs may fill: the upper bound of `routing.count_tiles` without the rest.
+    # Whole chunks that P pairs may fill: the upper bound of `types.count_tiles` without the rest.
     whole = len(chunks) - min(N + 1, P)
     parts, strides = None, (0, 1, 1)
     if whole > 1:

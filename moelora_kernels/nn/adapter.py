@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import active_dtype
 from moelora_kernels.nn.base_linear import check_input
 from moelora_kernels.nn.linear import MoeLoraLinear, gates_of, keep_routing
+from moelora_kernels.numerics import active_dtype
 from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
 
 ACTIVATIONS = {
@@ -74,11 +74,11 @@ class MoeLoraAdapter(MoeLoraLinear):
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
         tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
-        weights, indices, rows, logits = gates_of((self,), x, tokens, gates)
+        routed = gates_of((self,), x, tokens, gates)
         if config.aux or self.record.wanted:
-            keep_routing((self,), weights, indices, logits)
+            keep_routing((self,), routed)
         mixture, count = self._mixture, tokens.shape[0]
-        gate = dense_gate(weights, indices, rows, count, 1, len(mixture.ranks))
+        gate = dense_gate(*routed[:3], count, 1, len(mixture.ranks))
         gate = rank_gate(gate.to(compute_dtype(tokens)), mixture.ranks, mixture.scaling)[:, 0]
         flat = z.reshape(-1, self.in_features)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import is_autocast
+from moelora_kernels.numerics import is_autocast
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:

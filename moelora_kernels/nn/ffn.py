@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.ffn import FfnAdapters, FfnMixture, RouterLogits, ffn_experts
+from moelora_kernels.autograd.ffn import RouterLogits, ffn_experts
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import active_dtype, dropout_seed
 from moelora_kernels.nn.base_linear import (
     adapter_place,
     call_base,
@@ -30,7 +29,8 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
-from moelora_kernels.reference import compute_dtype
+from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
+from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -148,7 +148,6 @@ class MoeLoraFFN(nn.Module):
             config.ranks(),
             config.scales(),
             bool(recompute),
-            dropout_per_expert=config.dropout_mask == "per_expert",
         )
         device, dtype = adapter_place(gate, config)
         total = sum(self._mixture.ranks)
@@ -176,8 +175,8 @@ class MoeLoraFFN(nn.Module):
             for matrix in (adapters.gate_b, adapters.up_b, adapters.down_b):
                 matrix.zero_()
 
-    def _adapters(self) -> FfnAdapters:
-        return FfnAdapters(
+    def _adapters(self) -> FfnTensors:
+        return FfnTensors(
             self.gate_lora_A, self.gate_lora_B, self.up_lora_A, self.up_lora_B,
             self.down_lora_A, self.down_lora_B,
         )  # fmt: skip
@@ -193,15 +192,22 @@ class MoeLoraFFN(nn.Module):
         inner = self.intermediate_size
         gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
         check_adapters(self.gate_lora_A, x)
-        weights, indices = self._slots(x, tokens, gates)
-        mixture, seeds = self._mixture, (None, None)
+        weights, experts = self._slots(x, tokens, gates)
+        dropout_x = dropout_a = NO_DROPOUT
         if config.dropout > 0.0 and self.training:
-            mixture = mixture._replace(dropout=config.dropout)
-            seeds = tuple(dropout_seed(config.dropout, None, x.device) for _ in range(2))
+            dropout_x, dropout_a = (
+                Dropout(
+                    config.dropout,
+                    config.dropout_mask == "per_expert",
+                    dropout_seed(config.dropout, None, x.device),
+                )
+                for _ in range(2)
+            )
         impl = "reference" if config.impl == "reference" else "grouped"
         summed, delta = ffn_experts(
-            mixture, self.act_fn, tokens, gate, up, weights, indices, self._adapters(), *seeds, impl
-        )
+            self._mixture, self.act_fn, tokens, gate, up, Gate(weights, experts), self._adapters(),
+            dropout_x, dropout_a, impl,
+        )  # fmt: skip
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
         offset = _bias_correction(self.down_proj, weights)
         delta = delta if offset is None else delta + offset

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.functional import active_dtype
 from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+from moelora_kernels.numerics import active_dtype
 
 
 class MoeLoraGroup(nn.Module):

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.linear import LinearTensors, Mixture
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import active_dtype, apply, dropout_seed
+from moelora_kernels.functional import run_layer
 from moelora_kernels.nn.base_linear import (
     adapter_place,
     call_base,
@@ -39,6 +38,8 @@ from moelora_kernels.nn.merge import (
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.numerics import active_dtype, dropout_seed
+from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LinearTensors, Mixture
 
 
 class MoeLoraLinear(nn.Module):
@@ -163,7 +164,6 @@ class MoeLoraLinear(nn.Module):
             share_a=config.share == "A",
             renormalize=renormalize is not False,
             temperature=config.temperature,
-            dropout_per_expert=config.dropout_mask == "per_expert",
         )
         # Whether a linear router's logits can come out of the shrink, and the mixture if they do.
         self._fusable = (
@@ -335,24 +335,17 @@ def forward_siblings(
     read = all(_is_read(layer.base_layer, tokens) for layer in layers) and (
         len(layers) == 1 or len({layer.bias is None for layer in layers}) == 1
     )
-    siblings = [_sibling(layer, x, read, fused) for layer in layers]
-
-    mixture, seed = first._fused_mixture if fused else first._mixture, None
+    linears = [_sibling(layer, x, read, fused) for layer in layers]
+    mixture, dropout = first._fused_mixture if fused else first._mixture, NO_DROPOUT
     if config.dropout > 0.0 and first.training:
-        mixture = mixture._replace(dropout=config.dropout)
         seed = dropout_seed(config.dropout, None, x.device)
-    indices = rows = logits = None
-    if not fused:
-        gates, indices, rows, logits = gates_of(layers, x, tokens, gates)
-    outputs, weights, chosen, fused_logits = apply(
-        mixture, tokens, siblings, gates, indices, rows, seed, config.impl,
-        sqrt_gate=config.grad_gate == "sqrt",
-    )  # fmt: skip
+        dropout = Dropout(config.dropout, config.dropout_mask == "per_expert", seed)
+    gate = None if fused else gates_of(layers, x, tokens, gates)
+    outputs, gate = run_layer(
+        mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
+    )
     if config.aux or any(layer.record.wanted for layer in layers):
-        if fused:
-            indices = chosen if mixture.top_k < config.num_experts else None
-            gates, logits = weights, fused_logits
-        keep_routing(layers, gates, indices, logits)
+        keep_routing(layers, gate)
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -380,8 +373,8 @@ def _sibling(layer: MoeLoraLinear, x: Tensor, read: bool, fused: bool) -> Linear
 
 def gates_of(
     layers: Sequence[MoeLoraLinear], x: Tensor, tokens: Tensor, gates: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gates (or weights), indices and rows of all siblings side by side, and their logits."""
+) -> Gate:
+    """The gate of all siblings side by side, with the logits of their routers."""
     config = layers[0].config
     parts: list[tuple[Tensor, Tensor | None]] = []
     all_logits = []
@@ -402,14 +395,15 @@ def gates_of(
         indices = torch.cat([i for _, i in parts], dim=1) if len(parts) > 1 else parts[0][1]
     source = "set_tasks" if gates is None else "gates"
     rows = rows_of_gates(weights, x.shape, x.device, source, config)
-    return weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None
+    return Gate(weights, indices, rows, torch.cat(all_logits, dim=1) if all_logits else None)
 
 
-def keep_routing(
-    layers: Sequence[MoeLoraLinear], gates: Tensor, indices: Tensor | None, logits: Tensor | None
-) -> None:
-    """Split what `gates_of` gave among the records of the layers."""
+def keep_routing(layers: Sequence[MoeLoraLinear], gate: Gate) -> None:
+    """Split the gate of n siblings among the records of the layers."""
     n = len(layers)
-    columns = [[None] * n if t is None else t.chunk(n, dim=1) for t in (gates, indices, logits)]
-    for layer, own_gates, own_indices, own_logits in zip(layers, *columns, strict=True):
-        layer.record.keep(own_gates, own_indices, own_logits)
+    columns = [
+        [None] * n if t is None else t.chunk(n, dim=1)
+        for t in (gate.weights, gate.experts, gate.logits)
+    ]
+    for layer, weights, experts, logits in zip(layers, *columns, strict=True):
+        layer.record.keep(weights, experts, logits)

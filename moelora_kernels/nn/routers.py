@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.functional import is_autocast
 from moelora_kernels.nn.base_linear import dense_weight, float_weight, state_without_graph
+from moelora_kernels.numerics import is_autocast
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:

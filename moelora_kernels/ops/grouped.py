@@ -19,7 +19,7 @@ from moelora_kernels.ops.topk_gate import _backward as topk_gate_backward
 from moelora_kernels.ops.topk_gate import _forward as topk_gate
 from moelora_kernels.ops.wide import ARGUMENTS, STATIC, matrix
 from moelora_kernels.reference import compute_dtype
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, TILE
 
 _SCHEMA = (
     f"({ARGUMENTS}, {STATIC}) -> (Tensor[] y, Tensor h, Tensor order, Tensor offsets, "

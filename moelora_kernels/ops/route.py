@@ -6,7 +6,7 @@ import torch
 
 from moelora_kernels import reference
 from moelora_kernels.ops.registration import register
-from moelora_kernels.routing import count_tiles
+from moelora_kernels.types import count_tiles
 
 
 def _fake(indices, num_experts, siblings, tile, chunk):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelora_kernels.reference.gates import compute_dtype
 from moelora_kernels.reference.grouped import grouped_expand, grouped_shrink, route
-from moelora_kernels.routing import CHUNK, TILE
+from moelora_kernels.types import CHUNK, TILE
 
 
 def ffn(

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moelora_kernels.numerics import compute_dtype
+
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 UINT32 = 0xFFFFFFFF
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that sums are kept in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def blocks(ranks: Sequence[int]) -> list[slice]:

@@ -1,7 +1,7 @@
 """The grouped formulation: every expert on the tokens that are routed to it, and on no others.
 
-`routing` explains order, offsets and tiles. A matrix of rows that belong to tokens has T rows, one
-whose rows belong to pairs P = T S; pair p reads row p // (P / rows) of either.
+`types.Routing` explains order, offsets and tiles. A matrix of rows that belong to tokens has T
+rows, one whose rows belong to pairs P = T S; pair p reads row p // (P / rows) of either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.reference.gates import blocks, compute_dtype, dropout
-from moelora_kernels.routing import count_tiles
+from moelora_kernels.types import count_tiles
 
 
 def route(

@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     """Rows and step of a program, and how it is compiled.
 
     tokens: tokens of a tile (for the weight_grads: of a step; for tiles of an expert at least
-    `routing.TILE`). step: columns per step of the loop (for the weight_grads, `shrink_dx` and
+    `types.TILE`). step: columns per step of the loop (for the weight_grads, `shrink_dx` and
     `grouped_expand`: columns of the wide side that a program owns). qualified: GPU, torch, Triton
     and commit of the `gpu` tests that passed with it; empty: compiled only.
     """

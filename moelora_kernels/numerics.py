@@ -1,0 +1,50 @@
+"""Which dtype a layer computes in, and the seed of its dropout mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums over `tensor`'s values: float32, or float64 for float64 tensors."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Return whether autocast is on for tensors of `device`. The meta device has no autocast."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def active_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype a layer computes in: autocast's if it is on (not for float64), else x's."""
+    if is_autocast(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """Return the seed of a forward's dropout mask as one int64 on `device`; None if p is 0.
+
+    A seed of None is drawn from torch's generator. `torch.manual_seed` then repeats the mask, and
+    so does activation checkpointing, which restores the generator before it recomputes.
+
+    Raises:
+        TypeError: p is not a number, or seed is not an int or an int64 tensor.
+        ValueError: p is outside [0, 1), or seed does not hold one int64 on `device`.
+    """
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {p!r}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {p}")
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), device=device)
+    if not isinstance(seed, (int, Tensor)) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int or one int64, got {seed!r}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected one int64, got {seed.dtype} {[*seed.shape]}")
+        return seed.to(device)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
