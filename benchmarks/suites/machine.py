@@ -9,7 +9,7 @@ The choices in the package were made on a model; every measurement here decides 
                                                        goes first and the base product adds to it
     shrink     x At in the BLAS against `shrink_gate`  whether gate, u and router logits are free in
                                                        the read of x
-    weight_grad       T in 1, 4, 8, 16 parts                  the rule `kernels.configs.splits`
+    weight_grad       T in 1, 4, 8, 16 parts                  the rule `configs.num_splits`
     host       a call that nobody waits for            times the launches of a layer: below the T
                                                        that takes the device as long, eager is
                                                        bound by launches
@@ -231,7 +231,7 @@ def bare_launch(bench: Bench, call: Call, name: str) -> Call:
 
     def launch() -> None:
         for each in launches:
-            options = launcher.options(each.tile)
+            options = launcher.options(each.config)
             each.kernel[(each.programs,)](**each.arguments, **each.constants, **options)
 
     predicted = len(launches) * roofline.launch(bench.rates, "triton")
