@@ -9,9 +9,10 @@
 A page has its tables between two marker lines. The path is relative to the page; all options may
 be left out. `tables` is for the suite `grouped`.
 
-    <!-- table: results/<machine>/grouped.json cases=4096x4096 modes=fwd_bwd providers=frozen,moelora
-         tables=mixtures,crossover -->           (on one line, the options in this order)
+    <!-- table: results/<machine>/grouped.json modes=fwd_bwd tables=mixtures,crossover -->
     <!-- end of table -->
+
+The options in their order: cases, modes, providers, tables.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.output.pages import GROUPED_TABLES, Selection, fill_tables, markdown
 from benchmarks.output.plots import plot
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="*", type=Path, help="result files to print as Markdown")
     parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
-    parser.add_argument("--pages", nargs="+", type=Path, metavar="PAGE", help="default: both READMEs")
+    parser.add_argument("--pages", nargs="+", type=Path, help="default: both READMEs")
     parser.add_argument("--cases", type=names, metavar="NAME,...")
     parser.add_argument("--modes", type=names, metavar="NAME,...")
     parser.add_argument("--providers", type=names, metavar="NAME,...")
