@@ -13,10 +13,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_grouped, environment, harness, report, shapes, tables  # noqa: E402
-from benchmarks.check import Checker  # noqa: E402
-from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
-from benchmarks.providers import PROVIDERS, Masked, Siblings  # noqa: E402
+from benchmarks import bench_grouped, report  # noqa: E402
+from benchmarks.baselines.linear import PROVIDERS, Masked, Siblings  # noqa: E402
+from benchmarks.measure import environment, harness  # noqa: E402
+from benchmarks.measure.check import Checker  # noqa: E402
+from benchmarks.measure.inputs import draw_inputs, make_layer  # noqa: E402
+from benchmarks.output import tables  # noqa: E402
+from benchmarks.suites import shapes  # noqa: E402
 from moelora_kernels.testing import ROUTINGS  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -13,11 +13,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_grouped, crossover, ffn, inputs, report, shapes, tables  # noqa: E402
-from benchmarks.cells import PLANS, TABLES, Mixture, cells_of  # noqa: E402
-from benchmarks.check import Checker  # noqa: E402
-from benchmarks.inputs import draw_inputs, make_layer  # noqa: E402
-from benchmarks.providers import GROUPED_PROVIDERS, why_left_out  # noqa: E402
+from benchmarks import bench_grouped, crossover, report  # noqa: E402
+from benchmarks.baselines import ffn  # noqa: E402
+from benchmarks.baselines.linear import GROUPED_PROVIDERS, why_left_out  # noqa: E402
+from benchmarks.measure import inputs  # noqa: E402
+from benchmarks.measure.check import Checker  # noqa: E402
+from benchmarks.measure.inputs import draw_inputs, make_layer  # noqa: E402
+from benchmarks.output import tables  # noqa: E402
+from benchmarks.suites import shapes  # noqa: E402
+from benchmarks.suites.cells import SIZES, TABLES, Mixture, cells_of  # noqa: E402
 from moelora_kernels import dispatch  # noqa: E402
 from moelora_kernels.testing import ROUTINGS  # noqa: E402
 
@@ -43,18 +47,18 @@ def run_quick(folder: Path, *more: str) -> tuple[int, dict]:
 
 
 def test_cells_that_the_targets_are_set_for():
-    on_gpu = cells_of(PLANS["cuda"], list(TABLES))
+    on_gpu = cells_of(SIZES["cuda"], list(TABLES))
     acceptance = next(c for c in on_gpu if c.name == "E=64 r=64 K=4 uniform T=8192")
     assert acceptance.tables == TABLES
     assert "4096x4096" in shapes.DEFAULT_CASES["cuda"]["grouped"]
-    on_cpu = {cell.name for cell in cells_of(PLANS["cpu"], list(TABLES))}
+    on_cpu = {cell.name for cell in cells_of(SIZES["cpu"], list(TABLES))}
     assert {"E=8 r=16 K=2 uniform T=2048", "E=64 r=16 K=2 uniform T=1024"} <= on_cpu
     assert "2048x2048" in shapes.DEFAULT_CASES["cpu"]["grouped"]
 
 
 @pytest.mark.parametrize("device", ("cuda", "cpu"))
 def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
-    plan = PLANS[device]
+    plan = SIZES[device]
     cells = cells_of(plan, list(TABLES))
     assert len(cells) == len({cell.name for cell in cells}) < 50
     assert {cell.routing for cell in cells} == set(ROUTINGS)
@@ -75,7 +79,7 @@ def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
 
 def test_what_is_asked_for_replaces_the_plan():
     mixture = Mixture(6, 3, 2)
-    cells = cells_of(PLANS["cpu"], ["mixtures", "tokens"], mixture, "zipf", [7, 9])
+    cells = cells_of(SIZES["cpu"], ["mixtures", "tokens"], mixture, "zipf", [7, 9])
     assert [(cell.mixture, cell.routing, cell.tokens) for cell in cells] == [
         (mixture, "zipf", 7),
         (mixture, "zipf", 9),
@@ -127,7 +131,7 @@ def test_what_is_left_out_says_why(monkeypatch):
     assert "no multiple of 16 bytes" in why("grouped_mm", 8, 4, 2)
     assert why("grouped_mm", 8, 4, 2, torch.float32) == ""
     assert why("stacked", 8, 4, 2) == ""
-    monkeypatch.setattr("benchmarks.providers.memory_of", lambda device: 2**18)
+    monkeypatch.setattr("benchmarks.baselines.linear.memory_of", lambda device: 2**18)
     assert "GiB, more than half of" in why("stacked", 8, 4, 2)
 
 

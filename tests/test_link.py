@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
-from moelora_kernels.nn import linear
+from moelora_kernels.nn import forward
 
 
 class Attention(nn.Module):
@@ -55,7 +55,7 @@ def calls(monkeypatch):
 
     def counting(layers, x, gates=None):
         counted.append(len(layers))
-        return linear.forward_siblings(layers, x, gates)
+        return forward.forward_siblings(layers, x, gates)
 
     monkeypatch.setattr(group, "forward_siblings", counting)
     return counted

@@ -12,18 +12,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import (  # noqa: E402
-    bench_grouped,
-    comparison,
-    environment,
-    harness,
-    machine,
-    report,
-    roofline,
-    tables,
-)
-from benchmarks.comparison import Bench, Call, compare  # noqa: E402
-from benchmarks.shapes import MACHINE  # noqa: E402
+from benchmarks import bench_grouped, report  # noqa: E402
+from benchmarks.measure import comparison, environment, harness  # noqa: E402
+from benchmarks.measure.comparison import Bench, Call, compare  # noqa: E402
+from benchmarks.model import roofline  # noqa: E402
+from benchmarks.output import tables  # noqa: E402
+from benchmarks.suites import machine  # noqa: E402
+from benchmarks.suites.shapes import MACHINE  # noqa: E402
 
 H200 = roofline.ASSUMED["NVIDIA H200"]
 MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "weight_grad", "host", "layer"]

@@ -12,7 +12,7 @@ from op_cases import CASES, Case, Inputs, forward_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import traffic
+from benchmarks.model import traffic
 from moelora_kernels import reference
 from moelora_kernels.kernels import (
     grouped_expand,

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ffn
-from benchmarks.cells import Cell
-from benchmarks.check import Checker
-from benchmarks.inputs import DTYPES, draw_inputs, make_layer
-from benchmarks.providers import GROUPED_PROVIDERS, PROVIDERS, why_left_out
-from benchmarks.shapes import Case
+from benchmarks.baselines import ffn
+from benchmarks.baselines.linear import GROUPED_PROVIDERS, PROVIDERS, why_left_out
+from benchmarks.measure.check import Checker
+from benchmarks.measure.inputs import DTYPES, draw_inputs, make_layer
+from benchmarks.suites.cells import Cell
+from benchmarks.suites.shapes import Case
 
 
 @dataclass

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import check, harness, roofline
-from benchmarks.inputs import DTYPES
+from benchmarks.measure import check, harness
+from benchmarks.measure.inputs import DTYPES
+from benchmarks.model import roofline
 
 # Clock cycles the device waits before a sample, about 250 us: chosen well above what the host is
 # expected to need for the slowest call here, two Triton launches and their allocations.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.inputs import Adapter, Layer
-from benchmarks.providers import PROVIDERS
+from benchmarks.baselines.linear import PROVIDERS
+from benchmarks.measure.inputs import Adapter, Layer
 
 # Rows that are compared. The provider runs at the full T, but the fp64 products need these rows
 # only: on a slow CPU 128 rows of 4096x4096 take a fraction of a second.

@@ -12,7 +12,7 @@ A full product would be thousands of cells. What several tables show is measured
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmarks.tables import VARYING
+from benchmarks.output.tables import VARYING
 from moelora_kernels.testing import ROUTINGS
 
 TABLES = tuple(VARYING)
@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Sizes:
     """What each table varies, and the rest that it holds fixed.
 
     mixtures at T = tokens;  routed: the mixture of the table routing, at T = tokens;  scaled: that
@@ -60,9 +60,9 @@ def mixtures(*cells: tuple[int, int, int]) -> tuple[Mixture, ...]:
     return tuple(Mixture(*cell) for cell in cells)
 
 
-PLANS = {
+SIZES = {
     # On an H200 the model has wide and grouped cross at R / K = 245.
-    "cuda": Mixture(
+    "cuda": Sizes(
         mixtures(
             # The rank, few experts: R / K from 32 to 512.
             *((8, rank, 2) for rank in (8, 16, 32, 48, 64, 96, 128)),
@@ -86,7 +86,7 @@ PLANS = {
         token_counts=(1024, 2048, 4096, 8192, 16384, 32768, 65536),
     ),
     # A second and more of wide products on two cores would be spent on the larger of these.
-    "cpu": Mixture(
+    "cpu": Sizes(
         mixtures(
             (8, 4, 4),
             (8, 8, 4),
@@ -107,7 +107,7 @@ PLANS = {
         token_counts=(1024, 2048, 4096),
     ),
     # R / K on both sides of every threshold; a rank of 12 is no multiple of 16 bytes.
-    "quick": Mixture(
+    "quick": Sizes(
         mixtures((8, 2, 2), (4, 12, 2), (8, 16, 1)),
         tokens=33,
         routed=Mixture(8, 16, 1),
@@ -118,7 +118,7 @@ PLANS = {
 
 
 def cells_of(
-    plan: Mixture,
+    sizes: Sizes,
     chosen: list[str],
     mixture: Mixture | None = None,
     routing: str | None = None,
@@ -128,17 +128,17 @@ def cells_of(
 
     mixture, routing, tokens: in place of the plan's, in every table.
     """
-    varied = [mixture] if mixture else plan.mixtures
+    varied = [mixture] if mixture else sizes.mixtures
     fixed = routing or "uniform"
-    counts = tokens or [plan.tokens]
+    counts = tokens or [sizes.tokens]
     wanted = {
         "mixtures": [(each, fixed, T) for each in varied for T in counts],
         "routing": [
-            (mixture or plan.routed, each, T)
+            (mixture or sizes.routed, each, T)
             for each in ([routing] if routing else ROUTINGS)
             for T in counts
         ],
-        "tokens": [(mixture or plan.scaled, fixed, T) for T in tokens or plan.token_counts],
+        "tokens": [(mixture or sizes.scaled, fixed, T) for T in tokens or sizes.token_counts],
     }
     shown: dict[tuple, list[str]] = {}
     for table in TABLES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED_CODE = ("moelora_kernels", "csrc", "setup.py", "benchmarks/*.py")
 
 MEMORY_KIND = {

@@ -26,11 +26,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import check, harness, roofline
-from benchmarks.comparison import Bench, Call, compare, empty_row, judge, registered
-from benchmarks.inputs import Layer, draw_inputs, make_layer
-from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import MACHINE, linear_case
+from benchmarks.baselines.linear import PROVIDERS
+from benchmarks.measure import check, harness
+from benchmarks.measure.comparison import Bench, Call, compare, empty_row, judge, registered
+from benchmarks.measure.inputs import Layer, draw_inputs, make_layer
+from benchmarks.model import roofline
+from benchmarks.suites.shapes import MACHINE, linear_case
 from moelora_kernels.testing import draw_experts
 
 # The mixture of every measurement but `layer`, which takes that of the command line.
@@ -192,7 +193,7 @@ def weight_grad(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # 
     operation, impl = bench.operation("weight_grad")
     variants = {f"weight_grad ({impl})": operation}
     if bench.launchers:
-        from benchmarks import traffic
+        from benchmarks.model import traffic
 
         rule = traffic.weight_grad_split(traffic.Sizes(recorded(operation, arguments)[0]))
         variants = {

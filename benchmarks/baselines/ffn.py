@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.check import Checker, Expected
-from benchmarks.inputs import Adapter, Layer
-from benchmarks.providers import ActiveLora, Frozen, frozen_linear
-from benchmarks.shapes import Case
+from benchmarks.baselines.linear import ActiveLora, Frozen, frozen_linear
+from benchmarks.measure.check import Checker, Expected
+from benchmarks.measure.inputs import Adapter, Layer
+from benchmarks.suites.shapes import Case
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

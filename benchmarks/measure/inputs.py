@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Case
+from benchmarks.suites.shapes import Case
 from moelora_kernels.testing import draw_experts, expert_likelihood
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.inputs import Adapter, Layer
+from benchmarks.measure.inputs import Adapter, Layer
 
 
 def frozen_linear(adapter: Adapter) -> nn.Linear:
