@@ -1,8 +1,8 @@
 """Bytes that a recorded launch asks for, counted from its grid, its tiles and its arguments.
 
 Counted is what is loaded and stored under the masks, summed over all programs: what several
-programs read counts for each of them, although most of it meets in L2. `tests/test_traffic.py`
-compares with what the interpreter sees.
+programs read counts for each of them, although most of it meets in L2.
+`tests/benchmarks/test_traffic.py` compares this with what the interpreter sees.
 """
 
 from __future__ import annotations
