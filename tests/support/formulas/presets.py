@@ -5,7 +5,7 @@ import copy
 import torch
 
 from moelora_kernels import MoeLoraConfig, MoeLoraLinear, set_tasks
-from moelora_kernels.presets import OF_FFNS
+from moelora_kernels.presets import FFN_PRESETS
 from moelora_kernels.testing import assert_within_budget
 from support.formulas.token_gates import (
     blocks_of,
@@ -19,7 +19,7 @@ from support.formulas.token_gates import (
 IN, OUT = 12, 10
 # Whole-FFN experts are in ffn.py, relatives in family.py.
 ELSEWHERE = (
-    *OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
+    *FFN_PRESETS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
 )  # fmt: skip
 
 
