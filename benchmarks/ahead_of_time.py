@@ -32,8 +32,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import environment, traffic
-from benchmarks.launches import LAYERS, Layer, record
+from benchmarks.measure import environment
+from benchmarks.model import traffic
+from benchmarks.model.launches import LAYERS, Layer, record
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.launcher import Launch, options
 

@@ -31,10 +31,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import cells, environment, harness, machine, report, tables
-from benchmarks.comparison import Bench
-from benchmarks.inputs import DTYPES, check_mixture
-from benchmarks.shapes import MACHINE, TOKENS, linear_case, select_cases
+from benchmarks import report
+from benchmarks.measure import environment, harness
+from benchmarks.measure.comparison import Bench
+from benchmarks.measure.inputs import DTYPES, check_mixture
+from benchmarks.output import tables
+from benchmarks.suites import cells, machine
+from benchmarks.suites.shapes import MACHINE, TOKENS, linear_case, select_cases
 from moelora_kernels.testing import ROUTINGS
 
 # suite -> what it measures
@@ -250,7 +253,7 @@ def plan(
         work = [partial(run, case, options, clock, advance) for case in cases]
         return len(work) * len(options.tokens) * len(options.modes), work
     found = cells.cells_of(
-        cells.PLANS["quick" if arguments.quick else kind],
+        cells.SIZES["quick" if arguments.quick else kind],
         arguments.tables,
         given_mixture(arguments),
         arguments.routing,

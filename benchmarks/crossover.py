@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import roofline, tables
-from benchmarks.tables import Table
+from benchmarks.model import roofline
+from benchmarks.output import tables
+from benchmarks.output.tables import Table
 
 # The GPU whose modelled crossover is shown where a device has no assumed rates of its own.
 MODELLED = "NVIDIA H200"

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import crossover, tables
+from benchmarks import crossover
+from benchmarks.output import tables
 
 # Colour and line of each provider, the same in every plot. The package and its honest rivals are
 # drawn strongest; whoever is missing here gets grey.

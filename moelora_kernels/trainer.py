@@ -23,13 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from moelora_kernels.nn.replace import adapter_parameters, set_tasks
-from moelora_kernels.nn.routing_record import (
-    RoutingRecord,
-    collect_aux_loss,
-    layers_of,
-    record_routing,
-)
+from moelora_kernels.nn.aux_loss import collect_aux_loss
+from moelora_kernels.nn.routing_record import RoutingRecord, layers_of, record_routing
+from moelora_kernels.nn.tasks import adapter_parameters, set_tasks
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:

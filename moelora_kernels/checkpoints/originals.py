@@ -20,8 +20,8 @@ from moelora_kernels.checkpoints.files import (
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
-from moelora_kernels.nn.replace import adapter_parameters
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.tasks import adapter_parameters
 from moelora_kernels.reference import blocks
 
 log = logging.getLogger(__name__)

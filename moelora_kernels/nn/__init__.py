@@ -1,6 +1,7 @@
 """The layers."""
 
 from moelora_kernels.nn.adapter import MoeLoraAdapter
+from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.gates import SequenceGate
@@ -8,7 +9,7 @@ from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge_model import merge_adapter, merge_and_unload, unmerge_adapter
 from moelora_kernels.nn.pretrained_loras import lora_prototypes, set_prototypes
-from moelora_kernels.nn.replace import adapter_parameters, replace_ffns, replace_linears, set_tasks
+from moelora_kernels.nn.replace import replace_ffns, replace_linears
 from moelora_kernels.nn.routers import (
     BalancedRouter,
     MlpRouter,
@@ -17,7 +18,8 @@ from moelora_kernels.nn.routers import (
     ThresholdRouter,
     TokenTaskRouter,
 )
-from moelora_kernels.nn.routing_record import collect_aux_loss, record_routing
+from moelora_kernels.nn.routing_record import record_routing
+from moelora_kernels.nn.tasks import adapter_parameters, set_tasks
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [

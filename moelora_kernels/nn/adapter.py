@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import check_input
-from moelora_kernels.nn.linear import MoeLoraLinear, gates_of, keep_routing
+from moelora_kernels.nn.forward import gates_of, keep_routing
+from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+from moelora_kernels.nn.forward import forward_siblings
+from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.numerics import active_dtype
 
 

@@ -11,8 +11,9 @@ from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.balance import balances
 from moelora_kernels.nn.base_linear import float_weight
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.group import MoeLoraGroup
-from moelora_kernels.nn.linear import MoeLoraLinear, forward_siblings
+from moelora_kernels.nn.linear import MoeLoraLinear
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:

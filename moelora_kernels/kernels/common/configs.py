@@ -2,7 +2,8 @@
 
 Nothing here is timed at run time. An entry is qualified by the `gpu` tests (float64 comparison, NaN
 scan, 50 bitwise repeats) on the hardware it names; without a name it is compiled ahead of time for
-its architecture only (no spills, shared memory, vector loads: `tests/test_ahead_of_time.py`).
+its architecture only (no spills, shared memory, vector loads:
+`tests/kernels/test_ahead_of_time.py`).
 """
 
 from __future__ import annotations

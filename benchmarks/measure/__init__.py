@@ -1,0 +1,1 @@
+"""One measurement: draw the inputs, check against float64, time, describe the machine."""

@@ -1,0 +1,346 @@
+"""Bytes that a recorded launch asks for, counted from its grid, its tiles and its arguments.
+
+Counted is what is loaded and stored under the masks, summed over all programs: what several
+programs read counts for each of them, although most of it meets in L2.
+`tests/benchmarks/test_traffic.py` compares this with what the interpreter sees.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moelora_kernels.kernels.common.launcher import Launch, ceil_div
+
+
+def _size(value) -> int:
+    """Bytes of an element; of the first of a tuple; 0 for what is absent."""
+    if isinstance(value, tuple):
+        value = value[0]
+    return 0 if value is None else value.dtype.itemsize
+
+
+def _tensors(value) -> list[Tensor]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def compulsory(launch: Launch) -> int:
+    """Every argument once, without the workspace that stages of one op hand over."""
+    given = launch.arguments.items()
+    return sum(
+        t.nbytes
+        for name, value in given
+        if name not in ("partials_ptr", "parts_ptr")
+        for t in _tensors(value)
+    )
+
+
+class Sizes:
+    """Arguments and constants of a launch as attributes."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.__dict__ = {**launch.constants, **launch.arguments}
+        self.size = lambda name: _size(self.__dict__.get(name))
+        self.programs = launch.programs
+
+
+def _gate(s: Sizes) -> int:
+    """Reads of a gate that is given."""
+    if s.FORM == "router":
+        return 0
+    if s.FORM == "sparse":
+        return s.T * s.n * s.K * (s.size("gates_ptr") + s.size("indices_ptr"))
+    return s.T * s.n * s.E * s.size("gates_ptr") + s.T * s.n * s.size("rows_ptr")
+
+
+def _experts(s: Sizes) -> int:
+    """Reads of the table of experts and of their scaling, once per token tile and sibling."""
+    return ceil_div(s.T, s.BLOCK_T) * s.n * (s.E * s.R * 2 + s.E * 4)
+
+
+def _routing(s: Sizes) -> int:
+    """Writes of a router: logits, weights, indices."""
+    if s.FORM != "router":
+        return 0
+    slots = s.T * s.n * s.K * (4 + s.size("chosen_ptr"))
+    return s.T * s.n * s.E * 4 + slots
+
+
+def _router_bias(s: Sizes) -> int:
+    return ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.size("bias_ptrs")
+
+
+def _gated(s: Sizes) -> tuple[int, int]:
+    """Reads and writes of the gate over h: shared by both forms of the forward."""
+    written = s.T * s.n * (s.A_ROWS + s.R) * s.size("h_ptr") + _routing(s)
+    return _gate(s) + _experts(s) + _router_bias(s), written
+
+
+def _tile_table(s: Sizes, rows: int) -> int:
+    return s.programs * rows * 4 * 4 if s.PER_EXPERT else 0
+
+
+def _shrink_gate(s: Sizes) -> tuple[int, int]:
+    token_tiles = ceil_div(s.T, s.BLOCK_T)
+    read = s.T * s.I * s.COLUMN_TILES * s.size("x_ptr")
+    read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
+    read += token_tiles * s.n * s.ROUTER_COLUMNS * s.I * s.size("router_ptrs")
+    read += s.programs * s.size("seed_ptr") + _tile_table(s, 1)
+    if s.FUSED:
+        of_gate, written = _gated(s)
+        return read + of_gate, written
+    return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
+
+
+def _gate_partials(s: Sizes) -> tuple[int, int]:
+    read, written = _gated(s)
+    return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_COLUMNS) * 4, written
+
+
+def _gated_backward(s: Sizes) -> tuple[int, int]:
+    """Reads and writes of the gate over P: shared by both forms of the backward."""
+    read = _gate(s) + _experts(s) + s.T * s.n * s.R * s.size("h_ptr")
+    of_logits = s.T * s.n * s.E * 4
+    if s.ROUTER:
+        read += of_logits * ((s.logits_ptr is not None) + (s.dlogits_ptr is not None))
+    elif s.FORM == "sparse":
+        read += s.T * s.n * s.K * s.size("indices_ptr")
+    written = s.T * s.n * (s.R + s.A_ROWS) * s.size("h_ptr") + s.dgate_ptr.nbytes
+    return read, written
+
+
+def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
+    outputs = sum(s.outputs)
+    read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
+    read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
+    if s.FUSED:
+        of_gate, written = _gated_backward(s)
+        return read + of_gate, written
+    return read, s.SPLIT * s.T * s.n * s.R * 4
+
+
+def _gate_partials_backward(s: Sizes) -> tuple[int, int]:
+    read, written = _gated_backward(s)
+    partials = s.SPLIT * s.T * s.n * s.R * 4
+    if s.A_ROWS < s.R:
+        # Once more for dh, which sums over the experts.
+        read += partials + ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.R * 2
+    return read + partials, written
+
+
+def _shrink_dx(s: Sizes) -> tuple[int, int]:
+    i_tiles, token_tiles = ceil_div(s.I, s.BLOCK_I), ceil_div(s.T, s.BLOCK_T)
+    read = s.T * s.n * s.A_ROWS * s.size("dh_ptr") * i_tiles
+    read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
+    read += s.programs * s.size("seed_ptr") + _tile_table(s, s.tiles)
+    if s.router_ptrs is not None:
+        read += s.T * s.n * s.E * 4 * i_tiles
+        read += token_tiles * s.n * s.E * s.I * s.size("router_ptrs")
+    return read, s.dx_ptr.nbytes
+
+
+def weight_grad_split(s: Sizes) -> int:
+    """Into how many parts the tokens are cut: programs over tiles of the wide sides."""
+    of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.outputs) * s.B_TILES
+    return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + of_outputs)
+
+
+def _weight_grad(s: Sizes) -> tuple[int, int]:
+    i_tiles, split = ceil_div(s.I, s.BLOCK_W), weight_grad_split(s)
+    read = s.T * s.I * s.size("x_ptr") * s.A_TILES
+    read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
+    of_x = i_tiles * s.A_TILES * split
+    read += of_x * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
+    for width in s.outputs:
+        read += s.T * width * s.B_TILES * s.size("dy_ptrs")
+        read += s.T * ceil_div(width, s.BLOCK_W) * s.R * s.size("u_ptr")
+    written = s.H * s.I * s.size("da_ptr") + s.L * s.I * s.size("drouter_ptr")
+    written += s.L * s.size("dbias_ptr") + sum(s.outputs) * s.R * s.size("db_ptrs")
+    return read, split * written
+
+
+def _reduce_partials(s: Sizes) -> tuple[int, int]:
+    written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.outputs, strict=True))
+    return s.SPLIT * sum(s.sizes) * 4, written
+
+
+def _gate_rows(s: Sizes) -> tuple[int, int]:
+    width_tiles, g_tiles = ceil_div(s.WIDTH, s.BLOCK_E), ceil_div(s.G, s.BLOCK_G)
+    read = s.T * s.WIDTH * 4 * g_tiles + s.T * s.size("rows_ptr") * width_tiles * g_tiles
+    return read, s.SPLIT * s.G * s.WIDTH * 4
+
+
+def _topk_gate_backward(s: Sizes) -> tuple[int, int]:
+    read = s.N * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("indices_ptr"))
+    return read + s.N * s.E * s.size("logits_ptr"), s.N * s.E * 4
+
+
+def _router_logits(s: Sizes) -> tuple[int, int]:
+    token_tiles, e_tiles = ceil_div(s.T, s.BLOCK_T), ceil_div(s.E, s.BLOCK_E)
+    read = s.T * s.I * s.n * e_tiles * s.size("x_ptr")
+    read += token_tiles * s.n * s.E * (s.I * s.size("router_ptrs") + s.size("bias_ptrs"))
+    return read, s.SPLIT * s.T * s.n * s.E * 4
+
+
+def _router_grad(s: Sizes) -> tuple[int, int]:
+    l_tiles, i_tiles = ceil_div(s.L, s.BLOCK_L), ceil_div(s.I, s.BLOCK_W)
+    split = s.programs // (l_tiles * i_tiles)
+    read = s.T * s.I * s.size("x_ptr") * l_tiles + s.T * s.L * 4 * i_tiles
+    written = s.L * s.I * s.size("drouter_ptr") + s.L * s.size("dbias_ptr")
+    return read, split * written
+
+
+class _Tile(NamedTuple):
+    """Places of one expert: those of a tile, or of a part of its sum."""
+
+    expert: int
+    first: int
+    end: int
+    places: int
+
+
+def _tiles(s: Sizes, tiles: Tensor) -> list[_Tile]:
+    """The tiles that hold places; routing arrays are real also where nothing else is."""
+    rows = tiles.tolist()
+    ends = [first for _, first in rows[1:]] + [s.P]
+    return [
+        _Tile(expert, first, end, end - first)
+        for (expert, first), end in zip(rows, ends, strict=True)
+        if first < end
+    ]
+
+
+def _rank(s: Sizes, expert: int) -> int:
+    return s.RANK or int(s.ranks_ptr[expert % s.E, 1])
+
+
+def _tile_map(s: Sizes, tiles: Tensor) -> int:
+    """Reads of a map of tiles by all programs: the last tile ends with the places."""
+    each = s.programs // len(tiles)
+    return each * (12 * len(tiles) - 4)
+
+
+def _grouped_shrink(s: Sizes) -> tuple[int, int]:
+    routed = [tile for tile in _tiles(s, s.tiles_ptr) if tile.expert < s.n * s.E]
+    pairs = sum(tile.places for tile in routed)
+    read = _tile_map(s, s.tiles_ptr) + s.programs * (4 + 2 * s.size("ranks_ptr"))
+    read += s.COLUMN_TILES * (s.P * 4 + pairs * (s.I * s.size("x_ptr") + s.size("weights_ptr")))
+    read += s.COLUMN_TILES * len(routed) * s.size("seed_ptr")
+    read += sum(_rank(s, tile.expert) for tile in routed) * s.I * s.size("a_ptrs")
+    return read, 2 * s.P * s.WIDEST * s.size("h_ptr")
+
+
+def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
+    read = _tile_map(s, s.tiles_ptr) + s.P * (4 + s.WIDEST * s.size("h_ptr"))
+    read += s.programs * (4 + 2 * s.size("ranks_ptr") + (4 if s.weights_ptr is not None else 0))
+    for tile in _tiles(s, s.tiles_ptr):
+        if tile.expert < s.n * s.E:
+            O = s.outputs[tile.expert // s.E]  # noqa: E741
+            read += tile.places * O * s.size("dy_ptrs") * ceil_div(s.WIDEST, s.BLOCK_R)
+            read += O * _rank(s, tile.expert) * s.size("b_ptrs")
+            read += tile.places * s.size("weights_ptr")
+    written = 2 * s.P * s.WIDEST * s.size("h_ptr") + s.P * s.size("dweights_ptr")
+    return read, written
+
+
+def _grouped_expand(s: Sizes) -> tuple[int, int]:
+    o_tiles, order = ceil_div(s.O, s.BLOCK_O), s.order_ptr.tolist()
+    read, rows = _tile_map(s, s.tiles_ptr), 0
+    for tile in _tiles(s, s.tiles_ptr):
+        slots = [pair % s.S for pair in order[tile.first : tile.end]]
+        mine = tile.places if s.PER_PAIR else slots.count(s.slot)
+        read += 0 if s.PER_PAIR else 8 * o_tiles
+        passed = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
+        if passed or (s.IN_PLACE and tile.expert >= s.N):
+            continue
+        rows += mine
+        read += tile.places * 4 * o_tiles
+        if tile.expert < s.N:
+            rank = _rank(s, tile.expert)
+            read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
+            read += rank * (mine * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
+    return read + rows * s.O * s.size("from_ptr"), rows * s.O * s.size("y_ptr")
+
+
+def _parts(s: Sizes) -> list[_Tile]:
+    """The parts of the sums of experts: whole chunks, the last with what is left."""
+    found: list[_Tile] = []
+    sizes: dict[int, int] = {}
+    for tile in _tiles(s, s.chunks_ptr):
+        if tile.expert >= s.n * s.E:
+            continue
+        size = sizes.setdefault(tile.expert, tile.places)
+        if tile.places < size:
+            before = found.pop()
+            tile = _Tile(tile.expert, before.first, tile.end, tile.end - before.first)
+        found.append(tile)
+    return found
+
+
+def _part_map(s: Sizes) -> int:
+    """Reads by which programs find their part, but for those of the map of chunks."""
+    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    later = len(routed) - len({tile.expert for tile in routed})
+    return s.TILES * (8 * len(routed) + 4 * later)
+
+
+def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
+    parts = _parts(s)
+    alone = Counter(part.expert for part in parts)
+    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
+    written = 0
+    for expert in range(s.n * s.E):
+        if expert not in alone:
+            read += s.TILES * 2 * s.size("ranks_ptr")
+            written += _rank(s, expert) * s.widths[expert // s.E] * s.size("out_ptrs")
+    for part in parts:
+        W, rank = s.widths[part.expert // s.E], _rank(s, part.expert)
+        w_tiles = ceil_div(W, s.BLOCK_W)
+        programs = w_tiles * s.COLUMN_TILES
+        read += programs * (4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr") + 4 * part.places)
+        read += part.places * W * s.COLUMN_TILES * s.size("wide_ptrs")
+        read += part.places * rank * w_tiles * s.size("narrow_ptr")
+        written += rank * W * (s.size("out_ptrs") if alone[part.expert] == 1 else 4)
+    return read, written
+
+
+def _sum_parts(s: Sizes) -> tuple[int, int]:
+    of = Counter(part.expert for part in _parts(s))
+    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * len(routed)
+    written = 0
+    for expert, count in of.items():
+        if count > 1:
+            elements = _rank(s, expert) * s.widths[expert // s.E]
+            read += s.TILES * 2 * s.size("ranks_ptr") + elements * 4 * count
+            written += elements * s.size("out_ptrs")
+    return read, written
+
+
+KERNELS = {
+    "shrink_gate_kernel": _shrink_gate,
+    "gate_partials_kernel": _gate_partials,
+    "shrink_gate_backward_kernel": _shrink_gate_backward,
+    "gate_partials_backward_kernel": _gate_partials_backward,
+    "shrink_dx_kernel": _shrink_dx,
+    "weight_grad_kernel": _weight_grad,
+    "reduce_partials_kernel": _reduce_partials,
+    "gate_rows_kernel": _gate_rows,
+    "topk_gate_kernel": lambda s: (s.N * s.E * s.size("logits_ptr"), s.N * s.K * 8),
+    "topk_gate_backward_kernel": _topk_gate_backward,
+    "router_logits_kernel": _router_logits,
+    "router_grad_kernel": _router_grad,
+    "grouped_shrink_kernel": _grouped_shrink,
+    "grouped_shrink_backward_kernel": _grouped_shrink_backward,
+    "grouped_expand_kernel": _grouped_expand,
+    "grouped_weight_grad_kernel": _grouped_weight_grad,
+    "sum_parts_kernel": _sum_parts,
+}
+
+
+def moved(launch: Launch) -> tuple[int, int]:
+    """Bytes read and bytes written by all programs of a launch."""
+    return KERNELS[launch.kernel.fn.__name__](Sizes(launch))

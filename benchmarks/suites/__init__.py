@@ -1,0 +1,1 @@
+"""The suites: the sizes they measure (`shapes`, `cells`) and the suite `machine`."""

@@ -1,0 +1,20 @@
+"""Routers: from a token, a sequence or a task to the logits of the experts."""
+
+from moelora_kernels.nn.routers.balanced import Balance, BalancedRouter
+from moelora_kernels.nn.routers.build import build_router, layer_logits
+from moelora_kernels.nn.routers.logits import wide_linear
+from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
+from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
+
+__all__ = [
+    "Balance",
+    "BalancedRouter",
+    "MlpRouter",
+    "PrototypeRouter",
+    "TaskRouter",
+    "ThresholdRouter",
+    "TokenTaskRouter",
+    "build_router",
+    "layer_logits",
+    "wide_linear",
+]

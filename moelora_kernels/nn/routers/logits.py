@@ -1,0 +1,31 @@
+"""From the input of a layer to router logits [G, E]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.nn.base_linear import dense_weight, float_weight
+from moelora_kernels.numerics import is_autocast
+
+
+def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x Wt + b in float32 (float64 for float64 x) whatever autocast says: logits need it."""
+    return wide_product(x, linear.weight, linear.bias)
+
+
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(dtype)
+    if not is_autocast(x.device):
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+def router_logits(router: nn.Module, x: Tensor) -> Tensor:
+    """The logits of any router that reads x; those of a linear one in float32."""
+    if dense_weight(router) is not None:
+        return wide_linear(x, router)
+    weight = float_weight(router) if isinstance(router, nn.Linear) else None
+    return router(x if weight is None else x.to(weight.dtype))
