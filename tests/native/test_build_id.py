@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from op_cases import needs_library
+from support.op_cases import needs_library
 
 import moelora_kernels
 from moelora_kernels import native
@@ -26,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
     ignore = shutil.ignore_patterns("_C.*", "__pycache__")
     package = Path(moelora_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "checkout" / "moelora_kernels", ignore=ignore)
-    shutil.copytree(Path(__file__).parents[1] / "csrc", tmp_path / "checkout" / "csrc")
+    shutil.copytree(Path(__file__).parents[2] / "csrc", tmp_path / "checkout" / "csrc")
     return tmp_path / "checkout"
 
 
