@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.op_cases import needs_library
 
 import moelora_kernels
 from moelora_kernels import native
+from support.op_cases import needs_library
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the build id is checked on Linux")
 LIBRARY = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
