@@ -1,7 +1,5 @@
 """The presets of whole-FFN experts against their methods' loops, over the MLPs of real models."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -14,9 +12,8 @@ from moelora_kernels import (
     replace_ffns,
 )
 from moelora_kernels.presets import FFN_PRESETS
-from moelora_kernels.testing import assert_within_budget
+from support.compare import check_formula
 from support.ffns import check
-from support.linears import step
 
 HIDDEN, INNER = 12, 18
 MLPS = ("Llama", "Qwen2", "Mistral")
@@ -102,27 +99,9 @@ LOOPS = {"mixlora": loop_mixlora, "llava-mole": loop_llava_mole}
 
 
 def check_preset(preset, layer, x):
+    """Assert that the layer computes the preset's loop."""
     dy = torch.randn(x.shape).to(x.dtype)
-    p = {
-        n: q.detach().double().requires_grad_(q.requires_grad) for n, q in layer.named_parameters()
-    }
-    leaf = x.detach().double().requires_grad_()
-    y = LOOPS[preset](leaf, p, layer.config)
-    trained = {n: q for n, q in p.items() if q.requires_grad}
-    # LLaVA-MoLE's router has no path to y.
-    grads = torch.autograd.grad(
-        y, (leaf, *trained.values()), dy.double(), allow_unused=True, materialize_grads=True
-    )
-    truth = {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
-    found = step(layer, x, dy)
-    assert found.keys() == truth.keys()
-    if x.dtype == torch.float64:
-        for name in truth:
-            torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
-        return
-    twin = copy.deepcopy(layer)
-    twin.config = layer.config.replace(impl="reference")
-    assert_within_budget(found, truth, step(twin, x, dy), x.dtype)
+    check_formula(lambda leaf, p: LOOPS[preset](leaf, p, layer.config), layer, x, dy)
 
 
 def test_every_preset_of_ffns_has_a_loop():
