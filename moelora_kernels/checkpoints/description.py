@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
 
@@ -34,7 +34,7 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
     """The layout of the layers of `model`, as plain values that JSON can hold."""
     names: dict[nn.Module, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (MoeLoraLinear, MoeLoraFFN)):
+        if isinstance(layer, MixtureLayer):
             names.setdefault(layer, []).append(name)
     configs: list[dict[str, Any] | None] = []
     layers, owners = [], {}
@@ -43,7 +43,7 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
         config = layer.config.to_dict() if is_written else None
         if config not in configs:
             configs.append(config)
-        first = layer if isinstance(layer, MoeLoraLinear) else layer.gate_proj
+        first = layer if isinstance(layer, LoraLayer) else layer.gate_proj
         dtype = next(layer.parameters(recurse=False)).dtype
         layers.append(
             {
@@ -88,7 +88,7 @@ def model_of(layout: dict[str, Any]) -> nn.Module:
 
 def _why_not_alone(kind: str, options: dict[str, Any] | None) -> str:
     if kind != MoeLoraLinear.__name__:
-        return f"a {kind} is no sum of linear experts"
+        return f"a {kind} is not a sum of linear experts"
     if options is None:
         return "its router is a module that the file does not hold, and its gate depends on x"
     if options.get("init") == "svd_segments":

@@ -18,10 +18,10 @@ from moelora_kernels.checkpoints.files import (
     why_unfit,
 )
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.tasks import adapter_parameters
 from moelora_kernels.reference import blocks
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _is_plain_lora(layer: MoeLoraLinear) -> bool:
-    return layer.router is None and layer.config.num_experts == 1 and len(layer._mixture.ranks) == 1
+    return layer.router is None and layer.config.num_experts == 1 and len(layer.mixture.ranks) == 1
 
 
 def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:
