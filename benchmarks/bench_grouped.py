@@ -31,11 +31,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import report
 from benchmarks.measure import environment, harness
 from benchmarks.measure.comparison import Bench
 from benchmarks.measure.inputs import DTYPES, check_mixture
 from benchmarks.output import tables
+from benchmarks.output.pages import all_tables
+from benchmarks.output.plots import plot
 from benchmarks.suites import cells, machine
 from benchmarks.suites.shapes import MACHINE, TOKENS, linear_case, select_cases
 from moelora_kernels.testing import ROUTINGS
@@ -226,7 +227,7 @@ def write_json(result: dict, path: Path) -> None:
 def write_plot(result: dict, path: Path) -> bool:
     """Whether there is a plot now: not every suite has one, and it takes matplotlib."""
     try:
-        return report.plot(result, path)
+        return plot(result, path)
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return False
@@ -360,7 +361,7 @@ def run_suite(
     if not result["rows"]:
         return 0
     if suite == "grouped":
-        for table in report.all_tables(result):
+        for table in all_tables(result):
             tell(tables.text(table) + "\n")
     tell(f"wrote {path}")
     if write_plot(result, path.with_suffix(".png")):

@@ -12,10 +12,10 @@ A full product would be thousands of cells. What several tables show is measured
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmarks.output.tables import VARYING
+from benchmarks.output.tables import GROUPED_TABLES
 from moelora_kernels.testing import ROUTINGS
 
-TABLES = tuple(VARYING)
+TABLES = tuple(GROUPED_TABLES)
 
 
 class Mixture(NamedTuple):

@@ -39,10 +39,9 @@ def gate_of_logits(
     logits, tau = split_threshold(logits, config)
     if training and config.noise > 0:
         logits = logits + config.noise * torch.randn_like(logits)
-    renormalize = config.renormalizes()
-    if renormalize is not None:
+    if config.is_topk_gate():
         top_k = config.top_k or config.num_experts
-        weights, indices = ops.topk_gate(logits, top_k, renormalize, config.temperature)
+        weights, indices = ops.topk_gate(logits, top_k, config.renormalize(), config.temperature)
         if top_k == config.num_experts:
             return weights, None
         if config.granularity == "token":

@@ -145,18 +145,18 @@ class MoeLoraLinear(nn.Module):
                 "has no activation between A and B"
             )
         self.in_features, self.out_features = features or (base.in_features, base.out_features)
-        ranks, renormalize = config.ranks(), config.renormalizes()
+        ranks = config.ranks()
         self._mixture = Mixture(
             ranks,
             config.scales(self.in_features),
             share_a=config.share == "A",
-            renormalize=renormalize is not False,
+            renormalize=config.renormalize(),
             temperature=config.temperature,
         )
         # Whether a linear router's logits can come out of the shrink, and the mixture if they do.
         self._fusable = (
             config.granularity == "token"
-            and renormalize is not None
+            and config.is_topk_gate()
             and config.shared_expert == "none"
             and config.grad_gate == "gate"
         )

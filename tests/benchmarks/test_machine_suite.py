@@ -13,7 +13,7 @@ from benchmarks import bench_grouped, report
 from benchmarks.measure import comparison, environment, harness
 from benchmarks.measure.comparison import Bench, Call, compare
 from benchmarks.model import roofline
-from benchmarks.output import tables
+from benchmarks.output import plots, tables
 from benchmarks.suites import machine
 from benchmarks.suites.shapes import MACHINE
 
@@ -169,7 +169,15 @@ def test_tables_show_predictions_apart(interpreted_run):
     _, measured = interpreted_run
     text = "\n\n".join(tables.text(table) for rows in measured for table in tables.of_rows(rows))
     header = next(line for line in text.splitlines() if "measured / predicted" in line)
-    assert header.split()[:7] == ["case", "of", "measured", "p10", "p90", "predicted", "measured"]
+    assert header.split()[:7] == [
+        "case",
+        "variant",
+        "measured",
+        "p10",
+        "p90",
+        "predicted",
+        "measured",
+    ]
     copied = next(line for line in text.splitlines() if "read + write" in line)
     assert "4.3 TB/s" in copied
     assert "if the read of y is not hidden" in text
@@ -183,17 +191,17 @@ def test_markdown_and_plot(quick_run, tmp_path):
     readme.write_text(
         "before\n<!-- table: results/machine.json -->\n<!-- end of table -->\nafter\n"
     )
-    report.main(["--readme", str(readme)])
+    report.main(["--pages", str(readme)])
     text = readme.read_text()
-    assert text.count("| case | of | measured |") == len(MEASUREMENTS)
+    assert text.count("| case | variant | measured |") == len(MEASUREMENTS)
     assert "not measured" in text
     assert "abc123" in text
     assert "frozen layer" not in text.split("**copy")[0]
     readme.write_text(
         "<!-- table: results/machine.json cases=1 modes=fwd -->\n<!-- end of table -->"
     )
-    report.main(["--readme", str(readme)])
-    report.plot(result, tmp_path / "machine.png")
+    report.main(["--pages", str(readme)])
+    plots.plot(result, tmp_path / "machine.png")
     assert not (tmp_path / "machine.png").exists()
 
 

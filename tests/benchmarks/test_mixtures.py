@@ -16,7 +16,7 @@ from benchmarks.baselines.linear import GROUPED_PROVIDERS, why_left_out
 from benchmarks.measure import inputs
 from benchmarks.measure.check import Checker
 from benchmarks.measure.inputs import draw_inputs, make_layer
-from benchmarks.output import tables
+from benchmarks.output import plots, tables, thresholds
 from benchmarks.suites import shapes
 from benchmarks.suites.cells import SIZES, TABLES, Mixture, cells_of
 from moelora_kernels import dispatch
@@ -174,7 +174,7 @@ def test_markdown_of_the_tables_asked_for(quick_run, tmp_path, capsys):
     assert "| E | r | K | R/K | frozen | moelora |" in text
     assert "| routing | frozen |" in text
     assert "| T | frozen |" in text
-    assert "grouped_mm left out at E=8 r=2 K=2 uniform T=33: rows of rank 2" in text
+    assert "grouped_mm: not measured at E=8 r=2 K=2 T=33 (rows of rank 2" in text
     assert "plain_lora has rank K r" in text
     assert "of uniform." in text
     assert "wide / grouped" in text
@@ -183,7 +183,7 @@ def test_markdown_of_the_tables_asked_for(quick_run, tmp_path, capsys):
     readme.write_text(
         "<!-- table: grouped.json modes=fwd tables=tokens,crossover -->\n<!-- end of table -->\n"
     )
-    report.main(["--readme", str(readme)])
+    report.main(["--pages", str(readme)])
     text = readme.read_text()
     assert "| routing |" not in text
     assert text.count("| T | frozen |") == text.count("wide / grouped |") == 1
@@ -240,37 +240,37 @@ def test_bad_arguments_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def pairs_at(*points: tuple[float, float]) -> list[crossover.Pair]:
+def pairs_at(*points: tuple[float, float]) -> list[thresholds.Pair]:
     """Pairs at R / K with a ratio wide / grouped."""
     row = {"experts": 1, "top_k": 1, "tokens": 1024}
-    return [crossover.Pair(row | {"rank": columns}, ratio, 1.0) for columns, ratio in points]
+    return [thresholds.Pair(row | {"rank": columns}, ratio, 1.0) for columns, ratio in points]
 
 
 def test_the_cheapest_threshold_is_found():
     clear = pairs_at((64, 0.5), (128, 0.8), (256, 1.1), (512, 2.0))
-    assert crossover.measured(clear) == (128, 256, 1.0, 1.0)
+    assert thresholds.cheapest(clear) == (128, 256, (1.0, 1.0))
     # Cells that contradict one another: one is lost either way, the cheaper one is given up.
     mixed = pairs_at((64, 0.5), (128, 1.1), (256, 0.5), (512, 2.0))
-    best = crossover.measured(mixed)
+    best = thresholds.cheapest(mixed)
     assert (best.low, best.high) == (256, 512)
-    assert best.worst == pytest.approx(1.1)
-    assert best.mean == pytest.approx(1.1**0.25)
-    assert crossover.judge(clear, 300) == (pytest.approx(1.1**0.25), pytest.approx(1.1))
+    assert best.cost.worst == pytest.approx(1.1)
+    assert best.cost.mean == pytest.approx(1.1**0.25)
+    assert thresholds.cost_of(clear, 300) == (pytest.approx(1.1**0.25), pytest.approx(1.1))
     always, never = pairs_at((64, 2.0), (128, 3.0)), pairs_at((64, 0.2), (128, 0.3))
-    assert crossover.measured(always)[:2] == (0.0, 64)
-    assert crossover.measured(never)[:2] == (128, math.inf)
-    assert "from the smallest measured R / K = 64 on" in crossover.bounds(
-        crossover.measured(always)
+    assert thresholds.cheapest(always)[:2] == (0.0, 64)
+    assert thresholds.cheapest(never)[:2] == (128, math.inf)
+    assert "from the smallest measured R / K = 64 on" in thresholds.describe(
+        thresholds.cheapest(always)
     )
-    assert "largest measured R / K = 128" in crossover.bounds(crossover.measured(never))
+    assert "largest measured R / K = 128" in thresholds.describe(thresholds.cheapest(never))
 
 
 def test_the_model_is_that_of_the_thresholds():
     for device, name in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80")):
-        columns, of = crossover.modelled(device)
+        columns, of = thresholds.modelled(device)
         assert of == device
         assert columns == pytest.approx(dispatch.THRESHOLDS[name].columns, abs=1)
-    assert crossover.modelled("some CPU")[1] == "NVIDIA H200"
+    assert thresholds.modelled("some CPU")[1] == "NVIDIA H200"
 
 
 def test_tokens_from_which_grouped_is_faster(quick_run):
@@ -281,11 +281,11 @@ def test_tokens_from_which_grouped_is_faster(quick_run):
     for row in rows:
         if row["provider"] == "moelora_wide":
             row["median_us"] = faster[row["tokens"]]
-    (said,) = crossover.say_tokens(rows, result["machine"])
+    (said,) = thresholds.token_remarks(rows, result["machine"])
     assert "from T = 33 on" in said
     slower = [row | {"median_us": 1.0 + row["provider"].endswith("grouped")} for row in rows]
-    assert "nowhere up to T = 33" in crossover.say_tokens(slower, result["machine"])[0]
-    assert not crossover.plot(result | {"rows": rows[:1]}, Path("never.png"))
+    assert "nowhere up to T = 33" in thresholds.token_remarks(slower, result["machine"])[0]
+    assert not plots.plot_crossover(result | {"rows": rows[:1]}, Path("never.png"))
 
 
 def network(dtype: torch.dtype) -> tuple[ffn.FeedForward, ffn.FeedForwardChecker]:

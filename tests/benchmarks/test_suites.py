@@ -136,6 +136,45 @@ def test_markdown_has_every_table(quick_run, capsys):
     assert "72x104, forward" in text
 
 
+def test_pages_are_checked_and_rewritten(quick_run, tmp_path, capsys):
+    _, _, results = quick_run
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "linear.json").write_text(json.dumps(results["linear"]))
+    open_line = "<!-- table: results/linear.json modes=fwd providers=frozen,moelora -->"
+    page, other = tmp_path / "README.md", tmp_path / "other.md"
+    for path in (page, other):
+        path.write_text(f"before\n{open_line}\n<!-- end of table -->\nafter\n")
+    pages = ["--pages", str(page), str(other)]
+    assert report.main(["--check", *pages]) == 1
+    assert page.read_text().count("|") == 0
+    assert capsys.readouterr().out.count("out of date") == 2
+    assert report.main(pages) == 0
+    assert report.main(["--check", *pages]) == 0
+    for path in (page, other):
+        text = path.read_text()
+        assert "| moelora |" in text
+        assert "| masked |" not in text
+        assert "forward + backward" not in text
+        assert text.endswith("after\n")
+
+
+def test_the_pages_of_the_repository_are_up_to_date():
+    assert report.main(["--check"]) == 0
+
+
+def test_a_remark_does_not_list_every_cell():
+    row = {"provider": "stacked", "status": "left out", "reason": "needs 9 GiB"}
+    timed = {"provider": "frozen", "status": "ok"}
+    left_out = [row | {"cell": f"T={T}"} for T in range(8)]
+    cells = [timed | {"cell": f"T={T}"} for T in range(8)]
+    remarks = lambda rows: tables.not_timed(rows, lambda row: row["cell"])  # noqa: E731
+    assert remarks(cells + left_out) == ["stacked: not measured in this table (needs 9 GiB)."]
+    (remark,) = remarks(cells + left_out[:5])
+    assert remark == "stacked: not measured at T=0, T=1, T=2 and 2 more cells (needs 9 GiB)."
+    assert remarks(cells[:1] + left_out[:1]) == ["stacked: not measured at T=0 (needs 9 GiB)."]
+    assert remarks(cells) == []
+
+
 class ForgetsLastExpert(Masked):
     def forward(self, x):
         with torch.no_grad():
@@ -241,8 +280,8 @@ def test_wrong_and_failing_providers_do_not_stop_the_run(tmp_path, monkeypatch, 
         assert rows["refusing", mode]["reason"] == "RuntimeError: no compiler here"
         assert rows["masked", mode]["status"] == "ok"
     table = capsys.readouterr().out
-    assert "forgetful wrong at T=5" in table
-    assert "refusing failed at T=5: RuntimeError: no compiler here" in table
+    assert "forgetful: wrong at T=5" in table
+    assert "refusing: failed at T=5 (RuntimeError: no compiler here)." in table
     assert (tmp_path / "linear.png").exists()
 
 
