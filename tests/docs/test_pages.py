@@ -112,10 +112,6 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
-def loras() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    return [(torch.randn(r, 16), torch.randn(24, r), 2.0 * r) for r in (2, 4, 3, 4)]
-
-
 # Names that a page may use without making them; its first comment says what they are.
 GIVEN: dict[str, Callable[[], Any]] = {
     "model": language_model,
@@ -125,10 +121,6 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "dataset": lambda: [
         {"input_ids": [n, 5, 6], "labels": [n, 5, 6], "task_ids": n} for n in range(1, 17)
     ],
-    "linear": lambda: nn.Linear(16, 24),
-    "loras": loras,
-    "x": lambda: torch.randn(2, 3, 16),
-    "gates": lambda: torch.rand(2, 3, 4),
 }
 # What a block asks of a machine, and what of it a test can do without.
 SHORTER = {"max_steps=100": "max_steps=2, use_cpu=True, report_to=[]"}
