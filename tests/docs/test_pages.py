@@ -6,7 +6,7 @@ Every Python block runs, every link and path exists, every table equals its sour
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import subprocess
 from collections.abc import Callable
@@ -309,7 +309,7 @@ def test_commands_name_what_exists() -> None:
         for script in re.findall(r"python ([\w./-]+\.py)", page):
             assert (ROOT / script).exists(), script
         for module in re.findall(r"python -m (moelora_kernels[\w.]*)", page):
-            assert hasattr(importlib.import_module(module), "main"), module
+            assert importlib.util.find_spec(module), module
 
 
 def test_readme_is_short() -> None:
