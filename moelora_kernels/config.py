@@ -233,9 +233,7 @@ class MoeLoraConfig:
         Raises TypeError if the router is a module.
         """
         if isinstance(self.router, nn.Module):
-            raise TypeError(
-                "router: an nn.Module cannot be saved as JSON, use the name of a router"
-            )
+            raise TypeError("router: a module cannot be saved as JSON; use the name of a router")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["aux"] = dict(self.aux)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
