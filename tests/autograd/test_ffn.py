@@ -12,8 +12,8 @@ from moelora_kernels.autograd.ffn import _FlatFfn as FfnMixture
 from moelora_kernels.nn import ffn as nn_ffn
 from moelora_kernels.testing import draw_experts
 from moelora_kernels.types import FfnTensors
+from support.compare import assert_same, training_step
 from support.ffns import HIDDEN, INNER, check, inputs, make_ffn
-from support.linears import assert_same, step
 
 RANKS, SCALING = (1, 3, 2), (0.5, 2.0, 1.0)
 # Out of range on both sides, the first id past the end, and an expert in two slots of a token.
@@ -124,7 +124,7 @@ def test_the_ops_get_rows_that_lie_dense(monkeypatch):
 
     monkeypatch.setattr(ops, "grouped_shrink_backward", watched)
     for given in (dy[:1].expand(4, HIDDEN), dy.t().contiguous().t()):
-        assert_same(step(layer, x, given), step(layer, x, given.contiguous()))
+        assert_same(training_step(layer, x, given), training_step(layer, x, given.contiguous()))
     assert set(strides) == {(HIDDEN, 1), (INNER, 1)}
 
 
@@ -171,7 +171,7 @@ def test_recompute_changes_no_bit(dtype, dropout):
     options = dict(dropout=dropout, dropout_mask="per_expert")
     layer, recomputing = (make_ffn(dtype, recompute=r, **options) for r in (False, True))
     x, dy = inputs(5, 4, dtype=dtype)
-    assert_same(step(recomputing, x, dy), step(layer, x, dy))
+    assert_same(training_step(recomputing, x, dy), training_step(layer, x, dy))
 
 
 @pytest.mark.parametrize("options", ({}, dict(top_k=4), dict(top_k=None)), ids=str)

@@ -18,8 +18,8 @@ from moelora_kernels import (
     replace_linears,
 )
 from moelora_kernels.checkpoints import load_adapter, save_adapter
+from support.compare import assert_same, training_step
 from support.layers import assert_within_budget
-from support.linears import assert_same, step
 from support.quantised import KINDS, GptqLinear, bnb_4bit, library, make_base, torchao_quantise
 
 IN, OUT, HIDDEN, INNER = 64, 32, 64, 96
@@ -95,13 +95,13 @@ def test_y_and_gradients_are_those_of_the_formula(kind, dtype, impl):
     returned = layer.base_layer(torch.zeros(1, IN, dtype=dtype)).dtype
     assert returned == (torch.float16 if kind == "gptq_fp16" else dtype)
     x, dy = inputs(2, 5, dtype=dtype, dy_dtype=returned)
-    found, twin = step(layer, x, dy), copy.deepcopy(layer)
+    found, twin = training_step(layer, x, dy), copy.deepcopy(layer)
     assert found["y"].dtype == returned
     assert found["dx"].dtype == dtype
     assert {found[name].dtype for name in adapters_of(layer)} == {torch.float32}
     twin.config = layer.config.replace(impl="reference")
     coarsest = max((dtype, returned), key=lambda d: torch.finfo(d).eps)
-    assert_within_budget(found, formula(layer, x, dy), step(twin, x, dy), coarsest)
+    assert_within_budget(found, formula(layer, x, dy), training_step(twin, x, dy), coarsest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,8 +319,8 @@ def test_ffn_over_a_quantised_mlp(kind):
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.3)
     x, dy = inputs(6, out=HIDDEN)
-    found = step(layer, x, dy.half() if kind == "gptq_fp16" else dy)
-    expected = step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
+    found = training_step(layer, x, dy.half() if kind == "gptq_fp16" else dy)
+    expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
     assert found.keys() == expected.keys()
     # Called on the weighted sum, the base rounds (and the 8-bit one quantises) another tensor than
     # expert by expert: bf16, fp16 and int8 steps of the activations, float32 sums elsewhere.
@@ -342,8 +342,8 @@ def test_an_ffn_computes_in_the_dtype_of_x():
         for parameter in adapter_parameters(layer):
             parameter.normal_(std=0.1)
     x, dy = inputs(5, out=HIDDEN)
-    found = step(layer, x, dy)["y"]
-    expected = step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))["y"]
+    found = training_step(layer, x, dy)["y"]
+    expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))["y"]
     # float32 sums of at most 96 terms; one rounding to fp16 would be 5e-4 of the largest.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
@@ -386,7 +386,7 @@ def test_the_output_of_a_base_is_left_as_it_is(kind, impl):
         assert y.untyped_storage().data_ptr() != base.workspace.untyped_storage().data_ptr()
         return
     dy = torch.randn(2, 4, OUT)
-    found, expected = step(layer, x, dy), formula(layer, x, dy)
+    found, expected = training_step(layer, x, dy), formula(layer, x, dy)
     for name, want in expected.items():
         # float32 sums of at most 32 terms of size 1 against float64.
         torch.testing.assert_close(found[name].double(), want, rtol=1e-5, atol=2e-5, msg=name)
@@ -409,8 +409,8 @@ def test_an_ffn_leaves_the_outputs_of_its_bases(kind):
         for parameter in adapter_parameters(layer):
             parameter.normal_(std=0.2)
     x, dy = inputs(5, out=HIDDEN, dtype=dtype)
-    found = step(layer, x, dy)
-    expected = step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
+    found = training_step(layer, x, dy)
+    expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
     assert_same(found, expected, rtol=1e-10, atol=1e-9)
 
 
@@ -427,7 +427,7 @@ def test_a_lost_gradient_is_named():
     layer = over(WithoutGradient(nn.Linear(IN, OUT)))
     x, dy = inputs(3)
     with pytest.warns(UserWarning, match=r"base: .*WithoutGradient.* without a gradient"):
-        found = step(layer, x, dy)
+        found = training_step(layer, x, dy)
     truth = formula(over(GptqLinear(nn.Linear(IN, OUT))), x, dy)
     assert found.keys() == truth.keys()
     assert all(found[n].abs().sum() > 0 for n in adapters_of(layer))
@@ -493,8 +493,8 @@ def test_a_called_base_compiles(kind):
     for tokens in (5, 9):
         x, dy = inputs(tokens)
         # Fused sums of float32 in another order.
-        found = step(layer, x, dy, forward=compiled)
-        assert_same(found, step(layer, x, dy), rtol=1e-4, atol=1e-5)
+        found = training_step(layer, x, dy, forward=compiled)
+        assert_same(found, training_step(layer, x, dy), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_leaves_the_dtype_to_the_base():
@@ -592,5 +592,5 @@ def test_four_bits_in_evaluation():
     layer.train().state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dx = step(layer, x, dy)["dx"]
+        dx = training_step(layer, x, dy)["dx"]
     torch.testing.assert_close(dx.double(), formula(layer, x, dy)["dx"], rtol=1e-5, atol=2e-5)

@@ -17,7 +17,7 @@ from moelora_kernels import (
     replace_linears,
     warmup,
 )
-from support.linears import assert_same, step
+from support.compare import assert_same, training_step
 
 IN, OUT = 8, 6
 MING = dict(num_experts=4, rank=2, top_k=2)
@@ -73,7 +73,7 @@ def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
     assert model[0].down_proj.weight.device.type == "meta"
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     # The base's products are no longer one with the experts': the same sums in another order.
-    assert_same(step(model, x), step(expected, x), rtol=1e-10, atol=1e-10)
+    assert_same(training_step(model, x), training_step(expected, x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("how", ("linears", "linked", "ffn"))
@@ -182,11 +182,11 @@ def test_a_wrapped_base_is_called_once_as_it_is(wrapped):
     leaf = x.clone().requires_grad_()
     of_base = base(leaf)
     (dx_of_base,) = torch.autograd.grad(of_base, leaf, dy)
-    expected = step(alone, x, dy)
+    expected = training_step(alone, x, dy)
     expected["y"] = expected["y"] + of_base.detach()
     expected["dx"] = expected["dx"] + dx_of_base
     base.register_forward_hook(lambda module, args, y: calls.append(args[0].shape))
-    found = step(layer, x, dy)
+    found = training_step(layer, x, dy)
     assert calls == [x.shape]
     assert_same(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -213,14 +213,14 @@ def test_bases_of_distributed_tensors(mesh):
     plain = MoeLoraLinear.from_linear(copy.deepcopy(base), **MING)
     nn.init.normal_(plain.lora_B)
     x = torch.randn(2, 3, IN)
-    expected = step(plain, x)
+    expected = training_step(plain, x)
     adapters = {n: p for n, p in plain.state_dict().items() if not n.startswith("base_layer")}
 
     parallel = MoeLoraLinear.from_linear(parallelize_module(base, mesh, ColwiseParallel()), **MING)
     assert isinstance(parallel.weight, DTensor)
     assert {type(p) for p in adapter_parameters(parallel)} == {nn.Parameter}
     parallel.load_state_dict(adapters, strict=False)
-    assert_same(step(parallel, x), expected, rtol=1e-5, atol=1e-5)
+    assert_same(training_step(parallel, x), expected, rtol=1e-5, atol=1e-5)
 
     pair = nn.Module()
     pair.q_proj, pair.k_proj = copy.deepcopy(plain), copy.deepcopy(plain)

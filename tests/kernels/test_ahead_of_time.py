@@ -12,17 +12,31 @@ import pytest
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import LAYERS, complaints, record, width
 from moelora_kernels.kernels.common import configs
+from support.selection import exhaustive
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_kernel_may_ship(tmp_path):
+@pytest.fixture
+def compiled_kernels(request, tmp_path):
+    """The folder of compiled kernels: it is kept between runs, and Triton's version is in its keys.
+
+    TRITON_CACHE_DIR, or a folder of pytest's cache, or a new folder if pytest runs without a cache.
+    """
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return folder
+    cache = getattr(request.config, "cache", None)
+    return str(cache.mkdir("triton") if cache else tmp_path)
+
+
+@exhaustive
+def test_every_kernel_may_ship(compiled_kernels):
     """In another process: in this one Triton may interpret."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "benchmarks/ahead_of_time.py", "--architectures", "sm_80,sm_90,sm_100"],
         cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        env={**environment, "TRITON_CACHE_DIR": compiled_kernels},
         capture_output=True,
         text=True,
         timeout=1800,

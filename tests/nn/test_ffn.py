@@ -15,6 +15,7 @@ from moelora_kernels import (
     set_tasks,
 )
 from moelora_kernels.nn.gates import gate_of_logits
+from support.compare import assert_same, training_step
 from support.ffns import (
     HIDDEN,
     INNER,
@@ -24,7 +25,7 @@ from support.ffns import (
     make_ffn,
     step_of_loop,
 )
-from support.linears import PackedLinear, assert_same, step
+from support.linears import PackedLinear
 
 # --- the layer is the loop ----------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def test_dtypes_within_their_budget(dtype, adapters):
     layer = make_ffn(dtype, adapter_dtype=adapters)
     x, dy = inputs(4, 8, dtype=dtype)
     check(layer, x, dy)
-    found = step(layer, x, dy)
+    found = training_step(layer, x, dy)
     assert found["y"].dtype == found["dx"].dtype == dtype
     of_adapters = {g.dtype for n, g in found.items() if n not in ("y", "dx")}
     assert of_adapters == {torch.float32 if adapters else dtype}
@@ -147,7 +148,7 @@ def test_task_gates():
 def test_an_empty_batch_has_zero_gradients(shape, options):
     """A rank without tokens must still take part in the all-reduce: zeros, never None."""
     layer = make_ffn(**options)
-    found = step(layer, inputs(*shape)[0])
+    found = training_step(layer, inputs(*shape)[0])
     assert found["y"].shape == (*shape, HIDDEN)
     for name, gradient in found.items():
         assert gradient is not None, name
@@ -158,7 +159,7 @@ def test_experts_without_tokens_have_zero_gradients():
     layer = make_ffn(router_bias=True)
     with torch.no_grad():
         layer.router.bias[2] = -1e4
-    found = step(layer, inputs(9)[0])
+    found = training_step(layer, inputs(9)[0])
     for linear in ("gate", "up", "down"):
         a, b = found[f"{linear}_lora_A"], found[f"{linear}_lora_B"]
         assert not a[3:6].any()
@@ -180,7 +181,7 @@ def test_a_nan_in_an_expert_nobody_chose_stays_there(options, matrix):
             parameter = getattr(broken, f"{linear}_lora_{matrix}")
             (parameter[3:6] if matrix == "A" else parameter[:, 3:6]).fill_(torch.nan)
     x, dy = inputs(9)
-    assert_same(step(broken, x, dy), step(layer, x, dy))
+    assert_same(training_step(broken, x, dy), training_step(layer, x, dy))
 
 
 def test_a_nan_behind_a_gate_of_zero_stays_there():
@@ -198,7 +199,7 @@ def test_a_nan_behind_a_gate_of_zero_stays_there():
     gates = torch.rand(9, 4, dtype=torch.float64)
     gates[:, 2] = 0.0
     expected, found = (
-        step(each, x, dy, forward=lambda leaf, each=each: each(leaf, gates))
+        training_step(each, x, dy, forward=lambda leaf, each=each: each(leaf, gates))
         for each in (layer, broken)
     )
     for name in expected:
@@ -228,7 +229,7 @@ def test_bases_are_called_and_keep_their_own_gradients():
     for each in (layer, twin):
         each.down_proj.requires_grad_(True)
     x, dy = inputs(3, 4)
-    found, truth = step(layer, x, dy), step_of_loop(twin, x, dy)
+    found, truth = training_step(layer, x, dy), step_of_loop(twin, x, dy)
     assert "down_proj.bias" in found
     assert found.keys() == truth.keys()
     assert_same(found, truth, rtol=1e-10, atol=1e-10)
@@ -245,7 +246,11 @@ class Scaled(nn.Module):
         return z * torch.sigmoid(self.slope * z)
 
 
-@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "relu", Scaled(), torch.tanh), ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ("gelu", "gelu_tanh", "relu", Scaled(), torch.tanh),
+    ids=lambda activation: getattr(activation, "__name__", str(activation)),
+)
 def test_activations(activation):
     layer = make_ffn(activation=activation)
     check(layer, *inputs(3, 4))
@@ -283,7 +288,7 @@ def test_dropout_on_the_way_into_a(per_expert):
         y.append(weights[t, k] * linear("down", e, a, kept))
     y = torch.stack(y).view(5, 2, HIDDEN).sum(dim=1)
     trained = {n: q for n, q in p.items() if q.requires_grad}
-    found = step(layer, x, dy)
+    found = training_step(layer, x, dy)
     grads = torch.autograd.grad(y, trained.values(), dy)
     torch.testing.assert_close(found["y"], y, rtol=1e-11, atol=1e-11)
     for name, gradient in zip(trained, grads, strict=True):
@@ -310,7 +315,7 @@ def test_autocast(options, backward_inside):
     """float32 weights under bfloat16 autocast: bfloat16 y, float32 gradients near the true."""
     layer = make_ffn(torch.float32, **options)
     x, dy = inputs(2, 8, dtype=torch.float32)
-    truth = step(layer, x, dy)
+    truth = training_step(layer, x, dy)
     torch.manual_seed(3)
     leaf = x.clone().requires_grad_()
     trained = {n: q for n, q in layer.named_parameters() if q.requires_grad}

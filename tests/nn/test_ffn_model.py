@@ -25,9 +25,10 @@ from moelora_kernels import (
     warmup,
 )
 from moelora_kernels.autograd.ffn import TORCH
+from support.compare import assert_same, training_step
 from support.ffns import HIDDEN, INNER, inputs, make_ffn
 from support.formulas.aux_loss import switch_loss
-from support.linears import assert_same, randomise, step
+from support.linears import randomise
 
 MIXLORA = MoeLoraConfig.preset("mixlora", num_experts=4, rank=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -125,13 +126,13 @@ def test_compile_without_graph_breaks_or_recompiles(options):
             compiled(inputs(2, 5)[0])
         loose = torch.compile(layer, backend="aot_eager")
         x, _ = inputs(2, 5)
-        return assert_same(step(layer, x, forward=loose), step(layer, x))
+        return assert_same(training_step(layer, x, forward=loose), training_step(layer, x))
     tolerance = dict(rtol=1e-11, atol=1e-11)
     x, _ = inputs(2, 5)
-    assert_same(step(layer, x, forward=compiled), step(layer, x), **tolerance)
+    assert_same(training_step(layer, x, forward=compiled), training_step(layer, x), **tolerance)
     with torch._dynamo.config.patch(error_on_recompile=True):
         x, _ = inputs(2, 12)
-        assert_same(step(layer, x, forward=compiled), step(layer, x), **tolerance)
+        assert_same(training_step(layer, x, forward=compiled), training_step(layer, x), **tolerance)
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False))

@@ -16,6 +16,7 @@ from moelora_kernels import (
 )
 from moelora_kernels.nn import TaskRouter
 from moelora_kernels.testing import assert_within_budget
+from support.compare import training_step_of_siblings
 
 IN = 12
 # Grouped-query attention: k and v are narrower than q.
@@ -55,19 +56,6 @@ def make_siblings(dtype=torch.float64, **options):
     return siblings
 
 
-def step(forward, model, x, dys):
-    """Every output and every gradient by name; dys may leave outputs out with None."""
-    leaf = x.clone().requires_grad_()
-    ys = forward(leaf)
-    trained = {n: q for n, q in model.named_parameters() if q.requires_grad}
-    used = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
-    grads = torch.autograd.grad(
-        [y for y, _ in used], (leaf, *trained.values()), [dy for _, dy in used], allow_unused=True
-    )
-    found = {f"y{i}": y.detach() for i, y in enumerate(ys)}
-    return {**found, "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
-
-
 def random_dy(x):
     return [torch.randn(*x.shape[:-1], o, dtype=x.dtype) for o in WIDTHS.values()]
 
@@ -80,8 +68,10 @@ def test_a_group_is_its_siblings_alone(name, shape):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(*shape, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = step(group, group, x, dys)
-    expected = step(lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys)
+    found = training_step_of_siblings(group, group, x, dys)
+    expected = training_step_of_siblings(
+        lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
+    )
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
@@ -94,16 +84,18 @@ def test_a_group_in_low_precision(name, dtype):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 5, IN, dtype=dtype)
     dys = random_dy(x)
-    found = step(group, group, x, dys)
+    found = training_step_of_siblings(group, group, x, dys)
     exact = copy.deepcopy(group).double()
     alone = list(exact.children())
-    truth = step(
+    truth = training_step_of_siblings(
         lambda leaf: [layer(leaf) for layer in alone], exact, x.double(), [g.double() for g in dys]
     )
     by_reference = copy.deepcopy(group)
     for layer in by_reference.children():
         layer.config = layer.config.replace(impl="reference")
-    assert_within_budget(found, truth, step(by_reference, by_reference, x, dys), dtype)
+    assert_within_budget(
+        found, truth, training_step_of_siblings(by_reference, by_reference, x, dys), dtype
+    )
 
 
 @pytest.mark.parametrize("name", ("top-k", "task", "shared A"))
@@ -113,9 +105,9 @@ def test_an_output_nobody_uses(name):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = [None, None, random_dy(x)[2]]
-    found = step(group, group, x, dys)
+    found = training_step_of_siblings(group, group, x, dys)
     layer = siblings["v_proj"]
-    expected = step(lambda leaf: [layer(leaf)], layer, x, dys[2:])
+    expected = training_step_of_siblings(lambda leaf: [layer(leaf)], layer, x, dys[2:])
     torch.testing.assert_close(found["dx"], expected["dx"], rtol=1e-11, atol=1e-11)
     for key in ("lora_A", "lora_B"):
         torch.testing.assert_close(
@@ -189,9 +181,9 @@ def test_dropout_draws_one_mask_for_all_siblings(mask):
             out.append(layer(leaf))
         return out
 
-    expected = step(alone, group, x, dys)
+    expected = training_step_of_siblings(alone, group, x, dys)
     torch.manual_seed(4)
-    found = step(group, group, x, dys)
+    found = training_step_of_siblings(group, group, x, dys)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
     torch.manual_seed(4)
@@ -208,8 +200,10 @@ def test_a_called_base_among_read_ones():
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = step(group, group, x, dys)
-    expected = step(lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys)
+    found = training_step_of_siblings(group, group, x, dys)
+    expected = training_step_of_siblings(
+        lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
+    )
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
@@ -241,7 +235,8 @@ def test_group_compiles_without_graph_breaks():
     compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
-    expected, found = step(group, group, x, dys), step(compiled, group, x, dys)
+    expected = training_step_of_siblings(group, group, x, dys)
+    found = training_step_of_siblings(compiled, group, x, dys)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
 

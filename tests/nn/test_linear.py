@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moelora_kernels import MoeLoraConfig, record_routing, set_tasks
-from support.linears import IN, OUT, assert_same, make_layer, step
+from support.compare import assert_same, training_step
+from support.linears import IN, OUT, make_layer
 
 # --- the input ----------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def test_an_empty_batch_has_zero_gradients(shape, options):
     x = torch.randn(*shape, IN, dtype=torch.float64)
     if options.get("router") == "external":
         set_tasks(layer, torch.rand(1, 4, dtype=torch.float64))
-    found = step(layer, x)
+    found = training_step(layer, x)
     assert found["y"].shape == (*shape, OUT)
     for name, gradient in found.items():
         assert gradient is not None, name
@@ -61,7 +62,7 @@ def test_a_strided_x_and_a_strided_dy():
         torch.randn(4, 2 * OUT, dtype=torch.float64)[:, ::2],
         torch.randn(1, OUT, dtype=torch.float64).expand(4, OUT),
     ):
-        expected = step(layer, strided.contiguous(), dy.contiguous())
+        expected = training_step(layer, strided.contiguous(), dy.contiguous())
         torch.manual_seed(3)
         leaf = wide.clone().requires_grad_()
         y = layer(leaf[:, ::2])
@@ -147,7 +148,7 @@ def test_an_unrouted_expert_that_is_not_finite(options, poison, value):
         block = broken.lora_A[columns] if poison == "A" else broken.lora_B[:, columns]
         block.fill_(value)
     x = torch.randn(2, 4, IN, dtype=torch.float64)
-    expected, found = step(layer, x), step(broken, x)
+    expected, found = training_step(layer, x), training_step(broken, x)
     for name in expected.keys() - {"dx" if poison == "A" else "y"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
     assert not found["lora_A"][columns].any()
@@ -161,7 +162,7 @@ def test_an_unrouted_expert_that_is_not_finite(options, poison, value):
 def test_float32_adapters_under_a_low_precision_base(low):
     """Compute in the base's dtype, gradients in the parameters': PEFT's autocast_adapter_dtype."""
     layer = make_layer(low, adapter_dtype="float32")
-    found = step(layer, torch.randn(5, IN, dtype=low))
+    found = training_step(layer, torch.randn(5, IN, dtype=low))
     assert found["y"].dtype == found["dx"].dtype == low
     for name in ("lora_A", "lora_B", "router.weight", "router.bias"):
         assert found[name].dtype == torch.float32
@@ -190,7 +191,7 @@ def test_autocast(options, backward_inside):
     # x and dy that bfloat16 holds exactly: what differs is the arithmetic, not the data.
     x = x.bfloat16().float()
     dy = torch.randn(2, 8, OUT).bfloat16()
-    truth = step(layer, x, dy.float())
+    truth = training_step(layer, x, dy.float())
     torch.manual_seed(3)
     leaf = x.clone().requires_grad_()
     trained = {n: q for n, q in layer.named_parameters() if q.requires_grad}
@@ -264,6 +265,6 @@ def test_an_explicit_formulation_is_taken_or_refused():
     layer = make_layer()
     specification = make_layer(impl="reference")
     x = torch.randn(4, IN, dtype=torch.float64)
-    assert_same(step(layer, x), step(specification, x), rtol=1e-12, atol=1e-12)
+    assert_same(training_step(layer, x), training_step(specification, x), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="impl: 'decode' is not available"):
         MoeLoraConfig(impl="decode")

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from moelora_kernels import MoeLoraLinear, adapter_parameters
-from support.linears import IN, MING, OUT, PackedLinear, assert_same, make_layer, step
+from support.compare import assert_same, training_step
+from support.linears import IN, MING, OUT, PackedLinear, make_layer
 
 
 @pytest.mark.parametrize("bias", (True, False))
@@ -92,12 +93,12 @@ def test_a_base_that_is_more_than_a_weight_is_called(kind):
     bare.load_state_dict({**bare.state_dict(), **adapter_of(layer)})
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dy = torch.randn(2, 3, OUT, dtype=torch.float64)
-    found = step(layer, x, dy)
+    found = training_step(layer, x, dy)
 
     leaf = x.clone().requires_grad_()
     of_base = base(leaf)
     (dx_of_base,) = torch.autograd.grad(of_base, leaf, dy)
-    without = step(bare, x, dy)
+    without = training_step(bare, x, dy)
     plain = nn.functional.linear(x, bare.weight, bare.bias)
     expected = dict(without, y=without["y"] - plain + of_base.detach())
     expected["dx"] = without["dx"] - dy @ bare.weight + dx_of_base
@@ -122,4 +123,6 @@ def test_a_called_base_compiles():
     layer = make_layer(base=hooked("packed"), adapter_dtype="float64")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN, dtype=torch.float64)
-    assert_same(step(layer, x, forward=compiled), step(layer, x), rtol=1e-11, atol=1e-11)
+    assert_same(
+        training_step(layer, x, forward=compiled), training_step(layer, x), rtol=1e-11, atol=1e-11
+    )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moelora_kernels import set_tasks
-from support.linears import IN, OUT, assert_same, make_layer, step
+from support.compare import assert_same, training_step
+from support.linears import IN, OUT, make_layer
 
 COMPILED = [
     {},
@@ -24,13 +25,13 @@ def test_compile_without_graph_breaks_or_recompiles(options):
     eval_layer = layer.eval()
     compiled = torch.compile(eval_layer, fullgraph=True, backend="aot_eager", dynamic=True)
     x = torch.randn(2, 5, IN, dtype=torch.float64)
-    found = step(eval_layer, x, forward=compiled)
-    assert_same(found, step(eval_layer, x), rtol=1e-11, atol=1e-11)
+    found = training_step(eval_layer, x, forward=compiled)
+    assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for sequence in (7, 12):
             x = torch.randn(2, sequence, IN, dtype=torch.float64)
-            found = step(eval_layer, x, forward=compiled)
-            assert_same(found, step(eval_layer, x), rtol=1e-11, atol=1e-11)
+            found = training_step(eval_layer, x, forward=compiled)
+            assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
 
 
 def test_new_tasks_do_not_recompile():

@@ -6,7 +6,8 @@ from torch import nn
 
 from moelora_kernels import record_routing, set_tasks
 from moelora_kernels.nn import MlpRouter
-from support.linears import IN, OUT, Prototype, assert_same, make_layer, step
+from support.compare import assert_same, training_step
+from support.linears import IN, OUT, Prototype, make_layer
 
 
 @pytest.mark.parametrize("rows", ("one", "sequence", "token"))
@@ -89,9 +90,9 @@ def test_any_module_can_be_the_router():
             y = y + 2.0 * (p * kept)[..., e : e + 1] * delta
         return y
 
-    found = step(layer, x)
+    found = training_step(layer, x)
     assert found["router.prototypes"].abs().max() > 0
-    assert_same(found, step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
+    assert_same(found, training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
 
 
 def test_a_router_with_the_wrong_shape_is_named():
@@ -136,7 +137,7 @@ def test_an_mlp_router_trains():
     layer = make_layer(router="mlp", router_hidden=5)
     assert isinstance(layer.router, MlpRouter)
     assert layer.router.fc1.weight.shape == (5, IN)
-    found = step(layer, torch.randn(4, IN, dtype=torch.float64))
+    found = training_step(layer, torch.randn(4, IN, dtype=torch.float64))
     for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
         assert found[f"router.{name}"].abs().max() > 0, name
 
@@ -173,7 +174,9 @@ def test_a_shared_expert_is_on_for_every_token(shared_expert, top_k):
         gate = gate.repeat_interleave(torch.tensor([3, 3, 3, 3, 2]), dim=1)
         return layer.base_layer(leaf) + (gate * (leaf @ layer.lora_A.t())) @ layer.lora_B.t()
 
-    assert_same(step(layer, x), step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
+    assert_same(
+        training_step(layer, x), training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11
+    )
 
 
 def test_record_routing_holds_only_within():

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from moelora_kernels import MoeLoraGroup, collect_aux_loss, ops
 from moelora_kernels.testing import assert_within_budget
 from moelora_kernels.types import CHUNK, TILE
+from support.compare import assert_same, training_step
 from support.layers import make_case
-from support.linears import IN, assert_same, make_layer, step
+from support.linears import IN, make_layer
 
 GATES = {
     # name -> options
@@ -61,8 +62,8 @@ def assert_layer(layer, x, dtype, autocast=False):
     """Outputs and gradients against the float64 reference, within the budget of `dtype`."""
     x, plain = keep_apart(layer, x), twin_of(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, yardstick = step(layer, x), step(plain, x)
-    truth = step(plain.double(), x.double())
+        found, yardstick = training_step(layer, x), training_step(plain, x)
+    truth = training_step(plain.double(), x.double())
     low = torch.bfloat16 if autocast else dtype
     assert_within_budget(found, truth, yardstick, low)
 
@@ -109,13 +110,13 @@ def test_three_siblings_of_different_widths(dtype, bias):
         base = torch.nn.Linear(IN, width, bias=bias, dtype=dtype)
         layers[name] = make_layer(base=base, seed=seed, impl="grouped")
     group, x = MoeLoraGroup(**layers), draw(dtype)
-    together = step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
+    together = training_step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
     plain = twin_of(group)
     truth = copy.deepcopy(plain).double()
     for layer in layers.values():
         x = keep_apart(layer, x, 0.01)
     steps = [
-        step(g, x.to(d), forward=lambda leaf, g=g: torch.cat(g(leaf), dim=1))
+        training_step(g, x.to(d), forward=lambda leaf, g=g: torch.cat(g(leaf), dim=1))
         for g, d in ((group, dtype), (truth, torch.float64), (plain, dtype))
     ]
     assert_within_budget(*steps, dtype)
@@ -127,7 +128,7 @@ def test_leading_dimensions_and_no_tokens():
     x = torch.randn(2, 3, 5, IN, dtype=torch.float64)
     torch.testing.assert_close(layer(x).view(30, -1), layer(x.view(30, IN)))
     assert layer(x[0, 0, 0]).shape == (10,)
-    found = step(layer, x[:, :0])
+    found = training_step(layer, x[:, :0])
     assert all(not t.any() for t in found.values())
 
 
@@ -145,7 +146,7 @@ def test_an_unrouted_expert_that_is_not_finite(options, value, poison):
         block = broken.lora_A[columns] if poison == "A" else broken.lora_B[:, columns]
         block.fill_(value)
     x = torch.randn(2, 40, IN, dtype=torch.float64)
-    expected, found = step(layer, x), step(broken, x)
+    expected, found = training_step(layer, x), training_step(broken, x)
     assert_same(found, expected)
     assert not found["lora_A"][columns].any()
     assert not found["lora_B"][:, columns].any()
@@ -169,8 +170,10 @@ def test_losses_and_record_of_the_router(options):
 @pytest.mark.parametrize("options", ({}, dict(dropout=0.4, dropout_mask="per_expert")), ids=str)
 def test_activation_checkpointing_gives_the_same_bits(options):
     layer, x = make_layer(impl="grouped", **options), torch.randn(70, IN, dtype=torch.float64)
-    again = step(layer, x, forward=lambda leaf: checkpoint(layer, leaf, use_reentrant=False))
-    assert_same(again, step(layer, x))
+    again = training_step(
+        layer, x, forward=lambda leaf: checkpoint(layer, leaf, use_reentrant=False)
+    )
+    assert_same(again, training_step(layer, x))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +195,8 @@ def test_compiles_whole_and_once_for_every_number_of_tokens(options):
     for tokens in (40, 23, 129, 300):
         x = torch.randn(tokens, IN, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=tokens != 40):
-            found = step(layer, x, forward=compiled)
-        assert_same(found, step(layer, x), rtol=1e-11, atol=1e-11)
+            found = training_step(layer, x, forward=compiled)
+        assert_same(found, training_step(layer, x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))

@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraFFN, MoeLoraLinear, set_tasks
-from support.linears import IN, OUT, Prototype, assert_same, make_layer, step
+from support.compare import assert_same, training_step
+from support.linears import IN, OUT, Prototype, make_layer
 
 LIVES = [
     {},
@@ -132,15 +133,15 @@ def test_frozen_adapters_and_an_unfrozen_base():
     """Staged training: only the router; or the base as well, whose gradients are a linear's."""
     layer = make_layer()
     x = torch.randn(4, IN, dtype=torch.float64)
-    everything = step(layer, x)
+    everything = training_step(layer, x)
     layer.lora_A.requires_grad_(False)
     layer.lora_B.requires_grad_(False)
-    only_router = step(layer, x)
+    only_router = training_step(layer, x)
     assert set(only_router) == {"y", "dx", "router.weight", "router.bias"}
     for name, value in only_router.items():
         torch.testing.assert_close(value, everything[name], rtol=1e-12, atol=1e-12)
     layer.base_layer.requires_grad_(True)
-    found = step(layer, x)
+    found = training_step(layer, x)
     dy = torch.linspace(-1, 1, 4 * OUT, dtype=torch.float64).view(4, OUT)
     torch.testing.assert_close(found["base_layer.weight"], dy.t() @ x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found["base_layer.bias"], dy.sum(0), rtol=1e-12, atol=1e-12)

@@ -21,7 +21,8 @@ from moelora_kernels import (
     set_tasks,
 )
 from moelora_kernels.nn.gates import normalized_entropy
-from support.formulas.presets import IN, OUT, check, make_layer, step, step_of_loop
+from support.compare import formula_step, training_step
+from support.formulas.presets import IN, OUT, check, formula_of, make_layer
 from support.formulas.token_gates import adamole_margins, dynmole_kept, tsallis
 
 # float64 sums of a few dozen terms, in another order.
@@ -55,7 +56,7 @@ def test_adamole_keeps_what_passes_the_threshold(max_threshold):
     x = x[counts > 0]
     assert len(counts[counts > 0].unique()) >= 3
     check("adamole", layer, x)
-    grads = step(layer, x, torch.randn(len(x), OUT, dtype=torch.float64))
+    grads = training_step(layer, x, torch.randn(len(x), OUT, dtype=torch.float64))
     assert grads["router.threshold.weight"].abs().max() > 1e-3
     assert grads["router.threshold.bias"].abs().max() > 1e-3
 
@@ -68,11 +69,11 @@ def test_a_token_that_no_expert_passes_for_is_the_base():
     assert 0 < nobody.sum() < 40
     check("adamole", layer, x[~nobody])
     dy = torch.randn(40, OUT, dtype=torch.float64)
-    found = step(layer, x[nobody], dy[nobody])
+    found = training_step(layer, x[nobody], dy[nobody])
     assert torch.equal(found.pop("y"), layer.base_layer(x[nobody]))
     torch.testing.assert_close(found.pop("dx"), dy[nobody] @ layer.weight, **TIGHT)
     assert all(not g.any() for g in found.values())
-    together, others = step(layer, x, dy), step(layer, x[~nobody], dy[~nobody])
+    together, others = training_step(layer, x, dy), training_step(layer, x[~nobody], dy[~nobody])
     for name in found:
         torch.testing.assert_close(together[name], others[name], **TIGHT)
 
@@ -104,7 +105,7 @@ def test_a_threshold_met_exactly_has_finite_gradients(dtype):
         layer.router.threshold.weight.zero_()
         layer.router.threshold.bias.fill_(1e4)
     x = torch.randn(6, IN, dtype=dtype)
-    found = step(layer, x, torch.randn(6, OUT, dtype=dtype))
+    found = training_step(layer, x, torch.randn(6, OUT, dtype=dtype))
     torch.testing.assert_close(found["y"], layer.base_layer(x), rtol=1e-5, atol=1e-5)
     for name, g in found.items():
         # Not the 1e38 of a division by the smallest number there is.
@@ -333,7 +334,7 @@ def test_the_loops_disagree_with_a_broken_gate():
     layer = spread("dynmole", factor=6.0)
     x = certain_to_uncertain(30)
     dy = torch.randn(30, OUT, dtype=torch.float64)
-    truth = step_of_loop("dynmole", layer, x, dy)["y"]
+    truth = formula_step(formula_of("dynmole", layer), layer, x, dy)["y"]
     for options in (dict(keep_min=1), dict(entropy_threshold=0.999), dict(top_p=0.5)):
         broken = copy.deepcopy(layer)
         broken.config = layer.config.replace(**options)

@@ -24,6 +24,7 @@ from moelora_kernels.nn import (
     TokenTaskRouter,
 )
 from moelora_kernels.testing import assert_within_budget
+from support.compare import training_step
 from support.formulas.family import (
     IN,
     LINEARS,
@@ -33,7 +34,6 @@ from support.formulas.family import (
     TIGHT,
     Model,
     draw,
-    step,
     step_of_loop,
 )
 
@@ -45,7 +45,8 @@ SHAPES = [(1, 5), (4, 3), (6, 1), (3, 3)]
 def test_preset_is_its_originals_formula(preset, shape):
     model = Model(preset, shape, torch.float64)
     x, dy = draw(preset, shape, torch.float64)
-    found, truth = step(model, x, dy), step_of_loop(preset, model, x, dy)
+    found = training_step(model, x, dy, unused_as_zero=True)
+    truth = step_of_loop(preset, model, x, dy)
     assert found.keys() == truth.keys()
     for name in truth:
         torch.testing.assert_close(found[name], truth[name], **TIGHT, msg=name)
@@ -61,7 +62,7 @@ def test_sparse_gates_in_every_formulation(preset, impl):
     model = Model(preset, (2, 4), torch.float64, impl=impl, **options)
     x, dy = draw(preset, (2, 4), torch.float64)
     truth = step_of_loop(preset, model, x, dy)
-    for name, value in step(model, x, dy).items():
+    for name, value in training_step(model, x, dy, unused_as_zero=True).items():
         torch.testing.assert_close(value, truth[name], **TIGHT, msg=name)
 
 
@@ -72,13 +73,14 @@ def test_preset_in_low_precision(preset, dtype):
     model = Model(preset, (4, 6), dtype)
     twin = copy.deepcopy(model)
     x, dy = draw(preset, (4, 6), dtype)
-    found, truth = step(model, x, dy), step_of_loop(preset, model, x, dy)
+    found = training_step(model, x, dy, unused_as_zero=True)
+    truth = step_of_loop(preset, model, x, dy)
     if preset == "pesc":
         # An adapter has no reference but its formula.
         yardstick = step_of_loop(preset, model, x, dy, dtype)
     else:
         twin.layer.config = model.layer.config.replace(impl="reference")
-        yardstick = step(twin, x, dy)
+        yardstick = training_step(twin, x, dy, unused_as_zero=True)
     for name in [n for n in truth if truth[n].numel() == 1]:
         # A single number may happen to cancel; its parity is that of float64.
         for values in (found, truth, yardstick):
@@ -93,12 +95,12 @@ def test_octavius_does_not_scale():
 
 def test_every_preset_has_a_formula():
     """A preset that no test compares with anything is a claim."""
-    from moelora_kernels.presets import OF_FFNS, PRESETS
+    from moelora_kernels.presets import FFN_PRESETS, PRESETS
     from support.formulas.presets import ELSEWHERE
     from support.formulas.presets import LOOPS as OTHERS
 
-    assert {*PRESETS} == {*OTHERS, *LOOPS, *OF_FFNS}
-    assert {*ELSEWHERE} == {*LOOPS, *OF_FFNS}
+    assert {*PRESETS} == {*OTHERS, *LOOPS, *FFN_PRESETS}
+    assert {*ELSEWHERE} == {*LOOPS, *FFN_PRESETS}
 
 
 def tiny_model(preset, seed=0):

@@ -1,7 +1,5 @@
 """The presets of whole-FFN experts against their methods' loops, over the MLPs of real models."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -13,10 +11,9 @@ from moelora_kernels import (
     collect_aux_loss,
     replace_ffns,
 )
-from moelora_kernels.presets import OF_FFNS
-from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.presets import FFN_PRESETS
+from support.compare import check_formula
 from support.ffns import check
-from support.linears import step
 
 HIDDEN, INNER = 12, 18
 MLPS = ("Llama", "Qwen2", "Mistral")
@@ -102,36 +99,18 @@ LOOPS = {"mixlora": loop_mixlora, "llava-mole": loop_llava_mole}
 
 
 def check_preset(preset, layer, x):
+    """Assert that the layer computes the preset's loop."""
     dy = torch.randn(x.shape).to(x.dtype)
-    p = {
-        n: q.detach().double().requires_grad_(q.requires_grad) for n, q in layer.named_parameters()
-    }
-    leaf = x.detach().double().requires_grad_()
-    y = LOOPS[preset](leaf, p, layer.config)
-    trained = {n: q for n, q in p.items() if q.requires_grad}
-    # LLaVA-MoLE's router has no path to y.
-    grads = torch.autograd.grad(
-        y, (leaf, *trained.values()), dy.double(), allow_unused=True, materialize_grads=True
-    )
-    truth = {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
-    found = step(layer, x, dy)
-    assert found.keys() == truth.keys()
-    if x.dtype == torch.float64:
-        for name in truth:
-            torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
-        return
-    twin = copy.deepcopy(layer)
-    twin.config = layer.config.replace(impl="reference")
-    assert_within_budget(found, truth, step(twin, x, dy), x.dtype)
+    check_formula(lambda leaf, p: LOOPS[preset](leaf, p, layer.config), layer, x, dy)
 
 
 def test_every_preset_of_ffns_has_a_loop():
-    assert tuple(LOOPS) == OF_FFNS
+    assert tuple(LOOPS) == FFN_PRESETS
 
 
 @pytest.mark.parametrize("family", MLPS)
 @pytest.mark.parametrize("shape", ((1, 5), (4, 3), (6, 1)), ids=str)
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_is_its_papers_formula(preset, shape, family):
     layer = make_layer(preset, family)
     check_preset(preset, layer, torch.randn(*shape, HIDDEN, dtype=torch.float64))
@@ -139,14 +118,14 @@ def test_preset_is_its_papers_formula(preset, shape, family):
 
 @pytest.mark.parametrize("adapters", (None, "float32"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_in_the_dtypes_people_train_in(preset, dtype, adapters):
     """Low precision may cost what the reference in that dtype costs, twice, and not more."""
     layer = make_layer(preset, dtype=dtype, adapter_dtype=adapters)
     check_preset(preset, layer, torch.randn(4, 6, HIDDEN).to(dtype))
 
 
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_rank_one_and_ends_of_top_k(preset):
     for options in (dict(rank=1, num_experts=5), dict(top_k=1), dict(num_experts=2)):
         layer = make_layer(preset, **options)

@@ -13,14 +13,14 @@ from moelora_kernels import (
     set_tasks,
 )
 from moelora_kernels.presets import PRESETS as ALL_PRESETS
+from support.compare import formula_step, training_step
 from support.formulas.presets import (
     ELSEWHERE,
     IN,
     OUT,
     check,
+    formula_of,
     make_layer,
-    step,
-    step_of_loop,
     tasks_of,
 )
 
@@ -66,7 +66,7 @@ def test_ends_of_top_k(preset, top_k):
     x = torch.randn(3, 4, IN, dtype=torch.float64)
     check(preset, layer, x)
     if top_k == 1:
-        grads = step(layer, x, torch.randn(3, 4, OUT, dtype=torch.float64))
+        grads = training_step(layer, x, torch.randn(3, 4, OUT, dtype=torch.float64))
         assert grads["router.weight"].abs().max() < 1e-12
 
 
@@ -106,9 +106,9 @@ def test_active_dropout_draws_one_mask_per_expert(preset):
     ones = torch.ones(3 * 4, IN, dtype=torch.float64)
     masks = [reference.dropout(ones, 0.4, seed, stream=e).view(shape) for e in range(8)]
     assert not torch.equal(masks[0], masks[1])
-    truth = step_of_loop(preset, layer, x, dy, tasks, lambda leaf: [leaf * m for m in masks])
-    torch.manual_seed(11)
-    found = step(layer, x, dy)
+    formula = formula_of(preset, layer, tasks, lambda leaf: [leaf * m for m in masks])
+    truth = formula_step(formula, layer, x, dy)
+    found = training_step(layer, x, dy, seed=11)
     for name in truth:
         torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from moelora_kernels import MoeLoraFFN
-from moelora_kernels.testing import assert_within_budget
-from support.linears import step
+from support.compare import check_formula, formula_step
 
 HIDDEN, INNER = 6, 10
 MIXLORA = dict(num_experts=4, rank=(1, 2, 3, 2), alpha=3.0, top_k=2)
@@ -86,28 +83,10 @@ def topk_gate(x, p, layer):
 
 
 def step_of_loop(layer, x, dy, gate=topk_gate):
-    """What `step` returns, from the loop in float64; gate: (x, parameters, layer) -> [T, E]."""
-    p = {
-        n: q.detach().double().requires_grad_(q.requires_grad) for n, q in layer.named_parameters()
-    }
-    leaf = x.detach().double().requires_grad_()
-    y = loop(leaf, p, layer, gate(leaf, p, layer))
-    trained = {n: q for n, q in p.items() if q.requires_grad}
-    grads = torch.autograd.grad(
-        y, (leaf, *trained.values()), dy.double(), allow_unused=True, materialize_grads=True
-    )
-    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+    """Return the step of the loop in float64; gate: (x, parameters, layer) -> [T, E]."""
+    return formula_step(lambda leaf, p: loop(leaf, p, layer, gate(leaf, p, layer)), layer, x, dy)
 
 
 def check(layer, x, dy, gate=topk_gate):
-    """The layer against the loop: to 1e-10 in float64, within the budget below that."""
-    truth, found = step_of_loop(layer, x, dy, gate), step(layer, x, dy)
-    assert found.keys() == truth.keys()
-    if x.dtype == torch.float64:
-        for name in truth:
-            # Sums of at most a few hundred terms of size 1, in another order.
-            torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
-        return
-    twin = copy.deepcopy(layer)
-    twin.config = layer.config.replace(impl="reference")
-    assert_within_budget(found, truth, step(twin, x, dy), x.dtype)
+    """Assert that the layer computes the loop."""
+    check_formula(lambda leaf, p: loop(leaf, p, layer, gate(leaf, p, layer)), layer, x, dy)

@@ -1,4 +1,4 @@
-"""Small MoeLoraLinear layers for the tests of the module, and one training step of them."""
+"""Small MoeLoraLinear layers for the tests of the module."""
 
 from __future__ import annotations
 
@@ -22,25 +22,6 @@ def make_layer(dtype=torch.float64, base=None, seed=0, **options):
     with torch.no_grad():
         layer.lora_B.normal_(std=0.3)
     return layer
-
-
-def step(layer, x, dy=None, forward=None):
-    """y, dx and the gradient of every parameter that trains, by name; seeded for the dropout."""
-    torch.manual_seed(3)
-    leaf = x.detach().clone().requires_grad_()
-    y = (layer if forward is None else forward)(leaf)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape) if dy is None else dy
-    trained = {n: q for n, q in layer.named_parameters() if q.requires_grad}
-    grads = torch.autograd.grad(y, (leaf, *trained.values()), dy, allow_unused=True)
-    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
-
-
-def assert_same(found, expected, **tolerance):
-    """Same names, same tensors: bitwise unless a tolerance is given."""
-    assert found.keys() == expected.keys()
-    tolerance = tolerance or dict(rtol=0, atol=0)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=name)
 
 
 class Prototype(nn.Module):

@@ -13,6 +13,7 @@ from moelora_kernels import (
 from moelora_kernels.nn import (
     SequenceGate,
 )
+from support.compare import formula_step
 from support.formulas.token_gates import blocks_of, first_largest, frozen
 
 IN, OUT, TASK = 12, 10, 7
@@ -238,20 +239,6 @@ LOOPS = {
 LINEARS = [preset for preset in LOOPS if preset != "pesc"]
 
 
-def gradients(y, x, parameters, dy):
-    """y, dx and the gradient of all that trains, by name; zero where no way leads to it."""
-    trained = {n: q for n, q in parameters if q.requires_grad}
-    grads = torch.autograd.grad(
-        y, (x, *trained.values()), dy, allow_unused=True, materialize_grads=True
-    )
-    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
-
-
-def step(model, x, dy):
-    leaf = x.detach().clone().requires_grad_()
-    return gradients(model(leaf), leaf, model.named_parameters(), dy)
-
-
 def draw(preset, shape, dtype):
     """x and dy."""
     out = IN if preset == "pesc" else OUT
@@ -259,14 +246,13 @@ def draw(preset, shape, dtype):
 
 
 def step_of_loop(preset, model, x, dy, dtype=torch.float64):
-    """What `step` returns, from the method's formula in float64."""
-    values = {n: q.detach().to(dtype) for n, q in model.state_dict().items()}
-    for name, q in model.named_parameters():
-        values[name].requires_grad_(q.requires_grad)
-    own = {n.removeprefix("layer."): q for n, q in values.items() if n.startswith("layer.")}
-    leaf = x.detach().to(dtype).requires_grad_()
-    y = LOOPS[preset](leaf, own, model, values)
-    return gradients(y, leaf, values.items(), dy.to(dtype))
+    """Return the step of the method's formula in dtype."""
+
+    def formula(leaf, values):
+        layer = {n.removeprefix("layer."): q for n, q in values.items() if n.startswith("layer.")}
+        return LOOPS[preset](leaf, layer, model, values)
+
+    return formula_step(formula, model, x, dy, dtype)
 
 
 def balanced_layer(**options):

@@ -1,12 +1,10 @@
 """The expert loops of the presets, and the check of a layer against its loop."""
 
-import copy
-
 import torch
 
 from moelora_kernels import MoeLoraConfig, MoeLoraLinear, set_tasks
-from moelora_kernels.presets import OF_FFNS
-from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.presets import FFN_PRESETS
+from support.compare import check_formula
 from support.formulas.token_gates import (
     blocks_of,
     first_largest,
@@ -19,7 +17,7 @@ from support.formulas.token_gates import (
 IN, OUT = 12, 10
 # Whole-FFN experts are in ffn.py, relatives in family.py.
 ELSEWHERE = (
-    *OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
+    *FFN_PRESETS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
 )  # fmt: skip
 
 
@@ -125,47 +123,21 @@ def make_layer(preset, dtype, seed=0, **options):
     return layer
 
 
-def step(layer, x, dy):
-    """y and the gradients of x and of all that trains, by name."""
-    leaf = x.detach().clone().requires_grad_()
-    y = layer(leaf)
-    trained = {n: q for n, q in layer.named_parameters() if q.requires_grad}
-    grads = torch.autograd.grad(y, (leaf, *trained.values()), dy)
-    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+def formula_of(preset, layer, tasks=None, mask=None):
+    """Return (x, parameters) -> y of the method's loop; mask: x -> x_e of every expert."""
 
+    def formula(x, p):
+        return LOOPS[preset](x, p, layer.config, tasks, None if mask is None else mask(x))
 
-def step_of_loop(preset, layer, x, dy, tasks=None, mask=None):
-    """What `step` returns, from the method's loop in float64; mask: x -> x_e of every expert."""
-    p = {
-        n: q.detach().double().requires_grad_(q.requires_grad) for n, q in layer.named_parameters()
-    }
-    leaf = x.detach().double().requires_grad_()
-    y = LOOPS[preset](leaf, p, layer.config, tasks, None if mask is None else mask(leaf))
-    trained = {n: q for n, q in p.items() if q.requires_grad}
-    # With K = 1 the renormalised gate is the constant 1: the router has no path to y.
-    grads = torch.autograd.grad(
-        y, (leaf, *trained.values()), dy.double(), allow_unused=True, materialize_grads=True
-    )
-    return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+    return formula
 
 
 def check(preset, layer, x, tasks=None):
-    """The layer against its method's loop: to 1e-10 in float64, within the budget below that."""
+    """Assert that the layer computes its method's loop."""
     if tasks is not None:
         set_tasks(layer, tasks)
     dy = torch.randn(*x.shape[:-1], OUT, dtype=x.dtype)
-    truth = step_of_loop(preset, layer, x, dy, tasks)
-    found = step(layer, x, dy)
-    assert found.keys() == truth.keys()
-    if x.dtype == torch.float64:
-        for name in truth:
-            # Sums of at most a few hundred terms of size 1, in another order.
-            torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
-        return
-    twin = copy.deepcopy(layer)
-    twin.config = layer.config.replace(impl="reference")
-    found, truth, yardstick = (threshold_joined(s) for s in (found, truth, step(twin, x, dy)))
-    assert_within_budget(found, truth, yardstick, x.dtype)
+    check_formula(formula_of(preset, layer, tasks), layer, x, dy, threshold_joined)
 
 
 def threshold_joined(tensors):
