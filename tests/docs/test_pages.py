@@ -340,6 +340,22 @@ def test_paths_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_names_are_in_the_file_that_a_page_says(page: str) -> None:
+    """`file.py`, `name` in a table and `name` in `file.py` in a sentence."""
+    text = PAGES[page]
+    pairs = re.findall(r"`([\w./]+\.py)`, `([\w.]+)`", text)
+    pairs += [(file, name) for name, file in re.findall(r"`(\w+)` in `([\w./]+\.py)`", text)]
+    pairs += [(file, name) for name, file in re.findall(r"`([\w.]+)` of `([\w./]+\.py)`", text)]
+    starts = (ROOT / page).parent, ROOT, ROOT / "moelora_kernels"
+    for file, name in pairs:
+        if name.endswith(".py"):
+            continue
+        path = next(start / file for start in starts if (start / file).exists())
+        definition = rf"^\s*(def|class) {name.split('.')[-1]}\b|^{name}\b.*="
+        assert re.search(definition, path.read_text(), re.MULTILINE), f"{page}: {name}, {file}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tests_that_a_page_names_exist(page: str) -> None:
     """`path/to/test_file.py::test_name`, from the root."""
     for path, name in re.findall(r"`([\w./-]+\.py)::(\w+)`", PAGES[page]):
