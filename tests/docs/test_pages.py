@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -407,7 +408,7 @@ def test_readme_names_every_preset() -> None:
 
 
 def test_readme_measures_what_it_claims() -> None:
-    """The factors in the first lines are those of its table."""
+    """The factors in the first lines are those of its table and of the result file."""
     table = re.search(r"<!-- table: .*?<!-- end of table -->", README, re.DOTALL).group(0)
     last = {
         row[0]: row[-1] for row in re.findall(r"^\| (\w+) \|.*?([\d.]+)x \| [^|]*\|$", table, re.M)
@@ -416,6 +417,13 @@ def test_readme_measures_what_it_claims() -> None:
     found = re.findall(r"([\d.]+) times[^(]*?\(`(\w+)`\)", claim)
     assert found
     assert {name: factor for factor, name in found} == {name: last[name] for _, name in found}
+
+    result = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/linear.json").read_text())
+    cell = {"case": "2048x2048", "mode": "fwd_bwd", "tokens": 1024}
+    rows = [row for row in result["rows"] if cell.items() <= row.items()]
+    time = {row["provider"]: row["median_us"] for row in rows}
+    (factor,) = re.findall(r"([\d.]+) times at 2048 x 2048", claim)
+    assert factor == f"{time['moelora'] / time['frozen']:.2f}"
 
 
 def test_every_page_of_the_repository_is_read() -> None:
