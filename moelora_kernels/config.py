@@ -28,7 +28,7 @@ class MoeLoraConfig:
     Raises:
         ValueError: an option is out of range, or two options do not work together. The message
             begins with the name of an option.
-        TypeError: an option has the wrong type.
+        TypeError: `router`, `router_bias` or `aux` has the wrong type.
     """
 
     # The experts.
@@ -48,7 +48,7 @@ class MoeLoraConfig:
     "sqrt(3*alpha*I/r)" (GOAT, whose eta is alpha)."""
 
     share: str = "none"
-    """Whether experts share A. "none": every expert has its A. "A": all experts have one A and
+    """Whether experts share A. "none": every expert has its own A. "A": all experts have one A and
     differ in B (HydraLoRA, HMoRA)."""
 
     shared_expert: str = "none"
@@ -233,9 +233,7 @@ class MoeLoraConfig:
         Raises TypeError if the router is a module.
         """
         if isinstance(self.router, nn.Module):
-            raise TypeError(
-                "router: an nn.Module cannot be saved as JSON, use the name of a router"
-            )
+            raise TypeError("router: a module cannot be saved as JSON; use the name of a router")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["aux"] = dict(self.aux)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

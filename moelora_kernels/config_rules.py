@@ -1,7 +1,7 @@
 """The values of every option of MoeLoraConfig, and the options that do not work together.
 
 The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, GOES_WITH,
-CONFLICTS. `options_page` prints the same tables into METHODS.md.
+CONFLICTS. `options_page` writes the same tables into METHODS.md.
 """
 
 from __future__ import annotations
@@ -115,6 +115,10 @@ UNEQUAL_RANKS = Where("not the same for all experts", lambda c: len(set(c.ranks(
 RANK_ABOVE_ONE = Where("above 1", lambda c: max(c.ranks()) > 1)
 ALL_EXPERTS = Where("equal to num_experts", lambda c: c.top_k == c.num_experts)
 SCALE_NOT_POSITIVE = Where("0 or negative", lambda c: not min(c.scales(in_features=1)) > 0)
+NO_UNIT_SUM = Where(
+    '`"none"` (unless `score="softmax"` and `select="all"`)',
+    lambda c: c.normalize == "none" and (c.score, c.select) != ("softmax", "all"),
+)
 # Gates that are passed in, or no gates.
 NO_LOGITS = (None, "external")
 NEEDS_LOGITS = "it needs logits, but this router returns probabilities"
@@ -125,9 +129,9 @@ SUM_TO_ONE = "the base is reduced by the mean gate 1 / E, so the gates must sum 
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"select": Other("all"), "router": NO_LOGITS}, "the gates are used unchanged"),
     ({"aux": ANY_LOSS, "router": NO_LOGITS}, "there are no logits to compute a loss from"),
-    ({"top_p": SET, "score": "identity"}, "raw logits can be negative"),
+    ({"top_p": SET, "score": "identity"}, "raw logits can be negative; use another score"),
     ({"granularity": "task", "router": Other("task")}, "only router='task' has tasks"),
-    ({"granularity": Other("task"), "router": "task"}, "every gate is that of a task"),
+    ({"granularity": Other("task"), "router": "task"}, "the gate depends on the task alone"),
     (
         {"normalize": "sum", "score": "identity"},
         "the sum of raw logits can be 0; use 'softmax' or 'none'",
@@ -178,7 +182,7 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"balance_rate": SET, "top_k": ALL_EXPERTS}, "all experts have the same load"),
     (
         {"balance_rate": SET, "router": "task"},
-        "the bias belongs to one layer, a task router can serve all layers",
+        "the bias belongs to one layer, but all layers can share a task router",
     ),
     ({"init": "sparse", "top_k": None}, "A keeps top_k / num_experts of its entries"),
     ({"grad_gate": "sqrt", "router": NO_LOGITS}, "the layer has no router"),
@@ -198,24 +202,7 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "A and B are divided by its square root",
     ),
     ({"init": "svd_segments", "router": "external"}, SUM_TO_ONE),
-    (
-        {
-            "init": "svd_segments",
-            "normalize": "none",
-            "score": Other("softmax"),
-            "router": Other(None),
-        },
-        SUM_TO_ONE,
-    ),
-    (
-        {
-            "init": "svd_segments",
-            "normalize": "none",
-            "select": Other("all"),
-            "router": Other(None),
-        },
-        SUM_TO_ONE,
-    ),
+    ({"init": "svd_segments", "router": Other(None), "normalize": NO_UNIT_SUM}, SUM_TO_ONE),
 ]
 
 

@@ -229,5 +229,7 @@ def test_a_file_of_other_tensors_is_refused(tmp_path):
 
 
 def test_a_model_without_layers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model: it has no MoeLoraLinear layer"):
+    with pytest.raises(
+        ValueError, match="model: expected a model with MoeLoraLinear or MoeLoraFFN layers"
+    ):
         save_adapter(nn.Linear(2, 2), tmp_path / "a.safetensors")

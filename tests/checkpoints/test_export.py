@@ -278,8 +278,8 @@ def test_layers_that_need_their_base_are_named(tmp_path, capsys):
     model.first = MoeLoraLinear(IN, 8, router=Prototype(2), num_experts=2, rank=2)
     save_adapter(model, path)
     said = refused([str(path), "out"], capsys)
-    assert "mlp: a MoeLoraFFN is no sum of linear experts" in said
-    assert "first: its router is a module that the file does not hold" in said
+    assert "mlp: the experts of a MoeLoraFFN are not linear" in said
+    assert "first: its router is a custom module, which the file does not hold" in said
     with pytest.raises(ValueError, match="mlp: a MoeLoraFFN is no sum of linear"):
         lora_of_model(model)
 

@@ -95,12 +95,12 @@ def test_octavius_does_not_scale():
 
 def test_every_preset_has_a_formula():
     """A preset that no test compares with anything is a claim."""
-    from moelora_kernels.presets import OF_FFNS, PRESETS
+    from moelora_kernels.presets import FFN_PRESETS, PRESETS
     from support.formulas.presets import ELSEWHERE
     from support.formulas.presets import LOOPS as OTHERS
 
-    assert {*PRESETS} == {*OTHERS, *LOOPS, *OF_FFNS}
-    assert {*ELSEWHERE} == {*LOOPS, *OF_FFNS}
+    assert {*PRESETS} == {*OTHERS, *LOOPS, *FFN_PRESETS}
+    assert {*ELSEWHERE} == {*LOOPS, *FFN_PRESETS}
 
 
 def tiny_model(preset, seed=0):

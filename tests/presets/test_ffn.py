@@ -11,7 +11,7 @@ from moelora_kernels import (
     collect_aux_loss,
     replace_ffns,
 )
-from moelora_kernels.presets import OF_FFNS
+from moelora_kernels.presets import FFN_PRESETS
 from support.compare import check_formula
 from support.ffns import check
 
@@ -105,12 +105,12 @@ def check_preset(preset, layer, x):
 
 
 def test_every_preset_of_ffns_has_a_loop():
-    assert tuple(LOOPS) == OF_FFNS
+    assert tuple(LOOPS) == FFN_PRESETS
 
 
 @pytest.mark.parametrize("family", MLPS)
 @pytest.mark.parametrize("shape", ((1, 5), (4, 3), (6, 1)), ids=str)
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_is_its_papers_formula(preset, shape, family):
     layer = make_layer(preset, family)
     check_preset(preset, layer, torch.randn(*shape, HIDDEN, dtype=torch.float64))
@@ -118,14 +118,14 @@ def test_preset_is_its_papers_formula(preset, shape, family):
 
 @pytest.mark.parametrize("adapters", (None, "float32"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_in_the_dtypes_people_train_in(preset, dtype, adapters):
     """Low precision may cost what the reference in that dtype costs, twice, and not more."""
     layer = make_layer(preset, dtype=dtype, adapter_dtype=adapters)
     check_preset(preset, layer, torch.randn(4, 6, HIDDEN).to(dtype))
 
 
-@pytest.mark.parametrize("preset", OF_FFNS)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_rank_one_and_ends_of_top_k(preset):
     for options in (dict(rank=1, num_experts=5), dict(top_k=1), dict(num_experts=2)):
         layer = make_layer(preset, **options)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from moelora_kernels import MoeLoraConfig, set_tasks  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
-from moelora_kernels.presets import OF_FFNS, PRESETS  # noqa: E402
+from moelora_kernels.presets import FFN_PRESETS, PRESETS  # noqa: E402
 from support.peft_models import GATES, LORA, MING, TASKS, give_gates, inputs, llama, net, randomise  # noqa: E402
 
 TARGETS = ["up", "down"]
@@ -30,7 +30,7 @@ def adapted(options, base=None, **more):
 
 # --- the config ---------------------------------------------------------------------------------
 
-OF_LINEARS = sorted(set(PRESETS) - {*OF_FFNS, "pesc"})
+OF_LINEARS = sorted(set(PRESETS) - {*FFN_PRESETS, "pesc"})
 NEEDED = {"moelora": {"num_tasks": 5}, "xlora": {}, "goat": {"init": "kaiming"}}
 
 EVERY_OPTION = (

@@ -3,7 +3,7 @@
 import torch
 
 from moelora_kernels import MoeLoraConfig, MoeLoraLinear, set_tasks
-from moelora_kernels.presets import OF_FFNS
+from moelora_kernels.presets import FFN_PRESETS
 from support.compare import check_formula
 from support.formulas.token_gates import (
     blocks_of,
@@ -17,7 +17,7 @@ from support.formulas.token_gates import (
 IN, OUT = 12, 10
 # Whole-FFN experts are in ffn.py, relatives in family.py.
 ELSEWHERE = (
-    *OF_FFNS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
+    *FFN_PRESETS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
 )  # fmt: skip
 
 
