@@ -99,7 +99,7 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         self.launchers = on_gpu and not why_no_kernels()
         name = torch.cuda.get_device_name(self.device) if on_gpu else ""
-        self.rates = roofline.rates(name, options.dtype)
+        self.rates = roofline.assumed_rates(name, options.dtype)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def draw(self, *shape: int, variance: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 """The cells that a run measures: on a CPU and on a GPU, by default, with --full and with --quick.
 
-The default answers what a reader asks first, with a table of every suite, in a few minutes. Its
-cells are a part of the cells of --full, so that their numbers can be compared.
+The default has a table of every suite and takes a few minutes. Its cells are a part of the cells of
+--full, so that their numbers can be compared.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class MachineSizes:
 class RunSizes:
     """The sizes of every suite, and how long a cell is sampled.
 
-    budget_s: seconds of samples in a cell;  min_rounds: fewest samples of a provider, which the
-    large cells need longer for than the budget.
+    budget_s: seconds of samples in a cell;  min_rounds: the fewest samples of a provider. Large
+    cells need more time for them than the budget.
     """
 
     linear: LayerSizes
@@ -56,7 +56,7 @@ class RunSizes:
 
 
 CPU_DEFAULT = RunSizes(
-    # Few tokens and many. Compiling the rival takes ten seconds and more per cell.
+    # Few tokens and many. Compiling `masked_compiled` takes ten seconds and more per cell.
     linear=LayerSizes(("2048x2048",), (128, 1024)),
     group=LayerSizes(("qkv-2048",), (512,), ("fwd_bwd",)),
     ffn=LayerSizes(("ffn-2048x5504",), (512,), ("fwd_bwd",)),
@@ -86,7 +86,7 @@ CPU_DEFAULT = RunSizes(
 )
 
 CPU_FULL = RunSizes(
-    # Two cores take 0.2 s for one forward and backward of the slowest rival at T = 1024.
+    # Two cores take 0.2 s for one forward and backward of the slowest provider at T = 1024.
     linear=LayerSizes(("2048x2048", "4096x4096"), (128, 512, 1024)),
     group=LayerSizes(("qkv-2048", "gate_up-2048x5504"), (128, 512, 1024)),
     ffn=LayerSizes(("ffn-2048x5504",), (128, 512, 1024)),

@@ -243,9 +243,9 @@ def test_predicted_layer_over_frozen(passes, published):
 
 
 def test_devices_without_assumed_rates_have_no_predictions():
-    assert roofline.rates("NVIDIA H200", "bf16") == H200
+    assert roofline.assumed_rates("NVIDIA H200", "bf16") == H200
     for name, dtype in (("NVIDIA GH200 480GB", "bf16"), ("", "bf16"), ("NVIDIA H200", "fp32")):
-        unknown = roofline.rates(name, dtype)
+        unknown = roofline.assumed_rates(name, dtype)
         assert unknown is roofline.UNKNOWN
         assert math.isnan(roofline.layer(unknown, 8, 8, 8, 8, "fwd_bwd", 1))
         assert math.isnan(roofline.launch(unknown, "triton"))
