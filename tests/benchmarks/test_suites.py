@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 
 from benchmarks import bench_grouped, report
 from benchmarks.baselines.linear import PROVIDERS, Masked, Siblings
-from benchmarks.measure import environment, harness
+from benchmarks.measure import clocks, environment, harness
 from benchmarks.measure.check import Checker
 from benchmarks.measure.inputs import draw_inputs, make_layer
 from benchmarks.output import tables
-from benchmarks.suites import shapes
+from benchmarks.output.progress import Progress
+from benchmarks.suites import shapes, sizes
+from benchmarks.suites.cells import grouped_cells
 from moelora_kernels.testing import ROUTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +70,7 @@ def check_row(row: dict) -> None:
     assert set(row) == set(fields)
     for name, kind in fields.items():
         assert isinstance(row[name], kind), name
-    assert row["mode"] in bench_grouped.MODES
+    assert row["mode"] in sizes.MODES
     assert row["suite"] in bench_grouped.SUITES
     if row["status"] == "ok":
         assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
@@ -108,7 +111,7 @@ def test_quick_run_of_every_suite(quick_run):
             check_row(row)
             assert row["suite"] == suite
         parsed = bench_grouped.make_parser().parse_args(["--quick", "--tokens", "5"])
-        cells, _ = bench_grouped.plan(suite, parsed, None, print)
+        cells = sum(job.cells for job in bench_grouped.make_jobs(suite, parsed, None))
         providers = bench_grouped.make_options(parsed, suite).providers
         assert len(result["rows"]) == cells * len(providers)
         assert (folder / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
@@ -134,6 +137,44 @@ def test_markdown_has_every_table(quick_run, capsys):
     text = capsys.readouterr().out
     assert "forward + backward" not in text
     assert "72x104, forward" in text
+
+
+def test_the_default_is_a_part_of_the_full_run():
+    for device in ("cpu", "cuda"):
+        default, full = (sizes.RUN_SIZES[device, extent] for extent in ("default", "full"))
+        for suite in ("linear", "group", "ffn"):
+            part, whole = getattr(default, suite), getattr(full, suite)
+            for field in ("cases", "tokens", "modes"):
+                assert set(getattr(part, field)) <= set(getattr(whole, field)), (suite, field)
+        grouped = grouped_cells(default.grouped)
+        assert {cell.name for cell in grouped} <= {c.name for c in grouped_cells(full.grouped)}
+        for field in ("copy", "product", "addmm", "shrink", "weight_grad", "layer_tokens"):
+            part, whole = getattr(default.machine, field), getattr(full.machine, field)
+            assert part
+            assert set(part) <= set(whole), field
+
+
+def test_the_default_on_a_cpu_takes_minutes():
+    """A cell compiles the rival (up to 20 s), checks the providers and samples them for 3 s."""
+    parsed = bench_grouped.make_parser().parse_args(["--device", "cpu"])
+    assert bench_grouped.selected_suites(parsed) == [*bench_grouped.SUITES, "machine"]
+    cells = {
+        suite: sum(job.cells for job in bench_grouped.make_jobs(suite, parsed, clocks.CpuClock()))
+        for suite in bench_grouped.selected_suites(parsed)
+    }
+    assert cells == {"linear": 4, "group": 1, "grouped": 3, "ffn": 1, "machine": 7}
+    assert sizes.CPU_DEFAULT.budget_s * sum(cells.values()) < 60
+
+
+def test_progress_without_a_terminal(capsys):
+    bar = Progress(3)
+    bar("first")
+    bar.say("a table")
+    bar("second")
+    shown = capsys.readouterr()
+    assert shown.out == "a table\n"
+    assert re.fullmatch(r"\[1/3\] first, \d+:\d\d left\n\[2/3\] second, .* left\n", shown.err)
+    bar.close()
 
 
 def test_pages_are_checked_and_rewritten(quick_run, tmp_path, capsys):
@@ -271,7 +312,7 @@ def test_wrong_and_failing_providers_do_not_stop_the_run(tmp_path, monkeypatch, 
     chosen = ("--suite", "linear", "--providers", "forgetful,refusing,masked")
     _, results = run_quick(tmp_path, *chosen)
     rows = {(row["provider"], row["mode"]): row for row in results["linear"]["rows"]}
-    for mode in bench_grouped.MODES:
+    for mode in sizes.MODES:
         for provider in ("frozen", "masked", "forgetful", "refusing"):
             check_row(rows[provider, mode])
         assert rows["forgetful", mode]["status"] == "wrong"
@@ -338,17 +379,18 @@ def test_case_names_and_their_users():
     assert group["qkv-4096x1024"].out_features == (4096, 1024, 1024)
     assert [name for name, _ in group["qkv-4096"].siblings] == ["q_proj", "k_proj", "v_proj"]
     assert group["gate_up-4096x11008"].used_by == ("Qwen1.5-7B.mlp", "Llama-2-7B.mlp")
-    for defaults in shapes.DEFAULT_CASES.values():
-        assert set(defaults["linear"]) <= set(linear)
-        assert set(defaults["group"]) <= set(group)
+    for (_, extent), run in sizes.RUN_SIZES.items():
+        if extent != "quick":
+            assert set(run.linear.cases) <= set(linear)
+            assert set(run.group.cases) <= set(group)
 
 
 def test_cases_are_chosen_by_name():
-    chosen = shapes.select_cases("linear", "cpu", False, ["4096x4096", "qkv-4096"])
+    chosen = shapes.select_cases("linear", False, ["4096x4096", "qkv-4096"])
     assert [case.name for case in chosen] == ["4096x4096"]
-    assert len(shapes.select_cases("group", "cpu", False, ["all"])) == len(shapes.CASES["group"])
-    with pytest.raises(ValueError, match=r"unknown \['4096x4095'\]"):
-        shapes.select_cases("linear", "cpu", False, ["4096x4095"])
+    assert len(shapes.select_cases("group", False, ["all"])) == len(shapes.CASES["group"])
+    with pytest.raises(ValueError, match=r"got \['4096x4095'\]"):
+        shapes.select_cases("linear", False, ["4096x4095"])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +421,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert argument in capsys.readouterr().err.replace("top_k", "top-k")
 
 
-def test_frozen_is_always_the_yardstick():
+def test_frozen_always_runs():
     parsed = bench_grouped.make_parser().parse_args(["--providers", "moelora", "--quick"])
     for suite in bench_grouped.SUITES:
         assert bench_grouped.make_options(parsed, suite).providers == ["frozen", "moelora"]
@@ -433,7 +475,7 @@ def test_time_of_a_toy_layer(benchmark, provider):
     """For `pytest --benchmark-only`: forward + backward, so that a slowdown of the host shows."""
     layer = make_layer(QUICK_LINEAR, 8, 16, 2, torch.float32, CPU)
     x, dys = draw_inputs(layer, 33, "uniform")
-    weights = harness.ColdWeights(layer, cold_bytes=0)
+    weights = clocks.ColdWeights(layer, cold_bytes=0)
     timed = harness.Timed(PROVIDERS[provider][0](layer), weights, x, dys, "fwd_bwd")
     benchmark.pedantic(timed.call, setup=timed.reset, rounds=10, warmup_rounds=2)
 
@@ -441,14 +483,14 @@ def test_time_of_a_toy_layer(benchmark, provider):
 def test_cold_weights_turn_through_equal_copies():
     layer = make_layer(shapes.linear_case(40, 24), 4, 2, 2, torch.float32, CPU)
     size = layer.adapters[0].weight.nbytes
-    weights = harness.ColdWeights(layer, cold_bytes=3 * size - 1)
+    weights = clocks.ColdWeights(layer, cold_bytes=3 * size - 1)
     provider = PROVIDERS["masked"][0](layer)
-    parameters = weights.of(provider)
+    parameters = weights.frozen_parameters(provider)
     assert len(parameters) == 1
     x, _ = draw_inputs(layer, 5, "uniform")
     expected, places = provider(x)[0], set()
     for _ in range(6):
-        weights.turn(parameters)
+        weights.rotate(parameters)
         places.add(parameters[0][0].data_ptr())
         assert torch.equal(provider(x)[0], expected)
     assert len(places) == 3

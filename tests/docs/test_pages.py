@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -340,6 +341,22 @@ def test_paths_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_names_are_in_the_file_that_a_page_says(page: str) -> None:
+    """`file.py`, `name` in a table and `name` in `file.py` in a sentence."""
+    text = PAGES[page]
+    pairs = re.findall(r"`([\w./]+\.py)`, `([\w.]+)`", text)
+    pairs += [(file, name) for name, file in re.findall(r"`(\w+)` in `([\w./]+\.py)`", text)]
+    pairs += [(file, name) for name, file in re.findall(r"`([\w.]+)` of `([\w./]+\.py)`", text)]
+    starts = (ROOT / page).parent, ROOT, ROOT / "moelora_kernels"
+    for file, name in pairs:
+        if name.endswith(".py"):
+            continue
+        path = next(start / file for start in starts if (start / file).exists())
+        definition = rf"^\s*(def|class) {name.split('.')[-1]}\b|^{name}\b.*="
+        assert re.search(definition, path.read_text(), re.MULTILINE), f"{page}: {name}, {file}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tests_that_a_page_names_exist(page: str) -> None:
     """`path/to/test_file.py::test_name`, from the root."""
     for path, name in re.findall(r"`([\w./-]+\.py)::(\w+)`", PAGES[page]):
@@ -391,7 +408,7 @@ def test_readme_names_every_preset() -> None:
 
 
 def test_readme_measures_what_it_claims() -> None:
-    """The factors in the first lines are those of its table."""
+    """The factors in the first lines are those of its table and of the result file."""
     table = re.search(r"<!-- table: .*?<!-- end of table -->", README, re.DOTALL).group(0)
     last = {
         row[0]: row[-1] for row in re.findall(r"^\| (\w+) \|.*?([\d.]+)x \| [^|]*\|$", table, re.M)
@@ -400,6 +417,13 @@ def test_readme_measures_what_it_claims() -> None:
     found = re.findall(r"([\d.]+) times[^(]*?\(`(\w+)`\)", claim)
     assert found
     assert {name: factor for factor, name in found} == {name: last[name] for _, name in found}
+
+    result = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/linear.json").read_text())
+    cell = {"case": "2048x2048", "mode": "fwd_bwd", "tokens": 1024}
+    rows = [row for row in result["rows"] if cell.items() <= row.items()]
+    time = {row["provider"]: row["median_us"] for row in rows}
+    (factor,) = re.findall(r"([\d.]+) times at 2048 x 2048", claim)
+    assert factor == f"{time['moelora'] / time['frozen']:.2f}"
 
 
 def test_every_page_of_the_repository_is_read() -> None:
