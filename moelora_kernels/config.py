@@ -28,7 +28,7 @@ class MoeLoraConfig:
     Raises:
         ValueError: an option is out of range, or two options do not work together. The message
             begins with the name of an option.
-        TypeError: an option has the wrong type.
+        TypeError: `router`, `router_bias` or `aux` has the wrong type.
     """
 
     # The experts.
@@ -48,7 +48,7 @@ class MoeLoraConfig:
     "sqrt(3*alpha*I/r)" (GOAT, whose eta is alpha)."""
 
     share: str = "none"
-    """Whether experts share A. "none": every expert has its A. "A": all experts have one A and
+    """Whether experts share A. "none": every expert has its own A. "A": all experts have one A and
     differ in B (HydraLoRA, HMoRA)."""
 
     shared_expert: str = "none"

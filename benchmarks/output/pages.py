@@ -52,7 +52,7 @@ def markdown(result: dict, selection: Selection = EVERYTHING) -> str:
     ratios = "The factors are ratios to the frozen layer."
     last = [f"Extra memory: {machine['memory_kind']}."]
     if tables.is_machine(rows):
-        ratios = "`predicted` is what a model of the device predicts; it is not measured."
+        ratios = "`predicted` is the prediction of a model; it is not measured."
         last = ["`host` is warm: calls follow one another, and the host does not wait for them."]
     elif rows and rows[0]["suite"] == "grouped":
         last = []

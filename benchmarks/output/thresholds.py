@@ -1,4 +1,4 @@
-"""Where the wide and the grouped formulation take the same time, read from a result file.
+"""The threshold in R / K between the wide and the grouped formulation, from a result file.
 
 A threshold c chooses grouped for a mixture if R > c K, as `dispatch.choose_impl` does. The cost of
 a threshold is the time of its choices over the time of the faster formulation of each cell. Only

@@ -90,7 +90,7 @@ class MixtureLayer(nn.Module):
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""
-        return f"a {type(self).__name__} is not a sum of linear experts"
+        return f"the experts of a {type(self).__name__} are not linear"
 
     def input_like(self) -> tuple[int, torch.dtype]:
         """Return the width and the dtype of an x that the layer accepts."""

@@ -1,4 +1,4 @@
-"""The suite `machine` at toy size: predictions stay apart, what is wrong is not timed."""
+"""The suite `machine` at toy size: predictions are marked, and a wrong call is not timed."""
 
 import json
 import math
@@ -10,27 +10,18 @@ import pytest
 import torch
 
 from benchmarks import bench_grouped, report
-from benchmarks.measure import comparison, environment, harness
+from benchmarks.measure import clocks, comparison, environment
 from benchmarks.measure.comparison import Bench, Call, compare
 from benchmarks.model import roofline
 from benchmarks.output import plots, tables
 from benchmarks.suites import machine
-from benchmarks.suites.shapes import MACHINE
+from benchmarks.suites.sizes import RUN_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 H200 = roofline.ASSUMED["NVIDIA H200"]
 MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "weight_grad", "host", "layer"]
 ALL = ["linear", "group", "grouped", "ffn"]
 UNITS = {"us", "ratio", "TB/s", "TFLOP/s"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,11 +42,11 @@ def run_quick(folder: Path, *more: str) -> tuple[int, dict]:
 def make_bench(*more: str, warm: bool = True) -> Bench:
     arguments = ["--quick", "--suite", "machine", "--device", "cpu", "--budget", "0.01", *more]
     parsed = bench_grouped.make_parser().parse_args(arguments)
-    return Bench(bench_grouped.make_options(parsed), harness.CpuClock(cold=not warm))
+    return Bench(bench_grouped.make_options(parsed), clocks.CpuClock(cold=not warm))
 
 
 def interpreted_bench() -> Bench:
-    """A bench that takes the path of a GPU on CPU tensors, with an H200's predictions."""
+    """Return a bench that runs the GPU's code on CPU tensors, with predictions for an H200."""
     pytest.importorskip("triton")
     from moelora_kernels.kernels.common import launcher
 
@@ -64,6 +55,12 @@ def interpreted_bench() -> Bench:
     bench = make_bench()
     bench.launchers, bench.rates = True, H200
     return bench
+
+
+def measure_all(bench: Bench) -> list[list[dict]]:
+    """Return the rows of every measurement at toy size."""
+    jobs = machine.jobs(bench, RUN_SIZES["cpu", "quick"].machine)
+    return [job.measure(lambda text: None) for job in jobs]
 
 
 def check_row(row: dict, fields: set[str]) -> None:
@@ -119,7 +116,7 @@ def test_cold_samples_say_so():
 def test_a_gpu_waits_until_the_host_has_queued_a_sample(monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("wait"))
-    inner = harness.CpuClock(cold=False)
+    inner = clocks.CpuClock(cold=False)
     inner.sample = lambda call: order.append("sample")
     comparison.DeviceClock(inner, torch.device("cuda")).sample(lambda: None)
     assert order == ["wait", "sample"]
@@ -128,7 +125,7 @@ def test_a_gpu_waits_until_the_host_has_queued_a_sample(monkeypatch):
 @pytest.fixture(scope="module")
 def interpreted_run():
     bench = interpreted_bench()
-    return bench, list(machine.run(bench, "quick", lambda text: None))
+    return bench, measure_all(bench)
 
 
 def test_the_path_of_a_gpu_interpreted(interpreted_run):
@@ -237,9 +234,9 @@ def test_predicted_layer_over_frozen(passes, published):
 
 
 def test_devices_without_assumed_rates_have_no_predictions():
-    assert roofline.rates("NVIDIA H200", "bf16") == H200
+    assert roofline.assumed_rates("NVIDIA H200", "bf16") == H200
     for name, dtype in (("NVIDIA GH200 480GB", "bf16"), ("", "bf16"), ("NVIDIA H200", "fp32")):
-        unknown = roofline.rates(name, dtype)
+        unknown = roofline.assumed_rates(name, dtype)
         assert unknown is roofline.UNKNOWN
         assert math.isnan(roofline.layer(unknown, 8, 8, 8, 8, "fwd_bwd", 1))
         assert math.isnan(roofline.launch(unknown, "triton"))
@@ -292,7 +289,7 @@ def test_nan_is_wrong():
     bench = make_bench()
     found = {"h": torch.full((2, 2), torch.nan)}
     plain = {"h": torch.ones(2, 2)}
-    name, error, budget = comparison.judge(found, plain, plain, torch.float32)
+    name, error, budget = comparison.compare_outputs(found, plain, plain, torch.float32)
     assert (name, error) == ("h", math.inf)
     call = Call("broken", lambda: None, verdict=lambda: (name, error, budget))
     (row,) = compare(bench, "shrink", "2x2", [call], bench.device_time)
@@ -309,18 +306,18 @@ def test_what_fails_or_is_absent_does_not_stop_the_others(monkeypatch):
     bench = make_bench()
     calls = [
         Call("refusing", refuse),
-        Call("absent", None, 2.5, note="nobody wrote it"),
+        Call("absent", None, 2.5, note="not written"),
         Call("there", lambda: None, 4.0),
     ]
     rows = {r["variant"]: r for r in compare(bench, "host", "T=1", calls, bench.host_time)}
     assert rows["refusing"]["reason"] == "RuntimeError: no memory"
     assert rows["absent"]["status"] == "absent"
-    assert rows["absent"]["reason"] == "nobody wrote it"
+    assert rows["absent"]["reason"] == "not written"
     assert (rows["absent"]["predicted"], rows["absent"]["median"]) == (2.5, None)
     assert (rows["there"]["status"], rows["there"]["predicted"]) == ("ok", 4.0)
 
     monkeypatch.setattr(machine, "draw_layer", lambda *sizes: refuse())
-    measured = {rows[0]["measurement"]: rows for rows in machine.run(bench, "quick", print)}
+    measured = {rows[0]["measurement"]: rows for rows in measure_all(bench)}
     assert list(measured) == MEASUREMENTS
     (row,) = measured["shrink"]
     assert (row["case"], row["status"], row["provider"]) == ("33x72x32", "failed", "moelora")
@@ -343,11 +340,13 @@ def test_rates_and_ratios_come_from_the_samples():
     assert (ratio["unit"], ratio["note"]) == ("ratio", "why")
 
 
-def test_all_ends_with_machine_on_a_gpu_alone():
-    assert bench_grouped.chosen_suites("all", torch.device("cpu")) == ALL
-    on_gpu = bench_grouped.chosen_suites("all", torch.device("cuda"))
-    assert on_gpu == [*ALL, "machine"]
-    assert bench_grouped.chosen_suites("machine", torch.device("cpu")) == ["machine"]
+def test_all_ends_with_machine():
+    parse = bench_grouped.make_parser().parse_args
+    assert bench_grouped.selected_suites(parse([])) == [*ALL, "machine"]
+    assert bench_grouped.selected_suites(parse(["--suite", "machine"])) == ["machine"]
+    # The suite has its own shapes.
+    assert bench_grouped.selected_suites(parse(["--tokens", "4"])) == ALL
+    assert bench_grouped.selected_suites(parse(["--cases", "4096x4096"])) == ALL
 
 
 @pytest.mark.parametrize("argument", (["--cases", "72x104"], ["--tokens", "4"]))
@@ -355,13 +354,14 @@ def test_machine_has_shapes_of_its_own(argument, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_grouped.main(["--quick", "--suite", "machine", *argument])
     assert stopped.value.code == 2
-    assert "shapes of its own" in capsys.readouterr().err
+    assert "has its own shapes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", list(MACHINE))
-def test_every_size_has_a_comparison_of_each_measurement(size):
-    planned = machine.plan(make_bench(), size)
-    assert list(planned) == MEASUREMENTS
-    assert all(planned.values())
-    for _, _, R in MACHINE[size].shrink:
+@pytest.mark.parametrize("extent", list(RUN_SIZES))
+def test_every_run_has_a_comparison_of_each_measurement(extent):
+    sizes = RUN_SIZES[extent].machine
+    comparisons = machine.comparisons(make_bench(), sizes)
+    assert list(comparisons) == MEASUREMENTS
+    assert all(comparisons.values())
+    for _, _, R in sizes.shrink:
         assert R % machine.EXPERTS == 0

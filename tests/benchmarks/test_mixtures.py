@@ -1,4 +1,4 @@
-"""The suites grouped and ffn: cells, rivals, what is left out, where the formulations cross."""
+"""The suites grouped and ffn: cells, providers, reasons to leave one out, the crossover."""
 
 import dataclasses
 import json
@@ -15,10 +15,12 @@ from benchmarks.baselines import ffn
 from benchmarks.baselines.linear import GROUPED_PROVIDERS, why_left_out
 from benchmarks.measure import inputs
 from benchmarks.measure.check import Checker
+from benchmarks.measure.check_ffn import FeedForwardChecker
 from benchmarks.measure.inputs import draw_inputs, make_layer
 from benchmarks.output import plots, tables, thresholds
-from benchmarks.suites import shapes
-from benchmarks.suites.cells import SIZES, TABLES, Mixture, cells_of
+from benchmarks.suites import jobs, shapes
+from benchmarks.suites.cells import TABLES, Mixture, grouped_cells
+from benchmarks.suites.sizes import RUN_SIZES
 from moelora_kernels import dispatch
 from moelora_kernels.testing import ROUTINGS
 
@@ -26,15 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LINEAR = shapes.QUICK_CASES["grouped"][0]
 NETWORK = shapes.QUICK_CASES["ffn"][0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_quick(folder: Path, *more: str) -> tuple[int, dict]:
@@ -45,24 +38,24 @@ def run_quick(folder: Path, *more: str) -> tuple[int, dict]:
 
 
 def test_cells_that_the_targets_are_set_for():
-    on_gpu = cells_of(SIZES["cuda"], list(TABLES))
+    on_gpu = grouped_cells(RUN_SIZES["cuda", "full"].grouped, list(TABLES))
     acceptance = next(c for c in on_gpu if c.name == "E=64 r=64 K=4 uniform T=8192")
     assert acceptance.tables == TABLES
-    assert "4096x4096" in shapes.DEFAULT_CASES["cuda"]["grouped"]
-    on_cpu = {cell.name for cell in cells_of(SIZES["cpu"], list(TABLES))}
+    assert "4096x4096" in RUN_SIZES["cuda", "full"].grouped.cases
+    on_cpu = {cell.name for cell in grouped_cells(RUN_SIZES["cpu", "full"].grouped, list(TABLES))}
     assert {"E=8 r=16 K=2 uniform T=2048", "E=64 r=16 K=2 uniform T=1024"} <= on_cpu
-    assert "2048x2048" in shapes.DEFAULT_CASES["cpu"]["grouped"]
+    assert "2048x2048" in RUN_SIZES["cpu", "full"].grouped.cases
 
 
 @pytest.mark.parametrize("device", ("cuda", "cpu"))
-def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
-    plan = SIZES[device]
-    cells = cells_of(plan, list(TABLES))
+def test_mixtures_are_finite_and_lie_on_both_sides_of_the_threshold(device):
+    sizes = RUN_SIZES[device, "full"].grouped
+    cells = grouped_cells(sizes)
     assert len(cells) == len({cell.name for cell in cells}) < 50
     assert {cell.routing for cell in cells} == set(ROUTINGS)
-    assert min(plan.token_counts) >= 1024
-    columns = [m.experts * m.rank / m.top_k for m in plan.mixtures]
-    (case,) = shapes.select_cases("grouped", device, False, None)
+    assert min(sizes.token_counts) >= 1024
+    columns = [m.experts * m.rank / m.top_k for m in sizes.mixtures]
+    (case,) = shapes.select_cases("grouped", False, list(sizes.cases))
     for cell in cells:
         inputs.check_mixture(case, cell.routing, cell.mixture.experts, cell.mixture.top_k)
     for name, threshold in dispatch.THRESHOLDS.items():
@@ -70,14 +63,16 @@ def test_plans_are_finite_and_lie_on_both_sides_of_the_threshold(device):
             assert min(columns) < threshold.columns / 2
             assert max(columns) > threshold.columns * 2
     if device == "cuda":
-        assert {m.experts for m in plan.mixtures} == {8, 16, 64, 256}
-        assert {m.top_k for m in plan.mixtures} == {1, 2, 4, 8}
-        assert {m.rank for m in plan.mixtures} >= {8, 16, 32, 64, 128}
+        assert {m.experts for m in sizes.mixtures} == {8, 16, 64, 256}
+        assert {m.top_k for m in sizes.mixtures} == {1, 2, 4, 8}
+        assert {m.rank for m in sizes.mixtures} >= {8, 16, 32, 64, 128}
 
 
-def test_what_is_asked_for_replaces_the_plan():
+def test_arguments_replace_the_sizes():
     mixture = Mixture(6, 3, 2)
-    cells = cells_of(SIZES["cpu"], ["mixtures", "tokens"], mixture, "zipf", [7, 9])
+    cells = grouped_cells(
+        RUN_SIZES["cpu", "full"].grouped, ["mixtures", "tokens"], mixture, "zipf", [7, 9]
+    )
     assert [(cell.mixture, cell.routing, cell.tokens) for cell in cells] == [
         (mixture, "zipf", 7),
         (mixture, "zipf", 9),
@@ -97,7 +92,7 @@ def test_inputs_that_route_otherwise_are_refused():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
-def test_rivals_are_right_with_experts_without_tokens(dtype):
+def test_providers_are_right_with_experts_without_tokens(dtype):
     layer = make_layer(LINEAR, 8, 16, 1, dtype, CPU)
     x, dys = draw_inputs(layer, 40, "one")
     checker = Checker(layer, x, dys)
@@ -126,7 +121,7 @@ def test_what_is_left_out_says_why(monkeypatch):
     assert "R = 152" in why("moelora_wide", 8, 19, 2)
     assert why("moelora", 8, 19, 2) == ""
     assert why("moelora_grouped", 8, 4, 8) == "every token uses every expert"
-    assert "no multiple of 16 bytes" in why("grouped_mm", 8, 4, 2)
+    assert "not a multiple of 16 bytes" in why("grouped_mm", 8, 4, 2)
     assert why("grouped_mm", 8, 4, 2, torch.float32) == ""
     assert why("stacked", 8, 4, 2) == ""
     monkeypatch.setattr("benchmarks.baselines.linear.memory_of", lambda device: 2**18)
@@ -206,7 +201,7 @@ def test_quick_run_on_a_gpu(tmp_path, suite):
 
 
 def test_a_run_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
-    real, calls = bench_grouped.harness.run_mixture, []
+    real, calls = jobs.run_mixture, []
 
     def run_mixture(*arguments):
         calls.append(arguments)
@@ -214,7 +209,7 @@ def test_a_run_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(bench_grouped.harness, "run_mixture", run_mixture)
+    monkeypatch.setattr(jobs, "run_mixture", run_mixture)
     with pytest.raises(KeyboardInterrupt):
         run_quick(tmp_path, "--providers", "masked", "--tables", "routing", "--modes", "fwd")
     rows = json.loads((tmp_path / "grouped.json").read_text())["rows"]
@@ -224,12 +219,15 @@ def test_a_run_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     (
-        (["--suite", "grouped", "--tables", "nonsense"], "unknown tables"),
+        (
+            ["--suite", "grouped", "--tables", "nonsense"],
+            "expected tables out of mixtures, routing, tokens, got nonsense",
+        ),
         (["--suite", "grouped", "--experts", "72"], "72 logits"),
         (["--suite", "grouped", "--top-k", "8", "--routing", "empty"], "top_k"),
         (["--suite", "ffn", "--providers", "masked"], "suite ffn has no ['masked']"),
         (["--suite", "linear", "--providers", "loop_shared"], "suite linear has no"),
-        (["--suite", "grouped", "--cases", "ffn-1x1"], "unknown ['ffn-1x1']"),
+        (["--suite", "grouped", "--cases", "ffn-1x1"], "got ['ffn-1x1']"),
         (["--suite", "everything"], "invalid choice"),
     ),
 )
@@ -288,10 +286,10 @@ def test_tokens_from_which_grouped_is_faster(quick_run):
     assert not plots.plot_crossover(result | {"rows": rows[:1]}, Path("never.png"))
 
 
-def network(dtype: torch.dtype) -> tuple[ffn.FeedForward, ffn.FeedForwardChecker]:
+def network(dtype: torch.dtype) -> tuple[ffn.FeedForward, FeedForwardChecker]:
     layer = ffn.make_feed_forward(NETWORK, 8, 16, 2, dtype, CPU)
     x, dys = draw_inputs(layer, 33, "skewed")
-    return layer, ffn.FeedForwardChecker(layer, x, dys)
+    return layer, FeedForwardChecker(layer, x, dys)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -314,7 +312,7 @@ def test_the_whole_ffn_experts_of_the_package_are_right(dtype):
 
 
 class ScalesTheOutput(ffn.Loop):
-    """As gates do that sum to more than 1."""
+    """y is 5 % too large, like with gates that sum to more than 1."""
 
     def forward(self, x):
         (y,) = super().forward(x)
@@ -360,8 +358,9 @@ def test_frozen_products_of_the_loops():
 def test_cases_of_networks():
     cases = {case.name: case for case in shapes.CASES["ffn"]}
     assert "Llama-2-7B.mlp" in cases["ffn-4096x11008"].used_by
-    for defaults in shapes.DEFAULT_CASES.values():
-        assert set(defaults["ffn"]) <= set(cases)
+    for (_, extent), run in RUN_SIZES.items():
+        if extent != "quick":
+            assert set(run.ffn.cases) <= set(cases)
     assert cases["ffn-4096x14336"].out_features == (4096,)
     names = [case.name for case in shapes.CASES["grouped"]]
     assert names == [case.name for case in shapes.CASES["linear"]]

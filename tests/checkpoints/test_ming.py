@@ -17,6 +17,7 @@ from moelora_kernels import (
 )
 from moelora_kernels.checkpoints import export_ming, load_ming
 from moelora_kernels.testing import assert_within_budget
+from support.models import language_model
 from support.originals import (
     MoLora,
     PlainLora,
@@ -167,12 +168,7 @@ def test_a_folder_holds_attention_and_mixtures_apart(kind, tmp_path):
 
 def test_a_qwen2_generates_what_the_original_does():
     """Names of the real model; a batch of three in prefill and, with a KV cache, in decode."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    model = language_model(hidden_size=32, intermediate_size=48)
     source = copy.deepcopy(model)
     put(source, lambda base: MoLora(base, EXPERTS, RANK, ALPHA), ".mlp.")
     put(source, lambda base: PlainLora(base, RANK, ALPHA), "_attn.")
@@ -194,7 +190,9 @@ def test_a_qwen2_generates_what_the_original_does():
 def test_lora_of_a_linear_without_a_layer_is_named():
     """Dropping attention's LoRA would leave a model that answers worse, without a word."""
     state = state_of(original(attention=True))
-    with pytest.raises(ValueError, match=r"unexpected: .*q_proj\.lora_A\.weight \(plain LoRA: put"):
+    with pytest.raises(
+        ValueError, match=r"unexpected: .*q_proj\.lora_A\.weight \(a plain LoRA: replace"
+    ):
         load_ming(ours(), state)
     with pytest.raises(
         ValueError, match=r"missing: .*layers\.1\.self_attn\.o_proj\.lora_B\.weight"
@@ -209,9 +207,9 @@ def test_frozen_weights_are_checked_and_not_copied(caplog):
     key = f"base_model.model.{FIRST}.weight"
     with caplog.at_level(logging.WARNING, logger="moelora_kernels"):
         load_ming(ours(), {**state, key: weight})
-    assert f"1 keys not used, frozen weights that are those of the model: {key}" in caplog.text
+    assert f"1 keys not used, frozen weights that equal the model's: {key}" in caplog.text
     for wrong in (weight + 1e-3, weight.half(), weight[:-1]):
-        with pytest.raises(ValueError, match=r"up_proj\.weight: a frozen weight, and not that of"):
+        with pytest.raises(ValueError, match=r"up_proj\.weight: a frozen weight that differs"):
             load_ming(ours(), {**state, key: wrong})
 
 
@@ -263,9 +261,9 @@ def test_what_does_not_fit_is_named_and_changes_nothing(case):
     ("options", "message"),
     (
         ({"router_bias": False}, "router_bias=True"),
-        ({"router": "mlp"}, "linear routers"),
-        ({"share": "A"}, "an A for each expert"),
-        ({"shared_expert": "complement"}, r"weight 1 \('always'\)"),
+        ({"router": "mlp"}, "linear router"),
+        ({"share": "A"}, "share='none' and equal ranks"),
+        ({"shared_expert": "complement"}, "'always', got 'complement'"),
     ),
     ids=str,
 )
@@ -273,7 +271,7 @@ def test_layers_that_the_layout_has_no_place_for_are_refused(options, message):
     """A router without its bias would be read by the original with a random one."""
     model = ours(CONFIG.replace(**options))
     for call in (lambda: load_ming(model, {}), lambda: export_ming(model)):
-        with pytest.raises(ValueError, match=rf"up_proj: MING has .*{message}"):
+        with pytest.raises(ValueError, match=rf"up_proj: the layout of MING needs .*{message}"):
             call()
 
 
@@ -281,7 +279,7 @@ def test_models_without_such_layers_are_refused():
     with pytest.raises(ValueError, match="model: it has no MoeLoraLinear layer"):
         export_ming(qwen())
     model = nn.ModuleDict({"mlp": MoeLoraFFN(8, 12, config=MoeLoraConfig.preset("mixlora"))})
-    with pytest.raises(ValueError, match="mlp: MING has experts over linears"):
+    with pytest.raises(ValueError, match="mlp: the layout of MING has no whole-FFN experts"):
         export_ming(model)
 
 

@@ -316,7 +316,7 @@ def test_a_layer_with_a_forward_of_its_own_refuses():
     for call in (layer.merge, layer.export_lora):
         with pytest.raises(ValueError, match="layer: Activated overrides forward"):
             call(3)
-    with pytest.raises(ValueError, match="0: a Activated is not a sum of linear experts"):
+    with pytest.raises(ValueError, match="0: the experts of a Activated are not linear"):
         merge_adapter(nn.Sequential(layer), 3)
 
 
