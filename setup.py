@@ -1,11 +1,12 @@
-"""Pure Python (`pip install .`); with `--no-build-isolation` the native library, for that torch.
+"""`pip install .` installs pure Python; `--no-build-isolation` adds the native library.
 
-MOELORA_NATIVE=0   never build it; 1: fail where it cannot be built, instead of doing without it
-MOELORA_CUDA=0|1   the same for its CUDA part, which needs nvcc and a torch with CUDA, but no GPU
-TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX", MAX_JOBS=n   its GPUs, and files at a time (read by torch)
+MOELORA_NATIVE=0|1   0: do not build the library; 1: fail if it cannot be built
+MOELORA_CUDA=0|1     the same for its CUDA part, which needs nvcc and a torch with CUDA, but no GPU
+torch reads TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX" (the GPUs) and MAX_JOBS=n (files at a time).
 """
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,32 +21,34 @@ CPP, CU = ([path for path in FILES if path.endswith(kind)] for kind in (".cpp", 
 FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # No -march: the kernels pick their vector width at run time (csrc/cpu/simd.h).
 CXX_FLAGS = [*FLAGS, "-g0", "-fopenmp-simd", "-fvisibility=hidden", "-Wno-psabi"]
-# The CUDA runtime is the one that torch has loaded: none is linked.
+# No CUDA runtime is linked: the one that torch has loaded is used.
 NVCC_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
+LINK_FLAGS = runpy.run_path(str(ROOT / "moelora_kernels/build_id.py"))["link_flags"]()
 
 
 def without(switch: str, reason: str) -> dict:
-    """Say once that the install goes on without a part, or stop where it is required."""
+    """Print that the install goes on without a part, or exit if the part is required."""
     if os.environ.get(switch) == "1":
-        sys.exit(f"moelora_kernels: {switch}=1, but {PARTS[switch]}: {reason}")
+        sys.exit(f"moelora_kernels: {switch}=1, but {PARTS[switch]} cannot be built: {reason}")
     print(f"moelora_kernels: installing without {PARTS[switch]}: {reason}", file=sys.stderr)
     return {}
 
 
 def cuda_part(version: str | None, home: str | None) -> dict:
-    """What the library differs in with csrc/cuda; nothing where that is not to be built."""
+    """Return the extension's attributes that csrc/cuda changes; {} if it is not built."""
     nvcc = Path(home or "", "bin", "nvcc")
     if os.environ.get("MOELORA_CUDA") == "0" or not version or not nvcc.exists():
         reason = "no nvcc in CUDA_HOME or PATH, or MOELORA_CUDA=0"
         return without("MOELORA_CUDA", reason if version else "this torch has no CUDA")
     newest = "10.0" if b"sm_100" in subprocess.check_output([nvcc, "--list-gpu-code"]) else "9.0"
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.9;9.0a;{newest}+PTX")
-    flags, link = {"cxx": [*CXX_FLAGS, "-DMOELORA_CUDA"], "nvcc": NVCC_FLAGS}, ["-ltorch_cuda"]
-    return dict(sources=CPP + CU, extra_compile_args=flags, extra_link_args=link, optional=False)
+    flags = {"cxx": [*CXX_FLAGS, "-DMOELORA_CUDA"], "nvcc": NVCC_FLAGS}
+    options = dict(extra_compile_args=flags, extra_link_args=[*LINK_FLAGS, "-ltorch_cuda"])
+    return dict(sources=CPP + CU, optional=False, **options)
 
 
 def native() -> dict:
-    """The arguments of `setup` that build the library; none where it is not to be built."""
+    """Return the arguments of `setup` that build the library; {} if it is not built."""
     if os.environ.get("MOELORA_NATIVE") == "0":
         return {}
     try:
@@ -54,15 +57,17 @@ def native() -> dict:
     except ImportError as error:
         return without("MOELORA_NATIVE", f"torch cannot be imported at build time ({error})")
 
-    flags, optional = {"cxx": CXX_FLAGS}, os.environ.get("MOELORA_NATIVE") != "1"
-    options = dict(depends=FILES, include_dirs=[str(ROOT / "csrc")], optional=optional)
-    library = CppExtension("moelora_kernels._C", CPP, extra_compile_args=flags, **options)
+    optional = os.environ.get("MOELORA_NATIVE") != "1"
+    options = dict(depends=FILES, include_dirs=[str(ROOT / "csrc")], extra_link_args=LINK_FLAGS)
+    options |= dict(extra_compile_args={"cxx": CXX_FLAGS}, optional=optional)
+    library = CppExtension("moelora_kernels._C", CPP, **options)
     plain = dict(vars(library))
     vars(library).update(cuda_part(torch.version.cuda, CUDA_HOME))
 
     class Build(BuildExtension):
         def run(self) -> None:
-            inplace = self.inplace
+            # Link again even if no source is newer: the build id must be that of these sources.
+            self.force, inplace = True, self.inplace
             try:
                 super().run()
             except Exception as error:

@@ -1,4 +1,4 @@
-"""The options of a mixture-of-LoRA layer: orthogonal axes; methods are presets of them."""
+"""MoeLoraConfig: the options of a mixture-of-LoRA layer. Presets name published combinations."""
 
 from __future__ import annotations
 
@@ -9,130 +9,207 @@ from typing import Any
 
 from torch import nn
 
-from moelora_kernels.config_rules import AUX_WEIGHTS, check, finite, one_of
+from moelora_kernels.config_rules import AUX_WEIGHTS, check, check_number, check_one_of
 from moelora_kernels.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeLoraConfig:
-    """Every option of `MoeLoraLinear`.
+    """The options of a layer. Every option is documented at its field.
 
-        gate = normalize(select(score(router(x) / temperature)))        [T, E]
+        logits = router(x)                                              [T, E]
+        gate   = normalize(select(score(logits / temperature)))         [T, E]
+        y      = x Wt + b + sum_e gate_e scale_e B_e A_e x              [T, O]
 
-    Experts
-        num_experts: E.
-        rank: r of every expert, or E ranks; R is their sum.
-        alpha, scaling: the factor of the adapter: "alpha/r" (r of each expert), "alpha/R",
-            "alpha/sqrt(r)" (rsLoRA), "sqrt(3*alpha*I/r)" (GOAT, alpha its ratio eta of learning
-            rates, I in_features), or explicit: one number, or E of them.
-        share: "A" gives all experts one A (and E blocks of B), as HydraLoRA does.
-        shared_expert: an expert more, of rank `shared_rank` (None: the first expert's), that
-            every token uses: "always" with weight 1, "complement" with 1 - max(gate).
-        init: of A: "kaiming" (uniform in +-1/sqrt(I)), "normal" (standard deviation 0.01) or
-            "sparse" (FlyLoRA: K/E of each row, normal of standard deviation 1/R), with B zero; or
-            "svd_segments": A and B of expert e from segment e of the base's singular
-            values, divided by `svd_rho` (None: 10), and the base reduced by their mean, see
-            `nn.initialization`. Then the mean over balanced routings is the base at the start.
-        rank_activation: between A and the gate, "gelu", "relu" or "silu": for `MoeLoraAdapter`, and
-            only for it.
-        freeze: what of the experts does not train: "none", "A" (B trains), or "AB": LoRAs that
-            exist already, see `MoeLoraLinear.from_loras`. With "AB" and a router that is not
-            trained in the layer, backward makes neither dA nor dB.
-        adapter_dtype: of A, B and router; None is the base's (float32 where that is not a float).
+    T tokens, E experts, K experts per token, I in_features, O out_features, r the rank of one
+    expert, R the sum of the ranks. METHODS.md lists the presets, the allowed values, and the
+    options that do not work together.
 
-    Gate
-        router: "linear", "mlp" (two layers, `router_hidden` between), "task" (embedding of a task
-            id and a linear layer, one for all layers), "external" (gates are passed in),
-            "prototype" (|x v_e|, v_e of each expert, see `set_prototypes`), "self" (A x itself, of
-            experts of rank 1; no gradient), "token_task" (probabilities, of the token mixed with
-            those of a task vector, see `TokenTaskRouter`), any nn.Module
-            x [T, I] -> logits [T, E] (itself, no copy: layers of one config share it), or None:
-            every gate is 1.
-        router_bias: of the linear router.
-        num_tasks, task_embedding_dim: of the task router; ids run from 1 to num_tasks. Of
-            "token_task" task_embedding_dim is the size of a task vector.
-        task_gate: one task router for all layers of a model ("shared"), or one "per_layer".
-        batch_dim: the dimension of x that counts sequences: 0, or 1 for x [sequence, batch, I]. Of
-            gates per sequence or task, and of external ones with a row for each sequence.
-        granularity: one gate per "token", per "sequence" (router sees the mean over positions) or
-            per "task" (implied by router="task").
-        score, temperature, noise: "softmax", "sigmoid", "identity" or "abs" of logits /
-            temperature; in training, noise * N(0, 1) is added to the logits first.
-        select: "all", "topk" (implied by top_k), "sampling" (top_k experts, without replacement,
-            with probabilities softmax(logits / temperature), in training and in evaluation), "topp"
-            (fewest experts whose scores reach top_p of the total), "threshold" (scores of at least
-            `threshold`), "learned_threshold" (scores less tau = max_threshold * sigmoid(w x + b)
-            of the token, where that is not negative; max_threshold None is 1/E).
-        keep_min: for "topp" and "threshold": the experts of a token that are kept in any case.
-        entropy_threshold: a token keeps all experts where the entropy of softmax(logits /
-            temperature), divided by its largest value, is above it.
-        entropy_index: q of the entropy, 1 for Shannon's, else Tsallis' (1 - sum p^q) / (q - 1).
-        balance_rate: for "topk": the experts are selected by score(logits + bias), with a bias per
-            expert that has no gradient and no part in the weights; `update_balance` moves it by
-            +-balance_rate against the load. None: no bias.
-        normalize: the kept scores as they are ("none"), divided by their "sum", their "softmax", or
-            "one": every kept expert has the weight 1.
-
-    Training
-        dropout, dropout_mask: on x on the way into A; one mask ("shared") or one "per_expert".
-        aux: auxiliary losses by name with their weights: "load_balance", "z", "entropy".
-        grad_gate: the gate in the gradients of A, B and of x on its way through them: the same
-            "gate", or its root, "sqrt" (arXiv 2502.15828); the router's gradient stays as it is.
-        impl: the formulation, see `formulation`: "auto" may choose, "wide", "grouped" (top-k gates
-            of tokens only) or "reference" works or raises.
-
-    Raises ValueError or TypeError that names the option, what was given and what is expected.
+    Raises:
+        ValueError: an option is out of range, or two options do not work together. The message
+            begins with the name of an option.
+        TypeError: `router`, `router_bias` or `aux` has the wrong type.
     """
 
+    # The experts.
+
     num_experts: int = 8
+    """E. A shared expert is not counted."""
+
     rank: int | tuple[int, ...] = 16
+    """The rank r of every expert, or a list of E ranks."""
+
     alpha: float = 32.0
+    """The numerator in `scaling`. Unused if `scaling` is a number or a list of numbers."""
+
     scaling: str | float | tuple[float, ...] = "alpha/r"
+    """The scale of every expert's output. One number, or one number per expert, the shared expert
+    last, or a rule: "alpha/r" (r of each expert), "alpha/R", "alpha/sqrt(r)" (rsLoRA), or
+    "sqrt(3*alpha*I/r)" (GOAT, whose eta is alpha)."""
+
     share: str = "none"
+    """Whether experts share A. "none": every expert has its own A. "A": all experts have one A and
+    differ in B (HydraLoRA, HMoRA)."""
+
     shared_expert: str = "none"
+    """Adds one expert that every token uses. "none": no such expert. "always": its gate is 1.
+    "complement": its gate is 1 - max(gate) over the other experts (MoCLE)."""
+
     shared_rank: int | None = None
+    """The rank of the shared expert. None: the rank of the first expert."""
+
     init: str = "kaiming"
+    """How A starts. B starts at zero, except for "svd_segments".
+    "kaiming": uniform in [-1/sqrt(I), 1/sqrt(I)].
+    "normal": normal with standard deviation 0.01 (MOELoRA).
+    "sparse": K/E of the entries of each row are normal with standard deviation 1/R, the others are
+    zero (FlyLoRA).
+    "svd_segments": A and B of expert e start from segment e of the base weight's singular values,
+    and the base weight is reduced by the experts' mean, so that the layer starts as the base in the
+    mean over balanced routings (GOAT; see `nn.initialization`)."""
+
     svd_rho: float | None = None
+    """For init="svd_segments": divides the singular values. None: 10."""
+
     rank_activation: str | None = None
+    """The activation between A and B: "gelu", "relu" or "silu". `MoeLoraAdapter` needs one (PESC);
+    all other layers refuse it. None: no activation."""
+
     freeze: str = "none"
+    """Which expert matrices are frozen: "none", "A" (FlyLoRA), or "AB", for existing LoRAs (Arrow,
+    X-LoRA; see `MoeLoraLinear.from_loras`)."""
+
     adapter_dtype: str | None = None
+    """The dtype of A, B and the router: "float32", "bfloat16", "float16" or "float64". None: the
+    dtype of the base's weight, or float32 if the base is quantised."""
+
+    # The router.
+
     router: str | nn.Module | None = "linear"
+    """Computes the logits.
+    "linear": one linear map of x.
+    "mlp": two linear maps of x with silu between.
+    "task": a linear map of the embedding of a task id; give the ids with `set_tasks` (MOELoRA,
+    MoCLE).
+    "external": the layer has no router. Pass the gates to the layer or to `set_tasks` (Octavius,
+    X-LoRA).
+    "prototype": |x v_e|, with one vector v_e per expert from `set_prototypes` (Arrow).
+    "self": A x, for experts of rank 1. No gradient flows through these logits (FlyLoRA).
+    "token_task": returns probabilities instead of logits: those of the token mixed with those of a
+    task vector from `set_tasks` (HMoRA; see `TokenTaskRouter`).
+    An nn.Module: x [T, I] -> logits [T, E]. It is not copied: all layers of this config share it.
+    None: every gate is 1 (plain LoRA)."""
+
     router_bias: bool = False
+    """For router="linear": whether it has a bias (MING-MOE, LLaVA-MoLE)."""
+
     router_hidden: int = 64
+    """For router="mlp" and "token_task": the width of the hidden layer."""
+
     num_tasks: int | None = None
+    """For router="task", which needs it: the number of tasks. Task ids run from 1 to num_tasks."""
+
     task_embedding_dim: int = 64
+    """For router="task": the width of the task embedding. For "token_task": the length of a task
+    vector."""
+
     task_gate: str = "shared"
+    """For router="task": "shared", one router for all layers of a model, or "per_layer"."""
+
     batch_dim: int = 0
+    """The batch dimension of x: 0 for [batch, sequence, I], 1 for [sequence, batch, I]. Only used
+    if there is one gate per sequence or task, or one external gate row per sequence."""
+
     granularity: str | None = None
+    """What shares one gate: "token", "sequence" (the router reads the mean of x over the positions)
+    or "task". None: "task" for router="task", else "token"."""
+
+    # From logits to the gate.
+
     score: str = "softmax"
+    """The score of logits / temperature: "softmax", "sigmoid", "identity" (raw logits) or "abs"."""
+
     temperature: float = 1.0
+    """Divides the logits."""
+
     noise: float = 0.0
+    """Standard deviation of the normal noise that is added to the logits in training."""
+
     select: str | None = None
+    """Which experts of a token keep their gate. The gates of the others are zero.
+    "all": every expert.
+    "topk": the `top_k` largest scores.
+    "sampling": `top_k` different experts, sampled with the probabilities softmax(logits /
+    temperature), in training and in evaluation.
+    "topp": the fewest experts whose scores add up to `top_p` of the total (DynMoLE).
+    "threshold": scores of at least `threshold`.
+    "learned_threshold": tau = max_threshold * sigmoid(w x + b) is subtracted from the scores, and
+    the experts whose difference is not negative are kept (AdaMoLE).
+    None: "topk" if `top_k` is set, else "all"."""
+
     top_k: int | None = None
+    """K, for select="topk" and "sampling"."""
+
     top_p: float | None = None
+    """For select="topp": the share of the total score, in (0, 1]."""
+
     threshold: float | None = None
+    """For select="threshold": the smallest score that is kept."""
+
     max_threshold: float | None = None
+    """For select="learned_threshold": the upper limit of tau. None: 1/E."""
+
     keep_min: int | None = None
+    """For select="topp" and "threshold": each token keeps at least this many experts (DynMoLE)."""
+
     entropy_threshold: float | None = None
+    """A token keeps all experts if its entropy is above this value, in [0, 1). The entropy is that
+    of softmax(logits / temperature), divided by its largest possible value (DynMoLE). None: off."""
+
     entropy_index: float = 1.0
+    """The index q of the entropy, here and in aux="entropy". 1: Shannon's. Other values: Tsallis'
+    (1 - sum p^q) / (q - 1)."""
+
     balance_rate: float | None = None
+    """For select="topk": the experts are selected by score(logits + bias), one bias per expert.
+    `update_balance` moves the bias by +-balance_rate against the load. The bias has no gradient and
+    does not change the gate of a selected expert (SMoRA, FlyLoRA). None: no bias."""
+
     normalize: str = "sum"
+    """What happens to the scores of the kept experts. "none": they stay as they are. "sum": they
+    are divided by their sum. "softmax": softmax over them. "one": every kept expert has the gate
+    1 (FlyLoRA)."""
+
+    # Training.
+
     dropout: float = 0.0
+    """The probability that an element of x is dropped before A, in training."""
+
     dropout_mask: str = "shared"
+    """The dropout masks: "shared", one for all experts, or "per_expert", one for each expert."""
+
     aux: Mapping[str, float] | tuple = ()
+    """Auxiliary losses for `collect_aux_loss`: a name, a list of names, or weights by name. Names
+    and default weights: "load_balance" 0.01, "z" 0.001, "entropy" 0.01."""
+
     grad_gate: str = "gate"
+    """The gate in the gradients of A, B and x: "gate", or "sqrt", its square root (Riemannian
+    mixture, arXiv 2502.15828). The gradient of the router does not change."""
+
     impl: str = "auto"
+    """How the layer is computed: "auto" chooses (see `dispatch`). "wide", "grouped" (only for
+    gates of select="topk" or "sampling" per token) and "reference" are used or raise."""
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoeLoraConfig:
-        """The options of a published method, with `options` in place of its own."""
+        """Return the options of a published method, with `options` changed."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **options})
 
     @classmethod
     def of(cls, config: MoeLoraConfig | None, options: Mapping[str, Any]) -> MoeLoraConfig:
-        """`config` changed by `options`, or made of them where there is none."""
+        """Return `config` with `options` changed; if config is None, a new config of `options`."""
         if config is None:
             return cls(**options)
         if not isinstance(config, cls):
@@ -140,7 +217,10 @@ class MoeLoraConfig:
         return config.replace(**options) if options else config
 
     def replace(self, **options: Any) -> MoeLoraConfig:
-        """A copy with some options changed; what the old values implied is settled anew."""
+        """Return a copy with some options changed.
+
+        `select` and `granularity` are derived again if they followed from an option that changes.
+        """
         if "top_k" in options and self.select in ("all", "topk"):
             options = {"select": None, **options}
         if "router" in options and "task" in (self.router, options["router"]):
@@ -148,16 +228,19 @@ class MoeLoraConfig:
         return dataclasses.replace(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; raises TypeError for a router that is a module."""
+        """Return the options as plain values for JSON.
+
+        Raises TypeError if the router is a module.
+        """
         if isinstance(self.router, nn.Module):
-            raise TypeError("router: a module cannot be written to a dictionary")
+            raise TypeError("router: a module cannot be saved as JSON; use the name of a router")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["aux"] = dict(self.aux)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeLoraConfig:
-        """The inverse of `to_dict`; an unknown option raises ValueError."""
+        """Return the config of a `to_dict`. Raises ValueError for an unknown option."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -165,83 +248,110 @@ class MoeLoraConfig:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        def settle(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
         for name in ("rank", "scaling"):
             if isinstance(getattr(self, name), list):
-                settle(name, tuple(getattr(self, name)))
-        if isinstance(self.aux, str):
-            settle("aux", (self.aux,))
-        if not isinstance(self.aux, Iterable):
-            raise TypeError(f"aux: expected names, or weights by name, got {self.aux!r}")
-        given = self.aux.items() if isinstance(self.aux, Mapping) else self.aux
-        weighted = {}
-        for entry in given:
-            pair = isinstance(entry, tuple) and len(entry) == 2
-            name, weight = entry if pair else (entry, None)
-            one_of("aux", name, tuple(AUX_WEIGHTS))
-            if weight is not None:
-                finite("aux", weight)
-            weighted[name] = AUX_WEIGHTS[name] if weight is None else float(weight)
-        settle("aux", tuple(weighted.items()))
+                self._set(name, tuple(getattr(self, name)))
+        self._set("aux", _weighted_losses(self.aux))
         if self.select is None:
-            settle("select", "all" if self.top_k is None else "topk")
+            self._set("select", "all" if self.top_k is None else "topk")
         if self.granularity is None:
-            settle("granularity", "task" if self.router == "task" else "token")
+            self._set("granularity", "task" if self.router == "task" else "token")
         check(self)
 
+    def _set(self, name: str, value: Any) -> None:
+        """Set a field of this frozen dataclass; only for `__post_init__`."""
+        object.__setattr__(self, name, value)
+
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each expert, the shared expert last."""
+        """Return the rank of every expert, the shared expert last."""
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,) * self.num_experts
         if self.shared_expert == "none":
             return ranks
         return (*ranks, self.shared_rank or ranks[0])
 
     def scales(self, in_features: int | None = None) -> tuple[float, ...]:
-        """Factor of each expert's output, the shared expert last; some rules need in_features."""
+        """Return the scale of every expert's output, the shared expert last.
+
+        Args:
+            in_features: I of the layer. Only scaling="sqrt(3*alpha*I/r)" needs it.
+
+        Raises:
+            ValueError: `scaling` is not a rule, not finite, or not one number per expert;
+                in_features is missing; or alpha is negative under a square root.
+        """
         ranks = self.ranks()
         if isinstance(self.scaling, tuple):
-            for factor in self.scaling:
-                finite("scaling", factor)
+            for scale in self.scaling:
+                check_number("scaling", scale)
             if len(self.scaling) != len(ranks):
-                raise ValueError(f"scaling: expected {len(ranks)} factors, got {len(self.scaling)}")
-            return tuple(float(factor) for factor in self.scaling)
+                raise ValueError(
+                    f"scaling: expected {len(ranks)} numbers, one per expert, "
+                    f"got {len(self.scaling)}"
+                )
+            return tuple(float(scale) for scale in self.scaling)
         if not isinstance(self.scaling, str):
-            finite("scaling", self.scaling)
+            check_number("scaling", self.scaling)
             return (float(self.scaling),) * len(ranks)
-        factors = {
+        rules = {
             "alpha/r": [self.alpha / rank for rank in ranks],
             "alpha/R": [self.alpha / sum(ranks)] * len(ranks),
             "alpha/sqrt(r)": [self.alpha / math.sqrt(rank) for rank in ranks],
         }
-        by_width = "sqrt(3*alpha*I/r)"
-        one_of("scaling", self.scaling, (*factors, by_width))
-        if self.scaling != by_width:
-            return tuple(factors[self.scaling])
+        goat_rule = "sqrt(3*alpha*I/r)"
+        check_one_of("scaling", self.scaling, (*rules, goat_rule))
+        if self.scaling != goat_rule:
+            return tuple(rules[self.scaling])
         if in_features is None:
-            raise ValueError(f"scaling: {by_width!r} differs from layer to layer: give in_features")
+            raise ValueError(
+                f"scaling: {goat_rule!r} depends on the width of the layer: give in_features"
+            )
         if self.alpha < 0:
-            raise ValueError(f"alpha: scaling={by_width!r} takes its root, got {self.alpha}")
+            raise ValueError(
+                f"alpha: expected a number from 0 for scaling={goat_rule!r}, got {self.alpha}"
+            )
         return tuple(math.sqrt(3 * self.alpha * in_features / rank) for rank in ranks)
 
     def shares_gate(self) -> bool:
-        """Whether one router serves all layers of a model."""
+        """Return whether all layers of a model share one router."""
         return self.router == "task" and self.task_gate == "shared"
 
     def is_sparse(self) -> bool:
-        """Whether the gate is K weights and indices per token, not E weights."""
+        """Return whether the gate is K weights and K experts per token, instead of E weights."""
         if self.granularity != "token" or self.top_k in (None, self.num_experts):
             return False
-        return self.select == "sampling" or self.renormalizes() is not None
+        return self.select == "sampling" or self.is_topk_gate()
 
-    def renormalizes(self) -> bool | None:
-        """Whether `topk_gate` divides by the kept sum; None where the gate is not a `topk_gate`."""
-        if self.select not in ("all", "topk") or self.entropy_threshold is not None:
-            return None
-        if self.balance_rate is not None:
-            return None
-        if self.score == "softmax" and self.normalize in ("none", "sum"):
-            return self.normalize == "sum" or self.select == "all"
-        # The softmax of the kept logits is the softmax of all, divided by the kept sum.
-        return True if (self.score, self.normalize) == ("identity", "softmax") else None
+    def is_topk_gate(self) -> bool:
+        """Return whether the op `topk_gate` computes the gate from the logits (K = E for "all")."""
+        return (
+            self.select in ("all", "topk")
+            and self.entropy_threshold is None
+            and self.balance_rate is None
+            # The softmax of the kept logits is the softmax of all logits, divided by the kept sum.
+            and (self.score, self.normalize)
+            in (("softmax", "none"), ("softmax", "sum"), ("identity", "softmax"))
+        )
+
+    def renormalize(self) -> bool:
+        """Return whether `topk_gate` divides the kept probabilities by their sum.
+
+        True for gates that `topk_gate` does not compute.
+        """
+        return not (self.is_topk_gate() and self.normalize == "none" and self.select == "topk")
+
+
+def _weighted_losses(aux: Any) -> tuple[tuple[str, float], ...]:
+    """Return `aux` as (name, weight) pairs. Losses without a weight get their default weight."""
+    if isinstance(aux, str):
+        aux = (aux,)
+    if not isinstance(aux, Iterable):
+        raise TypeError(f"aux: expected names, or weights by name, got {aux!r}")
+    weights = {}
+    for entry in aux.items() if isinstance(aux, Mapping) else aux:
+        is_pair = isinstance(entry, tuple) and len(entry) == 2
+        name, weight = entry if is_pair else (entry, None)
+        check_one_of("aux", name, tuple(AUX_WEIGHTS))
+        if weight is not None:
+            check_number("aux", weight)
+        weights[name] = AUX_WEIGHTS[name] if weight is None else float(weight)
+    return tuple(weights.items())

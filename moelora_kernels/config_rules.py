@@ -1,9 +1,14 @@
-"""Which values an option can have, and which options have no meaning together."""
+"""The values of every option of MoeLoraConfig, and the options that do not work together.
+
+The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, GOES_WITH,
+CONFLICTS. `options_page` writes the same tables into METHODS.md.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -12,10 +17,11 @@ from moelora_kernels import dispatch
 if TYPE_CHECKING:
     from moelora_kernels.config import MoeLoraConfig
 
-ROUTERS = ("linear", "mlp", "task", "external", "prototype", "self", "token_task")
+# Auxiliary loss -> its default weight.
 AUX_WEIGHTS = {"load_balance": 0.01, "z": 0.001, "entropy": 0.01}
 
-VALUES = {
+# Option -> its allowed values. `router` can also be an nn.Module.
+VALUES: dict[str, tuple] = {
     "granularity": ("token", "sequence", "task"),
     "score": ("softmax", "sigmoid", "identity", "abs"),
     "select": ("all", "topk", "sampling", "topp", "threshold", "learned_threshold"),
@@ -30,249 +36,261 @@ VALUES = {
     "grad_gate": ("gate", "sqrt"),
     "rank_activation": (None, "gelu", "relu", "silu"),
     "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
+    "router": (None, "linear", "mlp", "task", "external", "prototype", "self", "token_task"),
 }
 
 
+class Interval(NamedTuple):
+    """The numbers that an option can be, in words and as a test."""
+
+    text: str
+    contains: Callable[[float], bool]
+    whole: bool = False
+
+
+COUNT = Interval("a whole number from 1", lambda n: n >= 1, whole=True)
+FINITE = Interval("a finite number", math.isfinite)
+NOT_NEGATIVE = Interval("a number from 0", lambda n: n >= 0)
+POSITIVE = Interval("a number above 0", lambda n: n > 0)
+BELOW_ONE = Interval("a number in [0, 1)", lambda n: 0 <= n < 1)
+UP_TO_ONE = Interval("a number in (0, 1]", lambda n: 0 < n <= 1)
+
+# Option -> its numbers. An option whose default is None can also be None. `rank` can also be a
+# tuple of numbers.
+NUMBERS: dict[str, Interval] = {
+    **dict.fromkeys(("num_experts", "rank", "shared_rank", "router_hidden", "num_tasks"), COUNT),
+    **dict.fromkeys(("task_embedding_dim", "top_k", "keep_min"), COUNT),
+    **dict.fromkeys(("alpha", "threshold"), FINITE),
+    **dict.fromkeys(("temperature", "max_threshold", "entropy_index"), POSITIVE),
+    **dict.fromkeys(("balance_rate", "svd_rho"), POSITIVE),
+    **dict.fromkeys(("dropout", "entropy_threshold"), BELOW_ONE),
+    "noise": NOT_NEGATIVE,
+    "top_p": UP_TO_ONE,
+}
+AT_MOST_NUM_EXPERTS = ("top_k", "keep_min")
+
+# (option, its value) -> the option that must then have a value.
+NEEDS = {
+    ("select", "topk"): "top_k",
+    ("select", "sampling"): "top_k",
+    ("select", "topp"): "top_p",
+    ("select", "threshold"): "threshold",
+    ("router", "task"): "num_tasks",
+}
+
+# Option -> another option, and the values of that one with which the option can be changed from its
+# default.
+GOES_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "top_k": ("select", ("topk", "sampling")),
+    "top_p": ("select", ("topp",)),
+    "threshold": ("select", ("threshold",)),
+    "max_threshold": ("select", ("learned_threshold",)),
+    "keep_min": ("select", ("topp", "threshold")),
+    "entropy_threshold": ("select", ("topk", "topp", "threshold")),
+    "balance_rate": ("select", ("topk",)),
+    "task_gate": ("router", ("task",)),
+    "svd_rho": ("init", ("svd_segments",)),
+}
+
+
+class Other(NamedTuple):
+    """In CONFLICTS: any value but this one."""
+
+    value: Any
+
+
+class Where(NamedTuple):
+    """In CONFLICTS: a value that passes a test. The test takes the whole config."""
+
+    text: str
+    holds: Callable[[MoeLoraConfig], bool]
+
+
+SET = Other(None)
+ANY_LOSS = Other(())
+LOAD_BALANCE = Where("with load_balance", lambda c: dict(c.aux).get("load_balance", 0) != 0)
+ENTROPY = Where("with entropy", lambda c: "entropy" in dict(c.aux))
+NO_ENTROPY = Where("without entropy", lambda c: "entropy" not in dict(c.aux))
+UNEQUAL_RANKS = Where("not the same for all experts", lambda c: len(set(c.ranks())) > 1)
+RANK_ABOVE_ONE = Where("above 1", lambda c: max(c.ranks()) > 1)
+ALL_EXPERTS = Where("equal to num_experts", lambda c: c.top_k == c.num_experts)
+SCALE_NOT_POSITIVE = Where("0 or negative", lambda c: not min(c.scales(in_features=1)) > 0)
+NO_UNIT_SUM = Where(
+    '`"none"` (unless `score="softmax"` and `select="all"`)',
+    lambda c: c.normalize == "none" and (c.score, c.select) != ("softmax", "all"),
+)
+# Gates that are passed in, or no gates.
+NO_LOGITS = (None, "external")
+NEEDS_LOGITS = "it needs logits, but this router returns probabilities"
+SUM_TO_ONE = "the base is reduced by the mean gate 1 / E, so the gates must sum to 1"
+
+# (when: option -> one value, a tuple of values, Other or Where; why not). The error names the first
+# option of `when`. The first conflict from the top is the one that is reported.
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    ({"select": Other("all"), "router": NO_LOGITS}, "the gates are used unchanged"),
+    ({"aux": ANY_LOSS, "router": NO_LOGITS}, "there are no logits to compute a loss from"),
+    ({"top_p": SET, "score": "identity"}, "raw logits can be negative; use another score"),
+    ({"granularity": "task", "router": Other("task")}, "only router='task' has tasks"),
+    ({"granularity": Other("task"), "router": "task"}, "the gate depends on the task alone"),
+    (
+        {"normalize": "sum", "score": "identity"},
+        "the sum of raw logits can be 0; use 'softmax' or 'none'",
+    ),
+    ({"rank": UNEQUAL_RANKS, "share": "A"}, "experts that share A have the same rank"),
+    ({"dropout_mask": "per_expert", "dropout": Other(0), "share": "A"}, "one A has one mask"),
+    (
+        {"aux": LOAD_BALANCE, "select": "all"},
+        "the load-balance loss is constant if all experts are used",
+    ),
+    ({"select": "learned_threshold", "router": "task"}, "the threshold is computed from x"),
+    (
+        {"normalize": "softmax", "select": "learned_threshold"},
+        "a softmax cancels the threshold; use 'sum' or 'none'",
+    ),
+    ({"entropy_threshold": SET, "num_experts": 1}, "the entropy of one expert is 0"),
+    ({"aux": ENTROPY, "num_experts": 1}, "the entropy of one expert is 0"),
+    (
+        {"entropy_index": Other(1.0), "entropy_threshold": None, "aux": NO_ENTROPY},
+        "no entropy is computed",
+    ),
+    (
+        {"aux": ANY_LOSS, "router": ("prototype", "self")},
+        "this router has no parameters that a loss could train",
+    ),
+    ({"rank": RANK_ABOVE_ONE, "router": "self"}, "the logit of an expert is its A x: one number"),
+    ({"share": "A", "router": "self"}, "the logits of the experts come from different rows of A"),
+    (
+        {"shared_expert": Other("none"), "router": "self"},
+        "every row of A belongs to a routed expert",
+    ),
+    ({"granularity": Other("token"), "router": "self"}, "A x is computed for every token"),
+    ({"select": "learned_threshold", "router": "self"}, "A x has no entry for the threshold"),
+    (
+        {"score": Other("identity"), "router": "token_task"},
+        "this router returns probabilities; use score='identity'",
+    ),
+    ({"aux": ANY_LOSS, "router": "token_task"}, NEEDS_LOGITS),
+    ({"noise": Other(0), "router": "token_task"}, NEEDS_LOGITS),
+    ({"entropy_threshold": SET, "router": "token_task"}, NEEDS_LOGITS),
+    ({"select": "sampling", "router": "token_task"}, NEEDS_LOGITS),
+    (
+        {"batch_dim": Other(0), "router": "token_task"},
+        "this router takes x [batch, sequence, I] only",
+    ),
+    ({"normalize": "one", "select": "all"}, "every gate would be 1; use router=None"),
+    ({"shared_expert": "complement", "normalize": "one"}, "1 - max(gate) is always 0"),
+    ({"balance_rate": SET, "top_k": ALL_EXPERTS}, "all experts have the same load"),
+    (
+        {"balance_rate": SET, "router": "task"},
+        "the bias belongs to one layer, but all layers can share a task router",
+    ),
+    ({"init": "sparse", "top_k": None}, "A keeps top_k / num_experts of its entries"),
+    ({"grad_gate": "sqrt", "router": NO_LOGITS}, "the layer has no router"),
+    (
+        {"grad_gate": "sqrt", "freeze": "AB"},
+        "it changes the gradients of A and B, which are frozen",
+    ),
+    ({"grad_gate": "sqrt", "normalize": "one"}, "the square root of 1 is 1"),
+    (
+        {"grad_gate": "sqrt", "score": "identity", "normalize": "none"},
+        "raw logits can be negative and then have no square root",
+    ),
+    ({"grad_gate": "sqrt", "shared_expert": Other("none")}, "this is not supported"),
+    ({"init": "svd_segments", "share": "A"}, "every expert gets the A of its own segment"),
+    (
+        {"scaling": SCALE_NOT_POSITIVE, "init": "svd_segments"},
+        "A and B are divided by its square root",
+    ),
+    ({"init": "svd_segments", "router": "external"}, SUM_TO_ONE),
+    ({"init": "svd_segments", "router": Other(None), "normalize": NO_UNIT_SUM}, SUM_TO_ONE),
+]
+
+
 def check(config: MoeLoraConfig) -> None:
-    """Raise ValueError or TypeError, naming the option, where options have no meaning."""
-    for name, values in VALUES.items():
-        one_of(name, getattr(config, name), values)
-    if isinstance(config.router, str):
-        one_of("router", config.router, ROUTERS)
-    elif not (config.router is None or isinstance(config.router, nn.Module)):
-        raise TypeError(f"router: expected a name or an nn.Module, got {type(config.router)}")
-    dispatch.check(config.impl)
-    whole("num_experts", config.num_experts)
-    for rank in config.rank if isinstance(config.rank, tuple) else (config.rank,):
-        whole("rank", rank)
-    for name in ("router_hidden", "task_embedding_dim"):
-        whole(name, getattr(config, name))
-    for name in ("shared_rank", "num_tasks"):
-        if getattr(config, name) is not None:
-            whole(name, getattr(config, name))
-    if not isinstance(config.router_bias, bool):
-        raise TypeError(f"router_bias: expected True or False, got {config.router_bias!r}")
-    if isinstance(config.rank, tuple) and len(config.rank) != config.num_experts:
-        raise ValueError(f"rank: expected {config.num_experts} ranks, got {len(config.rank)}")
-    for name in ("alpha", "dropout", "noise"):
-        finite(name, getattr(config, name))
-    # The scales of any size; that of the layer is not known yet.
+    """Raise ValueError or TypeError, naming the option, if a value or a combination is refused."""
+    _check_values(config)
+    _check_numbers(config)
+    # Raises for a bad `scaling`. The check needs no layer: any in_features has the same result.
     config.scales(in_features=1)
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {config.dropout}")
-    above_zero("temperature", config.temperature)
-    if config.noise < 0:
-        raise ValueError(f"noise: expected a number from 0, got {config.noise}")
-    if config.router in (None, "external"):
-        if config.select != "all":
-            raise ValueError(f"select: gates of router={config.router!r} are used as they are")
-        if config.aux:
-            raise ValueError(f"aux: router={config.router!r} has no logits to make a loss of")
-    for option, selects in (
-        ("top_k", ("topk", "sampling")),
-        ("top_p", ("topp",)),
-        ("threshold", ("threshold",)),
-    ):
-        value = getattr(config, option)
-        if (value is not None) != (config.select in selects):
+    for (option, value), needed in NEEDS.items():
+        if getattr(config, option) == value and getattr(config, needed) is None:
+            raise ValueError(f"{needed}: expected a value with {option}={value!r}, got None")
+    for option, (other, values) in GOES_WITH.items():
+        value, default = getattr(config, option), getattr(type(config), option)
+        if value != default and getattr(config, other) not in values:
             raise ValueError(
-                f"{option}: select={config.select!r} with {option}={value!r}; {option} goes with "
-                f"select={' or '.join(map(repr, selects))}, and only with it"
+                f"{option}: {value!r} works only with {other}={' or '.join(map(repr, values))}, "
+                f"got {other}={getattr(config, other)!r}"
             )
-    if config.top_k is not None:
-        whole("top_k", config.top_k, config.num_experts)
-    if config.top_p is not None:
-        finite("top_p", config.top_p)
-    if config.top_p is not None and not 0.0 < config.top_p <= 1.0:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {config.top_p}")
-    if config.top_p is not None and config.score == "identity":
-        raise ValueError("top_p: raw logits can be negative; use a score that is not")
-    if config.threshold is not None:
-        finite("threshold", config.threshold)
-    if config.router == "task":
-        whole("num_tasks", config.num_tasks)
-    if config.task_gate != "shared":
-        _goes_with(config, "task_gate", "router", ("task",))
-    if (config.granularity == "task") != (config.router == "task"):
-        raise ValueError(
-            f"granularity: {config.granularity!r} does not go with router={config.router!r}; "
-            "'task' goes with router='task', and only with it"
-        )
-    if config.score == "identity" and config.normalize == "sum":
-        raise ValueError("normalize: 'sum' of raw logits can be zero; use 'softmax' or 'none'")
-    if config.share == "A":
-        if len(set(config.ranks())) > 1:
-            raise ValueError("rank: experts that share A have one rank")
-        if config.dropout > 0 and config.dropout_mask == "per_expert":
-            raise ValueError("dropout_mask: 'per_expert' does not go with share='A'")
-    if dict(config.aux).get("load_balance") and config.select == "all":
-        raise ValueError("aux: 'load_balance' is constant where every expert is selected")
-    _check_selection(config)
-    _check_router(config)
-    _check_balance(config)
-    _check_training(config)
-    _check_svd_segments(config)
+    for when, reason in CONFLICTS:
+        if all(_matches(config, *condition) for condition in when.items()):
+            option = next(iter(when))
+            others = [f"{name}={_shown(config, name)}" for name in when if name != option]
+            raise ValueError(
+                f"{option}: {_shown(config, option)} cannot be combined with "
+                f"{' and '.join(others)}: {reason}"
+            )
     if config.impl == "grouped":
         dispatch.check_grouped(config.top_k if config.is_sparse() else None, config.share == "A")
 
 
-def _check_selection(config: MoeLoraConfig) -> None:
-    """The options of a selection that differs from token to token."""
-    if config.select == "learned_threshold":
-        if config.router == "task":
-            raise ValueError("select: 'learned_threshold' reads x, router='task' does not")
-        if config.normalize == "softmax":
-            raise ValueError(
-                "normalize: 'softmax' cancels a learned threshold; use 'sum' or 'none'"
+def _check_values(config: MoeLoraConfig) -> None:
+    if not isinstance(config.router, (str, nn.Module, type(None))):
+        raise TypeError(f"router: expected a name, an nn.Module or None, got {config.router!r}")
+    for option, values in VALUES.items():
+        if not (option == "router" and isinstance(config.router, nn.Module)):
+            check_one_of(option, getattr(config, option), values)
+    if not isinstance(config.router_bias, bool):
+        raise TypeError(f"router_bias: expected True or False, got {config.router_bias!r}")
+    dispatch.check(config.impl)
+
+
+def _check_numbers(config: MoeLoraConfig) -> None:
+    for option, interval in NUMBERS.items():
+        value = getattr(config, option)
+        if value is None and getattr(type(config), option) is None:
+            continue
+        if option in AT_MOST_NUM_EXPERTS:
+            interval = Interval(
+                f"a whole number from 1 to num_experts = {config.num_experts}",
+                lambda n: 1 <= n <= config.num_experts,
+                whole=True,
             )
-    if config.max_threshold is not None:
-        above_zero("max_threshold", config.max_threshold)
-        _goes_with(config, "max_threshold", "select", ("learned_threshold",))
-    if config.keep_min is not None:
-        whole("keep_min", config.keep_min, config.num_experts)
-        _goes_with(config, "keep_min", "select", ("topp", "threshold"))
-    above_zero("entropy_index", config.entropy_index)
-    if config.entropy_threshold is not None:
-        finite("entropy_threshold", config.entropy_threshold)
-        if not 0.0 <= config.entropy_threshold < 1.0:
-            raise ValueError(
-                f"entropy_threshold: expected a share of the largest entropy, in [0, 1), "
-                f"got {config.entropy_threshold}"
-            )
-        _goes_with(config, "entropy_threshold", "select", ("topk", "topp", "threshold"))
-    by_entropy = {
-        "entropy_threshold": config.entropy_threshold is not None,
-        "aux": "entropy" in dict(config.aux),
-    }
-    for name, used in by_entropy.items():
-        if used and config.num_experts == 1:
-            raise ValueError(f"{name}: the entropy of one expert is always 0")
-    if not any(by_entropy.values()) and config.entropy_index != 1.0:
-        raise ValueError("entropy_index: goes with entropy_threshold or aux='entropy'")
-
-
-def _check_router(config: MoeLoraConfig) -> None:
-    """The routers whose logits are not a free choice."""
-    if config.router in ("prototype", "self") and config.aux:
-        raise ValueError(f"aux: router={config.router!r} has no parameters for a loss to train")
-    if config.router == "self":
-        if set(config.ranks()) != {1}:
-            raise ValueError(
-                "rank: router='self' gates experts by their own A x, one number each: expected "
-                f"rank 1, got {config.rank}"
-            )
-        if config.share == "A":
-            raise ValueError("share: router='self' tells experts apart by A; share='A' has one")
-        if config.shared_expert != "none":
-            raise ValueError("shared_expert: router='self' has a number for every row of A")
-        if config.granularity != "token":
-            raise ValueError("granularity: router='self' gates tokens")
-        if config.select == "learned_threshold":
-            raise ValueError("select: router='self' has no logit of a learned threshold")
-    if config.router == "token_task":
-        if config.score != "identity":
-            raise ValueError(
-                "score: router='token_task' gives probabilities, which score='identity' takes "
-                f"as they are, got {config.score!r}"
-            )
-        named = {
-            "aux": config.aux,
-            "noise": config.noise,
-            "entropy_threshold": config.entropy_threshold,
-            "select": config.select == "sampling",
-        }
-        for name, given in named.items():
-            if given:
-                raise ValueError(f"{name}: goes with logits, router='token_task' has none")
-        if config.batch_dim != 0:
-            raise ValueError("batch_dim: router='token_task' takes x [batch, sequence, I] only")
-
-
-def _check_balance(config: MoeLoraConfig) -> None:
-    if config.normalize == "one":
-        if config.select == "all":
-            raise ValueError("normalize: 'one' of all experts is router=None")
-        if config.shared_expert == "complement":
-            raise ValueError("shared_expert: 'complement' of weights of 1 is always 0")
-    if config.balance_rate is None:
-        return
-    above_zero("balance_rate", config.balance_rate)
-    _goes_with(config, "balance_rate", "select", ("topk",))
-    if config.top_k == config.num_experts:
-        raise ValueError("balance_rate: with top_k = num_experts every load is the same")
-    if config.router == "task":
-        raise ValueError("balance_rate: router='task' is one for all layers, a bias is not")
-
-
-def _check_training(config: MoeLoraConfig) -> None:
-    if config.init == "sparse" and config.top_k is None:
-        raise ValueError("init: 'sparse' keeps K/E of A, so it goes with top_k")
-    if config.grad_gate == "gate":
-        return
-    if config.router in (None, "external"):
-        raise ValueError(f"grad_gate: 'sqrt' goes with a router, got router={config.router!r}")
-    if config.freeze == "AB":
-        raise ValueError("grad_gate: 'sqrt' is of the experts' gradients, freeze='AB' has none")
-    if config.normalize == "one":
-        raise ValueError("grad_gate: 'sqrt' of weights of 1 is 1")
-    if config.score == "identity" and config.normalize == "none":
-        raise ValueError("grad_gate: 'sqrt' of raw logits may be no number")
-    if config.shared_expert != "none":
-        raise ValueError("grad_gate: 'sqrt' does not go with a shared expert")
-
-
-def _check_svd_segments(config: MoeLoraConfig) -> None:
-    if config.svd_rho is not None:
-        above_zero("svd_rho", config.svd_rho)
-        _goes_with(config, "svd_rho", "init", ("svd_segments",))
-    if config.init != "svd_segments":
-        return
-    if config.share == "A":
-        raise ValueError("init: 'svd_segments' gives each expert an A; share='A' has one")
-    if not min(config.scales(in_features=1)) > 0:
-        raise ValueError(f"scaling: init='svd_segments' divides by it, got {config.scaling!r}")
-    sums_to_one = config.normalize != "none" or (config.score, config.select) == ("softmax", "all")
-    if config.router == "external" or not (config.router is None or sums_to_one):
+        for number in value if option == "rank" and isinstance(value, tuple) else (value,):
+            check_number(option, number, interval)
+    if isinstance(config.rank, tuple) and len(config.rank) != config.num_experts:
         raise ValueError(
-            "init: 'svd_segments' reduces the base by the mean over experts, which takes gates "
-            "that sum to 1: normalize='sum' or 'softmax', and a router of the layer"
+            f"rank: expected one rank, or num_experts = {config.num_experts} of them, "
+            f"got {len(config.rank)}"
         )
 
 
-def _goes_with(config: MoeLoraConfig, option: str, other: str, values: tuple[str, ...]) -> None:
-    if getattr(config, other) not in values:
-        raise ValueError(
-            f"{option}: goes with {other} {' or '.join(map(repr, values))}, "
-            f"got {other}={getattr(config, other)!r}"
-        )
+def _matches(config: MoeLoraConfig, option: str, expected: Any) -> bool:
+    """Return whether an option has the value that a conflict expects of it."""
+    value = getattr(config, option)
+    if isinstance(expected, Where):
+        return expected.holds(config)
+    if isinstance(expected, Other):
+        return value != expected.value
+    return value in expected if isinstance(expected, tuple) else value == expected
 
 
-def one_of(name: str, value: Any, values: tuple) -> None:
-    """Raise unless value is one of values."""
-    # 1.0 and True are equal to 1 and are no dimension.
+def _shown(config: MoeLoraConfig, option: str) -> str:
+    value = getattr(config, option)
+    return repr(dict(value) if option == "aux" else value)
+
+
+def check_one_of(name: str, value: Any, values: tuple) -> None:
+    """Raise ValueError if value is not one of values."""
+    # True == 1 and 1.0 == 1, but neither is a dimension.
     is_plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
     if not (is_plain and value in values):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
 
 
-def whole(name: str, value: Any, num_experts: int | None = None) -> None:
-    """Raise unless value is a whole number from 1, and at most num_experts where that is given."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if num_experts is not None and not (is_whole and value <= num_experts):
-        raise ValueError(f"{name}: expected 1 to num_experts = {num_experts}, got {value!r}")
-    if not is_whole:
-        raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
-
-
-def above_zero(name: str, value: Any) -> None:
-    """Raise unless value is a finite number above 0."""
-    finite(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-
-
-def finite(name: str, value: Any) -> None:
-    """Raise unless value is a finite number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+def check_number(name: str, value: Any, interval: Interval = FINITE) -> None:
+    """Raise ValueError if value is not a finite number of the interval."""
+    types = int if interval.whole else (int, float)
+    is_number = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and interval.contains(value)):
+        raise ValueError(f"{name}: expected {interval.text}, got {value!r}")

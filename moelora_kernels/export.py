@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints import load_adapter_state_dict
-from moelora_kernels.checkpoints.description import model_of
+from moelora_kernels.checkpoints.description import build
 from moelora_kernels.checkpoints.files import load_safetensors
 from moelora_kernels.checkpoints.folders import read_folder
 from moelora_kernels.nn.merge import REDUCED_BASE, Task
@@ -161,7 +161,7 @@ def _read_file(path: str | os.PathLike) -> nn.Module:
             f"{os.fspath(path)}: it does not say which options its layers have; load it into its "
             "model and save it anew with save_adapter, or export from there with export_lora"
         )
-    model = model_of(json.loads(metadata["layout"]))
+    model = build(json.loads(metadata["layout"]))
     load_adapter_state_dict(model, state)
     return model
 

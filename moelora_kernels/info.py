@@ -1,7 +1,8 @@
-"""`python -m moelora_kernels.info [--json]`: what is installed, what runs, and why.
+"""`python -m moelora_kernels.info [--json]`: print which implementations run here, and why.
 
-Prints versions, devices, the native library or the reason it is missing, which implementation
-serves each op on each device, and which formulation impl="auto" takes for the sizes that are given.
+Prints the folder of the package, versions, devices, the file of the native library or the reason
+why none is loaded, the implementation of each op on each device, and the formulation that
+impl="auto" takes for the sizes in the arguments.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
+    """Return the installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -31,27 +33,27 @@ def version(package: str) -> str | None:
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Op -> device -> what serves it.
+    """Return op -> device -> the implementation that runs.
 
-    "native" (C++ or CUDA), "triton", "reference" (plain PyTorch), or "composite": made of the other
-    ops and of ATen's products.
+    It is "native" (C++ or CUDA C++), "triton", "reference" (plain PyTorch) or "composite" (calls
+    the other ops and ATen's matrix products).
     """
     built, cuda_built = (set(native.build_info().get(name, ())) for name in ("ops", "cuda_ops"))
     names = sorted([*ops.__all__, "topk_gate_backward"])
-    found = {}
+    table = {}
     for name in names:
         whole_layer = name.removesuffix("_backward") in ("wide", "grouped")
         default = "composite" if whole_layer else "reference"
         on_gpu = "triton" if name in registration.KERNELS else default
-        found[name] = {
+        table[name] = {
             "cpu": "native" if name in built else default,
             "cuda": "native" if name in cuda_built else on_gpu,
         }
-    return found
+    return table
 
 
 def tiles() -> dict[str, str]:
-    """Architecture -> how many entries of its tile table have been qualified on hardware."""
+    """Return architecture -> how many entries of its tile table are qualified on hardware."""
     return {
         name: f"{sum(bool(tile.qualified) for tile in table.values())} of {len(table)} qualified"
         for name, table in configs.TILE_CONFIGS.items()
@@ -59,11 +61,16 @@ def tiles() -> dict[str, str]:
 
 
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
-    """Everything `main` prints, as plain values."""
+    """Return everything that `main` prints as values that JSON can hold.
+
+    sizes: tokens, in_features, out_features, num_experts, rank, top_k, of the layer for which the
+    choice of impl="auto" on `device` is explained.
+    """
     choice = dispatch.explain_choice(device, **sizes)
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "moelora_kernels": moelora_kernels.__version__,
+        "package": str(Path(moelora_kernels.__file__).parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -77,6 +84,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         },
         "native": {
             "available": native.available(),
+            "file": native.path(),
             "reason": native.reason(),
             **native.build_info(),
         },
@@ -112,22 +120,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2, help="0: all experts")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     for name in ("tokens", "in_features", "out_features", "experts", "rank"):
-        if getattr(given, name) < (name != "tokens"):
-            parser.error(f"{name}: expected a size, got {getattr(given, name)}")
-    if not 0 <= given.top_k <= given.experts:
-        parser.error(f"top_k: expected 0 to {given.experts} experts, got {given.top_k}")
+        smallest = 0 if name == "tokens" else 1
+        if getattr(args, name) < smallest:
+            parser.error(f"{name}: expected at least {smallest}, got {getattr(args, name)}")
+    if not 0 <= args.top_k <= args.experts:
+        parser.error(f"top_k: expected 0 to {args.experts} experts, got {args.top_k}")
     sizes = {
-        "tokens": given.tokens,
-        "in_features": given.in_features,
-        "out_features": given.out_features,
-        "num_experts": given.experts,
-        "rank": given.rank,
-        "top_k": given.top_k or None,
+        "tokens": args.tokens,
+        "in_features": args.in_features,
+        "out_features": args.out_features,
+        "num_experts": args.experts,
+        "rank": args.rank,
+        "top_k": args.top_k or None,
     }
-    report = collect(sizes, given.device)
-    print(json.dumps(report, indent=2) if given.json else "\n".join(_lines(report)))
+    report = collect(sizes, args.device)
+    print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,104 @@
-"""The native library `moelora_kernels._C`: C++ implementations of the ops for CPU tensors.
+"""Load the native library `moelora_kernels._C`: C++ implementations of the ops for CPU tensors.
 
-Some have one in CUDA C++ too, where torch and the build had CUDA; importing needs no GPU for it.
+If torch and the build had CUDA, some ops have an implementation in CUDA C++ too. Loading the
+library needs no GPU.
 
-Importing this module loads the library, which registers its ops with the dispatcher; where it is
-missing, the reference serves the same ops. MOELORA_NATIVE=0 in the environment ignores a built
-library (to compare the two), MOELORA_SIMD=portable|avx2|avx512|avx512bf16 limits its vectors.
+Importing this module loads the library, and the library registers its ops with torch's dispatcher.
+If it is missing, the reference computes the same ops. The library is searched for
+
+    beside this file            in an installed package and in an editable install
+    in each folder of sys.path  if this file lies in a checkout (csrc/ is beside the package): the
+                                library that `pip install .` built lies in site-packages
+
+In a checkout, a library that was built from other sources than csrc/ is not loaded: it is named in
+a warning and in `reason()`. (The linker writes the build id on Linux; elsewhere it is not checked.)
+
+Environment variables:
+    MOELORA_NATIVE=0                              does not load the library (to compare the two)
+    MOELORA_SIMD=portable|avx2|avx512|avx512bf16  limits the vector instructions that it uses
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch  # noqa: F401  (its libraries must be loaded before the one that links to them)
 
+from moelora_kernels.build_id import CSRC, is_current
+
 _NAME = "moelora_kernels._C"
+_PACKAGE = Path(__file__).resolve().parent
+_BUILD = "`pip install --no-build-isolation .` builds it"
+
+
+def _built_libraries() -> list[Path]:
+    """Return the library files for this Python: the one beside this file comes first."""
+    folders = [_PACKAGE]
+    if CSRC.is_dir():
+        folders += [Path(entry, _PACKAGE.name).resolve() for entry in sys.path]
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    files = [folder / f"_C{suffix}" for folder in dict.fromkeys(folders) for suffix in suffixes]
+    return [file for file in files if file.is_file()]
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    """Load the library. Return it and "", or None and the reason why it is not loaded."""
     if os.environ.get("MOELORA_NATIVE") == "0":
         return None, "ignored: MOELORA_NATIVE=0"
-    if importlib.util.find_spec(_NAME) is None:
-        return None, "not built: pip install --no-build-isolation . builds it"
-    try:
-        return importlib.import_module(_NAME), ""
-    except (ImportError, OSError) as error:
-        reason = f"built, but it does not load: {error}"
-        warnings.warn(f"{_NAME}: {reason}; the reference is used", RuntimeWarning, stacklevel=2)
-        return None, reason
+    libraries = _built_libraries()
+    if not libraries:
+        return None, f"not built: {_BUILD}"
+    library = next(filter(is_current, libraries), None)
+    if library is None:
+        files = ", ".join(map(str, libraries))
+        reason = f"not loaded: {files} was built from other sources than {CSRC}; {_BUILD} again"
+    else:
+        try:
+            return _import_file(library), ""
+        except (ImportError, OSError) as error:
+            reason = f"built, but it does not load: {error}"
+    warnings.warn(f"{_NAME}: {reason}; the reference is used", RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+def _import_file(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
+    spec = importlib.util.spec_from_loader(_NAME, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules[_NAME] = module
+    return module
 
 
 _library, _reason = _load()
 
 
 def available() -> bool:
-    """Whether the native library is loaded."""
+    """Return whether the native library is loaded."""
     return _library is not None
 
 
 def reason() -> str:
-    """Why the library is not loaded; empty where it is."""
+    """Return why the library is not loaded, or "" if it is loaded."""
     return _reason
 
 
-def build_info() -> dict[str, Any]:
-    """What the library was built with: torch, compiler, vector widths, ops, GPUs ("cuda").
+def path() -> str:
+    """Return the file of the loaded library, or "" if no library is loaded."""
+    return "" if _library is None else str(_library.__file__)
 
-    Empty where it is missing.
+
+def build_info() -> dict[str, Any]:
+    """Return what the library was built with: torch, compiler, vector widths, ops, GPUs ("cuda").
+
+    The dictionary is empty if the library is not loaded.
     """
     return {} if _library is None else _library.build_info()

@@ -1,4 +1,7 @@
-"""Published methods as bundles of options; the options not named keep their defaults."""
+"""Presets: the options of published methods. Options that a preset does not name have defaults.
+
+METHODS.md explains them in a table and says how to add one.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 32.0,
         "router": None,
     },
-    # MOELoRA (arXiv 2310.18339): softmax of a task embedding over all experts, the total rank of 16
-    # split over them, one gate for all layers.
+    # MOELoRA (arXiv 2310.18339). The gate is a softmax over all experts, computed from the
+    # embedding of the task. All layers share it. The total rank of 16 is split over the experts.
     "moelora": {
         "num_experts": 8,
         "rank": 2,
@@ -26,7 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "init": "normal",
     },
-    # MING-MOE (arXiv 2404.09027): per token and linear, softmax over the two largest logits.
+    # MING-MOE (arXiv 2404.09027). Every linear has a router. The gate of a token is the softmax
+    # over its two largest logits.
     "ming": {
         "num_experts": 8,
         "rank": 16,
@@ -37,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top_k": 2,
         "normalize": "softmax",
     },
-    # LoRAMoE (arXiv 2312.09979): per token, softmax over all experts.
+    # LoRAMoE (arXiv 2312.09979). The gate of a token is the softmax over all experts.
     "loramoe": {
         "num_experts": 8,
         "rank": 4,
@@ -47,8 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "dropout_mask": "per_expert",
     },
-    # HydraLoRA (arXiv 2404.19245): LoRAMoE's gate over heads B that share one A. The original draws
-    # a dropout mask per head; with one A they share it here.
+    # HydraLoRA (arXiv 2404.19245). The gate of LoRAMoE, and experts that share A and differ in B.
+    # The original has one dropout mask per expert; here the experts share one mask, because they
+    # share A.
     "hydralora": {
         "num_experts": 3,
         "rank": 4,
@@ -58,7 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "share": "A",
         "dropout": 0.05,
     },
-    # MoLA (arXiv 2402.08562): softmax, two experts kept and renormalised, load balance.
+    # MoLA (arXiv 2402.08562). The two largest probabilities of a token, divided by their sum, and
+    # the load-balance loss.
     "mola": {
         "num_experts": 8,
         "rank": 8,
@@ -70,8 +76,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
-    # MOLE, the fixed top-k rival in AdaMoLE's code (arXiv 2405.00361): MoLA's gate, and the total
-    # rank of 32 split over the experts.
+    # MOLE, the top-k baseline in the code of AdaMoLE (arXiv 2405.00361). The gate of MoLA. The
+    # total rank of 32 is split over the experts.
     "mole": {
         "num_experts": 8,
         "rank": 4,
@@ -83,8 +89,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
-    # AdaMoLE (arXiv 2405.00361): probabilities less a threshold that each token learns, at most
-    # 1/E, so that the number of experts differs from token to token.
+    # AdaMoLE (arXiv 2405.00361). A learned threshold, at most 1/E, is computed from the token and
+    # subtracted from its probabilities. The number of experts differs from token to token.
     "adamole": {
         "num_experts": 8,
         "rank": 4,
@@ -96,10 +102,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
-    # DynMoLE (arXiv 2504.00661): the experts that make up 0.75 of the probability, at least two,
-    # and all where the Tsallis entropy is high; not renormalised. Its code leaves out the expert
-    # that crosses 0.75 and adds 1e-5 to each probability before it takes the entropy; here top-p
-    # keeps that expert, and nothing is added.
+    # DynMoLE (arXiv 2504.00661). A token uses the experts that add up to a probability of 0.75, but
+    # at least two, and all experts if the Tsallis entropy is high. The probabilities are not
+    # divided by their sum. The original code leaves out the expert that crosses 0.75, and adds 1e-5
+    # to each probability before it computes the entropy. Here top-p keeps that expert, and nothing
+    # is added.
     "dynmole": {
         "num_experts": 6,
         "rank": 24,
@@ -115,8 +122,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"entropy": 0.01, "load_balance": 0.001},
     },
-    # GOAT (arXiv 2502.16894): MoLA's gate over experts that start as segments of the base's
-    # singular values; the total rank of 32 split over them, alpha is its eta.
+    # GOAT (arXiv 2502.16894). The gate of MoLA. The experts start from segments of the singular
+    # values of the base weight. The total rank of 32 is split over the experts. alpha is the eta of
+    # the paper.
     "goat": {
         "num_experts": 8,
         "rank": 4,
@@ -130,9 +138,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
-    # MoCLE (arXiv 2312.12379): per instruction, the most probable expert of its cluster by the
-    # cluster's embedding, and a universal expert with the rest of the weight. Its code multiplies
-    # the expert by its probability twice; this is the paper's formula, once.
+    # MoCLE (arXiv 2312.12379). A sequence uses the most probable expert of its cluster, computed
+    # from the embedding of the cluster, and a shared expert with the rest of the weight. The
+    # original code multiplies the expert by its probability twice; here it is once, as in the
+    # formula of the paper.
     "mocle": {
         "num_experts": 4,
         "rank": 8,
@@ -145,9 +154,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "none",
         "shared_expert": "complement",
     },
-    # MixLoRA (arXiv 2404.15159): per FFN, whose linears are all of one expert, softmax, two experts
-    # kept and renormalised, load balance. The original draws a dropout mask per linear; gate and up
-    # share that of x here.
+    # MixLoRA (arXiv 2404.15159). The experts are whole FFNs: one router per FFN, and the three
+    # linears use the same experts. The gate is that of MoLA. The original has one dropout mask per
+    # linear; here gate_proj and up_proj share the mask of x.
     "mixlora": {
         "num_experts": 8,
         "rank": 16,
@@ -159,9 +168,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.001},
     },
-    # LLaVA-MoLE (arXiv 2401.16160): one router per FFN, its largest expert for all three linears,
-    # not scaled by the gate: the weight is p / p = 1, and only the load balance trains the router.
-    # Number of experts and weight of the balance are left to the caller there.
+    # LLaVA-MoLE (arXiv 2401.16160). The experts are whole FFNs. A token uses its most probable
+    # expert with the gate p / p = 1, so only the load-balance loss trains the router. The original
+    # leaves the number of experts and the weight of the loss to the user.
     "llava-mole": {
         "num_experts": 3,
         "rank": 16,
@@ -174,17 +183,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout_mask": "per_expert",
         "aux": {"load_balance": 0.01},
     },
-    # Octavius (arXiv 2311.02684): per sample, one gate for the whole model from the instruction's
-    # embeddings, `nn.SequenceGate`; no scaling. Its code draws a second-expert policy that it does
-    # not use.
+    # Octavius (arXiv 2311.02684). One gate per sample for the whole model, computed from the
+    # embeddings of the instruction (`nn.SequenceGate`). The experts are not scaled. The original
+    # code samples a policy for the second expert, but does not use it; it is left out here.
     "octavius": {
         "num_experts": 4,
         "rank": 32,
         "scaling": 1.0,
         "router": "external",
     },
-    # HMoRA (ICLR 2025): probabilities of the token mixed with those of a task vector, two kept, and
-    # a softmax of these; one A as in its published command. Its divergence loss is not here.
+    # HMoRA (ICLR 2025). The probabilities of the token are mixed with those of a task vector. The
+    # gate is the softmax over the two largest. The experts share A, as in the published command.
+    # The divergence loss is left out.
     "hmora": {
         "num_experts": 8,
         "rank": 8,
@@ -198,8 +208,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "softmax",
         "dropout": 0.1,
     },
-    # X-LoRA (arXiv 2402.07148): LoRAs that exist already, gated by a classifier of the hidden state
-    # of a first pass, which is the caller's.
+    # X-LoRA (arXiv 2402.07148). The experts are existing LoRAs. The user computes the gates with a
+    # classifier from the hidden states of a first pass.
     "xlora": {
         "num_experts": 4,
         "rank": 16,
@@ -207,8 +217,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "freeze": "AB",
         "router": "external",
     },
-    # Arrow (arXiv 2405.11157): LoRAs that exist already, gated by x along their first right
-    # singular vectors, softmax of the three largest. Nothing trains.
+    # Arrow (arXiv 2405.11157). The experts are existing LoRAs. The logit of an expert is |x v|,
+    # with the first right singular vector v of its B A. The gate is the softmax over the three
+    # largest. Nothing is trained.
     "arrow": {
         "num_experts": 8,
         "rank": 16,
@@ -219,9 +230,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "top_k": 3,
         "normalize": "softmax",
     },
-    # SMoRA (arXiv 2501.15103): every rank of one LoRA is an expert; eight are selected with a bias
-    # that balances their load. There is no public code: that the weights are the softmax of the
-    # logits that were kept is this package's reading.
+    # SMoRA (arXiv 2501.15103). Every rank of one LoRA is an expert. Eight are selected, with a bias
+    # that balances their load. There is no public code. We read the paper so that the gate is the
+    # softmax over the selected logits.
     "smora": {
         "num_experts": 64,
         "rank": 1,
@@ -233,9 +244,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "balance_rate": 0.001,
         "normalize": "softmax",
     },
-    # FlyLoRA (arXiv 2510.08396): the eight ranks of largest |A x + bias| as they are; A is sparse,
-    # random and frozen. Selection is that of flylora.py: the fork of PEFT beside it leaves out the
-    # magnitude and the gradient of x.
+    # FlyLoRA (arXiv 2510.08396). Every rank of one LoRA is an expert. The eight with the largest |A
+    # x + bias| are used with the gate 1. A is sparse, random and frozen. The selection follows
+    # flylora.py of the original; its fork of PEFT leaves out the magnitude and the gradient of x.
     "flylora": {
         "num_experts": 32,
         "rank": 1,
@@ -249,8 +260,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "balance_rate": 0.001,
         "normalize": "one",
     },
-    # Riemannian mixture (arXiv 2502.15828): MoLA's gate, and its root in the gradients of the
-    # experts. The preconditioner of each expert is the optimizer's part and not here.
+    # Riemannian mixture (arXiv 2502.15828). The gate of MoLA, and its square root in the gradients
+    # of the experts. The preconditioner of each expert is part of the optimizer and is left out.
     "riemannian": {
         "num_experts": 20,
         "rank": 4,
@@ -262,9 +273,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "dropout_mask": "per_expert",
     },
-    # PESC (arXiv 2401.02731; Camelidae, sparsetral): adapters with a GELU in rank space on what the
-    # FFN returns, softmax over the two largest logits of what it is given, load balance. Its code
-    # drops 0.1 of each expert's input; adapters have no dropout here.
+    # PESC (arXiv 2401.02731; Camelidae, sparsetral). Adapters with a GELU between A and B read the
+    # output of the FFN. The gate is the softmax over the two largest logits of the FFN's input. The
+    # original has a dropout of 0.1 on the input of each expert; adapters have no dropout here.
     "pesc": {
         "num_experts": 8,
         "rank": 64,
@@ -278,5 +289,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Those whose experts are whole FFNs: for `MoeLoraFFN` and `replace_ffns`.
-OF_FFNS = ("mixlora", "llava-mole")
+# Presets whose experts are whole FFNs. Use them with `MoeLoraFFN` or `replace_ffns`.
+FFN_PRESETS = ("mixlora", "llava-mole")

@@ -1,4 +1,4 @@
-"""Shared settings: NaN-poisoned allocations for every test, and what tests of kernels need."""
+"""Settings of all tests: which tests run, NaN-poisoned allocations, the seed, the interpreter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run the tests marked exhaustive, too"
+    )
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are skipped where there is none."""
+    """Deselect the tests marked exhaustive, and skip the tests marked gpu if there is no GPU.
+
+    A test that the command line names by its id (FILE::TEST) runs without --exhaustive.
+    """
+    if not config.option.exhaustive and not any("::" in argument for argument in config.args):
+        deselected = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=deselected)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -1,1 +1,1 @@
-"""The layers that are timed: the package and the ways people write the same layer today."""
+"""The providers: the package and other ways to write the same layer."""

@@ -1,11 +1,13 @@
-"""Who is measured: the frozen linear, moelora, and the ways people write the same layer today.
+"""The providers of a linear: the frozen one, the package, and other ways to write the same layer.
 
-Every provider is a module `provider(x [T, I]) -> (y [T, O], ...)`, one y per sibling, built from
-the same Layer, and `provider.gradients()` names what it trains. The router is part of all of them
-that have experts: linear with bias, top-K logits, softmax over the chosen (the preset "ming").
+Every provider is a module `provider(x [T, I]) -> (y [T, O], ...)`, with one y per sibling. All are
+built from the same Layer. `provider.gradients()` returns the gradients by name. Every provider with
+experts has a router: linear with bias, the K largest logits, their softmax (the preset "ming").
 """
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from benchmarks.measure.inputs import Adapter, Layer
 
 
 def frozen_linear(adapter: Adapter) -> nn.Linear:
-    """The nn.Linear under the adapter, without copying W."""
+    """Return the frozen nn.Linear of an adapter; it shares W."""
     out_features, in_features = adapter.weight.shape
     linear = nn.Linear(in_features, out_features, device="meta")
     linear.weight = nn.Parameter(adapter.weight, requires_grad=False)
@@ -26,7 +28,7 @@ def frozen_linear(adapter: Adapter) -> nn.Linear:
 
 
 class Frozen(nn.Module):
-    """y = x Wt + b: what everything else is compared to."""
+    """y = x Wt + b: every ratio is against its time."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__()
@@ -40,7 +42,7 @@ class Frozen(nn.Module):
 
 
 class PlainLora(nn.Module):
-    """y = x Wt + b + scale (x At) Bt: a LoRA of the same total rank R, without a gate."""
+    """y = x Wt + b + scale (x At) Bt: one LoRA of rank R, without a gate."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__()
@@ -58,18 +60,19 @@ class PlainLora(nn.Module):
         return {"dA": self.lora_A.grad, "dB": self.lora_B.grad}
 
     def columns(self, layer: Layer) -> int:
+        """Return the rank."""
         return layer.experts * layer.rank
 
 
 class ActiveLora(PlainLora):
-    """A LoRA of rank K r: as many columns as one token uses of the mixture."""
+    """A LoRA of rank K r: the columns of the mixture that one token uses."""
 
     def columns(self, layer: Layer) -> int:
         return layer.top_k * layer.rank
 
 
 class Routed(nn.Module):
-    """A base and a router; subclasses add the experts."""
+    """A frozen linear and a router. Subclasses add the experts."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__()
@@ -81,9 +84,9 @@ class Routed(nn.Module):
         self.scaling = layer.scaling
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale * gate of the chosen [T, K], and who they are [T, K]."""
-        top, chosen = self.router(x).float().topk(self.top_k, dim=-1)
-        return (top.softmax(dim=-1) * self.scaling).to(x.dtype), chosen
+        """Return scale * gate [T, K] and the experts [T, K] of every token."""
+        top, experts = self.router(x).float().topk(self.top_k, dim=-1)
+        return (top.softmax(dim=-1) * self.scaling).to(x.dtype), experts
 
     def gradients(self) -> dict[str, Tensor]:
         return {
@@ -93,7 +96,7 @@ class Routed(nn.Module):
 
 
 class Masked(Routed):
-    """The honest rival: one wide LoRA, the gate of experts not chosen is zero."""
+    """One wide LoRA in plain PyTorch. The gate of an expert that a token does not use is zero."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__(adapter, layer)
@@ -101,8 +104,8 @@ class Masked(Routed):
         self.lora_B = nn.Parameter(adapter.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
-        gate = x.new_zeros(len(x), self.experts).scatter(1, chosen, weights)
+        weights, experts = self.route(x)
+        gate = x.new_zeros(len(x), self.experts).scatter(1, experts, weights)
         h = F.linear(x, self.lora_A)
         u = h * gate.repeat_interleave(self.rank, dim=1)
         return self.base(x) + F.linear(u, self.lora_B)
@@ -112,7 +115,7 @@ class Masked(Routed):
 
 
 class SeparateExperts(Routed):
-    """Experts as separate parameters A_e [r, I], B_e [O, r]; names their gradients as one."""
+    """Experts with separate parameters A_e [r, I] and B_e [O, r]."""
 
     def __init__(self, adapter: Adapter, layer: Layer):
         super().__init__(adapter, layer)
@@ -122,6 +125,7 @@ class SeparateExperts(Routed):
         self.B = nn.ParameterList(block.contiguous() for block in blocks_B)
 
     def expert(self, x: Tensor, e: int) -> Tensor:
+        """Return B_e A_e x."""
         return F.linear(F.linear(x, self.A[e]), self.B[e])
 
     def gradients(self) -> dict[str, Tensor]:
@@ -132,22 +136,22 @@ class SeparateExperts(Routed):
 
 
 class Loop(SeparateExperts):
-    """A loop over experts, each on its own tokens: as the MoE blocks of model libraries do it."""
+    """A loop over the experts, each on its own tokens, like the MoE blocks of model libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
+        weights, experts = self.route(x)
         y = self.base(x)
         for e in range(self.experts):
-            token, place = torch.where(chosen == e)
-            delta = self.expert(x.index_select(0, token), e) * weights[token, place, None]
+            token, slot = torch.where(experts == e)
+            delta = self.expert(x.index_select(0, token), e) * weights[token, slot, None]
             y.index_add_(0, token, delta)
         return y
 
 
 class GroupedMM(Routed):
-    """Pairs of token and slot in the order of experts, products with all experts in one call.
+    """(token, slot) pairs sorted by expert, then one product with all experts.
 
-    Sorted on the device: nobody waits for the number of tokens of an expert.
+    The device sorts. The host does not wait for the number of tokens of an expert.
     """
 
     def __init__(self, adapter: Adapter, layer: Layer):
@@ -158,11 +162,10 @@ class GroupedMM(Routed):
         self.B = nn.Parameter(by_expert.contiguous())  # [E, O, r]
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
-        of_slots = chosen.flatten()
-        ordered, order = of_slots.sort(stable=True)
-        experts = torch.arange(self.experts, device=x.device)
-        ends = torch.searchsorted(ordered, experts, right=True, out_int32=True)
+        weights, experts = self.route(x)
+        ordered, order = experts.flatten().sort(stable=True)
+        every = torch.arange(self.experts, device=x.device)
+        ends = torch.searchsorted(ordered, every, right=True, out_int32=True)
         token = order // self.top_k
         h = grouped_mm(x.index_select(0, token), self.A.transpose(1, 2), ends)
         u = h * weights.flatten().index_select(0, order)[:, None]
@@ -170,45 +173,45 @@ class GroupedMM(Routed):
         return self.base(x).index_add_(0, token, delta)
 
     def gradients(self) -> dict[str, Tensor]:
-        of_B = self.B.grad.transpose(0, 1)
+        dB = self.B.grad.transpose(0, 1)  # [O, E, r]
         return super().gradients() | {
             "dA": self.A.grad.flatten(0, 1),
-            "dB": of_B.reshape(len(of_B), -1),
+            "dB": dB.reshape(len(dB), -1),
         }
 
 
 def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Rows [P, d] of expert e, up to ends[e], times matrices[e] [d, n]: [P, n]."""
+    """Return [P, n]: rows [P, d], those of expert e up to ends[e], times matrices[e] [d, n]."""
     return F.grouped_mm(rows, matrices, offs=ends)
 
 
 class Stacked(SeparateExperts):
-    """All experts on all tokens, stacked [E, T, O], then the chosen gathered: as MING trains."""
+    """All experts on all tokens, stacked [E, T, O], then a gather: the training code of MING."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
+        weights, experts = self.route(x)
         outputs = torch.stack([self.expert(x, e) for e in range(self.experts)])
         token = torch.arange(len(x), device=x.device)[:, None]
-        return self.base(x) + (outputs[chosen, token] * weights[..., None]).sum(dim=1)
+        return self.base(x) + (outputs[experts, token] * weights[..., None]).sum(dim=1)
 
 
 class Siblings(nn.Module):
-    """One single-linear provider per sibling, all reading the same x; autograd sums their dx."""
+    """A provider per sibling. All read the same x; autograd sums their dx."""
 
     def __init__(self, kind: type[nn.Module], layer: Layer):
         super().__init__()
         self.names = [adapter.name for adapter in layer.adapters]
         self.layer = layer
-        self.each = nn.ModuleList(kind(adapter, layer) for adapter in layer.adapters)
+        self.linears = nn.ModuleList(kind(adapter, layer) for adapter in layer.adapters)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(single(x) for single in self.each)
+        return tuple(linear(x) for linear in self.linears)
 
     def gradients(self) -> dict[str, Tensor]:
         return {
             self.layer.label(index, tensor): gradient
-            for index, single in enumerate(self.each)
-            for tensor, gradient in single.gradients().items()
+            for index, linear in enumerate(self.linears)
+            for tensor, gradient in linear.gradients().items()
         }
 
 
@@ -217,8 +220,8 @@ class CompiledMasked(Siblings):
 
     def __init__(self, layer: Layer):
         super().__init__(Masked, layer)
-        # Other cells compiled the same code for other shapes; without a reset the limit on
-        # recompilations is reached after a few cells and a fullgraph compile raises.
+        # Other cells compiled the same code for other shapes. Without a reset, a few cells reach
+        # the limit on recompilations, and a fullgraph compile raises.
         torch._dynamo.reset()
         self.compiled = torch.compile(super().forward, fullgraph=True, dynamic=False)
 
@@ -227,11 +230,11 @@ class CompiledMasked(Siblings):
 
 
 class MoeLora(nn.Module):
-    """The package: MoeLoraLinear, or MoeLoraGroup where there are siblings."""
+    """The package: MoeLoraLinear, or MoeLoraGroup for several siblings."""
 
     def __init__(self, layer: Layer, impl: str = "auto"):
         super().__init__()
-        # Imported late: the rivals can be measured where the package does not import.
+        # Imported late: the other providers also run if the package cannot be imported.
         from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, dispatch
 
         self.layer, self.impl, self.choose = layer, impl, dispatch.explain_choice
@@ -261,7 +264,7 @@ class MoeLora(nn.Module):
         return (self.module(x),) if self.single else self.module(x)
 
     def implementation(self, x: Tensor) -> str:
-        """The formulation asked for; of "auto" what it takes for these sizes."""
+        """Return the formulation: the one asked for, or the choice of "auto" for these sizes."""
         if self.impl != "auto":
             return self.impl
         return self.choose(
@@ -287,42 +290,49 @@ class MoeLora(nn.Module):
         }
 
 
-# name -> (build, formula of check.py that it must satisfy), in the order of the tables
+class Provider(NamedTuple):
+    """build(layer) returns the module; formula: the one of `check.reference` that it computes."""
+
+    build: Callable[[Layer], nn.Module]
+    formula: str
+
+
+# In the order of the tables.
 PROVIDERS = {
-    "frozen": (lambda layer: Siblings(Frozen, layer), "base"),
-    "moelora": (MoeLora, "mixture"),
-    "moelora_wide": (lambda layer: MoeLora(layer, "wide"), "mixture"),
-    "moelora_grouped": (lambda layer: MoeLora(layer, "grouped"), "mixture"),
-    "masked": (lambda layer: Siblings(Masked, layer), "mixture"),
-    "masked_compiled": (CompiledMasked, "mixture"),
-    "plain_lora": (lambda layer: Siblings(PlainLora, layer), "plain"),
-    "loop": (lambda layer: Siblings(Loop, layer), "mixture"),
-    "stacked": (lambda layer: Siblings(Stacked, layer), "mixture"),
-    "grouped_mm": (lambda layer: Siblings(GroupedMM, layer), "mixture"),
+    "frozen": Provider(lambda layer: Siblings(Frozen, layer), "base"),
+    "moelora": Provider(MoeLora, "mixture"),
+    "moelora_wide": Provider(lambda layer: MoeLora(layer, "wide"), "mixture"),
+    "moelora_grouped": Provider(lambda layer: MoeLora(layer, "grouped"), "mixture"),
+    "masked": Provider(lambda layer: Siblings(Masked, layer), "mixture"),
+    "masked_compiled": Provider(CompiledMasked, "mixture"),
+    "plain_lora": Provider(lambda layer: Siblings(PlainLora, layer), "plain"),
+    "loop": Provider(lambda layer: Siblings(Loop, layer), "mixture"),
+    "stacked": Provider(lambda layer: Siblings(Stacked, layer), "mixture"),
+    "grouped_mm": Provider(lambda layer: Siblings(GroupedMM, layer), "mixture"),
 }
 
-# Where R is far beyond what a token uses, the fair plain LoRA is the one of its K r columns.
+# If R is much larger than K r, a plain LoRA of rank K r is the fair comparison.
 GROUPED_PROVIDERS = PROVIDERS | {
-    "plain_lora": (lambda layer: Siblings(ActiveLora, layer), "active")
+    "plain_lora": Provider(lambda layer: Siblings(ActiveLora, layer), "active")
 }
 
-# Products with all R columns, forward and backward.
+# Providers that multiply with all R columns, forward and backward.
 WIDE = ("moelora_wide", "masked", "masked_compiled")
 
-# Columns of rank space for each of the smaller of I and O beyond which those are not measured:
-# 1 + 3 R / d = 7 times the frozen layer.
+# They are not measured if R exceeds WIDEST d, with d the smaller of I and O: they take more than
+# 1 + 3 R / d = 7 times the frozen layer there.
 WIDEST = 2
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has in all."""
+    """Return the total bytes of memory of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def why_left_out(name: str, layer: Layer, tokens: int) -> str:
-    """Why a provider is not measured on a layer and T; empty where it is."""
+    """Return why a provider is not measured on a layer at T, or an empty string."""
     adapter, R = layer.adapters[0], layer.experts * layer.rank
     size, widest = adapter.weight.itemsize, WIDEST * min(*adapter.weight.shape)
     if name in WIDE and widest < R:
@@ -330,11 +340,11 @@ def why_left_out(name: str, layer: Layer, tokens: int) -> str:
     if name == "moelora_grouped" and layer.top_k >= layer.experts:
         return "every token uses every expert"
     if name == "grouped_mm" and layer.rank * size % 16:
-        return f"rows of rank {layer.rank} are no multiple of 16 bytes"
+        return f"rows of rank {layer.rank} are not a multiple of 16 bytes"
     if name == "stacked":
-        # Every expert's output, their stack, and the gradients of both.
+        # The outputs of all experts, their stack, and the gradients of both.
         needed = 4 * layer.experts * tokens * sum(layer.case.out_features) * size
-        have = memory_of(adapter.weight.device)
-        if needed > have / 2:
-            return f"needs {needed / 2**30:.0f} GiB, more than half of {have / 2**30:.0f} GiB"
+        total = memory_of(adapter.weight.device)
+        if needed > total / 2:
+            return f"needs {needed / 2**30:.0f} GiB, more than half of {total / 2**30:.0f} GiB"
     return ""

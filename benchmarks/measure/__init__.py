@@ -1,1 +1,1 @@
-"""One measurement: draw the inputs, check against float64, time, describe the machine."""
+"""Draw the inputs, check a provider against float64, time it, describe the machine."""

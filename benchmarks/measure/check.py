@@ -1,6 +1,7 @@
-"""Is a provider right? Every y and every gradient, by name, against the expert formula in fp64."""
+"""Compare a provider with the expert formula in float64: every y and every gradient, by name."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,22 +9,22 @@ from torch import Tensor, nn
 from benchmarks.baselines.linear import PROVIDERS
 from benchmarks.measure.inputs import Adapter, Layer
 
-# Rows that are compared. The provider runs at the full T, but the fp64 products need these rows
-# only: on a slow CPU 128 rows of 4096x4096 take a fraction of a second.
+# Rows that are compared. The provider runs at the full T; only these rows have float64 products.
+# On a slow CPU, 128 rows of 4096x4096 take a fraction of a second.
 CHECKED_ROWS = {"cpu": 128, "cuda": 1024}
 
-# Rows of W that are converted to fp64 at a time, so that no second W is ever held.
+# Rows of W that are converted to float64 at a time: a whole W in float64 may not fit into memory.
 BLOCK = 2048
 
 
 def checked_rows(tokens: int, device: torch.device) -> Tensor:
-    """Rows spread evenly over [0, T), the first and the last among them."""
+    """Return rows spread evenly over [0, T), with the first and the last one."""
     count = min(tokens, CHECKED_ROWS[device.type])
     return torch.linspace(0, tokens - 1, count, dtype=torch.float64, device=device).round().long()
 
 
 def base_product(adapter: Adapter, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """x Wt + b [t, O] and dy W [t, I] in fp64, without autograd."""
+    """Return x Wt + b [t, O] and dy W [t, I] in float64, without autograd."""
     y, dx = [], torch.zeros_like(x)
     for weight, piece in zip(adapter.weight.split(BLOCK), dy.split(BLOCK, dim=1), strict=True):
         weight = weight.double()
@@ -35,11 +36,11 @@ def base_product(adapter: Adapter, x: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 def expert_sum(
     layer: Layer, x: Tensor, formula: str, trained: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Sum over e of scale * gate[:, e] * (x A_e^t) B_e^t, one expert at a time; and the gate.
+    """Return the sum over e of scale * gate[:, e] * (x A_e^t) B_e^t, and the gate [t, E].
 
-    trained: A [R, I], B [O, R], router weight [E, I], router bias [E], fp64.
-    formula "plain" has gate 1 for all; "active" is that with the first K r columns alone, as one
-    expert; "mixture" has the softmax over the top K logits.
+    trained: A [R, I], B [O, R], router weight [E, I], router bias [E], in float64.
+    formula: "plain": the gate is 1 for all experts; "active": the same with only the first K r
+    columns, as one expert; "mixture": the gate is the softmax over the K largest logits.
     """
     lora_A, lora_B, router_weight, router_bias = trained
     gate = x.new_ones(len(x), layer.experts)
@@ -58,12 +59,12 @@ def expert_sum(
 
 
 def router_scale(layer: Layer, x: Tensor, dy: Tensor, gate: Tensor, trained: list) -> float:
-    """Size of the terms that make up dlogits [t, E], as if none of them cancelled.
+    """Return the norm that errors of the router's gradients are measured against.
 
         dgate = scale <P, h> over the ranks of e        dlogits = gate (dgate - <gate, dgate>)
 
-    Where two experts of a token gain alike, or the ranks of one cancel, dlogits is nearly zero and
-    all rounding, in every provider. So errors are measured against the root of the sum of squares.
+    If the terms of dlogits [t, E] cancel, dlogits is nearly zero and consists of rounding, in every
+    provider. So the norm is the root of the sum of the squares of the terms, as if none cancelled.
     """
     lora_A, lora_B = trained[0].detach(), trained[1].detach()
     products = ((x.detach() @ lora_A.T) * (dy @ lora_B)).view(len(x), layer.experts, layer.rank)
@@ -72,19 +73,28 @@ def router_scale(layer: Layer, x: Tensor, dy: Tensor, gate: Tensor, trained: lis
     return terms.norm().item()
 
 
+class Verdict(NamedTuple):
+    """The tensor of a provider that is closest to its budget, or furthest above it."""
+
+    tensor: str
+    error: float
+    budget: float
+
+
 @dataclass
 class Expected:
-    """A tensor in fp64, and the norm its error is measured against (None: its own)."""
+    """A tensor in float64, and the norm that errors are measured against (None: its own)."""
 
     value: Tensor
     scale: float | None = None
 
 
 def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[str, Expected]:
-    """The rows x [t, I], dy [t, O] in fp64: y, dx, dA, dB, drouter_weight, drouter_bias by name.
+    """Return y, dx, dA, dB, drouter_weight and drouter_bias by name, in float64.
 
-    formula: "base" has no adapter, "plain" one LoRA of rank R, "active" one of rank K r, "mixture"
-    the gated experts.
+    x [t, I], dys [t, O]: the compared rows.
+    formula: "base": without an adapter; "plain": one LoRA of rank R; "active": one LoRA of rank
+    K r; "mixture": the gated experts.
     """
     x = x.double().requires_grad_()
     expected, dx = {}, torch.zeros_like(x)
@@ -108,7 +118,7 @@ def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[
                 row = x.detach().norm().item() / len(x) ** 0.5
                 gradients["drouter_weight"] = Expected(trained[2].grad, scale * row)
                 gradients["drouter_bias"] = Expected(trained[3].grad, scale)
-            expected |= {layer.label(index, name): each for name, each in gradients.items()}
+            expected |= {layer.label(index, name): value for name, value in gradients.items()}
         expected[layer.label(index, "y")] = Expected(y)
     expected["dx"] = Expected(dx if x.grad is None else dx + x.grad)
     return expected
@@ -117,10 +127,10 @@ def reference(layer: Layer, x: Tensor, dys: list[Tensor], formula: str) -> dict[
 def run_provider(
     provider: nn.Module, layer: Layer, x: Tensor, dys: list[Tensor], rows: Tensor, mode: str
 ) -> dict[str, Tensor]:
-    """What the provider computes at full T, cut down to the rows, under the reference's names.
+    """Run a provider at the full T; return its outputs and gradients by name, for the rows.
 
-    dy is zero outside the rows. So dA, dB and the router's gradients, sums over all T tokens, are
-    sums over the rows, and one fp64 product of few rows checks the very shape that is timed.
+    dy is zero outside the rows. So dA, dB and the router's gradients, which are sums over all T
+    tokens, are sums over the rows. Few rows in float64 check the same shape that is timed.
     """
     if mode == "fwd":
         with torch.no_grad():
@@ -131,79 +141,80 @@ def run_provider(
     outputs = provider(x)
     sparse = [torch.zeros_like(dy).index_copy(0, rows, dy[rows]) for dy in dys]
     torch.autograd.backward(outputs, sparse)
-    found = {layer.label(i, "y"): y.detach()[rows] for i, y in enumerate(outputs)}
-    found |= {"dx": x.grad[rows]} | provider.gradients()
+    tensors = {layer.label(i, "y"): y.detach()[rows] for i, y in enumerate(outputs)}
+    tensors |= {"dx": x.grad[rows]} | provider.gradients()
     provider.zero_grad(set_to_none=True)
-    return found
+    return tensors
 
 
-def relative_rms(found: Tensor | None, expected: Expected) -> float:
-    """||found - value|| / scale; inf for a missing, misshapen or non-finite tensor."""
-    if found is None or found.shape != expected.value.shape:
+def relative_rms(tensor: Tensor | None, expected: Expected) -> float:
+    """Return ||tensor - value|| / scale; inf if it is missing, misshapen or not finite."""
+    if tensor is None or tensor.shape != expected.value.shape:
         return float("inf")
     scale = expected.value.norm().item() if expected.scale is None else expected.scale
-    error = (found.double() - expected.value).norm() / (scale or 1.0)
+    error = (tensor.double() - expected.value).norm() / (scale or 1.0)
     return error.item() if torch.isfinite(error) else float("inf")
 
 
 def roundoff(dtype: torch.dtype) -> float:
-    """u + 16 u32: one rounding to the dtype, and the order in which fp32 sums are added up."""
+    """Return u + 16 u32: one rounding to the dtype, and the order of fp32 sums."""
     return torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
 
 
 class Checker:
-    """The verdict on providers at one (layer, T), in both modes.
+    """Checks the providers of one layer at one T, in both modes.
 
     For each tensor by name
 
-        error  = ||found - fp64|| / ||fp64||                    for the router see `router_scale`
-        budget = 2 * error of the masked eager provider in the same dtype + u + 16 u32
+        error  = ||tensor - float64|| / ||float64||      for the router's gradients: `router_scale`
+        budget = 2 * error of the baseline in the same dtype + u + 16 u32
 
-    so the tolerance is what plain PyTorch needs at this shape, not a constant somebody chose. u is
-    the dtype's unit roundoff; 16 u32, a millionth, is the order in which fp32 sums are added up,
-    and matters for fp32 alone.
-    The masked provider cannot fail against itself; it is held to an absolute 2 % (0.1 % in fp32),
-    which rounding does not reach and a wrong expert or a lost term exceeds.
-    Raises ArithmeticError if it does.
-    Subclasses have another yardstick, another reference.
+    The baseline is the eager provider `masked`. So the budget is what plain PyTorch needs at this
+    shape. u is the unit roundoff of the dtype. 16 u32, a millionth, stands for the order in which
+    fp32 sums are added up; it matters only for fp32.
+    The baseline itself has an absolute limit: 2 %, in fp32 0.1 %. Rounding stays far below it; a
+    wrong expert or a lost term exceeds it. Raises ArithmeticError if the baseline exceeds it.
     """
 
-    yardstick = "masked"
+    baseline = "masked"
 
     def __init__(self, layer: Layer, x: Tensor, dys: list[Tensor]):
         self.layer, self.x, self.dys = layer, x, dys
         self.rows = checked_rows(len(x), x.device)
         self.expected: dict[str, dict[str, Expected]] = {}
-        build, formula = self.providers()[self.yardstick]
-        ceiling = 0.001 if x.dtype == torch.float32 else 0.02
+        build, formula = self.providers()[self.baseline]
+        limit = 0.001 if x.dtype == torch.float32 else 0.02
         self.budgets = {}
         for name, error in self.errors(build(layer), formula, "fwd_bwd").items():
-            if error > ceiling:
-                who = f"the {self.yardstick} provider is wrong"
-                raise ArithmeticError(f"{who}: {name} is off by {error:.1e}")
+            if error > limit:
+                raise ArithmeticError(
+                    f"the {self.baseline} provider is wrong: {name} is off by {error:.1e}, "
+                    f"allowed {limit:.1e}"
+                )
             self.budgets[name] = 2 * error + roundoff(x.dtype)
 
     def providers(self) -> dict:
-        """Where the yardstick is found."""
+        """Return the providers, with the baseline."""
         return PROVIDERS
 
     def reference(self, x: Tensor, dys: list[Tensor], formula: str) -> dict[str, Expected]:
-        """Everything that rows x and dy lead to, in fp64."""
+        """Return y and the gradients of the rows x and dy in float64."""
         return reference(self.layer, x, dys, formula)
 
     def errors(self, provider: nn.Module, formula: str, mode: str) -> dict[str, float]:
+        """Return the error of each tensor by name; in the mode "fwd" only of y."""
         if formula not in self.expected:
-            few = [dy[self.rows] for dy in self.dys]
-            self.expected[formula] = self.reference(self.x[self.rows], few, formula)
+            dys = [dy[self.rows] for dy in self.dys]
+            self.expected[formula] = self.reference(self.x[self.rows], dys, formula)
         expected = self.expected[formula]
         if mode == "fwd":
             outputs = [self.layer.label(i, "y") for i in range(len(self.dys))]
             expected = {name: expected[name] for name in outputs}
-        found = run_provider(provider, self.layer, self.x, self.dys, self.rows, mode)
-        return {name: relative_rms(found.get(name), expected[name]) for name in expected}
+        tensors = run_provider(provider, self.layer, self.x, self.dys, self.rows, mode)
+        return {name: relative_rms(tensors.get(name), expected[name]) for name in expected}
 
-    def verdict(self, provider: nn.Module, formula: str, mode: str) -> tuple[str, float, float]:
-        """(name, error, budget) of the tensor that comes closest to its budget or exceeds it."""
+    def verdict(self, provider: nn.Module, formula: str, mode: str) -> Verdict:
+        """Return the tensor with the largest error in relation to its budget."""
         errors = self.errors(provider, formula, mode)
         worst = max(errors, key=lambda name: errors[name] / self.budgets[name])
-        return worst, errors[worst], self.budgets[worst]
+        return Verdict(worst, errors[worst], self.budgets[worst])

@@ -1,30 +1,33 @@
-"""Rivals of one small measurement: check each, sample them in turn, one row per rival and ratio."""
+"""One small measurement: check its calls, sample them in turn, return a row per call and ratio."""
 
 import importlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import check, harness
+from benchmarks.measure.check import Verdict
 from benchmarks.measure.inputs import DTYPES
 from benchmarks.model import roofline
 
-# Clock cycles the device waits before a sample, about 250 us: chosen well above what the host is
-# expected to need for the slowest call here, two Triton launches and their allocations.
+# Clock cycles that the device waits before a sample, about 250 us. The host needs less for the
+# slowest call of the suite: two Triton launches and their allocations.
 HEAD_START = 500_000
 
-# Calls that the host makes before it waits for the device, whose queue holds about a thousand.
+# Calls that the host makes before it waits for the device. The queue of the device holds about a
+# thousand.
 BATCH = 200
 
 Samples = dict[str, list[float]]
 
 
 class DeviceClock:
-    """A clock of the harness for the device alone, everything that is read cold."""
+    """A clock for the device alone: everything that a call reads is cold."""
 
     leads_in = False
 
@@ -43,16 +46,19 @@ class DeviceClock:
 
 
 def nothing() -> None:
-    """What precedes a call that needs no preparation."""
+    """Prepare nothing."""
 
 
 @dataclass
 class Call:
-    """One rival: after one `verdict()`, `call()` is timed, each time after `reset()`.
+    """One variant of a measurement. `verdict()` checks it, then `call()` is timed.
 
-    call: None for what is not there, as the note says.  predicted: in the unit, NaN: nothing is.
-    provider: "moelora" for what the package answers for.  amount: bytes or FLOPs of a call, where
-    the unit is a rate.  verdict: (name, error, budget) of the output closest to its budget.
+    call: None if the variant does not exist; the note says why.
+    predicted: in the unit; NaN if nothing is predicted.
+    provider: "moelora" for calls of the package.
+    amount: bytes or FLOPs of a call, if the unit is a rate.
+    reset: runs before every timed call.
+    verdict: compares the outputs with float64.
     """
 
     variant: str
@@ -62,15 +68,27 @@ class Call:
     unit: str = "us"
     amount: float = 0.0
     reset: Callable[[], None] = nothing
-    verdict: Callable[[], tuple[str, float, float]] | None = None
+    verdict: Callable[[], Verdict] | None = None
     note: str | None = None
 
     def value(self, microseconds: float) -> float:
+        """Return a time, or the rate, in the unit of the call."""
         return microseconds if self.unit == "us" else self.amount / microseconds * 1e-6
 
 
+class Ratio(NamedTuple):
+    """The variant `over` another variant, with a note."""
+
+    variant: str
+    over: str
+    note: str | None = None
+
+
 class Bench:
-    """Where and how a run measures. launchers: the package's ops are its Triton launchers here."""
+    """The device, the options and the clocks of a run of the suite `machine`.
+
+    launchers: whether the Triton launchers of the package's ops run on this device.
+    """
 
     def __init__(self, options: harness.Options, clock):
         from moelora_kernels.ops.registration import why_no_kernels
@@ -81,65 +99,71 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         self.launchers = on_gpu and not why_no_kernels()
         name = torch.cuda.get_device_name(self.device) if on_gpu else ""
-        self.rates = roofline.rates(name, options.dtype)
+        self.rates = roofline.assumed_rates(name, options.dtype)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def draw(self, *shape: int, variance: float = 1.0) -> Tensor:
+        """Draw a normal tensor in the dtype of the run."""
         drawn = torch.randn(shape, generator=self.generator, device=self.device)
         return drawn.mul_(variance**0.5).to(self.dtype)
 
     def operation(self, name: str) -> tuple[Callable, str]:
-        """An op of the package as its kernels are launched, and what serves it here."""
+        """Return an op of the package without the dispatcher, and its implementation's name."""
         if self.launchers:
             return importlib.import_module(f"moelora_kernels.kernels.{name}").launch, "triton"
         return registered(name, self.device.type)
 
     def device_time(self, calls: dict[str, Call]) -> Samples:
-        """Microseconds of the device, whose queue is never empty."""
+        """Return microseconds of the device, whose queue is never empty."""
         return harness.sample_in_turn(calls, self.options, self.device_clock)
 
     def call_time(self, calls: dict[str, Call]) -> Samples:
-        """Microseconds as a user sees them, as in the other suites."""
+        """Return microseconds as in the other suites: the time that a user sees."""
         return harness.sample_in_turn(calls, self.options, self.clock)
 
     def host_time(self, calls: dict[str, Call]) -> Samples:
-        """Microseconds until the host has a call behind it; nobody waits for the device."""
+        """Return microseconds of the host per call; it does not wait for the device."""
         samples: Samples = {name: [] for name in calls}
         for _ in range(2 * self.options.min_rounds):
-            for name, each in calls.items():
+            for name, call in calls.items():
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 start = time.perf_counter()
                 for _ in range(BATCH):
-                    each.call()
+                    call.call()
                 samples[name].append((time.perf_counter() - start) * 1e6 / BATCH)
         return samples
 
 
 def registered(name: str, device: str) -> tuple[Callable, str]:
-    """`torch.ops.moelora.<name>` as the package calls it, and what serves it on a device."""
+    """Return `torch.ops.moelora.<name>`, and the name of its implementation on a device."""
     from moelora_kernels import info
 
     return getattr(torch.ops.moelora, name).default, info.implementations()[name][device]
 
 
-def judge(found: dict, truth: dict, plain: dict, dtype: torch.dtype) -> tuple[str, float, float]:
-    """(name, error, budget) of the tensor closest to its budget; budgets as in `check.Checker`.
+def compare_outputs(
+    outputs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Verdict:
+    """Return the verdict on the output closest to its budget; budgets as in `check.Checker`.
 
-    truth: the plain products in float64;  plain: the same in `dtype`.
+    exact: the products in float64;  plain: PyTorch's products in `dtype`.
     """
-    worst = ("", 0.0, math.inf)
-    for name, value in truth.items():
+    worst = Verdict("", 0.0, math.inf)
+    for name, value in exact.items():
         expected = check.Expected(value)
         budget = 2 * check.relative_rms(plain[name], expected) + check.roundoff(dtype)
-        error = check.relative_rms(found.get(name), expected)
-        if error / budget >= worst[1] / worst[2]:
-            worst = (name, error, budget)
+        error = check.relative_rms(outputs.get(name), expected)
+        if error / budget >= worst.error / worst.budget:
+            worst = Verdict(name, error, budget)
     return worst
 
 
 def empty_row(bench: Bench, measurement: str, case: str, variant: str, provider: str) -> dict:
-    """A row without numbers. `predicted` is the model's and stays apart from what was measured."""
+    """Return a row without measurements. `predicted` is the number of a model, never measured."""
     return {
         "suite": "machine",
         "measurement": measurement,
@@ -164,35 +188,34 @@ def empty_row(bench: Bench, measurement: str, case: str, variant: str, provider:
 
 
 def prediction(value: float) -> dict:
-    """The fields of a row that were predicted."""
+    """Return the fields of a row for a predicted value."""
     return {"predicted": value, "predicted_by": "model"} if math.isfinite(value) else {}
 
 
 def spread(values: list[float]) -> dict:
-    """The fields of a row that were measured."""
+    """Return the fields of a row for measured values."""
     low, middle, high = (harness.quantile(values, q) for q in (0.1, 0.5, 0.9))
     return {"median": middle, "p10": low, "p90": high, "samples": len(values)}
 
 
-def try_call(each: Call) -> dict:
-    """The fields of a row that say whether a call is right, and so may be timed."""
-    if each.call is None:
-        return {"status": "absent", "reason": each.note}
-    found = {"note": each.note}
+def try_call(call: Call) -> dict:
+    """Run a call once; return the fields of its row that say whether it may be timed."""
+    if call.call is None:
+        return {"status": "absent", "reason": call.note}
+    fields = {"note": call.note}
     try:
-        if each.verdict:
-            worst, error, budget = each.verdict()
+        if call.verdict:
+            worst, error, budget = call.verdict()
             shown = error if math.isfinite(error) else None
-            found |= {"worst": worst, "error": shown, "error_budget": budget}
+            fields |= {"worst": worst, "error": shown, "error_budget": budget}
             if not error <= budget:
-                off = f"off by {error:.2e}" if shown is not None else "missing or not finite"
-                reason = f"{worst} is {off}, allowed {budget:.2e}"
-                return found | {"status": "wrong", "reason": reason}
-        each.reset()
-        each.call()
-    except Exception as error:  # one rival that cannot run must not end the run
-        found |= {"status": "failed", "reason": harness.first_line(error)}
-    return found
+                reason = harness.off_by(worst, error, budget)
+                return fields | {"status": "wrong", "reason": reason}
+        call.reset()
+        call.call()
+    except Exception as error:  # one call that cannot run must not end the run
+        fields |= {"status": "failed", "reason": harness.first_line(error)}
+    return fields
 
 
 def compare(
@@ -201,22 +224,22 @@ def compare(
     case: str,
     calls: Iterable[Call],
     sample: Callable[[dict[str, Call]], Samples],
-    ratios: Sequence[tuple[str, str, str | None]] = (),
+    ratios: Sequence[Ratio] = (),
 ) -> list[dict]:
-    """A row per call, and one per (variant, over variant, note) of `ratios` where both were timed.
+    """Return a row per call, and a row per ratio whose two variants were timed.
 
-    A ratio is taken within each round, where the two ran one after the other.
+    A ratio is taken within each round, in which the two calls ran one after the other.
     """
     rows, timed = {}, {}
-    for each in calls:
-        row = empty_row(bench, measurement, case, each.variant, each.provider)
-        row |= {"unit": each.unit} | prediction(each.predicted) | try_call(each)
-        rows[each.variant] = row
+    for call in calls:
+        row = empty_row(bench, measurement, case, call.variant, call.provider)
+        row |= {"unit": call.unit} | prediction(call.predicted) | try_call(call)
+        rows[call.variant] = row
         if row["status"] == "ok":
-            timed[each.variant] = each
+            timed[call.variant] = call
     samples = sample(timed) if timed else {}
-    for name, taken in samples.items():
-        rows[name] |= spread([timed[name].value(microseconds) for microseconds in taken])
+    for name, values in samples.items():
+        rows[name] |= spread([timed[name].value(microseconds) for microseconds in values])
     for name, over, note in ratios:
         if name in timed and over in timed:
             quotients = [a / b for a, b in zip(samples[name], samples[over], strict=True)]

@@ -1,4 +1,4 @@
-"""Where and when results were measured: commit, command, machine."""
+"""Describe a run: commit, command, machine."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ MEMORY_KIND = {
 
 
 def git_commit() -> str:
-    """HEAD, with -dirty if the code that is measured differs from it; '' without git."""
+    """Return HEAD, with -dirty if the measured code differs from it; '' without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -32,7 +32,7 @@ def git_commit() -> str:
 
 
 def native_library() -> str | None:
-    """Whether the package's native CPU library serves its ops here, or why not."""
+    """Return "loaded" if the native CPU library runs the ops, else the reason; None: no package."""
     try:
         from moelora_kernels import native
     except ImportError:
@@ -41,7 +41,7 @@ def native_library() -> str | None:
 
 
 def describe_machine(device: torch.device, clock) -> dict:
-    """What a reader needs to judge the numbers: versions, threads, what was cold."""
+    """Return the device, the versions, the threads and the state of the caches."""
     try:
         import triton
 
@@ -69,7 +69,7 @@ def describe_machine(device: torch.device, clock) -> dict:
 
 
 def cpu_name() -> str:
-    """The model name of the processor, as the kernel reports it."""
+    """Return the model name of the processor as the system reports it."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
@@ -78,6 +78,7 @@ def cpu_name() -> str:
 
 
 def make_result(rows: list[dict], commit: str, device: torch.device, clock) -> dict:
+    """Return the contents of a result file."""
     command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     machine = describe_machine(device, clock)
     return {"schema": 1, "commit": commit, "command": command, "machine": machine, "rows": rows}

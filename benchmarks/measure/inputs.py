@@ -1,4 +1,4 @@
-"""The numbers every provider is given: frozen weights, adapters, router, x and dy.
+"""Draw the tensors that all providers share: frozen weights, adapters, router, x and dy.
 
 T tokens, I in_features, O out_features, E experts, K experts per token, r rank, R = E r.
 """
@@ -16,10 +16,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Adapter:
-    """One sibling: y = x Wt + b + mixture.
+    """The tensors of one sibling: y = x Wt + b + mixture.
 
-    weight [O, I] bias [O]  lora_A [R, I] lora_B [O, R]  router_weight [E, I] router_bias [E];
-    None for what there is not.
+    weight [O, I], bias [O] or None;  lora_A [R, I], lora_B [O, R];
+    router_weight [E, I], router_bias [E], or None if the layer has one router for all siblings.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Adapter:
 
 @dataclass
 class Layer:
-    """A case with its numbers: n siblings, all with E experts of rank r, top K, scale = alpha/r."""
+    """A case with its tensors: n siblings, each with E experts of rank r, top K, scale alpha/r."""
 
     case: Case
     adapters: list[Adapter]
@@ -44,15 +44,16 @@ class Layer:
 
     @property
     def scaling(self) -> float:
+        """alpha / r."""
         return self.alpha / self.rank
 
     @property
     def routers(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight [E, I] and bias [E] of every router that reads x."""
-        return [(each.router_weight, each.router_bias) for each in self.adapters]
+        """Weight [E, I] and bias [E] of every router."""
+        return [(adapter.router_weight, adapter.router_bias) for adapter in self.adapters]
 
     def label(self, index: int, tensor: str) -> str:
-        """`dA` for a single linear, `q_proj.dA` among siblings."""
+        """Return the name of a tensor: `dA` for a single linear, `q_proj.dA` for a sibling."""
         single = len(self.adapters) == 1
         return tensor if single else f"{self.adapters[index].name}.{tensor}"
 
@@ -60,11 +61,11 @@ class Layer:
 def make_layer(
     case: Case, experts: int, rank: int, top_k: int, dtype: torch.dtype, device: torch.device
 ) -> Layer:
-    """Draw a layer whose base, rank space and mixture all have entries of order one.
+    """Draw a layer whose base product, h and mixture have entries of order one.
 
-    W, A and the router ~ N(0, 1/I), so that x ~ N(0, 1) gives y, h and logits of order one.
-    B ~ N(0, 1/R) rather than zero: the adapter is then a visible part of y, and an error in it
-    cannot hide behind the base product.
+    W, A and the router ~ N(0, 1/I): x ~ N(0, 1) gives y, h and logits of order one.
+    B ~ N(0, 1/R) instead of zero: the adapter is a large part of y, so that an error in it is not
+    hidden by the base product.
     """
     generator = torch.Generator(device).manual_seed(len(case.name) + case.in_features)
 
@@ -89,46 +90,49 @@ def make_layer(
 
 
 def check_mixture(case: Case, routing: str, experts: int, top_k: int) -> None:
-    """Raise ValueError if this mixture cannot be routed as named on this case."""
+    """Raise ValueError if x cannot be constructed for this mixture and routing on this case."""
     expert_likelihood(routing, experts, top_k)
-    # As many routers as outputs: one per sibling, one per feed-forward network.
+    # Every sibling has a router; a feed-forward network has one.
     logits = experts * len(case.siblings)
     if logits >= case.in_features:
-        raise ValueError(f"experts: {logits} logits cannot be chosen freely by x on {case.name}")
+        raise ValueError(
+            f"experts: expected fewer logits than the {case.in_features} features of {case.name}, "
+            f"got {logits} logits"
+        )
 
 
 def draw_inputs(layer: Layer, tokens: int, routing: str) -> tuple[Tensor, list[Tensor]]:
-    """X [T, I] that routes as `routing` says with a wide margin, and dy [T, O] per sibling.
+    """Return x [T, I], whose routing follows `routing` with a wide margin, and dy [T, O] each.
 
-    With x drawn blindly, two logits of some token are nearly equal, rounding decides between
-    them, and a correct bf16 provider is off by a whole expert. So the experts are drawn first,
-    logits are put around them (chosen in [1, 2], others in [-1, 0.5]: a gap of at least 0.5), and
-    x is moved by the least amount that makes the routers say so,
+    If x is random, some token has two nearly equal logits. Then rounding chooses the expert, and a
+    correct bf16 provider differs by a whole expert. So the experts are drawn first. Logits are set
+    around them: in [1, 2] for the drawn experts, in [-1, 0.5] for the others, a gap of at least
+    0.5. x is the nearest one to a random x0 whose routers return these logits:
 
-        x = x0 + (logits - b - x0 Wt) (W Wt)^-1 W        W [n E, I] the routers of all n siblings.
+        x = x0 + (logits - b - x0 Wt) (W Wt)^-1 W        W [n E, I]: the routers of all n siblings.
 
-    As I >> n E this changes n E of I directions; all else in x stays N(0, 1). Rounding x to bf16
-    moves a logit by about 2^-9, far less than the gap.
-    Raises ArithmeticError if a router of the layer chooses others than were drawn.
+    I is much larger than n E, so that most directions of x stay N(0, 1). Rounding x to bf16 moves
+    a logit by about 2^-9, far less than the gap.
+    Raises ArithmeticError if a router chooses other experts than the drawn ones.
     """
     case, first = layer.case, layer.adapters[0]
     device, dtype = first.weight.device, first.weight.dtype
     on_cpu = torch.Generator().manual_seed(tokens)
     drawn, targets = [], []
     for _ in layer.routers:
-        chosen = draw_experts(routing, tokens, layer.experts, layer.top_k, on_cpu)
+        experts = draw_experts(routing, tokens, layer.experts, layer.top_k, on_cpu)
         low = torch.rand(tokens, layer.experts, generator=on_cpu) * 1.5 - 1.0
         high = torch.rand(tokens, layer.top_k, generator=on_cpu) + 1.0
-        drawn.append(chosen.to(device))
-        targets.append(low.scatter(1, chosen, high))
+        drawn.append(experts.to(device))
+        targets.append(low.scatter(1, experts, high))
     logits = torch.cat(targets, dim=1).to(device)  # [T, n E]
 
     generator = torch.Generator(device).manual_seed(tokens)
     x = torch.randn(tokens, case.in_features, generator=generator, device=device)
     routers = torch.cat([weight for weight, _ in layer.routers]).double()
     biases = torch.cat([bias for _, bias in layer.routers])
-    missing = (logits - biases - x @ routers.float().T).double()
-    moves = torch.linalg.solve(routers @ routers.T, missing.T).T @ routers
+    difference = (logits - biases - x @ routers.float().T).double()
+    moves = torch.linalg.solve(routers @ routers.T, difference.T).T @ routers
     x = (x + moves).to(dtype)
     check_routing(layer, x, drawn)
     dys = [
@@ -139,9 +143,9 @@ def draw_inputs(layer: Layer, tokens: int, routing: str) -> tuple[Tensor, list[T
 
 
 def check_routing(layer: Layer, x: Tensor, drawn: list[Tensor]) -> None:
-    """Raise ArithmeticError unless every router chooses the experts drawn for it [T, K]."""
+    """Raise ArithmeticError if a router chooses other experts than drawn [T, K]."""
     for (weight, bias), expected in zip(layer.routers, drawn, strict=True):
-        chosen = (x.float() @ weight.float().T + bias.float()).topk(layer.top_k, dim=1).indices
-        wrong = (chosen.sort(dim=1).values != expected.sort(dim=1).values).any(dim=1).sum().item()
+        experts = (x.float() @ weight.float().T + bias.float()).topk(layer.top_k, dim=1).indices
+        wrong = (experts.sort(dim=1).values != expected.sort(dim=1).values).any(dim=1).sum().item()
         if wrong:
             raise ArithmeticError(f"{wrong} of {len(x)} tokens choose other experts than drawn")

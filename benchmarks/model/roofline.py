@@ -1,24 +1,24 @@
-"""The model that the design was drawn up with: how long a product takes at assumed rates.
+"""A roofline model: the time of a product at the rates that a GPU is assumed to reach.
 
     time = max(FLOPs / rate, bytes / bandwidth)
 
-Bytes: each operand read once, each result written once, 2 per element. Sizes: T tokens, I
-in_features, O out_features, R columns of rank space. Times are in microseconds. What comes out is a
-prediction, never a measurement: nothing else costs time, no launch, no ramp-up, no tail.
+Bytes: every operand is read once, every result is written once, at 2 bytes per element. Sizes: T
+tokens, I in_features, O out_features, R columns in rank space. Times are in microseconds. They are
+predictions, not measurements: launches, ramp-up and tails cost nothing in the model.
 """
 
 from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """Rates that a GPU is assumed to reach: bf16 products [TFLOP/s], device memory [TB/s]."""
+    """The rates that a GPU is assumed to reach: bf16 products [TFLOP/s], memory [TB/s]."""
 
     tflops: float
     tbytes: float
 
 
 # Assumed before anything was measured: about 80 % of the data sheet's matrix rate and 90 % of its
-# bandwidth. Keys are the names that the driver reports; slower boards of a family are not in it.
+# bandwidth. The keys are the names that the driver reports. Slower boards of a family are missing.
 ASSUMED = {
     "NVIDIA H200": Rates(790.0, 4.3),
     "NVIDIA H100 80GB HBM3": Rates(720.0, 2.9),
@@ -28,70 +28,72 @@ ASSUMED = {
     "NVIDIA B200": Rates(1600.0, 7.0),
 }
 
-# Every time computed from these is NaN: no prediction.
+# Every time that is computed from these is NaN: there is no prediction.
 UNKNOWN = Rates(float("nan"), float("nan"))
 
-# Microseconds of the host per launch: the middle of what Triton (11 to 12) and precompiled C++
-# (2 to 3) are reported to take.
+# Microseconds of the host per launch: the middle of the published values for Triton (11 to 12) and
+# for precompiled C++ (2 to 3).
 LAUNCH = {"triton": 11.5, "native": 2.5}
 
 
-def rates(device: str, dtype: str) -> Rates:
-    """The assumed rates of a GPU by its name; UNKNOWN for others and for other dtypes than bf16."""
+def assumed_rates(device: str, dtype: str) -> Rates:
+    """Return the rates of a GPU by its name; UNKNOWN for other devices and for dtypes but bf16."""
     return ASSUMED.get(device, UNKNOWN) if dtype == "bf16" else UNKNOWN
 
 
-def launch(of: Rates, kind: str) -> float:
-    """Microseconds of the host per launch, on the machines whose rates are assumed."""
-    return float("nan") if of is UNKNOWN else LAUNCH[kind]
+def launch(rates: Rates, kind: str) -> float:
+    """Return microseconds of the host per launch; NaN on a device without assumed rates."""
+    return float("nan") if rates is UNKNOWN else LAUNCH[kind]
 
 
-def limit(of: Rates, flops: float, moved: float) -> float:
-    """The larger of the times of `flops` operations and of `moved` bytes."""
-    return max(flops / (of.tflops * 1e6), moved / (of.tbytes * 1e6))
+def limit(rates: Rates, flops: float, moved: float) -> float:
+    """Return the time of `flops` operations or of `moved` bytes, the larger of the two."""
+    return max(flops / (rates.tflops * 1e6), moved / (rates.tbytes * 1e6))
 
 
-def one_pass(of: Rates, tokens: int, features: int) -> float:
-    """[T, d] read or written once."""
-    return limit(of, 0.0, 2.0 * tokens * features)
+def one_pass(rates: Rates, tokens: int, features: int) -> float:
+    """Return the time to read or write [T, d] once."""
+    return limit(rates, 0.0, 2.0 * tokens * features)
 
 
-def product(of: Rates, T: int, I: int, O: int) -> float:  # noqa: E741
-    """x Wt or dy W: 2 T I O operations; x, W and y. With O = R it is the shrink x At."""
-    return limit(of, 2.0 * T * I * O, 2.0 * (T * I + I * O + T * O))
+def product(rates: Rates, T: int, I: int, O: int) -> float:  # noqa: E741
+    """Return the time of x Wt or dy W: 2 T I O operations; x, W and y. O = R: the shrink x At."""
+    return limit(rates, 2.0 * T * I * O, 2.0 * (T * I + I * O + T * O))
 
 
-def expand(of: Rates, T: int, R: int, O: int, passes: int) -> float:  # noqa: E741
-    """u Bt: y in one pass where it is only written, in two where it is read and added to."""
-    return limit(of, 2.0 * T * R * O, 2.0 * (T * R + R * O + passes * T * O))
+def expand(rates: Rates, T: int, R: int, O: int, passes: int) -> float:  # noqa: E741
+    """Return the time of u Bt. passes: 1 if y is only written, 2 if y is read and added to."""
+    return limit(rates, 2.0 * T * R * O, 2.0 * (T * R + R * O + passes * T * O))
 
 
-def weight_grad(of: Rates, T: int, d: int, R: int) -> float:
-    """dh^T x or dy^T u: both read once, the result [R, d] in float32."""
-    return limit(of, 2.0 * T * d * R, 2.0 * (T * d + T * R) + 4.0 * R * d)
+def weight_grad(rates: Rates, T: int, d: int, R: int) -> float:
+    """Return the time of dh^T x or dy^T u: both are read once, the result [R, d] is float32."""
+    return limit(rates, 2.0 * T * d * R, 2.0 * (T * d + T * R) + 4.0 * R * d)
 
 
-def layer(of: Rates, T: int, I: int, O: int, R: int, mode: str, passes: int | None) -> float:  # noqa: E741
-    """A layer forward, or forward and backward; passes None: the frozen layer alone.
+def layer(rates: Rates, T: int, I: int, O: int, R: int, mode: str, passes: int | None) -> float:  # noqa: E741
+    """Return the time of a layer forward, or forward and backward.
 
         forward     x Wt, x At, u Bt                        over R columns, whatever the routing
         backward    dy W, dy B, dh A, dh^T x, dy^T u
 
-    passes: 1 expands first and lets the base product add to it, its read of y hidden; 2 computes
-    the base first and adds to that, as eager and compiled PyTorch do.
+    passes: None: the frozen layer alone; 1: the expand goes first and the base product adds to it,
+    with a hidden read of y; 2: the base product goes first and the expand adds to it, like eager
+    and compiled PyTorch.
     """
-    forward, backward = product(of, T, I, O), product(of, T, O, I)
+    forward, backward = product(rates, T, I, O), product(rates, T, O, I)
     if passes is not None:
-        forward += product(of, T, I, R) + expand(of, T, R, O, passes)
-        backward += product(of, T, O, R) + expand(of, T, R, I, passes)
-        backward += weight_grad(of, T, I, R) + weight_grad(of, T, O, R)
+        forward += product(rates, T, I, R) + expand(rates, T, R, O, passes)
+        backward += product(rates, T, O, R) + expand(rates, T, R, I, passes)
+        backward += weight_grad(rates, T, I, R) + weight_grad(rates, T, O, R)
     return forward if mode == "fwd" else forward + backward
 
 
-def crossover(of: Rates) -> float:
-    """R / K from which on experts on their own tokens win over products with all experts.
+def crossover(rates: Rates) -> float:
+    """Return the R / K above which grouped is faster than wide.
 
-    Wide is bound by arithmetic there, 6 T R (I + O) operations forward and backward; grouped reads
-    and adds rows of x and y for every slot, 8 T K (I + O) bytes: equal at (4/3) rate / bandwidth.
+    Wide is bound by arithmetic there: 6 T R (I + O) operations, forward and backward. Grouped reads
+    and adds rows of x and y for every slot: 8 T K (I + O) bytes. Both take the same time at
+    R / K = (4/3) rate / bandwidth.
     """
-    return 4.0 / 3.0 * of.tflops / of.tbytes
+    return 4.0 / 3.0 * rates.tflops / rates.tbytes

@@ -1,4 +1,4 @@
-"""Tables of result rows: for a terminal and in Markdown."""
+"""Tables of result rows, as text for a terminal and as Markdown."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 
 
 class Table(NamedTuple):
-    """A header and lines of text, what they show, and what has to be said about them."""
+    """A table: its caption, its lines (the first is the header) and remarks below it."""
 
     caption: str
     lines: list[list[str]]
@@ -15,7 +15,7 @@ class Table(NamedTuple):
 
 
 def text(table: Table) -> str:
-    """For a terminal."""
+    """Return the table in aligned columns, for a terminal."""
     widths = [
         max(len(line[column]) for line in table.lines) for column in range(len(table.lines[0]))
     ]
@@ -27,6 +27,7 @@ def text(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
+    """Return the table in Markdown."""
     header, *body = table.lines
     rule = ["---", *("---:" for _ in header[1:])]
     grid = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *body])
@@ -34,30 +35,32 @@ def markdown(table: Table) -> str:
 
 
 def title(mode: str) -> str:
+    """Return a mode in words."""
     return TITLES.get(mode, mode)
 
 
 def distinct(rows: list[dict], key: str) -> list:
-    """The values of a field in the order of their first appearance."""
+    """Return the distinct values of a field, in the order of their first appearance."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def split(rows: list[dict], *keys: str) -> list[list[dict]]:
-    """The rows of each value of these fields, in the order of their first appearance."""
-    found: dict[tuple, list[dict]] = {}
+    """Group the rows by the values of these fields, in the order of their first appearance."""
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(found.values())
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
 
 
 def duration(microseconds: float) -> str:
+    """Return a time in us, or in ms from 10 ms on."""
     if microseconds < 1e4:
         return f"{microseconds:.0f} us" if microseconds >= 100 else f"{microseconds:.1f} us"
     return f"{microseconds / 1e3:.1f} ms"
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A number with its unit; empty for none."""
+    """Return a number with its unit, or an empty string for None."""
     if value is None:
         return ""
     if unit == "us":
@@ -69,7 +72,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def provenance(result: dict) -> str:
-    """Machine, versions and commit in one line."""
+    """Return the machine, the version of torch and the commit in one line."""
     machine, commit = result["machine"], result["commit"]
     head, dash, dirty = commit.partition("-")
     short = head[:12] + dash + dirty if commit else "unknown"
@@ -77,7 +80,10 @@ def provenance(result: dict) -> str:
 
 
 def ratios(rows: list[dict]) -> dict[tuple[int, str], float]:
-    """(tokens, provider) -> median over the frozen layer's median, of one case and mode."""
+    """Divide each median by the median of the frozen layer: (tokens, provider) -> ratio.
+
+    rows: the rows of one case and one mode.
+    """
     timed = {(r["tokens"], r["provider"]): r["median_us"] for r in rows if r["median_us"]}
     return {
         (tokens, provider): median / timed[tokens, "frozen"]
@@ -87,45 +93,62 @@ def ratios(rows: list[dict]) -> dict[tuple[int, str], float]:
 
 
 def mixture(row: dict) -> str:
-    """Experts, rank, top-K in words."""
+    """Return the mixture of a row in words."""
     return f"{row['experts']} experts of rank {row['rank']}, top-{row['top_k']}"
 
 
-def not_timed(rows: list[dict], place: Callable[[dict], str]) -> list[str]:
-    """One line per reason why a provider was not timed, with the places where."""
-    seen: dict[tuple[str, str, str], list[str]] = {}
+# A remark names at most this many cells.
+NAMED_CELLS = 3
+
+
+def not_timed(rows: list[dict], cell: Callable[[dict], str]) -> list[str]:
+    """Return a remark for each provider and reason that left a cell without a time.
+
+    rows: the rows of one table;  cell: the name of the cell of a row.
+    """
+    cells: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
             key = (row["provider"], row["status"], row["reason"] or "")
-            seen.setdefault(key, []).append(place(row))
-    return [
-        f"{provider} {status} at {', '.join(dict.fromkeys(places))}: {reason}"
-        for (provider, status, reason), places in seen.items()
-    ]
+            cells.setdefault(key, []).append(cell(row))
+    every = len({cell(row) for row in rows})
+    remarks = []
+    for (provider, status, reason), names in cells.items():
+        names = list(dict.fromkeys(names))
+        where = ", ".join(names[:NAMED_CELLS])
+        if len(names) > NAMED_CELLS:
+            where += f" and {len(names) - NAMED_CELLS} more cells"
+        where = "in this table" if 1 < len(names) == every else f"at {where}"
+        verb = "not measured" if status == "left out" else status
+        remarks.append(f"{provider}: {verb} {where} ({reason}).")
+    return remarks
 
 
 def by_tokens(rows: list[dict]) -> Table:
-    """One line per provider: median and ratio to frozen at each T, memory at most T.
+    """Return a table with a line per provider: the time and the ratio to frozen at each T.
 
-    rows: those of one case and one mode. What was not timed says why instead.
+    The last column is the memory at the largest T. A provider that was not timed has its status in
+    the place of the time, and a remark with the reason.
+
+    rows: the rows of one case and one mode.
     """
     tokens = sorted(distinct(rows, "tokens"))
-    found = {(row["tokens"], row["provider"]): row for row in rows}
-    against = ratios(rows)
+    by_cell = {(row["tokens"], row["provider"]): row for row in rows}
+    ratio_to_frozen = ratios(rows)
     lines = [["provider", *(f"T={t}" for t in tokens), f"extra MiB at T={tokens[-1]}"]]
     for provider in distinct(rows, "provider"):
         line = [provider]
         for t in tokens:
-            row = found.get((t, provider))
+            row = by_cell.get((t, provider))
             if row is None:
                 line.append("")
             elif row["median_us"] is None:
                 line.append(row["status"])
             else:
-                ratio = against.get((t, provider))
+                ratio = ratio_to_frozen.get((t, provider))
                 shown = "" if ratio is None else f"  {ratio:.2f}x"
                 line.append(duration(row["median_us"]) + shown)
-        memory = found.get((tokens[-1], provider), {}).get("peak_extra_mib")
+        memory = by_cell.get((tokens[-1], provider), {}).get("peak_extra_mib")
         lines.append(
             [*line, "-" if memory is None else f"{memory:.3g}" if memory < 10 else f"{memory:.0f}"]
         )
@@ -135,97 +158,118 @@ def by_tokens(rows: list[dict]) -> Table:
     return Table(caption, lines, not_timed(rows, lambda row: f"T={row['tokens']}"))
 
 
-def of_measurement(rows: list[dict]) -> Table:
-    """A line per row of one measurement of the suite `machine`: measured, then predicted."""
-    lines = [["case", "of", "measured", "p10", "p90", "predicted", "measured / predicted"]]
+def by_variant(rows: list[dict]) -> Table:
+    """Return a table with a line per variant: the measured value, then the predicted one.
+
+    rows: the rows of one measurement of the suite `machine`.
+    """
+    lines = [["case", "variant", "measured", "p10", "p90", "predicted", "measured / predicted"]]
+    remarks = []
     for row in rows:
-        predicted = row["predicted"]
-        measured = [quantity(row[field], row["unit"]) for field in ("median", "p10", "p90")]
-        against = f"{row['median'] / predicted:.2f}" if row["median"] and predicted else ""
-        if row["median"] is None:
-            measured[0] = row["status"]
-        given = [row["case"], row["variant"]]
-        lines.append([*given, *measured, quantity(predicted, row["unit"]), against])
-    told = [f"{r['status']}: {r['reason']}" if r["reason"] else r["note"] for r in rows]
-    remarks = [
-        f"{row['case']}, {row['variant']}: {each}"
-        for row, each in zip(rows, told, strict=True)
-        if each
-    ]
+        median, predicted = row["median"], row["predicted"]
+        values = [quantity(row[field], row["unit"]) for field in ("median", "p10", "p90")]
+        if median is None:
+            values[0] = row["status"]
+        ratio = f"{median / predicted:.2f}" if median and predicted else ""
+        name = [row["case"], row["variant"]]
+        lines.append([*name, *values, quantity(predicted, row["unit"]), ratio])
+        remark = f"{row['status']}: {row['reason']}" if row["reason"] else row["note"]
+        if remark:
+            remarks.append(f"{row['case']}, {row['variant']}: {remark}")
     return Table(f"{rows[0]['measurement']}, {rows[0]['dtype']}", lines, remarks)
 
 
-# What varies in each table of the suite `grouped`, as fields of a row; and the question it answers.
-VARYING = {
-    "mixtures": (("experts", "rank", "top_k"), "experts, ranks and K"),
-    "routing": (("routing",), "who the tokens go to"),
-    "tokens": (("tokens",), "time per token"),
+class Varied(NamedTuple):
+    """The fields of a row that vary in a table of the suite `grouped`, and the table's title."""
+
+    fields: tuple[str, ...]
+    title: str
+
+
+GROUPED_TABLES = {
+    "mixtures": Varied(("experts", "rank", "top_k"), "experts, ranks and K"),
+    "routing": Varied(("routing",), "distribution of the tokens over the experts"),
+    "tokens": Varied(("tokens",), "time per token"),
 }
 SYMBOLS = {"experts": "E", "rank": "r", "top_k": "K", "routing": "routing", "tokens": "T"}
 
 
 def columns_per_expert(row: dict) -> float:
-    """R / K: columns of rank space for each expert a token uses."""
+    """Return R / K: the columns in rank space for each expert that a token uses."""
     return row["experts"] * row["rank"] / row["top_k"]
 
 
-def of_mixtures(rows: list[dict], name: str) -> Table:
-    """One line per cell: the frozen layer's time and the ratio of every other provider to it.
+def by_mixture(rows: list[dict], name: str) -> Table:
+    """Return a table with a line per cell: the time of the frozen layer, then ratios to it.
 
-    rows: those of one table, case and mode. In the table `tokens` all are times per token.
+    In the table `tokens`, every entry also has the time per token.
+
+    rows: the rows of one table of the suite `grouped`, one case and one mode.
     """
-    varying, about = VARYING[name]
-    by_tokens = sorted(rows, key=lambda row: row["tokens"]) if name == "tokens" else rows
-    cells = split(by_tokens, "cell")
+    fields, about = GROUPED_TABLES[name]
+    ordered = sorted(rows, key=lambda row: row["tokens"]) if name == "tokens" else rows
+    cells = split(ordered, "cell")
     providers = distinct(rows, "provider")
-    mixed = [next(row for row in cell if row.get("experts")) for cell in cells]
-    # A run may have asked for several token counts in any table.
-    if "tokens" not in varying and len({row["tokens"] for row in mixed}) > 1:
-        varying = (*varying, "tokens")
-    with_columns = "rank" in varying
-    header = [*(SYMBOLS[field] for field in varying), *(["R/K"] if with_columns else [])]
+    # The row of the frozen layer has no mixture.
+    mixtures = [next(row for row in cell if row.get("experts")) for cell in cells]
+    # A run may measure several token counts in any table.
+    if "tokens" not in fields and len({row["tokens"] for row in mixtures}) > 1:
+        fields = (*fields, "tokens")
+    with_columns = "rank" in fields
+    header = [*(SYMBOLS[field] for field in fields), *(["R/K"] if with_columns else [])]
     lines = [[*header, *providers]]
-    for of_cell, first in zip(cells, mixed, strict=True):
-        line = [str(first[field]) for field in varying]
+    for cell, first in zip(cells, mixtures, strict=True):
+        line = [str(first[field]) for field in fields]
         line += [f"{columns_per_expert(first):g}"] if with_columns else []
-        found = {row["provider"]: row for row in of_cell}
-        frozen = found.get("frozen", {}).get("median_us")
+        by_provider = {row["provider"]: row for row in cell}
+        frozen = by_provider.get("frozen", {}).get("median_us")
         for provider in providers:
-            line.append(entry(found.get(provider), frozen, divided=name == "tokens"))
+            line.append(entry(by_provider.get(provider), frozen, divided=name == "tokens"))
         lines.append(line)
-    case, first = rows[0]["case"], mixed[0]
+    case, first = rows[0]["case"], mixtures[0]
     fixed = [title(rows[0]["mode"]), rows[0]["dtype"]]
     fixed += [] if with_columns else [mixture(first)]
-    fixed += [] if "routing" in varying else [f"{first['routing']} routing"]
-    fixed += [] if "tokens" in varying else [f"T={first['tokens']}"]
-    remarks = not_timed(rows, lambda row: row["cell"])
-    remarks += uneven(rows) if name == "routing" else []
+    fixed += [] if "routing" in fields else [f"{first['routing']} routing"]
+    fixed += [] if "tokens" in fields else [f"T={first['tokens']}"]
+    remarks = not_timed(rows, short_cell)
+    remarks += slowest_routing(rows) if name == "routing" else []
     if "plain_lora" in providers:
         remarks.insert(0, "plain_lora has rank K r: the columns that one token uses.")
     return Table(f"{case}, {about}, {', '.join(fixed)}", lines, remarks)
 
 
-def uneven(rows: list[dict]) -> list[str]:
-    """What the slowest routing costs the package over the uniform one."""
-    told = []
-    ours = [row for row in rows if row["provider"].startswith("moelora") and row["median_us"]]
-    for of_provider in split(ours, "provider", "tokens"):
-        timed = {row["routing"]: row["median_us"] for row in of_provider}
-        if "uniform" in timed and len(timed) > 1:
-            slowest = max(timed, key=timed.get)
-            against = f"{timed[slowest] / timed['uniform']:.2f}x of uniform"
-            told.append(f"{of_provider[0]['provider']} is slowest with {slowest}: {against}.")
-    return told
+def short_cell(row: dict) -> str:
+    """Return the name of a cell without the routing, if that is the uniform one."""
+    return row["cell"].replace(" uniform", "")
+
+
+def slowest_routing(rows: list[dict]) -> list[str]:
+    """Return a remark for each form of the package: its slowest routing over the uniform one."""
+    remarks = []
+    package = [row for row in rows if row["provider"].startswith("moelora") and row["median_us"]]
+    for group in split(package, "provider", "tokens"):
+        medians = {row["routing"]: row["median_us"] for row in group}
+        if "uniform" in medians and len(medians) > 1:
+            slowest = max(medians, key=medians.get)
+            ratio = f"{medians[slowest] / medians['uniform']:.2f}x of uniform"
+            remarks.append(f"{group[0]['provider']} is slowest with {slowest}: {ratio}.")
+    return remarks
 
 
 def per_token(row: dict) -> str:
-    """Time per token."""
+    """Return the time per token."""
     nanoseconds = 1e3 * row["median_us"] / row["tokens"]
     return f"{nanoseconds:.1f} ns" if nanoseconds < 1e3 else duration(nanoseconds / 1e3)
 
 
 def entry(row: dict | None, frozen: float | None, divided: bool) -> str:
-    """The frozen layer's time, another's ratio to it and what "auto" took; or why there is none."""
+    """Return the entry of a provider in a table of the suite `grouped`.
+
+    frozen shows its time. Any other provider shows its ratio to frozen; `moelora` also shows the
+    formulation that impl="auto" chose. A provider without a time shows its status.
+
+    frozen: the median of the frozen layer in us;  divided: also show the time per token.
+    """
     if row is None:
         return ""
     if row["median_us"] is None:
@@ -233,21 +277,29 @@ def entry(row: dict | None, frozen: float | None, divided: bool) -> str:
     time = per_token(row) if divided else ""
     if row["provider"] == "frozen" or frozen is None:
         return time or duration(row["median_us"])
-    chosen = row["impl"] if row["provider"] == "moelora" else ""
-    shown = [time, f"{row['median_us'] / frozen:.2f}x", chosen]
-    return " ".join(part for part in shown if part)
+    formulation = row["impl"] if row["provider"] == "moelora" else ""
+    parts = [time, f"{row['median_us'] / frozen:.2f}x", formulation]
+    return " ".join(part for part in parts if part)
+
+
+def is_machine(rows: list[dict]) -> bool:
+    """Return whether these are rows of the suite `machine`: measurements, not layers."""
+    return bool(rows) and "measurement" in rows[0]
 
 
 def of_rows(rows: list[dict], names: list[str] | None = None) -> list[Table]:
-    """Every table of the rows of one suite; `names` chooses among those of the suite `grouped`."""
+    """Return every table of the rows of one suite.
+
+    names: the tables of the suite `grouped` to return; None: all.
+    """
     if not rows:
         return []
-    if "measurement" in rows[0]:
-        return [of_measurement(each) for each in split(rows, "measurement")]
+    if is_machine(rows):
+        return [by_variant(group) for group in split(rows, "measurement")]
     if rows[0]["suite"] != "grouped":
-        return [by_tokens(each) for each in split(rows, "case", "mode")]
-    found = []
-    for name in VARYING if names is None else [name for name in VARYING if name in names]:
-        chosen = [row for row in rows if name in row["tables"]]
-        found += [of_mixtures(each, name) for each in split(chosen, "case", "mode")]
-    return found
+        return [by_tokens(group) for group in split(rows, "case", "mode")]
+    tables = []
+    for name in GROUPED_TABLES if names is None else [n for n in GROUPED_TABLES if n in names]:
+        shown = [row for row in rows if name in row["tables"]]
+        tables += [by_mixture(group, name) for group in split(shown, "case", "mode")]
+    return tables

@@ -1,1 +1,1 @@
-"""The suites: the sizes they measure (`shapes`, `cells`) and the suite `machine`."""
+"""The suites: shapes, cells and sizes, the jobs of a run, and the suite `machine`."""

@@ -1,8 +1,8 @@
-"""What is measured: the linears of real models, named cases, token counts.
+"""The cases: linears, siblings and feed-forward networks of published models, by name.
 
 Cases are named `IxO` (one linear), `qkv-I`, `qkv-IxKV`, `gate_up-IxO` (siblings that read the same
-x) and `ffn-IxH` (a gated feed-forward network of H hidden units). A shape which several models
-share is measured once; `used_by` keeps the names.
+x) and `ffn-IxH` (a gated feed-forward network of H hidden units). A shape that several models
+share is one case; `used_by` names the models.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Case:
-    """One frozen linear, n siblings reading the same x [T, I], or a feed-forward network.
+    """One frozen linear, n siblings that read the same x [T, I], or a feed-forward network.
 
     siblings: ((name, O), ...) in the order of the outputs;  used_by: "model.module" names;
     intermediate: width between the linears of a feed-forward network, else 0.
@@ -25,6 +25,7 @@ class Case:
 
     @property
     def out_features(self) -> tuple[int, ...]:
+        """O of every output."""
         return tuple(out for _, out in self.siblings)
 
 
@@ -68,13 +69,13 @@ def ffn_case(hidden: int, intermediate: int, used_by: tuple[str, ...] = ()) -> C
     return Case("ffn", name, hidden, (("mlp", hidden),), used_by, intermediate)
 
 
-def grouped_case(of: Case) -> Case:
-    """The linear of a case in the suite that varies the mixture over it."""
-    return replace(of, suite="grouped")
+def grouped_case(case: Case) -> Case:
+    """Return a linear as a case of the suite `grouped`, which varies the mixture over it."""
+    return replace(case, suite="grouped")
 
 
 def linear_cases() -> list[Case]:
-    """Every distinct (I, O) of the models above, smallest first."""
+    """Return every distinct linear of the models above, smallest first."""
     users: dict[tuple[int, int], list[str]] = {}
     for model, (hidden, kv, intermediate) in DECODERS.items():
         modules = {
@@ -92,7 +93,7 @@ def linear_cases() -> list[Case]:
 
 
 def group_cases() -> list[Case]:
-    """Every distinct sibling group of the models above: q/k/v first, then gate/up."""
+    """Return every distinct sibling group of the models above: q/k/v first, then gate/up."""
     qkv: dict[tuple[int, int], list[str]] = {}
     gate_up: dict[tuple[int, int], list[str]] = {}
     for model, (hidden, kv, intermediate) in DECODERS.items():
@@ -104,14 +105,14 @@ def group_cases() -> list[Case]:
 
 
 def ffn_cases() -> list[Case]:
-    """Every distinct feed-forward network of the models above."""
+    """Return every distinct feed-forward network of the models above."""
     users: dict[tuple[int, int], list[str]] = {}
     for model, (hidden, _, intermediate) in DECODERS.items():
         users.setdefault((hidden, intermediate), []).append(f"{model}.mlp")
     return [ffn_case(*shape, tuple(users[shape])) for shape in sorted(users)]
 
 
-# Toy shapes for --quick: the same structure, no dimension a multiple of a tile.
+# The cases of --quick: the same structure, and no dimension is a multiple of a tile.
 QUICK_CASES = {
     "linear": [linear_case(72, 104)],
     "group": [qkv_case(72, 40), gate_up_case(72, 104)],
@@ -126,96 +127,16 @@ CASES = {
     "ffn": ffn_cases(),
 }
 
-# What a run without --cases measures. The GPU list holds one 7B model; each further cell costs
-# about three seconds, most of it torch.compile for the rival, and the run should take minutes.
-DEFAULT_CASES = {
-    "cuda": {
-        "linear": ("4096x4096", "4096x11008", "11008x4096"),
-        "group": ("qkv-4096", "gate_up-4096x11008"),
-        "grouped": ("4096x4096",),
-        "ffn": ("ffn-4096x11008",),
-    },
-    "cpu": {
-        "linear": ("2048x2048", "4096x4096"),
-        "group": ("qkv-2048", "gate_up-2048x5504"),
-        "grouped": ("2048x2048",),
-        "ffn": ("ffn-2048x5504",),
-    },
-}
 
-TOKENS = {
-    "cuda": (1, 8, 64, 256, 1024, 2048, 4096, 8192, 16384),
-    # Two cores take 0.2 s for one forward and backward of the slowest rival at 1024.
-    "cpu": (128, 512, 1024),
-    "quick": (1, 33),
-}
+def select_cases(suite: str, quick: bool, names: list[str]) -> list[Case]:
+    """Return the cases of a suite with these names; "all" stands for every name.
 
-
-@dataclass(frozen=True)
-class MachineShapes:
-    """Sizes of the suite `machine`.
-
-    copy: MiB;  product, addmm: (T, I, O);  shrink: (T, I, R);  weight_grad: (T, I, O, R);
-    layer: (I, O).
-    """
-
-    copy: tuple[int, ...]
-    product: tuple[tuple[int, int, int], ...]
-    addmm: tuple[tuple[int, int, int], ...]
-    shrink: tuple[tuple[int, int, int], ...]
-    weight_grad: tuple[tuple[int, int, int, int], ...]
-    layer: tuple[int, int]
-    layer_tokens: tuple[int, ...]
-
-
-# What the suite `machine` measures, by device.
-MACHINE = {
-    "cuda": MachineShapes(
-        # [8192, 4096] in bf16, which partly fits the cache it is written to, and what does not.
-        copy=(64, 1024),
-        product=((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192)),
-        addmm=((1024, 4096, 4096), (8192, 4096, 4096), (1024, 4096, 14336), (8192, 4096, 14336)),
-        shrink=(
-            *((T, 4096, R) for T in (1024, 8192) for R in (32, 64, 128)),
-            (8192, 14336, 128),
-        ),
-        weight_grad=((1024, 4096, 4096, 128), (8192, 4096, 4096, 128), (8192, 4096, 14336, 128)),
-        layer=(4096, 4096),
-        layer_tokens=(1024, 8192),
-    ),
-    "cpu": MachineShapes(
-        copy=(256,),
-        product=((512, 2048, 2048),),
-        addmm=((128, 2048, 2048), (512, 2048, 2048)),
-        shrink=tuple((512, 2048, R) for R in (32, 64, 128)),
-        weight_grad=((512, 2048, 2048, 128),),
-        layer=(2048, 2048),
-        layer_tokens=(512,),
-    ),
-    "quick": MachineShapes(
-        copy=(1,),
-        product=((33, 72, 104),),
-        addmm=((33, 72, 104),),
-        shrink=((33, 72, 32),),
-        weight_grad=((33, 72, 104, 32),),
-        layer=(72, 104),
-        layer_tokens=(33,),
-    ),
-}
-
-
-def select_cases(suite: str, device: str, quick: bool, wanted: list[str] | None) -> list[Case]:
-    """The cases of `suite` to run; `wanted` names cases of any suite, or "all".
-
-    Raises ValueError for a name that no suite knows.
+    names: names of cases of any suite. Raises ValueError for a name that no suite has.
     """
     cases = QUICK_CASES if quick else CASES
-    known = {case.name for of_suite in cases.values() for case in of_suite}
-    if wanted is None:
-        wanted = list(known) if quick else list(DEFAULT_CASES[device][suite])
-    elif "all" in wanted:
-        wanted = list(known)
-    unknown = sorted(set(wanted) - known)
-    if unknown:
-        raise ValueError(f"--cases: unknown {unknown}; expected 'all' or some of {sorted(known)}")
-    return [case for case in cases[suite] if case.name in wanted]
+    known = {case.name for suite_cases in cases.values() for case in suite_cases}
+    if unknown := sorted({*names} - known - {"all"}):
+        raise ValueError(
+            f"argument --cases: expected 'all' or some of {sorted(known)}, got {unknown}"
+        )
+    return [case for case in cases[suite] if "all" in names or case.name in names]

@@ -4,7 +4,7 @@
 // memory of its own. Sums of integers only: the order of atomics does not show.
 //
 // Free of torch's headers, and of CUDA's but for its built-in functions, so that the tests can run
-// it on the host (tests/emulation).
+// it on the host (tests/kernels/emulation).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,12 @@
-"""Adapters on disk, all of them strict: our own file, and the layouts of MOELoRA-peft and MING."""
+"""Save adapters to files and load them. Every load is strict: a key that does not fit raises.
+
+adapter_file   the format of this package: one safetensors file (`save_adapter`)
+description    the JSON in the metadata of that file: options, sizes and names of the layers
+originals      the key layouts of MOELoRA-peft and of MING-MOE: load them, export them
+folders        an adapter folder (adapter_config.json and adapter_model) without its base model,
+               for `moelora_kernels.export`
+files          read tensors from files and folders; the checks that all loads share
+"""
 
 from moelora_kernels.checkpoints.adapter_file import (
     adapter_state_dict,

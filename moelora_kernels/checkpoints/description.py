@@ -1,13 +1,18 @@
-"""What an adapter file says of its layers: options, sizes and names, without the base under them.
+"""The description of a model's layers: names, options and sizes, without the base weights.
 
-`save_adapter` writes it into the metadata of its file as JSON, under "layout":
+`save_adapter` writes it as JSON into the metadata of its file, under the key "layout". With it an
+adapter can be exported as a plain LoRA on a machine that cannot hold the model.
 
-    configs   the different configs of the layers, as `MoeLoraConfig.to_dict` has them; null where
-              the router is a module of one's own
-    layers    for each layer its names in the model, type, dtype of the adapter, in_features and
-              out_features, the place of its config in configs, and the layer whose router it uses
-
-so that an adapter can be turned into a plain LoRA where the model itself does not fit.
+    configs   a list of the distinct configs, as `MoeLoraConfig.to_dict` returns them; null for a
+              config whose router is a custom module
+    layers    a list with one entry for each layer:
+        names          all names of the layer in the model
+        type           "MoeLoraLinear" or "MoeLoraFFN"
+        dtype          the dtype of its A and B, such as "float32"
+        in_features    I (of gate_proj if the layer is an FFN)
+        out_features   O (of gate_proj if the layer is an FFN)
+        config         the index of its config in `configs`
+        router         the name of the first layer that uses the same router
 """
 
 from __future__ import annotations
@@ -17,90 +22,97 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
 
 
 class MissingBase(nn.Module):
-    """The sizes of a linear whose weight is elsewhere: adapters over it can be read, not run."""
+    """A linear that has sizes but no weight: its adapter can be loaded and exported, not run."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
 
-def layout_of(model: nn.Module) -> dict[str, Any]:
-    """The layout of the layers of `model`, as plain values that JSON can hold."""
-    names: dict[nn.Module, list[str]] = {}
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return the description of the layers of `model`, in values that JSON can hold."""
+    names: dict[MixtureLayer, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (MoeLoraLinear, MoeLoraFFN)):
+        if isinstance(layer, MixtureLayer):
             names.setdefault(layer, []).append(name)
     configs: list[dict[str, Any] | None] = []
-    layers, owners = [], {}
-    for layer, own_names in names.items():
-        is_written = not isinstance(layer.config.router, nn.Module)
-        config = layer.config.to_dict() if is_written else None
+    layers: list[dict[str, Any]] = []
+    router_owners: dict[int, str] = {}
+    for layer, layer_names in names.items():
+        has_json = not isinstance(layer.config.router, nn.Module)
+        config = layer.config.to_dict() if has_json else None
         if config not in configs:
             configs.append(config)
-        first = layer if isinstance(layer, MoeLoraLinear) else layer.gate_proj
+        first = layer if isinstance(layer, LoraLayer) else layer.gate_proj
         dtype = next(layer.parameters(recurse=False)).dtype
         layers.append(
             {
-                "names": own_names,
+                "names": layer_names,
                 "type": type(layer).__name__,
                 "dtype": str(dtype).removeprefix("torch."),
                 "in_features": first.in_features,
                 "out_features": first.out_features,
                 "config": configs.index(config),
-                "router": owners.setdefault(id(layer.router), own_names[0]),
+                "router": router_owners.setdefault(id(layer.router), layer_names[0]),
             }
         )
     return {"configs": configs, "layers": layers}
 
 
-def model_of(layout: dict[str, Any]) -> nn.Module:
-    """Modules of the names in `layout` with layers over a `MissingBase`, for an adapter's values.
+def build(description: dict[str, Any]) -> nn.Module:
+    """Return a model that has the described layers under their names, each over a `MissingBase`.
 
-    Raises ValueError for layers that are no LoRA without their base or at all, each by name with
-    the reason: whole-FFN experts, routers that are modules of one's own, init="svd_segments".
+    The adapters hold initial values; load the saved ones into them.
+
+    Raises:
+        ValueError: a layer cannot be a plain LoRA without its base: whole-FFN experts, a custom
+            module as router, or init="svd_segments". The message names every such layer.
     """
     model = nn.Module()
     layers: dict[str, MoeLoraLinear] = {}
     problems = []
-    for entry in layout["layers"]:
-        name, options = entry["names"][0], layout["configs"][entry["config"]]
-        if reason := _why_not_alone(entry["type"], options):
+    for entry in description["layers"]:
+        name, options = entry["names"][0], description["configs"][entry["config"]]
+        if reason := _export_problem(entry["type"], options):
             problems.append(f"{name}: {reason}")
             continue
         config = MoeLoraConfig.from_dict({**options, "adapter_dtype": entry["dtype"]})
         base = MissingBase(entry["in_features"], entry["out_features"])
         layer = layers[name] = MoeLoraLinear.from_linear(base, config)
         layer.router = layers.get(entry["router"], layer).router
-        for own in entry["names"]:
-            if not own:
+        for layer_name in entry["names"]:
+            if not layer_name:
                 return layer
-            _add(model, own, layer)
+            _add(model, layer_name, layer)
     if problems:
-        raise ValueError("layers that are no LoRA:\n  " + "\n  ".join(problems))
+        raise ValueError("layers that are not plain LoRA:\n  " + "\n  ".join(problems))
     return model
 
 
-def _why_not_alone(kind: str, options: dict[str, Any] | None) -> str:
+def _export_problem(kind: str, options: dict[str, Any] | None) -> str:
+    """Return why a layer without its base is not a plain LoRA, or "" if it is."""
     if kind != MoeLoraLinear.__name__:
-        return f"a {kind} is no sum of linear experts"
+        return f"the experts of a {kind} are not linear"
     if options is None:
-        return "its router is a module that the file does not hold, and its gate depends on x"
+        return (
+            "its router is a custom module, which the file does not hold, and its gate depends on x"
+        )
     if options.get("init") == "svd_segments":
         return REDUCED_BASE
     return ""
 
 
 def _add(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer at a dotted name, with plain modules on the way there."""
+    """Add a layer under a dotted name, with an empty module for each part before the last dot."""
     *path, child = name.split(".")
     for part in path:
         if part not in model._modules:
             model.add_module(part, nn.Module())
-        model = model._modules[part]
+        model = model.get_submodule(part)
     model.add_module(child, layer)

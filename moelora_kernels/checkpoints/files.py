@@ -1,4 +1,4 @@
-"""Tensors from files, and what keeps them from being copied."""
+"""Read tensors from files, and check that they can be copied into a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 Part = Mapping[str, Tensor] | str | os.PathLike
 State = Part | Sequence[Part]
 
-# The files of a checkpoint's folder, the first of each row that is there.
+# The files of an adapter folder. Of each row, the first that exists is read.
 FILES = (
     ("adapter_model.safetensors", "adapter_model.bin"),
     ("non_lora_trainables.safetensors", "non_lora_trainables.bin"),
@@ -22,27 +22,34 @@ FILES = (
 
 
 def read(state: State) -> Mapping[str, Tensor]:
-    """The tensors of a dictionary, a file, a folder, or several of them, by key."""
+    """Return tensors by key, from a dictionary, a file, a folder, or a list of these.
+
+    Raises:
+        TypeError: `state` is none of these.
+        ValueError: a file cannot be read or holds anything but tensors, a folder has no adapter
+            file, or a key is in more than one part.
+        OSError: a file cannot be opened.
+    """
     if isinstance(state, Mapping):
         return state
     if isinstance(state, Sequence) and not isinstance(state, str):
         tensors: dict[str, Tensor] = {}
         for part in state:
-            own = read(part)
-            if twice := sorted(tensors.keys() & own.keys()):
+            part_tensors = read(part)
+            if twice := sorted(tensors.keys() & part_tensors.keys()):
                 raise ValueError(f"state_dict: {', '.join(twice)}: in more than one part")
-            tensors.update(own)
+            tensors.update(part_tensors)
         return tensors
     if not isinstance(state, (str, os.PathLike)):
         raise TypeError(
-            f"state_dict: expected tensors by key, a path or a list of those, got {type(state)}"
+            f"state_dict: expected tensors by key, a path or a list of these, got {type(state)}"
         )
     path = Path(state)
     if path.is_dir():
-        found = [next((path / n for n in row if (path / n).exists()), None) for row in FILES]
-        if not any(found):
+        existing = [next((path / n for n in row if (path / n).exists()), None) for row in FILES]
+        if not any(existing):
             raise ValueError(f"{path}: no {', '.join(n for row in FILES for n in row)}")
-        return read([file for file in found if file])
+        return read([file for file in existing if file])
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
@@ -50,7 +57,7 @@ def read(state: State) -> Mapping[str, Tensor]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        # Of whatever type: a broken file is read as instructions to the unpickler.
+        # Any type of error: the unpickler reads a broken file as instructions.
         raise ValueError(
             f"{path}: not a readable file of tensors, and pickled code is never run "
             f"({type(error).__name__})"
@@ -61,43 +68,44 @@ def read(state: State) -> Mapping[str, Tensor]:
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file. Raise ValueError if it is not such a file."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
 
 
-def why_no_tensor(key: object, given: object) -> str:
-    """Why something under a key is no dense tensor under a name; empty where it is."""
-    if not isinstance(given, Tensor) or not isinstance(key, str):
-        kinds = f"{type(given).__name__} under {type(key).__name__}"
+def tensor_problem(key: object, value: object) -> str:
+    """Return why an entry of a state dict is not a dense tensor under a string, or "" if it is."""
+    if not isinstance(value, Tensor) or not isinstance(key, str):
+        kinds = f"{type(value).__name__} under {type(key).__name__}"
         return f"{key}: expected a tensor under a name, got {kinds}"
-    if given.layout != torch.strided or given.is_nested:
-        layout = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         return f"{key}: expected a dense tensor, got a {layout} one"
     return ""
 
 
-def why_unfit(key: str, mine: Tensor, given: Tensor) -> list[str]:
-    """What keeps `given` from being copied into `mine`; empty where nothing does."""
+def unfit_problems(key: str, current: Tensor, saved: Tensor) -> list[str]:
+    """Return why `saved` cannot be copied into the model's tensor `current`; [] if it can."""
     problems = []
-    if mine.shape != given.shape:
-        problems.append(f"shape of {key}: expected {[*mine.shape]}, got {[*given.shape]}")
-    # Floats of one byte are codes: the scale that goes with them is not here.
-    is_code = given.itemsize == 1 and given.is_floating_point() and given.dtype != mine.dtype
-    if mine.is_floating_point() != given.is_floating_point() or is_code:
-        problems.append(f"dtype of {key}: expected {mine.dtype}, got {given.dtype}")
-    if mine.is_meta or given.is_meta:
-        where = "model" if mine.is_meta else "adapter"
+    if current.shape != saved.shape:
+        problems.append(f"shape of {key}: expected {[*current.shape]}, got {[*saved.shape]}")
+    # A float of one byte is a quantised value, and the scale that belongs to it is missing.
+    is_code = saved.itemsize == 1 and saved.is_floating_point() and saved.dtype != current.dtype
+    if current.is_floating_point() != saved.is_floating_point() or is_code:
+        problems.append(f"dtype of {key}: expected {current.dtype}, got {saved.dtype}")
+    if current.is_meta or saved.is_meta:
+        where = "model" if current.is_meta else "adapter"
         problems.append(f"{key}: the {where}'s tensor is on the meta device, without values")
     return problems
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes."""
+    """Return whether two tensors have the same shape, dtype and bytes."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
         return False
-    # As bytes: a NaN is equal to itself.
+    # Bytes are compared, so that a NaN is equal to itself.
     return torch.equal(*(t.detach().cpu().reshape(-1).view(torch.uint8) for t in (a, b)))

@@ -1,4 +1,7 @@
-"""The checkpoints of MOELoRA-peft and of MING-MOE: read and written in their own layouts."""
+"""Load and export checkpoints in the key layouts of MOELoRA-peft and of MING-MOE.
+
+`_Layout` lists the keys of one layout for one model. `_match` compares them with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.checkpoints.files import (
-    State,
-    read,
-    same_bits,
-    why_no_tensor,
-    why_unfit,
-)
+from moelora_kernels.checkpoints.files import State, read, same_bits, tensor_problem, unfit_problems
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.tasks import adapter_parameters
 from moelora_kernels.reference import blocks
 
 log = logging.getLogger(__name__)
 
-# What PEFT puts in front of the names of the model's modules.
+# PEFT writes this prefix before the names of the model's modules.
 PREFIX = "base_model.model."
-# PEFT keeps the adapters of a module in a dictionary by name, which save_pretrained leaves out.
+# In a PeftModel's state dict the keys hold the adapter's name; save_pretrained removes it.
 _ADAPTER_NAME = re.compile(
     r"((?:^|\.)lora_(?:A|B|gate|task_embedding))"
     r"\.(?!lora[AB]\.|GateL\.|weight$)([^.]+)\.(?=lora[AB]\.|GateL\.|weight$)"
@@ -37,49 +34,62 @@ _PLAIN_LORA = re.compile(r"\.lora_[AB]\.weight$")
 
 
 class _Layout(NamedTuple):
-    """The keys of a foreign layout for one model, without PREFIX and name of the adapter."""
+    """The keys of an original layout for one model, without PREFIX and without adapter name."""
 
-    # Key -> the block of a parameter that it holds, a view.
-    places: dict[str, Tensor]
-    # Second name -> first name of the same tensor.
+    # Key -> the model's values that it stores: a parameter, or a view of one expert's block.
+    targets: dict[str, Tensor]
+    # Alias -> key. The original stores the same tensor under both.
     aliases: dict[str, str]
-    # Keys of tensors that nothing reads.
-    dead: set[str]
-    # Keys that stand outside of the base model, without PREFIX.
+    # Keys that the original writes and never reads.
+    unread: set[str]
+    # Keys that are exported without PREFIX.
     top: set[str]
 
 
 def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MOELoRA-peft into the layers of `model`.
 
+    First replace the linears; the options are those of the training run:
+
         replace_linears(model, MoeLoraConfig.preset("moelora"), ["query_key_value", "dense", ...])
         load_moelora_peft(model, "path/to/adapter_model.bin")
 
-    Keys, P the name of a linear, e an expert; each may begin with "base_model.model.", and the name
-    of one adapter may follow lora_A, lora_B, lora_task_embedding and lora_gate:
+    Keys (P is the name of a linear, e is an expert, D is task_embedding_dim):
 
         P.lora_A.loraA.{e}.mlp.weight [R/E, I]        P.lora_B.loraB.{e}.mlp.weight [O, R/E]
-        the same without `mlp`                        second names; equal bit by bit, or alone
+        the same without `mlp`                        aliases: one of the two is enough; if both are
+                                                      there, their bits must be equal
         lora_task_embedding.weight [num_tasks + 1, D] lora_gate.GateL.weight [E, D]
         P.lora_task_embedding.weight                  P.lora_gate.GateL.weight
 
-    The last two are the gates of layers with task_gate="per_layer". Beside a gate that layers share
-    they are copies that no forward reads: ignored, with a notice. Layers of preset "lora" take
-    P.lora_A.weight and P.lora_B.weight as stock PEFT writes them. Weights of the frozen model are
-    checked to be those of `model`, bit by bit, and not copied. Scaling, dropout and the order of x
-    (batch_dim=1 for ChatGLM) are no part of a state dict: they are those of the layers' options.
+    The last line is the gate of a layer with task_gate="per_layer". If the layers share one gate,
+    the original writes these keys too and never reads them: they are ignored and logged.
+    A key may begin with "base_model.model.". The name of one adapter may follow lora_A, lora_B,
+    lora_task_embedding and lora_gate. Layers of preset "lora" read P.lora_A.weight and
+    P.lora_B.weight, as PEFT writes them. Weights of the frozen model are not copied; their bits
+    must be equal to those of `model`. A state dict holds no scaling, no dropout and no batch_dim
+    (1 for ChatGLM): the options of the layers decide them.
 
     Args:
-        model: a model whose linears have been replaced, with router="task".
-        state_dict: tensors by key, or a file (.safetensors, or one that torch.load reads as tensors
-            alone), or a folder with adapter_model and non_lora_trainables (.safetensors before
-            .bin), or several of those.
+        model: a model whose linears are replaced by layers with router="task".
+        state_dict: tensors by key; or a file (.safetensors, or one that torch.load reads with
+            weights_only=True); or a folder with adapter_model and non_lora_trainables
+            (.safetensors before .bin); or a list of these.
 
     Raises:
-        ValueError: naming every key that is missing, unexpected, double, different from its second
-            name or from the frozen model, or does not fit in shape or dtype; a file that cannot be
-            read or holds more than tensors; layers that the layout has no place for. The model is
-            then unchanged.
+        ValueError: a key is missing, unexpected or stored twice, has another shape or dtype, or
+            differs from its alias or from the frozen model; a file cannot be read or holds
+            anything but tensors; or the layout cannot store a layer of the model. The message
+            names every key, and the model is unchanged.
+
+    Example:
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+        >>> from moelora_kernels.checkpoints import export_moelora_peft, load_moelora_peft
+        >>> options = MoeLoraConfig.preset("moelora", num_experts=2, rank=4, num_tasks=3)
+        >>> trained, fresh = (nn.Sequential(MoeLoraLinear(8, 8, config=options)) for _ in range(2))
+        >>> load_moelora_peft(fresh, export_moelora_peft(trained))
+        >>> bool((fresh[0].lora_A == trained[0].lora_A).all())
+        True
 
     Source: the layout of github.com/liuqidong07/MOELoRA-peft (arXiv 2310.18339).
     """
@@ -87,14 +97,33 @@ def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
 
 
 def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
-    """The adapters of `model` in the layout that `load_moelora_peft` reads, every tensor its own.
+    """Return the adapters of `model` in the layout that `load_moelora_peft` reads.
 
-    Without `like` the keys are those of the original's adapter_model.bin: with "base_model.model.",
-    without the name of an adapter, with second names, and without the copies that nothing reads.
-    With `like`, a checkpoint of the layout, they are its keys, and what the model does not hold
-    (the copies) is taken from it. Tensors have the model's dtypes.
+    Every tensor is a copy in the model's dtype.
 
-    Raises ValueError for layers that the layout has no place for, and if `like` does not fit.
+    Args:
+        model: as in `load_moelora_peft`.
+        like: None, or a checkpoint of the layout. With None the keys are those of the original's
+            adapter_model.bin: with "base_model.model.", without the name of an adapter, with
+            aliases, and without the keys that the original never reads. With a checkpoint they
+            are its keys, and a tensor that the model does not hold is copied from it.
+
+    Raises:
+        ValueError: the layout cannot store a layer of the model, or `like` does not fit the model.
+
+    Example:
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+        >>> from moelora_kernels.checkpoints import export_moelora_peft
+        >>> options = MoeLoraConfig.preset("moelora", num_experts=1, rank=4, num_tasks=3)
+        >>> model = nn.Sequential(MoeLoraLinear(8, 8, config=options))
+        >>> for key in sorted(export_moelora_peft(model)):
+        ...     print(key)
+        base_model.model.0.lora_A.loraA.0.mlp.weight
+        base_model.model.0.lora_A.loraA.0.weight
+        base_model.model.0.lora_B.loraB.0.mlp.weight
+        base_model.model.0.lora_B.loraB.0.weight
+        lora_gate.GateL.weight
+        lora_task_embedding.weight
     """
     return _export(model, _moelora_peft(model), like)
 
@@ -102,22 +131,34 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
 def load_ming(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MING-MOE into the layers of `model`.
 
+    First replace the linears; the options are those of the training run:
+
         mixture = MoeLoraConfig.preset("ming")
         replace_linears(model, mixture, ["gate_proj", "up_proj", "down_proj"])
         replace_linears(model, MoeLoraConfig.preset("lora"), ["q_proj", "k_proj", ...])
         load_ming(model, "path/to/folder")
 
-    Keys, P the name of a linear, e an expert; each may begin with "base_model.model.":
+    Keys (P is the name of a linear, e is an expert, n is the number of shared experts); a key may
+    begin with "base_model.model.":
 
         P.experts.{e}.lora_A_{e}.weight [r, I]        P.experts.{e}.lora_B_{e}.weight [O, r]
         P.switch.weight [E, I]                        P.switch.bias [E]
         P.share_experts.lora_A.weight [n r, I]        P.share_experts.lora_B.weight [O, n r]
-        P.lora_A.weight, P.lora_B.weight              of layers of preset "lora" (attention)
+        P.lora_A.weight, P.lora_B.weight              layers of preset "lora" (attention)
 
-    share_experts needs shared_expert="always", shared_rank=n r and, as its factor there is that of
-    the other experts, scaling=alpha/r as a number. Attention and mixtures lie in two files: give
-    the folder or both; LoRA keys of a linear that has no layer raise. The rest is as in
-    `load_moelora_peft`.
+    share_experts needs shared_expert="always" and shared_rank=n r. The original scales it like the
+    other experts, so it needs `scaling` as a number too: alpha / r. The original stores attention
+    and mixtures in two files: pass the folder, or a list of both. LoRA keys of a linear that is not
+    replaced raise. Everything else is as in `load_moelora_peft`.
+
+    Example:
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+        >>> from moelora_kernels.checkpoints import export_ming, load_ming
+        >>> options = MoeLoraConfig.preset("ming", num_experts=2, rank=4)
+        >>> trained, fresh = (nn.Sequential(MoeLoraLinear(8, 8, config=options)) for _ in range(2))
+        >>> load_ming(fresh, export_ming(trained))
+        >>> bool((fresh[0].router.weight == trained[0].router.weight).all())
+        True
 
     Source: the layout of github.com/MediaBrain-SJTU/MING (arXiv 2404.09027).
     """
@@ -125,77 +166,102 @@ def load_ming(model: nn.Module, state_dict: State) -> None:
 
 
 def export_ming(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
-    """The adapters of `model` in the layout that `load_ming` reads; see `export_moelora_peft`.
+    """Return the adapters of `model` in the layout that `load_ming` reads.
 
-    The original reads the keys of attention, "P.lora_A.weight" and "P.lora_B.weight", from
-    adapter_model, and all others from non_lora_trainables.bin.
+    The arguments and errors are those of `export_moelora_peft`. The original reads the keys of
+    attention (P.lora_A.weight, P.lora_B.weight) from adapter_model.bin, and all other keys from
+    non_lora_trainables.bin.
+
+    Example:
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+        >>> from moelora_kernels.checkpoints import export_ming
+        >>> options = MoeLoraConfig.preset("ming", num_experts=1, rank=4, top_k=1)
+        >>> for key in export_ming(nn.Sequential(MoeLoraLinear(8, 8, config=options))):
+        ...     print(key)
+        base_model.model.0.experts.0.lora_A_0.weight
+        base_model.model.0.experts.0.lora_B_0.weight
+        base_model.model.0.switch.weight
+        base_model.model.0.switch.bias
     """
     return _export(model, _ming(model), like)
 
 
 def _moelora_peft(model: nn.Module) -> _Layout:
-    places, aliases, dead, top = {}, {}, set(), {}
-    shared = None
+    targets: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    unread: set[str] = set()
+    shared_router: TaskRouter | None = None
+    shared_gate: dict[str, Tensor] = {}
     for prefix, layer in _layers(model, "MOELoRA-peft"):
         if _is_plain_lora(layer):
-            places |= _plain_lora(prefix, layer)
+            targets |= _plain_lora(prefix, layer)
             continue
         _check_layer(prefix, layer, "MOELoRA-peft")
         router = layer.router
         if not isinstance(router, TaskRouter) or layer.config.shared_expert != "none":
             raise ValueError(
-                f"{prefix[:-1]}: MOELoRA-peft has task gates (router='task') and no shared expert"
+                f"{prefix[:-1]}: the layout of MOELoRA-peft needs router='task' and "
+                "shared_expert='none'"
             )
         for e, *pair in _experts(layer):
             for letter, block in zip("AB", pair, strict=True):
                 stem = f"{prefix}lora_{letter}.lora{letter}.{e}"
-                places[f"{stem}.mlp.weight"] = block
+                targets[f"{stem}.mlp.weight"] = block
                 aliases[f"{stem}.weight"] = f"{stem}.mlp.weight"
         gate = {
             "lora_task_embedding.weight": router.embedding.weight.detach(),
             "lora_gate.GateL.weight": router.gate.weight.detach(),
         }
         if not layer.config.shares_gate():
-            places |= {prefix + key: tensor for key, tensor in gate.items()}
+            targets |= {prefix + key: tensor for key, tensor in gate.items()}
             continue
-        if shared not in (None, router):
-            raise ValueError(f"{prefix[:-1]}: MOELoRA-peft has one gate that all layers share")
-        shared, top = router, gate
-        dead |= {prefix + key for key in gate}
-    return _Layout(places | top, aliases, dead - set(top), set(top))
+        if shared_router not in (None, router):
+            raise ValueError(
+                f"{prefix[:-1]}: the layout of MOELoRA-peft has one shared gate, and this layer "
+                "shares another one; use the same router, or task_gate='per_layer'"
+            )
+        shared_router, shared_gate = router, gate
+        unread |= {prefix + key for key in gate}
+    top = set(shared_gate)
+    return _Layout(targets | shared_gate, aliases, unread - top, top)
 
 
 def _ming(model: nn.Module) -> _Layout:
-    places: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     for prefix, layer in _layers(model, "MING"):
         if _is_plain_lora(layer):
-            places |= _plain_lora(prefix, layer)
+            targets |= _plain_lora(prefix, layer)
             continue
         _check_layer(prefix, layer, "MING")
         router, config = layer.router, layer.config
         if not isinstance(router, nn.Linear) or router.bias is None:
-            raise ValueError(f"{prefix[:-1]}: MING has linear routers with router_bias=True")
+            raise ValueError(
+                f"{prefix[:-1]}: the layout of MING needs a linear router with router_bias=True"
+            )
         if config.shared_expert == "complement":
-            raise ValueError(f"{prefix[:-1]}: MING has shared experts of weight 1 ('always')")
+            raise ValueError(
+                f"{prefix[:-1]}: the layout of MING needs shared_expert 'none' or 'always', got "
+                "'complement'"
+            )
         for e, a, b in _experts(layer):
             stem, tail = (
                 (f"{prefix}experts.{e}", f"_{e}")
                 if e < config.num_experts
                 else (f"{prefix}share_experts", "")
             )
-            places[f"{stem}.lora_A{tail}.weight"] = a
-            places[f"{stem}.lora_B{tail}.weight"] = b
-        places[f"{prefix}switch.weight"] = router.weight.detach()
-        places[f"{prefix}switch.bias"] = router.bias.detach()
-    return _Layout(places, {}, set(), set())
+            targets[f"{stem}.lora_A{tail}.weight"] = a
+            targets[f"{stem}.lora_B{tail}.weight"] = b
+        targets[f"{prefix}switch.weight"] = router.weight.detach()
+        targets[f"{prefix}switch.bias"] = router.bias.detach()
+    return _Layout(targets, {}, set(), set())
 
 
 def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]]:
-    """The layers of `model` and what their keys begin with."""
+    """Yield the key prefix ("model.0.") and the layer, for every MoeLoraLinear of `model`."""
     empty = True
     for name, layer in model.named_modules():
         if isinstance(layer, MoeLoraFFN):
-            raise ValueError(f"{name}: {layout} has experts over linears, not over whole FFNs")
+            raise ValueError(f"{name}: the layout of {layout} has no whole-FFN experts")
         if isinstance(layer, MoeLoraLinear):
             empty = False
             yield f"{name}." if name else "", layer
@@ -204,113 +270,126 @@ def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]
 
 
 def _check_layer(prefix: str, layer: MoeLoraLinear, layout: str) -> None:
-    """Raise where neither layout can hold what the layer is."""
+    """Raise ValueError if neither layout can store the experts of a layer."""
     config = layer.config
     if config.share == "A" or len(set(config.ranks()[: config.num_experts])) > 1:
-        raise ValueError(f"{prefix[:-1]}: {layout} has an A for each expert, all of one rank")
+        raise ValueError(
+            f"{prefix[:-1]}: the layout of {layout} needs share='none' and equal ranks"
+        )
     if config.init == "svd_segments":
-        raise ValueError(f"{prefix[:-1]}: {layout} has no reduced base (init='svd_segments')")
+        raise ValueError(f"{prefix[:-1]}: the layout of {layout} has no init='svd_segments'")
 
 
 def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """A [r, I] and B [O, r] of every expert, the shared one last, as views of the parameters."""
+    """Yield e, A [r, I] and B [O, r] of every expert; the shared expert comes last.
+
+    A and B are views of the parameters.
+    """
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
     for e, block in enumerate(blocks(layer.config.ranks())):
         yield e, a[block], b[:, block]
 
 
 def _is_plain_lora(layer: MoeLoraLinear) -> bool:
-    return layer.router is None and layer.config.num_experts == 1 and len(layer._mixture.ranks) == 1
+    """Return whether a layer has one expert and no gate."""
+    return layer.router is None and layer.config.num_experts == 1 and len(layer.mixture.ranks) == 1
 
 
 def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:
+    """Return PEFT's keys of a plain LoRA and the parameters that they store."""
     pair = {"A": layer.lora_A.detach(), "B": layer.lora_B.detach()}
     return {f"{prefix}lora_{letter}.weight": tensor for letter, tensor in pair.items()}
 
 
 def _load(model: nn.Module, layout: _Layout, state_dict: State) -> None:
     state = read(state_dict)
-    used, ignored = _match(model, layout, state)
+    targets, ignored = _match(model, layout, state)
     for reason, keys in ignored.items():
         first = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         log.warning("%d keys not used, %s: %s", len(keys), reason, first)
     with torch.no_grad():
-        for key, block in used.items():
-            block.copy_(state[key])
+        for key, target in targets.items():
+            target.copy_(state[key])
 
 
 def _export(model: nn.Module, layout: _Layout, like: State | None) -> dict[str, Tensor]:
-    """A tensor of its own under every key: safetensors refuses two names of one storage."""
     if like is None:
-        found = layout.places | {name: layout.places[of] for name, of in layout.aliases.items()}
-        found = {k if k in layout.top else PREFIX + k: block for k, block in found.items()}
+        aliased = {alias: layout.targets[key] for alias, key in layout.aliases.items()}
+        named = {**layout.targets, **aliased}
+        tensors = {k if k in layout.top else PREFIX + k: tensor for k, tensor in named.items()}
     else:
         state = read(like)
-        found = {**state, **_match(model, layout, state)[0]}
-    return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in found.items()}
+        tensors = {**state, **_match(model, layout, state)[0]}
+    # Copies: safetensors refuses two names of one storage.
+    return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
 
 
 def _match(
     model: nn.Module, layout: _Layout, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """What each key of `state` is copied into, and the keys that are not copied by the reason.
+    """Return the model's tensor for each key of `state`, and the ignored keys by reason.
 
-    Raises ValueError that names every key in the way.
+    Raises ValueError that names every key that does not fit.
     """
-    problems: list[str] = []
-    names: dict[str, str] = {}
-    adapters: dict[str, str] = {}
-    for given, tensor in state.items():
-        if problem := why_no_tensor(given, tensor):
-            problems.append(problem)
-            continue
-        key = given.removeprefix(PREFIX)
-        if found := _ADAPTER_NAME.search(key):
-            adapters.setdefault(found[2], given)
-            key = _ADAPTER_NAME.sub(r"\1.", key)
-        if key in names:
-            problems.append(f"double: {given} is {names[key]}")
-        names[key] = given
-    if len(adapters) > 1:
-        problems.append(f"several adapters, expected one: {', '.join(adapters.values())}")
-
-    used: dict[str, Tensor] = {}
-    both = {of: name for name, of in layout.aliases.items()}
-    for key, block in layout.places.items():
-        given = [names.pop(name) for name in (key, both.get(key)) if name in names]
-        if not given:
+    saved_keys, problems = _strip_keys(state)
+    targets: dict[str, Tensor] = {}
+    alias_of = {key: alias for alias, key in layout.aliases.items()}
+    for key, target in layout.targets.items():
+        names = [saved_keys.pop(name) for name in (key, alias_of.get(key)) if name in saved_keys]
+        if not names:
             problems.append(f"missing: {key}")
-        for name in given:
-            used[name] = block
-            problems += why_unfit(name, block, state[name])
-            if not same_bits(state[name], state[given[0]]):
-                problems.append(f"{name}: differs from {given[0]}, its other name")
+        for name in names:
+            targets[name] = target
+            problems += unfit_problems(name, target, state[name])
+            if not same_bits(state[name], state[names[0]]):
+                problems.append(f"{name}: differs from its alias {names[0]}")
 
-    own = {id(p) for p in adapter_parameters(model)}
+    adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
     frozen = {
-        k.replace("base_layer.", ""): t
-        for k, t in model.state_dict(keep_vars=True).items()
-        if id(t) not in own
+        key.replace("base_layer.", ""): tensor
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) not in adapter_ids
     }
     ignored: dict[str, list[str]] = {}
-    for key, given in names.items():
-        if key in layout.dead:
-            reason = "copies of the shared gate that no forward reads"
+    for key, saved_key in saved_keys.items():
+        if key in layout.unread:
+            ignored.setdefault("copies of the shared gate that no forward reads", []).append(
+                saved_key
+            )
         elif key not in frozen:
             hint = ""
             if _PLAIN_LORA.search(key):
-                hint = " (plain LoRA: put MoeLoraConfig.preset('lora', ...) over that linear)"
-            problems.append(f"unexpected: {given}{hint}")
-            continue
-        elif not same_bits(state[given], frozen[key]):
-            problems.append(f"{given}: a frozen weight, and not that of the model")
-            continue
+                hint = " (a plain LoRA: replace that linear with MoeLoraConfig.preset('lora', ...))"
+            problems.append(f"unexpected: {saved_key}{hint}")
+        elif not same_bits(state[saved_key], frozen[key]):
+            problems.append(f"{saved_key}: a frozen weight that differs from the model's")
         else:
-            reason = "frozen weights that are those of the model"
-        ignored.setdefault(reason, []).append(given)
+            ignored.setdefault("frozen weights that equal the model's", []).append(saved_key)
     for name, layer in model.named_modules():
         if isinstance(layer, MoeLoraLinear) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     if problems:
         raise ValueError("checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-    return used, ignored
+    return targets, ignored
+
+
+def _strip_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Return key without PREFIX and adapter name -> key in `state`, and the problems found."""
+    saved_keys: dict[str, str] = {}
+    problems: list[str] = []
+    # Name of an adapter -> a key that has it.
+    adapters: dict[str, str] = {}
+    for saved_key, tensor in state.items():
+        if problem := tensor_problem(saved_key, tensor):
+            problems.append(problem)
+            continue
+        key = saved_key.removeprefix(PREFIX)
+        if match := _ADAPTER_NAME.search(key):
+            adapters.setdefault(match[2], saved_key)
+            key = _ADAPTER_NAME.sub(r"\1.", key)
+        if key in saved_keys:
+            problems.append(f"stored twice: {saved_key} and {saved_keys[key]}")
+        saved_keys[key] = saved_key
+    if len(adapters) > 1:
+        problems.append(f"several adapters, expected one: {', '.join(adapters.values())}")
+    return saved_keys, problems

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.presets import OF_FFNS
+from moelora_kernels.presets import FFN_PRESETS
 
 # What an option is before `preset` and the defaults of MoeLoraConfig settle it; None is a value.
 _UNSET = object()
@@ -74,7 +74,7 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        if self.preset in OF_FFNS:
+        if self.preset in FFN_PRESETS:
             raise ValueError(
                 f"preset: the experts of {self.preset!r} are whole FFNs, which replace_ffns puts "
                 "into a model; this adapts single linears"

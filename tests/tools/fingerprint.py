@@ -26,7 +26,7 @@ from moelora_kernels import (
     set_prototypes,
     set_tasks,
 )
-from moelora_kernels.presets import OF_FFNS, PRESETS
+from moelora_kernels.presets import FFN_PRESETS, PRESETS
 
 I, O, F, BATCH, STEPS = 96, 80, 64, 4, 37  # noqa: E741
 IMPLS = ("auto", "wide", "grouped", "reference")
@@ -104,7 +104,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     for preset in sorted(PRESETS):
         kinds = ["linear", "group"]
-        if preset in OF_FFNS:
+        if preset in FFN_PRESETS:
             kinds = ["ffn"]
         elif PRESETS[preset].get("rank_activation"):
             kinds = ["adapter"]

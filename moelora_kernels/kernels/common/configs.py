@@ -3,7 +3,7 @@
 A launcher looks its entry up by shape; nothing is timed at run time. An entry is qualified by the
 `gpu` tests (float64 comparison, NaN scan, 50 bitwise repeats) on the hardware that it names. An
 entry without a name is only compiled ahead of time for its architecture: it does not spill, fits
-into shared memory and loads wide vectors (`python benchmarks/ahead_of_time.py`).
+into shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""Print the options and their rules as Markdown, from the tables in `config_rules`.
+
+python -m moelora_kernels.options_page            # print
+python -m moelora_kernels.options_page --write    # and write into METHODS.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moelora_kernels import config_rules as rules
+from moelora_kernels import dispatch
+from moelora_kernels.config import MoeLoraConfig
+
+PAGE = Path(__file__).with_name("METHODS.md")
+START, END = "<!-- options -->", "<!-- end of options -->"
+
+# The values of options that are neither a choice nor a number.
+OTHER_VALUES = {
+    "scaling": '`"alpha/r"`, `"alpha/R"`, `"alpha/sqrt(r)"`, `"sqrt(3*alpha*I/r)"`, a finite '
+    "number, or one per expert",
+    "router_bias": "`True`, `False`",
+    "aux": "names, or weights by name: " + ", ".join(f'`"{n}"`' for n in rules.AUX_WEIGHTS),
+    "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES if not dispatch.IMPLS.get(impl)),
+}
+# What an option can be besides the values in the tables.
+EXTRA_VALUES = {"router": ", or an `nn.Module`", "rank": ", or a list of num_experts of them"}
+
+
+def options_markdown() -> str:
+    """Return three tables: the values of all options, needed options, and conflicts."""
+    values = [
+        (f"`{field.name}`", _values(field.name), f"`{_code(field.default)}`")
+        for field in dataclasses.fields(MoeLoraConfig)
+    ]
+    works_only_with = [
+        (f"`{option}`", _setting(other, allowed), _needed_for(option))
+        for option, (other, allowed) in rules.GOES_WITH.items()
+    ]
+    works_only_with += [
+        (f"`{option}`", "", _needed_for(option))
+        for option in dict.fromkeys(rules.NEEDS.values())
+        if option not in rules.GOES_WITH
+    ]
+    conflicts = []
+    for when, reason in rules.CONFLICTS:
+        first, *others = (_setting(option, expected) for option, expected in when.items())
+        conflicts.append((first, " and ".join(others), reason))
+    return "\n".join(
+        [
+            "### Values",
+            "",
+            *_table(("option", "values", "default"), values),
+            "",
+            "### Options that need another option",
+            "",
+            *_table(("option", "can be set only with", "must be set with"), works_only_with),
+            "",
+            "### Options that cannot be combined",
+            "",
+            *_table(("option", "cannot be combined with", "because"), conflicts),
+        ]
+    )
+
+
+def fill_page(page: str) -> str:
+    """Return the page with the text between the two markers replaced by the tables."""
+    pattern = rf"(?<={START}\n).*?(?={END})"
+    return re.sub(pattern, lambda _: options_markdown() + "\n", page, flags=re.DOTALL)
+
+
+def _values(option: str) -> str:
+    if option in OTHER_VALUES:
+        return OTHER_VALUES[option]
+    if option in rules.VALUES:
+        text = ", ".join(f"`{_code(value)}`" for value in rules.VALUES[option])
+    else:
+        text = rules.NUMBERS[option].text
+        if option in rules.AT_MOST_NUM_EXPERTS:
+            text += " to num_experts"
+    return text + EXTRA_VALUES.get(option, "")
+
+
+def _needed_for(option: str) -> str:
+    conditions = [where for where, needed in rules.NEEDS.items() if needed == option]
+    if not conditions:
+        return ""
+    return _setting(conditions[0][0], tuple(value for _, value in conditions))
+
+
+def _setting(option: str, expected: Any) -> str:
+    """Return an option with the value or values that a rule expects, as Markdown."""
+    if isinstance(expected, rules.Where):
+        return f"`{option}` {expected.text}"
+    if isinstance(expected, rules.Other):
+        if expected.value in (None, ()) and option != "router":
+            return f"any `{option}`"
+        return f"`{option}` other than `{_code(expected.value)}`"
+    first, *others = expected if isinstance(expected, tuple) else (expected,)
+    return " or ".join([f"`{option}={_code(first)}`", *(f"`{_code(other)}`" for other in others)])
+
+
+def _code(value: Any) -> str:
+    """Return a value as Python code, with the quotes that the page uses."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    lines = [list(head), *(list(row) for row in rows)]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [text[0], "|" + "---|" * len(lines[0]), *text[1:]]
+
+
+if __name__ == "__main__":
+    print(options_markdown())
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,261 @@
+"""The Function of whole-FFN experts: its gradients, what it saves, and what would break it."""
+
+import pytest
+import torch
+from torch import nn
+
+from moelora_kernels import ops
+from moelora_kernels.autograd import ffn as autograd_ffn
+from moelora_kernels.autograd.ffn import RouterLogits
+from moelora_kernels.autograd.ffn import _ffn_experts as ffn_experts
+from moelora_kernels.autograd.ffn import _FlatFfn as FfnMixture
+from moelora_kernels.nn import ffn as nn_ffn
+from moelora_kernels.testing import draw_experts
+from moelora_kernels.types import FfnTensors
+from support.compare import assert_same, training_step
+from support.ffns import HIDDEN, INNER, check, inputs, make_ffn
+
+RANKS, SCALING = (1, 3, 2), (0.5, 2.0, 1.0)
+# Out of range on both sides, the first id past the end, and an expert in two slots of a token.
+ADVERSARIAL = [[0, 2], [-1, 1], [1, 3], [2, 2], [-7, 2**31 - 1], [1, 0]]
+
+
+def draw(tokens, slots):
+    """x, gate, up, weights and adapters of three experts in float64."""
+    total = sum(RANKS)
+    shapes = [(tokens, HIDDEN), (tokens, INNER), (tokens, INNER), (tokens, slots)]
+    shapes += [(total, HIDDEN), (INNER, total)] * 2 + [(total, INNER), (HIDDEN, total)]
+    x, gate, up, weights, *adapters = [torch.randn(*s, dtype=torch.float64) for s in shapes]
+    return [x, gate, up, weights.abs(), *adapters]
+
+
+def run(plan, indices, tensors, impl="grouped", activation=nn.functional.silu):
+    x, gate, up, weights, *adapters = tensors
+    seeds = [torch.tensor([s]) for s in (5, 7)] if plan.dropout else [None, None]
+    adapters = FfnTensors(*adapters)
+    return ffn_experts(plan, activation, x, gate, up, weights, indices, adapters, *seeds, impl)
+
+
+PLANS = {
+    "plain": FfnMixture(RANKS, SCALING),
+    "recompute": FfnMixture(RANKS, SCALING, recompute=True),
+    "dropout": FfnMixture(RANKS, SCALING, dropout=0.3),
+    "per_expert": FfnMixture(RANKS, SCALING, True, 0.3, True),
+}
+
+
+# --- the Function -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", (nn.functional.silu, nn.GELU("tanh")), ids=("silu", "gelu"))
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradcheck(plan, activation):
+    """Every input by numbers: x, the frozen products, the weights, six adapters."""
+    tensors = [t.requires_grad_() for t in draw(len(ADVERSARIAL), 2)]
+    indices = torch.tensor(ADVERSARIAL)
+
+    def experts(*tensors):
+        return run(PLANS[plan], indices, tensors, activation=activation)
+
+    assert torch.autograd.gradcheck(experts, tensors, fast_mode=plan != "plain")
+
+
+def test_gradcheck_of_the_router():
+    tensors = [torch.randn(*s, dtype=torch.float64) for s in ((5, 4), (3, 4), (3,))]
+    assert torch.autograd.gradcheck(RouterLogits.apply, [t.requires_grad_() for t in tensors])
+
+
+ROUTINGS = ("uniform", "zipf", "one", "empty", "adversarial", "nothing")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_function_is_the_reference(routing, plan):
+    """More pairs than a tile holds; an expert without tokens has gradients of exactly zero."""
+    if routing == "adversarial":
+        indices = torch.tensor(ADVERSARIAL * 12)
+    elif routing == "nothing":
+        indices = torch.full((70, 2), -1)
+    else:
+        indices = draw_experts(routing, 70, 3, 2, torch.Generator().manual_seed(1))
+    tensors = [t.requires_grad_() for t in draw(indices.shape[0], 2)]
+    results = []
+    for impl in ("grouped", "reference"):
+        outputs = run(PLANS[plan], indices, tensors, impl)
+        dy = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, tensors, dy)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    if routing == "nothing":
+        assert not any(t.any() for t in results[0])
+    if routing == "empty":
+        gate_a, gate_b = results[0][6:8]
+        assert gate_a[:4].any()
+        assert not gate_a[4:].any()
+        assert not gate_b[:, 4:].any()
+
+
+@pytest.mark.parametrize("trains", ("x", "gate", "weights", "gate_b", "up_a", "down_a"))
+def test_only_what_is_asked_for(trains):
+    """One input that trains and all others frozen: its gradient is what it is among all."""
+    names = ["x", "gate", "up", "weights", *FfnTensors._fields]
+    tensors, indices = draw(6, 2), torch.tensor(ADVERSARIAL)
+    everything = [t.clone().requires_grad_() for t in tensors]
+    own = names.index(trains)
+    tensors[own].requires_grad_()
+    for output in (0, 1, None):
+        grads = []
+        for given in (everything, tensors):
+            outputs = run(PLANS["plain"], indices, given)
+            y = sum(o.sum() for o in outputs) if output is None else outputs[output].sum()
+            # An output that nothing came back for is a gradient of zeros.
+            grads.append(torch.autograd.grad(y, given[own])[0])
+        assert torch.equal(*grads)
+
+
+def test_the_ops_get_rows_that_lie_dense(monkeypatch):
+    """dy of a sum or a transpose is a view with strides that no kernel should have to take."""
+    layer, (x, dy) = make_ffn(), inputs(4)
+    original, strides = ops.grouped_shrink_backward, []
+
+    def watched(dy, *args):
+        strides.extend(g.stride() for g in dy)
+        return original(dy, *args)
+
+    monkeypatch.setattr(ops, "grouped_shrink_backward", watched)
+    for given in (dy[:1].expand(4, HIDDEN), dy.t().contiguous().t()):
+        assert_same(training_step(layer, x, given), training_step(layer, x, given.contiguous()))
+    assert set(strides) == {(HIDDEN, 1), (INNER, 1)}
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def saved_bytes(layer, tokens):
+    """Bytes of the storages saved for backward that are neither x nor parameters."""
+    x = inputs(tokens)[0].requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def test_memory_grows_with_k_and_not_with_e():
+    """Two [T K, F] for the activation and little else; with recompute two [T, F]."""
+    tokens, options = 128, dict(rank=1, bias=False)
+    of_experts = {e: saved_bytes(make_ffn(num_experts=e, **options), tokens) for e in (4, 16)}
+    # The logits are what grows with E.
+    assert of_experts[16] - of_experts[4] <= 3 * tokens * 12 * 8
+    wide = tokens * INNER * 8
+    of_slots = {k: saved_bytes(make_ffn(top_k=k, **options), tokens) for k in (1, 2, 3)}
+    for more, fewer in ((2, 1), (3, 2)):
+        assert 2 * wide <= of_slots[more] - of_slots[fewer] < 3 * wide
+    recomputed = {
+        k: saved_bytes(make_ffn(top_k=k, recompute=True, **options), tokens) for k in (1, 2, 3)
+    }
+    assert recomputed[3] - recomputed[2] < wide
+    assert recomputed[3] < of_slots[3] - 3 * wide
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_recompute_changes_no_bit(dtype, dropout):
+    options = dict(dropout=dropout, dropout_mask="per_expert")
+    layer, recomputing = (make_ffn(dtype, recompute=r, **options) for r in (False, True))
+    x, dy = inputs(5, 4, dtype=dtype)
+    assert_same(training_step(recomputing, x, dy), training_step(layer, x, dy))
+
+
+@pytest.mark.parametrize("options", ({}, dict(top_k=4), dict(top_k=None)), ids=str)
+def test_three_frozen_products(options):
+    """Each linear is called once, on T rows, whatever K is; in evaluation as well."""
+    layer = make_ffn(**options)
+    calls = []
+    for name in ("gate", "up", "down"):
+        linear = getattr(layer, f"{name}_proj")
+        linear.register_forward_hook(lambda m, args, y, n=name: calls.append((n, *args[0].shape)))
+    layer(inputs(2, 3)[0])
+    expected = [("gate", 2, 3, HIDDEN), ("up", 2, 3, HIDDEN), ("down", 2, 3, INNER)]
+    assert calls == expected
+    with torch.no_grad():
+        layer.eval()(inputs(2, 3)[0])
+    assert calls == 2 * expected
+
+
+# --- would the tests notice ---------------------------------------------------------------------
+
+
+def forget_last_slot(monkeypatch, layer):
+    whole = autograd_ffn._weighted_sum
+
+    def without(rows, weights):
+        kept = weights.clone()
+        kept[:, -1] = 0
+        return whole(rows, kept)
+
+    monkeypatch.setattr(autograd_ffn, "_weighted_sum", without)
+
+
+def swap_gate_and_up(monkeypatch, layer):
+    own = layer.ffn_tensors()
+    swapped = FfnTensors(own.up_a, own.up_b, own.gate_a, own.gate_b, own.down_a, own.down_b)
+    monkeypatch.setattr(layer, "ffn_tensors", lambda: swapped)
+
+
+def drop_the_bias_correction(monkeypatch, layer):
+    monkeypatch.setattr(nn_ffn, "_bias_correction", lambda down, weights: None)
+
+
+def wrong_result(op, position):
+    """An op one of whose results is off by one percent."""
+
+    def break_it(monkeypatch, layer):
+        original = getattr(ops, op)
+
+        def broken(*args):
+            results = original(*args)
+            if isinstance(results, torch.Tensor):
+                return results * 1.01
+            results = list(results)
+            one = results[position]
+            results[position] = [1.01 * one[0]] if isinstance(one, list) else 1.01 * one
+            return results
+
+        monkeypatch.setattr(ops, op, broken)
+
+    break_it.__name__ = f"{op}[{position}]"
+    return break_it
+
+
+BROKEN = [
+    forget_last_slot,
+    swap_gate_and_up,
+    drop_the_bias_correction,
+    wrong_result("grouped_shrink", 0),
+    wrong_result("grouped_shrink", 1),
+    wrong_result("grouped_expand", 0),
+    wrong_result("grouped_shrink_backward", 0),
+    wrong_result("grouped_shrink_backward", 1),
+    wrong_result("grouped_shrink_backward", 2),
+    wrong_result("grouped_weight_grad", 0),
+    wrong_result("grouped_weight_grad", 1),
+    wrong_result("router_logits", 0),
+    wrong_result("router_grad", 0),
+]
+
+
+@pytest.mark.parametrize("break_it", BROKEN, ids=lambda b: b.__name__)
+def test_a_broken_layer_does_not_pass(break_it, monkeypatch):
+    layer, (x, dy) = make_ffn(normalize="none"), inputs(3, 4)
+    check(layer, x, dy)
+    break_it(monkeypatch, layer)
+    with pytest.raises(AssertionError):
+        check(layer, x, dy)

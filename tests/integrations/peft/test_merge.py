@@ -1,0 +1,227 @@
+"""merge_adapter, merge_and_unload: one task becomes part of the weight, and comes out again."""
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+from moelora_kernels import MoeLoraLinear, set_tasks  # noqa: E402
+from moelora_kernels.peft import MoeLoraPeftConfig, MoeLoraTunerLinear  # noqa: E402
+from support.linears import PackedLinear  # noqa: E402
+from support.peft_models import (  # noqa: E402
+    EXTERNAL,
+    LORA,
+    MING,
+    TASKS,
+    delta_of_token,
+    inputs,
+    llama,
+    net,
+    randomise,
+)
+
+TARGETS = ["up", "down"]
+
+
+def adapted(options=TASKS, base=None, **adapters):
+    """An adapter "default" of `options`, and others by name."""
+    config = MoeLoraPeftConfig(**{"target_modules": TARGETS, **options})
+    model = peft.get_peft_model(net() if base is None else base, config)
+    for name, other in adapters.items():
+        model.add_adapter(name, MoeLoraPeftConfig(**{"target_modules": TARGETS, **other}))
+    return randomise(model).eval()
+
+
+def bits(model):
+    """The weights of the bases."""
+    layers = [m for m in model.modules() if isinstance(m, MoeLoraTunerLinear)]
+    return [m.base_layer.weight.detach().clone() for m in layers]
+
+
+def assert_bits(found, expected):
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("task", (1, 2, 3, 4))
+def test_every_task_merged_is_the_task_unmerged(task):
+    model, x = adapted(), inputs()
+    before, keys = bits(model), set(model.state_dict())
+    set_tasks(model, [task])
+    y = model(x)
+    model.merge_adapter()
+    assert not torch.equal(bits(model)[0], before[0])
+    assert set(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    model.unmerge_adapter()
+    assert_bits(bits(model), before)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+def test_the_merged_weight_is_the_sum_rounded_once(dtype):
+    """Against the formula in float64: W + sum_e scale gate_e B_e A_e, task by task, and undone."""
+    model = adapted(TASKS, net(dtype))
+    layer = model.base_model.model.layers[1].down
+    experts, base = layer.moelora_experts["default"], layer.base_layer.weight
+    before = base.detach().clone()
+    for task in (2, 4, 2):
+        set_tasks(model, [task, task])
+        with torch.no_grad():
+            logits = experts.router.gate.weight @ experts.router.embedding.weight[task]
+            gates = torch.softmax(logits, dim=0).double()
+            delta = torch.stack(
+                [
+                    delta_of_token(
+                        unit, experts.lora_A.double(), experts.lora_B.double(), gates, 32 / 6, 2
+                    )
+                    for unit in torch.eye(10, dtype=torch.float64)
+                ],
+                dim=1,
+            )
+        model.merge_adapter(["default"])
+        exact = before.double() + delta
+        # Half a unit in the last place, and the gate's own rounding in float32.
+        unit = torch.finfo(dtype).eps * exact.abs() / 2 + 1e-5 * delta.abs()
+        assert ((base.double() - exact).abs() <= unit).all()
+        model.unmerge_adapter()
+        assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("options", (TASKS, LORA, EXTERNAL), ids=("tasks", "lora", "external"))
+@pytest.mark.parametrize("safe_merge", (False, True))
+def test_merge_and_unload(options, safe_merge):
+    model, x = adapted(options), inputs()
+    if options is TASKS:
+        set_tasks(model, [2, 2])
+    elif options is EXTERNAL:
+        set_tasks(model, torch.tensor([[0.5, 0.0, -2.0]], dtype=torch.float64))
+    y = model(x)
+    plain = model.merge_and_unload(safe_merge=safe_merge)
+    torch.testing.assert_close(plain(x), y, rtol=1e-6, atol=1e-6)
+    assert set(plain.state_dict()) == set(net().state_dict())
+    kinds = {type(m) for m in plain.modules()}
+    assert nn.Linear in kinds
+    assert not kinds & {MoeLoraTunerLinear, MoeLoraLinear}
+    # The plain model takes another adapter.
+    again = peft.get_peft_model(plain, MoeLoraPeftConfig(target_modules=TARGETS, **MING)).eval()
+    torch.testing.assert_close(again(x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_several_adapters_at_once_and_one_after_another():
+    x = inputs()
+    model = adapted(TASKS, other=LORA)
+    model.base_model.set_adapter(["default", "other"])
+    set_tasks(model, [3])
+    y, before = model(x), bits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    model.unmerge_adapter()
+    assert_bits(bits(model), before)
+    model.merge_adapter(["other"])
+    with pytest.warns(UserWarning, match="additionally merging default"):
+        model.merge_adapter(["default"])
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    with pytest.warns(UserWarning, match="nothing to do"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    model.unmerge_adapter()
+    assert_bits(bits(model), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_only_the_named_adapter_is_merged():
+    model, x = adapted(TASKS, other=LORA), inputs()
+    model.set_adapter("other")
+    y = model(x)
+    model.set_adapter("default")
+    plain = model.merge_and_unload(adapter_names=["other"])
+    torch.testing.assert_close(plain(x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_disabling_a_merged_adapter_takes_it_out():
+    model, x = adapted(LORA), inputs()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), net()(x))
+
+
+def test_training_goes_on_after_a_merge():
+    model, x = adapted(LORA), inputs()
+    model.merge_adapter()
+    assert not model(x).requires_grad
+    model.unmerge_adapter()
+    model(x).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+# --- what cannot be merged: a reason, and nothing changed ---------------------------------------
+
+
+def refused(model, error, match, **options):
+    before = bits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(error, match=match):
+            merge(**options)
+        assert_bits(bits(model), before)
+        assert not any(m.merged for m in model.modules() if isinstance(m, MoeLoraTunerLinear))
+
+
+def test_gates_that_read_x():
+    refused(adapted(MING), RuntimeError, r"'default' cannot be merged: its gate depends on x")
+    # The first layers could be merged; those of the second adapter come later.
+    model = adapted(dict(TASKS, target_modules=["up"]), other=dict(MING, target_modules=["down"]))
+    set_tasks(model, [1])
+    model.base_model.set_adapter(["default", "other"])
+    refused(model, RuntimeError, r"'other' cannot be merged")
+
+
+def test_no_task_and_several_tasks():
+    refused(adapted(TASKS), RuntimeError, "set_tasks")
+    refused(adapted(EXTERNAL), RuntimeError, "set_tasks")
+    model = adapted(TASKS)
+    set_tasks(model, [1, 2])
+    refused(model, RuntimeError, "one task")
+    model = adapted(EXTERNAL)
+    set_tasks(model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64))
+    refused(model, RuntimeError, "one task")
+
+
+def test_unknown_adapters():
+    refused(adapted(LORA), ValueError, "nobody", adapter_names=["nobody"])
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_safe_merge_refuses_what_is_not_finite(bad):
+    model = adapted(LORA)
+    with torch.no_grad():
+        model.base_model.model.layers[0].up.moelora_experts["default"].lora_B[0, 0] = bad
+    refused(model, ValueError, "not finite", safe_merge=True)
+
+
+def test_a_base_without_a_dense_weight():
+    base = net(torch.float32)
+    base.layers[1].up = PackedLinear(base.layers[1].up)
+    refused(adapted(LORA, base), RuntimeError, "dense float weight")
+
+
+def test_tasks_cannot_change_under_a_merged_weight():
+    """They would be ignored: the weight holds another task."""
+    model = adapted()
+    set_tasks(model, [1])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="task"):
+        set_tasks(model, [2])
+    model.unmerge_adapter()
+    set_tasks(model, [2])
+
+
+def test_tied_weights_are_named():
+    """PEFT's warning: the embedding that shares the weight changes with the head."""
+    base = llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = adapted(dict(LORA, target_modules=["lm_head"]), base)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model.merge_and_unload()
+    assert base.lm_head.weight is base.model.embed_tokens.weight

@@ -1,0 +1,114 @@
+"""A Hugging Face Qwen2 under the presets: starts as its base, generates, trains."""
+
+import copy
+
+import pytest
+import torch
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    adapter_parameters,
+    collect_aux_loss,
+    replace_linears,
+    set_tasks,
+)
+from support.linears import randomise
+from support.models import language_model
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
+    return language_model(attn_implementation="eager")
+
+
+def adapted(qwen, config):
+    model = copy.deepcopy(qwen)
+    model.requires_grad_(False)
+    assert len(replace_linears(model, config, PROJECTIONS)) == 14
+    return model
+
+
+def configs():
+    return {
+        "ming": MoeLoraConfig.preset("ming", num_experts=4, rank=2, aux={"load_balance": 0.01}),
+        "moelora": MoeLoraConfig.preset(
+            "moelora", num_experts=4, num_tasks=3, task_embedding_dim=5
+        ),
+    }
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [3, 4, 5, 3, 4]])
+ATTENTION = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_starts_as_its_base(qwen, name):
+    model = adapted(qwen, configs()[name])
+    if name == "moelora":
+        set_tasks(model, [1, 2, 3])
+    with torch.no_grad():
+        found = model(IDS, attention_mask=ATTENTION).logits
+        expected = qwen(IDS, attention_mask=ATTENTION).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_generates_a_batch_with_a_cache(qwen, name):
+    """Batched decoding (N = 1, batch > 1), where MING asserts: the tokens of one by one."""
+    model = randomise(adapted(qwen, configs()[name])).eval()
+    options = dict(max_new_tokens=4, do_sample=False)
+
+    def generate(rows, **extra):
+        if name == "moelora":
+            set_tasks(model, [row + 1 for row in rows])
+        return model.generate(IDS[rows], attention_mask=ATTENTION[rows], **options, **extra)[
+            :, IDS.shape[1] :
+        ]
+
+    together = generate([0, 1, 2])
+    assert together.shape == (3, 4)
+    assert torch.equal(generate([0, 1, 2], use_cache=False), together)
+    for row in range(3):
+        assert torch.equal(generate([row])[0], together[row]), row
+    plain = qwen.generate(IDS, attention_mask=ATTENTION, **options)[:, IDS.shape[1] :]
+    assert not torch.equal(plain, together)
+
+
+def train(qwen, name, recompute):
+    """The losses of three steps of Adam, and the gradients of the last."""
+    torch.manual_seed(3)
+    model = adapted(qwen, configs()[name]).train()
+    parameters = adapter_parameters(model)
+    assert {id(q) for q in model.parameters() if q.requires_grad} == {id(q) for q in parameters}
+    if name == "moelora":
+        set_tasks(model, [1, 2, 3])
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    labels = IDS.masked_fill(ATTENTION == 0, -100)
+    losses = []
+    for _ in range(3):
+        loss = model(IDS, attention_mask=ATTENTION, labels=labels, use_cache=False).loss
+        aux = collect_aux_loss(model, ATTENTION.bool())
+        assert (aux > 0) == (name == "ming")
+        optimizer.zero_grad()
+        (loss + aux).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [q.grad for q in parameters]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ("ming", "moelora"))
+def test_qwen_trains(qwen, name):
+    """Every adapter parameter and nothing else; the same bits with recomputed activations."""
+    losses, grads = train(qwen, name, False)
+    again, recomputed = train(qwen, name, True)
+    assert losses == again
+    for a, b in zip(grads, recomputed, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
+    assert losses[-1] < losses[0]

@@ -1,0 +1,141 @@
+"""The expert load in a trainer's logs: by its definition, seen by all, counted once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+for name in ("transformers", "datasets", "accelerate"):
+    pytest.importorskip(name)
+
+from transformers import TrainerCallback  # noqa: E402
+
+from moelora_kernels import collect_aux_loss, record_routing, set_tasks  # noqa: E402
+from moelora_kernels.nn.routing_record import RoutingRecord  # noqa: E402
+from moelora_kernels.trainer import attach, expert_weights  # noqa: E402
+from support.trainers import EXPERTS, batches_of, make_model, make_samples, make_trainer, tasks_of  # noqa: E402
+
+
+def gates_of(layer) -> torch.Tensor:
+    """The gates [rows, E] of a layer's record, slot by slot."""
+    record = layer.record
+    if record.indices is None:
+        return record.weights[:, :EXPERTS].float()
+    gates = torch.zeros(len(record.weights), EXPERTS)
+    for row, (weights, indices) in enumerate(zip(record.weights, record.indices, strict=True)):
+        for weight, expert in zip(weights.tolist(), indices.tolist(), strict=True):
+            if expert < EXPERTS:
+                gates[row, expert] += weight
+    return gates
+
+
+def shares_of(model, batches) -> dict[str, list[float]]:
+    """The expert load by its definition, token by token."""
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "record")}
+    totals = {name: [0.0] * EXPERTS for name in layers}
+    for batch in batches:
+        if any(layer.config.router == "task" for layer in layers.values()):
+            set_tasks(model, tasks_of(batch))
+        with record_routing(model), torch.no_grad():
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+            for name, layer in layers.items():
+                gates = gates_of(layer)
+                length = batch["input_ids"].shape[1]
+                for b, row in enumerate(batch["attention_mask"].tolist()):
+                    for s, counts in enumerate(row):
+                        gate = gates[b * length + s if len(gates) > len(row) else b]
+                        for e in range(EXPERTS):
+                            totals[name][e] += counts * gate[e].item()
+    return {name: [t / sum(total) for t in total] for name, total in totals.items()}
+
+
+class Watch(TrainerCallback):
+    """A callback of the user's, such as one that reports to a service."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora", "mocle"))
+def test_logs_the_expert_load(preset, tmp_path):
+    """Of all steps since the last log, without padding; a model at rest shows it by itself."""
+    options = dict(shared_expert="complement", normalize="none") if preset == "mixlora" else {}
+    if preset == "mocle":
+        options = dict(num_tasks=5, aux=(), noise=0.0)
+    model, watch = make_model(preset, **options), Watch()
+    still = dict(learning_rate=0.0, logging_steps=2)
+    trainer = make_trainer(model, tmp_path, make_samples(8), False, [watch], **still)
+    callback = attach(trainer)
+    trainer.train()
+    batches = batches_of(trainer)
+    expected = shares_of(model, batches[2:])
+    assert callback.load.keys() == expected.keys()
+    assert len(expected) == (2 if preset == "mixlora" else 4)
+    for name, shares in expected.items():
+        # Sums of float32 of a few dozen tokens.
+        assert callback.load[name].tolist() == pytest.approx(shares, abs=1e-6), name
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    n = len(expected)
+    entropy = sum(-p * math.log(p) for s in expected.values() for p in s if p) / math.log(EXPERTS)
+    assert logs[1]["expert_load_max"] == pytest.approx(sum(map(max, expected.values())) / n)
+    assert logs[1]["expert_load_entropy"] == pytest.approx(entropy / n)
+    assert logs[1]["experts_unused"] == sum(s.count(0.0) for s in expected.values())
+    assert logs[0]["expert_load_max"] != logs[1]["expert_load_max"]
+    # The other callbacks and the history see the same, and no other log gets it.
+    assert [s for s in watch.seen if "loss" in s] == [
+        {k: v for k, v in entry.items() if k != "step"} for entry in logs
+    ]
+    assert not any("expert_load_max" in s for s in watch.seen if "loss" not in s)
+    if preset != "mixlora":
+        assert ("aux_loss" in logs[0]) == (preset == "ming")
+        return
+    aux = []
+    for batch in batches[2:]:
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        aux.append(collect_aux_loss(model, batch["attention_mask"].bool()).item())
+    assert logs[1]["aux_loss"] == pytest.approx(sum(aux) / 2, rel=1e-5)
+
+
+def record_of(weights, indices=None) -> RoutingRecord:
+    record = RoutingRecord()
+    record.keep(torch.tensor(weights), None if indices is None else torch.tensor(indices), None)
+    return record
+
+
+def test_weights_of_the_experts():
+    """By hand: slots that are not routed, a shared expert in the last column, negative gates."""
+    nan = float("nan")
+    slots = record_of([[0.5, 0.25], [1.0, nan], [2.0, -3.0]], [[0, 2], [1, -1], [0, 3]])
+    assert expert_weights(slots, 3).tolist() == [2.5, 1.0, 0.25]
+    mask = torch.tensor([[1, 0, 1]])
+    assert expert_weights(slots, 3, mask).tolist() == [2.5, 0.0, 0.25]
+    sequences = record_of([[0.25, -0.75, 9.0], [1.0, 0.0, 9.0]])
+    assert expert_weights(sequences, 2).tolist() == [1.25, 0.75]
+    # As many times as a sequence has tokens.
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    assert expert_weights(sequences, 2, mask).tolist() == [1.5, 1.5]
+    one = record_of([[0.25, 0.75]])
+    assert expert_weights(one, 2, mask).tolist() == [0.75, 2.25]
+    with pytest.raises(ValueError, match=r"attention_mask: \[2, 3\] does not fit 4 gate rows"):
+        expert_weights(record_of([[1.0, 0.0]] * 4), 2, mask)
+
+
+def test_unused_experts_are_counted(tmp_path):
+    """All tokens of every layer on expert 1: three of four experts of four layers have none."""
+    model = make_model("ming", top_k=1)
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "router", None) is not None:
+                module.router.weight.zero_()
+                module.router.bias.copy_(torch.tensor([0.0, 100.0, 0.0, 0.0]))
+    trainer = make_trainer(model, tmp_path, samples=make_samples(2))
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["experts_unused"] == 12
+    assert (log["expert_load_max"], log["expert_load_entropy"]) == (1.0, 0.0)

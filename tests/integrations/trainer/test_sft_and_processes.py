@@ -1,0 +1,140 @@
+"""TRL's SFTTrainer, and two processes, train what one loop written by hand trains."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+
+for name in ("transformers", "datasets", "accelerate"):
+    pytest.importorskip(name)
+
+import datasets  # noqa: E402
+
+from moelora_kernels import set_tasks  # noqa: E402
+from moelora_kernels.trainer import attach  # noqa: E402
+from support.trainers import (  # noqa: E402
+    CLOSE,
+    arguments,
+    assert_same_adapters,
+    batches_of,
+    in_steps,
+    loop,
+    make_model,
+    make_samples,
+    make_tokenizer,
+    make_trainer,
+)
+
+
+class Kept:
+    """Keeps every batch of another collator."""
+
+    def __init__(self, collator):
+        self.collator, self.batches = collator, []
+
+    def __call__(self, samples):
+        batch = self.collator(samples)
+        self.batches.append({k: v for k, v in batch.items() if k != "task_ids"})
+        return batch
+
+
+@pytest.mark.parametrize("accumulation", (1, 2))
+@pytest.mark.parametrize("preset", ("ming", "moelora"))
+def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
+    """TRL computes the loss from log-probabilities of its own, not from the model's loss."""
+    trl = pytest.importorskip("trl")
+    model = make_model(preset)
+    twin = copy.deepcopy(model)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments(
+            tmp_path,
+            trl.SFTConfig,
+            gradient_accumulation_steps=accumulation,
+            bf16=False,
+            max_length=64,
+            eval_strategy="epoch",
+        ),
+        train_dataset=datasets.Dataset.from_list(make_samples()),
+        eval_dataset=datasets.Dataset.from_list(make_samples(3)),
+        processing_class=make_tokenizer(),
+    )
+    assert type(trainer) is trl.SFTTrainer
+    callback = attach(trainer)
+    trainer.data_collator = Kept(trainer.data_collator)
+    trainer.train()
+    batches = trainer.data_collator.batches[:5]
+    losses, _ = loop(twin, in_steps(batches, accumulation))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+    assert_same_adapters(model, twin, **CLOSE)
+    assert all("expert_load_max" in entry for entry in logs)
+    assert len(callback.load) == 4
+
+
+def run_process(rank: int, port: int, folder) -> None:
+    """One of two processes: two trainers, and a forward under DistributedDataParallel by hand."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    found = {}
+    for preset, options in PARALLEL.items():
+        model = make_model(preset, **options)
+        trainer = make_trainer(model, folder, ddp_backend="gloo", ddp_find_unused_parameters=False)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        callback = trainer.callback_handler.callbacks[0]
+        found[preset] = model.state_dict(), batches_of(trainer), logs, callback.load
+    model = make_model("moelora").eval()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.arange(3, 15).view(2, 6)
+    outputs = []
+    for called in (parallel, parallel, model):
+        set_tasks(model, [1 + rank, 3 + rank])
+        outputs.append(called(ids).logits.detach())
+    found["by hand"] = outputs
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# Top-1 of four experts and few tokens: some expert of some layer gets none.
+PARALLEL = {"ming": dict(top_k=1, normalize="none", score="softmax"), "moelora": {}}
+
+
+def test_two_processes_train_what_one_loop_trains(tmp_path):
+    """Each with the tasks and auxiliary losses of its own batch; no parameter is left unused.
+
+    With tasks in a buffer of the router, those of the first process would be sent to the other.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_process, (port, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for preset, options in PARALLEL.items():
+        (state, batches, logs, load), (other, other_batches, _, other_load) = (
+            rank[preset] for rank in ranks
+        )
+        assert all(torch.equal(state[name], other[name]) for name in state)
+        twin = make_model(preset, **options)
+        steps = [list(pair) for pair in zip(batches, other_batches, strict=True)]
+        losses, auxiliary = loop(twin, steps)
+        assert len(losses) == 3
+        trained = make_model(preset, **options)
+        trained.load_state_dict(state)
+        assert_same_adapters(trained, twin, **CLOSE)
+        assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+        if preset == "ming":
+            assert [entry["aux_loss"] for entry in logs] == pytest.approx(auxiliary, rel=1e-4)
+        # The load is that of both.
+        assert load.keys() == other_load.keys()
+        assert all(torch.equal(load[name], other_load[name]) for name in load)
+    assert ranks[0]["ming"][2][0]["experts_unused"] > 0
+    for outputs in (rank["by hand"] for rank in ranks):
+        assert all(torch.equal(output, outputs[-1]) for output in outputs)

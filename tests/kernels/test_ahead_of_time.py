@@ -1,0 +1,109 @@
+"""Every shipped tile compiles without spills, within shared memory, to wgmma and wide loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ahead_of_time
+from benchmarks.ahead_of_time import LAYERS, complaints, record, width
+from moelora_kernels.kernels.common import configs
+from support.selection import exhaustive
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def compiled_kernels(request, tmp_path):
+    """The folder of compiled kernels: it is kept between runs, and Triton's version is in its keys.
+
+    TRITON_CACHE_DIR, or a folder of pytest's cache, or a new folder if pytest runs without a cache.
+    """
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return folder
+    cache = getattr(request.config, "cache", None)
+    return str(cache.mkdir("triton") if cache else tmp_path)
+
+
+@exhaustive
+def test_every_kernel_may_ship(compiled_kernels):
+    """In another process: in this one Triton may interpret."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/ahead_of_time.py", "--architectures", "sm_80,sm_90,sm_100"],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": compiled_kernels},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("architecture", ahead_of_time.ARCHITECTURES)
+def test_the_layers_take_every_entry_of_the_table(architecture):
+    taken = set()
+    with configs.assume(architecture):
+        table = configs.TILE_CONFIGS[architecture]
+        for layer in LAYERS:
+            for launch in record(layer):
+                taken |= {key for key, tile in table.items() if tile is launch.config}
+    assert taken == set(table)
+
+
+def one(kernel: str, layer: str = "R=128"):
+    with configs.assume("sm_90"):
+        launches = record(next(each for each in LAYERS if each.name == layer))
+    return next(each for each in launches if each.kernel.fn.__name__ == kernel)
+
+
+GOOD = dict(spills=0, stack=0, shared=100_000, tensor_core={"HGMMA": 8}, accesses={"LDGSTS.16": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    (
+        ({}, ""),
+        ({"spills": 2}, "2 spilling"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": (227 << 10) + 1}, "shared memory"),
+        ({"tensor_core": {"HMMA": 8}}, "no wgmma"),
+        ({"accesses": {"LDGSTS.4": 1}}, "loads of 4 bytes"),
+        ({"accesses": {"LDG.4": 1, "STG.2": 1}}, ""),
+    ),
+)
+def test_what_is_complained_about(change, complaint):
+    kernel = "shrink_gate_backward_kernel"
+    found = complaints({"kernel": kernel, **GOOD, **change}, one(kernel), "sm_90")
+    assert len(found) == bool(complaint)
+    assert complaint in "".join(found)
+
+
+def test_narrow_loads_are_allowed_where_rows_are_not_aligned():
+    launch = one("weight_grad_kernel", "R=24 of mixed ranks")
+    assert ahead_of_time.natural_widths(launch) == {4, 16}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "size"),
+    ((".128", 16), (".64.CONSTANT", 8), ("", 4), (".U16", 2), (".BYPASS.128", 16)),
+)
+def test_width_of_an_access(suffix, size):
+    assert width(suffix) == size
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        ahead_of_time.main([])
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_unknown_architectures_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        ahead_of_time.main(["--architectures", "sm_70"])
+    assert "sm_70" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""MoeLoraAdapter: gated adapters with an activation in rank space."""
+
+import pytest
+import torch
+from torch import nn
+
+from moelora_kernels import (
+    MoeLoraAdapter,
+    MoeLoraConfig,
+    MoeLoraFFN,
+    MoeLoraGroup,
+    MoeLoraLinear,
+    adapter_state_dict,
+    collect_aux_loss,
+    warmup,
+)
+from support.formulas.family import (
+    IN,
+    OUT,
+    balanced_layer,
+    ffn,
+)
+
+PESC = MoeLoraConfig.preset("pesc")
+
+
+def test_an_adapter_starts_as_its_base_and_leaves_it_as_it_is():
+    """PESC trains plain LoRA inside the FFN beside its adapters."""
+    base = ffn().train()
+    base[2] = MoeLoraLinear.from_linear(base[2], MoeLoraConfig.preset("lora"))
+    layer = MoeLoraAdapter(base, IN, MoeLoraConfig.preset("pesc"))
+    x = torch.randn(2, 3, IN)
+    assert torch.equal(layer(x), base(x))
+    trained = {n for n, q in layer.named_parameters() if q.requires_grad}
+    assert trained == {
+        "lora_A", "lora_B", "router.weight", "base_layer.2.lora_A", "base_layer.2.lora_B",
+    }  # fmt: skip
+
+
+def test_an_adapter_saves_what_every_layer_saves():
+    layer = MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", num_experts=3, rank=2))
+    assert set(adapter_state_dict(layer)) == {"lora_A", "lora_B", "router.weight"}
+    layer(torch.randn(2, 3, IN))
+    loss = collect_aux_loss(layer)
+    loss.backward()
+    assert loss > 0
+    assert layer.router.weight.grad.abs().max() > 0
+
+
+def test_warmup_runs_adapters_and_leaves_loads_alone():
+    model = nn.ModuleList([balanced_layer().float(), MoeLoraAdapter(ffn(torch.bfloat16), IN, PESC)])
+    model[0](torch.randn(5, IN))
+    load = model[0].router.balance.load.clone()
+    warmup(model, tokens=(2,))
+    assert torch.equal(model[0].router.balance.load, load)
+
+
+def test_an_adapter_keeps_rank_space_only():
+    """Beside what the FFN returns nothing of the size T x I, and nothing of T x K x I."""
+    layer = MoeLoraAdapter(nn.Identity(), 400, MoeLoraConfig.preset("pesc", num_experts=4, rank=2))
+    x, sizes = torch.randn(50, 400, requires_grad=True), {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    own = {q.untyped_storage().data_ptr() for q in (x, *layer.parameters())}
+    others = [size for pointer, size in sizes.items() if pointer not in own]
+    assert max(others) <= 50 * 8
+
+
+def test_a_nan_in_an_adapter_nobody_chose_stays_there():
+    layer = MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", num_experts=3, rank=2))
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.lora_A[4:] = torch.nan
+    assert layer(torch.randn(3, IN)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    (
+        ("rank_activation", dict(rank_activation=None)),
+        ("router", dict(router=None, top_k=None, aux=())),
+        ("router", dict(router="task", num_tasks=2)),
+        ("share", dict(share="A")),
+        ("grad_gate", dict(grad_gate="sqrt")),
+        ("dropout", dict(dropout=0.1)),
+        ("impl", dict(impl="grouped")),
+        ("init", dict(init="svd_segments")),
+    ),
+    ids=str,
+)
+def test_what_an_adapter_has_not_is_named(name, options):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", **options))
+
+
+def test_an_activation_belongs_to_adapters():
+    config = MoeLoraConfig.preset("pesc")
+    for make in (MoeLoraLinear, MoeLoraFFN):
+        with pytest.raises(ValueError, match=r"^rank_activation\b"):
+            make(IN, IN, config=config)
+    with pytest.raises(ValueError, match=r"^rank_activation\b"):
+        MoeLoraConfig(rank_activation="tanh")
+    layer = MoeLoraAdapter(ffn(), IN, config)
+    with pytest.raises(TypeError, match=r"^a: expected a MoeLoraLinear, got .*MoeLoraAdapter"):
+        MoeLoraGroup(a=layer)
+    with pytest.raises(ValueError, match=r"^base: expected an output"):
+        MoeLoraAdapter(nn.Linear(IN, OUT), IN, config)(torch.randn(2, IN))

@@ -1,0 +1,169 @@
+"""LoRAs that exist already as frozen experts, and their prototypes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraLinear,
+    set_prototypes,
+)
+from moelora_kernels.nn import (
+    PrototypeRouter,
+    lora_prototypes,
+)
+from support.formulas.family import (
+    IN,
+    LORAS,
+    OUT,
+    Model,
+)
+
+
+class Calls(TorchDispatchMode):
+    """The ops that run, by name, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.name(), args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_frozen_experts_cost_no_gradient_of_theirs():
+    """dx and the classifier's gradient without dA and dB, and no state of an optimizer."""
+    model = Model("xlora", (2, 3), torch.float32)
+    x = torch.randn(2, 3, IN, requires_grad=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    y = model(x)
+    with Calls() as calls:
+        y.sum().backward()
+    backward = [args for name, args in calls.seen if name.endswith("::wide_backward")]
+    assert [args[-1] for args in backward] == [False]
+    optimizer.step()
+    assert {id(q) for q in optimizer.state} == {id(q) for q in model.classifier.parameters()}
+    assert x.grad.abs().max() > 0
+
+
+def test_what_trains():
+    """FlyLoRA draws A and leaves it; X-LoRA and Arrow leave both, and Arrow has nothing else."""
+
+    def trained(layer):
+        return {n for n, q in layer.named_parameters() if q.requires_grad}
+
+    assert trained(MoeLoraLinear(IN, OUT, freeze="A", top_k=2)) == {"lora_B", "router.weight"}
+    for preset, expected in (("flylora", {"lora_B"}), ("xlora", set()), ("arrow", set())):
+        assert trained(MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset(preset))) == expected
+
+
+def test_from_loras_is_the_sum_of_peft_loras():
+    """alpha / r and alpha / sqrt(r) of each; gates of 1 add them all up."""
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT)
+    loras = [(torch.randn(r, IN), torch.randn(OUT, r), alpha) for r, alpha in LORAS]
+    x = torch.randn(4, IN)
+    for scaling, power in (("alpha/r", 1.0), ("alpha/sqrt(r)", 0.5)):
+        layer = MoeLoraLinear.from_loras(linear, loras, router=None, scaling=scaling)
+        expected = linear(x) + sum(
+            alpha / len(a) ** power * (x @ a.t()) @ b.t() for a, b, alpha in loras
+        )
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        assert layer.config.num_experts == len(loras)
+
+
+BAD_LORAS = [
+    ("loras", [], {}),
+    ("loras", [(torch.zeros(2, IN + 1), torch.zeros(OUT, 2), 1.0)], {}),
+    ("loras", [(torch.zeros(2, IN), torch.zeros(OUT, 3), 1.0)], {}),
+    ("loras", [(torch.zeros(0, IN), torch.zeros(OUT, 0), 1.0)], {}),
+    ("loras", [(torch.zeros(IN), torch.zeros(OUT, 1), 1.0)], {}),
+    ("scaling", [(torch.zeros(2, IN), torch.zeros(OUT, 2), 1.0)], dict(scaling="alpha/R")),
+    ("share", [(torch.zeros(2, IN), torch.zeros(OUT, 2), 1.0)], dict(share="A")),
+    (
+        "shared_expert",
+        [(torch.zeros(2, IN), torch.zeros(OUT, 2), 1.0)],
+        dict(shared_expert="always"),
+    ),
+    ("init", [(torch.zeros(2, IN), torch.zeros(OUT, 2), 1.0)], dict(init="svd_segments")),
+    ("top_k", [(torch.zeros(2, IN), torch.zeros(OUT, 2), 1.0)], dict(top_k=3)),
+]
+
+
+@pytest.mark.parametrize(("name", "loras", "options"), BAD_LORAS, ids=range(len(BAD_LORAS)))
+def test_loras_that_do_not_fit_are_named(name, loras, options):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        MoeLoraLinear.from_loras(nn.Linear(IN, OUT), loras, **options)
+
+
+def test_the_example_in_readme_runs():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (example,) = [text for text in examples if "from_loras" in text]
+    loras = [(torch.randn(r, IN), torch.randn(OUT, r), alpha) for r, alpha in LORAS]
+    names = {"linear": nn.Linear(IN, OUT), "loras": loras, "x": torch.randn(2, 3, IN)}
+    names["gates"] = torch.rand(2, 3, len(LORAS))
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["y"].shape == (2, 3, OUT)
+
+
+@pytest.mark.parametrize("ranks", ((2, 5, 3), (1,), (20, 4)), ids=str)
+def test_prototypes_are_the_first_right_singular_vectors(ranks):
+    """Up to their sign, from r x r only, also where r is above I and O."""
+    torch.manual_seed(0)
+    a, b = torch.randn(sum(ranks), IN), torch.randn(OUT, sum(ranks))
+    found = lora_prototypes(a, b, ranks)
+    start = 0
+    for v, rank in zip(found, ranks, strict=True):
+        own = slice(start, start + rank)
+        start += rank
+        truth = torch.linalg.svd(b[:, own].double() @ a[own].double()).Vh[0]
+        # float32 rounds each of 12 components.
+        assert abs(float(v.double() @ truth)) == pytest.approx(1.0, abs=1e-6)
+    assert found.dtype == a.dtype
+
+
+def test_a_new_expert_has_no_direction():
+    """B = 0: no direction, rather than one that the decomposition happens to give."""
+    assert not lora_prototypes(torch.randn(4, IN), torch.zeros(OUT, 4), (2, 2)).any()
+    layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset("arrow"))
+    x = torch.randn(3, IN)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_prototypes_of_experts_that_share_a():
+    """B_e A of one A: the directions differ by B_e."""
+    layer = MoeLoraLinear(IN, OUT, num_experts=3, rank=2, router="prototype", share="A")
+    torch.nn.init.normal_(layer.lora_B)
+    set_prototypes(layer)
+    for e, found in enumerate(layer.router.prototypes):
+        delta = layer.lora_B[:, 2 * e : 2 * e + 2] @ layer.lora_A
+        expected = torch.linalg.svd(delta).Vh[0]
+        # Its sign is arbitrary.
+        torch.testing.assert_close((found @ expected).abs(), torch.ones(()))
+
+
+def test_prototypes_follow_the_experts_when_told_to():
+    model = Model("arrow", (2, 3), torch.float64)
+    before = model.layer.router.prototypes.clone()
+    with torch.no_grad():
+        model.layer.lora_A.normal_()
+    assert torch.equal(model.layer.router.prototypes, before)
+    set_prototypes(model)
+    assert not torch.equal(model.layer.router.prototypes, before)
+    with pytest.raises(ValueError, match=r"^model: no layer with router='prototype'"):
+        set_prototypes(nn.Linear(2, 2))
+
+
+def test_a_prototype_router_under_a_selection_bias():
+    layer = MoeLoraLinear(IN, OUT, router="prototype", num_experts=4, top_k=2, balance_rate=0.1)
+    torch.nn.init.normal_(layer.lora_B)
+    set_prototypes(layer)
+    assert isinstance(layer.router.gate, PrototypeRouter)
+    assert layer.router.gate.prototypes.any()

@@ -1,0 +1,219 @@
+"""MoeLoraLinear on the GPU: streams, devices, layouts, autocast, torch.compile, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelora_kernels import MoeLoraLinear
+from support.gpu_cases import (
+    DEVICE,
+    STEPS,
+    assert_equal,
+    assert_module_within_budget,
+    each_half,
+    each_step,
+    make_layer,
+    module_step,
+    unpoisoned,
+)
+
+pytestmark = pytest.mark.gpu
+
+T, I, O = 300, 512, 768  # noqa: E741
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def backward_of(dy: Tensor) -> Callable[[Tensor], object]:
+    """A backward from `dy`, with its strides, in the dtype of y."""
+    return lambda y: y.backward(dy.to(y.dtype))
+
+
+# name -> [rows, columns] at some strides. Narrowed: its rows start at no multiple of 16 bytes.
+LAYOUTS: dict[str, Callable[..., Tensor]] = {
+    "transposed": lambda rows, columns, dtype: draw(columns, rows, dtype=dtype).t(),
+    "narrowed": lambda rows, columns, dtype: draw(rows, columns + 11, dtype=dtype)[:, 3:-8],
+    "every_second_row": lambda rows, columns, dtype: draw(2 * rows, columns, dtype=dtype)[::2],
+    "one_row_expanded": lambda rows, columns, dtype: draw(1, columns, dtype=dtype).expand(rows, -1),
+}
+
+
+@each_half
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_x_and_dy_of_any_strides(layout: str, dtype: torch.dtype) -> None:
+    """Kernels read rows at a stride, cuBLAS matrices in two layouts: all else must be copied."""
+    layer = make_layer(I, O, dtype, top_k=2)
+    x, dy = LAYOUTS[layout](T, I, dtype), LAYOUTS[layout](T, O, dtype)
+    assert_module_within_budget(layer, x, backward_of(dy), dtype)
+
+
+@each_half
+def test_the_gradient_of_a_sum(dtype: torch.dtype) -> None:
+    """dy is one number at strides 0 and 0."""
+    layer = make_layer(I, O, dtype, top_k=2)
+    assert_module_within_budget(layer, draw(T, I, dtype=dtype), lambda y: y.sum().backward(), dtype)
+
+
+@pytest.mark.parametrize("shape", ((I,), (7, I), (3, 100, I), (2, 3, 5, I)), ids=str)
+def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
+    """A vector, a matrix, a batch of sequences: y and dx in the shape of x."""
+    layer = make_layer(I, O, top_k=2)
+    dy = draw(*shape[:-1], O)
+    assert_module_within_budget(layer, draw(*shape), backward_of(dy), torch.bfloat16)
+
+
+def test_no_token() -> None:
+    """Nothing is launched over an empty grid, and gradients are zero, not None."""
+    layer = make_layer(I, O, top_k=2)
+    found = module_step(layer, draw(0, I), lambda y: y.sum().backward())
+    assert found["y"].shape == (0, O)
+    assert found["dx"].shape == (0, I)
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        assert gradient.count_nonzero() == 0, name
+
+
+@each_half
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(top_k=2, router_bias=True),
+        # Not in the shrink: the router's own products must stay float32 under autocast.
+        dict(router="mlp", top_k=2),
+        dict(rank=(4, 8, 16, 4, 4, 4, 4, 4), top_k=2),
+    ),
+    ids=str,
+)
+def test_autocast_with_float32_parameters(options: dict, dtype: torch.dtype) -> None:
+    """Computed in autocast's dtype, gradients returned in each parameter's."""
+    # Drawn in 16 bits: what the cast of a weight costs is no error of the layer.
+    layer = make_layer(I, O, dtype, **options).float()
+    x, dy = draw(T, I, dtype=dtype).float(), draw(T, O)
+    assert_module_within_budget(layer, x, backward_of(dy), dtype, autocast=True)
+    with torch.autocast(DEVICE.type, dtype):
+        found = module_step(layer, x, backward_of(dy))
+    assert found.pop("y").dtype == dtype
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+@each_step
+def test_another_stream(form: str) -> None:
+    """Launches on the current stream: on any other they would read the inputs of the last step."""
+    step = STEPS[form](64)
+    step.redraw(1)
+    expected = step.train()
+    step.redraw(2)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        step.redraw(1)
+        found = step.train()
+    stream.synchronize()
+    assert_equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    """Launches on x's device, with tables and tiles of that device."""
+    layer = make_layer(I, O, top_k=2)
+    x, dy = draw(T, I), draw(T, O)
+    expected = module_step(layer, x, backward_of(dy))
+    other = torch.device("cuda", 1)
+    assert torch.cuda.current_device() != other.index
+    found = module_step(layer.to(other), x.to(other), backward_of(dy.to(other)))
+    assert {tensor.device for tensor in found.values()} == {other}
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert_equal([t.to(DEVICE) for t in found.values()], [*expected.values()])
+
+
+@each_step
+def test_nothing_waits_for_the_gpu(form: str) -> None:
+    """No `.item()`, no copy to the host, no size that depends on the routing."""
+    step = STEPS[form](64)
+    step.redraw(1)
+    step.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.infer()
+        step.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def device_kernels(work: Callable[[], object]) -> list[str]:
+    """Names of the kernels that `work` launches; its first run is not recorded."""
+    work()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert names, "the profiler saw no kernel: is CUPTI there?"
+    # cuBLAS clears a workspace, or adds the parts of a product that it split, in a launch more.
+    return [n for n in names if "splitk" not in n.lower() and not n.startswith("Mem")]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="the counts hold where 128 token tiles fill the chip",
+)
+def test_launches_of_a_layer() -> None:
+    """3 forward: shrink, expand, base. 5 backward: shrink, dx twice, weight_grad and its reduction.
+
+    A cast, a copy or a fill on the way would be one more.
+    """
+    with unpoisoned():
+        layer = make_layer(4096, 4096, bias=False, top_k=2)
+        x = draw(8192, 4096).requires_grad_()
+        dy = draw(8192, 4096)
+        trained = [x, layer.lora_A, layer.lora_B, layer.router.weight]
+        forward = device_kernels(lambda: layer(x))
+        assert len(forward) == 3, forward
+        assert any(name.startswith("shrink_gate_kernel") for name in forward), forward
+        y = layer(x)
+        backward = device_kernels(lambda: torch.autograd.grad(y, trained, dy, retain_graph=True))
+        assert len(backward) == 5, backward
+        for own in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
+            assert any(name.startswith(f"{own}_kernel") for name in backward), backward
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(top_k=2),
+        dict(),
+        dict(top_k=2, rank=(4, 8) * 4, router_bias=True),
+        dict(top_k=2, impl="grouped"),
+    ),
+    ids=str,
+)
+def test_compiled(options: dict) -> None:
+    """One graph for every number of tokens; it calls the same kernels, so the same bits."""
+    layer = make_layer(I, O, **options)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def step(forward: Callable, x: Tensor, dy: Tensor) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *trained], dy)]
+
+    for tokens, recompiles in ((40, True), (300, False), (1000, False)):
+        x, dy = draw(2, tokens, I), draw(2, tokens, O)
+        with torch._dynamo.config.patch(error_on_recompile=not recompiles):
+            found = step(compiled, x, dy)
+        assert_equal(found, step(layer, x, dy))
+
+
+def test_the_layer_on_its_own_device_argument() -> None:
+    """device= and dtype= of the constructor reach base, adapters and router."""
+    layer = MoeLoraLinear(64, 32, device=DEVICE, dtype=torch.float16, router="mlp", top_k=2)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("cuda", torch.float16)}

@@ -1,0 +1,86 @@
+"""MoeLoraLinear under torch.compile: no graph breaks, no recompiles, the values of eager."""
+
+import pytest
+import torch
+
+from moelora_kernels import set_tasks
+from support.compare import assert_same, training_step
+from support.linears import IN, OUT, make_layer
+
+COMPILED = [
+    {},
+    dict(normalize="none", top_k=None, dropout=0.3, dropout_mask="per_expert"),
+    dict(router="task", num_tasks=3),
+    dict(granularity="sequence", shared_expert="always"),
+]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_compile_without_graph_breaks_or_recompiles(options):
+    """fullgraph=True, gradients as eager, and one graph for every number of tokens."""
+    torch._dynamo.reset()
+    layer = make_layer(**options)
+    if layer.config.router == "task":
+        set_tasks(layer, [3, 1])
+    eval_layer = layer.eval()
+    compiled = torch.compile(eval_layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    x = torch.randn(2, 5, IN, dtype=torch.float64)
+    found = training_step(eval_layer, x, forward=compiled)
+    assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sequence in (7, 12):
+            x = torch.randn(2, sequence, IN, dtype=torch.float64)
+            found = training_step(eval_layer, x, forward=compiled)
+            assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
+
+
+def test_new_tasks_do_not_recompile():
+    """Serving changes the tasks of every batch: they are data to the graph, not constants."""
+    layer = make_layer(router="task", num_tasks=3).eval()
+    set_tasks(layer, [1, 2])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in ([2, 3], [3, 1]):
+            set_tasks(layer, ids)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", ({}, dict(router="mlp", noise=0.1)), ids=str)
+def test_compile_under_autocast(options):
+    """The graph is that of eager autocast: the same bits."""
+    layer = make_layer(torch.float32, **options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        found = compiled(x)
+        torch.manual_seed(1)
+        expected = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dropout_mask", ("shared", "per_expert"))
+def test_training_with_dropout_compiles(dropout_mask):
+    """Every step draws a seed of its own inside the graph; backward regenerates its mask."""
+    torch._dynamo.reset()
+    layer = make_layer(dropout=0.5, dropout_mask=dropout_mask)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, IN, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    # y is linear in x where the gate is held: the Jacobian of the same mask, by seed.
+    torch.manual_seed(1)
+    eager = layer(x)
+    torch.testing.assert_close(first, eager, rtol=1e-11, atol=1e-11)
+    dy = torch.randn(6, OUT, dtype=torch.float64)
+    trained = (x, layer.lora_A, layer.lora_B, layer.router.weight)
+    for found, expected in zip(
+        torch.autograd.grad(first, trained, dy),
+        torch.autograd.grad(eager, trained, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)

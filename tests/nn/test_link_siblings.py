@@ -1,0 +1,173 @@
+"""Siblings of a model run together: same outputs, gradients and state dict as one by one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
+from moelora_kernels.nn import forward
+from support import linears
+
+
+class Attention(nn.Module):
+    """Calls its projections one by one, as model code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, o) for o in (12, 6, 6))
+
+    def forward(self, x):
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1).sin()
+
+
+@pytest.fixture
+def models():
+    """The same model linked and not, in float64 with B drawn."""
+    model = nn.Sequential(Attention(), nn.Linear(24, 12), Attention()).double()
+    replace_linears(model, MoeLoraConfig.preset("ming", rank=2), ["q_proj", "k_proj", "v_proj"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    linked = copy.deepcopy(model)
+    assert link_siblings(linked) == ["0.{q_proj,k_proj,v_proj}", "2.{q_proj,k_proj,v_proj}"]
+    return model, linked
+
+
+def gradients(model, x, run=None):
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    (run or model)(x).square().sum().backward()
+    return {"x": x.grad} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def calls(monkeypatch):
+    """The number of siblings of each pass from here on."""
+    counted = []
+    from moelora_kernels.nn import group
+
+    def counting(layers, x, gates=None):
+        counted.append(len(layers))
+        return forward.forward_siblings(layers, x, gates)
+
+    monkeypatch.setattr(group, "forward_siblings", counting)
+    return counted
+
+
+def test_outputs_gradients_and_state_dict(models, monkeypatch):
+    model, linked = models
+    passes = calls(monkeypatch)
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(linked(x), model(x))
+    assert passes == [3, 3]
+    expected = gradients(model, x)
+    for name, grad in gradients(linked, x).items():
+        torch.testing.assert_close(grad, expected[name], msg=name)
+    assert linked.state_dict().keys() == model.state_dict().keys()
+    assert all(m.link.outputs == {} for m in linked.modules() if hasattr(m, "link"))
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_activation_checkpointing(models, reentrant):
+    model, linked = models
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    found = gradients(linked, x, lambda x: checkpoint(linked, x, use_reentrant=reentrant))
+    for name, grad in gradients(model, x).items():
+        torch.testing.assert_close(found[name], grad, msg=name)
+
+
+def test_every_way_of_calling_gives_the_same(models):
+    # Other x per sibling, one sibling twice, x changed in place, grad mode and training switched.
+    model, linked = (m[0] for m in models)
+    x, other = torch.randn(2, 4, 12, dtype=torch.float64)
+    for name, value in (("q_proj", x), ("k_proj", other), ("k_proj", other), ("v_proj", x)):
+        torch.testing.assert_close(getattr(linked, name)(value), getattr(model, name)(value))
+    linked.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(linked.k_proj(x), model.k_proj(x))
+    with torch.no_grad():
+        linked.q_proj(x)
+    assert linked.v_proj(x).requires_grad
+    linked.q_proj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linked.v_proj(x), model.v_proj(x))
+
+
+def test_autocast_or_evaluation_between_siblings(models):
+    """The output that is waiting was made in another dtype, or with dropout."""
+    linked = models[1][0].float()
+    x = torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        linked.q_proj(x)
+    assert linked.k_proj(x).dtype == torch.float32
+
+    layers = nn.ModuleDict({n: nn.Linear(12, 6) for n in ("q_proj", "k_proj", "v_proj")})
+    replace_linears(layers, MoeLoraConfig(rank=2, top_k=2, dropout=0.5), [*layers])
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B)
+    link_siblings(layers)
+    layers["q_proj"](x)
+    layers.eval()
+    found = layers["k_proj"](x)
+    assert torch.equal(found, layers["k_proj"](x.clone()))
+
+
+def test_inference_mode(models):
+    """Its tensors have no version counter."""
+    model, linked = models
+    with torch.inference_mode():
+        x = torch.randn(4, 12, dtype=torch.float64)
+        torch.testing.assert_close(linked(x), model(x))
+        linked[0].q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(linked[0].k_proj(x), model[0].k_proj(x))
+
+
+@pytest.mark.parametrize("router", ("task", "external"))
+def test_new_tasks_between_siblings(router):
+    model = nn.Sequential(Attention())
+    config = MoeLoraConfig(num_experts=3, rank=2, router=router, num_tasks=4)
+    replace_linears(model, config, ["q_proj", "k_proj", "v_proj"])
+    linears.randomise(model)
+    plain = copy.deepcopy(model)
+    link_siblings(model)
+    x = torch.randn(2, 5, 12)
+    batches = ([1, 2], [4, 3]) if router == "task" else torch.rand(2, 2, 3)
+    for tasks, name in zip(batches, ("v_proj", "k_proj"), strict=True):
+        for each in (plain, model):
+            set_tasks(each, tasks)
+        torch.testing.assert_close(getattr(model[0], name)(x), getattr(plain[0], name)(x))
+
+
+def test_copies_and_pickles_are_linked_among_themselves(models):
+    linked = models[1]
+    x = torch.randn(4, 12, dtype=torch.float64)
+    linked[0].q_proj(x)
+    for twin in (copy.deepcopy(linked), pickle.loads(pickle.dumps(linked))):
+        assert twin[0].q_proj.link is twin[0].k_proj.link is not linked[0].q_proj.link
+        assert twin[0].q_proj.link.layers[1] is twin[0].k_proj
+        torch.testing.assert_close(twin(x), linked(x))
+
+
+def test_compiles(models):
+    model, linked = models
+    x = torch.randn(4, 12, dtype=torch.float64)
+    compiled = torch.compile(linked, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_siblings_that_cannot_be_linked():
+    with pytest.raises(ValueError, match="groups: no module has children"):
+        link_siblings(nn.Sequential(Attention()))
+    model = Attention()
+    replace_linears(model, MoeLoraConfig.preset("ming", rank=2), ["q_proj", "k_proj"])
+    replace_linears(model, MoeLoraConfig.preset("ming", rank=3), ["v_proj"])
+    with pytest.raises(ValueError, match="v_proj: expected the options of q_proj"):
+        link_siblings(model)

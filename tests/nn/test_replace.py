@@ -1,0 +1,332 @@
+"""A whole model: the swap in place, tasks for a batch, and a Hugging Face Qwen2 end to end."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraLinear,
+    adapter_parameters,
+    replace_linears,
+    set_tasks,
+)
+from support.linears import randomise
+
+MING = MoeLoraConfig.preset("ming", num_experts=4, rank=2)
+MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
+EXTERNAL = MoeLoraConfig(num_experts=4, rank=2, router="external")
+
+
+class Block(nn.Module):
+    """An MLP with the names of a transformer's, a norm, and one linear with a similar name."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up_proj = nn.Linear(width, 2 * width)
+        self.down_proj = nn.Linear(2 * width, width)
+        self.my_up_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.my_up_proj(self.down_proj(self.up_proj(self.norm(x)).relu()))
+
+
+def make_model(blocks=2):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layers": nn.Sequential(*[Block() for _ in range(blocks)])})
+
+
+# --- replace_linears ----------------------------------------------------------------------------
+
+
+def test_names_match_whole_components():
+    """A name is a module's name or its last part, not a substring: my_up_proj stays."""
+    model = make_model()
+    replaced = replace_linears(model, MING, ["up_proj", "layers.1.down_proj"])
+    assert replaced == ["layers.0.up_proj", "layers.1.up_proj", "layers.1.down_proj"]
+    found = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    assert found == replaced
+    assert type(model.get_submodule("layers.0.my_up_proj")) is nn.Linear
+    assert type(model.get_submodule("layers.0.down_proj")) is nn.Linear
+
+
+def test_a_regular_expression_matches_whole_names():
+    model = make_model()
+    assert replace_linears(model, MING, r"layers\.[01]\.(up|down)_proj") == [
+        "layers.0.up_proj",
+        "layers.0.down_proj",
+        "layers.1.up_proj",
+        "layers.1.down_proj",
+    ]
+    with pytest.raises(ValueError, match=r"target_modules: no module matches.*up_pro"):
+        replace_linears(make_model(), MING, r".*up_pro")
+
+
+@pytest.mark.parametrize(
+    "targets", ("up_proj", ["gate_proj"], [], ["up_proj", "gate_proj"]), ids=str
+)
+def test_what_matches_nothing_raises_and_changes_nothing(targets):
+    """A typo in one of seven names must not leave a seventh of the model frozen in silence."""
+    model = make_model()
+    with pytest.raises(ValueError, match="target_modules: no module matches") as error:
+        replace_linears(model, MING, targets)
+    if targets == ["up_proj", "gate_proj"]:
+        assert "gate_proj" in str(error.value)
+        assert "up_proj" not in str(error.value).replace("gate_proj", "")
+    assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
+    assert all(q.requires_grad for q in model.parameters())
+
+
+def test_a_target_that_is_no_linear_raises_and_changes_nothing():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"target_modules: layers\.0\.norm is a .*LayerNorm"):
+        replace_linears(model, MING, ["up_proj", "norm"])
+    assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    (
+        (nn.MultiheadAttention(6, 2), "out_proj"),
+        (nn.TransformerEncoderLayer(6, 2, 8), "linear1"),
+        (nn.TransformerDecoderLayer(6, 2, 8), "out_proj"),
+    ),
+    ids=("attention", "encoder", "decoder"),
+)
+def test_a_linear_whose_weight_is_read_without_a_call_is_refused(module, target):
+    """Their experts would be left out without a word, of an encoder layer only in evaluation."""
+    model = nn.Sequential(nn.Linear(6, 6), module)
+    with pytest.raises(TypeError, match=rf"target_modules: 1.*{target} lies in a .*left out"):
+        replace_linears(model, MING, ["0", target])
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_config_or_pattern_that_is_none_is_named():
+    with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got 'ming'"):
+        replace_linears(make_model(), "ming", ["up_proj"])
+    with pytest.raises(ValueError, match=r"target_modules: bad pattern '\('"):
+        replace_linears(make_model(), MING, "(")
+
+
+def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
+    model = make_model()
+    bases = {n: m for n, m in model.named_modules() if n.endswith(".up_proj")}
+    x = torch.randn(2, 3, 6)
+    before = model["layers"](x)
+    replace_linears(model, MING, ["up_proj"])
+    for name, base in bases.items():
+        assert model.get_submodule(name).base_layer is base
+        assert not base.weight.requires_grad
+    assert model.get_submodule("layers.0.norm").weight.requires_grad
+    assert model.get_submodule("layers.0.my_up_proj").weight.requires_grad
+    torch.testing.assert_close(model["layers"](x), before, rtol=1e-6, atol=1e-6)
+
+
+def test_tied_modules_stay_tied():
+    """One module under two names becomes one layer under two names, with one adapter."""
+    model = make_model()
+    model["layers"][1].up_proj = model["layers"][0].up_proj
+    assert len(replace_linears(model, MING, ["up_proj"])) == 2
+    first, second = (block.up_proj for block in model["layers"])
+    assert isinstance(first, MoeLoraLinear)
+    assert first is second
+    assert len(adapter_parameters(model)) == 4
+
+
+def test_what_is_replaced_is_not_replaced_again():
+    """A second call adds other targets; the layers inside and tied names do not match any more."""
+    model = make_model()
+    model["layers"][1].up_proj = model["layers"][0].up_proj
+    replace_linears(model, MING, ["up_proj"])
+    layer = model["layers"][0].up_proj
+    for again in (["up_proj"], ["base_layer"], ["router"], r"layers\.\d\.up_proj"):
+        with pytest.raises(ValueError, match="no module matches"):
+            replace_linears(model, MING, again)
+    assert replace_linears(model, MING, r"layers\.\d\.(up|down)_proj") == [
+        "layers.0.down_proj",
+        "layers.1.down_proj",
+    ]
+    assert model["layers"][0].up_proj is layer
+    assert model["layers"][1].up_proj is layer
+    assert not isinstance(layer.base_layer, MoeLoraLinear)
+
+
+def test_training_mode_follows_the_module():
+    model = make_model().eval()
+    replace_linears(model, MING, ["up_proj"])
+    assert not any(m.training for m in model.modules())
+
+
+def test_dtype_and_options_of_every_layer():
+    model = make_model().to(torch.bfloat16)
+    replace_linears(model, MING.replace(adapter_dtype="float32"), ["up_proj", "down_proj"])
+    assert {q.dtype for q in adapter_parameters(model)} == {torch.float32}
+    assert model["layers"](torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+def moelora_model():
+    model = make_model()
+    replace_linears(model, MOELORA, ["up_proj", "down_proj"])
+    return randomise(model)
+
+
+def test_a_shared_task_gate_is_one_module():
+    """MOELoRA has one gate for the model: one set of parameters, one call of set_tasks."""
+    model = moelora_model()
+    layers = [m for m in model.modules() if isinstance(m, MoeLoraLinear)]
+    assert len(layers) == 4
+    assert len({id(layer.router) for layer in layers}) == 1
+    assert len(adapter_parameters(model)) == 2 * 4 + 2
+    twin = copy.deepcopy(model)
+    routers = {id(m.router) for m in twin.modules() if isinstance(m, MoeLoraLinear)}
+    assert len(routers) == 1
+    assert routers != {id(layers[0].router)}
+
+
+def test_two_calls_share_a_gate_of_the_same_sizes():
+    """Attention and MLP with different ranks are still one MOELoRA: the gate is the model's."""
+    model = make_model()
+    replace_linears(model, MOELORA, ["up_proj"])
+    replace_linears(model, MOELORA.replace(rank=3, dropout=0.0), ["down_proj"])
+    first, second = model["layers"]
+    assert len({id(b.up_proj.router) for b in (first, second)}) == 1
+    assert first.down_proj.router is second.down_proj.router is first.up_proj.router
+    assert first.down_proj.lora_A.shape[0] == 12
+
+
+@pytest.mark.parametrize(
+    "sizes", (dict(num_tasks=4), dict(num_experts=5), dict(task_embedding_dim=6)), ids=str
+)
+def test_two_calls_with_different_sizes_have_a_gate_each(sizes):
+    """And one call of set_tasks sets both, or neither where one of them refuses the ids."""
+    model = make_model()
+    replace_linears(model, MOELORA.replace(**sizes), ["up_proj"])
+    replace_linears(model, MOELORA, ["down_proj"])
+    first, second = model["layers"]
+    assert first.up_proj.router is second.up_proj.router
+    assert first.down_proj.router is second.down_proj.router
+    assert first.down_proj.router is not first.up_proj.router
+    randomise(model).eval()
+    set_tasks(model, [1, 3])
+    x = torch.randn(2, 3, 6)
+    before = model["layers"](x)
+    for ids in ([2, 4], [4, 2], [2, 9]):
+        with pytest.raises(ValueError, match="ids: expected 1 to"):
+            set_tasks(model, ids)
+    assert torch.equal(model["layers"](x), before)
+
+
+def test_tasks_hold_until_the_next_call():
+    model = moelora_model().eval()
+    x = torch.randn(2, 3, 6)
+    set_tasks(model, [1, 3])
+    first = model["layers"](x)
+    assert torch.equal(model["layers"](x), first)
+    set_tasks(model, torch.tensor([3, 1], dtype=torch.int32))
+    assert not torch.equal(model["layers"](x), first)
+    set_tasks(model, [3])
+    torch.testing.assert_close(model["layers"](x)[1], first[1], rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_that_do_not_fit_raise():
+    """Id 0 is padding in the original, an id past the end an index error on the GPU."""
+    model = moelora_model()
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(RuntimeError, match="call set_tasks"):
+        model["layers"](x)
+    for ids in ([0, 1], [1, 4], [-1, 1]):
+        with pytest.raises(ValueError, match="ids: expected 1 to 3"):
+            set_tasks(model, ids)
+    with pytest.raises(ValueError, match="no layer with router='external' takes gates"):
+        set_tasks(model, [0.5, 0.5])
+    for ids in ([[[1, 2]]], torch.tensor(1), torch.tensor([True, True])):
+        with pytest.raises(ValueError, match="ids: expected whole numbers"):
+            set_tasks(model, ids)
+    set_tasks(model, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"set_tasks: 3 gate rows for x \[2, 3, 6\]"):
+        model["layers"](x)
+    with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
+        set_tasks(make_model(), [1])
+
+
+def test_a_refused_batch_leaves_the_tasks_that_were_set():
+    model = moelora_model().eval()
+    x = torch.randn(2, 3, 6)
+    set_tasks(model, [1, 2])
+    before = model["layers"](x)
+    with pytest.raises(ValueError, match="ids"):
+        set_tasks(model, [1, 9])
+    assert torch.equal(model["layers"](x), before)
+
+
+def test_external_gates_reach_every_layer():
+    model = make_model()
+    replace_linears(model, EXTERNAL, ["up_proj", "down_proj"])
+    randomise(model)
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(ValueError, match="set_tasks"):
+        model["layers"](x)
+    gates = torch.rand(2, 4, requires_grad=True)
+    set_tasks(model, gates)
+    model["layers"](x).square().sum().backward()
+    assert gates.grad.abs().min() > 0
+    set_tasks(model, [[0.0] * 4])
+    silent = model["layers"](x)
+    bare = make_model()
+    torch.testing.assert_close(silent, bare["layers"](x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
+        set_tasks(model, [1, 2])
+
+
+def test_external_gates_follow_the_layers_device():
+    """Gates from a tokenizer's output are on the CPU, the layers wherever the model is."""
+    model = make_model()
+    replace_linears(model, EXTERNAL, ["up_proj"])
+    model = model.to("meta")
+    set_tasks(model, [[0.25] * 4])
+    assert model["layers"][0].up_proj.external_gates.device.type == "meta"
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@pytest.mark.parametrize("config", (MOELORA, EXTERNAL), ids=("task", "external"))
+def test_tasks_survive_activation_checkpointing(config, use_reentrant):
+    """The recompute runs outside the model's forward: the tasks must still be there."""
+    model = make_model()
+    replace_linears(model, config, ["up_proj", "down_proj"])
+    randomise(model)
+    set_tasks(model, [3, 1] if config is MOELORA else torch.rand(2, 4))
+
+    def gradients(recompute):
+        torch.manual_seed(2)
+        model.zero_grad()
+        x = torch.ones(2, 3, 6, requires_grad=True)
+        h = x
+        for block in model["layers"]:
+            h = checkpoint(block, h, use_reentrant=use_reentrant) if recompute else block(h)
+        h.square().sum().backward()
+        return [x.grad, *[q.grad.clone() for q in adapter_parameters(model)]]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adapter_parameters_are_what_trains():
+    """Each once, shared gates included, nothing of the base: the list for the optimiser."""
+    model = moelora_model()
+    found = adapter_parameters(model)
+    assert len({id(q) for q in found}) == len(found)
+    for q in model.parameters():
+        q.requires_grad_(False)
+    for q in found:
+        q.requires_grad_(True)
+    names = [n for n, q in model.named_parameters() if q.requires_grad]
+    assert len(names) == len(found) == 10
+    assert all("lora_" in n or "router" in n for n in names)
+    assert adapter_parameters(make_model()) == []

@@ -1,0 +1,347 @@
+"""Gates that differ from token to token: learned thresholds, top-p with entropy, clusters."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraGroup,
+    MoeLoraLinear,
+    adapter_parameters,
+    adapter_state_dict,
+    collect_aux_loss,
+    load_adapter,
+    record_routing,
+    replace_linears,
+    save_adapter,
+    set_tasks,
+)
+from moelora_kernels.nn.gates import normalized_entropy
+from support.compare import formula_step, training_step
+from support.formulas.presets import IN, OUT, check, formula_of, make_layer
+from support.formulas.token_gates import adamole_margins, dynmole_kept, tsallis
+
+# float64 sums of a few dozen terms, in another order.
+TIGHT = dict(rtol=1e-11, atol=1e-12)
+
+
+def spread(preset, dtype=torch.float64, factor=4.0, **options):
+    """A layer whose router is so sharp that tokens differ in the number of their experts."""
+    layer = make_layer(preset, dtype, **options)
+    with torch.no_grad():
+        for q in layer.router.parameters():
+            q.mul_(factor)
+    return layer
+
+
+def certain_to_uncertain(tokens, dtype=torch.float64):
+    """Tokens from large to nearly zero: their routers are certain of one expert to undecided."""
+    return (torch.randn(tokens, IN) * torch.linspace(1.0, 0.02, tokens)[:, None]).to(dtype)
+
+
+def parameters_of(layer):
+    return {n: q.detach() for n, q in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("max_threshold", (None, 0.4))
+def test_adamole_keeps_what_passes_the_threshold(max_threshold):
+    """From one expert to many: p - tau over its sum, with a gradient for what tau is made of."""
+    layer = spread("adamole", max_threshold=max_threshold)
+    x = torch.randn(40, IN, dtype=torch.float64)
+    counts = (adamole_margins(x, parameters_of(layer), layer.config) >= 0).sum(dim=1)
+    x = x[counts > 0]
+    assert len(counts[counts > 0].unique()) >= 3
+    check("adamole", layer, x)
+    grads = training_step(layer, x, torch.randn(len(x), OUT, dtype=torch.float64))
+    assert grads["router.threshold.weight"].abs().max() > 1e-3
+    assert grads["router.threshold.bias"].abs().max() > 1e-3
+
+
+def test_a_token_that_no_expert_passes_for_is_the_base():
+    """A gate of 0 and its gradients, not 0 / 0; the other tokens do not notice."""
+    layer = spread("adamole", max_threshold=0.95)
+    x = torch.randn(40, IN, dtype=torch.float64)
+    nobody = (adamole_margins(x, parameters_of(layer), layer.config) < 0).all(dim=1)
+    assert 0 < nobody.sum() < 40
+    check("adamole", layer, x[~nobody])
+    dy = torch.randn(40, OUT, dtype=torch.float64)
+    found = training_step(layer, x[nobody], dy[nobody])
+    assert torch.equal(found.pop("y"), layer.base_layer(x[nobody]))
+    torch.testing.assert_close(found.pop("dx"), dy[nobody] @ layer.weight, **TIGHT)
+    assert all(not g.any() for g in found.values())
+    together, others = training_step(layer, x, dy), training_step(layer, x[~nobody], dy[~nobody])
+    for name in found:
+        torch.testing.assert_close(together[name], others[name], **TIGHT)
+
+
+def test_the_default_threshold_is_at_most_one_over_e():
+    """1/E of the number of experts there are, also of a changed preset."""
+    for experts in (4, 8):
+        layer = make_layer("adamole", torch.float64, num_experts=experts)
+        with torch.no_grad():
+            layer.router.gate.weight.zero_()
+            layer.router.threshold.weight.zero_()
+            layer.router.threshold.bias.fill_(1.0)
+        x = torch.randn(3, IN, dtype=torch.float64)
+        layer.config = layer.config.replace(normalize="none")
+        with record_routing(layer):
+            layer(x)
+            expected = (1 - 1 / (1 + math.exp(-1.0))) / experts
+            torch.testing.assert_close(
+                layer.record.weights, torch.full_like(layer.record.weights, expected), **TIGHT
+            )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_threshold_met_exactly_has_finite_gradients(dtype):
+    """p = tau = 1/E for every expert: the weights sum to 0 although all of them are kept."""
+    layer = make_layer("adamole", dtype)
+    with torch.no_grad():
+        layer.router.gate.weight.zero_()
+        layer.router.threshold.weight.zero_()
+        layer.router.threshold.bias.fill_(1e4)
+    x = torch.randn(6, IN, dtype=dtype)
+    found = training_step(layer, x, torch.randn(6, OUT, dtype=dtype))
+    torch.testing.assert_close(found["y"], layer.base_layer(x), rtol=1e-5, atol=1e-5)
+    for name, g in found.items():
+        # Not the 1e38 of a division by the smallest number there is.
+        assert g.abs().max() < 1e4, name
+
+
+@pytest.mark.parametrize("options", (dict(router="mlp"), dict(granularity="sequence")), ids=str)
+def test_learned_thresholds_over_other_routers(options):
+    """The gate under the threshold is any router; what it sees, the threshold sees."""
+    layer = spread("adamole", **options)
+    x = torch.randn(4, 3, IN, dtype=torch.float64)
+    with record_routing(layer):
+        layer(x)
+        found = layer.record.weights
+    seen = x.mean(1) if "granularity" in options else x.view(12, IN)
+    router = layer.router
+    tau = router.threshold(seen).sigmoid() / 8
+    kept = ((router.gate(seen)).softmax(1) - tau).clamp_min(0)
+    torch.testing.assert_close(found, kept / kept.sum(1, keepdim=True), **TIGHT)
+    assert len((found > 0).sum(1).unique()) > 1
+
+
+def test_a_module_of_your_own_is_shared_and_its_threshold_is_not():
+    router = nn.Linear(IN, 8, dtype=torch.float64)
+    first, second = (make_layer("adamole", torch.float64, router=router) for _ in range(2))
+    assert first.router.gate is second.router.gate is router
+    assert first.router.threshold is not second.router.threshold
+    assert len(adapter_parameters(nn.ModuleList([first, second]))) == 2 * 4 + 2
+
+
+def test_the_threshold_is_saved_copied_and_trained(tmp_path):
+    """A threshold left out of a checkpoint would change the experts of every token."""
+    source, target = spread("adamole"), spread("adamole", seed=1)
+    x = torch.randn(9, IN, dtype=torch.float64)
+    assert (source(x) - target(x)).abs().max() > 0.1
+    target.base_layer.load_state_dict(source.base_layer.state_dict())
+    assert {k for k in adapter_state_dict(source) if "threshold" in k} == {
+        "router.threshold.weight",
+        "router.threshold.bias",
+    }
+    save_adapter(source, tmp_path / "adapter")
+    load_adapter(target, tmp_path / "adapter")
+    assert torch.equal(target(x), source(x))
+    assert torch.equal(copy.deepcopy(source)(x), source(x))
+    listed = {id(q) for q in adapter_parameters(source)}
+    assert {id(q) for q in source.router.parameters()} <= listed
+    assert all(q.requires_grad for q in source.router.parameters())
+
+
+@pytest.mark.parametrize("preset", ("adamole", "dynmole"))
+def test_siblings_of_a_group_keep_their_own_gates(preset):
+    siblings = {n: spread(preset, seed=i) for i, n in enumerate(("q", "k", "v"))}
+    x = torch.randn(7, IN, dtype=torch.float64)
+    alone = [layer(x) for layer in siblings.values()]
+    group = MoeLoraGroup(**siblings)
+    for found, expected in zip(group(x), alone, strict=True):
+        torch.testing.assert_close(found, expected, **TIGHT)
+    of_group = collect_aux_loss(group)
+    for layer in siblings.values():
+        layer(x)
+    torch.testing.assert_close(of_group, collect_aux_loss(group), **TIGHT)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_adamole_balances_what_is_left_over_the_threshold(masked):
+    """E sum_e f_e mean(p_e - tau): also the threshold learns from it."""
+    layer = spread("adamole", max_threshold=0.5, aux={"load_balance": 0.3})
+    x = torch.randn(3, 7, IN, dtype=torch.float64)
+    mask = torch.rand(3, 7) > 0.4 if masked else torch.ones(3, 7, dtype=torch.bool)
+    layer(x)
+    found = collect_aux_loss(layer, mask if masked else None)
+    p = dict(layer.named_parameters())
+    margins = adamole_margins(x[mask], p, layer.config)
+    counts = (margins > 0).double().sum(dim=0)
+    assert 0 < counts.sum() < margins.numel()
+    expected = 0.3 * 8 * (counts / counts.sum() * margins.mean(dim=0)).sum()
+    torch.testing.assert_close(found, expected, **TIGHT)
+    own = list(layer.router.parameters())
+    grads = torch.autograd.grad(found, own), torch.autograd.grad(expected, own)
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e, **TIGHT)
+        assert e.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_dynmole_decides_for_each_token(dtype):
+    """Tokens of all three rules in one batch: top-p, at least two, all where it is uncertain."""
+    layer = spread("dynmole", dtype, factor=6.0)
+    x = certain_to_uncertain(60, dtype)
+    logits = x.double() @ layer.router.weight.detach().double().t()
+    kept, rules = zip(*(dynmole_kept(p, layer.config) for p in logits.softmax(1)), strict=True)
+    assert all(rules.count(rule) >= 4 for rule in ("top_p", "keep_min", "entropy"))
+    assert {len(k) for k in kept} >= {2, 3, 6}
+    check("dynmole", layer, x)
+
+
+ENTROPIES = (1.0, 1.1, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("q", ENTROPIES)
+def test_normalized_entropy(q):
+    """From 0 for one certain expert to 1 for equals; masked experts have no say in either."""
+    logits = torch.randn(5, 6, dtype=torch.float64) * 2
+    found = normalized_entropy(logits, q)
+    for value, p in zip(found.tolist(), logits.softmax(1).tolist(), strict=True):
+        shannon = -sum(v * math.log(v) for v in p) / math.log(6)
+        assert value == pytest.approx(shannon if q == 1.0 else tsallis(p, q), rel=1e-11)
+    certain = torch.tensor([[-math.inf, 0.0, -math.inf], [-900.0, 0.0, -800.0]]).requires_grad_()
+    entropy = normalized_entropy(certain, q)
+    torch.testing.assert_close(entropy, torch.zeros(2), rtol=0, atol=1e-6)
+    assert torch.autograd.grad(entropy.sum(), certain)[0].isfinite().all()
+    equal = normalized_entropy(torch.full((1, 7), 3.0, dtype=torch.float64), q)
+    torch.testing.assert_close(equal, torch.ones(1, dtype=torch.float64), **TIGHT)
+
+
+@pytest.mark.parametrize("q", ENTROPIES)
+@pytest.mark.parametrize("masked", (False, True))
+def test_entropy_loss(q, masked):
+    """The mean over the tokens that count, with the gradient that makes the router certain."""
+    layer = spread("dynmole", aux={"entropy": 0.7}, entropy_index=q, temperature=0.8)
+    x = torch.randn(2, 6, IN, dtype=torch.float64)
+    mask = torch.rand(2, 6) > 0.4 if masked else torch.ones(2, 6, dtype=torch.bool)
+    layer(x)
+    found = collect_aux_loss(layer, mask if masked else None)
+    p = (layer.router(x[mask]) / 0.8).softmax(dim=1)
+    if q == 1.0:
+        expected = -(p * p.log()).sum(dim=1) / math.log(6)
+    else:
+        expected = (1 - (p**q).sum(dim=1)) / (1 - 6 ** (1 - q))
+    expected = 0.7 * expected.mean()
+    torch.testing.assert_close(found, expected, **TIGHT)
+    (g,) = torch.autograd.grad(found, layer.router.weight)
+    (e,) = torch.autograd.grad(expected, layer.router.weight)
+    torch.testing.assert_close(g, e, **TIGHT)
+    assert e.abs().max() > 1e-3
+
+
+def test_losses_of_dynmole_have_its_weights():
+    """0.01 of the Tsallis entropy of q = 1.1 and 0.001 of the load balance."""
+    layer = spread("dynmole")
+    x = torch.randn(20, IN, dtype=torch.float64)
+    layer(x)
+    found = collect_aux_loss(layer)
+    probabilities = layer.router(x).softmax(dim=1).detach()
+    counts = torch.zeros(6, dtype=torch.float64)
+    for p in probabilities:
+        counts[dynmole_kept(p, layer.config)[0]] += 1
+    entropy = sum(tsallis(p, 1.1) for p in probabilities.tolist()) / 20
+    balance = 6 * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
+    torch.testing.assert_close(found.detach(), 0.01 * entropy + 0.001 * balance, **TIGHT)
+
+
+def test_mocle_draws_its_noise_in_training_only():
+    """g = softmax((W emb[cluster] + 0.1 N(0, 1)) / temperature), one gate for a sequence."""
+    layer = make_layer("mocle", torch.float64, temperature=0.5)
+    clusters = torch.tensor([3, 64, 3, 1])
+    x = torch.randn(4, 3, IN, dtype=torch.float64)
+    set_tasks(layer, clusters)
+    with record_routing(layer):
+        layer(x)
+        calm = layer.record.weights
+    layer.train()
+    torch.manual_seed(5)
+    noise = torch.randn(4, 4, dtype=torch.float64)
+    assert noise.std() > 0.5
+    torch.manual_seed(5)
+    with record_routing(layer):
+        found = layer(x)
+        weights = layer.record.weights
+    logits = layer.router.embedding.weight[clusters] @ layer.router.gate.weight.t()
+    gate = ((logits + 0.1 * noise) / 0.5).softmax(1)
+    best = gate.amax(1)
+    torch.testing.assert_close(weights.amax(1)[best > 0.5], best[best > 0.5], **TIGHT)
+    torch.testing.assert_close(weights[:, 4], 1 - best, **TIGHT)
+    assert ((weights[:, :4] > 0).sum(1) == 1).all()
+    assert torch.equal(calm[0], calm[2])
+    assert not torch.equal(weights[0], weights[2])
+    p = parameters_of(layer)
+    blocks = [layer.lora_B[:, 8 * e : 8 * e + 8] @ p["lora_A"][8 * e : 8 * e + 8] for e in range(5)]
+    expected = layer.base_layer(x) + 2.0 * torch.stack(
+        [xb @ sum(g * m for g, m in zip(w, blocks, strict=True)).t()
+         for xb, w in zip(x, weights, strict=True)]
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, **TIGHT)
+
+
+def test_one_cluster_gate_serves_a_model():
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, IN))
+    replace_linears(model, MoeLoraConfig.preset("mocle"), ["0", "2"])
+    assert model[0].router is model[2].router
+    set_tasks(model, [64, 2])
+    with pytest.raises(ValueError, match=r"ids: expected 1 to 64"):
+        set_tasks(model, [0])
+    assert model(torch.randn(2, 3, IN)).shape == (2, 3, IN)
+
+
+PUBLISHED = {
+    "mole": (8, 32, 16 / 4),
+    "adamole": (8, 32, 16 / 4),
+    "dynmole": (6, 144, 48 / 24),
+    "goat": (8, 32, (3 * 4096 / 4) ** 0.5),
+    "mocle": (4, 40, 16 / 8),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_sizes_of_the_presets(preset):
+    """Experts, total rank and factor at 4096 inputs; AdaMoLE and GOAT split 32 over the experts."""
+    config = MoeLoraConfig.preset(preset)
+    scales = config.scales(4096)
+    assert (config.num_experts, sum(config.ranks()), scales[0]) == PUBLISHED[preset]
+    assert len(set(scales)) == 1
+
+
+@pytest.mark.parametrize("preset", ("adamole", "dynmole"))
+def test_no_break_in_a_compiled_graph(preset):
+    """No host sync hides in the selection: the number of experts of a token is data."""
+    layer = spread(preset)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, IN, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), layer(x), **TIGHT)
+
+
+def test_the_loops_disagree_with_a_broken_gate():
+    """What `check` compares can tell the rules apart: a gate without one of them is another y."""
+    layer = spread("dynmole", factor=6.0)
+    x = certain_to_uncertain(30)
+    dy = torch.randn(30, OUT, dtype=torch.float64)
+    truth = formula_step(formula_of("dynmole", layer), layer, x, dy)["y"]
+    for options in (dict(keep_min=1), dict(entropy_threshold=0.999), dict(top_p=0.5)):
+        broken = copy.deepcopy(layer)
+        broken.config = layer.config.replace(**options)
+        assert (broken(x) - truth).abs().max() > 1e-3, options
+
+
+def test_a_router_of_the_wrong_width_is_named():
+    layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset("adamole", router=nn.Identity()))
+    with pytest.raises(ValueError, match=r"router: expected logits \[2, 9\], got \[2, 13\]"):
+        layer(torch.randn(2, IN))

@@ -1,0 +1,170 @@
+"""The presets of whole-FFN experts against their methods' loops, over the MLPs of real models."""
+
+import pytest
+import torch
+from torch import nn
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraFFN,
+    adapter_parameters,
+    collect_aux_loss,
+    replace_ffns,
+)
+from moelora_kernels.presets import FFN_PRESETS
+from support.compare import check_formula
+from support.ffns import check
+
+HIDDEN, INNER = 12, 18
+MLPS = ("Llama", "Qwen2", "Mistral")
+
+
+def make_mlp(family, dtype):
+    """A model's own MLP class; Llama's with biases, which Qwen2's and Mistral's cannot have."""
+    transformers = pytest.importorskip("transformers")
+    module = getattr(transformers.models, family.lower())
+    module = getattr(module, f"modeling_{family.lower()}")
+    options = {"mlp_bias": True} if family == "Llama" else {}
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_attention_heads=2, **options
+    )
+    return getattr(module, f"{family}MLP")(config).to(dtype)
+
+
+def make_layer(preset, family="Llama", dtype=torch.float64, **options):
+    """A layer in eval mode with random parameters, so that no term of the formula is zero."""
+    torch.manual_seed(0)
+    config = MoeLoraConfig.preset(preset, **options)
+    layer = MoeLoraFFN.from_mlp(make_mlp(family, dtype), config).eval()
+    with torch.no_grad():
+        for q in layer.parameters(recurse=False):
+            q.normal_(std=0.3)
+    return layer
+
+
+def experts_of(p, name, experts):
+    """A_e [r, in] and B_e [out, r] of one of the three linears."""
+    a, b = p[f"{name}_lora_A"].chunk(experts), p[f"{name}_lora_B"].chunk(experts, dim=1)
+    return list(zip(a, b, strict=True))
+
+
+def frozen(p, name, rows):
+    return nn.functional.linear(rows, p[f"{name}_proj.weight"], p.get(f"{name}_proj.bias"))
+
+
+def loop_mixlora(x, p, c):
+    """p = softmax(W_g x); the two largest over their sum; y = sum_j p_j FFN_j(x), where FFN_j has
+    LoRA j in W1, W2, W3; every expert runs the frozen products for itself: six per token.
+    """
+    tokens = x.reshape(-1, HIDDEN)
+    weights, chosen = (tokens @ p["router.weight"].t()).softmax(dim=1).topk(c.top_k, dim=1)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    experts = {name: experts_of(p, name, c.num_experts) for name in ("gate", "up", "down")}
+    y = torch.zeros_like(tokens)
+    products = 0
+
+    def adapted(name, e, rows):
+        nonlocal products
+        products += rows.shape[0]
+        a, b = experts[name][e]
+        return frozen(p, name, rows) + c.alpha / c.rank * ((rows @ a.t()) @ b.t())
+
+    for e in range(c.num_experts):
+        token, slot = (chosen == e).nonzero(as_tuple=True)
+        rows = tokens[token]
+        inner = nn.functional.silu(adapted("gate", e, rows)) * adapted("up", e, rows)
+        y = y.index_add(0, token, weights[token, slot][:, None] * adapted("down", e, inner))
+    assert products == 3 * c.top_k * tokens.shape[0]
+    return y.view(x.shape)
+
+
+def loop_llava_mole(x, p, c):
+    """i = argmax softmax(W_g x + b_g); every linear of the FFN: W v + b + alpha/r B_i A_i v, the
+    same i for all three, not scaled by the gate.
+    """
+    logits = nn.functional.linear(x, p["router.weight"], p["router.bias"])
+    chosen = logits.softmax(dim=-1).argmax(dim=-1)
+
+    def adapted(name, rows):
+        delta = torch.zeros_like(frozen(p, name, rows))
+        for e, (a, b) in enumerate(experts_of(p, name, c.num_experts)):
+            own = (chosen == e)[..., None]
+            delta = delta + own * (c.alpha / c.rank * (rows @ a.t()) @ b.t())
+        return frozen(p, name, rows) + delta
+
+    return adapted("down", nn.functional.silu(adapted("gate", x)) * adapted("up", x))
+
+
+LOOPS = {"mixlora": loop_mixlora, "llava-mole": loop_llava_mole}
+
+
+def check_preset(preset, layer, x):
+    """Assert that the layer computes the preset's loop."""
+    dy = torch.randn(x.shape).to(x.dtype)
+    check_formula(lambda leaf, p: LOOPS[preset](leaf, p, layer.config), layer, x, dy)
+
+
+def test_every_preset_of_ffns_has_a_loop():
+    assert tuple(LOOPS) == FFN_PRESETS
+
+
+@pytest.mark.parametrize("family", MLPS)
+@pytest.mark.parametrize("shape", ((1, 5), (4, 3), (6, 1)), ids=str)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
+def test_preset_is_its_papers_formula(preset, shape, family):
+    layer = make_layer(preset, family)
+    check_preset(preset, layer, torch.randn(*shape, HIDDEN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("adapters", (None, "float32"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("preset", FFN_PRESETS)
+def test_preset_in_the_dtypes_people_train_in(preset, dtype, adapters):
+    """Low precision may cost what the reference in that dtype costs, twice, and not more."""
+    layer = make_layer(preset, dtype=dtype, adapter_dtype=adapters)
+    check_preset(preset, layer, torch.randn(4, 6, HIDDEN).to(dtype))
+
+
+@pytest.mark.parametrize("preset", FFN_PRESETS)
+def test_rank_one_and_ends_of_top_k(preset):
+    for options in (dict(rank=1, num_experts=5), dict(top_k=1), dict(num_experts=2)):
+        layer = make_layer(preset, **options)
+        check_preset(preset, layer, torch.randn(2, 3, HIDDEN, dtype=torch.float64))
+
+
+def test_llava_moles_router_learns_from_the_balance_alone():
+    """Its weight is exactly 1 in every dtype, so that y does not move it; the balance loss does."""
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = make_layer("llava-mole", dtype=dtype)
+        x = torch.randn(9, HIDDEN).to(dtype)
+        weights = layer.token_slots(x, x).weights
+        assert (weights == 1).all()
+        y = layer(x)
+        (of_y,) = torch.autograd.grad(y.square().sum(), layer.router.weight)
+        assert not of_y.any()
+        layer(x)
+        (of_balance,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
+        assert of_balance.any()
+
+
+def test_one_expert_per_token_is_an_ffn_of_linears():
+    """K = 1 and weight 1: the layer is the three linears, each with LoRA of the chosen expert."""
+    layer = make_layer("mixlora", top_k=1)
+    check(layer, *(torch.randn(5, HIDDEN, dtype=torch.float64) for _ in range(2)))
+
+
+def test_parameters_of_mixlora_on_llama_7b():
+    """8 experts of rank 16 in three linears of 4096 x 11008, and one router, in each of 32 FFNs."""
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleDict({"mlp": Mlp(4096, 11008)}) for _ in range(32))
+    replace_ffns(model, MoeLoraConfig.preset("mixlora"))
+    assert sum(q.numel() for q in adapter_parameters(model)) == 32 * (
+        8 * 16 * 3 * (4096 + 11008) + 8 * 4096
+    )
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden, inner):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(inner, hidden, bias=False), nn.SiLU()

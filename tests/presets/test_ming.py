@@ -1,0 +1,258 @@
+"""What MING's router does beyond top-k, as options: sampling, scales, shared experts, balance."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    adapter_parameters,
+    collect_aux_loss,
+    record_routing,
+    replace_linears,
+)
+from moelora_kernels.nn.gates import gate_of_logits
+from support.ffns import HIDDEN, make_ffn
+from support.linears import IN, make_layer, randomise
+
+SAMPLING = dict(
+    num_experts=4, rank=3, alpha=6.0, router_bias=True, score="identity", normalize="softmax",
+    select="sampling", top_k=2,
+)  # fmt: skip
+
+
+def test_the_preset_takes_sampling():
+    config = MoeLoraConfig.preset("ming", select="sampling")
+    assert (config.select, config.top_k, config.is_sparse()) == ("sampling", 2, True)
+    with pytest.raises(
+        ValueError, match=r"^top_k: expected a value with select='sampling', got None$"
+    ):
+        MoeLoraConfig(select="sampling")
+    with pytest.raises(ValueError, match=r"^top_k: 2 works only with select='topk' or 'sampling'"):
+        MoeLoraConfig(select="all", top_k=2)
+    assert MoeLoraConfig.preset("ming", select="sampling").replace(top_k=1).select == "sampling"
+    assert not MoeLoraConfig.preset("ming", select="sampling", top_k=8).is_sparse()
+
+
+def test_experts_are_drawn_without_replacement_from_the_softmax():
+    """P(i, then j) = p_i p_j / (1 - p_i) of every pair; weights = softmax of their logits."""
+    logits = torch.tensor([1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
+    draws = 40_000
+    config = MoeLoraConfig(**SAMPLING)
+    weights, indices = gate_of_logits(logits.expand(draws, 4), config, training=True)
+    assert indices.dtype == torch.int32
+    torch.testing.assert_close(weights, logits[indices.long()].softmax(dim=1))
+    p = logits.softmax(dim=0)
+    for i, j in itertools.permutations(range(4), 2):
+        expected = p[i] * p[j] / (1 - p[i])
+        found = ((indices[:, 0] == i) & (indices[:, 1] == j)).double().mean()
+        # Five standard deviations of a share of that many draws.
+        assert (found - expected).abs() < 5 * (expected * (1 - expected) / draws) ** 0.5, (i, j)
+
+
+def test_temperature_is_that_of_the_draw_and_of_the_weights():
+    logits = torch.tensor([2.0, 0.0], dtype=torch.float64).expand(20_000, 2)
+    config = MoeLoraConfig(**{**SAMPLING, "num_experts": 2, "top_k": 1, "temperature": 4.0})
+    _, indices = gate_of_logits(logits, config, training=True)
+    expected = torch.tensor(0.5).sigmoid()
+    assert ((indices == 0).double().mean() - expected).abs() < 5 * (0.25 / 20_000) ** 0.5
+
+
+def test_the_draw_is_that_of_torch_multinomial():
+    """Same generator, same experts as the original's torch.multinomial(softmax(g), 2)."""
+    logits = torch.randn(50, 6)
+    config = MoeLoraConfig(**{**SAMPLING, "num_experts": 6})
+    torch.manual_seed(5)
+    _, indices = gate_of_logits(logits, config, training=True)
+    torch.manual_seed(5)
+    expected = torch.multinomial(logits.softmax(dim=1), 2)
+    assert torch.equal(indices.long(), expected)
+
+
+def test_probabilities_too_small_for_a_float_do_not_stop_the_draw():
+    """torch.multinomial raises where fewer than K probabilities are above zero."""
+    logits = torch.tensor([[0.0, -500.0, -600.0, -float("inf")]])
+    weights, indices = gate_of_logits(logits, MoeLoraConfig(**SAMPLING), training=True)
+    assert indices.tolist() == [[0, 1]]
+    assert weights.tolist() == [[1.0, 0.0]]
+
+
+def step(layer, x, seed):
+    torch.manual_seed(seed)
+    leaf = x.clone().requires_grad_()
+    with record_routing(layer):
+        y = layer(leaf)
+        indices = layer.record.indices
+    trained = [q for q in layer.parameters() if q.requires_grad]
+    return y.detach(), indices, torch.autograd.grad(y.square().sum(), (leaf, *trained))
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_outputs_and_gradients_are_those_of_the_drawn_experts(training):
+    """The formula with the draw held fixed; the draw itself has no gradient. Eval draws as well."""
+    layer = make_layer(**SAMPLING).train(training)
+    x = torch.randn(3, 5, IN, dtype=torch.float64)
+    y, indices, found = step(layer, x, 1)
+    again = step(layer, x, 1)
+    assert torch.equal(y, again[0])
+    assert not torch.equal(indices, step(layer, x, 2)[1])
+    top = layer.router(x.reshape(-1, IN)).topk(2).indices
+    assert (indices.long().sort().values != top.sort().values).any()
+
+    leaf = x.clone().requires_grad_()
+    out = []
+    for token, chosen in zip(leaf.reshape(-1, IN), indices.tolist(), strict=True):
+        g = layer.router(token)
+        w = torch.stack([g[e] for e in chosen]).softmax(dim=0)
+        total = layer.base_layer(token)
+        for j, e in enumerate(chosen):
+            own = slice(3 * e, 3 * e + 3)
+            total = total + 2.0 * w[j] * (layer.lora_B[:, own] @ (layer.lora_A[own] @ token))
+        out.append(total)
+    expected = torch.stack(out).view(3, 5, -1)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    trained = [q for q in layer.parameters() if q.requires_grad]
+    wanted = torch.autograd.grad(expected.square().sum(), (leaf, *trained))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_sampling_compiles_once():
+    """No graph break, the draw of eager, and one graph for every number of tokens."""
+    layer = make_layer(**SAMPLING)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(torch.randn(2, 5, IN, dtype=torch.float64))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (3, 7):
+            x = torch.randn(2, tokens, IN, dtype=torch.float64)
+            torch.manual_seed(1)
+            found = compiled(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(found, layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_and_wide_serve_the_same_draw():
+    layers = [make_layer(**SAMPLING, impl=impl) for impl in ("wide", "grouped", "reference")]
+    x = torch.randn(3, 5, IN, dtype=torch.float64)
+    first, *others = [step(layer, x, 4) for layer in layers]
+    for other in others:
+        assert torch.equal(first[1], other[1])
+        for a, b in zip((first[0], *first[2]), (other[0], *other[2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_the_recompute_of_activation_checkpointing_draws_the_same(use_reentrant):
+    """Else the gradients would be those of other experts than the output."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+    replace_linears(model, MoeLoraConfig(**SAMPLING), ["0", "2"])
+    randomise(model)
+
+    def gradients(recompute):
+        torch.manual_seed(7)
+        model.zero_grad()
+        x = torch.ones(3, 4, 6, requires_grad=True)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if recompute else model(x)
+        # What is drawn in between must not shift the recompute.
+        torch.rand(5)
+        y.square().sum().backward()
+        return [x.grad, *[q.grad.clone() for q in adapter_parameters(model)]]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("granularity", ("sequence", "task"))
+def test_a_sequence_or_task_draws_once(granularity):
+    """Dense gates, as top-k has them there."""
+    options = {**SAMPLING, "granularity": granularity}
+    if granularity == "task":
+        options |= dict(router="task", num_tasks=3, task_embedding_dim=4, router_bias=False)
+    logits = torch.randn(6, 4)
+    weights, indices = gate_of_logits(logits, MoeLoraConfig(**options), training=True)
+    assert indices is None
+    assert ((weights > 0).sum(dim=1) == 2).all()
+    kept = torch.where(weights > 0, logits, -torch.inf).softmax(dim=1)
+    torch.testing.assert_close(weights, kept)
+
+
+def test_all_experts_and_shared_experts_with_sampling():
+    """K = E takes every expert; a shared expert stands beside those that are drawn."""
+    layer = make_layer(**{**SAMPLING, "top_k": 4})
+    x = torch.randn(5, IN, dtype=torch.float64)
+    twin = make_layer(**{**SAMPLING, "select": "all", "top_k": None})
+    torch.testing.assert_close(layer(x), twin(x), rtol=1e-12, atol=1e-12)
+    shared = make_layer(**SAMPLING, shared_expert="always")
+    with record_routing(shared):
+        shared(x)
+        assert (shared.record.indices[:, -1] == 4).all()
+        assert (shared.record.weights[:, -1] == 1).all()
+
+
+def test_whole_ffn_experts_can_be_drawn():
+    ffn = make_ffn(**SAMPLING, aux={"load_balance": 1.0})
+    x = torch.randn(3, 4, HIDDEN, dtype=torch.float64)
+    torch.manual_seed(1)
+    y = ffn(x)
+    assert collect_aux_loss(ffn) > 0
+    torch.manual_seed(1)
+    assert torch.equal(ffn(x), y)
+    assert not torch.equal(ffn(x), y)
+
+
+# --- scales -------------------------------------------------------------------------------------
+
+
+def test_rslora_and_the_scale_of_shared_experts():
+    """alpha / sqrt(r); shared experts of rank n r with the routed experts' alpha / r."""
+    assert MoeLoraConfig.preset("ming", scaling="alpha/sqrt(r)").scales() == (32.0 / 4,) * 8
+    config = MoeLoraConfig.preset("ming", shared_expert="always", shared_rank=32)
+    assert config.scales() == (2.0,) * 8 + (1.0,)
+    assert config.replace(scaling=2.0).scales() == (2.0,) * 9
+    assert config.replace(scaling=2.0).ranks() == (16,) * 8 + (32,)
+
+
+def test_shared_experts_stand_outside_of_the_softmax():
+    """y = W x + s sum_j w_j B_j A_j x + s B_s A_s x with sum w = 1, of float64."""
+    layer = make_layer(shared_expert="always", shared_rank=6, scaling=2.0)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lora_B[:, :12].zero_()
+    a, b = layer.lora_A[12:], layer.lora_B[:, 12:]
+    expected = layer.base_layer(x) + 2.0 * x @ a.t() @ b.t()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+# --- load balance -------------------------------------------------------------------------------
+
+
+def test_the_load_balance_of_ming_is_ours_with_a_factor():
+    """There: c mean over layers of E sum_e f_e p_e, f summing to K. Ours: weight c K / layers."""
+    coefficient, top_k = 0.01, 2
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    config = MoeLoraConfig.preset(
+        "ming", num_experts=4, rank=2, aux={"load_balance": coefficient * top_k / 3}
+    )
+    replace_linears(model, config, ["0", "1", "2"])
+    randomise(model)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    losses, h = [], x
+    for layer in model:
+        p = layer.router(h.reshape(-1, 6)).softmax(dim=1)
+        chosen = p.topk(top_k).indices
+        f = torch.stack([(chosen == e).sum() for e in range(4)]).double() / p.shape[0]
+        losses.append(4 * (f * p.mean(dim=0)).sum())
+        h = layer(h)
+    expected = coefficient * sum(losses) / len(losses)
+    model(x)
+    found = collect_aux_loss(model)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Of the last layers also through what the first ones add to x.
+    routers = [layer.router.weight for layer in model]
+    gradients = (torch.autograd.grad(loss, routers) for loss in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)

@@ -1,0 +1,162 @@
+"""The specification against independently written loops: nothing here shares code with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelora_kernels import reference
+from support.layers import make_case
+
+
+def loop(case, sibling: int = 0) -> torch.Tensor:
+    """y of one sibling, one token and one expert at a time."""
+    s, plan, n = case.siblings[sibling], case.plan, len(case.siblings)
+    experts = len(plan.ranks)
+    rows = []
+    for t, x in enumerate(case.x):
+        y = s.weight @ x + (0 if s.bias is None else s.bias)
+        weights = dict.fromkeys(range(experts), 0.0)
+        if s.router_weight is not None:
+            logits = s.router_weight @ x + (0 if s.router_bias is None else s.router_bias)
+            p = torch.exp(logits / plan.temperature)
+            p = p / p.sum()
+            best = sorted(range(experts), key=lambda e: (-p[e].item(), e))[: plan.top_k]
+            total = sum(p[e] for e in best) if plan.renormalize else 1.0
+            weights |= {e: p[e] / total for e in best}
+        elif "indices" in case.gate:
+            k = case.gate["gates"].shape[1] // n
+            for slot in range(sibling * k, (sibling + 1) * k):
+                e = int(case.gate["indices"][t, slot])
+                if 0 <= e < experts:
+                    weights[e] = weights[e] + case.gate["gates"][t, slot]
+        else:
+            gates = case.gate["gates"]
+            row = int(case.gate["rows"][t]) if "rows" in case.gate else min(t, len(gates) - 1)
+            weights = {e: gates[row, sibling * experts + e] for e in range(experts)}
+        start = 0
+        for e, rank in enumerate(plan.ranks):
+            a = s.lora_a if plan.share_a else s.lora_a[start : start + rank]
+            b = s.lora_b[:, start : start + rank]
+            y = y + weights[e] * plan.scaling[e] * (b @ (a @ x))
+            start += rank
+        rows.append(y)
+    return torch.stack(rows)
+
+
+CASES = {
+    # name -> what it would catch
+    "router": {},
+    "router, two siblings": {"out_features": (5, 7)},
+    "router, not renormalised": {"renormalize": False, "temperature": 0.7},
+    "router, all experts": {"top_k": 4},
+    "router, ranks that differ": {"ranks": (1, 3, 2, 16)},
+    "sparse": {"gate": "sparse"},
+    "sparse, two siblings": {"gate": "sparse", "out_features": (5, 7)},
+    "dense": {"gate": "dense"},
+    "gate rows": {"gate": "rows", "out_features": (5, 7)},
+    "one gate row": {"gate": "one"},
+    "shared A": {"gate": "dense", "share_a": True},
+    "shared A, router": {"share_a": True, "out_features": (5, 7)},
+    "one expert": {"ranks": (3,), "gate": "dense"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_token_loop(name):
+    case = make_case(tokens=6, in_features=5, **{"out_features": (4,), **CASES[name]})
+    leaves = [case.x, *(t for s in case.siblings for t in s[3:] if t is not None)]
+    leaves += [case.gate["gates"]] if "gates" in case.gate else []
+    for leaf in leaves:
+        leaf.requires_grad_()
+    ys = [loop(case, i) for i in range(len(case.siblings))]
+    expected = torch.autograd.grad(ys, leaves, case.dy)
+    with torch.no_grad():
+        found = case.reference()
+    n = len(case.siblings)
+    for i, y in enumerate(ys):
+        torch.testing.assert_close(found[f"y{i}"], y.detach(), rtol=1e-12, atol=1e-12)
+    names = ["dx"]
+    for i in range(n):
+        names += [f"dA{i}", f"dB{i}"]
+        names += [f"drouter{i}", f"dbias{i}"] if case.plan.top_k else []
+    names += ["dgates"] if "gates" in case.gate else []
+    for key, grad in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[key], grad, rtol=1e-11, atol=1e-11, msg=key)
+
+
+def test_backward_formulas_equal_autograd_through_the_forward():
+    # The token loop has no dropout; autograd through the reference's own forward has.
+    for per_expert in (False, True):
+        case = make_case(dropout=0.4, dropout_per_expert=per_expert, out_features=(5, 7), aux=True)
+        by_autograd, by_formula = case.run("reference"), case.reference()
+        assert by_autograd.keys() == by_formula.keys()
+        for key, value in by_formula.items():
+            torch.testing.assert_close(value, by_autograd[key], rtol=1e-11, atol=1e-11, msg=key)
+
+
+def test_dropout_is_philox():
+    # Known answers of Philox-4x32-10 published with Random123: key 0 and counter 0, and all ones.
+    seed = torch.tensor([0])
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for lane, word in enumerate(words):
+        p = (word + 0.5) / 2**32
+        kept = reference.dropout(torch.ones(1, 4, dtype=torch.float64), p, seed)[0] != 0
+        assert bool(kept[lane]) == (word >= round(p * 2**32))
+        p = (word - 1) / 2**32
+        kept = reference.dropout(torch.ones(1, 4, dtype=torch.float64), p, seed)[0] != 0
+        assert bool(kept[lane])
+
+
+def test_dropout_keeps_its_share_and_its_mean():
+    x = torch.ones(400, 250, dtype=torch.float64)
+    for p in (0.1, 0.5):
+        dropped = reference.dropout(x, p, torch.tensor([7]))
+        # Five standard deviations of a mean of 1e5 Bernoulli draws.
+        bound = 5 * (p * (1 - p) / x.numel()) ** 0.5
+        assert abs((dropped == 0).double().mean() - p) < bound
+        assert dropped[dropped != 0].unique().tolist() == [1 / (1 - p)]
+
+
+def test_dropout_streams_and_seeds_differ():
+    x = torch.ones(64, 64)
+    masks = [
+        reference.dropout(x, 0.5, torch.tensor([seed]), stream) != 0
+        for seed, stream in ((1, 0), (1, 1), (2, 0), (1 << 40, 0))
+    ]
+    for i, mask in enumerate(masks):
+        for other in masks[:i]:
+            # Independent masks agree on half of 4096 places, give or take five deviations.
+            assert abs((mask == other).double().mean() - 0.5) < 5 * 0.5 / 64
+
+
+def test_topk_gate_takes_the_lower_expert_of_equal_logits():
+    weights, indices = reference.topk_gate(torch.zeros(3, 5), 2, True)
+    assert indices.tolist() == [[0, 1]] * 3
+    assert torch.equal(weights, torch.full((3, 2), 0.5))
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0]])
+    assert reference.topk_gate(logits, 3, True)[1].tolist() == [[1, 3, 2]]
+
+
+def test_topk_gate_keeps_the_order_of_all_experts():
+    weights, indices = reference.topk_gate(torch.tensor([[1.0, 3.0, 2.0]]), 3, False)
+    assert indices.tolist() == [[0, 1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 3.0, 2.0]]).softmax(1))
+
+
+def test_gate_of_zero_selects_nothing():
+    case = make_case(gate="dense")
+    case.gate["gates"][:, 1] = 0
+    case.siblings[0].lora_a[4:8] = torch.nan
+    assert torch.isfinite(case.run("reference")["y0"]).all()
+
+
+def test_rows_and_indices_out_of_range_are_not_routed():
+    gates = torch.rand(2, 3)
+    rows = torch.tensor([0, -1, 2, 1, 2**31 - 1])
+    gate = reference.dense_gate(gates, None, rows, 5, 1, 3)[:, 0]
+    assert torch.equal(gate[[0, 3]], gates)
+    assert gate[[1, 2, 4]].eq(0).all()
+    indices = torch.tensor([[0, 3], [-1, 2], [2**31 - 1, -(2**31)], [1, 1]])
+    gate = reference.dense_gate(torch.ones(4, 2), indices, None, 4, 1, 3)[:, 0]
+    assert gate.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 2, 0]]

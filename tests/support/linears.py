@@ -1,0 +1,79 @@
+"""Small MoeLoraLinear layers for the tests of the module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moelora_kernels import MoeLoraLinear, adapter_parameters
+
+IN, OUT = 12, 10
+MING = dict(num_experts=4, rank=3, alpha=6.0, router_bias=True, top_k=2)
+
+
+def make_layer(dtype=torch.float64, base=None, seed=0, **options):
+    """A layer whose B is not zero, so that its adapter shows."""
+    torch.manual_seed(seed)
+    options = {**MING, **options}
+    if options.get("router") in ("external", None) and "router" in options:
+        options.pop("top_k")
+    base = nn.Linear(IN, OUT, dtype=dtype) if base is None else base
+    layer = MoeLoraLinear.from_linear(base, **options)
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+    return layer
+
+
+class Prototype(nn.Module):
+    """A router of one's own: cosine to prototypes, with a parameter that must get a gradient."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(experts, IN, dtype=torch.float64))
+
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.prototypes).t()
+
+
+class PackedLinear(nn.Module):
+    """A stand-in for a quantised linear: int8 codes in `weight`, dequantised in forward."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        codes = (linear.weight.detach() / scale).round().to(torch.int8)
+        # Packed in one row, as bitsandbytes packs, so that only forward knows the shape.
+        self.weight = nn.Parameter(codes.reshape(1, -1), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def dequantised(self):
+        return self.weight.view(self.out_features, -1).to(self.scale.dtype) * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
+
+
+def randomise(model):
+    """Adapters that are not zero, so that gates and tasks show in the output."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for q in adapter_parameters(model):
+            q.normal_(std=0.5)
+    return model
+
+
+# A gate for each of sixteen tasks.
+TASKS = 16
+TASK = dict(
+    router="task", num_tasks=TASKS, task_embedding_dim=6, router_bias=False, top_k=None, rank=3
+)
+
+
+def task_layer(dtype=torch.float64, base=None, seed=0, **options):
+    """A layer with task gates that differ from each other, in evaluation."""
+    layer = make_layer(dtype, base, seed, **{**TASK, **options})
+    with torch.no_grad():
+        layer.router.gate.weight.normal_()
+    return layer.eval()
