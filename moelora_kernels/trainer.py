@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss
-from moelora_kernels.nn.routing_record import RoutingRecord, layers_of, record_routing
-from moelora_kernels.nn.tasks import adapter_parameters, set_tasks
+from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
+from moelora_kernels.nn.routing_record import RoutingRecord, record_routing
+from moelora_kernels.nn.tasks import set_tasks
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
@@ -69,7 +70,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         ValueError: the model has no mixture layer, the trainer has been attached to before, or it
             would use nn.DataParallel (launch one process per GPU with torchrun instead).
     """
-    layers = layers_of(trainer.model)
+    layers = mixture_layers(trainer.model)
     if not layers:
         raise ValueError("trainer: its model has no layer with experts")
     callbacks = trainer.callback_handler.callbacks
@@ -152,7 +153,7 @@ class MoeLoraCallback(TrainerCallback):
         if model is self._model:
             return
         self._model = model
-        layers = {id(layer) for layer in layers_of(model)}
+        layers = {id(layer) for layer in mixture_layers(model)}
         self._layers = {name: m for name, m in model.named_modules() if id(m) in layers}
         model.register_forward_pre_hook(self._set_tasks, with_kwargs=True)
         if isinstance(model, PreTrainedModel):

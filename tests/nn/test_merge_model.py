@@ -70,7 +70,7 @@ def test_every_layer_that_is_in_the_way_is_named(call):
         "0.2: the layer is merged already",
         "1.0: task: its gate depends on x",
         "1.2: base_layer: only a plain nn.Linear",
-        "mlp: a MoeLoraFFN is no sum of linear experts",
+        "mlp: the experts of a MoeLoraFFN are not linear",
     ):
         assert problem in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
