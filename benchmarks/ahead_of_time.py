@@ -1,13 +1,13 @@
-"""What the compiler makes of every kernel, on a machine without a GPU.
+"""Compile every Triton kernel for every GPU architecture, on a machine without a GPU.
 
-    python benchmarks/ahead_of_time.py                       all architectures, exit 1 if one is bad
+    python benchmarks/ahead_of_time.py                       exit 1 if a kernel must not ship
     python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time
 
-Runs the launchers on tensors of the meta device at real sizes, records what they would launch, and
-compiles each kernel with those very arguments, constants and tiles for each architecture. The
-machine code tells registers, spills, shared memory, tensor core instructions and the width of every
-load and store; `traffic` counts the bytes that the programs of a launch ask for, re-reads included
-(most of those meet in L2), against every tensor once. Nothing here is a measurement of time.
+Runs the launchers on tensors of the meta device at the sizes of models and records their launches.
+Compiles each kernel with the arguments, constants and tiles of its launch for each architecture.
+The machine code shows registers, spills, shared memory, tensor core instructions and the width of
+every load and store. `model/traffic.py` counts the bytes that the programs of a launch load and
+store. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
 def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and alignment of a launch, as Triton specialises them when it runs."""
+    """Return signature, constants and alignment of a launch, specialised like Triton does."""
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
         torch.int32: "i32", torch.int64: "i64",
@@ -78,7 +78,7 @@ def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
 
 
 def compile_launch(launch: Launch, architecture: str):
-    """The compiled kernel of a launch for an architecture."""
+    """Compile the kernel of a launch for an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -90,7 +90,7 @@ def compile_launch(launch: Launch, architecture: str):
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, as the cuobjdump of Triton's wheel prints them."""
+    """Return resource usage and SASS, as printed by the cuobjdump of Triton's wheel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -111,12 +111,12 @@ WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def width(suffix: str) -> int:
-    """Bytes of one access: LDG.E.128 has 16, LDG.E 4, LDG.E.U16 2."""
+    """Return the bytes of one access: 16 for LDG.E.128, 4 for LDG.E, 2 for LDG.E.U16."""
     return next((WIDTHS[part] for part in suffix.split(".") if part in WIDTHS), 4)
 
 
 def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
-    """Registers, spills, shared memory, instructions and bytes of a launch."""
+    """Return registers, spills, shared memory, instructions and bytes of a launch."""
     compiled = compile_launch(launch, architecture)
     usage, sass = machine_code(compiled.asm["cubin"])
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
@@ -155,7 +155,7 @@ WGMMA_ROWS = {
 
 
 def operands(launch: Launch) -> list[tuple[int, int, int]]:
-    """What loops load: elements of the tile, of a row in memory, bytes of an element."""
+    """Return (elements of a tile, elements of a row in memory, bytes of an element) per load."""
     s = traffic.Sizes(launch)
     name = launch.kernel.fn.__name__
     if name == "shrink_gate_kernel":
@@ -189,7 +189,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
 
 
 def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, int]]:
-    """The same for the grouped formulation, whose experts begin within the rows of B."""
+    """Return the same for the grouped kernels, whose experts begin within the rows of B."""
     if name == "router_logits_kernel":
         return [
             (s.BLOCK_T * s.BLOCK_I, s.I, s.size("x_ptr")),
@@ -220,9 +220,9 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
 
 
 def natural_widths(launch: Launch) -> set[int]:
-    """Widths that loads of operands have where nothing is lost: alignment, or a share per thread.
+    """Return the widest loads that are possible for the operands of a launch, in bytes.
 
-    A row that begins at any multiple of 8 bytes cannot be loaded by 16, nor can a tile that has
+    A load of 16 bytes is impossible if rows begin at any multiple of 8 bytes, or if a tile has
     fewer than 16 bytes for each thread.
     """
     threads = 32 * launch.tile.warps
@@ -241,7 +241,10 @@ def natural_widths(launch: Launch) -> set[int]:
 def complaints(
     row: dict[str, Any], launch: Launch, architecture: str, oversized: bool = False
 ) -> list[str]:
-    """What is wrong with a compiled launch; empty where it may ship."""
+    """Return the reasons why a compiled launch must not ship; empty if it may.
+
+    oversized: the layer has more experts than the tiles are made for, and may spill.
+    """
     found = []
     if (row["spills"] or row["stack"]) and not oversized:
         found.append(f"{row['spills']} spilling instructions, {row['stack']} bytes of stack")
@@ -254,8 +257,8 @@ def complaints(
     allowed = natural_widths(launch)
     for access in row["accesses"]:
         kind, size = access.split(".")
-        # Only the loads of operands are asynchronous copies; what else is loaded are gates and
-        # tables of a few bytes per token or expert.
+        # Only loads of operands are asynchronous copies. The other loads are gates and tables of a
+        # few bytes per token or expert.
         if kind == "LDGSTS" and int(size) not in allowed:
             found.append(f"loads of {size} bytes where operands allow {sorted(allowed)}")
     return found
@@ -267,7 +270,7 @@ def key_of(launch: Launch) -> str:
 
 
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:
-    """(layer, number of the launch in it, architecture) of every kernel that layers differ in."""
+    """Return (layer, index of the launch in it, architecture) of every distinct launch."""
     seen, found = set(), []
     with configs.assume(architecture):
         for layer in layers:
@@ -279,7 +282,7 @@ def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, i
 
 
 def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
-    """The compiled launch, with what is wrong with it."""
+    """Compile one of `unique_launches`; return its row, with the reasons why it must not ship."""
     name, number, architecture = work
     layer = next(each for each in LAYERS if each.name == name)
     with configs.assume(architecture):
@@ -290,7 +293,7 @@ def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
-    """A table per architecture."""
+    """Return a page with a table per architecture."""
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Kernels compiled ahead of time",
@@ -327,13 +330,13 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile everything; 1 if something may not ship."""
+    """Compile everything; return 1 if a kernel must not ship."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json and kernels.md")
     parser.add_argument("--architectures", type=lambda text: text.split(","), default=ARCHITECTURES)
-    parser.add_argument("--layers", help="only layers whose name contains this")
+    parser.add_argument("--layers", help="compile only layers whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
     unknown = set(given.architectures) - set(ARCHITECTURES)

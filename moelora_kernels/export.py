@@ -47,9 +47,7 @@ def lora_of_model(model: nn.Module, task: Task | None = None) -> PlainLora:
     names: dict[nn.Module, str] = {}
     for name, layer in layers.items():
         if not name:
-            raise ValueError(
-                "model: expected a model around the layers, got a layer; use layer.export_lora(task)"
-            )
+            raise ValueError("model: expected a model, got a layer; use layer.export_lora(task)")
         if layer.config.init == "svd_segments":
             problems.append(f"{name}: {REDUCED_BASE}")
         if names.setdefault(layer, name) != name:

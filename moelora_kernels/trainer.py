@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss
-from moelora_kernels.nn.routing_record import RoutingRecord, layers_of, record_routing
-from moelora_kernels.nn.tasks import adapter_parameters, set_tasks
+from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
+from moelora_kernels.nn.routing_record import RoutingRecord, record_routing
+from moelora_kernels.nn.tasks import set_tasks
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
@@ -85,7 +86,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         >>> attach(trainer).load  # empty before the first log
         {}
     """
-    layers = layers_of(trainer.model)
+    layers = mixture_layers(trainer.model)
     if not layers:
         raise ValueError(
             "trainer: expected a model with mixture layers, got none; call replace_linears first"
@@ -170,7 +171,7 @@ class MoeLoraCallback(TrainerCallback):
         if model is self._model:
             return
         self._model = model
-        layers = {id(layer) for layer in layers_of(model)}
+        layers = {id(layer) for layer in mixture_layers(model)}
         self._layers = {name: m for name, m in model.named_modules() if id(m) in layers}
         model.register_forward_pre_hook(self._set_tasks, with_kwargs=True)
         if isinstance(model, PreTrainedModel):

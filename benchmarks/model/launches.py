@@ -1,4 +1,4 @@
-"""Layers at real sizes, and what their ops would launch: recorded on tensors without data."""
+"""Layers at the sizes of models; their launches are recorded on tensors without data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 class Layer(NamedTuple):
     """A layer whose launches are compiled: sizes, gate form and dtypes.
 
-    by_pair: x and dy have a row for every pair of a token and an expert, as where experts are whole
-    feed-forwards.
+    by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
+    oversized: more experts than the tiles are made for; the kernels may spill.
     """
 
     name: str
@@ -85,7 +85,7 @@ LAYERS = [
 
 
 def record(layer: Layer) -> list[Launch]:
-    """The launches of one forward and backward of a layer, op by op."""
+    """Return the launches of one forward and backward of a layer, op by op."""
     if layer.grouped:
         return record_grouped(layer)
     from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
@@ -130,7 +130,7 @@ def record(layer: Layer) -> list[Launch]:
 
 
 def _balanced(layer: Layer) -> tuple[Tensor, ...]:
-    """Routing arrays where every expert has as many pairs as the next: real ones, to be counted."""
+    """Return routing arrays with data, in which every expert has the same number of pairs."""
     n, E = len(layer.out_features), len(layer.ranks)
     slots = torch.arange(n * layer.top_k) % layer.top_k
     ids = (torch.arange(layer.tokens)[:, None] * layer.top_k + slots) % E
@@ -138,7 +138,7 @@ def _balanced(layer: Layer) -> tuple[Tensor, ...]:
 
 
 def record_grouped(layer: Layer) -> list[Launch]:
-    """The launches of one forward and backward in the grouped formulation, op by op."""
+    """Return the launches of one forward and backward of the grouped formulation, op by op."""
     from moelora_kernels.kernels import (
         grouped_expand,
         grouped_shrink,

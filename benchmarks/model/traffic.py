@@ -1,8 +1,8 @@
-"""Bytes that a recorded launch asks for, counted from its grid, its tiles and its arguments.
+"""The bytes that a recorded launch moves, counted from its grid, its tiles and its arguments.
 
-Counted is what is loaded and stored under the masks, summed over all programs: what several
-programs read counts for each of them, although most of it meets in L2.
-`tests/benchmarks/test_traffic.py` compares this with what the interpreter sees.
+Loads and stores count under their masks, summed over all programs. If several programs read the
+same bytes, they count for each program, although most of these reads hit L2.
+`tests/benchmarks/test_traffic.py` compares the counts with those of Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.description import describe
 from moelora_kernels.checkpoints.files import load_safetensors, tensor_problem, unfit_problems
-from moelora_kernels.nn.ffn import MoeLoraFFN
-from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.merge import merged_with
 
 
@@ -34,7 +33,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, layer in model.named_modules():
-        if not isinstance(layer, (MoeLoraLinear, MoeLoraFFN)):
+        if not isinstance(layer, MixtureLayer):
             continue
         prefix = f"{name}." if name else ""
         tensors = dict(layer.named_parameters(recurse=False))
@@ -73,7 +72,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     problems = [f"missing: {key}" for key in current if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in current]
     for name, layer in model.named_modules():
-        if isinstance(layer, MoeLoraLinear) and layer.merged:
+        if isinstance(layer, LoraLayer) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     for key, saved in state.items():
         if problem := tensor_problem(key, saved):

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
 
@@ -37,9 +37,9 @@ class MissingBase(nn.Module):
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return the description of the layers of `model`, in values that JSON can hold."""
-    names: dict[MoeLoraLinear | MoeLoraFFN, list[str]] = {}
+    names: dict[MixtureLayer, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (MoeLoraLinear, MoeLoraFFN)):
+        if isinstance(layer, MixtureLayer):
             names.setdefault(layer, []).append(name)
     configs: list[dict[str, Any] | None] = []
     layers: list[dict[str, Any]] = []
@@ -49,7 +49,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         config = layer.config.to_dict() if has_json else None
         if config not in configs:
             configs.append(config)
-        linear: Any = layer if isinstance(layer, MoeLoraLinear) else layer.gate_proj
+        linear: Any = layer if isinstance(layer, LoraLayer) else layer.gate_proj
         dtype = next(layer.parameters(recurse=False)).dtype
         layers.append(
             {

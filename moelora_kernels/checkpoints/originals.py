@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.files import State, read, same_bits, tensor_problem, unfit_problems
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.tasks import adapter_parameters
 from moelora_kernels.reference import blocks
 
 log = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 def _is_plain_lora(layer: MoeLoraLinear) -> bool:
     """Return whether a layer has one expert and no gate."""
-    return layer.router is None and layer.config.num_experts == 1 and len(layer._mixture.ranks) == 1
+    return layer.router is None and layer.config.num_experts == 1 and len(layer.mixture.ranks) == 1
 
 
 def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:

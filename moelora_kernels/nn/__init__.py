@@ -6,6 +6,7 @@ from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.gates import SequenceGate
 from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
+from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge_model import merge_adapter, merge_and_unload, unmerge_adapter
 from moelora_kernels.nn.pretrained_loras import lora_prototypes, set_prototypes
@@ -19,7 +20,7 @@ from moelora_kernels.nn.routers import (
     TokenTaskRouter,
 )
 from moelora_kernels.nn.routing_record import record_routing
-from moelora_kernels.nn.tasks import adapter_parameters, set_tasks
+from moelora_kernels.nn.tasks import set_tasks
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import check_input
-from moelora_kernels.nn.forward import gates_of, keep_routing
-from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.base_linear import check_input, float_weight
+from moelora_kernels.nn.forward import keep_routing, siblings_gate
+from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
 
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 }
 
 
-class MoeLoraAdapter(MoeLoraLinear):
+class MoeLoraAdapter(LoraLayer):
     """Experts that read what a frozen FFN returns, gated by what it is given, as in PESC.
 
         y = z + u Bt        u = scale * gate (.) act(z At)        z = base(x), gate = router(x)
@@ -46,8 +46,6 @@ class MoeLoraAdapter(MoeLoraLinear):
     Source: arXiv 2401.02731 (PESC).
     """
 
-    _activates = True
-
     def __init__(
         self,
         base: nn.Module,
@@ -55,17 +53,41 @@ class MoeLoraAdapter(MoeLoraLinear):
         config: MoeLoraConfig | None = None,
         **options: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        trained = [q for q in base.parameters() if q.requires_grad]
-        self._attach(base, config, options, (hidden_size, hidden_size))
-        for q in trained:
-            q.requires_grad_()
+        super().__init__()
+        config = MoeLoraConfig.of(config, options)
+        self.base_layer = base
+        self._add_experts(base, config, hidden_size, hidden_size)
         self.train(base.training)
 
-    def _attach(self, base, config, options, features=None) -> None:
-        config = MoeLoraConfig.of(config, options)
-        _check_config(config)
-        super()._attach(base, config, {}, features)
+    @classmethod
+    def _check_config(cls, config: MoeLoraConfig) -> None:
+        if config.rank_activation is None:
+            raise ValueError(
+                "rank_activation: expected one; without it the experts belong on the FFN's linears"
+            )
+        if config.router in (None, "task", "prototype", "self"):
+            raise ValueError(f"router: {config.router!r} does not gate what another module returns")
+        refused = {
+            "share": (config.share, "none"),
+            "grad_gate": (config.grad_gate, "gate"),
+            "dropout": (config.dropout, 0),
+            "impl": (config.impl, "auto"),
+        }
+        for name, (given, expected) in refused.items():
+            if given != expected:
+                raise ValueError(
+                    f"{name}: expected {expected!r} with rank_activation, got {given!r}"
+                )
+        if config.init == "svd_segments":
+            raise ValueError(
+                "init: 'svd_segments' splits the weight of a linear; an adapter has no weight"
+            )
+
+    def input_like(self) -> tuple[int, torch.dtype]:
+        """Return the width and the dtype of an x that the layer accepts."""
+        weights = map(float_weight, self.base_layer.modules())
+        weight = next((weight for weight in weights if weight is not None), self.lora_A)
+        return self.in_features, weight.dtype
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
@@ -75,10 +97,10 @@ class MoeLoraAdapter(MoeLoraLinear):
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
         tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
-        routed = gates_of((self,), x, tokens, gates)
+        routed = siblings_gate((self,), x, tokens, gates)
         if config.aux or self.record.wanted:
             keep_routing((self,), routed)
-        mixture, count = self._mixture, tokens.shape[0]
+        mixture, count = self.mixture, tokens.shape[0]
         gate = dense_gate(*routed[:3], count, 1, len(mixture.ranks))
         gate = rank_gate(gate.to(compute_dtype(tokens)), mixture.ranks, mixture.scaling)[:, 0]
         flat = z.reshape(-1, self.in_features)
@@ -87,24 +109,3 @@ class MoeLoraAdapter(MoeLoraLinear):
         # A select: a NaN in an expert nobody chose stays there.
         u = torch.where(gate == 0, 0, gate * activated).to(flat.dtype)
         return torch.addmm(flat, u, self.lora_B.to(flat.dtype).t()).view(z.shape)
-
-
-def _check_config(config: MoeLoraConfig) -> None:
-    """Raise where an option has no meaning for adapters with an activation."""
-    if config.rank_activation is None:
-        raise ValueError(
-            "rank_activation: expected one; without it the experts belong on the FFN's linears"
-        )
-    if config.router in (None, "task", "prototype", "self"):
-        raise ValueError(f"router: {config.router!r} does not gate what another module returns")
-    refused = {
-        "share": (config.share, "none"),
-        "grad_gate": (config.grad_gate, "gate"),
-        "dropout": (config.dropout, 0),
-        "impl": (config.impl, "auto"),
-    }
-    for name, (given, expected) in refused.items():
-        if given != expected:
-            raise ValueError(f"{name}: expected {expected!r} with rank_activation, got {given!r}")
-    if config.init == "svd_segments":
-        raise ValueError("init: 'svd_segments' is of a linear's weight, an adapter has none")

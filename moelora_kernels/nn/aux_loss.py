@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
-from moelora_kernels.nn.routing_record import RoutingRecord, layers_of
+from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
+from moelora_kernels.nn.routing_record import RoutingRecord
 
 
 def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
@@ -33,7 +34,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     arXiv 2405.00361 (load balance under a learned threshold).
     """
     losses = []
-    for layer in layers_of(model):
+    for layer in mixture_layers(model):
         if not (layer.config.aux and layer.is_running):
             continue
         record = layer.record
@@ -53,7 +54,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     return torch.zeros((), device=first.device)
 
 
-def _aux_loss(layer: nn.Module, mask: Tensor | None) -> Tensor:
+def _aux_loss(layer: MixtureLayer, mask: Tensor | None) -> Tensor:
     """The weighted sum of one layer's auxiliary losses."""
     record, config = layer.record, layer.config
     logits = record.logits.to(torch.promote_types(record.logits.dtype, torch.float32))

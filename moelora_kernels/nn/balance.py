@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.nn.routers import Balance, BalancedRouter
 
 
@@ -39,5 +40,8 @@ def update_balance(model: nn.Module) -> None:
 
 def balances(model: nn.Module) -> dict[Balance, float]:
     """Every balance in `model` (of active adapters in a PeftModel), and its rate."""
-    layers = [m for m in model.modules() if isinstance(getattr(m, "router", None), BalancedRouter)]
-    return {m.router.balance: m.config.balance_rate for m in layers if m.is_selected}
+    return {
+        layer.router.balance: layer.config.balance_rate
+        for layer in mixture_layers(model)
+        if layer.is_selected and isinstance(layer.router, BalancedRouter)
+    }

@@ -40,7 +40,9 @@ def state_without_graph(module: nn.Module, name: str) -> dict:
     return module.__dict__ | ({} if leaf else {name: held.detach()})
 
 
-def adapter_place(base: nn.Module, config: MoeLoraConfig) -> tuple[torch.device, torch.dtype]:
+def adapter_device_dtype(
+    base: nn.Module, config: MoeLoraConfig
+) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of A, B and router on top of `base`.
 
     config.adapter_dtype, else the dtype of the base's weight, else (quantised bases) float32.

@@ -11,24 +11,17 @@ from torch import Tensor, nn
 from moelora_kernels.autograd.ffn import RouterLogits, ffn_experts
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import (
-    adapter_place,
+    adapter_device_dtype,
     call_base,
     check_adapters,
     check_input,
     dense_weight,
+    float_weight,
     missing_size,
-    state_without_graph,
 )
-from moelora_kernels.nn.gates import (
-    add_shared_expert,
-    external_gates,
-    gate_of_logits,
-    rows_of_gates,
-)
+from moelora_kernels.nn.gates import gate_rows
 from moelora_kernels.nn.initialization import draw_a
-from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.routers import build_router, layer_logits
-from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
@@ -41,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class MoeLoraFFN(nn.Module):
+class MoeLoraFFN(MixtureLayer):
     """Drop-in for a gated MLP with whole-FFN experts over its frozen linears, as in MixLoRA.
 
         w [T, K], experts e(t, k)                                       from one router per FFN
@@ -83,9 +76,6 @@ class MoeLoraFFN(nn.Module):
 
     Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 of weight 1).
     """
-
-    # As in MoeLoraLinear; PEFT keeps no whole-FFN experts.
-    is_selected = is_running = True
 
     def __init__(
         self,
@@ -135,22 +125,60 @@ class MoeLoraFFN(nn.Module):
         layer._attach(bases, mlp.act_fn, config, options, recompute)
         return layer.train(mlp.training)
 
+    @classmethod
+    def _check_config(cls, config: MoeLoraConfig) -> None:
+        if config.share == "A":
+            raise ValueError(
+                "share: 'A' does not go with whole-FFN experts: each down projection reads the "
+                "activation of its own expert"
+            )
+        if config.router in ("prototype", "self"):
+            raise ValueError(
+                f"router: {config.router!r} is computed from the A of one linear; "
+                "whole-FFN experts have three"
+            )
+        for name, plain in (("freeze", "none"), ("grad_gate", "gate"), ("rank_activation", None)):
+            if getattr(config, name) != plain:
+                raise ValueError(
+                    f"{name}: {getattr(config, name)!r} is not supported for whole-FFN experts"
+                )
+        if config.init == "svd_segments":
+            raise ValueError(
+                "init: 'svd_segments' does not go with whole-FFN experts: every expert contains "
+                "the whole frozen FFN, so reducing a weight would reduce it for all experts"
+            )
+        if config.impl not in ("auto", "grouped", "reference"):
+            raise ValueError(
+                f"impl: {config.impl!r} does not go with whole-FFN experts: their activation lies "
+                "between the products, so each expert runs on its own tokens (grouped)"
+            )
+        if config.router is None and config.num_experts > 1:
+            raise ValueError(
+                "router: None gives every expert the weight 1, so the frozen FFN would be added "
+                "once per expert; use it with num_experts=1"
+            )
+        if config.shared_expert == "always":
+            raise ValueError(
+                "shared_expert: 'always' would add the frozen FFN a second time; use 'complement', "
+                "which gives the shared expert the weight that is left"
+            )
+
     def _attach(self, bases, act_fn, config, options: dict, recompute: bool) -> None:
         self.config = config = MoeLoraConfig.of(config, options)
-        _check_config(config)
+        self._check_config(config)
         if not callable(act_fn):
             raise TypeError(f"activation: expected a module or a function, got {type(act_fn)}")
         if getattr(act_fn, "inplace", False):
             raise ValueError("activation: expected one that leaves its input as it is (inplace)")
         gate = bases[0]
         self.hidden_size, self.intermediate_size = gate.in_features, gate.out_features
-        self._mixture = FfnMixture(
+        self.mixture = FfnMixture(
             config.ranks(),
             config.scales(),
             bool(recompute),
         )
-        device, dtype = adapter_place(gate, config)
-        total = sum(self._mixture.ranks)
+        device, dtype = adapter_device_dtype(gate, config)
+        total = sum(self.mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
             setattr(self, name, base.requires_grad_(False))
             stem = name.removesuffix("_proj")
@@ -161,28 +189,24 @@ class MoeLoraFFN(nn.Module):
                 parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                 setattr(self, f"{stem}_lora_{matrix}", parameter)
         self.act_fn = act_fn.requires_grad_(False) if isinstance(act_fn, nn.Module) else act_fn
-        self.router = build_router(config, self.hidden_size, device, dtype)
-        self.record = RoutingRecord()
-        self.external_gates: Tensor | None = None
+        self._add_router(self.hidden_size, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw every A anew and zero every B; the router keeps its own initialisation."""
-        adapters = self._adapters()
+        adapters = self.ffn_tensors()
         with torch.no_grad():
             for matrix in (adapters.gate_a, adapters.up_a, adapters.down_a):
                 draw_a(matrix, self.config)
             for matrix in (adapters.gate_b, adapters.up_b, adapters.down_b):
                 matrix.zero_()
 
-    def _adapters(self) -> FfnTensors:
+    def ffn_tensors(self) -> FfnTensors:
+        """Return A and B of the three linears."""
         return FfnTensors(
             self.gate_lora_A, self.gate_lora_B, self.up_lora_A, self.up_lora_B,
             self.down_lora_A, self.down_lora_B,
         )  # fmt: skip
-
-    def __getstate__(self) -> dict:
-        return state_without_graph(self, "external_gates")
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
@@ -192,7 +216,7 @@ class MoeLoraFFN(nn.Module):
         inner = self.intermediate_size
         gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
         check_adapters(self.gate_lora_A, x)
-        weights, experts = self._slots(x, tokens, gates)
+        slots = self.token_slots(x, tokens, gates)
         dropout_x = dropout_a = NO_DROPOUT
         if config.dropout > 0.0 and self.training:
             dropout_x, dropout_a = (
@@ -205,52 +229,57 @@ class MoeLoraFFN(nn.Module):
             )
         impl = "reference" if config.impl == "reference" else "grouped"
         summed, delta = ffn_experts(
-            self._mixture, self.act_fn, tokens, gate, up, Gate(weights, experts), self._adapters(),
+            self.mixture, self.act_fn, tokens, gate, up, slots, self.ffn_tensors(),
             dropout_x, dropout_a, impl,
         )  # fmt: skip
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
-        offset = _bias_correction(self.down_proj, weights)
+        offset = _bias_correction(self.down_proj, slots.weights)
         delta = delta if offset is None else delta + offset
         return (y + delta.to(y.dtype)).view(x.shape)
 
-    def _slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] in the compute dtype and indices [T, K]; dense gates as K = E slots."""
-        config, logits = self.config, None
+    def router_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
+        if self.config.granularity == "token" and dense_weight(self.router) is not None:
+            return RouterLogits.apply(tokens, self.router.weight, self.router.bias)
+        return super().router_logits(x, tokens)
+
+    def token_slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
+        """Return the gate of every token as K slots: weights [T, K] and experts [T, K].
+
+        A dense gate has K = E slots. The weights are in the compute dtype.
+
+        Args:
+            x: [..., I], the input of the layer.
+            tokens: [T, I], x in the dtype the layer computes in.
+            gates: external gates [..., E]; None means those that `set_tasks` set.
+        """
+        config = self.config
+        gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        if config.router is None:
-            weights, indices = tokens.new_ones((1, 1), dtype=compute_dtype(tokens)), None
-        elif config.router == "external":
-            own = self.external_gates if gates is None else gates
-            weights, indices = external_gates(own, config.num_experts), None
-        else:
-            if config.granularity == "token" and dense_weight(self.router) is not None:
-                logits = RouterLogits.apply(tokens, self.router.weight, self.router.bias)
-            else:
-                logits = layer_logits(self, x, tokens)
-            weights, indices = gate_of_logits(logits, config, self.training, self.router)
-        weights, indices = add_shared_expert(weights, indices, config)
-        rows_of_gates(weights, x.shape, x.device, source, config)
+        gate_rows(gate.weights, x.shape, x.device, source, config)
         if config.aux or self.record.wanted:
-            self.record.keep(weights, indices, logits)
-        if indices is None:
-            weights, indices = _slots_of_dense(weights, config)
+            self.record.keep(gate.weights, gate.experts, gate.logits)
+        weights, experts = gate.weights, gate.experts
+        if experts is None:
+            weights, experts = _dense_slots(weights, config)
         weights = weights.to(compute_dtype(tokens))
         steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
-        return tuple(_of_tokens(t, tokens.shape[0], steps) for t in (weights, indices))
+        return Gate(*(_expand_rows(t, tokens.shape[0], steps) for t in (weights, experts)))
+
+    def input_like(self) -> tuple[int, torch.dtype]:
+        """Return the width and the dtype of an x that the layer accepts."""
+        weight = float_weight(self.gate_proj)
+        return self.hidden_size, (self.gate_lora_A if weight is None else weight).dtype
 
     def extra_repr(self) -> str:
-        """Sizes and the options that set this layer apart."""
-        c = self.config
-        router = type(c.router).__name__ if isinstance(c.router, nn.Module) else c.router
-        return (
-            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
-            f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
-            + (f", top_k={c.top_k}" if c.top_k else "")
-            + (", recompute=True" if self._mixture.recompute else "")
+        """Return the sizes and the options that matter most."""
+        sizes = self._describe(
+            hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
         )
+        return sizes + (", recompute=True" if self.mixture.recompute else "")
 
 
-def _slots_of_dense(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor]:
+def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor]:
     """Dense gates [G, E] as slots: the K that a top-k gate kept, else one for every expert."""
     if config.select == "topk":
         slots = config.top_k + (config.shared_expert != "none")
@@ -264,7 +293,7 @@ def _slots_of_dense(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Ten
     return weights, indices
 
 
-def _of_tokens(rows: Tensor, tokens: int, steps: int) -> Tensor:
+def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
     """One row for each token from rows of all tokens, of sequences, or one for all.
 
     The tokens are those of the sequences, one sequence after the other, in each of `steps` steps.
@@ -287,51 +316,14 @@ def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 
-def _check_config(config: MoeLoraConfig) -> None:
-    """Raise where an option has no meaning for whole-FFN experts."""
-    if config.share == "A":
-        raise ValueError(
-            "share: 'A' does not go with whole-FFN experts: each down projection reads the "
-            "activation of its own expert"
-        )
-    if config.router in ("prototype", "self"):
-        raise ValueError(
-            f"router: {config.router!r} is made of the A of one linear, whole-FFN experts have 3"
-        )
-    for name, plain in (("freeze", "none"), ("grad_gate", "gate"), ("rank_activation", None)):
-        if getattr(config, name) != plain:
-            raise ValueError(
-                f"{name}: {getattr(config, name)!r} is of linears, whole-FFN experts have it not"
-            )
-    if config.init == "svd_segments":
-        raise ValueError(
-            "init: 'svd_segments' does not go with whole-FFN experts: each holds the frozen FFN as "
-            "a whole, and what is taken off a weight would be missing in all of them"
-        )
-    if config.impl not in ("auto", "grouped", "reference"):
-        raise ValueError(
-            f"impl: {config.impl!r} does not go with whole-FFN experts: their activation lies "
-            "between the products, so each expert runs on its own tokens (grouped)"
-        )
-    if config.router is None and config.num_experts > 1:
-        raise ValueError(
-            "router: None gives every expert, and so the frozen FFN in each of them, the weight 1; "
-            "use it with num_experts=1"
-        )
-    if config.shared_expert == "always":
-        raise ValueError(
-            "shared_expert: 'always' would add the frozen FFN a second time; 'complement' weighs it"
-        )
-
-
 def why_no_ffn(mlp: nn.Module) -> str:
     """Why whole-FFN experts cannot be put over `mlp`; empty where they can."""
-    if isinstance(mlp, MoeLoraFFN):
+    if isinstance(mlp, MixtureLayer):
         return "it has whole-FFN experts already"
     kind = f"{type(mlp).__name__}, expected a gated MLP"
     for name in PROJECTIONS:
         base = getattr(mlp, name, None)
-        if isinstance(base, MoeLoraLinear):
+        if isinstance(base, MixtureLayer):
             return f"its {name} has experts already"
         if not isinstance(base, nn.Module):
             return f"{kind} with {name}"

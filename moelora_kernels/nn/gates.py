@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.routers import wide_linear
+from moelora_kernels.types import Gate
 
 
 def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
@@ -149,24 +150,79 @@ def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
     return reached.gather(1, position) | least
 
 
-def add_shared_expert(
-    weights: Tensor, indices: Tensor | None, config: MoeLoraConfig
+def gate_from(
+    config: MoeLoraConfig,
+    logits: Tensor | None = None,
+    external: Tensor | None = None,
+    *,
+    router: nn.Module | None = None,
+    training: bool = False,
+    device: torch.device | None = None,
+) -> Gate:
+    """Return the gate that `config` makes of logits, of external gates, or of neither.
+
+        router=None        weights 1 for every expert, one row for all tokens
+        router="external"  weights = external
+        any other router   weights = normalize(select(score(logits / temperature)))
+
+    The shared expert, if there is one, is the last column or slot.
+
+    Args:
+        config: the options of the layer.
+        logits: [G, E] ([G, E + 1] with a learned threshold), if a router made them.
+        external: [..., E], for router="external".
+        router: the layer's router, whose balance bias and counts selection uses.
+        training: whether noise is added and the selection is counted.
+        device: device of the gate if there is no router.
+
+    Returns:
+        Gate without rows: weights [T, K] and experts [T, K] if each token selects K < E experts,
+        else weights [G, E] with experts None; and the logits.
+
+    Raises:
+        ValueError: external gates are missing, or have the wrong shape or dtype.
+    """
+    experts = None
+    if config.router is None:
+        weights = torch.ones((1, config.num_experts), dtype=torch.float32, device=device)
+    elif config.router == "external":
+        weights = external_gates(external, config.num_experts)
+    else:
+        weights, experts = gate_of_logits(logits, config, training, router)
+    if config.shared_expert != "none":
+        weights, experts = _add_shared_expert(weights, experts, config)
+    return Gate(weights, experts, None, logits)
+
+
+def _add_shared_expert(
+    weights: Tensor, experts: Tensor | None, config: MoeLoraConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """The gate with the shared expert's weight as its last column: 1, or 1 - max(gate)."""
-    if config.shared_expert == "none":
-        return weights, indices
-    own = torch.ones_like(weights[:, :1])
+    """Append the shared expert's weight: 1, or 1 - max(weights) for shared_expert="complement"."""
+    shared = torch.ones_like(weights[:, :1])
     if config.shared_expert == "complement":
-        own = own - weights.amax(dim=1, keepdim=True)
-    weights = torch.cat([weights, own], dim=1)
-    if indices is not None:
-        last = torch.full_like(indices[:, :1], config.num_experts)
-        indices = torch.cat([indices, last], dim=1)
-    return weights, indices
+        shared = shared - weights.amax(dim=1, keepdim=True)
+    weights = torch.cat([weights, shared], dim=1)
+    if experts is not None:
+        last = torch.full_like(experts[:, :1], config.num_experts)
+        experts = torch.cat([experts, last], dim=1)
+    return weights, experts
 
 
-def rows_of_gates(
-    gates: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
+def concat_gates(gates: Sequence[Gate]) -> Gate:
+    """Return the gates of n siblings side by side, without rows."""
+    if len(gates) == 1:
+        return gates[0]
+    weights, experts, _, logits = zip(*gates, strict=True)
+    return Gate(
+        torch.cat(weights, dim=1),
+        None if experts[0] is None else torch.cat(experts, dim=1),
+        None,
+        None if logits[0] is None else torch.cat(logits, dim=1),
+    )
+
+
+def gate_rows(
+    weights: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
 ) -> Tensor | None:
     """The gate row of each token where x has one gate row per sequence; else None.
 
@@ -179,7 +235,7 @@ def rows_of_gates(
     for dim, size in enumerate(x_shape[:-1]):
         tokens *= size
         inner *= size if dim > config.batch_dim else 1
-    count = gates.shape[0]
+    count = weights.shape[0]
     sequences = x_shape[config.batch_dim] if len(x_shape) > 2 else tokens
     by_token = count == tokens and (config.router != "task" or count == sequences)
     if count == 1 or by_token:

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import (
-    adapter_place,
-    missing_size,
-    state_without_graph,
-)
+from moelora_kernels.nn.base_linear import missing_size
 from moelora_kernels.nn.forward import forward_siblings
-from moelora_kernels.nn.initialization import draw_a, start_from_svd
+from moelora_kernels.nn.initialization import start_from_svd
+from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
@@ -25,12 +22,9 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
-from moelora_kernels.nn.routers import build_router
-from moelora_kernels.nn.routing_record import RoutingRecord
-from moelora_kernels.types import Mixture
 
 
-class MoeLoraLinear(nn.Module):
+class MoeLoraLinear(LoraLayer):
     """Drop-in for nn.Linear with a mixture of LoRA experts over its frozen weight.
 
         y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
@@ -55,11 +49,6 @@ class MoeLoraLinear(nn.Module):
 
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
     """
-
-    # Whether the layer puts config.rank_activation between A and the gate.
-    _activates = False
-    # Of several adapters that PEFT keeps over one base, only some take part in a forward.
-    is_selected = is_running = True
 
     def __init__(
         self,
@@ -123,74 +112,29 @@ class MoeLoraLinear(nn.Module):
             set_prototypes(layer)
         return layer
 
-    def _attach(
-        self,
-        base: nn.Module,
-        config: MoeLoraConfig | None,
-        options: dict,
-        features: tuple[int, int] | None = None,
-    ) -> None:
+    def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
         config = MoeLoraConfig.of(config, options)
         self.base_layer = base
-        self._add_experts(base, config, features)
-        base.requires_grad_(False)
-
-    def _add_experts(
-        self, base: nn.Module, config: MoeLoraConfig, features: tuple[int, int] | None = None
-    ) -> None:
-        self.config = config
-        if config.rank_activation is not None and not self._activates:
-            raise ValueError(
-                f"rank_activation: {config.rank_activation!r} goes with MoeLoraAdapter, a linear "
-                "has no activation between A and B"
-            )
-        self.in_features, self.out_features = features or (base.in_features, base.out_features)
-        ranks = config.ranks()
-        self._mixture = Mixture(
-            ranks,
-            config.scales(self.in_features),
-            share_a=config.share == "A",
-            renormalize=config.renormalize(),
-            temperature=config.temperature,
-        )
-        # Whether a linear router's logits can come out of the shrink, and the mixture if they do.
-        self._fusable = (
-            config.granularity == "token"
-            and config.is_topk_gate()
-            and config.shared_expert == "none"
-            and config.grad_gate == "gate"
-        )
-        self._fused_mixture = self._mixture._replace(top_k=config.top_k or config.num_experts)
-        device, dtype = adapter_place(base, config)
-        rows = ranks[0] if config.share == "A" else sum(ranks)
-        self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(
-            torch.empty(self.out_features, sum(ranks), device=device, dtype=dtype)
-        )
-        self.lora_A.requires_grad_(config.freeze == "none")
-        self.lora_B.requires_grad_(config.freeze != "AB")
-        self.router = build_router(config, self.in_features, device, dtype)
-        self.record = RoutingRecord()
-        self.external_gates: Tensor | None = None
-        # Set by `link_siblings`: what runs this layer together with its siblings.
+        # The SiblingLink that runs this layer together with its siblings; see `link_siblings`.
         self.link = None
         self.merged = False
         self.merged_task: Task | None = None
         self.register_buffer("merged_weight", None, persistent=False)
-        self.reset_parameters()
+        self._add_experts(base, config, base.in_features, base.out_features)
+        base.requires_grad_(False)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw A anew and zero B; the router keeps its own initialisation.
+        """Draw A again and set B to zero; the router keeps its values.
 
-        With init="svd_segments" A and B come from the base, once: a second call raises.
+        With init="svd_segments" A and B come from the base's weight, which is reduced in exchange.
+
+        Raises:
+            RuntimeError: init="svd_segments" has reduced the base already.
         """
-        with torch.no_grad():
-            draw_a(self.lora_A, self.config)
-            self.lora_B.zero_()
-            if self.config.init == "svd_segments":
-                self.base_layer = start_from_svd(
-                    self.base_layer, self.config, self.lora_A, self.lora_B
-                )
+        super().reset_parameters()
+        if self.config.init == "svd_segments":
+            self.base_layer = start_from_svd(self.base_layer, self.config, self.lora_A, self.lora_B)
 
     @torch.no_grad()
     def merge(self, task: Task | None = None) -> None:
@@ -234,10 +178,17 @@ class MoeLoraLinear(nn.Module):
         if self.link is not None:
             self.link.forget()
 
+    def linear_problem(self) -> str | None:
+        """Return why the layer is not a sum of linear experts; None if it is one."""
+        if type(self).forward is MoeLoraLinear.forward:
+            return None
+        return super().linear_problem()
+
     def _check_linear(self) -> None:
-        if type(self).forward is not MoeLoraLinear.forward:
+        if self.linear_problem():
             raise ValueError(
-                f"layer: a {type(self).__name__} has a forward of its own, which no weight replaces"
+                f"layer: {type(self).__name__} overrides forward, so no single weight or LoRA "
+                "equals it"
             )
 
     @torch.no_grad()
@@ -257,9 +208,6 @@ class MoeLoraLinear(nn.Module):
         a, b = lora_of_task(self, task)
         return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
 
-    def __getstate__(self) -> dict:
-        return state_without_graph(self, "external_gates")
-
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:
             raise RuntimeError(f"{merged_with(self)}; unmerge() before other values are loaded")
@@ -270,11 +218,6 @@ class MoeLoraLinear(nn.Module):
         """The base's weight, with the merged task in it where there is one."""
         return self.merged_weight if self.merged else self.base_layer.weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return self.base_layer.bias
-
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
         # A compiled graph has no version counter that tells whether x was changed between calls.
@@ -283,12 +226,6 @@ class MoeLoraLinear(nn.Module):
         return forward_siblings((self,), x, gates)[0]
 
     def extra_repr(self) -> str:
-        """Sizes and the options that set this layer apart."""
-        c = self.config
-        router = type(c.router).__name__ if isinstance(c.router, nn.Module) else c.router
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"num_experts={c.num_experts}, rank={c.rank}, router={router}, select={c.select}"
-            + (f", top_k={c.top_k}" if c.top_k else "")
-            + (f", merged_task={self.merged_task!r}" if self.merged else "")
-        )
+        """Return the sizes, the options that matter most, and the merged task."""
+        merged = f", merged_task={self.merged_task!r}" if self.merged else ""
+        return super().extra_repr() + merged

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import check_called, dense_weight
-from moelora_kernels.nn.gates import add_shared_expert, external_gates, gate_of_logits
+from moelora_kernels.nn.gates import external_gates, gate_from
 
 # A task id, several ids that one sample has together, or the gate itself for router="external".
 Task = int | Sequence[int] | Tensor
@@ -63,15 +63,12 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
     config = layer.config
     if reason := why_no_task_gate(layer):
         raise ValueError(f"task: {reason}")
-    if config.router is None:
-        gate = torch.ones(1, config.num_experts)
-    elif config.router == "external":
-        gate = _given_gate(task, config.num_experts)
-    else:
+    logits = external = None
+    if config.router == "external":
+        external = _given_gate(task, config.num_experts)
+    elif config.router is not None:
         logits = _logits_of_task(layer.router, task)
-        gate, _ = gate_of_logits(logits, config, training=False)
-    gate, _ = add_shared_expert(gate, None, config)
-    return gate[0]
+    return gate_from(config, logits, external).weights[0]
 
 
 def _tensor(task: Task) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from moelora_kernels.nn.base_linear import linear_with
-from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.group import MoeLoraGroup
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, gate_of_task, merged_weight, merged_with, why_no_merge
 
@@ -88,7 +88,7 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
     found = [
         (name, layer)
         for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, (MoeLoraLinear, MoeLoraFFN))
+        if isinstance(layer, MixtureLayer)
     ]
     if not found:
         raise ValueError("model: it has no MoeLoraLinear layer")
@@ -96,8 +96,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []
     for name, layer in found:
-        if type(layer) is not MoeLoraLinear:
-            problems.append(f"{name}: a {type(layer).__name__} is no sum of linear experts")
+        if problem := layer.linear_problem():
+            problems.append(f"{name}: {problem}")
             continue
         layers[name] = layer
         try:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.nn.routers import PrototypeRouter
-from moelora_kernels.nn.routing_record import layers_of
 from moelora_kernels.reference.gates import blocks
 
 _SCALES = {"alpha/r": lambda rank: rank, "alpha/sqrt(r)": math.sqrt}
@@ -78,7 +78,7 @@ def set_prototypes(model: nn.Module) -> None:
 
     Raises ValueError where no layer has such a router.
     """
-    layers = [layer for layer in layers_of(model) if layer.config.router == "prototype"]
+    layers = [layer for layer in mixture_layers(model) if layer.config.router == "prototype"]
     if not layers:
         raise ValueError("model: no layer with router='prototype'")
     for layer in layers:

@@ -10,13 +10,13 @@ from torch import nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import missing_size
 from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 
 # Modules that hand the weights of their linears to one function: the first always, the second in
 # evaluation without gradients.
 WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-LAYERS = (MoeLoraLinear, MoeLoraFFN)
 
 
 def replace_linears(
@@ -44,7 +44,9 @@ def replace_linears(
     """
     config = MoeLoraConfig.of(config, {})
     adapted = [
-        name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)
+        name
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, MixtureLayer)
     ]
     chosen = _matching(model, target_modules, adapted)
     for name in chosen:
@@ -158,7 +160,7 @@ def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> T
     """The gate that some of `layers` already share, if a new layer can use it."""
     sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
     for layer in layers:
-        if isinstance(layer, LAYERS) and layer.config.shares_gate() and config.shares_gate():
+        if isinstance(layer, MixtureLayer) and layer.config.shares_gate() and config.shares_gate():
             own = layer.config
             if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):
                 return layer.router

@@ -51,7 +51,8 @@ def record_routing(model: nn.Module) -> Iterator[None]:
     experts are gated or the gate belongs to a sequence or task (one row for each of them), and the
     router's logits. Leaving the context clears all records: take what you need inside.
     """
-    records = [layer.record for layer in layers_of(model)]
+    candidates = [getattr(module, "record", None) for module in model.modules()]
+    records = [record for record in candidates if isinstance(record, RoutingRecord)]
     for record in records:
         record.wanted = True
     try:
@@ -60,8 +61,3 @@ def record_routing(model: nn.Module) -> Iterator[None]:
         for record in records:
             record.wanted = False
             record.clear()
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Every layer of `model` that has a routing record."""
-    return [m for m in model.modules() if isinstance(getattr(m, "record", None), RoutingRecord)]

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import TokenTaskRouter
-
-LAYERS = (MoeLoraLinear, MoeLoraFFN)
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
@@ -65,15 +63,5 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         router.hold_tasks(tasks)
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and router parameters of all layers, each once (in a PeftModel: of active adapters)."""
-    found: dict[int, nn.Parameter] = {}
-    for layer in _selected(model):
-        own = list(layer.parameters(recurse=False))
-        own += [] if layer.router is None else list(layer.router.parameters())
-        found.update((id(p), p) for p in own)
-    return list(found.values())
-
-
-def _selected(model: nn.Module) -> list[MoeLoraLinear | MoeLoraFFN]:
-    return [m for m in model.modules() if isinstance(m, LAYERS) and m.is_selected]
+def _selected(model: nn.Module) -> list[MixtureLayer]:
+    return [layer for layer in mixture_layers(model) if layer.is_selected]

@@ -7,13 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.balance import balances
-from moelora_kernels.nn.base_linear import float_weight
-from moelora_kernels.nn.ffn import MoeLoraFFN
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.group import MoeLoraGroup
-from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.layer import MixtureLayer
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
@@ -53,39 +50,34 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         balance.load = load
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[MoeLoraLinear | MoeLoraFFN, ...]]:
-    """The layers of a model as they run: siblings of a group or a link together, an FFN alone."""
+def _groups(model: nn.Module) -> Iterator[tuple[MixtureLayer, ...]]:
+    """Yield the layers that run together: the siblings of a group or a link, else one layer."""
     seen: set[nn.Module] = set()
-    found = list(model.modules())
-    for module in found:
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, MoeLoraGroup):
             siblings = tuple(module.children())
             seen.update(siblings)
             yield siblings
-    for module in found:
-        if isinstance(module, MoeLoraFFN):
-            yield (module,)
-        if isinstance(module, MoeLoraLinear) and module.is_running and module not in seen:
-            siblings = module.link.layers if module.link is not None else (module,)
+    for layer in modules:
+        if isinstance(layer, MixtureLayer) and layer.is_running and layer not in seen:
+            link = getattr(layer, "link", None)
+            siblings = (layer,) if link is None else link.layers
             seen.update(siblings)
             yield siblings
 
 
-def _run(group: tuple[MoeLoraLinear | MoeLoraFFN, ...], batch: int, tokens: int) -> None:
+def _run(group: tuple[MixtureLayer, ...], batch: int, tokens: int) -> None:
+    """Run one group forward and backward on zeros."""
     first = group[0]
-    alone = isinstance(first, (MoeLoraFFN, MoeLoraAdapter))
-    base = first.gate_proj if isinstance(first, MoeLoraFFN) else first.base_layer
-    weights = map(float_weight, base.modules() if isinstance(first, MoeLoraAdapter) else [base])
-    weight = next((w for w in weights if w is not None), None)
-    own = next(first.parameters(recurse=False))
-    like = own if weight is None else weight
-    features = first.hidden_size if isinstance(first, MoeLoraFFN) else first.in_features
-    # The device of A, not of a weight that is offloaded.
+    features, dtype = first.input_like()
     sizes = (tokens, batch) if first.config.batch_dim == 1 else (batch, tokens)
-    x = torch.zeros(*sizes, features, dtype=like.dtype, device=own.device)
+    # On the device of A: the weight of an offloaded base may be elsewhere.
+    device = next(first.parameters(recurse=False)).device
+    x = torch.zeros(*sizes, features, dtype=dtype, device=device)
     with torch.enable_grad():
         x.requires_grad_()
-        outputs = [first(x)] if alone else forward_siblings(group, x)
+        outputs = [first(x)] if len(group) == 1 else forward_siblings(group, x)
         trained = {p for layer in group for p in layer.parameters() if p.requires_grad}
         gradients = [torch.zeros_like(y) for y in outputs]
         torch.autograd.grad(outputs, [x, *trained], gradients, allow_unused=True)

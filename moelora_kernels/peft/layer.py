@@ -10,13 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import adapter_place, float_weight
-from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight
+from moelora_kernels.nn.forward import forward_siblings
+from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import Task, delta_weight, why_no_task_gate
 from moelora_kernels.nn.routers import TaskRouter
 
 
-class MoeLoraExperts(MoeLoraLinear):
+class MoeLoraExperts(LoraLayer):
     """One adapter of a tuner layer: the A, B, router and record of a MoeLoraLinear.
 
     Its base is what the tuner layer puts below it: the frozen linear, or the adapter that is active
@@ -28,13 +29,22 @@ class MoeLoraExperts(MoeLoraLinear):
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         # Past nn.Module, which would make a child of it.
         object.__setattr__(self, "tuner_layer", layer)
         self.name = name
-        self._add_experts(layer.base_layer, config)
-        own = self._modules.pop("router", None)
-        object.__setattr__(self, "router", own if router is None else router)
+        self._add_experts(layer.base_layer, config, layer.in_features, layer.out_features)
+        if router is not None:
+            self._set_router(router)
+
+    def _set_router(self, router: nn.Module | None) -> None:
+        # The tuner layer holds the router. nn.Module.__setattr__ would make it a child of this
+        # module too.
+        object.__setattr__(self, "router", router)
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """x [..., I] -> y [..., O]; gates as in MoeLoraLinear."""
+        return forward_siblings((self,), x, gates)[0]
 
     @property
     def base_layer(self) -> nn.Module:
@@ -240,4 +250,4 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         # The dtype stays: PEFT's would round an adapter that was loaded in float32.
         for part in parts.values():
             config = self.moelora_experts[adapter_name].config
-            part.to(device or adapter_place(self.base_layer, config)[0])
+            part.to(device or adapter_device_dtype(self.base_layer, config)[0])

@@ -205,9 +205,9 @@ def forget_last_slot(monkeypatch, layer):
 
 
 def swap_gate_and_up(monkeypatch, layer):
-    own = layer._adapters()
+    own = layer.ffn_tensors()
     swapped = FfnTensors(own.up_a, own.up_b, own.gate_a, own.gate_b, own.down_a, own.down_b)
-    monkeypatch.setattr(layer, "_adapters", lambda: swapped)
+    monkeypatch.setattr(layer, "ffn_tensors", lambda: swapped)
 
 
 def drop_the_bias_correction(monkeypatch, layer):

@@ -388,6 +388,6 @@ def test_every_public_name_has_a_docstring():
 def test_siblings_must_have_the_same_tensors():
     case = make_case(out_features=(5, 7))
     first, second = case.siblings
-    for bad in (second._replace(bias=None), second._replace(bias=None, base=case.dy[1])):
+    for bad in (second._replace(bias=None), second._replace(bias=None, base_output=case.dy[1])):
         with pytest.raises(ValueError, match=r"^siblings: expected the same tensors of each"):
             apply(case.plan, case.x, [first, bad])

@@ -1,4 +1,4 @@
-"""The suite `machine` at toy size: predictions stay apart, what is wrong is not timed."""
+"""The suite `machine` at toy size: predictions are marked, and a wrong call is not timed."""
 
 import json
 import math
@@ -25,15 +25,6 @@ UNITS = {"us", "ratio", "TB/s", "TFLOP/s"}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def short_batches():
     """Two calls instead of hundreds: interpreted kernels take milliseconds."""
     before, comparison.BATCH = comparison.BATCH, 2
@@ -55,7 +46,7 @@ def make_bench(*more: str, warm: bool = True) -> Bench:
 
 
 def interpreted_bench() -> Bench:
-    """A bench that takes the path of a GPU on CPU tensors, with an H200's predictions."""
+    """Return a bench that runs the GPU's code on CPU tensors, with predictions for an H200."""
     pytest.importorskip("triton")
     from moelora_kernels.kernels.common import launcher
 
@@ -67,7 +58,7 @@ def interpreted_bench() -> Bench:
 
 
 def measure_all(bench: Bench) -> list[list[dict]]:
-    """The rows of every measurement at toy size."""
+    """Return the rows of every measurement at toy size."""
     jobs = machine.jobs(bench, RUN_SIZES["cpu", "quick"].machine)
     return [job.measure(lambda text: None) for job in jobs]
 
@@ -315,13 +306,13 @@ def test_what_fails_or_is_absent_does_not_stop_the_others(monkeypatch):
     bench = make_bench()
     calls = [
         Call("refusing", refuse),
-        Call("absent", None, 2.5, note="nobody wrote it"),
+        Call("absent", None, 2.5, note="not written"),
         Call("there", lambda: None, 4.0),
     ]
     rows = {r["variant"]: r for r in compare(bench, "host", "T=1", calls, bench.host_time)}
     assert rows["refusing"]["reason"] == "RuntimeError: no memory"
     assert rows["absent"]["status"] == "absent"
-    assert rows["absent"]["reason"] == "nobody wrote it"
+    assert rows["absent"]["reason"] == "not written"
     assert (rows["absent"]["predicted"], rows["absent"]["median"]) == (2.5, None)
     assert (rows["there"]["status"], rows["there"]["predicted"]) == ("ok", 4.0)
 

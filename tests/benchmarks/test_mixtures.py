@@ -1,4 +1,4 @@
-"""The suites grouped and ffn: cells, rivals, what is left out, where the formulations cross."""
+"""The suites grouped and ffn: cells, providers, reasons to leave one out, the crossover."""
 
 import dataclasses
 import json
@@ -28,15 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LINEAR = shapes.QUICK_CASES["grouped"][0]
 NETWORK = shapes.QUICK_CASES["ffn"][0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another at every toy product, on a busy machine, take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_quick(folder: Path, *more: str) -> tuple[int, dict]:
@@ -101,7 +92,7 @@ def test_inputs_that_route_otherwise_are_refused():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
-def test_rivals_are_right_with_experts_without_tokens(dtype):
+def test_providers_are_right_with_experts_without_tokens(dtype):
     layer = make_layer(LINEAR, 8, 16, 1, dtype, CPU)
     x, dys = draw_inputs(layer, 40, "one")
     checker = Checker(layer, x, dys)
@@ -321,7 +312,7 @@ def test_the_whole_ffn_experts_of_the_package_are_right(dtype):
 
 
 class ScalesTheOutput(ffn.Loop):
-    """As gates do that sum to more than 1."""
+    """y is 5 % too large, like with gates that sum to more than 1."""
 
     def forward(self, x):
         (y,) = super().forward(x)

@@ -18,6 +18,7 @@ from moelora_kernels import (
     replace_linears,
     save_adapter,
 )
+from support.models import two_blocks
 
 CONFIGS = {
     "ming": MoeLoraConfig.preset("ming", num_experts=4, rank=2),
@@ -30,10 +31,7 @@ CONFIGS = {
 
 def make_model(config, seed, dtype=torch.float32):
     """Two blocks of two linears and a norm, with nothing zero in the adapters."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        *[nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)) for _ in range(2)]
-    ).to(dtype)
+    model = two_blocks(seed, dtype)
     replace_linears(model, config, r"\d\.(0|2)")
     with torch.no_grad():
         for q in adapter_parameters(model):

@@ -26,6 +26,7 @@ from moelora_kernels.export import export_lora, lora_config, lora_of_model, main
 from support import linears
 from support.ffns import make_ffn
 from support.linears import IN, OUT, Prototype, randomise
+from support.models import language_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -38,14 +39,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 5, 3, 4], [8, 8, 1, 2, 3]])
 @pytest.fixture(scope="module")
 def qwen():
     """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.Qwen2ForCausalLM(config).eval()
+    return language_model()
 
 
 def adapted(qwen, *replaced, dtype=torch.float32):
@@ -286,7 +280,7 @@ def test_layers_that_need_their_base_are_named(tmp_path, capsys):
     said = refused([str(path), "out"], capsys)
     assert "mlp: the experts of a MoeLoraFFN are not linear" in said
     assert "first: its router is a custom module, which the file does not hold" in said
-    with pytest.raises(ValueError, match="mlp: a MoeLoraFFN is no sum of linear"):
+    with pytest.raises(ValueError, match="mlp: the experts of a MoeLoraFFN are not linear"):
         lora_of_model(model)
 
 
@@ -407,7 +401,7 @@ def test_names_that_peft_does_not_have(tmp_path):
     model.one = model.two = layer
     save_adapter(model, tmp_path / "adapter.safetensors")
     for found in (model, read_adapter(tmp_path / "adapter.safetensors")):
-        with pytest.raises(ValueError, match="two: it is one as well"):
+        with pytest.raises(ValueError, match="two: the same layer as one"):
             export_lora(found, tmp_path / "out", 1)
 
 

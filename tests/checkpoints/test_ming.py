@@ -17,6 +17,7 @@ from moelora_kernels import (
 )
 from moelora_kernels.checkpoints import export_ming, load_ming
 from moelora_kernels.testing import assert_within_budget
+from support.models import language_model
 from support.originals import (
     MoLora,
     PlainLora,
@@ -167,12 +168,7 @@ def test_a_folder_holds_attention_and_mixtures_apart(kind, tmp_path):
 
 def test_a_qwen2_generates_what_the_original_does():
     """Names of the real model; a batch of three in prefill and, with a KV cache, in decode."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    model = language_model(hidden_size=32, intermediate_size=48)
     source = copy.deepcopy(model)
     put(source, lambda base: MoLora(base, EXPERTS, RANK, ALPHA), ".mlp.")
     put(source, lambda base: PlainLora(base, RANK, ALPHA), "_attn.")

@@ -22,6 +22,7 @@ import moelora_kernels
 from benchmarks.output.pages import fill_tables
 from moelora_kernels import export, ops
 from moelora_kernels.presets import PRESETS
+from support.models import language_model
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 
@@ -83,15 +84,9 @@ def sections(page: str) -> list[Section]:
 SECTIONS = [section for page in PAGES for section in sections(page)]
 
 
-def language_model(kind: str = "Qwen2") -> nn.Module:
-    """A frozen language model of 2 layers with random weights."""
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return getattr(transformers, f"{kind}ForCausalLM")(config).requires_grad_(False)
+def frozen_model(family: str = "Qwen2") -> nn.Module:
+    """A frozen language model of 2 layers with random weights, in training."""
+    return language_model(family).requires_grad_(False).train()
 
 
 def tokenizer():
@@ -115,7 +110,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 # Names that a page may use without making them; its first comment says what they are.
 GIVEN: dict[str, Callable[[], Any]] = {
-    "model": language_model,
+    "model": frozen_model,
     "tokenizer": tokenizer,
     "batch": batch,
     "ids": lambda: torch.arange(3, 11).view(2, 4),
@@ -186,7 +181,7 @@ def the_adapter_is_written(names) -> None:
 
 @before("moelora_kernels/nn/README.md#a-language-model")
 def in_bfloat16() -> dict[str, Any]:
-    return {"model": language_model().to(torch.bfloat16)}
+    return {"model": frozen_model().to(torch.bfloat16)}
 
 
 @after("moelora_kernels/nn/README.md#a-language-model")
@@ -204,7 +199,7 @@ def peft_has_loaded_the_preset(names) -> None:
 
 @before("moelora_kernels/nn/README.md#whole-ffn-experts")
 def a_llama() -> dict[str, Any]:
-    return {"model": language_model("Llama")}
+    return {"model": frozen_model("Llama")}
 
 
 @after("moelora_kernels/nn/README.md#whole-ffn-experts")
@@ -260,11 +255,11 @@ def a_checkpoint_of_ming() -> dict[str, Any]:
     from moelora_kernels import MoeLoraConfig, replace_linears
     from moelora_kernels.checkpoints import export_ming
 
-    model = language_model()
+    model = frozen_model()
     replace_linears(model, MoeLoraConfig.preset("ming"), ["gate_proj", "up_proj", "down_proj"])
     replace_linears(model, MoeLoraConfig.preset("lora"), ["q_proj", "k_proj", "v_proj", "o_proj"])
     torch.save(export_ming(model), "non_lora_trainables.bin")
-    return {"model": language_model(), "folder": Path.cwd()}
+    return {"model": frozen_model(), "folder": Path.cwd()}
 
 
 @after("moelora_kernels/checkpoints/README.md#ming-moe")

@@ -7,13 +7,11 @@ import torch
 
 from moelora_kernels import MoeLoraConfig, link_siblings, replace_ffns, replace_linears, set_tasks
 from support.linears import randomise
+from support.models import language_model
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-}
+FAMILIES = ("Qwen2", "Llama")
 EXPERTS = 4
 # Padded on the left, as generation asks for.
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 4, 5, 3, 4]])
@@ -27,14 +25,7 @@ def make_model(family: str, preset: str, dtype=torch.float64):
 
     With dropout in the config, which evaluation must leave out.
     """
-    of_config, of_model = FAMILIES[family]
-    config = of_config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = of_model(config).to(dtype).requires_grad_(False)
+    model = language_model(family).to(dtype).requires_grad_(False)
     options = dict(num_tasks=3, task_embedding_dim=5) if preset == "moelora" else {}
     chosen = MoeLoraConfig.preset(preset, num_experts=EXPERTS, dropout=0.3, **options)
     if preset == "mixlora":
@@ -115,7 +106,7 @@ def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
 )
 def test_tasks_that_are_not_repeated_are_refused(options):
     """Three tasks for a batch of six: an error that says what to do, never another's gate."""
-    model = make_model("qwen2", "moelora")
+    model = make_model("Qwen2", "moelora")
     with pytest.raises(ValueError, match=r"3 gate rows for x \[6, 5, 16\].*repeat_interleave"):
         generate(model, "moelora", [0, 1, 2], **options)
 
@@ -123,7 +114,7 @@ def test_tasks_that_are_not_repeated_are_refused(options):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_samples_of_a_prompt(preset):
     """Drawn with its task: the probabilities are those of the prompt alone, repeated."""
-    model = make_model("llama", preset)
+    model = make_model("Llama", preset)
     options = dict(
         do_sample=True, num_return_sequences=2, top_k=0, output_scores=True,
         return_dict_in_generate=True, max_new_tokens=1,
@@ -144,7 +135,7 @@ def test_samples_of_a_prompt(preset):
 
 def test_training_before_and_after_leaves_generation_as_it_is():
     """The mode is that of the model: no dropout, whatever was trained with it."""
-    model = make_model("qwen2", "ming")
+    model = make_model("Qwen2", "ming")
     before = generate(model, "ming", [0, 1, 2])
     model.train()
     model(IDS, attention_mask=ATTENTION, labels=IDS).loss.backward()
@@ -154,5 +145,5 @@ def test_training_before_and_after_leaves_generation_as_it_is():
 def test_low_precision():
     """bfloat16 with adapters of its own dtype runs prefill and decoding of a batch."""
     for preset in PRESETS:
-        model = make_model("qwen2", preset, torch.bfloat16)
+        model = make_model("Qwen2", preset, torch.bfloat16)
         assert generate(model, preset, [0, 1, 2]).shape == (3, NEW)

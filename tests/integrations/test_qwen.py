@@ -13,6 +13,7 @@ from moelora_kernels import (
     set_tasks,
 )
 from support.linears import randomise
+from support.models import language_model
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -20,14 +21,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 @pytest.fixture(scope="module")
 def qwen():
     """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None, attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.Qwen2ForCausalLM(config).eval()
+    return language_model(attn_implementation="eager")
 
 
 def adapted(qwen, config):

@@ -106,7 +106,7 @@ def test_an_activation_belongs_to_adapters():
     with pytest.raises(ValueError, match=r"^rank_activation\b"):
         MoeLoraConfig(rank_activation="tanh")
     layer = MoeLoraAdapter(ffn(), IN, config)
-    with pytest.raises(ValueError, match=r"^siblings: a MoeLoraAdapter runs alone"):
-        MoeLoraGroup(a=layer)(torch.randn(2, IN))
+    with pytest.raises(TypeError, match=r"^a: expected a MoeLoraLinear, got .*MoeLoraAdapter"):
+        MoeLoraGroup(a=layer)
     with pytest.raises(ValueError, match=r"^base: expected an output"):
         MoeLoraAdapter(nn.Linear(IN, OUT), IN, config)(torch.randn(2, IN))

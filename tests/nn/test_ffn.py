@@ -99,7 +99,7 @@ def test_other_gates_are_the_loop_too(name):
 def test_gates_of_sequences_keep_their_slots():
     """A top-k gate of a sequence works on K experts for each token, not on E."""
     layer, x = make_ffn(granularity="sequence"), inputs(3, 4)[0]
-    weights, indices = layer._slots(x, x.view(12, HIDDEN), None)
+    weights, indices, *_ = layer.token_slots(x, x.view(12, HIDDEN))
     assert weights.shape == indices.shape == (12, 2)
     assert (weights > 0).all()
 
@@ -264,7 +264,7 @@ def test_dropout_on_the_way_into_a(per_expert):
     """
     layer = make_ffn(dropout=0.4, dropout_mask="per_expert" if per_expert else "shared")
     x, dy = inputs(5)
-    weights, indices = layer._slots(x, x, None)
+    weights, indices, *_ = layer.token_slots(x, x)
     torch.manual_seed(3)
     seeds = [torch.randint(0, 2**62, (1,)) for _ in range(2)]
 

@@ -380,7 +380,7 @@ def test_tasks_and_gates_reach_ffns_and_linears():
         replace_linears(model, config, ["2"])
         replace_ffns(model, config, recompute=True)
         layers = [model[0]["mlp"], model[1]["mlp"], model[2]]
-        assert all(layer._mixture.recompute for layer in layers[:2])
+        assert all(layer.mixture.recompute for layer in layers[:2])
         assert len({id(layer.router) for layer in layers}) == 1
         randomise(model)
         x = torch.randn(2, 3, HIDDEN)

@@ -314,9 +314,9 @@ class Activated(MoeLoraLinear):
 def test_a_layer_with_a_forward_of_its_own_refuses():
     layer = Activated.from_linear(nn.Linear(IN, OUT), num_experts=4, **TASK)
     for call in (layer.merge, layer.export_lora):
-        with pytest.raises(ValueError, match="layer: a Activated has a forward of its own"):
+        with pytest.raises(ValueError, match="layer: Activated overrides forward"):
             call(3)
-    with pytest.raises(ValueError, match="0: a Activated is no sum of linear experts"):
+    with pytest.raises(ValueError, match="0: the experts of a Activated are not linear"):
         merge_adapter(nn.Sequential(layer), 3)
 
 

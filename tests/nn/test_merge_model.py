@@ -18,6 +18,7 @@ from moelora_kernels import (
 )
 from support.ffns import make_ffn
 from support.linears import IN, make_layer, randomise, task_layer
+from support.models import two_blocks
 
 MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
 LORA = MoeLoraConfig.preset("lora", rank=2)
@@ -25,10 +26,7 @@ LORA = MoeLoraConfig.preset("lora", rank=2)
 
 def make_model(config=MOELORA, dtype=torch.float64):
     """Two blocks: task gates on the first linear, plain LoRA on the second."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *[nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)) for _ in range(2)]
-    ).to(dtype)
+    model = two_blocks(0, dtype)
     replace_linears(model, config, r"\d\.0")
     replace_linears(model, LORA, r"\d\.2")
     return randomise(model).eval()
@@ -72,7 +70,7 @@ def test_every_layer_that_is_in_the_way_is_named(call):
         "0.2: the layer is merged already",
         "1.0: task: its gate depends on x",
         "1.2: base_layer: only a plain nn.Linear",
-        "mlp: a MoeLoraFFN is no sum of linear experts",
+        "mlp: the experts of a MoeLoraFFN are not linear",
     ):
         assert problem in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -137,7 +137,7 @@ def test_llava_moles_router_learns_from_the_balance_alone():
     for dtype in (torch.float64, torch.bfloat16):
         layer = make_layer("llava-mole", dtype=dtype)
         x = torch.randn(9, HIDDEN).to(dtype)
-        weights, _ = layer._slots(x, x, None)
+        weights = layer.token_slots(x, x).weights
         assert (weights == 1).all()
         y = layer(x)
         (of_y,) = torch.autograd.grad(y.square().sum(), layer.router.weight)

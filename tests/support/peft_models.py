@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels import set_tasks
+from support.models import language_model
 
 MING = dict(preset="ming", num_experts=3, rank=2)
 TASKS = dict(preset="moelora", num_experts=3, rank=2, num_tasks=4, dropout=0.0)
@@ -61,15 +62,7 @@ def inputs(batch=2, dtype=torch.float64) -> Tensor:
 
 def llama(**options):
     """A Llama of two layers, the same weights at every call."""
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, **options,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        return transformers.LlamaForCausalLM(config)
+    return language_model("Llama", seed=7, num_attention_heads=2, **options).train()
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

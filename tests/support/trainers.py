@@ -18,6 +18,7 @@ from moelora_kernels import (
 )
 from moelora_kernels.trainer import TaskCollator, attach
 from support.linears import randomise
+from support.models import language_model
 
 PROJECTIONS = ["q_proj", "gate_proj"]
 IGNORED = -100
@@ -26,13 +27,7 @@ EXPERTS = 4
 
 def make_model(preset: str, tie: bool = False, **options):
     """A Qwen2 of 2 layers, 16 wide, with adapters that are not zero."""
-    config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=tie,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(config).requires_grad_(False)
+    model = language_model(tie_word_embeddings=tie).requires_grad_(False).train()
     if preset == "moelora":
         options = {"num_tasks": 5, "task_embedding_dim": 6, "dropout": 0.0, **options}
     elif "aux" not in options:

@@ -1,0 +1,235 @@
+"""The base classes of the layers: MixtureLayer, and LoraLayer for experts over one base module.
+
+MixtureLayer            config, router, gate, routing record
+MoeLoraFFN            A and B for each of the three linears of an MLP
+LoraLayer             one A and one B over one base module
+MoeLoraLinear       also merges, exports and links
+MoeLoraAdapter      an activation between A and the gate
+peft.MoeLoraExperts one adapter of a PeftModel
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.base_linear import (
+    adapter_device_dtype,
+    dense_weight,
+    float_weight,
+    state_without_graph,
+)
+from moelora_kernels.nn.gates import gate_from
+from moelora_kernels.nn.initialization import draw_a
+from moelora_kernels.nn.routers import build_router, layer_logits
+from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.types import Gate, Mixture
+
+
+class MixtureLayer(nn.Module):
+    """The base class of every layer with a mixture of LoRA experts.
+
+    Attributes:
+        config: the MoeLoraConfig of the layer.
+        router: the module that returns logits [T, E]; None if the gate needs no router.
+        record: the RoutingRecord of the last forward. It is filled inside `record_routing`, and
+            always if the config has auxiliary losses.
+        external_gates: the gates that `set_tasks` set for router="external", or None.
+        is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
+            an inactive adapter of a PeftModel is left out.
+        is_running: whether the next forward of the model runs the layer. Only adapters of a
+            PeftModel can be switched off.
+    """
+
+    config: MoeLoraConfig
+    router: nn.Module | None
+    is_selected: bool = True
+    is_running: bool = True
+
+    @classmethod
+    def _check_config(cls, config: MoeLoraConfig) -> None:
+        """Raise ValueError if an option of `config` is not supported by this kind of layer."""
+
+    def _add_router(self, in_features: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Build the router of `self.config`, with an empty record and no external gates."""
+        self._set_router(build_router(self.config, in_features, device, dtype))
+        self.record = RoutingRecord()
+        self.external_gates: Tensor | None = None
+
+    def _set_router(self, router: nn.Module | None) -> None:
+        self.router = router
+
+    def router_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
+        return layer_logits(self, x, tokens)
+
+    def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
+        """Return the gate of this layer for one forward, without `rows`.
+
+        Args:
+            x: [..., I], the input of the layer.
+            tokens: [T, I], x in the dtype the layer computes in.
+            gates: external gates [..., E]; None means those that `set_tasks` set.
+
+        Returns:
+            Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
+            weights [G, E] with experts None.
+        """
+        config = self.config
+        logits = external = None
+        if config.router == "external":
+            external = self.external_gates if gates is None else gates
+        elif config.router is not None:
+            logits = self.router_logits(x, tokens)
+        return gate_from(
+            config, logits, external, router=self.router, training=self.training, device=x.device
+        )
+
+    def linear_problem(self) -> str | None:
+        """Return why the layer is not a sum of linear experts; None if it is one."""
+        return f"the experts of a {type(self).__name__} are not linear"
+
+    def input_like(self) -> tuple[int, torch.dtype]:
+        """Return the width and the dtype of an x that the layer accepts."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return state_without_graph(self, "external_gates")
+
+    def _describe(self, **sizes: Any) -> str:
+        """Return the text of `extra_repr`: the sizes, then the options that matter most."""
+        config = self.config
+        router = config.router
+        options = {
+            "num_experts": config.num_experts,
+            "rank": config.rank,
+            "router": type(router).__name__ if isinstance(router, nn.Module) else router,
+            "select": config.select,
+        }
+        if config.top_k:
+            options["top_k"] = config.top_k
+        return ", ".join(f"{name}={value}" for name, value in (sizes | options).items())
+
+
+class LoraLayer(MixtureLayer):
+    """A layer with E experts B_e A_e over one base module, `base_layer`.
+
+    Parameters: `lora_A` [R, I] ([r, I] with share="A") and `lora_B` [O, R], expert-major.
+
+    Attributes:
+        mixture: the static options that `run_layer` needs.
+        fused_mixture: the same for a forward whose logits come from the shrink kernel; None if the
+            options rule that out.
+        merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
+            can be merged.
+    """
+
+    base_layer: nn.Module
+    merged: bool = False
+
+    @classmethod
+    def _check_config(cls, config: MoeLoraConfig) -> None:
+        if config.rank_activation is not None:
+            raise ValueError(
+                f"rank_activation: {config.rank_activation!r} needs a MoeLoraAdapter; the experts "
+                "of a linear have no activation between A and B"
+            )
+
+    def _add_experts(
+        self, base: nn.Module, config: MoeLoraConfig, in_features: int, out_features: int
+    ) -> None:
+        """Create the parameters, the router and the record of E experts over `base`."""
+        self._check_config(config)
+        self.config = config
+        self.in_features, self.out_features = in_features, out_features
+        ranks = config.ranks()
+        self.mixture = Mixture(
+            ranks,
+            config.scales(in_features),
+            share_a=config.share == "A",
+            renormalize=config.renormalize(),
+            temperature=config.temperature,
+        )
+        is_fusable = (
+            config.granularity == "token"
+            and config.is_topk_gate()
+            and config.shared_expert == "none"
+            and config.grad_gate == "gate"
+        )
+        top_k = config.top_k or config.num_experts
+        self.fused_mixture = self.mixture._replace(top_k=top_k) if is_fusable else None
+        device, dtype = adapter_device_dtype(base, config)
+        rows = ranks[0] if config.share == "A" else sum(ranks)
+        self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(
+            torch.empty(out_features, sum(ranks), device=device, dtype=dtype)
+        )
+        self.lora_A.requires_grad_(config.freeze == "none")
+        self.lora_B.requires_grad_(config.freeze != "AB")
+        self._add_router(in_features, device, dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A again and set B to zero; the router keeps its values."""
+        draw_a(self.lora_A, self.config)
+        self.lora_B.zero_()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight [O, I]."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias [O], or None."""
+        return self.base_layer.bias
+
+    def fuses_router(self) -> bool:
+        """Return whether the shrink kernel can compute the logits in the coming forward.
+
+        It can if the gate is a top-k gate of tokens and the router a plain dense nn.Linear, and no
+        noise is added to the logits.
+        """
+        return (
+            self.fused_mixture is not None
+            and dense_weight(self.router) is not None
+            and not (self.training and self.config.noise > 0)
+        )
+
+    def input_like(self) -> tuple[int, torch.dtype]:
+        """Return the width and the dtype of an x that the layer accepts."""
+        weight = float_weight(self.base_layer)
+        return self.in_features, (self.lora_A if weight is None else weight).dtype
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the options that matter most."""
+        return self._describe(in_features=self.in_features, out_features=self.out_features)
+
+
+def mixture_layers(model: nn.Module) -> list[MixtureLayer]:
+    """Return every mixture layer of `model`, each once, inactive adapters of PEFT included."""
+    return [module for module in model.modules() if isinstance(module, MixtureLayer)]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the A, B and router parameters of all layers of `model`, each once.
+
+    In a PeftModel these are the parameters of the active adapters.
+
+    Example:
+        >>> layer = MoeLoraLinear(8, 6, num_experts=2, rank=2)
+        >>> [tuple(p.shape) for p in adapter_parameters(layer)]
+        [(4, 8), (6, 4), (2, 8)]
+    """
+    parameters: dict[int, nn.Parameter] = {}
+    for layer in mixture_layers(model):
+        if layer.is_selected:
+            layer_parameters = list(layer.parameters(recurse=False))
+            if layer.router is not None:
+                layer_parameters += layer.router.parameters()
+            parameters.update((id(p), p) for p in layer_parameters)
+    return list(parameters.values())

@@ -1,0 +1,33 @@
+"""Tiny models that the tests put adapters into."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+SIZES = dict(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+
+
+def language_model(family: str = "Qwen2", seed: int = 0, **options) -> nn.Module:
+    """Return a causal language model of transformers in evaluation, the same weights at every call.
+
+    family: the first word of its classes, "Qwen2" or "Llama".
+    options: of its config; by default 2 layers, 16 wide, with grouped-query attention.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def two_blocks(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return two blocks of a linear 6 -> 8 ("0.0", "1.0"), a norm and a linear 8 -> 6 ("0.2")."""
+    torch.manual_seed(seed)
+    blocks = [nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)) for _ in range(2)]
+    return nn.Sequential(*blocks).to(dtype)
