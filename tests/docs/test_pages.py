@@ -335,6 +335,13 @@ def test_paths_exist(page: str) -> None:
         assert any((start / path).exists() for start in starts), f"{page}: {path}"
 
 
+@pytest.mark.parametrize("folder", ("moelora_kernels/nn", "moelora_kernels/kernels/common"))
+def test_every_file_of_a_folder_is_on_its_page(folder: str) -> None:
+    page = PAGES[f"{folder.removesuffix('/common')}/README.md"]
+    files = [path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    assert [file for file in files if f"{file}`" not in page] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_names_are_in_the_file_that_a_page_says(page: str) -> None:
     """`file.py`, `name` in a table and `name` in `file.py` in a sentence."""
