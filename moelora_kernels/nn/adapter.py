@@ -45,6 +45,9 @@ class MoeLoraAdapter(LoraLayer):
         ValueError: an option is not supported. Forward raises it if the base changes the shape.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraAdapter, MoeLoraConfig
         >>> ffn = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
         >>> layer = MoeLoraAdapter(ffn, 16, MoeLoraConfig.preset("pesc"), num_experts=4, rank=2)
         >>> layer(torch.randn(3, 5, 16)).shape

@@ -31,7 +31,9 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
         ValueError: the mask does not fit the tokens or the gate rows.
 
     Example:
-        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2, aux={"load_balance": 0.01})
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, collect_aux_loss
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2, aux="load_balance")
         >>> y = layer(torch.randn(2, 5, 16))
         >>> collect_aux_loss(layer, torch.ones(2, 5)).shape
         torch.Size([])

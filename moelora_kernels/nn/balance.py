@@ -28,6 +28,8 @@ def update_balance(model: nn.Module) -> None:
         RuntimeError: a layer had no training forward since the last call.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear, update_balance
         >>> config = MoeLoraConfig(num_experts=4, rank=2, top_k=2, balance_rate=0.01)
         >>> layer = MoeLoraLinear(16, 32, config=config)
         >>> y = layer(torch.randn(3, 16))

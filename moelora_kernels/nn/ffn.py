@@ -81,6 +81,8 @@ class MoeLoraFFN(MixtureLayer):
         ValueError, TypeError: an option is not valid or not supported for whole-FFN experts.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraFFN
         >>> layer = MoeLoraFFN(16, 64, config=MoeLoraConfig.preset("mixlora", rank=2))
         >>> layer(torch.randn(3, 5, 16)).shape
         torch.Size([3, 5, 16])

@@ -299,6 +299,8 @@ class SequenceGate(nn.Module):
         top_k: K, the experts of a sample.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import SequenceGate
         >>> gate = SequenceGate(16, num_experts=4)
         >>> gate(torch.randn(2, 7, 16)).shape
         torch.Size([2, 4])

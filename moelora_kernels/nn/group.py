@@ -27,6 +27,8 @@ class MoeLoraGroup(nn.Module):
         ValueError: there are no siblings, or they differ in in_features, options or adapter dtype.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraGroup, MoeLoraLinear
         >>> q, k = (MoeLoraLinear(16, out, num_experts=4, rank=2) for out in (32, 8))
         >>> [y.shape for y in MoeLoraGroup(q=q, k=k)(torch.randn(3, 16))]
         [torch.Size([3, 32]), torch.Size([3, 8])]
@@ -133,6 +135,8 @@ def link_siblings(
         ValueError: the model has no group, or the layers of a group cannot run together.
 
     Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears
         >>> mlp = nn.ModuleDict({name: nn.Linear(16, 32) for name in ("gate_proj", "up_proj")})
         >>> names = replace_linears(mlp, MoeLoraConfig.preset("ming"), ["gate_proj", "up_proj"])
         >>> link_siblings(mlp)

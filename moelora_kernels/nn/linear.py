@@ -57,6 +57,8 @@ class MoeLoraLinear(LoraLayer):
         RuntimeError: forward runs before `set_tasks` has set the tasks of a router="task".
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear
         >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
         >>> layer(torch.randn(3, 5, 16)).shape
         torch.Size([3, 5, 32])
@@ -96,6 +98,9 @@ class MoeLoraLinear(LoraLayer):
             TypeError: `linear` has no in_features or no out_features.
 
         Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from moelora_kernels import MoeLoraLinear
             >>> layer = MoeLoraLinear.from_linear(nn.Linear(16, 32), num_experts=4, rank=2)
             >>> layer(torch.randn(3, 16)).shape
             torch.Size([3, 32])
@@ -132,6 +137,9 @@ class MoeLoraLinear(LoraLayer):
                 scaling, share="A", a shared expert or init="svd_segments".
 
         Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
             >>> loras = [(torch.randn(2, 16), torch.randn(32, 2), 4.0) for _ in range(3)]
             >>> config = MoeLoraConfig.preset("arrow", top_k=2)
             >>> MoeLoraLinear.from_loras(nn.Linear(16, 32), loras, config).lora_A.shape
@@ -193,6 +201,8 @@ class MoeLoraLinear(LoraLayer):
             RuntimeError: the layer is already merged.
 
         Example:
+            >>> import torch
+            >>> from moelora_kernels import MoeLoraLinear
             >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
             >>> layer.merge(task=2)
             >>> layer.eval()(torch.randn(3, 16)).shape
@@ -253,6 +263,7 @@ class MoeLoraLinear(LoraLayer):
                 kind.
 
         Example:
+            >>> from moelora_kernels import MoeLoraLinear
             >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
             >>> a, b = layer.export_lora(task=2)
             >>> a.shape, b.shape

@@ -23,6 +23,8 @@ def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
             the reason); or no layer uses the task. The model is then unchanged.
 
     Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_adapter, replace_linears
         >>> model = nn.Sequential(nn.Linear(16, 16))
         >>> config = MoeLoraConfig(num_experts=4, rank=2, router="task", num_tasks=3)
         >>> names = replace_linears(model, config, ["0"])
@@ -47,6 +49,17 @@ def unmerge_adapter(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: no layer is merged.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_adapter, replace_linears
+        >>> from moelora_kernels import unmerge_adapter
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> names = replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ["0"])
+        >>> merge_adapter(model)
+        >>> unmerge_adapter(model)
+        >>> model[0].merged
+        False
     """
     merged = [m for m in model.modules() if isinstance(m, MoeLoraLinear) and m.merged]
     if not merged:
@@ -74,6 +87,16 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
         ValueError: as in `merge_adapter`; or the model contains a MoeLoraGroup, which can only run
             layers. A sum that is not finite raises when its layer is reached; the layers before it
             are then already replaced.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_and_unload, replace_linears
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> names = replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ["0"])
+        >>> merge_and_unload(model)
+        Sequential(
+          (0): Linear(in_features=16, out_features=16, bias=True)
+        )
     """
     layers = _mergeable(model, task)
     if grouped := [n for n, m in model.named_modules() if isinstance(m, MoeLoraGroup)]:

@@ -78,6 +78,8 @@ def lora_prototypes(lora_a: Tensor, lora_b: Tensor, ranks: Sequence[int]) -> Ten
         [E, I] in lora_a's dtype.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import lora_prototypes
         >>> lora_prototypes(torch.randn(6, 16), torch.randn(32, 6), ranks=[2, 4]).shape
         torch.Size([2, 16])
     """
@@ -100,6 +102,7 @@ def set_prototypes(model: nn.Module) -> None:
         ValueError: no layer has router="prototype".
 
     Example:
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear, set_prototypes
         >>> config = MoeLoraConfig.preset("arrow", num_experts=4, rank=2)
         >>> layer = MoeLoraLinear(16, 32, config=config)
         >>> set_prototypes(layer)

@@ -43,6 +43,9 @@ def replace_linears(
             weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, replace_linears
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> replace_linears(model, MoeLoraConfig.preset("ming"), ["0", "2"])
         ['0', '2']
@@ -119,6 +122,16 @@ def replace_ffns(
             for whole-FFN experts.
         TypeError: a matching module is not a gated MLP, or has experts already. Nothing is replaced
             then.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, replace_ffns
+        >>> block = nn.Module()
+        >>> block.mlp = nn.Module()
+        >>> block.mlp.gate_proj, block.mlp.up_proj = nn.Linear(16, 32), nn.Linear(16, 32)
+        >>> block.mlp.down_proj, block.mlp.act_fn = nn.Linear(32, 16), nn.SiLU()
+        >>> replace_ffns(nn.ModuleList([block]), MoeLoraConfig.preset("mixlora", rank=2))
+        ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
     names = _matching(model, target_modules, ())

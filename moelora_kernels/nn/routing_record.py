@@ -55,6 +55,8 @@ def record_routing(model: nn.Module) -> Iterator[None]:
     Leaving the context clears all records, so read them inside.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, record_routing
         >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
         >>> with record_routing(layer):
         ...     y = layer(torch.randn(3, 16))

@@ -30,6 +30,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             of range; a vector has another size; or a layer is merged with another task.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, set_tasks
         >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
         >>> set_tasks(layer, [1, 3])
         >>> layer(torch.randn(2, 5, 16)).shape

@@ -33,6 +33,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         RuntimeError: tasks are not set.
 
     Example:
+        >>> from moelora_kernels import MoeLoraLinear, warmup
         >>> warmup(MoeLoraLinear(16, 32, num_experts=4, rank=2), tokens=(1, 8))
     """
     if not tokens or min(tokens) < 1 or batch < 1:

@@ -26,7 +26,7 @@ class Balance(nn.Module):
         self.load: Tensor | None = None
 
     def count(self, keep: Tensor) -> None:
-        """Count the selection `keep` [G, E] of a forward, unless backward is repeating the forward."""
+        """Count the selection `keep` [G, E] of a forward, unless backward repeats the forward."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         counts = keep.sum(dim=0).to(torch.float32)
@@ -39,6 +39,9 @@ class BalancedRouter(nn.Module):
     If several layers share `gate`, each layer still has a separate balance.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels.nn import BalancedRouter
         >>> router = BalancedRouter(nn.Linear(16, 4), num_experts=4)
         >>> router(torch.randn(3, 16)).shape, router.balance.bias.shape
         (torch.Size([3, 4]), torch.Size([4]))

@@ -25,6 +25,8 @@ class TaskRouter(nn.Module):
     share one router.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import TaskRouter
         >>> router = TaskRouter(num_tasks=3, embedding_dim=8, num_experts=4)
         >>> router.hold_tasks(torch.tensor([1, 3]))
         >>> router().shape
@@ -100,6 +102,8 @@ class TokenTaskRouter(nn.Module):
             first layer of a model to 2 in the last.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import TokenTaskRouter
         >>> router = TokenTaskRouter(16, task_features=8, num_experts=4)
         >>> router.hold_tasks(torch.randn(2, 8))
         >>> router(torch.randn(10, 16)).shape

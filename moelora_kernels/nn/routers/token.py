@@ -14,6 +14,8 @@ class MlpRouter(nn.Module):
         logits = W2 act(W1 x + b1) + b2        x [T, I] -> [T, E]; act is silu by default
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import MlpRouter
         >>> MlpRouter(16, num_experts=4, hidden=8)(torch.randn(3, 16)).shape
         torch.Size([3, 4])
     """
@@ -47,6 +49,9 @@ class ThresholdRouter(nn.Module):
     still has a separate threshold.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels.nn import ThresholdRouter
         >>> ThresholdRouter(nn.Linear(16, 4), 16)(torch.randn(3, 16)).shape
         torch.Size([3, 5])
 
@@ -72,6 +77,8 @@ class PrototypeRouter(nn.Module):
     then. The router has no parameters.
 
     Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import PrototypeRouter
         >>> PrototypeRouter(16, num_experts=4)(torch.randn(3, 16)).shape
         torch.Size([3, 4])
 
