@@ -174,7 +174,7 @@ class TokenTaskRouter(nn.Module):
             raise RuntimeError("the gate has no task vectors: call set_tasks(model, vectors) first")
         tokens, batch = x.shape[0], self.task_vectors.shape[0]
         if tokens % batch:
-            raise ValueError(f"tasks: {tokens} tokens are not a multiple of {batch} task vectors")
+            raise ValueError(f"tasks: {batch} task vectors do not divide {tokens} tokens")
         token = router_logits(self.token, x).softmax(dim=1)
         task = router_logits(self.task, self.task_vectors).to(token).softmax(dim=1)
         share = self.mixture["share"].to(token.dtype).sigmoid()
