@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, architecture: str):
     signature, constants, aligned = arguments_of(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=options(launch.tile))
+    return triton.compile(source, target=target, options=options(launch.config))
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:
@@ -125,8 +125,8 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.fn.__name__,
         "programs": launch.programs,
-        "tile": list(launch.tile[:4]),
-        "qualified": launch.tile.qualified,
+        "tile": list(launch.config[:4]),
+        "qualified": launch.config.qualified,
         "registers": int(found["REG"]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "stack": int(found["STACK"]),
@@ -166,7 +166,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
         router = (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs"))
         return [*found, router] if s.ROUTER_COLUMNS else found
     if name == "shrink_gate_backward_kernel":
-        wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.outputs]  # noqa: E741
+        wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.R, s.size("b_ptrs"))]
     if name == "shrink_dx_kernel":
         found = [
@@ -203,19 +203,19 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
             (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
         ]
     if name == "grouped_shrink_backward_kernel":
-        wide = [(s.BLOCK_P * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.outputs]  # noqa: E741
+        wide = [(s.BLOCK_P * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.RANK_DIVISOR, s.size("b_ptrs"))]
     if name == "grouped_expand_kernel":
         row = s.RANK_DIVISOR if s.stride_r == 1 else s.O
         return [
-            (s.BLOCK_P * s.BLOCK_R, s.WIDEST, s.size("u_ptr")),
+            (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("u_ptr")),
             (s.BLOCK_O * s.BLOCK_R, row, s.size("matrix_ptr")),
         ]
     if name == "grouped_weight_grad_kernel":
         wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
         # The order of places is on the way as well: 4 bytes each, for a row of wide.
         order = (s.BLOCK_P, 1, 4)
-        return [*wide, (s.BLOCK_P * s.BLOCK_R, s.WIDEST, s.size("narrow_ptr")), order]
+        return [*wide, (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("narrow_ptr")), order]
     return []
 
 
@@ -225,7 +225,7 @@ def natural_widths(launch: Launch) -> set[int]:
     A load of 16 bytes is impossible if rows begin at any multiple of 8 bytes, or if a tile has
     fewer than 16 bytes for each thread.
     """
-    threads = 32 * launch.tile.warps
+    threads = 32 * launch.config.warps
     found = {
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
@@ -266,7 +266,7 @@ def complaints(
 
 def key_of(launch: Launch) -> str:
     """What tells two compiled launches apart; the grid does not."""
-    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.tile[:4]))
+    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.config[:4]))
 
 
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:

@@ -1,4 +1,4 @@
-"""Mixture-of-LoRA-experts layers at about the cost of the frozen nn.Linear under them."""
+"""Mixture-of-LoRA-experts layers: drop-in replacements for nn.Linear and for whole FFNs."""
 
 from moelora_kernels.checkpoints import (
     adapter_state_dict,

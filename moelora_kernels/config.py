@@ -29,6 +29,11 @@ class MoeLoraConfig:
         ValueError: an option is out of range, or two options do not work together. The message
             begins with the name of an option.
         TypeError: `router`, `router_bias` or `aux` has the wrong type.
+
+    Example:
+        >>> config = MoeLoraConfig.preset("ming", num_experts=4, rank=8)
+        >>> config.num_experts, config.rank, config.top_k, config.router
+        (4, 8, 2, 'linear')
     """
 
     # The experts.
@@ -346,8 +351,9 @@ def _weighted_losses(aux: Any) -> tuple[tuple[str, float], ...]:
         aux = (aux,)
     if not isinstance(aux, Iterable):
         raise TypeError(f"aux: expected names, or weights by name, got {aux!r}")
-    weights = {}
-    for entry in aux.items() if isinstance(aux, Mapping) else aux:
+    weights: dict[str, float] = {}
+    entries: Iterable[Any] = aux.items() if isinstance(aux, Mapping) else aux
+    for entry in entries:
         is_pair = isinstance(entry, tuple) and len(entry) == 2
         name, weight = entry if is_pair else (entry, None)
         check_one_of("aux", name, tuple(AUX_WEIGHTS))

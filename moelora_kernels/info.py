@@ -56,7 +56,7 @@ def tiles() -> dict[str, str]:
     """Return architecture -> how many entries of its tile table are qualified on hardware."""
     return {
         name: f"{sum(bool(tile.qualified) for tile in table.values())} of {len(table)} qualified"
-        for name, table in configs.TILES.items()
+        for name, table in configs.TILE_CONFIGS.items()
     }
 
 

@@ -1,16 +1,17 @@
-"""Hugging Face's `Trainer` and TRL's `SFTTrainer` over models with mixture layers.
+"""Train models with mixture layers with Hugging Face's `Trainer` or TRL's `SFTTrainer`.
 
     trainer = Trainer(model, args, train_dataset=dataset)  # or SFTTrainer(...)
     attach(trainer)
     trainer.train()
 
-The class stays the one it is. `attach` adds to this trainer
+`attach` changes this trainer object, not its class:
 
-    the auxiliary losses    of the layers to what its `compute_loss` returns in training
-    the tasks               of a batch, from the column "task_ids" of the dataset to `set_tasks`
-    the expert load         to its logs
+    compute_loss    adds the auxiliary losses of the layers in training
+    tasks           the column "task_ids" of the dataset is passed to `set_tasks`
+    logs            get the auxiliary loss and the expert load
+    saving          works if layers share a router
 
-and lets the model be saved where layers share a router. Needs transformers (and accelerate).
+This module needs transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -30,97 +31,114 @@ from moelora_kernels.nn.tasks import set_tasks
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
-    """Let a `Trainer`, or any subclass of it, train a model that has mixture layers.
+    """Prepare a `Trainer`, or an object of any subclass, for a model that has mixture layers.
 
     Auxiliary losses
         loss = trainer.compute_loss(...) + collect_aux_loss(model, attention_mask) / N
 
-        N is the number of micro-batches of the step where the trainer takes the loss as already
-        scaled for gradient accumulation (a causal language model's, per token of all of them), and
-        1 where it divides the sum itself: either way a step has the mean of its micro-batches. Each
-        process makes the loss of its own tokens, and data parallelism takes the mean of those. It
-        is part of the logged loss, and of no evaluation.
+        The loss of a step is the mean over its micro-batches. Some trainers divide by the number
+        of micro-batches themselves; N is then 1. Others expect a loss that is already divided
+        (causal language models, which divide by the tokens of all micro-batches); N is then the
+        number of micro-batches. Each process computes the loss of its own tokens, and data
+        parallelism averages over processes. The logged training loss contains the auxiliary loss;
+        the evaluation loss does not.
 
     Tasks
-        For a model with task gates the samples have a column `task_column`: an id, or what else
-        `set_tasks` takes for one sequence, all of one length. remove_unused_columns keeps it. The
-        collator puts the ids into the batch, and the tasks are set when the model is called with
-        them: also with batches fetched ahead, under gradient accumulation and in evaluation they
-        are those of the batch at hand, and hold while activations are recomputed in its backward.
-        A sample without the column raises ValueError.
+        If the model has task gates, every sample needs a column `task_column`: a task id, or
+        anything else that `set_tasks` accepts for one sequence. All have the same length.
+        remove_unused_columns keeps the column. The collator puts the tasks into the batch, and
+        `set_tasks` is called when the model is called with that batch. So the tasks are always
+        those of the batch, even if batches are fetched ahead, gradients are accumulated or
+        activations are recomputed in backward, and in evaluation too. A sample without the column
+        raises ValueError.
 
-    Logs, beside each training loss, over the steps since the one before (on all processes):
+    Logs
+        Written with each training loss, over all steps since the previous one and all processes:
+
         aux_loss                the mean of the auxiliary loss
-        expert_load_max         the largest share of an expert, the mean over layers
-        expert_load_entropy     H(share) / log E, the mean over layers: 1 when balanced
-        experts_unused          experts of all layers that no token was routed to
+        expert_load_max         the largest share of an expert, averaged over layers
+        expert_load_entropy     H(shares) / log E, averaged over layers: 1 if the load is balanced
+        experts_unused          the number of experts, over all layers, that no token was routed to
 
-        The share of an expert is that of its gate weights in the sum of a layer's, over all tokens
-        but the padding; a shared expert does not count. `load` of the callback has the shares of
-        all layers. The numbers are read from the device when they are logged, not at each step.
+        The share of an expert is the sum of its gate weights divided by the sum over all experts
+        of the layer. Padding tokens and a shared expert are not counted. The callback's `load`
+        holds the shares of every layer. The numbers are copied from the device once per log, not
+        at each step.
 
     Args:
-        trainer: before it trains. Its model may be a PeftModel.
-        task_column: of the samples and of the batch.
+        trainer: a trainer that has not trained yet. Its model may be a PeftModel.
+        task_column: the name of the column in the samples and in the batch.
 
     Returns:
-        The callback, which is the first of the trainer's: every other sees what it logs.
+        The callback. It is the trainer's first one, so all other callbacks see its logs.
 
     Raises:
-        ValueError: the model has no mixture layer, the trainer has been attached to before, or it
-            would use nn.DataParallel (launch one process per GPU with torchrun instead).
+        ValueError: the model has no mixture layer, `attach` was called on this trainer before, or
+            the trainer would use nn.DataParallel (start one process per GPU with torchrun).
+
+    Example:
+        >>> from moelora_kernels import MoeLoraConfig, replace_linears
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> replace_linears(model, MoeLoraConfig.preset("ming"), ["0"])
+        ['0']
+        >>> from transformers import TrainingArguments
+        >>> trainer = Trainer(model, TrainingArguments("out", report_to=[], use_cpu=True))
+        >>> attach(trainer).load  # empty before the first log
+        {}
     """
     layers = mixture_layers(trainer.model)
     if not layers:
-        raise ValueError("trainer: its model has no layer with experts")
+        raise ValueError(
+            "trainer: expected a model with mixture layers, got none; call replace_linears first"
+        )
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, MoeLoraCallback) for callback in callbacks):
-        raise ValueError("trainer: it has been attached to before")
+        raise ValueError("trainer: attach was called on it before")
     if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"trainer: nn.DataParallel over {trainer.args.n_gpu} GPUs shares the routing of a "
-            "batch between its parts; launch one process per GPU with torchrun"
+            f"trainer: nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported, because "
+            "the parts of a batch share one routing record; start one process per GPU with torchrun"
         )
     callback = MoeLoraCallback(trainer, task_column)
     trainer.compute_loss = callback.compute_loss
     callbacks.insert(0, callback)
     if any(layer.config.router == "task" and layer.is_selected for layer in layers):
         trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
-        # What remove_unused_columns keeps; SFTTrainer has a list of its own.
+        # The columns that remove_unused_columns keeps. SFTTrainer fills the list differently.
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
     return callback
 
 
 class TaskCollator:
-    """A data collator that carries the tasks of the samples past another one, into the batch.
+    """A data collator that adds the tasks of the samples to the batch of another collator.
 
-    Nothing is set here: the collator runs ahead of the model, in workers. What sets them is the
-    call of a model that `attach` has prepared.
+    It does not call `set_tasks`, because collators run before the model, in worker processes. The
+    model calls it (see `attach`).
 
     Args:
-        collator: any collator of samples that are mappings.
-        column: of the samples; gone in those that `collator` gets, a tensor in its batch.
+        collator: any collator of samples that are mappings. It gets the samples without `column`.
+        column: the name of the task column in the samples and in the batch.
     """
 
     def __init__(self, collator: Callable, column: str = "task_ids") -> None:
         self.collator = collator
         self.column = column
-        # Trainer saves the tokenizer of its collator beside the model.
+        # Trainer saves the tokenizer of its collator with the model.
         self.tokenizer = getattr(collator, "tokenizer", None)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of the collator, and under `column` the tasks [B] (or [B, ...])."""
+        """Return the collator's batch with the tasks [B] or [B, ...] under `column`."""
         missing = [sample for sample in samples if self.column not in sample]
         if missing:
             raise ValueError(
                 f"{self.column}: a model with task gates needs this column in every sample, got "
-                f"one with {', '.join(missing[0])} (packed samples have no task of their own)"
+                f"one with {', '.join(missing[0])} (a packed sample has no single task)"
             )
         tasks = [torch.as_tensor(sample[self.column]) for sample in samples]
         if len(shapes := {task.shape for task in tasks}) > 1:
             raise ValueError(
-                f"{self.column}: expected one length in all samples of a batch (0 pads ids), got "
+                f"{self.column}: expected one length in a batch (pad ids with 0), got "
                 f"{sorted([*shape] for shape in shapes)}"
             )
         rest = [{k: v for k, v in sample.items() if k != self.column} for sample in samples]
@@ -130,10 +148,10 @@ class TaskCollator:
 
 
 class MoeLoraCallback(TrainerCallback):
-    """What `attach` adds to a trainer.
+    """The callback that `attach` adds to a trainer.
 
-    load: the expert load at the last log, by the name of the layer: shares [E] that sum to 1 (all
-    0 where no token counted), on the CPU. Layers of one expert have none.
+    load: name of a layer -> the shares [E] of its experts at the last log, on the CPU. They sum to
+        1, or are all 0 if no token was counted. Layers with one expert are left out.
     """
 
     def __init__(self, trainer: Trainer, task_column: str) -> None:
@@ -145,7 +163,7 @@ class MoeLoraCallback(TrainerCallback):
         self._prepare(trainer.model)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Start counting; a trainer with model_init has made a new model."""
+        """Start counting. A trainer with model_init has built a new model by now."""
         self._prepare(self._trainer.model)
 
     def _prepare(self, model: nn.Module) -> None:
@@ -171,16 +189,16 @@ class MoeLoraCallback(TrainerCallback):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """The trainer's own; in training with the auxiliary losses, and the load is counted."""
-        own = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        """Return the trainer's loss. In training, add the auxiliary losses and count the load."""
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not (model.training and torch.is_grad_enabled()):
-            return self._compute_loss(model, inputs, **own)
+            return self._compute_loss(model, inputs, **options)
         mask = inputs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            given = [*mask.shape] if isinstance(mask, Tensor) else type(mask)
-            raise ValueError(f"attention_mask: expected [batch, sequence], got {given}")
+            shape = [*mask.shape] if isinstance(mask, Tensor) else type(mask)
+            raise ValueError(f"attention_mask: expected [batch, sequence], got {shape}")
         with record_routing(self._model):
-            result = self._compute_loss(model, inputs, **own)
+            result = self._compute_loss(model, inputs, **options)
             self._count(mask)
             if not any(layer.config.aux for layer in self._layers.values()):
                 return result
@@ -190,9 +208,9 @@ class MoeLoraCallback(TrainerCallback):
         return (result[0] + aux, *result[1:]) if return_outputs else result + aux
 
     def _micro_batches(self, num_items_in_batch: Tensor | int | None) -> int:
-        """The micro-batches of the step, or 1 where the trainer divides by them itself."""
+        """Return the number of micro-batches of the step, or 1 if the trainer divides by it."""
         trainer = self._trainer
-        # A trainer can say it in newer versions of transformers; else it is their common rule.
+        # Newer versions of transformers have this attribute; the rule below is that of the others.
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
             per_item = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -211,12 +229,12 @@ class MoeLoraCallback(TrainerCallback):
                 self._sums[name] = self._sums[name] + weights if name in self._sums else weights
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Add to the logs of a training loss what has been counted, and start anew."""
+        """Add the counted numbers to the logs of a training loss, and start counting again."""
         if "loss" not in logs or not (self._sums or self._batches):
             return
         sums = {"aux_loss": torch.as_tensor(self._aux).reshape(1), **self._sums}
         flat = torch.cat([s.to(args.device, torch.float32) for s in sums.values()])
-        # One sum over the processes, one read from the device.
+        # One sum over the processes and one copy from the device for all numbers.
         accelerator = self._trainer.accelerator
         flat = accelerator.reduce(flat, "sum").cpu()
         aux, *counted = flat.split([len(s) for s in sums.values()])
@@ -229,40 +247,45 @@ class MoeLoraCallback(TrainerCallback):
             logs["expert_load_max"] = torch.stack([s.max() for s in shares]).mean().item()
             logs["expert_load_entropy"] = torch.stack(entropies).mean().item()
             logs["experts_unused"] = sum(int((s == 0).sum()) for s in shares)
-        # The history has a copy of the logs, made before the callbacks are called.
+        # The history holds a copy of the logs that was made before the callbacks ran.
         state.log_history[-1].update(logs)
         self._start_counting()
 
 
 def expert_weights(record: RoutingRecord, num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """sum_t |gate[t, e]| over the tokens t of a record that count, [E] in float32.
+    """Return sum_t |gate[t, e]| over the counted tokens t, as [E] in float32.
 
-    mask: [batch, sequence], not 0 where a token counts; None: each gate row counts once.
+    record: the routing of the last forward.
+    mask: [batch, sequence]. A token with 0 is not counted. None counts each gate row once.
 
-    Raises ValueError where the mask does not fit the gate rows.
+    Raises:
+        ValueError: the number of tokens in `mask` is not a multiple of the number of gate rows.
     """
     weights = record.weights.float().abs()
     if record.indices is not None:
         experts = torch.arange(num_experts, device=weights.device)
-        # No product: the weight of a slot that is not routed may be no number.
+        # A select, not a product: the weight of a slot that is not routed can be NaN.
         routed = record.indices[:, :, None] == experts
         weights = torch.where(routed, weights[:, :, None], 0).sum(dim=1)
-    # The last column of a mixture with a shared expert is that expert's.
+    # A shared expert is the last column.
     weights = weights[:, :num_experts]
     if mask is None:
         return weights.sum(dim=0)
     rows = weights.shape[0]
     if mask.numel() % rows:
-        raise ValueError(f"attention_mask: {[*mask.shape]} does not fit {rows} gate rows")
-    # One row may be that of a token, of a sequence or of all.
+        raise ValueError(
+            f"attention_mask: expected a multiple of {rows} tokens (gate rows), got {[*mask.shape]}"
+        )
+    # A gate row belongs to one token, to one sequence or to all tokens.
     counts = (mask != 0).reshape(rows, -1).sum(dim=1)
     return (counts[:, None] * weights).sum(dim=0)
 
 
 def declare_shared(model: PreTrainedModel) -> None:
-    """Tell transformers which adapter parameters have several names: it saves the first of them.
+    """Declare the adapter parameters that have several names, as transformers expects it.
 
-    Without it `save_pretrained` refuses a model whose layers share a router.
+    `save_pretrained` then saves them under their first name. Without this it raises if layers
+    share a router.
     """
     names: dict[int, str] = {id(p): "" for p in adapter_parameters(model)}
     tied = {}

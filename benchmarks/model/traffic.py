@@ -30,12 +30,7 @@ def _tensors(value) -> list[Tensor]:
 def compulsory(launch: Launch) -> int:
     """Every argument once, without the workspace that stages of one op hand over."""
     given = launch.arguments.items()
-    return sum(
-        t.nbytes
-        for name, value in given
-        if name not in ("partials_ptr", "parts_ptr")
-        for t in _tensors(value)
-    )
+    return sum(t.nbytes for name, value in given if name != "partials_ptr" for t in _tensors(value))
 
 
 class Sizes:
@@ -52,8 +47,8 @@ def _gate(s: Sizes) -> int:
     if s.FORM == "router":
         return 0
     if s.FORM == "sparse":
-        return s.T * s.n * s.K * (s.size("gates_ptr") + s.size("indices_ptr"))
-    return s.T * s.n * s.E * s.size("gates_ptr") + s.T * s.n * s.size("rows_ptr")
+        return s.T * s.n * s.K * (s.size("gate_weights_ptr") + s.size("gate_experts_ptr"))
+    return s.T * s.n * s.E * s.size("gate_weights_ptr") + s.T * s.n * s.size("gate_rows_ptr")
 
 
 def _experts(s: Sizes) -> int:
@@ -65,7 +60,7 @@ def _routing(s: Sizes) -> int:
     """Writes of a router: logits, weights, indices."""
     if s.FORM != "router":
         return 0
-    slots = s.T * s.n * s.K * (4 + s.size("chosen_ptr"))
+    slots = s.T * s.n * s.K * (4 + s.size("experts_ptr"))
     return s.T * s.n * s.E * 4 + slots
 
 
@@ -107,13 +102,13 @@ def _gated_backward(s: Sizes) -> tuple[int, int]:
     if s.ROUTER:
         read += of_logits * ((s.logits_ptr is not None) + (s.dlogits_ptr is not None))
     elif s.FORM == "sparse":
-        read += s.T * s.n * s.K * s.size("indices_ptr")
+        read += s.T * s.n * s.K * s.size("gate_experts_ptr")
     written = s.T * s.n * (s.R + s.A_ROWS) * s.size("h_ptr") + s.dgate_ptr.nbytes
     return read, written
 
 
 def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
-    outputs = sum(s.outputs)
+    outputs = sum(s.out_features)
     read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
     read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
     if s.FUSED:
@@ -135,7 +130,7 @@ def _shrink_dx(s: Sizes) -> tuple[int, int]:
     i_tiles, token_tiles = ceil_div(s.I, s.BLOCK_I), ceil_div(s.T, s.BLOCK_T)
     read = s.T * s.n * s.A_ROWS * s.size("dh_ptr") * i_tiles
     read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
-    read += s.programs * s.size("seed_ptr") + _tile_table(s, s.tiles)
+    read += s.programs * s.size("seed_ptr") + _tile_table(s, s.num_column_tiles)
     if s.router_ptrs is not None:
         read += s.T * s.n * s.E * 4 * i_tiles
         read += token_tiles * s.n * s.E * s.I * s.size("router_ptrs")
@@ -144,7 +139,7 @@ def _shrink_dx(s: Sizes) -> tuple[int, int]:
 
 def weight_grad_split(s: Sizes) -> int:
     """Into how many parts the tokens are cut: programs over tiles of the wide sides."""
-    of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.outputs) * s.B_TILES
+    of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.out_features) * s.B_TILES
     return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + of_outputs)
 
 
@@ -154,16 +149,16 @@ def _weight_grad(s: Sizes) -> tuple[int, int]:
     read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
     of_x = i_tiles * s.A_TILES * split
     read += of_x * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
-    for width in s.outputs:
+    for width in s.out_features:
         read += s.T * width * s.B_TILES * s.size("dy_ptrs")
         read += s.T * ceil_div(width, s.BLOCK_W) * s.R * s.size("u_ptr")
     written = s.H * s.I * s.size("da_ptr") + s.L * s.I * s.size("drouter_ptr")
-    written += s.L * s.size("dbias_ptr") + sum(s.outputs) * s.R * s.size("db_ptrs")
+    written += s.L * s.size("dbias_ptr") + sum(s.out_features) * s.R * s.size("db_ptrs")
     return read, split * written
 
 
 def _reduce_partials(s: Sizes) -> tuple[int, int]:
-    written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.outputs, strict=True))
+    written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.out_ptrs, strict=True))
     return s.SPLIT * sum(s.sizes) * 4, written
 
 
@@ -174,7 +169,7 @@ def _gate_rows(s: Sizes) -> tuple[int, int]:
 
 
 def _topk_gate_backward(s: Sizes) -> tuple[int, int]:
-    read = s.N * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("indices_ptr"))
+    read = s.N * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("experts_ptr"))
     return read + s.N * s.E * s.size("logits_ptr"), s.N * s.E * 4
 
 
@@ -230,19 +225,19 @@ def _grouped_shrink(s: Sizes) -> tuple[int, int]:
     read += s.COLUMN_TILES * (s.P * 4 + pairs * (s.I * s.size("x_ptr") + s.size("weights_ptr")))
     read += s.COLUMN_TILES * len(routed) * s.size("seed_ptr")
     read += sum(_rank(s, tile.expert) for tile in routed) * s.I * s.size("a_ptrs")
-    return read, 2 * s.P * s.WIDEST * s.size("h_ptr")
+    return read, 2 * s.P * s.MAX_RANK * s.size("h_ptr")
 
 
 def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
-    read = _tile_map(s, s.tiles_ptr) + s.P * (4 + s.WIDEST * s.size("h_ptr"))
+    read = _tile_map(s, s.tiles_ptr) + s.P * (4 + s.MAX_RANK * s.size("h_ptr"))
     read += s.programs * (4 + 2 * s.size("ranks_ptr") + (4 if s.weights_ptr is not None else 0))
     for tile in _tiles(s, s.tiles_ptr):
         if tile.expert < s.n * s.E:
-            O = s.outputs[tile.expert // s.E]  # noqa: E741
-            read += tile.places * O * s.size("dy_ptrs") * ceil_div(s.WIDEST, s.BLOCK_R)
+            O = s.out_features[tile.expert // s.E]  # noqa: E741
+            read += tile.places * O * s.size("dy_ptrs") * ceil_div(s.MAX_RANK, s.BLOCK_R)
             read += O * _rank(s, tile.expert) * s.size("b_ptrs")
             read += tile.places * s.size("weights_ptr")
-    written = 2 * s.P * s.WIDEST * s.size("h_ptr") + s.P * s.size("dweights_ptr")
+    written = 2 * s.P * s.MAX_RANK * s.size("h_ptr") + s.P * s.size("dweights_ptr")
     return read, written
 
 
@@ -262,7 +257,7 @@ def _grouped_expand(s: Sizes) -> tuple[int, int]:
             rank = _rank(s, tile.expert)
             read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
             read += rank * (mine * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
-    return read + rows * s.O * s.size("from_ptr"), rows * s.O * s.size("y_ptr")
+    return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 
 def _parts(s: Sizes) -> list[_Tile]:
@@ -307,7 +302,7 @@ def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
     return read, written
 
 
-def _sum_parts(s: Sizes) -> tuple[int, int]:
+def _reduce_chunks(s: Sizes) -> tuple[int, int]:
     of = Counter(part.expert for part in _parts(s))
     routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
     read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * len(routed)
@@ -337,7 +332,7 @@ KERNELS = {
     "grouped_shrink_backward_kernel": _grouped_shrink_backward,
     "grouped_expand_kernel": _grouped_expand,
     "grouped_weight_grad_kernel": _grouped_weight_grad,
-    "sum_parts_kernel": _sum_parts,
+    "reduce_chunks_kernel": _reduce_chunks,
 }
 
 

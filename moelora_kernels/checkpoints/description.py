@@ -49,15 +49,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
         config = layer.config.to_dict() if has_json else None
         if config not in configs:
             configs.append(config)
-        first = layer if isinstance(layer, LoraLayer) else layer.gate_proj
+        linear: Any = layer if isinstance(layer, LoraLayer) else layer.gate_proj
         dtype = next(layer.parameters(recurse=False)).dtype
         layers.append(
             {
                 "names": layer_names,
                 "type": type(layer).__name__,
                 "dtype": str(dtype).removeprefix("torch."),
-                "in_features": first.in_features,
-                "out_features": first.out_features,
+                "in_features": linear.in_features,
+                "out_features": linear.out_features,
                 "config": configs.index(config),
                 "router": router_owners.setdefault(id(layer.router), layer_names[0]),
             }

@@ -1,4 +1,4 @@
-"""From the rank space of every expert to features: a pass over the tiles for each slot."""
+"""Map each expert's rank-space rows to the output width: one launch for every slot of a token."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher, tables
+from moelora_kernels.kernels.common.memory import load_rows, store_rows
 from moelora_kernels.kernels.common.products import product
-from moelora_kernels.kernels.common.tiles import load_ranks, load_tile
+from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 
-# Columns of rank space that one step multiplies, by the bytes of an element: TF32 cores want each
-# operand in two parts.
+# Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
+# twice the space, because tf32x3 splits each into two parts.
 STEP = {2: 64, 4: 32}
-# Passes that may add to a result of 16 bits, which each of them rounds: their errors together stay
-# below twice that of one. More of them add to float32.
+# Up to this many launches add to a 16-bit result, which each of them rounds: their errors together
+# stay below twice the error of one launch. More launches add to a float32 result.
 ROUNDINGS = 4
 
 
-@triton.jit(do_not_specialize=["P", "M", "slot", "sibling", "scale"])
+@triton.jit(do_not_specialize=["P", "M", "slot", "sibling", "dropout_scale"])
 def grouped_expand_kernel(
     u_ptr,
     matrix_ptr,
     stride_o,
     stride_r,
-    from_ptr,
-    stride_from,
+    start_ptr,
+    stride_start,
     order_ptr,
     tiles_ptr,
     ranks_ptr,
@@ -37,12 +38,12 @@ def grouped_expand_kernel(
     O,  # noqa: E741
     slot,
     sibling,
-    scale,
+    dropout_scale,
     N: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
     RANK: tl.constexpr,
-    WIDEST: tl.constexpr,
+    MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     PER_PAIR: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -54,121 +55,147 @@ def grouped_expand_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """y = from + the terms of one slot, for every token; PER_PAIR: of every pair.
+    """y[t] = start[t] + dropout(u matrix_e^T) of the pair of token t and `slot`, for every token t.
 
-    matrix [O, R] of the sibling that the slot belongs to. A token has one pair of the slot, so that
-    one program alone touches a row of y. IN_PLACE: y and from are the same, and rows that are not
-    routed stay. Programs: (tile, tile of O), the last fastest, so that u is read from L2.
+    u            [P, MAX_RANK] by sorted position
+    matrix       [O, R] of `sibling`, to which the slot belongs; strides stride_o and stride_r
+    start        [T, O], rows stride_start apart; [O] with stride 0; or None
+    order, tiles [P] and [M, 2] int32, see `types.Routing`
+    ranks        [E, 2] of `rank_table`, or None
+    seed         [1] int64; None without dropout
+    y            [T, O]; with PER_PAIR [P, O]
+
+    PER_PAIR: one row of y for every pair, of all slots. IN_PLACE: y is start, and the rows of pairs
+    that are not routed stay as they are. A token has one pair of a slot, so that only one program
+    writes an element of y.
+
+    Programs: (tile, tile of O), the last fastest, so that u is read from L2.
     """
     o_tiles = tl.cdiv(O, BLOCK_O)
     first_o = tl.program_id(0) % o_tiles * BLOCK_O
     o = first_o + tl.arange(0, BLOCK_O)
+    o_in = o < O
     expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // o_tiles, M, P)
-    work = first < end
+
+    # Most tiles hold no pair of the slot: leave early.
+    has_work = first < end
     if not PER_PAIR:
-        # Places of an expert stand in the order of slots.
-        low = tl.load(order_ptr + first, mask=work, other=0) % S
-        high = tl.load(order_ptr + end - 1, mask=work, other=0) % S
-        work = work & (low <= slot) & (slot <= high)
+        # The positions of an expert are sorted by slot.
+        lowest = tl.load(order_ptr + first, mask=has_work, other=0) % S
+        highest = tl.load(order_ptr + end - 1, mask=has_work, other=0) % S
+        has_work = has_work & (lowest <= slot) & (slot <= highest)
     if IN_PLACE:
-        work = work & (expert < N)
-    if work:
-        of_sibling = expert - sibling * E
-        places = first + tl.arange(0, BLOCK_P)
-        inside = places < end
-        pairs = tl.load(order_ptr + places, mask=inside, other=0)
-        tokens = (pairs // S).to(tl.int64)
+        has_work = has_work & (expert < N)
+    if has_work:
+        local_expert = expert - sibling * E
+        positions, positions_in, pairs, tokens = load_pairs(order_ptr, first, end, S, BLOCK_P)
         rows = tokens
         if PER_PAIR:
             rows = pairs.to(tl.int64)
         else:
-            inside = inside & (pairs % S == slot)
-        real = inside[:, None] & (o < O)[None, :]
+            positions_in = positions_in & (pairs % S == slot)
+
+        # Product and dropout. Pairs that are not routed (expert N) have none.
         y = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
         if expert < N:
-            start, rank = load_ranks(ranks_ptr, of_sibling, RANK, RANK_DIVISOR)
+            first_column, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
             for first_r in range(0, rank, BLOCK_R):
                 columns = first_r + tl.arange(0, BLOCK_R)
-                some = columns < rank
-                u = tl.load(
-                    u_ptr + places.to(tl.int64)[:, None] * WIDEST + columns[None, :],
-                    mask=inside[:, None] & some[None, :],
-                    other=0.0,
-                )
-                at = (start + columns).to(tl.int64)[:, None] * stride_r
+                columns_in = columns < rank
+                u = load_rows(
+                    u_ptr, MAX_RANK, positions.to(tl.int64), columns, positions_in, columns_in
+                )  # [BLOCK_P, BLOCK_R]
+                matrix_row = (first_column + columns).to(tl.int64)[:, None] * stride_r
                 matrix = tl.load(
-                    matrix_ptr + at + o.to(tl.int64)[None, :] * stride_o,
-                    mask=some[:, None] & (o < O)[None, :],
+                    matrix_ptr + matrix_row + o.to(tl.int64)[None, :] * stride_o,
+                    mask=columns_in[:, None] & o_in[None, :],
                     other=0.0,
-                )
+                )  # [BLOCK_R, BLOCK_O]
                 y = product(u, matrix, y, UPCAST)
             if DROPOUT > 0:
-                stream = of_sibling if PER_EXPERT else of_sibling * 0
+                stream = local_expert if PER_EXPERT else local_expert * 0
                 seed = tl.load(seed_ptr)
                 kept = keep_tile(seed, stream, rows, first_o, O, DROPOUT, ALIGNED, BLOCK_O)
-                y = tl.where(kept, y * scale, 0.0)
-        if from_ptr is not None:
-            at = tokens[:, None] * stride_from + o[None, :]
-            y += tl.load(from_ptr + at, mask=real, other=0.0).to(tl.float32)
-        tl.store(y_ptr + rows[:, None] * O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=real)
+                y = tl.where(kept, y * dropout_scale, 0.0)
+
+        # Add the start and store.
+        if start_ptr is not None:
+            offsets = tokens[:, None] * stride_start + o[None, :]
+            in_bounds = positions_in[:, None] & o_in[None, :]
+            y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+        store_rows(y_ptr, O, rows, o, positions_in, o_in, y)
 
 
 def launch(
     u, matrices, start, order, offsets, tiles, ranks, tokens, first, per_pair, dropout,
     dropout_per_expert, seed,
 ):  # fmt: skip
-    """`reference.grouped_expand` on a GPU: a launch for each slot."""
+    """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings."""
     P, O, E = order.shape[0], matrices[0].shape[0], len(ranks)  # noqa: E741
-    of_tokens = start is not None and start.dim() == 2
-    dtype = start.dtype if of_tokens else u.dtype
+    start_is_matrix = start is not None and start.dim() == 2
+    dtype = start.dtype if start_is_matrix else u.dtype
     y = u.new_empty((P if per_pair else tokens, O), dtype=dtype)
     if P == 0:
         return y
+
+    # The slots of every sibling: one launch each, and one for all slots with per_pair.
     N, S = len(offsets) - 1, P // tokens
     K = S // (N // E)
     slots = [(first + i, k) for i in range(len(matrices)) for k in range(1 if per_pair else K)]
+
+    # Launches before the last one write `sums`, and the last one writes y.
     sums = y
     if len(slots) > ROUNDINGS and dtype.itemsize == 2:
         sums = y.new_empty(y.shape, dtype=torch.float32)
+
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
-    tile = configs.tile("grouped_expand", u.device, u.dtype, block_r)
+    config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
     u = u.contiguous()
-    before, stride = start, 0
-    if of_tokens:
-        before = launcher.rows_dense(start)
-        stride = before.stride(0)
+    previous, stride = start, 0
+    if start_is_matrix:
+        previous = launcher.rows_dense(start)
+        stride = previous.stride(0)
     for number, (sibling, k) in enumerate(slots):
         matrix = matrices[sibling - first]
-        after = y if number == len(slots) - 1 else sums
+        target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,
-            len(tiles) * launcher.ceil_div(O, tile.step),
-            tile,
+            len(tiles) * launcher.ceil_div(O, config.step),
+            config,
             dict(
                 u_ptr=u,
                 matrix_ptr=matrix,
                 stride_o=matrix.stride(0),
                 stride_r=matrix.stride(1),
-                from_ptr=before,
-                stride_from=stride,
+                start_ptr=previous,
+                stride_start=stride,
                 order_ptr=order,
                 tiles_ptr=tiles,
-                ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
+                ranks_ptr=tables.rank_table(tuple(ranks), order.device),
                 seed_ptr=seed if dropout > 0 else None,
-                y_ptr=after,
+                y_ptr=target,
                 P=P,
                 M=len(tiles),
                 O=O,
                 slot=sibling * K + k,
                 sibling=sibling,
-                scale=1.0 / (1.0 - dropout),
+                dropout_scale=1.0 / (1.0 - dropout),
             ),
             dict(
-                N=N, E=E, S=S, **launcher.rank_constants(ranks), PER_PAIR=per_pair,
-                IN_PLACE=after is before, DROPOUT=threshold(dropout), ALIGNED=O % 4 == 0,
-                PER_EXPERT=dropout_per_expert, BLOCK_P=tile.tokens, BLOCK_O=tile.step,
-                BLOCK_R=block_r, UPCAST=launcher.INTERPRET,
+                N=N,
+                E=E,
+                S=S,
+                **tables.rank_constants(ranks),
+                PER_PAIR=per_pair,
+                IN_PLACE=target is previous,
+                DROPOUT=threshold(dropout),
+                ALIGNED=O % 4 == 0,
+                PER_EXPERT=dropout_per_expert,
+                BLOCK_P=config.tokens,
+                BLOCK_O=config.step,
+                BLOCK_R=block_r,
+                UPCAST=launcher.INTERPRET,
             ),
-        )  # fmt: skip
-        before, stride = after, O
+        )
+        previous, stride = target, O
     return y

@@ -1,15 +1,19 @@
-"""P = dy B on the rows of every expert, gated: dh, the gradient of the weights, u once more."""
+"""P = dy B on the rows of each expert and its gate: dh, the gradient of the weights, u once more.
+
+Backward needs u for dB. It recomputes u from h instead of saving it.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from moelora_kernels import reference
-from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.products import pick, product
-from moelora_kernels.kernels.common.tiles import load_gate, load_ranks, load_tile
+from moelora_kernels.kernels.common import configs, launcher, tables
+from moelora_kernels.kernels.common.memory import load_rows
+from moelora_kernels.kernels.common.products import product, select_from
+from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
+from moelora_kernels.numerics import compute_dtype
 
 
 @triton.jit(do_not_specialize=["P", "M"])
@@ -17,7 +21,7 @@ def grouped_shrink_backward_kernel(
     dy_ptrs,
     stride_dy,
     b_ptrs,
-    outputs,
+    out_features,
     h_ptr,
     weights_ptr,
     scaling_ptr,
@@ -32,88 +36,101 @@ def grouped_shrink_backward_kernel(
     n: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
     RANK: tl.constexpr,
-    WIDEST: tl.constexpr,
+    MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dh and u [P, WIDEST] and the gradient of the weights of a tile of places. Programs: tiles.
+    """p = dy B_e, dh = gate * p, u = gate * h, dweight = scale_e * <p, h>; gate = scale_e * weight.
 
-    outputs: O of every sibling. PAIRS: pairs that read the same row of dy.
+    dy           n x [P / PAIRS_PER_ROW, O_i], rows stride_dy[i] apart
+    b            n x [O_i, R]
+    out_features n numbers: O_i
+    h            [P, MAX_RANK] by sorted position
+    weights      [P] by pair; None if every weight is 1
+    scaling      [E] float32
+    order, tiles [P] and [M, 2] int32, see `types.Routing`
+    ranks        [E, 2] of `rank_table`, or None
+    dh, u        [P, MAX_RANK] by sorted position, in the dtype of h
+    dweights     [P] float32 by pair; None without weights
+
+    Programs: tiles.
     """
     expert, first, end = load_tile(tiles_ptr, tl.program_id(0), M, P)
     sibling = expert // E
-    of_sibling = expert % E
-    start, rank = load_ranks(ranks_ptr, of_sibling, RANK, RANK_DIVISOR)
-    places = first + tl.arange(0, BLOCK_P)
-    inside = places < end
-    pairs = tl.load(order_ptr + places, mask=inside, other=0)
-    rows = (pairs // PAIRS).to(tl.int64)
-    dy_ptr = pick(dy_ptrs, sibling) + rows[:, None] * pick(stride_dy, sibling)
-    b_ptr = pick(b_ptrs, sibling) + start
-    O = pick(outputs, sibling)  # noqa: E741
-    routed = places < tl.where(expert < n * E, end, first)
-    gate = load_gate(weights_ptr, scaling_ptr, of_sibling, pairs, routed)
+    local_expert = expert % E
+    start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
+    positions, positions_in, pairs, rows = load_pairs(order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P)
+    dy_ptr = select_from(dy_ptrs, sibling)
+    stride = select_from(stride_dy, sibling)
+    b_ptr = select_from(b_ptrs, sibling) + start
+    O = select_from(out_features, sibling)  # noqa: E741
+
+    # Gate. Pairs that are not routed (expert N = n E) have gate 0.
+    routed = positions < tl.where(expert < n * E, end, first)
+    gate = load_pair_gate(weights_ptr, scaling_ptr, local_expert, pairs, routed)
     gate = gate[:, None]
+
+    # BLOCK_R columns of rank space at a time.
     inner = tl.zeros((BLOCK_P,), tl.float32)
-    for first_r in range(0, WIDEST, BLOCK_R):
+    for first_r in range(0, MAX_RANK, BLOCK_R):
         columns = first_r + tl.arange(0, BLOCK_R)
+
+        # Product.
         p = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
         if expert < n * E:
             for first_o in range(0, O, BLOCK_O):
                 o = first_o + tl.arange(0, BLOCK_O)
-                some_o = o < O
-                dy = tl.load(dy_ptr + o[None, :], mask=inside[:, None] & some_o[None, :], other=0.0)
-                b = tl.load(
-                    b_ptr + o.to(tl.int64)[:, None] * R + columns[None, :],
-                    mask=some_o[:, None] & (columns < rank)[None, :],
-                    other=0.0,
-                )
+                dy = load_rows(dy_ptr, stride, rows, o, positions_in, o < O)  # [BLOCK_P, BLOCK_O]
+                b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < rank)
                 p = product(dy, b, p, UPCAST)
-        at = places.to(tl.int64)[:, None] * WIDEST + columns[None, :]
-        real = inside[:, None] & (columns < WIDEST)[None, :]
-        h = tl.load(h_ptr + at, mask=real, other=0.0).to(tl.float32)
+
+        # Gate and store.
+        offsets = positions.to(tl.int64)[:, None] * MAX_RANK + columns[None, :]
+        in_bounds = positions_in[:, None] & (columns < MAX_RANK)[None, :]
+        h = tl.load(h_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
         inner += tl.sum(p * h, axis=1)
         dh = tl.where(gate == 0, 0.0, gate * p)
-        tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=real)
+        tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
         u = tl.where(gate == 0, 0.0, gate * h)
-        tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=real)
+        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
+
+    # Gradient of the weights; 0 for pairs that are not routed, whose p is 0.
     if weights_ptr is not None:
-        # Pairs that are not routed have the sum of no product.
-        inner *= tl.load(scaling_ptr + of_sibling)
-        tl.store(dweights_ptr + pairs, inner, mask=inside)
+        inner *= tl.load(scaling_ptr + local_expert)
+        tl.store(dweights_ptr + pairs, inner, mask=positions_in)
 
 
 def launch(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
-    """`reference.grouped_shrink_backward` on a GPU."""
+    """Return dh, u and dweights, like `reference.grouped_shrink_backward`."""
     P = order.shape[0]
     dh, u = (h.new_empty(h.shape) for _ in range(2))
     shape = 0 if weights is None else weights.shape
-    dweights = h.new_empty(shape, dtype=reference.compute_dtype(h))
+    dweights = h.new_empty(shape, dtype=compute_dtype(h))
     if P == 0:
         return dh, u, dweights
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile = configs.tile("grouped_shrink_backward", h.device, h.dtype, block_r)
+    config = configs.tile_config("grouped_shrink_backward", h.device, h.dtype, block_r)
     dy = [launcher.rows_dense(g) for g in dy]
     launcher.run(
         grouped_shrink_backward_kernel,
         len(tiles),
-        tile,
+        config,
         dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
             b_ptrs=launcher.contiguous(lora_b),
-            outputs=tuple(g.shape[1] for g in dy),
+            out_features=tuple(g.shape[1] for g in dy),
             h_ptr=h.contiguous(),
-            weights_ptr=None if weights is None else weights.contiguous(),
-            scaling_ptr=launcher.scaling_of(tuple(scaling), h.device),
+            weights_ptr=launcher.contiguous_or_none(weights),
+            scaling_ptr=tables.scaling_table(tuple(scaling), h.device),
             order_ptr=order,
             tiles_ptr=tiles,
-            ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
+            ranks_ptr=tables.rank_table(tuple(ranks), order.device),
             dh_ptr=dh,
             u_ptr=u,
             dweights_ptr=None if weights is None else dweights,
@@ -121,9 +138,15 @@ def launch(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
             M=len(tiles),
         ),
         dict(
-            n=len(dy), E=len(ranks), R=sum(ranks), PAIRS=P // dy[0].shape[0],
-            **launcher.rank_constants(ranks), BLOCK_P=tile.tokens, BLOCK_O=tile.step,
-            BLOCK_R=block_r, UPCAST=launcher.INTERPRET,
+            n=len(dy),
+            E=len(ranks),
+            R=sum(ranks),
+            PAIRS_PER_ROW=P // dy[0].shape[0],
+            **tables.rank_constants(ranks),
+            BLOCK_P=config.tokens,
+            BLOCK_O=config.step,
+            BLOCK_R=block_r,
+            UPCAST=launcher.INTERPRET,
         ),
-    )  # fmt: skip
+    )
     return dh, u, dweights

@@ -1,8 +1,8 @@
-"""The gradients of A and B: sums over the pairs of each expert, cut into chunks of bounded length.
+"""The gradients of A and B: sums over the pairs of each expert, in chunks of bounded length.
 
-A chunk that is all of its expert's pairs is summed straight into the gradient. Others are parts in
-float32, which a second launch adds in their order; an expert's last places, if fewer than a chunk
-holds, belong to the part before. So there are at most P / CHUNK parts, whatever the experts are.
+If one chunk holds all pairs of an expert, its sum is the gradient. Otherwise each chunk writes a
+float32 partial sum, and a second launch adds them in their order. A short last chunk is merged into
+the one before it, so there are at most P / CHUNK partial sums, however the pairs are routed.
 """
 
 from __future__ import annotations
@@ -11,39 +11,42 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.configs import Tile
-from moelora_kernels.kernels.common.products import pick, product
-from moelora_kernels.kernels.common.tiles import load_ranks, load_tile
+from moelora_kernels.kernels.common import configs, launcher, tables
+from moelora_kernels.kernels.common.configs import TileConfig
+from moelora_kernels.kernels.common.memory import load_rows
+from moelora_kernels.kernels.common.products import product, select_from
+from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
 
-# Elements of a gradient that one program adds up from its parts: 16 for each thread.
-SUM = Tile(1, 4096, 8, 1)
+# `step` elements of a gradient per program of the second launch: 16 for each thread.
+REDUCE_TILE = TileConfig(tokens=1, step=4096, warps=8, stages=1)
 
 
 @triton.jit
-def load_part(chunks_ptr, offsets_ptr, chunk, expert, first, end, N):
-    """End of the part that begins with a chunk, places of a chunk, and whether it is a first part.
+def load_chunk_range(chunks_ptr, offsets_ptr, chunk, expert, first, end, N):
+    """Return the end of the partial sum that begins with a chunk, the chunk size, and `is_first`.
 
-    The end is `first` where the chunk belongs to the part before, or to no expert.
+    The end is `first`, so that there is nothing to sum, if the chunk is merged into the one before
+    it or has no expert. is_first: the chunk is the first one of its expert.
     """
-    real = expert < N
-    begin = tl.load(offsets_ptr + expert, mask=real, other=first)
-    stop = tl.load(offsets_ptr + expert + 1, mask=real, other=first)
-    before = tl.load(chunks_ptr + chunk * 2 - 1, mask=first > begin, other=first)
-    size = tl.where(first > begin, first - before, end - first)
+    has_expert = expert < N
+    expert_first = tl.load(offsets_ptr + expert, mask=has_expert, other=first)
+    expert_end = tl.load(offsets_ptr + expert + 1, mask=has_expert, other=first)
+    # All chunks of an expert have the size of the first, but for the last.
+    previous = tl.load(chunks_ptr + chunk * 2 - 1, mask=first > expert_first, other=first)
+    size = tl.where(first > expert_first, first - previous, end - first)
     end = tl.where(end - first < size, first, end)
-    end = tl.where((end > first) & (stop - end < size), stop, end)
-    return tl.where(real, end, first), size, first == begin
+    end = tl.where((end > first) & (expert_end - end < size), expert_end, end)
+    return tl.where(has_expert, end, first), size, first == expert_first
 
 
 @triton.jit
-def store_tile(out_ptr, stride_w, stride_c, total, w, some_w, columns, some_columns):
-    """out[w, columns] = total for out of any strides."""
-    at = w.to(tl.int64)[:, None] * stride_w + columns.to(tl.int64)[None, :] * stride_c
-    mask = some_w[:, None] & some_columns[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+def store_tile(out_ptr, stride_w, stride_c, tile, w, w_in, columns, columns_in):
+    """Store the tile [BLOCK_W, BLOCK_R] to out[w, columns], for an `out` of any strides."""
+    offsets = w.to(tl.int64)[:, None] * stride_w + columns.to(tl.int64)[None, :] * stride_c
+    in_bounds = w_in[:, None] & columns_in[None, :]
+    tl.store(out_ptr + offsets, tile.to(out_ptr.dtype.element_ty), mask=in_bounds)
 
 
 @triton.jit
@@ -61,17 +64,17 @@ def store_zeros(
     RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
 ):
-    """The tile of the experts from low to high, which have no pairs."""
+    """Store zeros to a tile of the gradient of experts [low, high), which have no pairs."""
     zeros = tl.zeros((w.shape[0], columns.shape[0]), tl.float32)
     for expert in range(low, high):
         start, rank = load_ranks(ranks_ptr, expert % E, RANK, RANK_DIVISOR)
         store_tile(
-            pick(out_ptrs, expert // E), stride_w, stride_c, zeros, w,
-            w < pick(widths, expert // E), start + columns, columns < rank,
+            select_from(out_ptrs, expert // E), stride_w, stride_c, zeros, w,
+            w < select_from(widths, expert // E), start + columns, columns < rank,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["P", "M", "scale"])
+@triton.jit(do_not_specialize=["P", "M", "dropout_scale"])
 def grouped_weight_grad_kernel(
     wide_ptrs,
     stride_wide,
@@ -85,18 +88,18 @@ def grouped_weight_grad_kernel(
     out_ptrs,
     stride_w,
     stride_c,
-    parts_ptr,
-    stride_part,
-    part_w,
-    part_c,
+    partials_ptr,
+    partial_stride,
+    partial_w,
+    partial_c,
     P,
     M,
-    scale,
+    dropout_scale,
     n: tl.constexpr,
     E: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
     RANK: tl.constexpr,
-    WIDEST: tl.constexpr,
+    MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -108,75 +111,89 @@ def grouped_weight_grad_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out_e [W, r] = sum over the pairs of an expert of wide^T narrow, or the parts of it.
+    """out_e = sum over the pairs of expert e of dropout(wide)^T narrow, or its partial sums.
 
-    wide n x [rows, W_i] by token or pair, narrow [P, WIDEST] by place. Programs: (chunk, tile of W,
-    column tile), the last fastest. Experts without pairs are filled by the chunk behind them.
+    For dA, wide is x and narrow is dh; for dB, wide is dy and narrow is u.
+
+    wide         n x [P / PAIRS_PER_ROW, W_i], rows stride_wide[i] apart
+    widths       n numbers: W_i
+    narrow       [P, MAX_RANK] by sorted position
+    order, offsets, chunks: [P], [N + 1] and [M, 2] int32, see `types.Routing`
+    ranks        [E, 2] of `rank_table`, or None
+    seed         [1] int64; None without dropout
+    out          n x [W_i, R], strides stride_w and stride_c
+    partials     [P / CHUNK, W, MAX_RANK] float32, strides partial_stride, partial_w and partial_c;
+                 None if no expert can have two chunks
+
+    Experts without pairs are filled with zeros by the programs of the next chunk. Programs: (chunk,
+    tile of W, column tile), the last fastest; TILES of a chunk.
     """
     chunk = tl.program_id(0) // TILES
     first_w = tl.program_id(0) % TILES // COLUMN_TILES * BLOCK_W
     w = first_w + tl.arange(0, BLOCK_W)
     columns = tl.program_id(0) % COLUMN_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
     expert, first, end = load_tile(chunks_ptr, chunk, M, P)
-    before = tl.load(chunks_ptr + chunk * 2 - 2, mask=chunk > 0, other=-1)
+
+    # Zeros for the experts between the previous chunk's and this one's, and after the last chunk's.
+    previous_expert = tl.load(chunks_ptr + chunk * 2 - 2, mask=chunk > 0, other=-1)
     store_zeros(
-        out_ptrs, widths, stride_w, stride_c, ranks_ptr, before + 1, expert, w, columns, E, RANK,
-        RANK_DIVISOR,
+        out_ptrs, widths, stride_w, stride_c, ranks_ptr, previous_expert + 1, expert, w, columns, E,
+        RANK, RANK_DIVISOR,
     )  # fmt: skip
     if chunk == M - 1:
         store_zeros(
             out_ptrs, widths, stride_w, stride_c, ranks_ptr, expert + 1, n * E, w, columns, E,
             RANK, RANK_DIVISOR,
         )  # fmt: skip
-    end, size, is_first = load_part(chunks_ptr, offsets_ptr, chunk, expert, first, end, n * E)
+
+    end, size, is_first = load_chunk_range(
+        chunks_ptr, offsets_ptr, chunk, expert, first, end, n * E
+    )
     sibling = expert // E
-    of_sibling = expert % E
-    W = pick(widths, sibling)
+    local_expert = expert % E
+    W = select_from(widths, sibling)
     if (end > first) & (first_w < W):
-        start, rank = load_ranks(ranks_ptr, of_sibling, RANK, RANK_DIVISOR)
-        wide_ptr = pick(wide_ptrs, sibling)
-        stride = pick(stride_wide, sibling)
-        some = columns < rank
-        some_w = w < W
+        start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
+        wide_ptr = select_from(wide_ptrs, sibling)
+        stride = select_from(stride_wide, sibling)
+        columns_in = columns < rank
+        w_in = w < W
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)
-            stream = of_sibling if PER_EXPERT else of_sibling * 0
+            stream = local_expert if PER_EXPERT else local_expert * 0
+
+        # Sum over the pairs of the range.
         total = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
-        for first_place in range(first, end, BLOCK_P):
-            places = first_place + tl.arange(0, BLOCK_P)
-            inside = places < end
-            pairs = tl.load(order_ptr + places, mask=inside, other=0)
-            rows = (pairs // PAIRS).to(tl.int64)
-            wide = tl.load(
-                wide_ptr + rows[:, None] * stride + w[None, :],
-                mask=inside[:, None] & some_w[None, :],
-                other=0.0,
+        for position in range(first, end, BLOCK_P):
+            positions, positions_in, _, rows = load_pairs(
+                order_ptr, position, end, PAIRS_PER_ROW, BLOCK_P
             )
-            narrow = tl.load(
-                narrow_ptr + places.to(tl.int64)[:, None] * WIDEST + columns[None, :],
-                mask=inside[:, None] & some[None, :],
-                other=0.0,
-            )
+            wide = load_rows(wide_ptr, stride, rows, w, positions_in, w_in)  # [BLOCK_P, BLOCK_W]
+            narrow = load_rows(
+                narrow_ptr, MAX_RANK, positions.to(tl.int64), columns, positions_in, columns_in
+            )  # [BLOCK_P, BLOCK_R]
             if DROPOUT > 0:
                 kept = keep_tile(seed, stream, rows, first_w, W, DROPOUT, ALIGNED, BLOCK_W)
                 wide = tl.where(kept, wide, 0.0).to(wide.dtype)
             total = product(tl.trans(wide), narrow, total, UPCAST)
-        total *= scale
-        stop = tl.load(offsets_ptr + expert + 1)
-        if is_first & (end == stop):
-            out_ptr = pick(out_ptrs, sibling)
-            store_tile(out_ptr, stride_w, stride_c, total, w, some_w, start + columns, some)
-        elif parts_ptr is not None:
-            part_ptr = parts_ptr + (first // size).to(tl.int64) * stride_part
-            store_tile(part_ptr, part_w, part_c, total, w, some_w, columns, some)
+        total *= dropout_scale
+
+        # Store the gradient, or a partial sum if the expert has more pairs.
+        expert_end = tl.load(offsets_ptr + expert + 1)
+        if is_first & (end == expert_end):
+            out_ptr = select_from(out_ptrs, sibling)
+            store_tile(out_ptr, stride_w, stride_c, total, w, w_in, start + columns, columns_in)
+        elif partials_ptr is not None:
+            partial_ptr = partials_ptr + (first // size).to(tl.int64) * partial_stride
+            store_tile(partial_ptr, partial_w, partial_c, total, w, w_in, columns, columns_in)
 
 
 @triton.jit(do_not_specialize=["P", "M"])
-def sum_parts_kernel(
-    parts_ptr,
-    stride_part,
-    part_w,
-    part_c,
+def reduce_chunks_kernel(
+    partials_ptr,
+    partial_stride,
+    partial_w,
+    partial_c,
     offsets_ptr,
     chunks_ptr,
     ranks_ptr,
@@ -189,125 +206,141 @@ def sum_parts_kernel(
     n: tl.constexpr,
     E: tl.constexpr,
     RANK: tl.constexpr,
-    WIDEST: tl.constexpr,
+    MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The gradient of an expert with several parts, added in their order.
+    """out_e = the partial sums of expert e, added in their order, if it has several.
 
-    Programs: (chunk, tile of W, column tile); those of the first chunk of such an expert work.
+    The arguments are those of `grouped_weight_grad_kernel`. Programs: (chunk, tile of W, column
+    tile), the last fastest. Only the programs of an expert's first chunk work.
     """
     chunk = tl.program_id(0) // TILES
     w = tl.program_id(0) % TILES // COLUMN_TILES * BLOCK_W + tl.arange(0, BLOCK_W)
     columns = tl.program_id(0) % COLUMN_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
     expert, first, end = load_tile(chunks_ptr, chunk, M, P)
-    end, size, is_first = load_part(chunks_ptr, offsets_ptr, chunk, expert, first, end, n * E)
-    stop = tl.load(offsets_ptr + expert + 1, mask=expert < n * E, other=0)
-    if is_first & (first < end) & (end < stop):
+    end, size, is_first = load_chunk_range(
+        chunks_ptr, offsets_ptr, chunk, expert, first, end, n * E
+    )
+    expert_end = tl.load(offsets_ptr + expert + 1, mask=expert < n * E, other=0)
+    if is_first & (first < end) & (end < expert_end):
         start, rank = load_ranks(ranks_ptr, expert % E, RANK, RANK_DIVISOR)
-        some_w = w < pick(widths, expert // E)
-        mask = some_w[:, None] & (columns < rank)[None, :]
-        at = w.to(tl.int64)[:, None] * part_w + columns.to(tl.int64)[None, :] * part_c
+        w_in = w < select_from(widths, expert // E)
+        columns_in = columns < rank
+        in_bounds = w_in[:, None] & columns_in[None, :]
+        offsets = w.to(tl.int64)[:, None] * partial_w + columns.to(tl.int64)[None, :] * partial_c
         total = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
-        for place in range(first, stop - size + 1, size):
-            part_ptr = parts_ptr + (place // size).to(tl.int64) * stride_part
-            total += tl.load(part_ptr + at, mask=mask, other=0.0)
-        store_tile(
-            pick(out_ptrs, expert // E), stride_w, stride_c, total, w, some_w, start + columns,
-            columns < rank,
-        )  # fmt: skip
+        for position in range(first, expert_end - size + 1, size):
+            partial_ptr = partials_ptr + (position // size).to(tl.int64) * partial_stride
+            total += tl.load(partial_ptr + offsets, mask=in_bounds, other=0.0)
+        out_ptr = select_from(out_ptrs, expert // E)
+        store_tile(out_ptr, stride_w, stride_c, total, w, w_in, start + columns, columns_in)
 
 
 def sum_pairs(
     wide, narrow, outputs, order, offsets, chunks, ranks, dropout, dropout_per_expert, seed
 ) -> None:
-    """Fill `outputs` n x [W_i, R], of the same strides, with the sums of all experts."""
+    """Fill `outputs` n x [W_i, R], which have the same strides, with the sums of all experts.
+
+    wide n x [rows, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
+    """
     P, N = order.shape[0], len(offsets) - 1
     widths = tuple(matrix.shape[1] for matrix in wide)
+
+    # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile = configs.tile("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
+    config = configs.tile_config("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
-    tiles = launcher.ceil_div(max(widths), tile.step) * column_tiles
-    # Whole chunks that P pairs may fill: the upper bound of `types.count_tiles` without the rest.
-    whole = len(chunks) - min(N + 1, P)
-    parts, strides = None, (0, 1, 1)
-    if whole > 1:
-        # Columns and W in the order in which the gradient has them.
-        parts = narrow.new_empty((whole, max(ranks), max(widths)), dtype=torch.float32)
-        strides = parts.stride(0), parts.stride(2), parts.stride(1)
+    tiles = launcher.ceil_div(max(widths), config.step) * column_tiles
+
+    # Workspace: one partial sum for every whole chunk of P pairs. `types.count_tiles` is that
+    # number plus min(N + 1, P).
+    whole_chunks = len(chunks) - min(N + 1, P)
+    partials, strides = None, (0, 1, 1)
+    if whole_chunks > 1:
+        # Columns and W lie in the order in which the gradient has them.
+        partials = narrow.new_empty((whole_chunks, max(ranks), max(widths)), dtype=torch.float32)
+        strides = partials.stride(0), partials.stride(2), partials.stride(1)
         if outputs[0].stride(1) == 1:
-            parts = parts.view(whole, max(widths), max(ranks))
-            strides = parts.stride()
-    wide = [launcher.rows_dense(matrix) for matrix in wide]
-    shared = dict(
-        parts_ptr=parts,
-        stride_part=strides[0],
-        part_w=strides[1],
-        part_c=strides[2],
+            partials = partials.view(whole_chunks, max(widths), max(ranks))
+            strides = partials.stride()
+
+    # Arguments that both launches take.
+    arguments = dict(
+        partials_ptr=partials,
+        partial_stride=strides[0],
+        partial_w=strides[1],
+        partial_c=strides[2],
         out_ptrs=tuple(outputs),
         stride_w=outputs[0].stride(0),
         stride_c=outputs[0].stride(1),
         widths=widths,
         offsets_ptr=offsets,
         chunks_ptr=chunks,
-        ranks_ptr=launcher.rank_table(tuple(ranks), order.device),
+        ranks_ptr=tables.rank_table(tuple(ranks), order.device),
         P=P,
         M=len(chunks),
     )
-    static = dict(
+    constants = dict(
         n=len(wide),
         E=len(ranks),
-        **launcher.rank_constants(ranks),
+        **tables.rank_constants(ranks),
         COLUMN_TILES=column_tiles,
         BLOCK_R=block_r,
     )
+    wide = [launcher.rows_dense(matrix) for matrix in wide]
     launcher.run(
         grouped_weight_grad_kernel,
         len(chunks) * tiles,
-        tile,
-        shared
+        config,
+        arguments
         | dict(
             wide_ptrs=tuple(wide),
             stride_wide=tuple(matrix.stride(0) for matrix in wide),
             narrow_ptr=narrow.contiguous(),
             order_ptr=order,
             seed_ptr=seed if dropout > 0 else None,
-            scale=1.0 / (1.0 - dropout),
+            dropout_scale=1.0 / (1.0 - dropout),
         ),
-        static
+        constants
         | dict(
-            PAIRS=P // wide[0].shape[0], DROPOUT=threshold(dropout),
-            ALIGNED=all(W % 4 == 0 for W in widths), PER_EXPERT=dropout_per_expert,
-            TILES=tiles, BLOCK_P=tile.tokens, BLOCK_W=tile.step, UPCAST=launcher.INTERPRET,
+            PAIRS_PER_ROW=P // wide[0].shape[0],
+            DROPOUT=threshold(dropout),
+            ALIGNED=all(W % 4 == 0 for W in widths),
+            PER_EXPERT=dropout_per_expert,
+            TILES=tiles,
+            BLOCK_P=config.tokens,
+            BLOCK_W=config.step,
+            UPCAST=launcher.INTERPRET,
         ),
-    )  # fmt: skip
-    if parts is not None:
-        block_w = SUM.step // block_r
+    )
+    if partials is not None:
+        block_w = REDUCE_TILE.step // block_r
         tiles = launcher.ceil_div(max(widths), block_w) * column_tiles
         launcher.run(
-            sum_parts_kernel,
+            reduce_chunks_kernel,
             len(chunks) * tiles,
-            SUM,
-            shared,
-            static | dict(TILES=tiles, BLOCK_W=block_w),
+            REDUCE_TILE,
+            arguments,
+            constants | dict(TILES=tiles, BLOCK_W=block_w),
         )
 
 
 def launch(
     x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks, dropout, dropout_per_expert, seed
 ):
-    """`reference.grouped_weight_grad` on a GPU."""
+    """Return da [n R, I] and n x db [O_i, R], like `reference.grouped_weight_grad`."""
     n, R, I = len(dy), sum(ranks), x.shape[1]  # noqa: E741
-    make = x.new_empty if order.shape[0] else x.new_zeros
-    da = make((n * R, I), dtype=lora_dtype)
-    db = [make((g.shape[1], R), dtype=lora_dtype) for g in dy]
+    new = x.new_empty if order.shape[0] else x.new_zeros
+    da = new((n * R, I), dtype=lora_dtype)
+    db = [new((g.shape[1], R), dtype=lora_dtype) for g in dy]
     if order.shape[0] == 0:
         return da, db
     routing = (order, offsets, chunks, ranks)
-    of_a = [rows.t() for rows in da.split(R)]
-    sum_pairs([x] * n, dh, of_a, *routing, dropout, dropout_per_expert, seed)
+    da_by_sibling = [rows.t() for rows in da.split(R)]
+    sum_pairs([x] * n, dh, da_by_sibling, *routing, dropout, dropout_per_expert, seed)
     sum_pairs(dy, u, db, *routing, 0.0, False, None)
     return da, db

@@ -1,18 +1,17 @@
-"""Linear routers on their own: logits of float32 grade, and the gradients of weight and bias."""
+"""Linear routers without experts beside them: logits in float32 precision, and their backward."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels import reference
 from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.products import exact_product, pick
-from moelora_kernels.kernels.common.reduce_partials import reduce_partials
-from moelora_kernels.kernels.weight_grad import store_transposed
+from moelora_kernels.kernels.common.memory import load_rows, load_transposed, store_transposed
+from moelora_kernels.kernels.common.products import exact_product, select_from
+from moelora_kernels.kernels.common.reduce_partials import Partials, store_partial
+from moelora_kernels.numerics import compute_dtype
 
-# Experts of one program.
+# Most experts, or columns of dlogits, of one program.
 COLUMNS = 64
 
 
@@ -22,10 +21,10 @@ def router_logits_kernel(
     stride_x,
     router_ptrs,
     bias_ptrs,
-    logits_ptr,
+    partials_ptr,
     T,
     I,  # noqa: E741
-    per_split,
+    i_per_split,
     n: tl.constexpr,
     E: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -34,38 +33,43 @@ def router_logits_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """logits [SPLIT, T, n E] of the parts of I; the first has the bias.
+    """logits_i = x Wr_i^T + br_i, split over I. The first split adds the bias.
+
+    x        [T, I], rows stride_x apart
+    router   n x [E, I], in the dtype of x or float32
+    bias     n x [E]; None without one
+    partials [SPLIT, T, n E] float32; the logits themselves if SPLIT = 1
 
     Programs: (token tile, split of I, sibling, tile of E), the last fastest.
     """
     pid = tl.program_id(0)
-    e_tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    first_e = pid % e_tiles * BLOCK_E
+    E_TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    first_e = pid % E_TILES * BLOCK_E
     experts = first_e + tl.arange(0, BLOCK_E)
-    sibling = pid // e_tiles % n
-    split = pid // (e_tiles * n) % SPLIT
-    tokens = (pid // (e_tiles * n * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    router_ptr = pick(router_ptrs, sibling) + experts.to(tl.int64)[None, :] * I
+    sibling = pid // E_TILES % n
+    split = pid // (E_TILES * n) % SPLIT
+    tokens = (pid // (E_TILES * n * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens_in = tokens < T
+    experts_in = experts < E
+    router_ptr = select_from(router_ptrs, sibling)
+
+    # Product.
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, I), BLOCK_I):
+    for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        some_i = i < I
-        x = tl.load(
-            x_ptr + tokens[:, None] * stride_x + i[None, :],
-            mask=inside[:, None] & some_i[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            router_ptr + i[:, None], mask=some_i[:, None] & (experts < E)[None, :], other=0.0
-        )
-        logits = exact_product(x, w, logits, UPCAST)
+        x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
+        router = load_transposed(router_ptr, I, experts.to(tl.int64), i, experts_in, i < I)
+        logits = exact_product(x, router, logits, UPCAST)
+
+    # Bias, in the first split only.
     if bias_ptrs is not None:
-        bias_ptr = pick(bias_ptrs, sibling) + experts
+        bias_ptr = select_from(bias_ptrs, sibling) + experts
         bias = tl.load(bias_ptr, mask=experts < tl.where(split == 0, E, 0), other=0.0)
         logits += bias.to(tl.float32)[None, :]
-    at = (split * T + tokens)[:, None] * (n * E) + sibling * E + experts[None, :]
-    tl.store(logits_ptr + at, logits, mask=inside[:, None] & (experts < E)[None, :])
+
+    store_partial(
+        partials_ptr, split, tokens, tokens_in, sibling, experts, experts_in, logits, T, n, E
+    )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -77,128 +81,144 @@ def router_grad_kernel(
     dbias_ptr,
     T,
     I,  # noqa: E741
-    per_split,
-    stride_plane,
+    t_per_split,
+    partial_stride,
     L: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_L: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dWr [L, I] and dbr [L] of dlogits [T, L], or their parts, stride_plane apart.
+    """dWr = dlogits^T x and dbr = sum over the tokens of dlogits, split over T.
+
+    x       [T, I], rows stride_x apart
+    dlogits [T, L] float32, L = n E
+    drouter [L, I] and dbias [L]; if split, float32 partial sums, partial_stride elements apart
 
     Programs: (split of T, tile of I, tile of L), the last fastest.
     """
     pid = tl.program_id(0)
-    l_tiles: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    L_TILES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
     i_tiles = tl.cdiv(I, BLOCK_W)
-    columns = pid % l_tiles * BLOCK_L + tl.arange(0, BLOCK_L)
-    first_w = pid // l_tiles % i_tiles * BLOCK_W
-    w = first_w + tl.arange(0, BLOCK_W)
-    split = pid // (l_tiles * i_tiles)
-    total = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
-    of_bias = tl.zeros((BLOCK_L,), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, T), BLOCK_T):
+    columns = pid % L_TILES * BLOCK_L + tl.arange(0, BLOCK_L)
+    first_i = pid // L_TILES % i_tiles * BLOCK_W
+    i = first_i + tl.arange(0, BLOCK_W)
+    split = pid // (L_TILES * i_tiles)
+    i_in = i < I
+    columns_in = columns < L
+
+    # Product and sum over the tokens of the split.
+    drouter = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
+    dbias = tl.zeros((BLOCK_L,), tl.float32)
+    for first in range(split * t_per_split, tl.minimum((split + 1) * t_per_split, T), BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-        inside = tokens < T
-        x = tl.load(
-            x_ptr + tokens[:, None] * stride_x + w[None, :],
-            mask=inside[:, None] & (w < I)[None, :],
-            other=0.0,
-        )
-        dlogits = tl.load(
-            dlogits_ptr + tokens[:, None] * L + columns[None, :],
-            mask=inside[:, None] & (columns < L)[None, :],
-            other=0.0,
-        )
-        of_bias += tl.sum(dlogits, axis=0)
-        total = exact_product(tl.trans(x), dlogits, total, UPCAST)
-    plane = split.to(tl.int64) * stride_plane
-    some = columns < L
-    store_transposed(drouter_ptr + plane, I, total, w, w < I, columns, some)
-    if first_w == 0:
-        out_ptr = dbias_ptr + plane + columns
-        tl.store(out_ptr, of_bias.to(dbias_ptr.dtype.element_ty), mask=some)
+        tokens_in = tokens < T
+        x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i_in)  # [BLOCK_T, BLOCK_W]
+        dlogits = load_rows(dlogits_ptr, L, tokens, columns, tokens_in, columns_in)
+        dbias += tl.sum(dlogits, axis=0)
+        drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
+
+    # Store. The programs of the first tile of I store the bias.
+    partial = split.to(tl.int64) * partial_stride
+    store_transposed(drouter_ptr + partial, I, columns.to(tl.int64), i, columns_in, i_in, drouter)
+    if first_i == 0:
+        out_ptr = dbias_ptr + partial + columns
+        tl.store(out_ptr, dbias.to(dbias_ptr.dtype.element_ty), mask=columns_in)
 
 
 def launch_logits(x, router_weight, router_bias, *, split=None):
-    """`reference.router_logits` on a GPU. `split`: parts of I, None: what fills the chip."""
+    """Return logits [T, n E] float32, like `reference.router_logits`.
+
+    split: number of parts that I is cut into; None fills the GPU.
+    """
     (T, I), n, E = x.shape, len(router_weight), router_weight[0].shape[0]  # noqa: E741
-    logits = x.new_empty((T, n * E), dtype=reference.compute_dtype(x))
+    logits = x.new_empty((T, n * E), dtype=compute_dtype(x))
     if T == 0:
         return logits
+
+    # Grid.
     block_e = min(launcher.block(E), COLUMNS)
-    tile = configs.tile("router_logits", x.device, x.dtype, block_e)
-    programs = launcher.ceil_div(T, tile.tokens) * n * launcher.ceil_div(E, block_e)
-    steps = launcher.ceil_div(I, tile.step)
+    config = configs.tile_config("router_logits", x.device, x.dtype, block_e)
+    programs = launcher.ceil_div(T, config.tokens) * n * launcher.ceil_div(E, block_e)
+    steps = launcher.ceil_div(I, config.step)
     if split is None:
-        split = configs.splits(x.device, programs, steps)
-    partials = logits if split == 1 else x.new_empty((split, T * n * E), dtype=logits.dtype)
+        split = configs.num_splits(x.device, programs, steps)
+
+    # The kernel computes the address of a partial sum from T, n and E: no space between them.
+    partials = Partials([logits], split, alignment=1)
     x = launcher.rows_dense(x)
     launcher.run(
         router_logits_kernel,
         programs * split,
-        tile,
+        config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
             router_ptrs=launcher.contiguous(router_weight),
             bias_ptrs=launcher.contiguous(router_bias),
-            logits_ptr=partials,
+            partials_ptr=partials.targets[0],
             T=T,
             I=I,
-            per_split=launcher.ceil_div(steps, split) * tile.step,
+            i_per_split=launcher.ceil_div(steps, split) * config.step,
         ),
         dict(
-            n=n, E=E, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_E=block_e,
+            n=n,
+            E=E,
+            SPLIT=split,
+            BLOCK_T=config.tokens,
+            BLOCK_I=config.step,
+            BLOCK_E=block_e,
             UPCAST=launcher.INTERPRET,
         ),
-    )  # fmt: skip
-    if split > 1:
-        reduce_partials(partials, [logits])
+    )
+    partials.reduce()
     return logits
 
 
 def launch_grad(dlogits, x, router_dtype, *, split=None):
-    """`reference.router_grad` on a GPU. `split`: parts of T, None: what fills the chip."""
+    """Return drouter [n E, I] and dbias [n E] in router_dtype, like `reference.router_grad`.
+
+    split: number of parts that T is cut into; None fills the GPU.
+    """
     (T, I), L = x.shape, dlogits.shape[1]  # noqa: E741
-    make = x.new_zeros if T == 0 else x.new_empty
-    drouter, dbias = make((L, I), dtype=router_dtype), make(L, dtype=router_dtype)
+    new = x.new_zeros if T == 0 else x.new_empty
+    drouter, dbias = new((L, I), dtype=router_dtype), new(L, dtype=router_dtype)
     if T == 0:
         return drouter, dbias
+
+    # Grid.
     block_l = min(launcher.block(L), COLUMNS)
-    tile = configs.tile("router_grad", x.device, x.dtype, block_l)
-    programs = launcher.ceil_div(I, tile.step) * launcher.ceil_div(L, block_l)
-    steps = launcher.ceil_div(T, tile.tokens)
+    config = configs.tile_config("router_grad", x.device, x.dtype, block_l)
+    programs = launcher.ceil_div(I, config.step) * launcher.ceil_div(L, block_l)
+    steps = launcher.ceil_div(T, config.tokens)
     if split is None:
-        split = configs.splits(x.device, programs, steps)
-    partials, starts, parts = None, [0, drouter.numel()], [drouter, dbias]
-    if split > 1:
-        # Every part starts at a multiple of 16 bytes.
-        starts = [0, launcher.ceil_div(drouter.numel(), 16) * 16]
-        sizes = starts[1] + launcher.ceil_div(L, 16) * 16
-        partials = x.new_empty((split, sizes), dtype=torch.float32)
-        parts = [partials[0, start:] for start in starts]
+        split = configs.num_splits(x.device, programs, steps)
+
+    partials = Partials([drouter, dbias], split)
+    drouter_target, dbias_target = partials.targets
     x = launcher.rows_dense(x)
     launcher.run(
         router_grad_kernel,
         programs * split,
-        tile,
+        config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
             dlogits_ptr=dlogits.contiguous(),
-            drouter_ptr=parts[0],
-            dbias_ptr=parts[1],
+            drouter_ptr=drouter_target,
+            dbias_ptr=dbias_target,
             T=T,
             I=I,
-            per_split=launcher.ceil_div(steps, split) * tile.tokens,
-            stride_plane=0 if partials is None else partials.stride(0),
+            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
+            partial_stride=partials.stride,
         ),
         dict(
-            L=L, BLOCK_T=tile.tokens, BLOCK_W=tile.step, BLOCK_L=block_l, UPCAST=launcher.INTERPRET
+            L=L,
+            BLOCK_T=config.tokens,
+            BLOCK_W=config.step,
+            BLOCK_L=block_l,
+            UPCAST=launcher.INTERPRET,
         ),
     )
-    if split > 1:
-        reduce_partials(partials, [drouter, dbias], starts)
+    partials.reduce()
     return drouter, dbias

@@ -1,4 +1,9 @@
-"""Shrink x to rank space, route by the logits of the same read, gate: h, u and the routing."""
+"""Shrink x to rank space, compute the gate from the router's logits of the same read, and apply it.
+
+If all columns of rank space fit into one program, one launch does everything. Otherwise, or if the
+sum over I is split, the first launch stores partial sums of the products, and the second adds them
+and applies the gate.
+"""
 
 from __future__ import annotations
 
@@ -6,105 +11,56 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels import reference
-from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.gates import (
-    dense_gate,
+    apply_gate,
     gate_form,
-    gated,
-    load_experts,
+    gate_per_column,
+    load_expert_columns,
+    load_router_bias,
     load_scaling,
-    rank_gate,
-    store_routing,
-    topk_gate,
+    make_gate,
 )
-from moelora_kernels.kernels.common.products import exact_product, pick, product
-from moelora_kernels.kernels.common.reduce_partials import load_partials
+from moelora_kernels.kernels.common.memory import load_rows, load_transposed
+from moelora_kernels.kernels.common.products import exact_product, product, select_from
+from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.numerics import compute_dtype
 
-# Up to these columns and experts one program holds h, the logits and the gate of its tokens; beyond
-# them, products and gate are two launches. With 32 experts the gate of 128 columns spills on sm_80.
+# One launch does everything up to this many columns and experts: more do not fit into the registers
+# together with the gate. With 32 experts the gate of 128 columns spills on sm_80.
 FUSED_RANK = 128
 FUSED_EXPERTS = 16
-# Logits that one program of the product sums beside its columns.
+# Logits that one program of the product sums beside its columns, if it is not fused.
 ROUTER_COLUMNS = 32
 
 
-@triton.jit
-def gate_tile(
-    logits,
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
-    weights_ptr,
-    chosen_ptr,
-    logits_ptr,
-    tokens,
-    inside,
-    sibling,
-    G,
-    temperature,
-    n: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    FORM: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """The gate [BLOCK_T, BLOCK_E]: given, or that of a router, which is stored with its logits."""
-    if FORM == "router":
-        experts = tl.arange(0, BLOCK_E)[None, :]
-        real = inside[:, None] & (experts < E)
-        tl.store(logits_ptr + tokens[:, None] * (n * E) + sibling * E + experts, logits, mask=real)
-        gate, place = topk_gate(logits, temperature, E, K, RENORMALIZE, BLOCK_E)
-        store_routing(
-            weights_ptr, chosen_ptr, gate, place, tokens, inside, sibling, n, E, K, BLOCK_E
-        )
-    else:
-        gate, _ = dense_gate(
-            gates_ptr, indices_ptr, rows_ptr, tokens, inside, sibling, G, n, E, K, FORM, BLOCK_E
-        )
-    return gate
-
-
-@triton.jit
-def load_bias(bias_ptrs, sibling, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The router's bias, [BLOCK_E]; 0 without one."""
-    experts = tl.arange(0, BLOCK_E)
-    if bias_ptrs is None:
-        bias = tl.zeros((BLOCK_E,), tl.float32)
-    else:
-        address = pick(bias_ptrs, sibling) + experts
-        bias = tl.load(address, mask=experts < E, other=0.0).to(tl.float32)
-    return bias
-
-
-@triton.jit(do_not_specialize=["T", "G", "temperature", "scale"])
+@triton.jit(do_not_specialize=["T", "G", "temperature", "dropout_scale"])
 def shrink_gate_kernel(
     x_ptr,
     stride_x,
     a_ptrs,
     router_ptrs,
     bias_ptrs,
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
-    experts_ptr,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
+    expert_columns_ptr,
     scaling_ptr,
     seed_ptr,
-    tiles_ptr,
+    column_tiles_ptr,
     h_ptr,
     u_ptr,
     weights_ptr,
-    chosen_ptr,
+    experts_ptr,
     logits_ptr,
     partials_ptr,
     T,
     I,  # noqa: E741
     G,
-    per_split,
+    i_per_split,
     temperature,
-    scale,
+    dropout_scale,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -126,99 +82,115 @@ def shrink_gate_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """FUSED: h, u and the routing of a token tile and sibling; else sums of products to partials.
+    """h = dropout(x) At, logits = x Wrt + br, u = scale * gate (.) h, for one sibling.
 
-    Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that those
-    which read the same x run together. partials [SPLIT, T, n (A_ROWS + ROUTER_COLUMNS)] float32.
+    x              [T, I], rows stride_x apart
+    a              n x [A_ROWS, I]; A_ROWS is R, or r if the experts share A
+    router, bias   n x [E, I] and n x [E]; None without
+    gate_weights, gate_experts, gate_rows: the gate, as FORM says (`gates`); None with a router
+    expert_columns [E, R] bfloat16, scaling [E] float32
+    seed           [1] int64; None without dropout
+    column_tiles   [COLUMN_TILES, 4] of `column_tile_table`; None without PER_EXPERT
+    h, u           [T, n A_ROWS] and [T, n R], in the dtype of x
+    weights, experts, logits: [T, n K], [T, n K] int32 and [T, n E], stored with a router
+    partials       [SPLIT, T, n (A_ROWS + ROUTER_COLUMNS)] float32, stored unless FUSED
+
+    FUSED: computes all outputs. Not FUSED: stores the products h and logits to `partials` only.
+    Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that programs
+    which read the same x run together.
     """
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
     split = pid // COLUMN_TILES % SPLIT
     tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
+    tokens_in = tokens < T
+
+    # Columns of rank space, and the experts whose logits are computed beside them.
     if PER_EXPERT:
-        # Columns of one expert, because another expert has another mask.
-        sibling = tl.load(tiles_ptr + column_tile * 4 + 3)
-        stream = tl.load(tiles_ptr + column_tile * 4 + 2)
-        start = tl.load(tiles_ptr + column_tile * 4) - sibling * A_ROWS
-        end = tl.load(tiles_ptr + column_tile * 4 + 1) - sibling * A_ROWS
+        # A tile holds columns of one expert, because another expert has another dropout mask.
+        sibling = tl.load(column_tiles_ptr + column_tile * 4 + 3)
+        stream = tl.load(column_tiles_ptr + column_tile * 4 + 2)
+        start = tl.load(column_tiles_ptr + column_tile * 4) - sibling * A_ROWS
+        end = tl.load(column_tiles_ptr + column_tile * 4 + 1) - sibling * A_ROWS
         start = tl.multiple_of(start, RANK_DIVISOR)
         end = tl.multiple_of(end, RANK_DIVISOR)
-        place = column_tile - sibling * (COLUMN_TILES // n)
+        column_block = column_tile - sibling * (COLUMN_TILES // n)
     else:
         sibling = column_tile // (COLUMN_TILES // n)
-        place = column_tile % (COLUMN_TILES // n)
-        start = place * BLOCK_R
+        column_block = column_tile % (COLUMN_TILES // n)
+        start = column_block * BLOCK_R
         end = A_ROWS
         stream = 0
     columns = start + tl.arange(0, BLOCK_R)
-    a_ptr = pick(a_ptrs, sibling) + columns.to(tl.int64)[None, :] * I
+    columns_in = columns < end
+    a_ptr = select_from(a_ptrs, sibling)
     if ROUTER_COLUMNS:
-        # Column tile c of a sibling also has the experts from c BLOCK_E; a fused one has all.
-        experts = place * BLOCK_E + tl.arange(0, BLOCK_E)
-        router_ptr = pick(router_ptrs, sibling) + experts.to(tl.int64)[None, :] * I
+        # Column block c also has the experts from c BLOCK_E on. If FUSED, block 0 has them all.
+        experts = column_block * BLOCK_E + tl.arange(0, BLOCK_E)
+        router_ptr = select_from(router_ptrs, sibling)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)
 
+    # Products: the experts read x after dropout, the router reads x itself.
     h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, I), BLOCK_I):
+    for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        some_i = i < I
-        x = tl.load(
-            x_ptr + tokens[:, None] * stride_x + i[None, :],
-            mask=inside[:, None] & some_i[None, :],
-            other=0.0,
-        )
-        a = tl.load(a_ptr + i[:, None], mask=some_i[:, None] & (columns < end)[None, :], other=0.0)
+        x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
+        a = load_transposed(a_ptr, I, columns.to(tl.int64), i, columns_in, i < I)
         if ROUTER_COLUMNS:
-            w = tl.load(
-                router_ptr + i[:, None], mask=some_i[:, None] & (experts < E)[None, :], other=0.0
-            )
-            logits = exact_product(x, w, logits, UPCAST)
+            router = load_transposed(router_ptr, I, experts.to(tl.int64), i, experts < E, i < I)
+            logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, ALIGNED, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
         h = product(x, a, h, UPCAST)
-    h *= scale
+    h *= dropout_scale
 
-    real = inside[:, None] & (columns < end)[None, :]
     if FUSED:
-        logits += load_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
-        gate = gate_tile(
-            logits, gates_ptr, indices_ptr, rows_ptr, weights_ptr, chosen_ptr, logits_ptr, tokens,
-            inside, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
+        # Gate.
+        logits += load_router_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
+        gate = make_gate(
+            logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, weights_ptr, experts_ptr,
+            logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K, FORM, RENORMALIZE,
+            BLOCK_E,
         )  # fmt: skip
         gate *= load_scaling(scaling_ptr, E, BLOCK_E)
-        of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
-        scaled = rank_gate(gate, of_experts, UPCAST)
+        expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
+        column_gate = gate_per_column(gate, expert_columns, UPCAST)  # [BLOCK_T, BLOCK_R]
+
+        # Store h rounded, and u of the rounded h: backward knows the rounded one only.
         h = h.to(h_ptr.dtype.element_ty)
-        place_h = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
-        tl.store(h_ptr + place_h, h, mask=real)
-        u = gated(scaled, h.to(tl.float32))
-        tl.store(u_ptr + place_h, u.to(u_ptr.dtype.element_ty), mask=real)
+        in_bounds = tokens_in[:, None] & columns_in[None, :]
+        offsets = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
+        tl.store(h_ptr + offsets, h, mask=in_bounds)
+        u = apply_gate(column_gate, h.to(tl.float32))
+        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
     else:
-        width: tl.constexpr = A_ROWS + ROUTER_COLUMNS
-        row = (split * T + tokens)[:, None] * (n * width) + sibling * width
-        tl.store(partials_ptr + row + columns[None, :], h, mask=real)
+        WIDTH: tl.constexpr = A_ROWS + ROUTER_COLUMNS
+        store_partial(
+            partials_ptr, split, tokens, tokens_in, sibling, columns, columns_in, h, T, n, WIDTH
+        )
         if ROUTER_COLUMNS:
-            some = inside[:, None] & (experts < E)[None, :]
-            tl.store(partials_ptr + row + A_ROWS + experts[None, :], logits, mask=some)
+            store_partial(
+                partials_ptr, split, tokens, tokens_in, sibling, A_ROWS + experts, experts < E,
+                logits, T, n, WIDTH,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
 def gate_partials_kernel(
     partials_ptr,
     bias_ptrs,
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
-    experts_ptr,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
+    expert_columns_ptr,
     scaling_ptr,
     h_ptr,
     u_ptr,
     weights_ptr,
-    chosen_ptr,
+    experts_ptr,
     logits_ptr,
     T,
     G,
@@ -237,152 +209,180 @@ def gate_partials_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """h, u and the routing from the partials, whose parts are added in their order.
+    """The outputs of `shrink_gate_kernel` from its partial sums, which are added in their order.
 
-    Programs: (token tile, sibling). With A_ROWS < R all experts share the rows of A.
+    The arguments are those of `shrink_gate_kernel`. If A_ROWS < R, all experts share the rows of A:
+    column c of u reads column c % A_ROWS of h. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n
     tokens = (tl.program_id(0) // n).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    width: tl.constexpr = A_ROWS + ROUTER_COLUMNS
+    tokens_in = tokens < T
+    WIDTH: tl.constexpr = A_ROWS + ROUTER_COLUMNS
+
+    # Gate.
     experts = tl.arange(0, BLOCK_E)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if ROUTER_COLUMNS:
         logits = load_partials(
-            partials_ptr, tokens, inside, sibling, A_ROWS + experts, experts < E, T, n, width, SPLIT
-        )
-        logits += load_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
-    gate = gate_tile(
-        logits, gates_ptr, indices_ptr, rows_ptr, weights_ptr, chosen_ptr, logits_ptr, tokens,
-        inside, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
+            partials_ptr, tokens, tokens_in, sibling, A_ROWS + experts, experts < E, T, n, WIDTH,
+            SPLIT,
+        )  # fmt: skip
+        logits += load_router_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
+    gate = make_gate(
+        logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, weights_ptr, experts_ptr,
+        logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
     )  # fmt: skip
     gate *= load_scaling(scaling_ptr, E, BLOCK_E)
+
+    # h and u, BLOCK_R columns at a time.
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        of_a = columns % A_ROWS
-        real = inside[:, None] & (columns < R)[None, :]
+        a_columns = columns % A_ROWS
+        in_bounds = tokens_in[:, None] & (columns < R)[None, :]
         h = load_partials(
-            partials_ptr, tokens, inside, sibling, of_a, columns < R, T, n, width, SPLIT
+            partials_ptr, tokens, tokens_in, sibling, a_columns, columns < R, T, n, WIDTH, SPLIT
         )
         h = h.to(h_ptr.dtype.element_ty)
         tl.store(
-            h_ptr + tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :],
+            h_ptr + tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + a_columns[None, :],
             h,
-            mask=real & (columns < A_ROWS)[None, :],
+            mask=in_bounds & (columns < A_ROWS)[None, :],
         )
-        of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
-        u = gated(rank_gate(gate, of_experts, UPCAST), h.to(tl.float32))
+        expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
+        u = apply_gate(gate_per_column(gate, expert_columns, UPCAST), h.to(tl.float32))
         tl.store(
             u_ptr + tokens[:, None] * (n * R) + sibling * R + columns[None, :],
             u.to(u_ptr.dtype.element_ty),
-            mask=real,
+            mask=in_bounds,
         )
 
 
 def launch(
-    x, lora_a, gates, indices, rows, router_weight, router_bias, ranks, scaling, share_a, top_k,
+    x, lora_a, gates, experts, rows, router_weight, router_bias, ranks, scaling, share_a, top_k,
     renormalize, temperature, dropout, dropout_per_expert, seed, *, split=None,
 ):  # fmt: skip
-    """`reference.shrink_gate` on a GPU. `split`: parts of I, None: what fills the chip."""
+    """Return h, u and the gate that the router made, like `reference.shrink_gate`.
+
+    split: number of parts that I is cut into; None fills the GPU.
+    """
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
-    router = len(router_weight) > 0
-    h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
-    dtype = reference.compute_dtype(x)
-    weights, logits = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    chosen = x.new_empty(0, dtype=torch.int32)
-    if router:
-        weights = x.new_empty((T, n * top_k), dtype=dtype)
-        logits = x.new_empty((T, n * E), dtype=dtype)
-        if top_k < E:
-            chosen = x.new_empty((T, n * top_k), dtype=chosen.dtype)
-    K, form = (top_k, "router") if router else gate_form(gates, indices, rows, T, n)
-    if T == 0:
-        return h, u, weights, chosen, logits
+    has_router = len(router_weight) > 0
 
+    # Outputs. Without a router, weights, experts and logits are empty.
+    h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
+    dtype = compute_dtype(x)
+    weights = x.new_empty((T, n * top_k) if has_router else 0, dtype=dtype)
+    logits = x.new_empty((T, n * E) if has_router else 0, dtype=dtype)
+    is_sparse = has_router and top_k < E
+    out_experts = x.new_empty((T, n * top_k) if is_sparse else 0, dtype=torch.int32)
+    K, form = (top_k, "router") if has_router else gate_form(gates, experts, rows, T, n)
+    if T == 0:
+        return h, u, weights, out_experts, logits
+
+    # Tiles: columns of rank space, and as many column tiles as they or the experts need.
     per_expert = dropout > 0 and dropout_per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), FUSED_RANK)
     block_e = launcher.block(E)
-    tile = configs.tile("shrink_gate", x.device, x.dtype, block_r)
-    tiles = None
-    if per_expert:
-        tiles = launcher.expert_tiles(tuple(ranks), n, block_r, x.device)
-    fusable = not per_expert and A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS
+    config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
+    can_fuse = not per_expert and A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS
+    column_tile_table = None
     column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
-        column_tiles = len(tiles)
-    elif router and not fusable:
+        column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
+        column_tiles = len(column_tile_table)
+    elif has_router and not can_fuse:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, ROUTER_COLUMNS))
-    token_tiles = launcher.ceil_div(T, tile.tokens)
-    steps = launcher.ceil_div(I, tile.step)
+
+    # Grid: split I until the programs fill the GPU.
+    token_tiles = launcher.ceil_div(T, config.tokens)
+    steps = launcher.ceil_div(I, config.step)
     if split is None:
-        split = configs.splits(x.device, token_tiles * column_tiles, steps)
-    fused = fusable and split == 1
-    # The experts are spread over the column tiles of a sibling.
-    of_router = block_e
-    if not fused and router:
-        of_router = launcher.block(launcher.ceil_div(E, column_tiles // n))
-    partial_columns = n * (A_ROWS + (E if router else 0))
-    partials = None if fused else x.new_empty((split, T, partial_columns), dtype=dtype)
-    x = launcher.rows_dense(x)
-    given = dict(
+        split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
+    fused = can_fuse and split == 1
+
+    # Without FUSED, the experts of the router are spread over the column tiles of a sibling.
+    router_block = block_e
+    partials = None
+    if not fused:
+        if has_router:
+            router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
+        width = n * (A_ROWS + (E if has_router else 0))
+        partials = x.new_empty((split, T, width), dtype=dtype)
+
+    # Arguments that both launches take.
+    arguments = dict(
         bias_ptrs=launcher.contiguous(router_bias),
-        gates_ptr=None if router else gates.contiguous(),
-        indices_ptr=None if router or indices is None else indices.contiguous(),
-        rows_ptr=None if rows is None else rows.contiguous(),
-        experts_ptr=launcher.expert_columns(tuple(ranks), x.device),
-        scaling_ptr=launcher.scaling_of(tuple(scaling), x.device),
+        gate_weights_ptr=None if has_router else gates.contiguous(),
+        gate_experts_ptr=None if has_router else launcher.contiguous_or_none(experts),
+        gate_rows_ptr=launcher.contiguous_or_none(rows),
+        expert_columns_ptr=tables.expert_columns(tuple(ranks), x.device),
+        scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         h_ptr=h,
         u_ptr=u,
-        weights_ptr=weights if router else None,
-        chosen_ptr=chosen if router and top_k < E else None,
-        logits_ptr=logits if router else None,
+        weights_ptr=weights if has_router else None,
+        experts_ptr=out_experts if is_sparse else None,
+        logits_ptr=logits if has_router else None,
         partials_ptr=partials,
         T=T,
-        G=0 if router else gates.shape[0],
+        G=0 if has_router else gates.shape[0],
         temperature=float(temperature),
     )
-    static = dict(
-        n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
-        ROUTER_COLUMNS=E if router else 0, SPLIT=split,
-    )  # fmt: skip
+    constants = dict(
+        n=n,
+        A_ROWS=A_ROWS,
+        R=R,
+        E=E,
+        K=K,
+        FORM=form,
+        RENORMALIZE=bool(renormalize),
+        ROUTER_COLUMNS=E if has_router else 0,
+        SPLIT=split,
+        UPCAST=launcher.INTERPRET,
+    )
+    x = launcher.rows_dense(x)
     launcher.run(
         shrink_gate_kernel,
         token_tiles * split * column_tiles,
-        tile,
-        given
+        config,
+        arguments
         | dict(
             x_ptr=x,
             stride_x=x.stride(0),
             a_ptrs=launcher.contiguous(lora_a),
             router_ptrs=launcher.contiguous(router_weight),
             seed_ptr=seed if dropout > 0 else None,
-            tiles_ptr=tiles,
+            column_tiles_ptr=column_tile_table,
             I=I,
-            per_split=launcher.ceil_div(steps, split) * tile.step,
-            scale=1.0 / (1.0 - dropout),
+            i_per_split=launcher.ceil_div(steps, split) * config.step,
+            dropout_scale=1.0 / (1.0 - dropout),
         ),
-        static
+        constants
         | dict(
-            FUSED=fused, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0, PER_EXPERT=per_expert,
-            RANK_DIVISOR=launcher.rank_divisor(ranks),
-            COLUMN_TILES=column_tiles, BLOCK_T=tile.tokens, BLOCK_I=tile.step, BLOCK_R=block_r,
-            BLOCK_E=of_router, UPCAST=launcher.INTERPRET,
+            FUSED=fused,
+            DROPOUT=threshold(dropout),
+            ALIGNED=I % 4 == 0,
+            PER_EXPERT=per_expert,
+            RANK_DIVISOR=tables.rank_divisor(ranks),
+            COLUMN_TILES=column_tiles,
+            BLOCK_T=config.tokens,
+            BLOCK_I=config.step,
+            BLOCK_R=block_r,
+            BLOCK_E=router_block,
         ),
-    )  # fmt: skip
+    )
     if not fused:
-        rows_tile = configs.ROWS
+        row_tile = configs.ROW_TILE
         launcher.run(
             gate_partials_kernel,
-            launcher.ceil_div(T, rows_tile.tokens) * n,
-            rows_tile,
-            given,
-            static
+            launcher.ceil_div(T, row_tile.tokens) * n,
+            row_tile,
+            arguments,
+            constants
             | dict(
-                BLOCK_T=rows_tile.tokens,
-                BLOCK_R=min(launcher.block(R), rows_tile.step),
+                BLOCK_T=row_tile.tokens,
+                BLOCK_R=min(launcher.block(R), row_tile.step),
                 BLOCK_E=block_e,
-                UPCAST=launcher.INTERPRET,
             ),
         )
-    return h, u, weights, chosen, logits
+    return h, u, weights, out_experts, logits

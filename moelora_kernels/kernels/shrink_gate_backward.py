@@ -1,119 +1,33 @@
-"""P = dy B, gated: dh, the gradient of the gate or of the router's logits, and u once more."""
+"""P = dy B and its gate: dh, the gradient of the gate or of the router's logits, and u once more.
+
+Backward needs u for dB. It recomputes u from h instead of saving it. Like in `shrink_gate`, one
+launch does everything if the columns of rank space fit into one program and the sum over O is not
+split; otherwise the first launch stores partial sums of P, and the second does the rest.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from moelora_kernels import reference
-from moelora_kernels.kernels.common import configs, gate_rows, launcher
+from moelora_kernels.kernels.common import configs, gate_rows, launcher, tables
 from moelora_kernels.kernels.common.gates import (
     dense_gate,
-    finite,
     gate_form,
-    load_experts,
+    gate_per_column,
+    load_expert_columns,
     load_scaling,
-    rank_gate,
-    topk_gate_backward,
 )
-from moelora_kernels.kernels.common.products import exact_sum, pick, product
-from moelora_kernels.kernels.common.reduce_partials import load_partials
+from moelora_kernels.kernels.common.gates_backward import gate_columns, store_dgate
+from moelora_kernels.kernels.common.memory import load_rows
+from moelora_kernels.kernels.common.products import product, select_from
+from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
+from moelora_kernels.numerics import compute_dtype
 
-# Columns of rank space that are gated at a time, because P, h, the gate, dh and u of 128 columns
-# together do not fit the registers. A program holds P of twice as many.
+# Columns of rank space that are gated at a time: P, h, the gate, dh and u of 128 columns together
+# do not fit into the registers. A program holds P of twice as many columns.
 COLUMNS = 64
-
-
-@triton.jit
-def gate_columns(
-    p,
-    scaled,
-    dgate,
-    h_ptr,
-    dh_ptr,
-    u_ptr,
-    experts_ptr,
-    tokens,
-    inside,
-    sibling,
-    columns,
-    n: tl.constexpr,
-    A_ROWS: tl.constexpr,
-    R: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Store dh and u of these columns; dgate plus their <P, h>. (A_ROWS < R: without dh.)
-
-    scaled is scale * gate [BLOCK_T, BLOCK_E].
-    """
-    of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
-    scaled = rank_gate(scaled, of_experts, UPCAST)
-    real = inside[:, None] & (columns < R)[None, :]
-    at = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
-    at_h = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + (columns % A_ROWS)[None, :]
-    h = tl.load(h_ptr + at_h, mask=real, other=0.0).to(tl.float32)
-    u = tl.where(scaled == 0, 0.0, scaled * h)
-    tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=real)
-    if A_ROWS == R:
-        dh = tl.where(scaled == 0, 0.0, scaled * p)
-        tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=real)
-    # An expert without a gate must not reach the sums of the others: 0 * NaN is NaN.
-    inner = p * h
-    inner = tl.where((scaled == 0) & (finite(inner) == 0), 0.0, inner)
-    return exact_sum(inner, tl.trans(of_experts), dgate, UPCAST)
-
-
-@triton.jit
-def store_dgate(
-    dgate,
-    gate,
-    routed,
-    scaling,
-    indices_ptr,
-    logits_ptr,
-    dlogits_ptr,
-    dgate_ptr,
-    tokens,
-    inside,
-    sibling,
-    temperature,
-    n: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    FORM: tl.constexpr,
-    ROUTER: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """The gradient of what the gate came from: logits, weights [T, n K], or the gate itself.
-
-    dgate is <P, h> over the ranks of every expert.
-    """
-    experts = tl.arange(0, BLOCK_E)
-    dgate *= scaling
-    real = inside[:, None] & (experts < E)[None, :]
-    at = tokens[:, None] * (n * E) + sibling * E + experts[None, :]
-    if ROUTER:
-        logits = dgate
-        if not RENORMALIZE:
-            logits = tl.load(logits_ptr + at, mask=real, other=0.0)
-        dlogits = topk_gate_backward(
-            dgate, gate, routed, logits, temperature, E, RENORMALIZE, BLOCK_E
-        )
-        if dlogits_ptr is not None:
-            dlogits += tl.load(dlogits_ptr + at, mask=real, other=0.0)
-        tl.store(dgate_ptr + at, dlogits, mask=real)
-    elif FORM == "sparse":
-        for k in range(K):
-            slot = tokens * (n * K) + sibling * K + k
-            index = tl.load(indices_ptr + slot, mask=inside, other=-1)
-            here = (index[:, None] == experts[None, :]) & (experts < E)[None, :]
-            tl.store(dgate_ptr + slot, tl.sum(tl.where(here, dgate, 0.0), axis=1), mask=inside)
-    else:
-        tl.store(dgate_ptr + at, dgate, mask=real)
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
@@ -121,15 +35,15 @@ def shrink_gate_backward_kernel(
     dy_ptrs,
     stride_dy,
     b_ptrs,
-    outputs,
-    per_split,
+    out_features,
+    o_per_split,
     h_ptr,
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
     logits_ptr,
     dlogits_ptr,
-    experts_ptr,
+    expert_columns_ptr,
     scaling_ptr,
     dh_ptr,
     u_ptr,
@@ -152,79 +66,95 @@ def shrink_gate_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PARTS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """FUSED: all of a token tile and sibling; else sums of products to partials [SPLIT, T, n R].
+    """P = dy B, dh = scale * gate (.) P, u = scale * gate (.) h, dgate = scale * <P, h>.
 
-    Programs: (token tile, split of O, column tile of a sibling), the last fastest; a column tile
-    has PARTS (1 or 2) times BLOCK_R columns. outputs and per_split are n numbers: O of a sibling
-    and the part of it that one split sums.
+    dy             n x [T, O_i], rows stride_dy[i] apart
+    b              n x [O_i, R]
+    out_features, o_per_split: n numbers each, O_i and how much of it one split sums
+    h              [T, n A_ROWS]; A_ROWS is R, or r if the experts share A
+    gate_weights, gate_experts, gate_rows: the gate, as FORM says (`gates`)
+    logits         [T, n E] float32; read with ROUTER and without RENORMALIZE
+    dlogits        [T, n E] float32, added to the gradient of the logits; None: nothing to add
+    expert_columns [E, R] bfloat16, scaling [E] float32
+    dh, u          [T, n A_ROWS] and [T, n R], in the dtype of h
+    dgate          float32; `store_dgate` says its gradient of what
+    partials       [SPLIT, T, n R] float32, stored unless FUSED
+
+    FUSED: computes all outputs. Not FUSED: stores P to `partials` only. Programs: (token tile,
+    split of O, column tile of a sibling), the last fastest. A column tile has COLUMN_BLOCKS (1 or
+    2) times BLOCK_R columns.
     """
     pid = tl.program_id(0)
     sibling = pid % COLUMN_TILES // (COLUMN_TILES // n)
-    columns = pid % (COLUMN_TILES // n) * (PARTS * BLOCK_R) + tl.arange(0, BLOCK_R)
-    others = columns + BLOCK_R
+    columns = pid % (COLUMN_TILES // n) * (COLUMN_BLOCKS * BLOCK_R) + tl.arange(0, BLOCK_R)
+    columns_2 = columns + BLOCK_R
     split = pid // COLUMN_TILES % SPLIT
     tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
-    dy_ptr = pick(dy_ptrs, sibling) + tokens[:, None] * pick(stride_dy, sibling)
-    b_ptr = pick(b_ptrs, sibling)
-    O = pick(outputs, sibling)  # noqa: E741
-    part = pick(per_split, sibling)
+    tokens_in = tokens < T
+    dy_ptr = select_from(dy_ptrs, sibling)
+    stride = select_from(stride_dy, sibling)
+    b_ptr = select_from(b_ptrs, sibling)
+    O = select_from(out_features, sibling)  # noqa: E741
+    part = select_from(o_per_split, sibling)
+
+    # Product: P of the first column block, and of the second if there is one.
     p = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    q = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    p_2 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        some_o = o < O
-        dy = tl.load(dy_ptr + o[None, :], mask=inside[:, None] & some_o[None, :], other=0.0)
-        row = b_ptr + o.to(tl.int64)[:, None] * R
-        b = tl.load(
-            row + columns[None, :], mask=some_o[:, None] & (columns < R)[None, :], other=0.0
-        )
+        dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
+        b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < R)
         p = product(dy, b, p, UPCAST)
-        if PARTS == 2:
-            b = tl.load(
-                row + others[None, :], mask=some_o[:, None] & (others < R)[None, :], other=0.0
-            )
-            q = product(dy, b, q, UPCAST)
+        if COLUMN_BLOCKS == 2:
+            b = load_rows(b_ptr, R, o.to(tl.int64), columns_2, o < O, columns_2 < R)
+            p_2 = product(dy, b, p_2, UPCAST)
+
     if FUSED:
+        # Gate, one column block after the other, then the gradient of the gate.
         gate, routed = dense_gate(
-            gates_ptr, indices_ptr, rows_ptr, tokens, inside, sibling, G, n, E, K, FORM, BLOCK_E
-        )
+            gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, tokens, tokens_in, sibling, G, n, E,
+            K, FORM, BLOCK_E,
+        )  # fmt: skip
         scaling = load_scaling(scaling_ptr, E, BLOCK_E)
         dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         dgate = gate_columns(
-            p, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling,
-            columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
+            p, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
+            sibling, columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
-        if PARTS == 2:
+        if COLUMN_BLOCKS == 2:
             dgate = gate_columns(
-                q, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside,
-                sibling, others, n, A_ROWS, R, E, BLOCK_E, UPCAST,
+                p_2, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens,
+                tokens_in, sibling, columns_2, n, A_ROWS, R, E, BLOCK_E, UPCAST,
             )  # fmt: skip
         store_dgate(
-            dgate, gate, routed, scaling, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens,
-            inside, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
+            dgate, gate, routed, scaling, gate_experts_ptr, logits_ptr, dlogits_ptr, dgate_ptr,
+            tokens, tokens_in, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
         )  # fmt: skip
     else:
-        plane = partials_ptr + (split * T + tokens)[:, None] * (n * R) + sibling * R
-        tl.store(plane + columns[None, :], p, mask=inside[:, None] & (columns < R)[None, :])
-        if PARTS == 2:
-            tl.store(plane + others[None, :], q, mask=inside[:, None] & (others < R)[None, :])
+        store_partial(
+            partials_ptr, split, tokens, tokens_in, sibling, columns, columns < R, p, T, n, R
+        )
+        if COLUMN_BLOCKS == 2:
+            store_partial(
+                partials_ptr, split, tokens, tokens_in, sibling, columns_2, columns_2 < R, p_2, T,
+                n, R,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature"])
 def gate_partials_backward_kernel(
     partials_ptr,
     h_ptr,
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
     logits_ptr,
     dlogits_ptr,
-    experts_ptr,
+    expert_columns_ptr,
     scaling_ptr,
     dh_ptr,
     u_ptr,
@@ -246,127 +176,158 @@ def gate_partials_backward_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The same from the partials, added in their order. Programs: (tokens, sibling).
+    """The outputs of `shrink_gate_backward_kernel` from its partial sums, added in their order.
 
-    With A_ROWS < R all experts share the rows of A, and dh sums over the experts.
+    The arguments are those of `shrink_gate_backward_kernel`. If A_ROWS < R, all experts share the
+    rows of A, and dh is a sum over the experts. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n
     tokens = (tl.program_id(0) // n).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < T
+    tokens_in = tokens < T
+
+    # Gate.
     gate, routed = dense_gate(
-        gates_ptr, indices_ptr, rows_ptr, tokens, inside, sibling, G, n, E, K, FORM, BLOCK_E
-    )
+        gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, tokens, tokens_in, sibling, G, n, E, K,
+        FORM, BLOCK_E,
+    )  # fmt: skip
     scaling = load_scaling(scaling_ptr, E, BLOCK_E)
-    scaled = gate * scaling
+    scaled_gate = gate * scaling
+
+    # dh and u, BLOCK_R columns at a time, then the gradient of the gate.
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         p = load_partials(
-            partials_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
+            partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
         )
         dgate = gate_columns(
-            p, scaled, dgate, h_ptr, dh_ptr, u_ptr, experts_ptr, tokens, inside, sibling, columns,
-            n, A_ROWS, R, E, BLOCK_E, UPCAST,
+            p, scaled_gate, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
+            sibling, columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
     store_dgate(
-        dgate, gate, routed, scaling, indices_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens,
-        inside, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
+        dgate, gate, routed, scaling, gate_experts_ptr, logits_ptr, dlogits_ptr, dgate_ptr, tokens,
+        tokens_in, sibling, temperature, n, E, K, FORM, ROUTER, RENORMALIZE, BLOCK_E,
     )  # fmt: skip
+
+    # dh of a shared A.
     if A_ROWS < R:
         for first in range(0, A_ROWS, BLOCK_R):
-            of_a = first + tl.arange(0, BLOCK_R)
+            a_columns = first + tl.arange(0, BLOCK_R)
             dh = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for e in range(E):
-                columns = tl.where(of_a < A_ROWS, e * A_ROWS + of_a, R)
+                columns = tl.where(a_columns < A_ROWS, e * A_ROWS + a_columns, R)
                 p = load_partials(
-                    partials_ptr, tokens, inside, sibling, columns, columns < R, T, n, R, SPLIT
+                    partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
                 )
-                of_experts = load_experts(experts_ptr, columns, E, R, BLOCK_E)
-                by_rank = rank_gate(scaled, of_experts, UPCAST)
-                dh += tl.where(by_rank == 0, 0.0, by_rank * p)
-            at = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + of_a[None, :]
-            real = inside[:, None] & (of_a < A_ROWS)[None, :]
-            tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=real)
+                expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
+                column_gate = gate_per_column(scaled_gate, expert_columns, UPCAST)
+                dh += tl.where(column_gate == 0, 0.0, column_gate * p)
+            offsets = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + a_columns[None, :]
+            in_bounds = tokens_in[:, None] & (a_columns < A_ROWS)[None, :]
+            tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def launch(
-    dy, lora_b, h, gates, indices, rows, logits, dlogits, ranks, scaling, share_a, top_k,
+    dy, lora_b, h, gates, experts, rows, logits, dlogits, ranks, scaling, share_a, top_k,
     renormalize, temperature, *, split=None,
 ):  # fmt: skip
-    """`reference.shrink_gate_backward` on a GPU. `split`: parts of O, None: what fills the chip."""
+    """Return dh, u and dgate, like `reference.shrink_gate_backward`.
+
+    split: number of parts that O is cut into; None fills the GPU.
+    """
     T, n, E, R = h.shape[0], len(dy), len(ranks), sum(ranks)
     A_ROWS = h.shape[1] // n
-    dtype = reference.compute_dtype(h)
-    dh, u = h.new_empty(h.shape), h.new_empty((T, n * R))
-    K, form = gate_form(gates, indices, rows, T, n)
-    summed = form in ("rows", "one")
-    G = gates.shape[0]
-    if T == 0:
-        made = h.new_zeros((0, n * E) if top_k else gates.shape, dtype=dtype)
-        return dh, u, made
-    dgate = h.new_empty((T, n * (K if form == "sparse" and not top_k else E)), dtype=dtype)
+    has_router = top_k > 0
+    K, form = gate_form(gates, experts, rows, T, n)
 
+    # Outputs.
+    dtype = compute_dtype(h)
+    dh, u = h.new_empty(h.shape), h.new_empty((T, n * R))
+    if T == 0:
+        return dh, u, h.new_zeros((0, n * E) if has_router else gates.shape, dtype=dtype)
+    by_slot = form == "sparse" and not has_router
+    dgate = h.new_empty((T, n * (K if by_slot else E)), dtype=dtype)
+
+    # Tiles: a program holds one or two blocks of COLUMNS columns.
     width, block_e = min(launcher.block(R), 2 * COLUMNS), launcher.block(E)
     block_r = min(width, COLUMNS)
-    tile = configs.tile("shrink_gate_backward", h.device, h.dtype, width)
+    config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width)
     column_tiles = n * launcher.ceil_div(R, width)
-    token_tiles = launcher.ceil_div(T, tile.tokens)
-    outputs = [g.shape[1] for g in dy]
-    steps = [launcher.ceil_div(O, tile.step) for O in outputs]  # noqa: E741
+    token_tiles = launcher.ceil_div(T, config.tokens)
+
+    # Grid: split O until the programs fill the GPU.
+    out_features = [g.shape[1] for g in dy]
+    steps = [launcher.ceil_div(O, config.step) for O in out_features]  # noqa: E741
     if split is None:
-        split = configs.splits(h.device, token_tiles * column_tiles, max(steps))
-    fusable = A_ROWS == R <= width and block_e <= FUSED_EXPERTS
-    fused = fusable and split == 1
+        split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
+    fused = A_ROWS == R <= width and block_e <= FUSED_EXPERTS and split == 1
     partials = None if fused else h.new_empty((split, T, n * R), dtype=dtype)
-    dy = [launcher.rows_dense(g) for g in dy]
-    given = dict(
+
+    # Arguments that both launches take.
+    arguments = dict(
         h_ptr=h.contiguous(),
-        gates_ptr=gates.contiguous(),
-        indices_ptr=None if indices is None else indices.contiguous(),
-        rows_ptr=None if rows is None else rows.contiguous(),
-        logits_ptr=None if renormalize or not top_k else logits.contiguous(),
-        dlogits_ptr=None if dlogits is None else dlogits.contiguous(),
-        experts_ptr=launcher.expert_columns(tuple(ranks), h.device),
-        scaling_ptr=launcher.scaling_of(tuple(scaling), h.device),
+        gate_weights_ptr=gates.contiguous(),
+        gate_experts_ptr=launcher.contiguous_or_none(experts),
+        gate_rows_ptr=launcher.contiguous_or_none(rows),
+        logits_ptr=None if renormalize or not has_router else logits.contiguous(),
+        dlogits_ptr=launcher.contiguous_or_none(dlogits),
+        expert_columns_ptr=tables.expert_columns(tuple(ranks), h.device),
+        scaling_ptr=tables.scaling_table(tuple(scaling), h.device),
         dh_ptr=dh,
         u_ptr=u,
         dgate_ptr=dgate,
         partials_ptr=partials,
         T=T,
-        G=G,
+        G=gates.shape[0],
         temperature=float(temperature),
     )
-    static = dict(
-        n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, ROUTER=top_k > 0,
-        RENORMALIZE=bool(renormalize), SPLIT=split, BLOCK_E=block_e, UPCAST=launcher.INTERPRET,
-    )  # fmt: skip
+    constants = dict(
+        n=n,
+        A_ROWS=A_ROWS,
+        R=R,
+        E=E,
+        K=K,
+        FORM=form,
+        ROUTER=has_router,
+        RENORMALIZE=bool(renormalize),
+        SPLIT=split,
+        BLOCK_E=block_e,
+        UPCAST=launcher.INTERPRET,
+    )
+    dy = [launcher.rows_dense(g) for g in dy]
     launcher.run(
         shrink_gate_backward_kernel,
         token_tiles * split * column_tiles,
-        tile,
-        given
+        config,
+        arguments
         | dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
             b_ptrs=launcher.contiguous(lora_b),
-            outputs=tuple(outputs),
-            per_split=tuple(launcher.ceil_div(s, split) * tile.step for s in steps),
+            out_features=tuple(out_features),
+            o_per_split=tuple(launcher.ceil_div(s, split) * config.step for s in steps),
         ),
-        static
+        constants
         | dict(
-            FUSED=fused, COLUMN_TILES=column_tiles, BLOCK_T=tile.tokens, BLOCK_O=tile.step,
-            BLOCK_R=block_r, PARTS=width // block_r,
+            FUSED=fused,
+            COLUMN_TILES=column_tiles,
+            BLOCK_T=config.tokens,
+            BLOCK_O=config.step,
+            BLOCK_R=block_r,
+            COLUMN_BLOCKS=width // block_r,
         ),
-    )  # fmt: skip
+    )
     if not fused:
-        rows_tile = configs.ROWS
+        row_tile = configs.ROW_TILE
+        block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
             gate_partials_backward_kernel,
-            launcher.ceil_div(T, rows_tile.tokens) * n,
-            rows_tile,
-            given,
-            static | dict(BLOCK_T=rows_tile.tokens, BLOCK_R=min(launcher.block(R), rows_tile.step)),
+            launcher.ceil_div(T, row_tile.tokens) * n,
+            row_tile,
+            arguments,
+            constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r),
         )
-    if summed and not top_k:
-        dgate = gate_rows.launch(dgate, rows, G)
+    if form in ("rows", "one") and not has_router:
+        # Several tokens share a gate row: sum over them.
+        dgate = gate_rows.launch(dgate, rows, gates.shape[0])
     return dh, u, dgate

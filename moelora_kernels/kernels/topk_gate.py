@@ -1,4 +1,4 @@
-"""Softmax, top-k, renormalise for logits from anywhere, with the backward."""
+"""Softmax, top-k and renormalisation of logits from any router, and the backward."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels.common import gates, launcher
-from moelora_kernels.kernels.common.configs import ROWS
+from moelora_kernels.kernels.common import gates, gates_backward, launcher
+from moelora_kernels.kernels.common.configs import ROW_TILE
 
 
 @triton.jit(do_not_specialize=["N", "temperature"])
 def topk_gate_kernel(
     logits_ptr,
     weights_ptr,
-    indices_ptr,
+    experts_ptr,
     N,
     temperature,
     E: tl.constexpr,
@@ -23,22 +23,29 @@ def topk_gate_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """weights and indices [N, K] of logits [N, E]. Programs: rows."""
+    """weights, experts = the K largest of softmax(logits / temperature), by row.
+
+    logits  [N, E] of any float dtype
+    weights [N, K] float32
+    experts [N, K] int32, the largest weight first
+
+    Programs: tiles of BLOCK_N rows.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     experts = tl.arange(0, BLOCK_E)
-    inside = rows < N
-    real = inside[:, None] & (experts < E)[None, :]
-    at = rows[:, None] * E + experts[None, :]
-    logits = tl.load(logits_ptr + at, mask=real, other=0.0).to(tl.float32)
-    gate, place = gates.topk_gate(logits, temperature, E, K, RENORMALIZE, BLOCK_E)
-    gates.store_routing(weights_ptr, indices_ptr, gate, place, rows, inside, 0, 1, E, K, BLOCK_E)
+    rows_in = rows < N
+    in_bounds = rows_in[:, None] & (experts < E)[None, :]
+    offsets = rows[:, None] * E + experts[None, :]
+    logits = tl.load(logits_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    gate, slot = gates.topk_gate(logits, temperature, E, K, RENORMALIZE, BLOCK_E)
+    gates.store_topk(weights_ptr, experts_ptr, gate, slot, rows, rows_in, 0, 1, E, K, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["N", "temperature"])
 def topk_gate_backward_kernel(
     dweights_ptr,
     weights_ptr,
-    indices_ptr,
+    experts_ptr,
     logits_ptr,
     dlogits_ptr,
     N,
@@ -49,65 +56,87 @@ def topk_gate_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Dlogits [N, E] from dweights [N, K]. Programs: rows."""
+    """dlogits = the gradient of logits through `topk_gate_kernel`.
+
+    dweights [N, K], weights [N, K], experts [N, K]
+    logits   [N, E]; None with RENORMALIZE, whose backward needs the weights only
+    dlogits  [N, E] float32
+
+    Programs: tiles of BLOCK_N rows.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
+    rows_in = rows < N
+
+    # From slots to experts: [BLOCK_N, BLOCK_E].
     gate, routed = gates.dense_gate(
-        weights_ptr, indices_ptr, None, rows, inside, 0, N, 1, E, K, "sparse", BLOCK_E
+        weights_ptr, experts_ptr, None, rows, rows_in, 0, N, 1, E, K, "sparse", BLOCK_E
     )
     dgate, _ = gates.dense_gate(
-        dweights_ptr, indices_ptr, None, rows, inside, 0, N, 1, E, K, "sparse", BLOCK_E
+        dweights_ptr, experts_ptr, None, rows, rows_in, 0, N, 1, E, K, "sparse", BLOCK_E
     )
+
     experts = tl.arange(0, BLOCK_E)
-    real = inside[:, None] & (experts < E)[None, :]
-    at = rows[:, None] * E + experts[None, :]
+    in_bounds = rows_in[:, None] & (experts < E)[None, :]
+    offsets = rows[:, None] * E + experts[None, :]
     logits = gate
     if not RENORMALIZE:
-        logits = tl.load(logits_ptr + at, mask=real, other=0.0).to(tl.float32)
-    dlogits = gates.topk_gate_backward(
+        logits = tl.load(logits_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    dlogits = gates_backward.topk_gate_backward(
         dgate, gate, routed, logits, temperature, E, RENORMALIZE, BLOCK_E
     )
-    tl.store(dlogits_ptr + at, dlogits, mask=real)
+    tl.store(dlogits_ptr + offsets, dlogits, mask=in_bounds)
 
 
 def launch(logits, top_k, renormalize, temperature):
-    """`reference.topk_gate` on a GPU."""
+    """Return weights [N, K] float32 and experts [N, K] int32, like `reference.topk_gate`."""
     N, E = logits.shape
     weights = logits.new_empty((N, top_k), dtype=torch.float32)
-    indices = logits.new_empty((N, top_k), dtype=torch.int32)
+    experts = logits.new_empty((N, top_k), dtype=torch.int32)
     launcher.run(
         topk_gate_kernel,
-        launcher.ceil_div(N, ROWS.tokens),
-        ROWS,
+        launcher.ceil_div(N, ROW_TILE.tokens),
+        ROW_TILE,
         dict(
-            logits_ptr=logits.contiguous(), weights_ptr=weights, indices_ptr=indices, N=N,
+            logits_ptr=logits.contiguous(),
+            weights_ptr=weights,
+            experts_ptr=experts,
+            N=N,
             temperature=float(temperature),
         ),
         dict(
-            E=E, K=top_k, RENORMALIZE=bool(renormalize), BLOCK_N=ROWS.tokens,
+            E=E,
+            K=top_k,
+            RENORMALIZE=bool(renormalize),
+            BLOCK_N=ROW_TILE.tokens,
             BLOCK_E=launcher.block(E),
         ),
-    )  # fmt: skip
-    return weights, indices
+    )
+    return weights, experts
 
 
-def launch_backward(dweights, weights, indices, logits, renormalize, temperature):
-    """`reference.topk_gate_backward` on a GPU."""
+def launch_backward(dweights, weights, experts, logits, renormalize, temperature):
+    """Return dlogits [N, E] float32, like `reference.topk_gate_backward`."""
     N, E = logits.shape
     dlogits = logits.new_empty((N, E), dtype=torch.float32)
     launcher.run(
         topk_gate_backward_kernel,
-        launcher.ceil_div(N, ROWS.tokens),
-        ROWS,
+        launcher.ceil_div(N, ROW_TILE.tokens),
+        ROW_TILE,
         dict(
-            dweights_ptr=dweights.contiguous(), weights_ptr=weights.contiguous(),
-            indices_ptr=indices.contiguous(),
-            logits_ptr=None if renormalize else logits.contiguous(), dlogits_ptr=dlogits, N=N,
+            dweights_ptr=dweights.contiguous(),
+            weights_ptr=weights.contiguous(),
+            experts_ptr=experts.contiguous(),
+            logits_ptr=None if renormalize else logits.contiguous(),
+            dlogits_ptr=dlogits,
+            N=N,
             temperature=float(temperature),
         ),
         dict(
-            E=E, K=indices.shape[1], RENORMALIZE=bool(renormalize), BLOCK_N=ROWS.tokens,
+            E=E,
+            K=experts.shape[1],
+            RENORMALIZE=bool(renormalize),
+            BLOCK_N=ROW_TILE.tokens,
             BLOCK_E=launcher.block(E),
         ),
-    )  # fmt: skip
+    )
     return dlogits

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.products import exact_product, pick, product
-from moelora_kernels.kernels.common.reduce_partials import reduce_partials
+from moelora_kernels.kernels.common import configs, launcher, tables
+from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
+from moelora_kernels.kernels.common.products import exact_product, product, select_from
+from moelora_kernels.kernels.common.reduce_partials import Partials
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 
-# Columns of rank space, and of dlogits beside them, that one program sums: what the registers hold.
+# Columns of rank space, and of dlogits beside them, that one program sums: more do not fit into the
+# registers.
 COLUMNS = 128
 ROUTER_COLUMNS = 32
-
-
-@triton.jit
-def store_transposed(out_ptr, stride_out, total, rows, some_rows, columns, some_columns):
-    """out[columns, rows] = total[rows, columns], for out with contiguous rows."""
-    address = out_ptr + columns.to(tl.int64)[None, :] * stride_out + rows[:, None]
-    mask = some_rows[:, None] & some_columns[None, :]
-    tl.store(address, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -31,7 +24,7 @@ def weight_grad_of_x(
     dh_ptr,
     dlogits_ptr,
     seed_ptr,
-    tiles_ptr,
+    column_tiles_ptr,
     da_ptr,
     drouter_ptr,
     dbias_ptr,
@@ -40,7 +33,7 @@ def weight_grad_of_x(
     end_t,
     T,
     I,  # noqa: E741
-    scale,
+    dropout_scale,
     H: tl.constexpr,
     L: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -54,57 +47,51 @@ def weight_grad_of_x(
     BLOCK_L: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of dA, dWr and dbr from the tokens of one split."""
+    """Store one tile of dA, dWr and dbr, summed over the tokens from start_t to end_t."""
     column_tile = tile % A_TILES
-    first_w = tile // A_TILES * BLOCK_W
+    first_i = tile // A_TILES * BLOCK_W
     start = column_tile * BLOCK_A
     end = H
     stream = 0
     if PER_EXPERT:
-        start = tl.multiple_of(tl.load(tiles_ptr + column_tile * 4), RANK_DIVISOR)
-        end = tl.multiple_of(tl.load(tiles_ptr + column_tile * 4 + 1), RANK_DIVISOR)
-        stream = tl.load(tiles_ptr + column_tile * 4 + 2)
-    w = first_w + tl.arange(0, BLOCK_W)
+        # A tile holds columns of one expert, because another expert has another dropout mask.
+        start = tl.multiple_of(tl.load(column_tiles_ptr + column_tile * 4), RANK_DIVISOR)
+        end = tl.multiple_of(tl.load(column_tiles_ptr + column_tile * 4 + 1), RANK_DIVISOR)
+        stream = tl.load(column_tiles_ptr + column_tile * 4 + 2)
+    i = first_i + tl.arange(0, BLOCK_W)
     columns = start + tl.arange(0, BLOCK_A)
-    # Column tile c of dA also has the columns of dlogits from c BLOCK_L.
-    of_logits = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    # Column tile c of dA also has the columns of dlogits from c BLOCK_L on.
+    logit_columns = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)
-    total = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
-    of_router = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
-    of_bias = tl.zeros((BLOCK_L,), tl.float32)
+
+    # Products: the experts read x after dropout, the router reads x itself.
+    da = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
+    drouter = tl.zeros((BLOCK_W, BLOCK_L), tl.float32)
+    dbias = tl.zeros((BLOCK_L,), tl.float32)
     for first in range(start_t, end_t, BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-        inside = tokens < T
-        x = tl.load(
-            x_ptr + tokens[:, None] * stride_x + w[None, :],
-            mask=inside[:, None] & (w < I)[None, :],
-            other=0.0,
-        )
-        dh = tl.load(
-            dh_ptr + tokens[:, None] * H + columns[None, :],
-            mask=inside[:, None] & (columns < end)[None, :],
-            other=0.0,
-        )
+        tokens_in = tokens < T
+        x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_W]
+        dh = load_rows(dh_ptr, H, tokens, columns, tokens_in, columns < end)
         if L > 0:
-            dlogits = tl.load(
-                dlogits_ptr + tokens[:, None] * L + of_logits[None, :],
-                mask=inside[:, None] & (of_logits < L)[None, :],
-                other=0.0,
-            )
-            of_bias += tl.sum(dlogits, axis=0)
-            of_router = exact_product(tl.trans(x), dlogits, of_router, UPCAST)
+            dlogits = load_rows(dlogits_ptr, L, tokens, logit_columns, tokens_in, logit_columns < L)
+            dbias += tl.sum(dlogits, axis=0)
+            drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
         if DROPOUT > 0:
-            kept = keep_tile(seed, stream, tokens, first_w, I, DROPOUT, ALIGNED, BLOCK_W)
+            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        total = product(tl.trans(x), dh, total, UPCAST)
-    total *= scale
-    store_transposed(da_ptr, I, total, w, w < I, columns, columns < end)
+        da = product(tl.trans(x), dh, da, UPCAST)
+    da *= dropout_scale
+
+    # Store. The programs of the first tile of I store the bias.
+    store_transposed(da_ptr, I, columns.to(tl.int64), i, columns < end, i < I, da)
     if L > 0:
-        some = of_logits < L
-        store_transposed(drouter_ptr, I, of_router, w, w < I, of_logits, some)
-        if first_w == 0:
-            tl.store(dbias_ptr + of_logits, of_bias.to(dbias_ptr.dtype.element_ty), mask=some)
+        logits_in = logit_columns < L
+        store_transposed(drouter_ptr, I, logit_columns.to(tl.int64), i, logits_in, i < I, drouter)
+        if first_i == 0:
+            out = dbias.to(dbias_ptr.dtype.element_ty)
+            tl.store(dbias_ptr + logit_columns, out, mask=logits_in)
 
 
 @triton.jit
@@ -126,30 +113,20 @@ def weight_grad_of_dy(
     BLOCK_B: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of dB of one sibling from the tokens of one split."""
-    w = tile // B_TILES * BLOCK_W + tl.arange(0, BLOCK_W)
+    """Store one tile of dB of one sibling, summed over the tokens from start_t to end_t."""
+    o = tile // B_TILES * BLOCK_W + tl.arange(0, BLOCK_W)
     columns = tile % B_TILES * BLOCK_B + tl.arange(0, BLOCK_B)
-    total = tl.zeros((BLOCK_W, BLOCK_B), tl.float32)
+    db = tl.zeros((BLOCK_W, BLOCK_B), tl.float32)
     for first in range(start_t, end_t, BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-        inside = tokens < T
-        dy = tl.load(
-            dy_ptr + tokens[:, None] * stride_dy + w[None, :],
-            mask=inside[:, None] & (w < O)[None, :],
-            other=0.0,
-        )
-        u = tl.load(
-            u_ptr + tokens[:, None] * stride_u + columns[None, :],
-            mask=inside[:, None] & (columns < R)[None, :],
-            other=0.0,
-        )
-        total = product(tl.trans(dy), u, total, UPCAST)
-    address = db_ptr + w.to(tl.int64)[:, None] * R + columns[None, :]
-    mask = (w < O)[:, None] & (columns < R)[None, :]
-    tl.store(address, total.to(db_ptr.dtype.element_ty), mask=mask)
+        tokens_in = tokens < T
+        dy = load_rows(dy_ptr, stride_dy, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_W]
+        u = load_rows(u_ptr, stride_u, tokens, columns, tokens_in, columns < R)
+        db = product(tl.trans(dy), u, db, UPCAST)
+    store_rows(db_ptr, R, o.to(tl.int64), columns, o < O, columns < R, db)
 
 
-@triton.jit(do_not_specialize=["T", "scale"])
+@triton.jit(do_not_specialize=["T", "dropout_scale"])
 def weight_grad_kernel(
     x_ptr,
     stride_x,
@@ -159,17 +136,17 @@ def weight_grad_kernel(
     stride_dy,
     u_ptr,
     seed_ptr,
-    tiles_ptr,
+    column_tiles_ptr,
     da_ptr,
     drouter_ptr,
     dbias_ptr,
     db_ptrs,
     T,
     I,  # noqa: E741
-    outputs,
-    per_split,
-    stride_plane,
-    scale,
+    out_features,
+    t_per_split,
+    partial_stride,
+    dropout_scale,
     n: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
@@ -187,43 +164,57 @@ def weight_grad_kernel(
     BLOCK_L: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dA [H, I], dWr [L, I], dbr [L] and n x dB [O, R], or their parts, stride_plane apart.
+    """dA = dh^T dropout(x), dWr = dlogits^T x, dbr = sum of dlogits, dB_i = dy_i^T u_i.
 
-    H = n R columns of dh, L = n E columns of dlogits. Programs: (split of T, tile of a wide side,
-    column tile), the last fastest; the wide sides are I, then O of every sibling.
+    x            [T, I], rows stride_x apart
+    dh           [T, H]; H is n R, or n r if the experts share A
+    dlogits      [T, L] float32, L = n E; None and L = 0 without a router
+    dy           n x [T, O_i], rows stride_dy[i] apart
+    u            [T, n R]
+    seed         [1] int64; None without dropout
+    column_tiles [A_TILES, 4] of `column_tile_table`; None without PER_EXPERT
+    da, drouter, dbias, db: [H, I], [L, I], [L] and n x [O_i, R]; if split over T, float32 partial
+                 sums, partial_stride elements apart
+    out_features n numbers: O_i
+
+    Programs: (split of T, tile of a wide side, column tile), the last fastest. The wide sides are
+    I, with A_TILES column tiles, and then O of every sibling, with B_TILES column tiles.
     """
+    # Take the number of the program apart.
     pid = tl.program_id(0)
     x_tiles = tl.cdiv(I, BLOCK_W) * A_TILES
     tiles = x_tiles
     for j in tl.static_range(n):
-        tiles += tl.cdiv(outputs[j], BLOCK_W) * B_TILES
+        tiles += tl.cdiv(out_features[j], BLOCK_W) * B_TILES
     split = pid // tiles
     tile = pid % tiles
-    plane = split.to(tl.int64) * stride_plane
-    start_t = split * per_split
-    end_t = tl.minimum(start_t + per_split, T)
+    partial = split.to(tl.int64) * partial_stride
+    start_t = split * t_per_split
+    end_t = tl.minimum(start_t + t_per_split, T)
+
     if tile < x_tiles:
         if L > 0:
-            drouter_ptr += plane
-            dbias_ptr += plane
+            drouter_ptr += partial
+            dbias_ptr += partial
         weight_grad_of_x(
-            x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, tiles_ptr, da_ptr + plane, drouter_ptr,
-            dbias_ptr, tile, start_t, end_t, T, I, scale, H, L, DROPOUT, ALIGNED, PER_EXPERT,
-            RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
+            x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, column_tiles_ptr, da_ptr + partial,
+            drouter_ptr, dbias_ptr, tile, start_t, end_t, T, I, dropout_scale, H, L, DROPOUT,
+            ALIGNED, PER_EXPERT, RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
         )  # fmt: skip
     else:
-        # LinearTensors i begins where those before it end.
+        # The tiles of sibling i begin where those of sibling i - 1 end.
         sibling = tile * 0
-        before = x_tiles
+        end_of_previous = x_tiles
         first_tile = x_tiles
         for i in tl.static_range(n - 1):
-            before += tl.cdiv(outputs[i], BLOCK_W) * B_TILES
-            sibling = tl.where(tile >= before, i + 1, sibling)
-            first_tile = tl.where(tile >= before, before, first_tile)
+            end_of_previous += tl.cdiv(out_features[i], BLOCK_W) * B_TILES
+            sibling = tl.where(tile >= end_of_previous, i + 1, sibling)
+            first_tile = tl.where(tile >= end_of_previous, end_of_previous, first_tile)
         weight_grad_of_dy(
-            pick(dy_ptrs, sibling), pick(stride_dy, sibling), u_ptr + sibling * R,
-            pick(db_ptrs, sibling) + plane, tile - first_tile, start_t, end_t, T,
-            pick(outputs, sibling), n * R, R, B_TILES, BLOCK_T, BLOCK_W, BLOCK_B, UPCAST,
+            select_from(dy_ptrs, sibling), select_from(stride_dy, sibling), u_ptr + sibling * R,
+            select_from(db_ptrs, sibling) + partial, tile - first_tile, start_t, end_t, T,
+            select_from(out_features, sibling), n * R, R, B_TILES, BLOCK_T, BLOCK_W, BLOCK_B,
+            UPCAST,
         )  # fmt: skip
 
 
@@ -231,77 +222,92 @@ def launch(
     x, dh, dlogits, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed,
     *, split=None,
 ):  # fmt: skip
-    """`reference.weight_grad` on a GPU. `split`: parts of T, None: what fills the chip."""
+    """Return da, drouter, dbias and n x db, like `reference.weight_grad`.
+
+    split: number of parts that T is cut into; None fills the GPU.
+    """
     (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
-    R, outputs = u.shape[1] // n, [g.shape[1] for g in dy]
+    R, out_features = u.shape[1] // n, [g.shape[1] for g in dy]
     L = 0 if dlogits is None else dlogits.shape[1]
-    make = x.new_zeros if T == 0 else x.new_empty
-    da = make((H, I), dtype=lora_dtype)
-    drouter = make((L, I) if L else 0, dtype=router_dtype)
-    dbias = make(L, dtype=router_dtype)
-    db = [make((O, R), dtype=lora_dtype) for O in outputs]  # noqa: E741
+
+    # Outputs.
+    new = x.new_zeros if T == 0 else x.new_empty
+    da = new((H, I), dtype=lora_dtype)
+    drouter = new((L, I) if L else 0, dtype=router_dtype)
+    dbias = new(L, dtype=router_dtype)
+    db = [new((O, R), dtype=lora_dtype) for O in out_features]  # noqa: E741
     if T == 0:
         return da, drouter, dbias, db
 
+    # Tiles.
     per_expert = dropout > 0 and dropout_per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
-    tile = configs.tile("weight_grad", x.device, x.dtype, max(block_a, block_b))
-    tiles = None
+    config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
+    column_tiles = None
     if per_expert:
-        tiles = launcher.expert_tiles(tuple(ranks), n, block_a, x.device)
-    of_router = launcher.ceil_div(L, ROUTER_COLUMNS)
-    a_tiles = len(tiles) if per_expert else max(launcher.ceil_div(H, block_a), of_router)
+        column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
+        a_tiles = len(column_tiles)
+    else:
+        num_router_tiles = launcher.ceil_div(L, ROUTER_COLUMNS)
+        a_tiles = max(launcher.ceil_div(H, block_a), num_router_tiles)
     b_tiles = launcher.ceil_div(R, block_b)
-    of_outputs = sum(launcher.ceil_div(O, tile.step) for O in outputs)  # noqa: E741
-    programs = launcher.ceil_div(I, tile.step) * a_tiles + of_outputs * b_tiles
-    steps = launcher.ceil_div(T, tile.tokens)
+    block_l = launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16
+
+    # Grid: split T until the programs fill the GPU.
+    programs = launcher.ceil_div(I, config.step) * a_tiles
+    programs += sum(launcher.ceil_div(O, config.step) for O in out_features) * b_tiles  # noqa: E741
+    steps = launcher.ceil_div(T, config.tokens)
     if split is None:
-        split = configs.splits(x.device, programs, steps)
-    made = [da, drouter, dbias, *db] if L else [da, *db]
-    partials, starts, parts = None, [0] * len(made), made
-    if split > 1:
-        # Every part starts at a multiple of 16 bytes.
-        sizes = [launcher.ceil_div(out.numel(), 16) * 16 for out in made]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        partials = x.new_empty((split, sum(sizes)), dtype=torch.float32)
-        parts = [partials[0, start:] for start in starts]
-    router_parts = (parts[1], parts[2]) if L else (None, None)
+        split = configs.num_splits(x.device, programs, steps)
+
+    partials = Partials([da, drouter, dbias, *db] if L else [da, *db], split)
+    da_target, *router_targets = partials.targets[:-n]
+    drouter_target, dbias_target = router_targets or (None, None)
     x, dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     launcher.run(
         weight_grad_kernel,
         programs * split,
-        tile,
+        config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
             dh_ptr=dh.contiguous(),
-            dlogits_ptr=None if dlogits is None else dlogits.contiguous(),
+            dlogits_ptr=launcher.contiguous_or_none(dlogits),
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
             u_ptr=u.contiguous(),
             seed_ptr=seed if dropout > 0 else None,
-            tiles_ptr=tiles,
-            da_ptr=parts[0],
-            drouter_ptr=router_parts[0],
-            dbias_ptr=router_parts[1],
-            db_ptrs=tuple(parts[-n:]),
+            column_tiles_ptr=column_tiles,
+            da_ptr=da_target,
+            drouter_ptr=drouter_target,
+            dbias_ptr=dbias_target,
+            db_ptrs=tuple(partials.targets[-n:]),
             T=T,
             I=I,
-            outputs=tuple(outputs),
-            per_split=launcher.ceil_div(steps, split) * tile.tokens,
-            stride_plane=0 if partials is None else partials.stride(0),
-            scale=1.0 / (1.0 - dropout),
+            out_features=tuple(out_features),
+            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
+            partial_stride=partials.stride,
+            dropout_scale=1.0 / (1.0 - dropout),
         ),
         dict(
-            n=n, H=H, L=L, R=R, DROPOUT=threshold(dropout), ALIGNED=I % 4 == 0,
-            PER_EXPERT=per_expert, RANK_DIVISOR=launcher.rank_divisor(ranks), A_TILES=a_tiles,
-            B_TILES=b_tiles, BLOCK_T=tile.tokens, BLOCK_W=tile.step,
-            BLOCK_A=block_a, BLOCK_B=block_b,
-            BLOCK_L=launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16,
+            n=n,
+            H=H,
+            L=L,
+            R=R,
+            DROPOUT=threshold(dropout),
+            ALIGNED=I % 4 == 0,
+            PER_EXPERT=per_expert,
+            RANK_DIVISOR=tables.rank_divisor(ranks),
+            A_TILES=a_tiles,
+            B_TILES=b_tiles,
+            BLOCK_T=config.tokens,
+            BLOCK_W=config.step,
+            BLOCK_A=block_a,
+            BLOCK_B=block_b,
+            BLOCK_L=block_l,
             UPCAST=launcher.INTERPRET,
         ),
-    )  # fmt: skip
-    if split > 1:
-        reduce_partials(partials, made, starts)
+    )
+    partials.reduce()
     return da, drouter, dbias, db

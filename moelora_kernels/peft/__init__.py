@@ -1,12 +1,12 @@
-"""Mixtures of LoRA experts as a method of PEFT: `import moelora_kernels.peft` registers it.
+"""Mixtures of LoRA experts as a PEFT method. Importing this package registers the method.
 
     from peft import get_peft_model
     from moelora_kernels.peft import MoeLoraPeftConfig
 
     model = get_peft_model(model, MoeLoraPeftConfig(preset="ming", target_modules=["q_proj"]))
 
-Saving, loading, several adapters and merging are PEFT's own; `set_tasks`, `record_routing`,
-`collect_aux_loss`, `warmup` and `adapter_parameters` of this package find the active adapters.
+PEFT saves, loads, switches and merges the adapters. `set_tasks`, `record_routing`,
+`collect_aux_loss`, `warmup` and `adapter_parameters` of this package work on the active adapters.
 """
 
 from __future__ import annotations

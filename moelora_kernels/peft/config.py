@@ -1,4 +1,4 @@
-"""The options of a mixture as a config of PEFT, and the member of PEFT's enum that names it."""
+"""MoeLoraPeftConfig: the options of a mixture as a config of PEFT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.presets import FFN_PRESETS
 
-# What an option is before `preset` and the defaults of MoeLoraConfig settle it; None is a value.
+# The default of an option that the caller did not pass. None is a valid value of some options.
 _UNSET = object()
 _OPTIONS = tuple(field.name for field in dataclasses.fields(MoeLoraConfig))
 _Options = dataclasses.make_dataclass(
@@ -22,8 +22,9 @@ _Options = dataclasses.make_dataclass(
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """The member `name` of PEFT's enum of methods; an enum has no way of its own to grow."""
+    """Return the member `name` of PEFT's enum of methods. Add it if it does not exist."""
     if name not in PeftType.__members__:
+        # Python offers no way to add a member to an enum.
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
@@ -37,27 +38,37 @@ MOELORA = _add_peft_type("MOELORA")
 
 @dataclasses.dataclass
 class MoeLoraPeftConfig(_Options, PeftConfig):
-    """The options of `MoeLoraConfig` under their own names (rank, alpha), and where PEFT puts them.
+    """The options of `MoeLoraConfig`, under the same names, and the modules that PEFT adapts.
 
     Args:
-        preset: a published method whose options are the start; options given replace its own.
-        target_modules: names, a regular expression that matches whole names, or "all-linear"; None
-            takes those of PEFT's LoRA for the model's type.
-        exclude_modules: names or a regular expression of modules to leave out.
-        layers_to_transform: an index or indices of the layers to adapt (target_modules as names).
-        layers_pattern: the name of the list that these indices count, if not the first in a name.
-        bias: which biases train as well: "none", "all", or "moelora_only" for those of the adapted
-            linears. PEFT saves them from 0.21 on; with earlier versions other than "none" raises.
-        modules_to_save: names of other modules to train and save as a whole.
+        preset: the name of a published method. Its options are the defaults of the options that
+            are not passed.
+        target_modules: a list of names, a regular expression that matches full names, or
+            "all-linear". None: the names that PEFT's LoRA uses for the model's type.
+        exclude_modules: names, or a regular expression, of modules to leave out.
+        layers_to_transform: one or several indices of layers to adapt. Needs target_modules as
+            names.
+        layers_pattern: the name of the module list that these indices count. None: the first list
+            in a module's name.
+        bias: which biases are trained: "none", "all", or "moelora_only" (those of the adapted
+            linears). Values other than "none" need PEFT 0.21, which saves the biases.
+        modules_to_save: names of other modules to train and to save completely.
 
-    After construction every option has its settled value, which is what the file of the config
-    holds: a preset that changes in a later version does not change an adapter saved with it.
+    After construction every option holds its final value, and the saved config holds these values.
+    So an adapter does not change if a later version changes its preset.
 
     Raises:
-        TypeError: an option that does not exist, or a router that is a module: it has no JSON form.
-        ValueError: an option out of range, as `MoeLoraConfig`; init="svd_segments", which changes
-            the base under all adapters; rank_activation, and the preset of a method with whole-FFN
-            experts.
+        TypeError: an option does not exist, or the router is a module, which has no JSON form.
+        ValueError: an option is out of range (as in `MoeLoraConfig`); or it cannot be used under
+            PEFT: init="svd_segments", rank_activation, and presets with whole-FFN experts.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> config = MoeLoraPeftConfig(preset="ming", num_experts=4, target_modules=["0"])
+        >>> config.num_experts, config.top_k, config.router
+        (4, 2, 'linear')
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
     """
 
     preset: str | None = None
@@ -76,22 +87,24 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if self.preset in FFN_PRESETS:
             raise ValueError(
-                f"preset: the experts of {self.preset!r} are whole FFNs, which replace_ffns puts "
-                "into a model; this adapts single linears"
+                f"preset: {self.preset!r} has whole-FFN experts, and PEFT adapts single linears; "
+                "use replace_ffns"
             )
-        given = {name: getattr(self, name) for name in _OPTIONS}
-        given = {name: value for name, value in given.items() if value is not _UNSET}
-        make = MoeLoraConfig if self.preset is None else MoeLoraConfig.preset
-        config = make(*[self.preset] * (self.preset is not None), **given)
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        options = {name: value for name, value in options.items() if value is not _UNSET}
+        if self.preset is None:
+            config = MoeLoraConfig(**options)
+        else:
+            config = MoeLoraConfig.preset(self.preset, **options)
         if config.init == "svd_segments":
             raise ValueError(
-                "init: 'svd_segments' reduces the base's weight, but under PEFT the base is what "
-                "disable_adapter, unload and other adapters see; use replace_linears"
+                "init: 'svd_segments' changes the base weight, and under PEFT other adapters, "
+                "disable_adapter and unload use the same base weight; use replace_linears"
             )
         if config.rank_activation is not None:
             raise ValueError(
-                f"rank_activation: {config.rank_activation!r} goes with MoeLoraAdapter, which "
-                "reads what an FFN returns; this adapts single linears"
+                f"rank_activation: {config.rank_activation!r} needs MoeLoraAdapter, which reads "
+                "the output of an FFN; PEFT adapts single linears"
             )
         for name, value in config.to_dict().items():
             setattr(self, name, value)
@@ -101,26 +114,28 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: goes with target_modules as names, not as a pattern")
+                    raise ValueError(
+                        f"{name}: needs target_modules as a list of names, got a pattern"
+                    )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: goes with layers_to_transform, which is None")
+            raise ValueError("layers_pattern: needs layers_to_transform, which is None")
         if self.bias not in ("none", "all", "moelora_only"):
             raise ValueError(
                 f"bias: expected one of 'none', 'all', 'moelora_only', got {self.bias!r}"
             )
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(
-                f"bias: PEFT saves the biases of this method from 0.21 on, got bias={self.bias!r} "
-                f"with PEFT {self.peft_version}"
+                f"bias: {self.bias!r} needs PEFT 0.21 or newer, which saves the biases, got PEFT "
+                f"{self.peft_version}"
             )
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Raise ValueError for options in a file that do not exist; PEFT would drop them."""
+        """Raise ValueError if a saved config has unknown options. PEFT would ignore them."""
         if unknown := sorted(set(kwargs) - set(inspect.signature(cls).parameters)):
             raise ValueError(f"adapter config: unknown options: {', '.join(unknown)}")
         return super().check_kwargs(**kwargs)
 
     def moe_lora_config(self) -> MoeLoraConfig:
-        """The options as the layers of this package take them."""
+        """Return the options as the `MoeLoraConfig` of the layers."""
         return MoeLoraConfig.from_dict({name: getattr(self, name) for name in _OPTIONS})

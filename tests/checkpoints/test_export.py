@@ -312,7 +312,7 @@ def test_files_that_are_no_adapter_of_ours(tmp_path, capsys):
         # What save_adapter wrote before it knew of layouts.
         save_file(state, path, metadata=metadata)
         said = refused(["--task", "1", str(path), "x"], capsys)
-        assert "does not say which options its layers have" in said
+        assert "has no description of its layers" in said
         load_adapter(model, path)
 
 
@@ -360,7 +360,7 @@ def test_a_layout_that_cannot_be_read_is_named_with_its_file(change, tmp_path, c
         layout = json.loads(file.metadata()["layout"])
     save_file(load_file(path), path, metadata={"layout": change(layout)})
     said = refused(["--task", "1", str(path), str(out)], capsys)
-    assert f"{path}: the layers it describes cannot be made" in said
+    assert f"{path}: the layers that it describes cannot be built" in said
     assert not out.exists()
 
 
@@ -393,7 +393,7 @@ def test_adapters_without_values_are_named(tmp_path):
 def test_names_that_peft_does_not_have(tmp_path):
     """A layer of its own has no name; of two names for one layer PEFT adapts the first alone."""
     layer = MoeLoraLinear(4, 4, config=MOELORA)
-    with pytest.raises(ValueError, match=r"a layer without a name; use layer.export_lora\(task\)"):
+    with pytest.raises(ValueError, match=r"got a layer; use layer.export_lora\(task\)"):
         export_lora(layer, tmp_path / "out", 1)
     save_adapter(layer, tmp_path / "adapter.safetensors")
     assert torch.equal(read_adapter(tmp_path / "adapter.safetensors").lora_A, layer.lora_A)
@@ -401,7 +401,7 @@ def test_names_that_peft_does_not_have(tmp_path):
     model.one = model.two = layer
     save_adapter(model, tmp_path / "adapter.safetensors")
     for found in (model, read_adapter(tmp_path / "adapter.safetensors")):
-        with pytest.raises(ValueError, match="two: it is one as well"):
+        with pytest.raises(ValueError, match="two: the same layer as one"):
             export_lora(found, tmp_path / "out", 1)
 
 

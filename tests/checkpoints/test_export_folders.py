@@ -134,10 +134,10 @@ def test_folders_that_are_neither(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     (
-        ("[]", "the layers it describes cannot be made"),
-        ("{", "the layers it describes cannot be made"),
-        ('{"r": "8"}', "the layers it describes cannot be made"),
-        ('{"lora_alpha": null}', "the layers it describes cannot be made"),
+        ("[]", "the layers that it describes cannot be built"),
+        ("{", "the layers that it describes cannot be built"),
+        ('{"r": "8"}', "the layers that it describes cannot be built"),
+        ('{"lora_alpha": null}', "the layers that it describes cannot be built"),
         # Both would take the factor of another rank than the one that trained.
         (
             '{"r": 9}',

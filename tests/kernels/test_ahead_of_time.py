@@ -48,10 +48,10 @@ def test_every_kernel_may_ship(compiled_kernels):
 def test_the_layers_take_every_entry_of_the_table(architecture):
     taken = set()
     with configs.assume(architecture):
-        table = configs.TILES[architecture]
+        table = configs.TILE_CONFIGS[architecture]
         for layer in LAYERS:
             for launch in record(layer):
-                taken |= {key for key, tile in table.items() if tile is launch.tile}
+                taken |= {key for key, tile in table.items() if tile is launch.config}
     assert taken == set(table)
 
 

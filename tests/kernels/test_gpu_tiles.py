@@ -1,4 +1,4 @@
-"""Every tile of `kernels.configs.TILES` on the GPU at hand: what "qualified" means there.
+"""Every entry of `TILE_CONFIGS` (kernels/common/configs.py) on the GPU: what "qualified" means.
 
 `python tests/tools/qualify.py --commit SHA` runs this file and prints what to write into the table.
 """
@@ -128,7 +128,7 @@ def _entries() -> list:
     """(key of the table, dtype) for the GPU at hand; for an H200 where there is none."""
     supported = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     device = DEVICE if supported else torch.device("cpu")
-    keys = configs.TILES[configs.processors(device)[0]]
+    keys = configs.TILE_CONFIGS[configs.processors(device)[0]]
     return [
         pytest.param(key, dtype, id=f"{key[0]}-{name}-{key[2]}")
         for key in keys
@@ -154,8 +154,10 @@ def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str) -> No
     for names, op, specification, arguments in OPS[kernel](columns, dtype, variant):
         with launcher.recording() as launches:
             first = _flat(op(*arguments))
-        tile = configs.TILES[configs.processors(DEVICE)[0]][key]
-        assert any(launch.tile is tile for launch in launches), f"no launch takes the tile of {key}"
+        tile = configs.TILE_CONFIGS[configs.processors(DEVICE)[0]][key]
+        assert any(launch.config is tile for launch in launches), (
+            f"no launch takes the tile of {key}"
+        )
         compare(names, op, specification, arguments, dtype)
 
         differing = torch.zeros(len(first), dtype=torch.int64, device=DEVICE)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moelora_kernels import ops
 from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
-from moelora_kernels.kernels.common import launcher
+from moelora_kernels.kernels.common import launcher, tables
 from moelora_kernels.testing import assert_within_budget
 from support.gpu_cases import layer_of
 from support.op_cases import CASES, Inputs
@@ -91,8 +91,8 @@ def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) ->
     gates = None if router else empty(5, n * 8, dtype=torch.float32)
     rows = None if router else empty(T, dtype=torch.int32)
     # These are copied to the device once.
-    launcher.expert_columns(ranks, x.device)
-    launcher.scaling_of(plan.scaling, x.device)
+    tables.expert_columns(ranks, x.device)
+    tables.scaling_table(plan.scaling, x.device)
     with launcher.recording() as launches, CountLaunches() as aten:
         _, h, weights, chosen, logits = wide._forward(
             x, weight, [], [], a, b, routers, [], gates, None, rows, None, *plan

@@ -40,12 +40,15 @@ def run(
 
 @needs_library
 @pytest.mark.parametrize("level", ("portable", "avx2"))
-def test_every_vector_width(level: str) -> None:
+def test_every_vector_width(level: str, request) -> None:
     if level not in native.build_info()["simd"]:
         pytest.skip(f"this library has no {level} code")
     ops = Path(__file__).resolve().parents[1] / "ops" / "test_native.py"
+    chosen = ["--exhaustive"] if request.config.option.exhaustive else []
     result = run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ops)], MOELORA_SIMD=level
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, str(ops)],
+        MOELORA_SIMD=level,
+        PYTEST_ADDOPTS="",
     )
     assert result.returncode == 0, result.stdout[-3000:]
 

@@ -48,9 +48,9 @@ def test_every_op_has_a_launcher() -> None:
     assert {*LAUNCHERS, "route"} == set(OUTPUTS)
 
 
-@pytest.mark.parametrize("architecture", configs.TILES)
+@pytest.mark.parametrize("architecture", configs.TILE_CONFIGS)
 def test_programs_take_whole_tiles(architecture: str) -> None:
-    for (kernel, _, _), tile in configs.TILES[architecture].items():
+    for (kernel, _, _), tile in configs.TILE_CONFIGS[architecture].items():
         if kernel in ("grouped_shrink", "grouped_shrink_backward", "grouped_expand"):
             assert tile.tokens >= TILE, kernel
 
@@ -192,7 +192,7 @@ LAUNCHES = {
             "grouped_shrink_backward": 1,
             "grouped_expand": 4,
             "grouped_weight_grad": 2,
-            "sum_parts": 2,
+            "reduce_chunks": 2,
             "router_grad": 1,
             "reduce_partials": 1,
         },
@@ -216,7 +216,7 @@ LAUNCHES = {
             "grouped_shrink_backward": 1,
             "grouped_expand": 3 * 2,
             "grouped_weight_grad": 2,
-            "sum_parts": 2,
+            "reduce_chunks": 2,
             "router_grad": 1,
             "reduce_partials": 1,
         },

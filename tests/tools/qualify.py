@@ -4,8 +4,8 @@ Runs tests/kernels/test_gpu_tiles.py, all of which must pass:
 
     python tests/tools/qualify.py --commit SHA
 
-Prints the text for `Tile.qualified` in moelora_kernels/kernels/configs.py, or nothing and exits
-with 1. It says what was run, not that the tree was clean: SHA is yours to give.
+Prints the text for `TileConfig.qualified` in moelora_kernels/kernels/common/configs.py, or nothing
+and exits with 1. It says what was run, not that the tree was clean: SHA is yours to give.
 """
 
 from __future__ import annotations

@@ -7,7 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.reduce_partials import reduce_partials
+from moelora_kernels.kernels.common.memory import load_rows
+from moelora_kernels.kernels.common.reduce_partials import Partials
+
+# Gate rows of one program: the smallest operand of a product.
+BLOCK_G = 16
 
 
 @triton.jit(do_not_specialize=["T", "G"])
@@ -17,64 +21,70 @@ def gate_rows_kernel(
     partials_ptr,
     T,
     G,
-    per_split,
+    t_per_split,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """partials[split, g] = sum of dgate[t] over the tokens of a split with gate row g.
+    """partials[s, g] = sum of dgate[t] over the tokens t of split s whose gate row is g.
 
-    dgate [T, WIDTH], partials [SPLIT, G, WIDTH]; without rows every token has row 0.
-    Programs: (tile of G, tile of WIDTH, split).
+    dgate    [T, WIDTH] float32
+    rows     [T] integer; None if every token has row 0
+    partials [SPLIT, G, WIDTH] float32
+
+    Programs: (tile of G, tile of WIDTH, split), the last fastest.
     """
     pid = tl.program_id(0)
     split = pid % SPLIT
     WIDTH_TILES: tl.constexpr = (WIDTH + BLOCK_E - 1) // BLOCK_E
-    e = pid // SPLIT % WIDTH_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = pid // SPLIT % WIDTH_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns_in = columns < WIDTH
     g = (pid // (SPLIT * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+
+    # Sum: the product with a matrix that is 1 where a token has the gate row.
     total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, T), BLOCK_T):
+    for first in range(split * t_per_split, tl.minimum((split + 1) * t_per_split, T), BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
-        inside = tokens < T
+        tokens_in = tokens < T
         row = tokens * 0
         if rows_ptr is not None:
-            row = tl.load(rows_ptr + tokens, mask=inside, other=-1).to(tl.int64)
-        dgate = tl.load(
-            dgate_ptr + tokens[:, None] * WIDTH + e[None, :],
-            mask=inside[:, None] & (e < WIDTH)[None, :],
-            other=0.0,
-        )
-        here = (g[:, None] == row[None, :]).to(tl.float32)
-        total = tl.dot(here, dgate, total, input_precision="tf32x3")
-    at = (split * G + g)[:, None] * WIDTH + e[None, :]
-    tl.store(partials_ptr + at, total, mask=(g < G)[:, None] & (e < WIDTH)[None, :])
+            row = tl.load(rows_ptr + tokens, mask=tokens_in, other=-1).to(tl.int64)
+        dgate = load_rows(dgate_ptr, WIDTH, tokens, columns, tokens_in, columns_in)
+        has_row = (g[:, None] == row[None, :]).to(tl.float32)  # [BLOCK_G, BLOCK_T]
+        total = tl.dot(has_row, dgate, total, input_precision="tf32x3")
+
+    offsets = (split * G + g)[:, None] * WIDTH + columns[None, :]
+    tl.store(partials_ptr + offsets, total, mask=(g < G)[:, None] & columns_in[None, :])
 
 
 def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
-    """The gradient of gates [G, n E] from dgate [T, n E]; two launches."""
+    """Return the gradient of gate weights [G, n E] from dgate [T, n E] and rows [T] or None."""
     T, width = dgate.shape
-    tile, block_g = configs.ROWS, 16
-    block_e = min(launcher.block(width), tile.step)
-    programs = launcher.ceil_div(G, block_g) * launcher.ceil_div(width, block_e)
-    steps = launcher.ceil_div(T, tile.tokens)
-    split = configs.splits(dgate.device, programs, steps)
-    partials = dgate.new_empty((split, G * width))
+    config = configs.ROW_TILE
+    block_e = min(launcher.block(width), config.step)
+
+    # Grid: split the tokens until the programs fill the GPU.
+    programs = launcher.ceil_div(G, BLOCK_G) * launcher.ceil_div(width, block_e)
+    steps = launcher.ceil_div(T, config.tokens)
+    split = configs.num_splits(dgate.device, programs, steps)
+
+    total = dgate.new_empty((G, width))
+    partials = Partials([total], split, alignment=1)
     launcher.run(
         gate_rows_kernel,
         programs * split,
-        tile,
+        config,
         dict(
             dgate_ptr=dgate,
             rows_ptr=None if rows is None else rows.contiguous(),
-            partials_ptr=partials,
+            partials_ptr=partials.targets[0],
             T=T,
             G=G,
-            per_split=launcher.ceil_div(steps, split) * tile.tokens,
+            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
         ),
-        dict(WIDTH=width, SPLIT=split, BLOCK_T=tile.tokens, BLOCK_G=block_g, BLOCK_E=block_e),
+        dict(WIDTH=width, SPLIT=split, BLOCK_T=config.tokens, BLOCK_G=BLOCK_G, BLOCK_E=block_e),
     )
-    total = dgate.new_empty((G, width))
-    reduce_partials(partials, [total])
+    partials.reduce()
     return total

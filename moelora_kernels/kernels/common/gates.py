@@ -1,11 +1,16 @@
-"""Device functions: the gate of a tile of tokens, [BLOCK_T, BLOCK_E], as the reference defines it.
+"""Device functions: the gate of a tile of tokens, [BLOCK_T, BLOCK_E] float32.
 
-`experts_ptr` is S [E, R] of `launcher.expert_columns`: 1 in the columns of an expert, 0 elsewhere.
-A gate W [T, E] is repeated over the ranks by W S, and the sum over the ranks of an expert is a
-product with St, whatever the ranks are.
+FORM says where the gate comes from (`types.Gate` explains the first four):
 
-FORM names how gates are given: "sparse" (weights and indices [T, n K]), "dense" ([T, n E]), "one"
-([1, n E], a row for all tokens), "rows" ([G, n E] and rows [T]); "router" is a linear router's.
+    "sparse"    weights [T, n K] and experts [T, n K]
+    "dense"     weights [T, n E]
+    "one"       weights [1, n E]: one row for all tokens
+    "rows"      weights [G, n E] and rows [T]
+    "router"    the logits of a linear router, which the kernel computes
+
+From experts to columns of rank space and back, a kernel multiplies by S [E, R] (`tables.
+expert_columns`), which is 1 in the columns of an expert and 0 elsewhere. gate S repeats the gate of
+an expert over its columns, and (P (.) h) St sums the columns of an expert, whatever the ranks are.
 """
 
 from __future__ import annotations
@@ -14,22 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels.common.products import exact_sum
+from moelora_kernels.kernels.common.products import exact_sum, select_from
 
 
 @triton.jit
-def finite(tile):
-    """Whether elements are neither NaN nor infinite."""
+def is_finite(tile):
+    """Return for every element whether it is neither NaN nor infinite."""
     return tl.abs(tile) < float("inf")
 
 
 @triton.jit
 def dense_gate(
-    gates_ptr,
-    indices_ptr,
-    rows_ptr,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
     tokens,
-    inside,
+    tokens_in,
     sibling,
     G,
     n: tl.constexpr,
@@ -38,56 +43,62 @@ def dense_gate(
     FORM: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The gate of these tokens in float32 and whether a token is routed to an expert."""
+    """Return the gate of these tokens, and whether each token is routed to each expert.
+
+    Both are [BLOCK_T, BLOCK_E]. The gate is 0 where a token is not routed.
+    """
     experts = tl.arange(0, BLOCK_E)
     if FORM == "sparse":
         gate = tl.zeros((tokens.shape[0], BLOCK_E), tl.float32)
         routed = gate != 0
         for k in range(K):
             slot = tokens * (n * K) + sibling * K + k
-            index = tl.load(indices_ptr + slot, mask=inside, other=-1)
-            weight = tl.load(gates_ptr + slot, mask=inside, other=0.0).to(tl.float32)
-            here = (index[:, None] == experts[None, :]) & (experts < E)[None, :]
-            gate += tl.where(here, weight[:, None], 0.0)
-            routed = routed | here
+            expert = tl.load(gate_experts_ptr + slot, mask=tokens_in, other=-1)
+            weight = tl.load(gate_weights_ptr + slot, mask=tokens_in, other=0.0).to(tl.float32)
+            matches = (expert[:, None] == experts[None, :]) & (experts < E)[None, :]
+            gate += tl.where(matches, weight[:, None], 0.0)
+            routed = routed | matches
     else:
         row = tokens
         if FORM == "one":
             row = tokens * 0
         elif FORM == "rows":
-            row = tl.load(rows_ptr + tokens, mask=inside, other=-1).to(tl.int64)
-        routed = (inside & (row >= 0) & (row < G))[:, None] & (experts < E)[None, :]
-        address = gates_ptr + row[:, None] * (n * E) + sibling * E + experts[None, :]
+            row = tl.load(gate_rows_ptr + tokens, mask=tokens_in, other=-1).to(tl.int64)
+        routed = (tokens_in & (row >= 0) & (row < G))[:, None] & (experts < E)[None, :]
+        address = gate_weights_ptr + row[:, None] * (n * E) + sibling * E + experts[None, :]
         gate = tl.load(address, mask=routed, other=0.0).to(tl.float32)
     return gate, routed
 
 
 @triton.jit
-def load_experts(experts_ptr, columns, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Columns of S, [BLOCK_E, BLOCK_R]."""
+def load_expert_columns(
+    expert_columns_ptr, columns, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Return these columns of S, [BLOCK_E, BLOCK_R] bfloat16."""
     experts = tl.arange(0, BLOCK_E)
-    inside = (experts < E)[:, None] & (columns < R)[None, :]
-    return tl.load(experts_ptr + experts[:, None] * R + columns[None, :], mask=inside, other=0.0)
+    in_bounds = (experts < E)[:, None] & (columns < R)[None, :]
+    address = expert_columns_ptr + experts[:, None] * R + columns[None, :]
+    return tl.load(address, mask=in_bounds, other=0.0)
 
 
 @triton.jit
 def load_scaling(scaling_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """scale of every expert, [1, BLOCK_E]."""
+    """Return the scale of every expert, [1, BLOCK_E] float32."""
     experts = tl.arange(0, BLOCK_E)
     return tl.load(scaling_ptr + experts, mask=experts < E, other=0.0)[None, :]
 
 
 @triton.jit
-def rank_gate(scaled, of_experts, UPCAST: tl.constexpr):
-    """scale * gate, [BLOCK_T, BLOCK_E], over the columns of S, [BLOCK_T, BLOCK_R]."""
-    total = tl.zeros((scaled.shape[0], of_experts.shape[1]), tl.float32)
-    return exact_sum(scaled, of_experts, total, UPCAST)
+def gate_per_column(scaled_gate, expert_columns, UPCAST: tl.constexpr):
+    """Return scaled_gate S [BLOCK_T, BLOCK_R]: scale * gate [BLOCK_T, BLOCK_E] in every column."""
+    total = tl.zeros((scaled_gate.shape[0], expert_columns.shape[1]), tl.float32)
+    return exact_sum(scaled_gate, expert_columns, total, UPCAST)
 
 
 @triton.jit
-def gated(gate, h):
-    """gate (.) h, where the gate is zero without what is not finite in h."""
-    return tl.where((gate == 0) & (finite(h) == 0), 0.0, gate * h)
+def apply_gate(column_gate, h):
+    """Return column_gate (.) h [BLOCK_T, BLOCK_R]; 0 if the gate is 0 and h is NaN or infinite."""
+    return tl.where((column_gate == 0) & (is_finite(h) == 0), 0.0, column_gate * h)
 
 
 @triton.jit
@@ -99,87 +110,130 @@ def topk_gate(
     RENORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The gate of the K largest logits, and the place of an expert among them (K: not chosen)."""
+    """Return the gate of the K largest logits, and the slot of every expert.
+
+    logits [BLOCK_T, BLOCK_E] float32. gate [BLOCK_T, BLOCK_E]: softmax(logits / temperature) over
+    the selected experts with RENORMALIZE, else over all E experts; 0 where not selected. slot
+    [BLOCK_T, BLOCK_E]: the rank of an expert among the selected ones, K if it is not selected.
+    """
     experts = tl.arange(0, BLOCK_E)[None, :]
-    real = (experts < E) & (tl.zeros_like(logits) == 0)
-    scaled = tl.where(real, tl.div_rn(logits, temperature), float("-inf"))
+    is_expert = (experts < E) & (tl.zeros_like(logits) == 0)
+    scaled = tl.where(is_expert, tl.div_rn(logits, temperature), float("-inf"))
+
+    # Select: K times the largest logit among the experts without a slot, the first if several tie.
     if K == E:
-        place = tl.where(real, experts, K)
+        slot = tl.where(is_expert, experts, K)
     else:
-        # A NaN is the largest, as where torch sorts; what is taken already has another place than
-        # K, so that an expert is found once although several are -inf.
+        # A NaN counts as the largest, like in torch.sort. An expert that has a slot is excluded by
+        # its slot, not by its key, so each expert is selected once even if several keys are -inf.
         key = tl.where(scaled == scaled, scaled, float("inf"))
-        place = tl.where(real, K, -1)
+        slot = tl.where(is_expert, K, -1)
         for k in range(K):
-            free = place == K
+            free = slot == K
             largest = tl.max(tl.where(free, key, float("-inf")), axis=1)
-            among = free & (key == largest[:, None])
-            first = tl.min(tl.where(among, experts, BLOCK_E), axis=1)
-            place = tl.where(experts == first[:, None], k, place)
-        place = tl.where(place < 0, K, place)
-    chosen = place < K
-    counted = real
+            tied = free & (key == largest[:, None])
+            first = tl.min(tl.where(tied, experts, BLOCK_E), axis=1)
+            slot = tl.where(experts == first[:, None], k, slot)
+        slot = tl.where(slot < 0, K, slot)
+    selected = slot < K
+
+    # Softmax over the experts that count.
+    counted = is_expert
     if RENORMALIZE:
-        counted = chosen
+        counted = selected
     largest = tl.max(tl.where(counted, scaled, float("-inf")), axis=1)
     exponential = tl.where(counted, tl.exp(scaled - largest[:, None]), 0.0)
     gate = exponential / tl.sum(exponential, axis=1)[:, None]
-    return tl.where(chosen, gate, 0.0), place
+    return tl.where(selected, gate, 0.0), slot
 
 
 @triton.jit
-def store_routing(
+def store_topk(
     weights_ptr,
-    indices_ptr,
+    experts_ptr,
     gate,
-    place,
+    slot,
     tokens,
-    inside,
+    tokens_in,
     sibling,
     n: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Weights [T, n K] and, unless every expert is chosen, indices [T, n K], in their places."""
+    """Store what `topk_gate` returned: weights [T, n K] and experts [T, n K] int32, by slot.
+
+    experts_ptr is None if K = E: every expert has its own slot then.
+    """
     experts = tl.arange(0, BLOCK_E)[None, :]
-    slots = tokens[:, None] * (n * K) + sibling * K + place
-    chosen = inside[:, None] & (place < K)
-    tl.store(weights_ptr + slots, gate, mask=chosen)
-    if indices_ptr is not None:
-        tl.store(indices_ptr + slots, (experts + place * 0).to(tl.int32), mask=chosen)
+    offsets = tokens[:, None] * (n * K) + sibling * K + slot
+    selected = tokens_in[:, None] & (slot < K)
+    tl.store(weights_ptr + offsets, gate, mask=selected)
+    if experts_ptr is not None:
+        tl.store(experts_ptr + offsets, (experts + slot * 0).to(tl.int32), mask=selected)
 
 
 @triton.jit
-def topk_gate_backward(
-    dgate,
-    gate,
-    routed,
+def make_gate(
     logits,
+    gate_weights_ptr,
+    gate_experts_ptr,
+    gate_rows_ptr,
+    weights_ptr,
+    experts_ptr,
+    logits_ptr,
+    tokens,
+    tokens_in,
+    sibling,
+    G,
     temperature,
+    n: tl.constexpr,
     E: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Dlogits from the gradient of the gate; logits are read without RENORMALIZE only."""
-    dgate = tl.where(routed, dgate, 0.0)
-    mean = tl.sum(tl.where(routed, gate * dgate, 0.0), axis=1)[:, None]
-    if RENORMALIZE:
-        dlogits = tl.where(routed, gate * (dgate - mean), 0.0)
+    """Return the gate [BLOCK_T, BLOCK_E] of these tokens.
+
+    With FORM "router" the gate is computed from `logits` [BLOCK_T, BLOCK_E], and the logits, the
+    weights and the experts are stored. Other forms load the gate that the caller passed.
+    """
+    if FORM == "router":
+        experts = tl.arange(0, BLOCK_E)[None, :]
+        in_bounds = tokens_in[:, None] & (experts < E)
+        address = logits_ptr + tokens[:, None] * (n * E) + sibling * E + experts
+        tl.store(address, logits, mask=in_bounds)
+        gate, slot = topk_gate(logits, temperature, E, K, RENORMALIZE, BLOCK_E)
+        store_topk(
+            weights_ptr, experts_ptr, gate, slot, tokens, tokens_in, sibling, n, E, K, BLOCK_E
+        )
     else:
-        real = tl.arange(0, BLOCK_E)[None, :] < E
-        scaled = tl.where(real, tl.div_rn(logits, temperature), float("-inf"))
-        slope = tl.where(real, tl.exp(scaled - tl.max(scaled, axis=1)[:, None]), 0.0)
-        dlogits = slope / tl.sum(slope, axis=1)[:, None] * (dgate - mean)
-    return tl.div_rn(dlogits, temperature)
+        gate, _ = dense_gate(
+            gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, tokens, tokens_in, sibling, G, n, E,
+            K, FORM, BLOCK_E,
+        )  # fmt: skip
+    return gate
+
+
+@triton.jit
+def load_router_bias(bias_ptrs, sibling, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the bias of the sibling's router, [BLOCK_E] float32; zeros without a bias."""
+    experts = tl.arange(0, BLOCK_E)
+    if bias_ptrs is None:
+        bias = tl.zeros((BLOCK_E,), tl.float32)
+    else:
+        address = select_from(bias_ptrs, sibling) + experts
+        bias = tl.load(address, mask=experts < E, other=0.0).to(tl.float32)
+    return bias
 
 
 def gate_form(
-    gates: Tensor, indices: Tensor | None, rows: Tensor | None, tokens: int, n: int
+    weights: Tensor, experts: Tensor | None, rows: Tensor | None, tokens: int, n: int
 ) -> tuple[int, str]:
-    """K and FORM of gates that are given."""
-    if indices is not None:
-        return gates.shape[1] // n, "sparse"
+    """Return (K, FORM) of a gate that the caller passes. K is 0 unless the gate is sparse."""
+    if experts is not None:
+        return weights.shape[1] // n, "sparse"
     if rows is not None:
         return 0, "rows"
-    return 0, "dense" if gates.shape[0] == tokens else "one"
+    return 0, "dense" if weights.shape[0] == tokens else "one"

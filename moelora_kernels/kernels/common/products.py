@@ -5,18 +5,22 @@ import triton.language as tl
 
 
 @triton.jit
-def pick(tensors, i):
-    """tensors[i] of a tuple, for an i known at run time only."""
-    found = tensors[0]
-    for j in tl.static_range(1, len(tensors)):
+def select_from(values, i):
+    """Return values[i] of a tuple, for an i that is known at run time only."""
+    selected = values[0]
+    for j in tl.static_range(1, len(values)):
         if i == j:
-            found = tensors[j]
-    return found
+            selected = values[j]
+    return selected
 
 
 @triton.jit
 def product(left, right, total, UPCAST: tl.constexpr):
-    """total + left @ right, both in the dtype of left; float32 stays float32 (no TF32 rounding)."""
+    """Return total + left @ right.
+
+    `right` is rounded to the dtype of `left`. float32 tiles keep float32 precision: each operand is
+    split into parts of TF32 (`tf32x3`).
+    """
     right = right.to(left.dtype)
     if UPCAST:
         left = left.to(tl.float32)
@@ -26,31 +30,32 @@ def product(left, right, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def exact_product(left, right, total, UPCAST: tl.constexpr):
-    """total + left @ right without rounding a float32 `right` to the dtype of a 16-bit left.
+    """Return total + left @ right without rounding a float32 `right` to a 16-bit `left`.
 
-    Three bfloat16 hold the 24 bits of a float32, so under a bfloat16 left the product is the sum of
-    three; float16 lacks the range for that, but TF32 holds it exactly.
+    Three bfloat16 hold the 24 bits of a float32, so under a bfloat16 `left` the product is the sum
+    of three products. float16 has too small a range for that, but TF32 holds a float16 exactly.
     """
     if left.dtype == right.dtype:
         total = product(left, right, total, UPCAST)
     elif left.dtype == tl.bfloat16:
         for _ in tl.static_range(3):
-            part = right.to(tl.bfloat16)
-            right = right - part.to(tl.float32)
-            total = product(left, part, total, UPCAST)
+            high = right.to(tl.bfloat16)
+            right = right - high.to(tl.float32)
+            total = product(left, high, total, UPCAST)
     else:
         total = product(left.to(tl.float32), right, total, UPCAST)
     return total
 
 
 @triton.jit
-def exact_sum(left, chosen, total, UPCAST: tl.constexpr):
-    """total + left @ chosen for a float32 left and a bfloat16 matrix of zeros and ones.
+def exact_sum(left, selection, total, UPCAST: tl.constexpr):
+    """Return total + left @ selection for a float32 `left`.
 
-    As above: left is the sum of three bfloat16, and their products with 0 and 1 are exact.
+    `selection` is a bfloat16 matrix of zeros and ones. `left` is the sum of three bfloat16, and
+    their products with 0 and 1 are exact.
     """
     for _ in tl.static_range(3):
-        part = left.to(tl.bfloat16)
-        left = left - part.to(tl.float32)
-        total = product(part, chosen, total, UPCAST)
+        high = left.to(tl.bfloat16)
+        left = left - high.to(tl.float32)
+        total = product(high, selection, total, UPCAST)
     return total

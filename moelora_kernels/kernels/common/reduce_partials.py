@@ -1,78 +1,125 @@
-"""The second stage of split sums: parts added in their order, and rounded once."""
+"""Partial sums. A long sum is split so that its programs fill the GPU.
+
+Each split stores a float32 partial sum, and a second launch adds the partial sums in their order
+and rounds once. Two runs give the same bits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moelora_kernels.kernels.common import launcher
-from moelora_kernels.kernels.common.configs import Tile
+from moelora_kernels.kernels.common.configs import TileConfig
+
+
+@triton.jit
+def store_partial(
+    partials_ptr,
+    split,
+    tokens,
+    tokens_in,
+    sibling,
+    columns,
+    columns_in,
+    partial,
+    T,
+    n: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the tile `partial` of one split to partials [SPLIT, T, n WIDTH] float32."""
+    row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
+    in_bounds = tokens_in[:, None] & columns_in[None, :]
+    tl.store(partials_ptr + row + columns[None, :], partial, mask=in_bounds)
 
 
 @triton.jit
 def load_partials(
     partials_ptr,
     tokens,
-    inside,
+    tokens_in,
     sibling,
     columns,
-    some,
+    columns_in,
     T,
     n: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The sum over the parts of partials [SPLIT, T, n WIDTH] at `some` columns of a sibling."""
+    """Return the sum over all splits of a tile of partials [SPLIT, T, n WIDTH]."""
     total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
     for split in range(SPLIT):
         row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
         address = partials_ptr + row + columns[None, :]
-        total += tl.load(address, mask=inside[:, None] & some[None, :], other=0.0)
+        total += tl.load(address, mask=tokens_in[:, None] & columns_in[None, :], other=0.0)
     return total
 
 
 @triton.jit
 def reduce_partials_kernel(
-    partials_ptr, stride_plane, outputs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+    partials_ptr, partial_stride, out_ptrs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """outputs[i] = sum over the partials of partials[s, starts[i] : starts[i] + sizes[i]].
+    """out_i = sum over s of partials[s, start_i : start_i + size_i].
 
-    Programs: blocks of the outputs, one output after the other.
+    partials [SPLIT, *] float32, rows `partial_stride` apart; out_i contiguous, of any dtype.
+    Programs: blocks of BLOCK elements, one output after the other.
     """
     block = tl.program_id(0)
-    stride_plane = tl.full((), 0, tl.int64) + stride_plane
-    for i in tl.static_range(len(outputs)):
+    partial_stride = tl.full((), 0, tl.int64) + partial_stride
+    for i in tl.static_range(len(out_ptrs)):
         blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
-            element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            real = element < sizes[i]
+            elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            elements_in = elements < sizes[i]
             total = tl.zeros((BLOCK,), tl.float32)
             for split in range(SPLIT):
-                at = partials_ptr + split * stride_plane + starts[i] + element
-                total += tl.load(at, mask=real, other=0.0)
-            tl.store(outputs[i] + element, total.to(outputs[i].dtype.element_ty), mask=real)
+                address = partials_ptr + split * partial_stride + starts[i] + elements
+                total += tl.load(address, mask=elements_in, other=0.0)
+            out = total.to(out_ptrs[i].dtype.element_ty)
+            tl.store(out_ptrs[i] + elements, out, mask=elements_in)
         block -= blocks
 
 
-def reduce_partials(
-    partials: Tensor, outputs: Sequence[Tensor], starts: Sequence[int] = (0,)
-) -> None:
-    """Fill contiguous `outputs` with sums over partials [SPLIT, *] float32, from starts[i] on."""
-    tile = Tile(1, 1024, 4, 1)
-    sizes = tuple(o.numel() for o in outputs)
-    launcher.run(
-        reduce_partials_kernel,
-        sum(launcher.ceil_div(size, tile.step) for size in sizes),
-        tile,
-        dict(
-            partials_ptr=partials,
-            stride_plane=partials.stride(0),
-            outputs=tuple(outputs),
-            sizes=sizes,
-            starts=tuple(starts),
-        ),
-        dict(SPLIT=partials.shape[0], BLOCK=tile.step),
-    )
+class Partials:
+    """Where a kernel whose sums are split writes `outputs`, and the launch that adds its partials.
+
+    With split = 1 the kernel writes the outputs. With more, split s writes its partial sum of
+    output i to targets[i] + s * stride, in float32, and `reduce` fills the outputs.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], split: int, alignment: int = 16) -> None:
+        """`alignment`: every partial sum starts at a multiple of this many elements."""
+        self.outputs = list(outputs)
+        self.targets = self.outputs
+        self.stride = 0
+        self.workspace: Tensor | None = None
+        if split > 1:
+            sizes = [launcher.ceil_div(out.numel(), alignment) * alignment for out in outputs]
+            self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            self.stride = sum(sizes)
+            self.workspace = outputs[0].new_empty((split, self.stride), dtype=torch.float32)
+            self.targets = [self.workspace[0, start:] for start in self.starts]
+
+    def reduce(self) -> None:
+        """Add the partial sums of all splits into the outputs: one launch, none with split = 1."""
+        if self.workspace is None:
+            return
+        config = TileConfig(tokens=1, step=1024, warps=4, stages=1)
+        sizes = tuple(out.numel() for out in self.outputs)
+        launcher.run(
+            reduce_partials_kernel,
+            sum(launcher.ceil_div(size, config.step) for size in sizes),
+            config,
+            dict(
+                partials_ptr=self.workspace,
+                partial_stride=self.stride,
+                out_ptrs=tuple(self.outputs),
+                sizes=sizes,
+                starts=tuple(self.starts),
+            ),
+            dict(SPLIT=self.workspace.shape[0], BLOCK=config.step),
+        )

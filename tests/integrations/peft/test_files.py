@@ -106,7 +106,7 @@ def test_none_is_a_value_and_not_the_preset():
         (dict(r=8), TypeError, "unexpected keyword argument 'r'"),
         (dict(rank=0), ValueError, "rank: expected a whole number"),
         (dict(preset="mixlore"), ValueError, "preset: expected one of"),
-        (dict(preset="mixlora"), ValueError, "whole FFNs"),
+        (dict(preset="mixlora"), ValueError, "whole-FFN experts"),
         (dict(preset="goat"), ValueError, "svd_segments"),
         (dict(preset="pesc"), ValueError, "rank_activation"),
         (dict(router=nn.Linear(6, 8)), TypeError, "router: a module"),

@@ -1,0 +1,83 @@
+"""Small tensors that depend on ranks and scaling alone. Each is made once per device and kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moelora_kernels.kernels.common.launcher import require_no_capture
+from moelora_kernels.reference import blocks
+
+
+def rank_divisor(ranks: Sequence[int]) -> int:
+    """Return the largest power of two, up to 16, that divides every rank."""
+    return math.gcd(16, *ranks)
+
+
+def rank_constants(ranks: Sequence[int]) -> dict[str, int]:
+    """Return the constants that grouped kernels are compiled for. RANK is 0 if ranks differ."""
+    equal = min(ranks) == max(ranks)
+    return dict(
+        RANK=ranks[0] if equal else 0, MAX_RANK=max(ranks), RANK_DIVISOR=rank_divisor(ranks)
+    )
+
+
+@cache
+def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Return [E, 2] int32: first column and rank of every expert; None if all ranks are equal."""
+    if min(ranks) == max(ranks):
+        return None
+    require_no_capture("the table of ranks", device)
+    table = torch.tensor([(c.start, c.stop - c.start) for c in blocks(ranks)], dtype=torch.int32)
+    return _outside_pools(lambda: table.to(device))
+
+
+@cache
+def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return S [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere."""
+    require_no_capture("the table of experts", device)
+    matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16)
+    for row, columns in zip(matrix, blocks(ranks), strict=True):
+        row[columns] = 1
+    return _outside_pools(lambda: matrix.to(device))
+
+
+@cache
+def scaling_table(scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the scale of every expert, [E] float32."""
+    require_no_capture("the scaling of the experts", device)
+    table = torch.tensor(scaling, dtype=torch.float32)
+    return _outside_pools(lambda: table.to(device))
+
+
+@cache
+def column_tile_table(ranks: tuple[int, ...], n: int, width: int, device: torch.device) -> Tensor:
+    """Return column tiles of up to `width` columns that each lie within one expert.
+
+    [tiles, 4] int32: first column, end, expert, sibling. Columns count those of all n siblings.
+    """
+    require_no_capture("the table of column tiles", device)
+    total = sum(ranks)
+    tiles = [
+        (sibling * total + start, sibling * total + min(start + width, columns.stop), e, sibling)
+        for sibling in range(n)
+        for e, columns in enumerate(blocks(ranks))
+        for start in range(columns.start, columns.stop, width)
+    ]
+    table = torch.tensor(tiles, dtype=torch.int32)
+    return _outside_pools(lambda: table.to(device))
+
+
+def _outside_pools(make: Callable[[], Tensor]) -> Tensor:
+    """Return make(), called in another thread, so that no graph's memory pool owns the result.
+
+    A compiled model that runs as a CUDA graph directs the allocations of its thread into a memory
+    pool, and refuses tensors in it that outlive a run. These tables outlive it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
