@@ -105,8 +105,8 @@ def shrink_dx_kernel(
             a_ptr = select_from(a_ptrs, sibling) - sibling.to(tl.int64) * A_ROWS * I
             expert_dx = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
             expert_dx = add_columns(
-                expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, i_in, I, start, end, BLOCK_R,
-                UPCAST,
+                expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, i_in, I, start, end,
+                BLOCK_R, UPCAST,
             )  # fmt: skip
             kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
             dx += tl.where(kept, expert_dx, 0.0)
