@@ -84,10 +84,10 @@ class MoeLoraAdapter(LoraLayer):
             "dropout": (config.dropout, 0),
             "impl": (config.impl, "auto"),
         }
-        for name, (given, expected) in refused.items():
-            if given != expected:
+        for name, (value, expected) in refused.items():
+            if value != expected:
                 raise ValueError(
-                    f"{name}: expected {expected!r} with rank_activation, got {given!r}"
+                    f"{name}: expected {expected!r} with rank_activation, got {value!r}"
                 )
         if config.init == "svd_segments":
             raise ValueError(

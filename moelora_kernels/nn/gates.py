@@ -91,7 +91,7 @@ def gate_of_logits(
         # exactly 0, the gradient stays finite.
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
-    # Select as the last step: the gradient of the weight of an expert that is not kept may be NaN,
+    # Select last: the gradient of the weight of an expert that is not kept may be NaN,
     # and a product with zero would keep the NaN.
     weights = torch.where(keep, weights, 0)
     if sampled is not None and config.granularity == "token":
@@ -278,7 +278,7 @@ def gate_rows(
         raise ValueError(
             f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, {one_per_token}"
             f"or one per sequence (dimension {config.batch_dim} of x: batch_dim="
-            f"{config.batch_dim}); where generate makes n sequences of each prompt (beams, "
+            f"{config.batch_dim}); if generate makes n sequences of each prompt (beams, "
             "samples), set_tasks takes ids.repeat_interleave(n)"
         )
     return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count

@@ -1,4 +1,4 @@
-"""Logits in float32, whatever autocast says."""
+"""Logits in float32, also under autocast."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class TokenTaskRouter(nn.Module):
         if count not in (1, sequences):
             raise ValueError(
                 f"tasks: {count} task vectors for {sequences} sequences; expected one for each or "
-                "one for all; where generate makes n sequences of each prompt (beams, samples), "
+                "one for all; if generate makes n sequences of each prompt (beams, samples), "
                 "set_tasks takes vectors.repeat_interleave(n, dim=0)"
             )
 

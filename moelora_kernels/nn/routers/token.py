@@ -69,7 +69,7 @@ class ThresholdRouter(nn.Module):
 
 
 class PrototypeRouter(nn.Module):
-    """Compute logits from the angle between x and one direction per expert, as in Arrow.
+    """Compute logits from the product of x with one direction per expert, as in Arrow.
 
         logits = |x v_e|        x [T, I] -> [T, E]
 
