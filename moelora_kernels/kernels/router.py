@@ -21,7 +21,7 @@ def router_logits_kernel(
     stride_x,
     router_ptrs,
     bias_ptrs,
-    partials_ptr,
+    logits_ptr,
     T,
     I,  # noqa: E741
     i_per_split,
@@ -38,7 +38,7 @@ def router_logits_kernel(
     x        [T, I], rows stride_x apart
     router   n x [E, I], in the dtype of x or float32
     bias     n x [E]; None without one
-    partials [SPLIT, T, n E] float32; the logits themselves if SPLIT = 1
+    logits   [SPLIT, T, n E] float32: partial sums if SPLIT > 1
 
     Programs: (token tile, split of I, sibling, tile of E), the last fastest.
     """
@@ -68,7 +68,7 @@ def router_logits_kernel(
         logits += bias.to(tl.float32)[None, :]
 
     store_partial(
-        partials_ptr, split, tokens, tokens_in, sibling, experts, experts_in, logits, T, n, E
+        logits_ptr, split, tokens, tokens_in, sibling, experts, experts_in, logits, T, n, E
     )
 
 
@@ -156,7 +156,7 @@ def launch_logits(x, router_weight, router_bias, *, split=None):
             stride_x=x.stride(0),
             router_ptrs=launcher.contiguous(router_weight),
             bias_ptrs=launcher.contiguous(router_bias),
-            partials_ptr=partials.targets[0],
+            logits_ptr=partials.targets[0],
             T=T,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * config.step,
