@@ -27,6 +27,7 @@ from support.grouped_cases import CASES, OUTPUTS, Case, Inputs, check, check_wha
 from support.op_cases import CASES as LAYERS
 from support.op_cases import KERNEL_DEVICE as DEVICE
 from support.op_cases import Inputs as LayerInputs
+from support.selection import default_cases
 
 # Who serves `route` on a GPU is no kernel of Triton.
 LAUNCHERS = {
@@ -39,6 +40,12 @@ LAUNCHERS = {
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 each_op = pytest.mark.parametrize("name", LAUNCHERS)
+# Tails, empty experts and tokens, ranks and sizes past a tile, each form of an id, start and mask.
+BY_DEFAULT = default_cases(
+    CASES, "plain", "one_slot", "eight_slots", "mostly_one", "empty", "long", "mixed_ranks",
+    "wide", "no_token", "one_token", "nothing_routed_int64", "siblings", "dropout_per_expert",
+    "float32_adapters",
+)  # fmt: skip
 # Other dtypes take other casts and products, and no other addresses. Two passes at most: Triton's
 # interpreter cuts a float32 down to bfloat16 where a GPU rounds it, in every pass.
 FEW = ("mixed_ranks", "dropout_by_pair", "float32_adapters")
@@ -56,13 +63,13 @@ def test_programs_take_whole_tiles(architecture: str) -> None:
 
 
 @each_op
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", BY_DEFAULT)
 def test_op(name: str, case: Case) -> None:
     check(name, LAUNCHERS[name], Inputs(case, FP16, device=DEVICE), FP16)
 
 
 @each_op
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case", default_cases(FEW, "mixed_ranks"))
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=("bf16", "fp32"))
 def test_op_in_other_dtypes(name: str, case: str, dtype: torch.dtype) -> None:
     check(name, LAUNCHERS[name], Inputs(CASES[case], dtype, device=DEVICE), dtype)
