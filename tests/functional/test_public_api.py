@@ -131,7 +131,8 @@ def test_a_public_name_has_an_example_that_runs(name: str) -> None:
     value = lookup(name)
     module = importlib.import_module(value.__module__)
     # An example may use the public names and the imports of its module without importing them.
-    names = {**vars(module), **vars(moelora_kernels)}
+    public = {name: getattr(moelora_kernels, name) for name in moelora_kernels.__all__}
+    names = {**vars(module), **public}
     (test,) = doctest.DocTestFinder(recurse=False).find(value, name, module, names)
     if not test.examples and value.__module__.startswith(WITHOUT_EXAMPLES):
         pytest.skip("no example yet")
