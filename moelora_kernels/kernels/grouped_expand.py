@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moelora_kernels.kernels.common import configs, launcher, tables
-from moelora_kernels.kernels.common.memory import load_rows, store_rows
+from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
@@ -74,7 +74,6 @@ def grouped_expand_kernel(
     o_tiles = tl.cdiv(O, BLOCK_O)
     first_o = tl.program_id(0) % o_tiles * BLOCK_O
     o = first_o + tl.arange(0, BLOCK_O)
-    o_in = o < O
     expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // o_tiles, M, P)
 
     # Most tiles hold no pair of the slot: leave early.
@@ -94,6 +93,7 @@ def grouped_expand_kernel(
             rows = pairs.to(tl.int64)
         else:
             positions_in = positions_in & (pairs % S == slot)
+        in_bounds = positions_in[:, None] & (o < O)[None, :]
 
         # Product and dropout. Pairs that are not routed (expert N) have none.
         y = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
@@ -103,12 +103,12 @@ def grouped_expand_kernel(
                 columns = first_r + tl.arange(0, BLOCK_R)
                 columns_in = columns < rank
                 u = load_rows(
-                    u_ptr, MAX_RANK, positions.to(tl.int64), columns, positions_in, columns_in
+                    u_ptr, MAX_RANK, positions, columns, positions_in, columns_in
                 )  # [BLOCK_P, BLOCK_R]
                 matrix_row = (first_column + columns).to(tl.int64)[:, None] * stride_r
                 matrix = tl.load(
                     matrix_ptr + matrix_row + o.to(tl.int64)[None, :] * stride_o,
-                    mask=columns_in[:, None] & o_in[None, :],
+                    mask=columns_in[:, None] & (o < O)[None, :],
                     other=0.0,
                 )  # [BLOCK_R, BLOCK_O]
                 y = product(u, matrix, y, UPCAST)
@@ -121,9 +121,9 @@ def grouped_expand_kernel(
         # Add the start and store.
         if start_ptr is not None:
             offsets = tokens[:, None] * stride_start + o[None, :]
-            in_bounds = positions_in[:, None] & o_in[None, :]
             y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        store_rows(y_ptr, O, rows, o, positions_in, o_in, y)
+        address = y_ptr + rows[:, None] * O + o[None, :]
+        tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def launch(

@@ -86,7 +86,7 @@ def grouped_shrink_backward_kernel(
             for first_o in range(0, O, BLOCK_O):
                 o = first_o + tl.arange(0, BLOCK_O)
                 dy = load_rows(dy_ptr, stride, rows, o, positions_in, o < O)  # [BLOCK_P, BLOCK_O]
-                b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < rank)
+                b = load_rows(b_ptr, R, o, columns, o < O, columns < rank)
                 p = product(dy, b, p, UPCAST)
 
         # Gate and store.

@@ -170,7 +170,7 @@ def grouped_weight_grad_kernel(
             )
             wide = load_rows(wide_ptr, stride, rows, w, positions_in, w_in)  # [BLOCK_P, BLOCK_W]
             narrow = load_rows(
-                narrow_ptr, MAX_RANK, positions.to(tl.int64), columns, positions_in, columns_in
+                narrow_ptr, MAX_RANK, positions, columns, positions_in, columns_in
             )  # [BLOCK_P, BLOCK_R]
             if DROPOUT > 0:
                 kept = keep_tile(seed, stream, rows, first_w, W, DROPOUT, ALIGNED, BLOCK_W)

@@ -137,9 +137,9 @@ def shrink_gate_kernel(
     for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
-        a = load_transposed(a_ptr, I, columns.to(tl.int64), i, columns_in, i < I)
+        a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
         if ROUTER_COLUMNS:
-            router = load_transposed(router_ptr, I, experts.to(tl.int64), i, experts < E, i < I)
+            router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
             logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, ALIGNED, BLOCK_I)

@@ -107,10 +107,10 @@ def shrink_gate_backward_kernel(
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
-        b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < R)
+        b = load_rows(b_ptr, R, o, columns, o < O, columns < R)
         p = product(dy, b, p, UPCAST)
         if COLUMN_BLOCKS == 2:
-            b = load_rows(b_ptr, R, o.to(tl.int64), columns_2, o < O, columns_2 < R)
+            b = load_rows(b_ptr, R, o, columns_2, o < O, columns_2 < R)
             p_2 = product(dy, b, p_2, UPCAST)
 
     if FUSED:
