@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moelora_kernels import native
-from moelora_kernels.ops.registration import why_no_kernels
+from moelora_kernels.ops.registration import kernels_problem
 
 # name -> why it cannot be chosen, or "" where it can.
 IMPLS = {
@@ -121,7 +121,7 @@ def _device_class(device: str) -> str:
 def _missing_ops(device: str) -> str:
     if device == "cpu":
         return "" if native.available() else f"the native library is missing ({native.reason()})"
-    return why_no_kernels()
+    return kernels_problem()
 
 
 # Constants of a compiled graph, which could not look for a package or ask a device. This is what

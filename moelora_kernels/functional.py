@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import dispatch, reference
-from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, _Flat, run
+from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, run, siblings_of
 from moelora_kernels.numerics import active_dtype, dropout_seed, is_autocast
 from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LayerOutput, LinearTensors, Mixture
 
@@ -43,40 +43,28 @@ def run_layer(
     Raises:
         ValueError: `impl` cannot compute this layer, or the siblings have different fields.
     """
-    flat = _Flat(*mixture, *dropout[:2])
-    gates, indices, rows, _ = gate or (None, None, None, None)
-    outputs, weights, chosen, logits = _apply(
-        flat, x, linears, gates, indices, rows, dropout.seed, impl, sqrt_gate=sqrt_gate
-    )
-    if gate is None:
-        experts = chosen if mixture.is_sparse else None
-        gate = Gate(weights, experts, None, logits)
-    return LayerOutput(outputs, gate)
-
-
-def _apply(
-    mixture, x, siblings, gates=None, indices=None, rows=None, seed=None, impl="auto", *,
-    sqrt_gate=False,
-):  # fmt: skip
-    impl = _formulation(mixture, x, siblings, indices, impl)
+    impl = _choose_impl(mixture, x, linears, gate, impl)
     if impl == "reference":
-        apply_reference = _apply_reference_sqrt if sqrt_gate else _apply_reference
+        apply_reference = _reference_sqrt_gate if sqrt_gate else _reference
         if not is_autocast(x.device):
-            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, linears, gate, dropout)
         with torch.autocast(x.device.type, enabled=False):
-            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, linears, gate, dropout)
     function = SqrtGateMoeLora if sqrt_gate else MoeLora
-    outputs = run(impl, mixture, siblings, x, gates, indices, rows, seed, function=function)
-    return [*outputs[: len(siblings)]], *outputs[-3:]
+    return run(function, impl, mixture, x, linears, gate, dropout)
 
 
-def _formulation(mixture, x, siblings, indices, impl: str) -> str:
-    """The formulation that `impl` stands for here; raises ValueError where it cannot serve."""
+def _choose_impl(
+    mixture: Mixture, x: Tensor, linears: Sequence[LinearTensors], gate: Gate | None, impl: str
+) -> str:
+    """Return the implementation that `impl` stands for; raise ValueError if it cannot serve."""
+    if impl in ("wide", "reference"):
+        return impl
     num_experts = len(mixture.ranks)
-    if indices is not None:
-        top_k = indices.shape[1] // len(siblings)
+    if gate is None:
+        top_k = mixture.top_k if mixture.top_k < num_experts else None
     else:
-        top_k = mixture.top_k if 0 < mixture.top_k < num_experts else None
+        top_k = None if gate.experts is None else gate.experts.shape[1] // len(linears)
     if impl == "grouped":
         dispatch.check_grouped(top_k, mixture.share_a)
     if impl != "auto":
@@ -91,24 +79,38 @@ def _formulation(mixture, x, siblings, indices, impl: str) -> str:
     )
 
 
-def _apply_reference(mixture, x, siblings, gates, indices, rows, seed):
-    fields = [[t for t in field if t is not None] for field in zip(*siblings, strict=True)]
-    y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *mixture)
-    return y, weights, chosen, logits
+def _reference(
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None,
+    dropout: Dropout,
+) -> LayerOutput:
+    y, _, *made = reference.wide(x, siblings_of(linears), gate, mixture, dropout)
+    return LayerOutput(y, mixture.router_gate(*made[:3]) if gate is None else gate)
 
 
-def _apply_reference_sqrt(mixture, x, siblings, gates, indices, rows, seed):
-    """The experts at the root of the gate, plus what is missing to the gate, for the router."""
-    held = gates.detach().sqrt()
-    outputs, *rest = _apply_reference(mixture, x, siblings, held, indices, rows, seed)
-    constant = [
-        LinearTensors(
-            None, None, y.new_zeros(y.shape), s.lora_a.detach(), s.lora_b.detach(), None, None
-        )
-        for y, s in zip(outputs, siblings, strict=True)
+def _reference_sqrt_gate(
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate,
+    dropout: Dropout,
+) -> LayerOutput:
+    """Run the experts with sqrt(gate), then add what is missing to the gate.
+
+    The second term runs detached experts with gate - sqrt(gate). Only the router receives a
+    gradient from it.
+    """
+    root = gate.weights.detach().sqrt()
+    y, _ = _reference(mixture, x, linears, gate._replace(weights=root), dropout)
+    detached = [
+        LinearTensors(None, None, y_i.new_zeros(y_i.shape), s.lora_a.detach(), s.lora_b.detach())
+        for y_i, s in zip(y, linears, strict=True)
     ]
-    missing, *_ = _apply_reference(mixture, x.detach(), constant, gates - held, indices, rows, seed)
-    return [y + more for y, more in zip(outputs, missing, strict=True)], *rest
+    rest = gate._replace(weights=gate.weights - root)
+    more, _ = _reference(mixture, x.detach(), detached, rest, dropout)
+    return LayerOutput([a + b for a, b in zip(y, more, strict=True)], gate)
 
 
 def moe_lora_linear(
