@@ -129,31 +129,44 @@ def moe_lora_linear(
     seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A frozen linear and a gated mixture of LoRA experts in one.
+    """Return the output of a frozen linear with a gated mixture of LoRA experts.
 
         y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)
 
     Args:
         x: [..., I] with T tokens; bf16, fp16, fp32 or fp64.
-        weight: [O, I], x's dtype (under autocast: any).
+        weight: [O, I] in x's dtype (under autocast: in any dtype).
         bias: [O] or None.
-        lora_a: [R, I], expert-major rows; x's dtype or float32.
-        lora_b: [O, R], expert-major columns; dtype of lora_a.
-        gates: weights [T, K] with `indices`; else dense [G, E], G == T, or G == 1 for one row
-            shared by all tokens, or any G with `rows`. Any float dtype, computed in float32.
-        indices: [T, K] int32 or int64; an index outside [0, E) means "not routed".
-        ranks: rank of every expert, or one for each of the E experts; R is their sum.
-        scaling: factor of every expert, or one for each.
-        rows: [T] int32 or int64, the gate row of each token; a row outside [0, G) gates with zero.
-        dropout: probability of dropping an element of x on the way into A, in [0, 1).
-        seed: of the dropout mask; None draws one from torch's default generator.
-        impl: "auto", "wide", "grouped" (needs indices) or "reference".
+        lora_a: [R, I], expert-major rows, in x's dtype or float32.
+        lora_b: [O, R], expert-major columns, in the dtype of lora_a.
+        gates: the gate weights in any float dtype, computed in float32. With `indices`: [T, K].
+            Without: [G, E], and G is T, or 1 (one row for all tokens), or any number if `rows`
+            is given.
+        indices: [T, K] int32 or int64: the expert of each slot. A value outside [0, E) means "not
+            routed".
+        ranks: the rank of all experts, or a sequence of E ranks. R is their sum.
+        scaling: the scale of all experts, or a sequence of E scales.
+        rows: [T] int32 or int64: the gate row of each token. A row outside [0, G) is a zero gate.
+        dropout: the probability in [0, 1) that an element of x is dropped before A.
+        seed: the seed of the dropout mask. None draws one from torch's default generator.
+        impl: "auto", "wide", "grouped" (needs `indices`) or "reference".
 
     Returns:
         y [..., O] in x's dtype (under autocast: autocast's).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is expected.
+        ValueError, TypeError: an argument does not fit. The message names it, the expected and the
+            actual value.
+
+    Example:
+        >>> x, weight = torch.randn(5, 16), torch.randn(32, 16)
+        >>> lora_a, lora_b = torch.randn(8, 16), torch.zeros(32, 8)  # 4 experts of rank 2
+        >>> gates, indices = torch.randn(5, 4).softmax(dim=-1).topk(2)
+        >>> y = moe_lora_linear(
+        ...     x, weight, None, lora_a, lora_b, gates, indices, ranks=2, scaling=1.0
+        ... )
+        >>> y.shape
+        torch.Size([5, 32])
 
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
     """
