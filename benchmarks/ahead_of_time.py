@@ -231,7 +231,7 @@ def natural_widths(launch: Launch) -> set[int]:
         for elements, row, size in operands(launch)
     }
     wide = launch.arguments.get("x_ptr", launch.arguments.get("wide_ptrs", (None,))[0])
-    if "weight_grad_kernel" in launch.kernel.fn.__name__ and wide.dtype == torch.float32:
+    if launch.kernel.fn.__name__.endswith("grad_kernel") and wide.dtype == torch.float32:
         # TF32 tensor cores want both operands contiguous along the tokens: the small one is
         # transposed on its way into shared memory, element by element.
         found.add(4)

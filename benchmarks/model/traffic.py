@@ -28,9 +28,13 @@ def _tensors(value) -> list[Tensor]:
 
 
 def compulsory(launch: Launch) -> int:
-    """Every argument once, without the workspace that stages of one op hand over."""
-    given = launch.arguments.items()
-    return sum(t.nbytes for name, value in given if name != "partials_ptr" for t in _tensors(value))
+    """Return the bytes of every argument once, without the partial sums between launches."""
+    return sum(
+        tensor.nbytes
+        for name, value in launch.arguments.items()
+        if name != "partials_ptr"
+        for tensor in _tensors(value)
+    )
 
 
 class Sizes:
@@ -43,7 +47,7 @@ class Sizes:
 
 
 def _gate(s: Sizes) -> int:
-    """Reads of a gate that is given."""
+    """Bytes read of a gate that the caller passes."""
     if s.FORM == "router":
         return 0
     if s.FORM == "sparse":
@@ -52,12 +56,12 @@ def _gate(s: Sizes) -> int:
 
 
 def _experts(s: Sizes) -> int:
-    """Reads of the table of experts and of their scaling, once per token tile and sibling."""
+    """Bytes read of `expert_columns` and `scaling`, once per token tile and sibling."""
     return ceil_div(s.T, s.BLOCK_T) * s.n * (s.E * s.R * 2 + s.E * 4)
 
 
 def _routing(s: Sizes) -> int:
-    """Writes of a router: logits, weights, indices."""
+    """Bytes that a router writes: logits, weights, experts."""
     if s.FORM != "router":
         return 0
     slots = s.T * s.n * s.K * (4 + s.size("experts_ptr"))
@@ -69,7 +73,7 @@ def _router_bias(s: Sizes) -> int:
 
 
 def _gated(s: Sizes) -> tuple[int, int]:
-    """Reads and writes of the gate over h: shared by both forms of the forward."""
+    """Bytes read and written to gate h: shared by both kernels of the forward."""
     written = s.T * s.n * (s.A_ROWS + s.R) * s.size("h_ptr") + _routing(s)
     return _gate(s) + _experts(s) + _router_bias(s), written
 
@@ -85,8 +89,8 @@ def _shrink_gate(s: Sizes) -> tuple[int, int]:
     read += token_tiles * s.n * s.ROUTER_COLUMNS * s.I * s.size("router_ptrs")
     read += s.programs * s.size("seed_ptr") + _tile_table(s, 1)
     if s.FUSED:
-        of_gate, written = _gated(s)
-        return read + of_gate, written
+        gate_read, written = _gated(s)
+        return read + gate_read, written
     return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
 
 
@@ -96,11 +100,11 @@ def _gate_partials(s: Sizes) -> tuple[int, int]:
 
 
 def _gated_backward(s: Sizes) -> tuple[int, int]:
-    """Reads and writes of the gate over P: shared by both forms of the backward."""
+    """Bytes read and written to gate P: shared by both kernels of the backward."""
     read = _gate(s) + _experts(s) + s.T * s.n * s.R * s.size("h_ptr")
-    of_logits = s.T * s.n * s.E * 4
+    logits_bytes = s.T * s.n * s.E * 4
     if s.ROUTER:
-        read += of_logits * ((s.logits_ptr is not None) + (s.dlogits_ptr is not None))
+        read += logits_bytes * ((s.logits_ptr is not None) + (s.dlogits_ptr is not None))
     elif s.FORM == "sparse":
         read += s.T * s.n * s.K * s.size("gate_experts_ptr")
     written = s.T * s.n * (s.R + s.A_ROWS) * s.size("h_ptr") + s.dgate_ptr.nbytes
@@ -112,8 +116,8 @@ def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
     read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
     if s.FUSED:
-        of_gate, written = _gated_backward(s)
-        return read + of_gate, written
+        gate_read, written = _gated_backward(s)
+        return read + gate_read, written
     return read, s.SPLIT * s.T * s.n * s.R * 4
 
 
@@ -138,17 +142,17 @@ def _shrink_dx(s: Sizes) -> tuple[int, int]:
 
 
 def weight_grad_split(s: Sizes) -> int:
-    """Into how many parts the tokens are cut: programs over tiles of the wide sides."""
-    of_outputs = sum(ceil_div(width, s.BLOCK_W) for width in s.out_features) * s.B_TILES
-    return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + of_outputs)
+    """Return into how many parts T is split: programs over tiles of the wide sides."""
+    output_tiles = sum(ceil_div(width, s.BLOCK_W) for width in s.out_features) * s.B_TILES
+    return s.programs // (ceil_div(s.I, s.BLOCK_W) * s.A_TILES + output_tiles)
 
 
 def _weight_grad(s: Sizes) -> tuple[int, int]:
     i_tiles, split = ceil_div(s.I, s.BLOCK_W), weight_grad_split(s)
     read = s.T * s.I * s.size("x_ptr") * s.A_TILES
     read += s.T * i_tiles * (s.H * s.size("dh_ptr") + s.L * s.size("dlogits_ptr"))
-    of_x = i_tiles * s.A_TILES * split
-    read += of_x * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
+    x_programs = i_tiles * s.A_TILES * split
+    read += x_programs * (s.size("seed_ptr") + (3 * 4 if s.PER_EXPERT else 0))
     for width in s.out_features:
         read += s.T * width * s.B_TILES * s.size("dy_ptrs")
         read += s.T * ceil_div(width, s.BLOCK_W) * s.R * s.size("u_ptr")
@@ -189,16 +193,16 @@ def _router_grad(s: Sizes) -> tuple[int, int]:
 
 
 class _Tile(NamedTuple):
-    """Places of one expert: those of a tile, or of a part of its sum."""
+    """Sorted positions of one expert: a tile, or the range of a partial sum."""
 
     expert: int
     first: int
     end: int
-    places: int
+    positions: int
 
 
 def _tiles(s: Sizes, tiles: Tensor) -> list[_Tile]:
-    """The tiles that hold places; routing arrays are real also where nothing else is."""
+    """Return the tiles that hold positions. Routing arrays have data in every recorded launch."""
     rows = tiles.tolist()
     ends = [first for _, first in rows[1:]] + [s.P]
     return [
@@ -213,14 +217,14 @@ def _rank(s: Sizes, expert: int) -> int:
 
 
 def _tile_map(s: Sizes, tiles: Tensor) -> int:
-    """Reads of a map of tiles by all programs: the last tile ends with the places."""
-    each = s.programs // len(tiles)
-    return each * (12 * len(tiles) - 4)
+    """Bytes of `load_tile` of all programs. The last tile's end is P, which is not loaded."""
+    programs_per_tile = s.programs // len(tiles)
+    return programs_per_tile * (12 * len(tiles) - 4)
 
 
 def _grouped_shrink(s: Sizes) -> tuple[int, int]:
     routed = [tile for tile in _tiles(s, s.tiles_ptr) if tile.expert < s.n * s.E]
-    pairs = sum(tile.places for tile in routed)
+    pairs = sum(tile.positions for tile in routed)
     read = _tile_map(s, s.tiles_ptr) + s.programs * (4 + 2 * s.size("ranks_ptr"))
     read += s.COLUMN_TILES * (s.P * 4 + pairs * (s.I * s.size("x_ptr") + s.size("weights_ptr")))
     read += s.COLUMN_TILES * len(routed) * s.size("seed_ptr")
@@ -234,9 +238,9 @@ def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
     for tile in _tiles(s, s.tiles_ptr):
         if tile.expert < s.n * s.E:
             O = s.out_features[tile.expert // s.E]  # noqa: E741
-            read += tile.places * O * s.size("dy_ptrs") * ceil_div(s.MAX_RANK, s.BLOCK_R)
+            read += tile.positions * O * s.size("dy_ptrs") * ceil_div(s.MAX_RANK, s.BLOCK_R)
             read += O * _rank(s, tile.expert) * s.size("b_ptrs")
-            read += tile.places * s.size("weights_ptr")
+            read += tile.positions * s.size("weights_ptr")
     written = 2 * s.P * s.MAX_RANK * s.size("h_ptr") + s.P * s.size("dweights_ptr")
     return read, written
 
@@ -246,68 +250,71 @@ def _grouped_expand(s: Sizes) -> tuple[int, int]:
     read, rows = _tile_map(s, s.tiles_ptr), 0
     for tile in _tiles(s, s.tiles_ptr):
         slots = [pair % s.S for pair in order[tile.first : tile.end]]
-        mine = tile.places if s.PER_PAIR else slots.count(s.slot)
+        pairs = tile.positions if s.PER_PAIR else slots.count(s.slot)
         read += 0 if s.PER_PAIR else 8 * o_tiles
-        passed = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
-        if passed or (s.IN_PLACE and tile.expert >= s.N):
+        skipped = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
+        if skipped or (s.IN_PLACE and tile.expert >= s.N):
             continue
-        rows += mine
-        read += tile.places * 4 * o_tiles
+        rows += pairs
+        read += tile.positions * 4 * o_tiles
         if tile.expert < s.N:
             rank = _rank(s, tile.expert)
             read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
-            read += rank * (mine * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
+            read += rank * (pairs * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
     return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 
-def _parts(s: Sizes) -> list[_Tile]:
-    """The parts of the sums of experts: whole chunks, the last with what is left."""
-    found: list[_Tile] = []
+def _partial_sums(s: Sizes) -> list[_Tile]:
+    """Return the range of every partial sum: whole chunks, the last merged with a short rest."""
+    partials: list[_Tile] = []
     sizes: dict[int, int] = {}
     for tile in _tiles(s, s.chunks_ptr):
         if tile.expert >= s.n * s.E:
             continue
-        size = sizes.setdefault(tile.expert, tile.places)
-        if tile.places < size:
-            before = found.pop()
-            tile = _Tile(tile.expert, before.first, tile.end, tile.end - before.first)
-        found.append(tile)
-    return found
+        size = sizes.setdefault(tile.expert, tile.positions)
+        if tile.positions < size:
+            previous = partials.pop()
+            tile = _Tile(tile.expert, previous.first, tile.end, tile.end - previous.first)
+        partials.append(tile)
+    return partials
 
 
-def _part_map(s: Sizes) -> int:
-    """Reads by which programs find their part, but for those of the map of chunks."""
+def _chunk_ranges(s: Sizes) -> int:
+    """Bytes of `load_chunk_range` of all programs."""
     routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
     later = len(routed) - len({tile.expert for tile in routed})
     return s.TILES * (8 * len(routed) + 4 * later)
 
 
 def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
-    parts = _parts(s)
-    alone = Counter(part.expert for part in parts)
-    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
+    partials = _partial_sums(s)
+    partials_of_expert = Counter(partial.expert for partial in partials)
+    read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
     written = 0
     for expert in range(s.n * s.E):
-        if expert not in alone:
+        if expert not in partials_of_expert:
             read += s.TILES * 2 * s.size("ranks_ptr")
             written += _rank(s, expert) * s.widths[expert // s.E] * s.size("out_ptrs")
-    for part in parts:
-        W, rank = s.widths[part.expert // s.E], _rank(s, part.expert)
+    for partial in partials:
+        W, rank = s.widths[partial.expert // s.E], _rank(s, partial.expert)
         w_tiles = ceil_div(W, s.BLOCK_W)
         programs = w_tiles * s.COLUMN_TILES
-        read += programs * (4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr") + 4 * part.places)
-        read += part.places * W * s.COLUMN_TILES * s.size("wide_ptrs")
-        read += part.places * rank * w_tiles * s.size("narrow_ptr")
-        written += rank * W * (s.size("out_ptrs") if alone[part.expert] == 1 else 4)
+        read += programs * (
+            4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr") + 4 * partial.positions
+        )
+        read += partial.positions * W * s.COLUMN_TILES * s.size("wide_ptrs")
+        read += partial.positions * rank * w_tiles * s.size("narrow_ptr")
+        is_whole = partials_of_expert[partial.expert] == 1
+        written += rank * W * (s.size("out_ptrs") if is_whole else 4)
     return read, written
 
 
 def _reduce_chunks(s: Sizes) -> tuple[int, int]:
-    of = Counter(part.expert for part in _parts(s))
+    partials_of_expert = Counter(partial.expert for partial in _partial_sums(s))
     routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
-    read = _tile_map(s, s.chunks_ptr) + _part_map(s) + s.TILES * 4 * len(routed)
+    read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * len(routed)
     written = 0
-    for expert, count in of.items():
+    for expert, count in partials_of_expert.items():
         if count > 1:
             elements = _rank(s, expert) * s.widths[expert // s.E]
             read += s.TILES * 2 * s.size("ranks_ptr") + elements * 4 * count
@@ -337,5 +344,5 @@ KERNELS = {
 
 
 def moved(launch: Launch) -> tuple[int, int]:
-    """Bytes read and bytes written by all programs of a launch."""
+    """Return the bytes read and the bytes written by all programs of a launch."""
     return KERNELS[launch.kernel.fn.__name__](Sizes(launch))

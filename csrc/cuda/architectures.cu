@@ -1,4 +1,4 @@
-// For which GPUs csrc/cuda was compiled: the compiler knows best.
+// The GPU architectures that this file, and with it csrc/cuda, was compiled for.
 #include "architectures.h"
 
 namespace moelora {

@@ -1,11 +1,11 @@
-// For which GPUs csrc/cuda was compiled.
+// The GPU architectures that csrc/cuda was compiled for.
 #pragma once
 
 #include <initializer_list>
 
 namespace moelora {
 
-// 900 for sm_90 and sm_90a.
+// Returns ten times the compute capability of every architecture: 900 for sm_90 and sm_90a.
 std::initializer_list<int> architectures();
 
 }  // namespace moelora

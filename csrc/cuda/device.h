@@ -1,4 +1,4 @@
-// What a launcher needs of torch: the device and stream of its tensors, memory, a checked launch.
+// What a launcher needs from torch: the device and stream of its tensors, memory, a launch check.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,8 @@
 
 namespace moelora {
 
-// Makes the device of a tensor current, and holds the stream that torch queues work on there.
+// Makes the device of a tensor the current one until the end of the scope. `stream` is the stream
+// that torch queues work on there.
 class Device {
  public:
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -27,11 +28,12 @@ class Device {
   cudaStream_t stream_;
 };
 
-// An uninitialised tensor on the device of another.
+// Returns an uninitialised tensor on the device of `like`.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }
 
+// Raises an error if the last launch failed.
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));

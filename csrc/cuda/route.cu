@@ -1,4 +1,5 @@
-// The routing arrays on the device: what is launched, with which memory; route.cuh does the work.
+// The op `route` on a GPU: checks the arguments, allocates the arrays and launches the kernel of
+// route.cuh.
 #include "route.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -12,6 +13,7 @@ namespace moelora {
 namespace {
 
 template <class Id>
+// Launches one block per slot and two more. The counters are in shared memory if they fit.
 void launch(const RouteArguments& arguments, const Tensor& indices) {
   const Device device(indices);
   const auto [warps, shared] = route_plan(arguments.P, arguments.N, arguments.E);
@@ -21,21 +23,22 @@ void launch(const RouteArguments& arguments, const Tensor& indices) {
     route_kernel<Id, true>
         <<<blocks, warps * WARP, shared, device.stream()>>>(arguments, ids, nullptr);
   } else {
-    const int64_t each = route_counters(arguments.N, arguments.E, warps);
-    const Tensor scratch = empty_on(indices, {blocks * each}, ScalarType::Int);
+    const int64_t counters = route_counters(arguments.N, arguments.E, warps);
+    const Tensor scratch = empty_on(indices, {blocks * counters}, ScalarType::Int);
     route_kernel<Id, false><<<blocks, warps * WARP, 0, device.stream()>>>(
         arguments, ids, scratch.mutable_data_ptr<int>());
   }
   check_launch("route");
 }
 
+// Returns order, offsets, tiles and chunks: see Routing in types.py.
 std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_experts,
                                                  int64_t siblings, int64_t tile, int64_t chunk) {
   const RoutingSizes sizes(indices, num_experts, siblings, tile, chunk);
   const auto [T, S, E, n, P, N] = sizes;
   const ScalarType dtype = indices.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long,
-                  "indices: expected int32 or int64");
+                  "experts: expected int32 or int64");
   const int64_t num_tiles = count_tiles(P, N, tile);
   const int64_t num_chunks = count_tiles(P, N, chunk);
   Tensor order = empty_on(indices, {P}, ScalarType::Int);
@@ -43,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_exp
   Tensor tiles = empty_on(indices, {num_tiles, 2}, ScalarType::Int);
   Tensor chunks = empty_on(indices, {num_chunks, 2}, ScalarType::Int);
   const RouteArguments arguments{
-      // Without pairs no block is needed to place them.
+      // Without pairs, no block has to sort any.
       .T = P > 0 ? T : 0,
       .S = P > 0 ? S : 0,
       .K = S / n,

@@ -1,9 +1,12 @@
-// The routing arrays on the device, in one launch of S + 2 blocks that need nothing of each other:
-// block s < S gives every pair of slot s its place, block S fills offsets and tiles, the last one
-// chunks. Each block counts all pairs by itself, which costs less than a second launch and needs no
-// memory of its own. Sums of integers only: the order of atomics does not show.
+// Computes the routing arrays (Routing in types.py) in one launch of S + 2 blocks. Block s < S
+// gives every pair of slot s its sorted position. Block S fills offsets and tiles, block S + 1
+// chunks.
 //
-// Free of torch's headers, and of CUDA's but for its built-in functions, so that the tests can run
+// Blocks do not communicate: each one counts all pairs itself. That costs less than a second
+// launch, and needs no memory between launches. Atomics add integers only, so their order does not
+// change the result.
+//
+// This file uses no header of torch, and only built-in functions of CUDA, so that the tests can run
 // it on the host (tests/kernels/emulation).
 #pragma once
 
@@ -12,12 +15,14 @@
 namespace moelora {
 
 constexpr int WARP = 32;
-constexpr int MOST_WARPS = 32;
+constexpr int MAX_WARPS = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
-// Indices that a thread asks for before it looks at the first: they come from the L2 cache.
+// Expert ids that a thread loads before it uses the first one: they come from the L2 cache, and the
+// loads overlap.
 constexpr int BATCH = 4;
 
-// See routing.h for the sizes; strides in elements.
+// The sizes are those of RoutingSizes in routing.h. Strides are those of the expert ids [T, S], in
+// elements.
 struct RouteArguments {
   int64_t T;
   int64_t S;
@@ -37,40 +42,41 @@ struct RouteArguments {
   int32_t* chunks;
 };
 
-// The ints that a block counts with: [2, N + 1] pairs of every expert, [warps, E + 1] pairs of one
-// slot, and one number per warp.
+// Returns how many ints a block counts with: the pairs of every expert [2, N + 1], the pairs of one
+// slot by warp [warps, E + 1], and one number per warp.
 __host__ __device__ inline int64_t route_counters(int64_t N, int64_t E, int64_t warps) {
   return 2 * (N + 1) + warps * (E + 1) + warps;
 }
 
 struct RoutePlan {
   int warps;
-  // Bytes of shared memory; 0: there are too many experts, the counters are in global memory.
+  // Bytes of shared memory. 0 if there are too many experts for it: the counters are in global
+  // memory then.
   int64_t shared;
 };
 
-// As many warps as there is work for, and as shared memory allows.
+// Chooses as many warps as there is work for and as shared memory allows.
 inline RoutePlan route_plan(int64_t P, int64_t N, int64_t E) {
-  // What every device grants without being asked: 32 warps up to E = 350, one up to E = 4090.
+  // Every device grants this much by default: 32 warps up to E = 350, one warp up to E = 4090.
   constexpr int64_t SHARED_BYTES = 48 << 10;
   constexpr int64_t BYTES = sizeof(int);
-  int most = MOST_WARPS;
-  while (most > 1 && most / 2 * int64_t{WARP} >= P) most /= 2;
-  for (int warps = most; warps > 0; warps /= 2) {
+  int max_warps = MAX_WARPS;
+  while (max_warps > 1 && max_warps / 2 * int64_t{WARP} >= P) max_warps /= 2;
+  for (int warps = max_warps; warps > 0; warps /= 2) {
     const int64_t bytes = route_counters(N, E, warps) * BYTES;
     if (bytes <= SHARED_BYTES) return {warps, bytes};
   }
-  return {most, 0};
+  return {max_warps, 0};
 }
 
-// The experts of one slot: 0 to E - 1, and E for "not routed".
+// The expert ids of one slot, as labels: 0 to E - 1 for an expert, E for "not routed".
 template <class Id>
 struct Column {
   const Id* __restrict__ ids;
   int64_t stride;
   int E;
 
-  // The labels of BATCH tokens from `first`, `step` apart; -1 from `end` on.
+  // Loads the labels of the tokens first, first + step, ...; the label is -1 from token `end` on.
   __device__ void load(int64_t first, int64_t step, int64_t end, int (&labels)[BATCH]) const {
 #pragma unroll
     for (int j = 0; j < BATCH; ++j) {
@@ -89,8 +95,8 @@ __device__ Column<Id> column_of(const RouteArguments& a, const Id* ids, int64_t 
   return {ids + slot * a.stride_slot, a.stride_token, a.E};
 }
 
-// Counts labels that one thread sees; a run of equal ones costs one atomic addition, or every
-// thread would queue for the same counter where one expert takes all.
+// Counts the labels that one thread reads. A run of equal labels costs one atomic addition:
+// otherwise every thread would wait for the same counter if one expert gets all tokens.
 struct Counter {
   int* routed;      // [E]
   int* not_routed;  // [1]
@@ -113,18 +119,19 @@ struct Counter {
   }
 };
 
-// counts[0] gets the pairs of every expert, N + 1 of them with "not routed"; counts[1] only those
-// of slots before `own`.
+// Counts the pairs of every expert, and of "not routed", into counts [2, N + 1]. Row 1 counts slots
+// before `block_slot`, row 0 the others.
 template <class Id>
-__device__ void count_pairs(const RouteArguments& a, const Id* ids, int64_t own, int* counts) {
+__device__ void count_pairs(const RouteArguments& a, const Id* ids, int64_t block_slot,
+                            int* counts) {
   const int thread = threadIdx.x, threads = blockDim.x;
-  // Neighbours read neighbouring slots, and a thread stays in its slot.
+  // Neighbouring threads read neighbouring slots, and a thread stays in its slot.
   const int across = a.S < threads ? static_cast<int>(a.S) : threads;
   const int along = threads / across;
   if (thread >= across * along) return;
   for (int64_t slot = thread % across; slot < a.S; slot += across) {
     const Column<Id> column = column_of(a, ids, slot);
-    int* first = counts + (slot < own ? a.N + 1 : 0);
+    int* first = counts + (slot < block_slot ? a.N + 1 : 0);
     Counter counter{first + slot / a.K * a.E, first + a.N, a.E};
     for (int64_t t = thread / across; t < a.T; t += BATCH * along) {
       int labels[BATCH];
@@ -136,23 +143,26 @@ __device__ void count_pairs(const RouteArguments& a, const Id* ids, int64_t own,
   }
 }
 
-// values[n] becomes the sum of the values before it; the sum of all is returned. `sums` [warps].
-// Every thread of the block calls it, and may read all of `values` when it returns.
+// Replaces every value by the sum of the values before it, and returns the sum of all. `sums` has
+// one int per warp. Every thread of the block calls this function, and may read all of `values`
+// when it returns.
 __device__ inline int exclusive_sum(int* values, int count, int* sums) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   const int share = (count + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int64_t begin = static_cast<int64_t>(threadIdx.x) * share;
   const int64_t end = begin + share < count ? begin + share : count;
-  int own = 0;
-  for (int64_t n = begin; n < end; ++n) own += values[n];
-  int up_to = own;
+  // Sum of this thread's share, then of the shares up to it within the warp.
+  int thread_sum = 0;
+  for (int64_t n = begin; n < end; ++n) thread_sum += values[n];
+  int up_to = thread_sum;
   for (int distance = 1; distance < WARP; distance *= 2) {
     const int lower = __shfl_up_sync(ALL_LANES, up_to, distance);
     if (lane >= distance) up_to += lower;
   }
   if (lane == WARP - 1) sums[warp] = up_to;
   __syncthreads();
-  int before = up_to - own, total = 0;
+  // Add the sums of the warps before this one.
+  int before = up_to - thread_sum, total = 0;
   for (int w = 0; w < warps; ++w) {
     if (w < warp) before += sums[w];
     total += sums[w];
@@ -166,7 +176,7 @@ __device__ inline int exclusive_sum(int* values, int count, int* sums) {
   return total;
 }
 
-// The tokens that one warp places, a multiple of a warp of them but for the last.
+// The tokens that one warp sorts: a multiple of WARP tokens, except for the last warp.
 struct Share {
   int64_t begin;
   int64_t end;
@@ -179,18 +189,19 @@ struct Share {
   }
 };
 
-// order of the pairs of slot `own`. starts [N + 1]: first place of every expert; earlier [N + 1]:
-// its pairs in slots before; next [warps, E + 1], zeros.
+// Writes the pairs of slot `block_slot` to `order`. starts [N + 1]: first sorted position of every
+// expert. earlier [N + 1]: its pairs in slots before block_slot. next [warps, E + 1]: zeros.
 template <class Id>
-__device__ void place_slot(const RouteArguments& a, const Id* ids, int64_t own, const int* starts,
-                           const int* earlier, int* next) {
+__device__ void sort_slot(const RouteArguments& a, const Id* ids, int64_t block_slot,
+                          const int* starts, const int* earlier, int* next) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   const int labels_of_slot = a.E + 1;
-  const Column<Id> column = column_of(a, ids, own);
+  const Column<Id> column = column_of(a, ids, block_slot);
   const Share share(a.T);
   int* next_of_warp = next + static_cast<int64_t>(warp) * labels_of_slot;
   int labels[BATCH];
 
+  // Count the pairs of every label in the warp's share.
   Counter counter{next_of_warp, next_of_warp + a.E, a.E};
   for (int64_t t = share.begin + lane; t < share.end; t += BATCH * WARP) {
     column.load(t, WARP, share.end, labels);
@@ -200,23 +211,24 @@ __device__ void place_slot(const RouteArguments& a, const Id* ids, int64_t own, 
   counter.flush();
   __syncthreads();
 
-  // From how many pairs a warp has to the place of its first.
+  // Replace the number of pairs of a warp by the position of its first pair.
   for (int label = threadIdx.x; label < labels_of_slot; label += blockDim.x) {
-    const int64_t expert = label < a.E ? own / a.K * a.E + label : a.N;
-    int place = starts[expert] + earlier[expert];
+    const int64_t expert = label < a.E ? block_slot / a.K * a.E + label : a.N;
+    int position = starts[expert] + earlier[expert];
     for (int w = 0; w < warps; ++w) {
-      int* of_warp = next + static_cast<int64_t>(w) * labels_of_slot + label;
-      const int count = *of_warp;
-      *of_warp = place;
-      place += count;
+      int* entry = next + static_cast<int64_t>(w) * labels_of_slot + label;
+      const int count = *entry;
+      *entry = position;
+      position += count;
     }
   }
   __syncthreads();
 
+  // Write the pairs, 32 tokens at a time. Pairs of one label keep the order of their tokens.
   int bits = 0;
   while (a.E >> bits) ++bits;
   const unsigned lower_lanes = (1u << lane) - 1;
-  // Bounds are those of the warp, not of the lane: all of them vote.
+  // The loop bounds are those of the warp, not of a lane, because all lanes vote.
   for (int64_t first = share.begin; first < share.end; first += BATCH * WARP) {
     column.load(first + lane, WARP, share.end, labels);
 #pragma unroll
@@ -230,7 +242,7 @@ __device__ void place_slot(const RouteArguments& a, const Id* ids, int64_t own, 
         peers &= set ? vote : ~vote;
       }
       if (valid) {
-        const int64_t pair = (first + j * WARP + lane) * a.S + own;
+        const int64_t pair = (first + j * WARP + lane) * a.S + block_slot;
         a.order[next_of_warp[labels[j]] + __popc(peers & lower_lanes)] = static_cast<int>(pair);
       }
       __syncwarp();
@@ -240,7 +252,8 @@ __device__ void place_slot(const RouteArguments& a, const Id* ids, int64_t own, 
   }
 }
 
-// tiles [count, 2] of `size` places. starts [N + 1]; first_tile [N + 1] is written over.
+// Fills tiles [count, 2] of `size` sorted positions. starts [N + 1]: first position of every
+// expert. first_tile [N + 1] is scratch space.
 __device__ inline void fill_tiles(const RouteArguments& a, const int* starts, int* first_tile,
                                   int* sums, int64_t size, int64_t count, int32_t* tiles) {
   for (int e = threadIdx.x; e <= a.N; e += blockDim.x) {
@@ -251,9 +264,10 @@ __device__ inline void fill_tiles(const RouteArguments& a, const int* starts, in
   const int used = exclusive_sum(first_tile, a.N + 1, sums);
   for (int64_t m = threadIdx.x; m < count; m += blockDim.x) {
     int expert = a.N;
-    int64_t place = a.P;
+    int64_t position = a.P;
     if (m < used) {
-      // The last expert whose first tile is not beyond m: those without tiles come before it.
+      // Search the last expert whose first tile is not beyond m. Experts without tiles share their
+      // first tile with the next expert, so the last one is the expert that owns tile m.
       int low = 0, high = a.N;
       while (low < high) {
         const int middle = low + (high - low + 1) / 2;
@@ -264,52 +278,54 @@ __device__ inline void fill_tiles(const RouteArguments& a, const int* starts, in
         }
       }
       expert = low;
-      place = starts[expert] + (m - first_tile[expert]) * size;
+      position = starts[expert] + (m - first_tile[expert]) * size;
     }
     tiles[2 * m] = expert;
-    tiles[2 * m + 1] = static_cast<int>(place);
+    tiles[2 * m + 1] = static_cast<int>(position);
   }
 }
 
-// All that a block does; `counters` [route_counters] are its own, with any content.
+// Does the work of one block. `counters` [route_counters] belong to this block, with any content.
 template <class Id>
 __device__ void route_block(const RouteArguments& a, const Id* ids, int* counters) {
   const int warps = blockDim.x / WARP;
   const int64_t experts = a.N + 1;
-  const int64_t own = blockIdx.x;
+  const int64_t block_slot = blockIdx.x;
   int* counts = counters;
-  int* others = counts + experts;
-  int* next = others + experts;
+  int* earlier = counts + experts;
+  int* next = earlier + experts;
   int* sums = next + static_cast<int64_t>(warps) * (a.E + 1);
 
   for (int64_t n = threadIdx.x; n < sums - counters; n += blockDim.x) counters[n] = 0;
   __syncthreads();
-  if (a.S > 0) count_pairs(a, ids, own, counts);
+  if (a.S > 0) count_pairs(a, ids, block_slot, counts);
   __syncthreads();
-  for (int64_t e = threadIdx.x; e < experts; e += blockDim.x) counts[e] += others[e];
+  for (int64_t e = threadIdx.x; e < experts; e += blockDim.x) counts[e] += earlier[e];
   __syncthreads();
   exclusive_sum(counts, static_cast<int>(experts), sums);
 
-  if (own < a.S) {
-    place_slot(a, ids, own, counts, others, next);
-  } else if (own == a.S) {
+  // counts[e] is the first position of expert e from here on.
+  if (block_slot < a.S) {
+    sort_slot(a, ids, block_slot, counts, earlier, next);
+  } else if (block_slot == a.S) {
     for (int64_t e = threadIdx.x; e < experts; e += blockDim.x) a.offsets[e] = counts[e];
-    fill_tiles(a, counts, others, sums, a.tile, a.num_tiles, a.tiles);
+    fill_tiles(a, counts, earlier, sums, a.tile, a.num_tiles, a.tiles);
   } else {
-    fill_tiles(a, counts, others, sums, a.chunk, a.num_chunks, a.chunks);
+    fill_tiles(a, counts, earlier, sums, a.chunk, a.num_chunks, a.chunks);
   }
 }
 
 #if defined(__CUDACC__)
+// SHARED: the counters are in shared memory; otherwise in `scratch` [blocks, route_counters].
 template <class Id, bool SHARED>
-__global__ __launch_bounds__(MOST_WARPS* WARP) void route_kernel(RouteArguments arguments,
-                                                                 const Id* ids, int* scratch) {
+__global__ __launch_bounds__(MAX_WARPS* WARP) void route_kernel(RouteArguments arguments,
+                                                                const Id* ids, int* scratch) {
   extern __shared__ int shared[];
   if constexpr (SHARED) {
     route_block(arguments, ids, shared);
   } else {
-    const int64_t each = route_counters(arguments.N, arguments.E, blockDim.x / WARP);
-    route_block(arguments, ids, scratch + blockIdx.x * each);
+    const int64_t counters = route_counters(arguments.N, arguments.E, blockDim.x / WARP);
+    route_block(arguments, ids, scratch + blockIdx.x * counters);
   }
 }
 #endif

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from moelora_kernels.kernels.common import configs, launcher, tables
-from moelora_kernels.kernels.common.memory import load_rows, store_rows
+from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.types import NO_DROPOUT
 
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
 # twice the space, because tf32x3 splits each into two parts.
@@ -74,7 +75,6 @@ def grouped_expand_kernel(
     o_tiles = tl.cdiv(O, BLOCK_O)
     first_o = tl.program_id(0) % o_tiles * BLOCK_O
     o = first_o + tl.arange(0, BLOCK_O)
-    o_in = o < O
     expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // o_tiles, M, P)
 
     # Most tiles hold no pair of the slot: leave early.
@@ -94,6 +94,7 @@ def grouped_expand_kernel(
             rows = pairs.to(tl.int64)
         else:
             positions_in = positions_in & (pairs % S == slot)
+        in_bounds = positions_in[:, None] & (o < O)[None, :]
 
         # Product and dropout. Pairs that are not routed (expert N) have none.
         y = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
@@ -103,12 +104,12 @@ def grouped_expand_kernel(
                 columns = first_r + tl.arange(0, BLOCK_R)
                 columns_in = columns < rank
                 u = load_rows(
-                    u_ptr, MAX_RANK, positions.to(tl.int64), columns, positions_in, columns_in
+                    u_ptr, MAX_RANK, positions, columns, positions_in, columns_in
                 )  # [BLOCK_P, BLOCK_R]
                 matrix_row = (first_column + columns).to(tl.int64)[:, None] * stride_r
                 matrix = tl.load(
                     matrix_ptr + matrix_row + o.to(tl.int64)[None, :] * stride_o,
-                    mask=columns_in[:, None] & o_in[None, :],
+                    mask=columns_in[:, None] & (o < O)[None, :],
                     other=0.0,
                 )  # [BLOCK_R, BLOCK_O]
                 y = product(u, matrix, y, UPCAST)
@@ -121,16 +122,17 @@ def grouped_expand_kernel(
         # Add the start and store.
         if start_ptr is not None:
             offsets = tokens[:, None] * stride_start + o[None, :]
-            in_bounds = positions_in[:, None] & o_in[None, :]
             y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        store_rows(y_ptr, O, rows, o, positions_in, o_in, y)
+        address = y_ptr + rows[:, None] * O + o[None, :]
+        tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def launch(
-    u, matrices, start, order, offsets, tiles, ranks, tokens, first, per_pair, dropout,
-    dropout_per_expert, seed,
-):  # fmt: skip
+    u, matrices, start, routing, ranks, drop=NO_DROPOUT, tokens=0, first_sibling=0, per_pair=False
+):
     """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings."""
+    order, offsets, tiles, _ = routing
+    dropout, dropout_per_expert, seed = drop
     P, O, E = order.shape[0], matrices[0].shape[0], len(ranks)  # noqa: E741
     start_is_matrix = start is not None and start.dim() == 2
     dtype = start.dtype if start_is_matrix else u.dtype
@@ -141,7 +143,9 @@ def launch(
     # The slots of every sibling: one launch each, and one for all slots with per_pair.
     N, S = len(offsets) - 1, P // tokens
     K = S // (N // E)
-    slots = [(first + i, k) for i in range(len(matrices)) for k in range(1 if per_pair else K)]
+    slots = [
+        (first_sibling + i, k) for i in range(len(matrices)) for k in range(1 if per_pair else K)
+    ]
 
     # Launches before the last one write `sums`, and the last one writes y.
     sums = y
@@ -156,7 +160,7 @@ def launch(
         previous = launcher.rows_dense(start)
         stride = previous.stride(0)
     for number, (sibling, k) in enumerate(slots):
-        matrix = matrices[sibling - first]
+        matrix = matrices[sibling - first_sibling]
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,

@@ -86,7 +86,7 @@ def grouped_shrink_backward_kernel(
             for first_o in range(0, O, BLOCK_O):
                 o = first_o + tl.arange(0, BLOCK_O)
                 dy = load_rows(dy_ptr, stride, rows, o, positions_in, o < O)  # [BLOCK_P, BLOCK_O]
-                b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < rank)
+                b = load_rows(b_ptr, R, o, columns, o < O, columns < rank)
                 p = product(dy, b, p, UPCAST)
 
         # Gate and store.
@@ -105,8 +105,9 @@ def grouped_shrink_backward_kernel(
         tl.store(dweights_ptr + pairs, inner, mask=positions_in)
 
 
-def launch(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
+def launch(dy, lora_b, h, weights, routing, ranks, scaling):
     """Return dh, u and dweights, like `reference.grouped_shrink_backward`."""
+    order, _offsets, tiles, _ = routing
     P = order.shape[0]
     dh, u = (h.new_empty(h.shape) for _ in range(2))
     shape = 0 if weights is None else weights.shape

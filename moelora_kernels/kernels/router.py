@@ -58,7 +58,7 @@ def router_logits_kernel(
     for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
-        router = load_transposed(router_ptr, I, experts.to(tl.int64), i, experts_in, i < I)
+        router = load_transposed(router_ptr, I, experts, i, experts_in, i < I)
         logits = exact_product(x, router, logits, UPCAST)
 
     # Bias, in the first split only.
@@ -120,17 +120,18 @@ def router_grad_kernel(
 
     # Store. The programs of the first tile of I store the bias.
     partial = split.to(tl.int64) * partial_stride
-    store_transposed(drouter_ptr + partial, I, columns.to(tl.int64), i, columns_in, i_in, drouter)
+    store_transposed(drouter_ptr + partial, I, columns, i, columns_in, i_in, drouter)
     if first_i == 0:
         out_ptr = dbias_ptr + partial + columns
         tl.store(out_ptr, dbias.to(dbias_ptr.dtype.element_ty), mask=columns_in)
 
 
-def launch_logits(x, router_weight, router_bias, *, split=None):
+def launch_logits(x, router, *, split=None):
     """Return logits [T, n E] float32, like `reference.router_logits`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """
+    router_weight, router_bias = router
     (T, I), n, E = x.shape, len(router_weight), router_weight[0].shape[0]  # noqa: E741
     logits = x.new_empty((T, n * E), dtype=compute_dtype(x))
     if T == 0:

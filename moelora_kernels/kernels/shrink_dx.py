@@ -25,6 +25,7 @@ def add_columns(
     tokens,
     tokens_in,
     i,
+    i_in,
     I,  # noqa: E741
     start,
     end,
@@ -39,7 +40,7 @@ def add_columns(
         columns = first + tl.arange(0, BLOCK_R)
         columns_in = columns < end
         dh = load_rows(dh_ptr, stride_dh, tokens, columns, tokens_in, columns_in)
-        a = load_rows(a_ptr, I, columns.to(tl.int64), i, columns_in, i < I)
+        a = load_rows(a_ptr, I, columns, i, columns_in, i_in)
         dx = product(dh, a, dx, UPCAST)
     return dx
 
@@ -89,6 +90,7 @@ def shrink_dx_kernel(
     i = first_i + tl.arange(0, BLOCK_I)
     tokens = (tl.program_id(0) // i_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
+    i_in = i < I
     dx = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
 
     # The experts' part, and dropout.
@@ -103,8 +105,8 @@ def shrink_dx_kernel(
             a_ptr = select_from(a_ptrs, sibling) - sibling.to(tl.int64) * A_ROWS * I
             expert_dx = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
             expert_dx = add_columns(
-                expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, I, start, end, BLOCK_R,
-                UPCAST,
+                expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, i_in, I, start, end,
+                BLOCK_R, UPCAST,
             )  # fmt: skip
             kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
             dx += tl.where(kept, expert_dx, 0.0)
@@ -112,7 +114,7 @@ def shrink_dx_kernel(
         for sibling in range(n):
             dx = add_columns(
                 dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, select_from(a_ptrs, sibling), tokens,
-                tokens_in, i, I, 0, A_ROWS, BLOCK_R, UPCAST,
+                tokens_in, i, i_in, I, 0, A_ROWS, BLOCK_R, UPCAST,
             )  # fmt: skip
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)
@@ -125,13 +127,14 @@ def shrink_dx_kernel(
         for sibling in range(n):
             dx = add_columns(
                 dx, dlogits_ptr + sibling * E, n * E, select_from(router_ptrs, sibling), tokens,
-                tokens_in, i, I, 0, E, BLOCK_E, UPCAST,
+                tokens_in, i, i_in, I, 0, E, BLOCK_E, UPCAST,
             )  # fmt: skip
-    store_rows(dx_ptr, I, tokens, i, tokens_in, i < I, dx)
+    store_rows(dx_ptr, I, tokens, i, tokens_in, i_in, dx)
 
 
-def launch(dh, dlogits, lora_a, router_weight, ranks, dropout, dropout_per_expert, seed):
+def launch(dh, dlogits, lora_a, router_weight, ranks, drop):
     """Return dx [T, I] in the dtype of dh, like `reference.shrink_dx`."""
+    dropout, dropout_per_expert, seed = drop
     T, n = dh.shape[0], len(lora_a)
     A_ROWS, I = lora_a[0].shape  # noqa: E741
     dx = dh.new_empty((T, I))

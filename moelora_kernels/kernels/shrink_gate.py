@@ -137,9 +137,9 @@ def shrink_gate_kernel(
     for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
-        a = load_transposed(a_ptr, I, columns.to(tl.int64), i, columns_in, i < I)
+        a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
         if ROUTER_COLUMNS:
-            router = load_transposed(router_ptr, I, experts.to(tl.int64), i, experts < E, i < I)
+            router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
             logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, ALIGNED, BLOCK_I)
@@ -257,14 +257,15 @@ def gate_partials_kernel(
         )
 
 
-def launch(
-    x, lora_a, gates, experts, rows, router_weight, router_bias, ranks, scaling, share_a, top_k,
-    renormalize, temperature, dropout, dropout_per_expert, seed, *, split=None,
-):  # fmt: skip
+def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
     """Return h, u and the gate that the router made, like `reference.shrink_gate`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """
+    router_weight, router_bias = router_tensors
+    gates, experts, rows, _ = gate
+    ranks, scaling, _, top_k, renormalize, temperature = mixture
+    dropout, dropout_per_expert, seed = drop
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0

@@ -107,10 +107,10 @@ def shrink_gate_backward_kernel(
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
-        b = load_rows(b_ptr, R, o.to(tl.int64), columns, o < O, columns < R)
+        b = load_rows(b_ptr, R, o, columns, o < O, columns < R)
         p = product(dy, b, p, UPCAST)
         if COLUMN_BLOCKS == 2:
-            b = load_rows(b_ptr, R, o.to(tl.int64), columns_2, o < O, columns_2 < R)
+            b = load_rows(b_ptr, R, o, columns_2, o < O, columns_2 < R)
             p_2 = product(dy, b, p_2, UPCAST)
 
     if FUSED:
@@ -227,14 +227,13 @@ def gate_partials_backward_kernel(
             tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
 
 
-def launch(
-    dy, lora_b, h, gates, experts, rows, logits, dlogits, ranks, scaling, share_a, top_k,
-    renormalize, temperature, *, split=None,
-):  # fmt: skip
+def launch(dy, lora_b, h, gate, dlogits, mixture, *, split=None):
     """Return dh, u and dgate, like `reference.shrink_gate_backward`.
 
     split: number of parts that O is cut into; None fills the GPU.
     """
+    gates, experts, rows, logits = gate
+    ranks, scaling, _share_a, top_k, renormalize, temperature = mixture
     T, n, E, R = h.shape[0], len(dy), len(ranks), sum(ranks)
     A_ROWS = h.shape[1] // n
     has_router = top_k > 0

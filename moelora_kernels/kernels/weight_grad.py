@@ -85,10 +85,10 @@ def weight_grad_of_x(
     da *= dropout_scale
 
     # Store. The programs of the first tile of I store the bias.
-    store_transposed(da_ptr, I, columns.to(tl.int64), i, columns < end, i < I, da)
+    store_transposed(da_ptr, I, columns, i, columns < end, i < I, da)
     if L > 0:
         logits_in = logit_columns < L
-        store_transposed(drouter_ptr, I, logit_columns.to(tl.int64), i, logits_in, i < I, drouter)
+        store_transposed(drouter_ptr, I, logit_columns, i, logits_in, i < I, drouter)
         if first_i == 0:
             out = dbias.to(dbias_ptr.dtype.element_ty)
             tl.store(dbias_ptr + logit_columns, out, mask=logits_in)
@@ -123,7 +123,7 @@ def weight_grad_of_dy(
         dy = load_rows(dy_ptr, stride_dy, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_W]
         u = load_rows(u_ptr, stride_u, tokens, columns, tokens_in, columns < R)
         db = product(tl.trans(dy), u, db, UPCAST)
-    store_rows(db_ptr, R, o.to(tl.int64), columns, o < O, columns < R, db)
+    store_rows(db_ptr, R, o, columns, o < O, columns < R, db)
 
 
 @triton.jit(do_not_specialize=["T", "dropout_scale"])
@@ -218,14 +218,12 @@ def weight_grad_kernel(
         )  # fmt: skip
 
 
-def launch(
-    x, dh, dlogits, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed,
-    *, split=None,
-):  # fmt: skip
+def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, split=None):
     """Return da, drouter, dbias and n x db, like `reference.weight_grad`.
 
     split: number of parts that T is cut into; None fills the GPU.
     """
+    dropout, dropout_per_expert, seed = drop
     (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
     R, out_features = u.shape[1] // n, [g.shape[1] for g in dy]
     L = 0 if dlogits is None else dlogits.shape[1]

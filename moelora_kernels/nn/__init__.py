@@ -1,4 +1,4 @@
-"""The layers."""
+"""The layers, and functions on models that contain them; README.md shows how to use them."""
 
 from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.aux_loss import collect_aux_loss

@@ -1,4 +1,4 @@
-"""MoeLoraAdapter: gated adapters with an activation in rank space, on what a module returns."""
+"""MoeLoraAdapter: gated adapters with an activation, on the output of a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moelora_kernels.nn.base_linear import check_input, float_weight
 from moelora_kernels.nn.forward import keep_routing, siblings_gate
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
-from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
+from moelora_kernels.reference import compute_dtype, dense_gate, rank_gate
 
 ACTIVATIONS = {
     "gelu": nn.functional.gelu,
@@ -22,26 +22,36 @@ ACTIVATIONS = {
 
 
 class MoeLoraAdapter(LoraLayer):
-    """Experts that read what a frozen FFN returns, gated by what it is given, as in PESC.
+    """Add gated adapters with an activation to the output of a module, as in PESC.
 
         y = z + u Bt        u = scale * gate (.) act(z At)        z = base(x), gate = router(x)
 
-        block.mlp = MoeLoraAdapter(block.mlp, hidden_size, MoeLoraConfig.preset("pesc"))
+    The parameters are those of MoeLoraLinear: `lora_A` [R, I], `lora_B` [I, R] (zero at the start)
+    and `router`. Checkpoints, `set_tasks` and auxiliary losses work in the same way. The layer
+    calls the base and does not freeze it: freeze it yourself, or train LoRA inside it, which must
+    be there before the adapter is (`replace_linears` does not enter a mixture layer).
 
-    Parameters as `MoeLoraLinear`, whose checkpoints, `set_tasks` and auxiliary losses it shares.
-    The base is called and left as it is: freeze it, or train plain LoRA inside it (which has to be
-    there first: `replace_linears` does not look into a layer of experts). Plain PyTorch,
-    all experts for every token; saved for backward beside z and the parameters is what lives in
-    rank space.
+    The forward is plain PyTorch and computes all experts for every token. Besides z and the
+    parameters, backward saves rank-space tensors only.
 
     Args:
-        base: x [..., I] -> z [..., I].
+        base: maps x [..., I] to z [..., I].
         hidden_size: I.
-        config: a MoeLoraConfig with a `rank_activation`; adapter_dtype None is float32, the base
-            being any module.
-        **options: its fields, in place of it or changing it.
+        config: a MoeLoraConfig with a `rank_activation`. With adapter_dtype=None, A and B are
+            float32 unless the base has a float `weight`.
+        **options: fields of MoeLoraConfig that replace those of `config`.
 
-    Raises ValueError that names the option, what was given and what is expected.
+    Raises:
+        ValueError: an option is not supported. Forward raises it if the base changes the shape.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraAdapter, MoeLoraConfig
+        >>> ffn = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        >>> layer = MoeLoraAdapter(ffn, 16, MoeLoraConfig.preset("pesc"), num_experts=4, rank=2)
+        >>> layer(torch.randn(3, 5, 16)).shape
+        torch.Size([3, 5, 16])
 
     Source: arXiv 2401.02731 (PESC).
     """
@@ -63,20 +73,21 @@ class MoeLoraAdapter(LoraLayer):
     def _check_config(cls, config: MoeLoraConfig) -> None:
         if config.rank_activation is None:
             raise ValueError(
-                "rank_activation: expected one; without it the experts belong on the FFN's linears"
+                "rank_activation: expected an activation; without it, put the experts on the "
+                "linears of the FFN (MoeLoraLinear)"
             )
         if config.router in (None, "task", "prototype", "self"):
-            raise ValueError(f"router: {config.router!r} does not gate what another module returns")
+            raise ValueError(f"router: {config.router!r} is not supported by MoeLoraAdapter")
         refused = {
             "share": (config.share, "none"),
             "grad_gate": (config.grad_gate, "gate"),
             "dropout": (config.dropout, 0),
             "impl": (config.impl, "auto"),
         }
-        for name, (given, expected) in refused.items():
-            if given != expected:
+        for name, (value, expected) in refused.items():
+            if value != expected:
                 raise ValueError(
-                    f"{name}: expected {expected!r} with rank_activation, got {given!r}"
+                    f"{name}: expected {expected!r} with rank_activation, got {value!r}"
                 )
         if config.init == "svd_segments":
             raise ValueError(
@@ -90,22 +101,27 @@ class MoeLoraAdapter(LoraLayer):
         return self.in_features, weight.dtype
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        """Return y [..., I] for x [..., I].
+
+        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
+        `set_tasks`.
+        """
         config = self.config
         check_input(x, self.in_features, gates, config.router)
         z = self.base_layer(x)
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
         tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
-        routed = siblings_gate((self,), x, tokens, gates)
+        gate = siblings_gate((self,), x, tokens, gates)
         if config.aux or self.record.wanted:
-            keep_routing((self,), routed)
+            keep_routing((self,), gate)
         mixture, count = self.mixture, tokens.shape[0]
-        gate = dense_gate(*routed[:3], count, 1, len(mixture.ranks))
-        gate = rank_gate(gate.to(compute_dtype(tokens)), mixture.ranks, mixture.scaling)[:, 0]
+        dense = dense_gate(gate, count, 1, len(mixture.ranks), compute_dtype(tokens))
+        # [T, R]: scale * gate, repeated over the ranks of each expert.
+        factors = rank_gate(dense, mixture.ranks, mixture.scaling)[:, 0]
         flat = z.reshape(-1, self.in_features)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
-        activated = ACTIVATIONS[config.rank_activation](h.to(gate.dtype))
-        # A select: a NaN in an expert nobody chose stays there.
-        u = torch.where(gate == 0, 0, gate * activated).to(flat.dtype)
+        activated = ACTIVATIONS[config.rank_activation](h.to(factors.dtype))
+        # A select, not a product: a NaN in an expert that no token selects does not spread.
+        u = torch.where(factors == 0, 0, factors * activated).to(flat.dtype)
         return torch.addmm(flat, u, self.lora_B.to(flat.dtype).t()).view(z.shape)

@@ -1,4 +1,4 @@
-"""The frozen module under a layer: what of it can be read, and where its adapters live."""
+"""The frozen base of a layer: read its weight or call it, and choose device and dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moelora_kernels.numerics import is_autocast
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is its weight and bias and nothing else: no hooks, no forward of its own."""
+    """Return whether a module is exactly an nn.Linear without hooks or a patched forward."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
@@ -26,7 +26,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 
 
 def missing_size(module: nn.Module) -> str | None:
-    """Which of in_features and out_features a module lacks to be the base of a layer."""
+    """Return "in_features" or "out_features" if the module lacks it; None if it has both."""
     for name in ("in_features", "out_features"):
         if not isinstance(getattr(module, name, None), int):
             return name
@@ -34,18 +34,19 @@ def missing_size(module: nn.Module) -> str | None:
 
 
 def state_without_graph(module: nn.Module, name: str) -> dict:
-    """The state of a copy or pickle, where the tensor `name` has its values and not its graph."""
-    held = module.__dict__[name]
-    leaf = held is None or held.grad_fn is None
-    return module.__dict__ | ({} if leaf else {name: held.detach()})
+    """Return the state for a copy or a pickle, with the tensor attribute `name` detached."""
+    tensor = module.__dict__[name]
+    is_leaf = tensor is None or tensor.grad_fn is None
+    return module.__dict__ | ({} if is_leaf else {name: tensor.detach()})
 
 
 def adapter_device_dtype(
     base: nn.Module, config: MoeLoraConfig
 ) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of A, B and router on top of `base`.
+    """Return the device and the dtype of A, B and the router over `base`.
 
-    config.adapter_dtype, else the dtype of the base's weight, else (quantised bases) float32.
+    The dtype is config.adapter_dtype; if that is None, the dtype of the base's weight; for
+    quantised bases float32.
     """
     tensors = [*base.parameters(), *base.buffers()]
     device = tensors[0].device if tensors else torch.get_default_device()
@@ -58,7 +59,7 @@ def adapter_device_dtype(
 
 
 def _execution_device(base: nn.Module) -> torch.device | None:
-    """Where accelerate's hooks run a base whose weight they keep elsewhere; None without them."""
+    """Return the device on which accelerate's hooks run an offloaded base; None without hooks."""
     hook = getattr(base, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         device = getattr(part, "execution_device", None)
@@ -68,10 +69,11 @@ def _execution_device(base: nn.Module) -> torch.device | None:
 
 
 def float_weight(base: nn.Module) -> Tensor | None:
-    """The base's weight where its dtype is one to compute in; None for quantised bases.
+    """Return the base's weight if it is a float weight to compute with; None for quantised bases.
 
-    Codes may be packed into floats (4 bits of bitsandbytes in bf16 storage): they are fewer than
-    the elements of the weight. ZeRO-3 leaves a weight with none outside of its forward.
+    A float dtype does not prove an unquantised weight: bitsandbytes can store packed 4-bit codes as
+    bf16, so the element count is checked too. A count of 0 is accepted because ZeRO-3 empties
+    weights outside forward.
     """
     weight = getattr(base, "weight", None)
     is_float = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
@@ -81,7 +83,7 @@ def float_weight(base: nn.Module) -> Tensor | None:
 
 
 def dense_weight(base: nn.Module) -> Tensor | None:
-    """The weight of a plain nn.Linear that holds a plain tensor; None for every other base."""
+    """Return the weight of a plain nn.Linear if it is a plain tensor; None for every other base."""
     if not is_plain_linear(base):
         return None
     weight = base.weight
@@ -91,7 +93,7 @@ def dense_weight(base: nn.Module) -> Tensor | None:
 def check_input(
     x: Tensor, features: int, gates: Tensor | None, router: str | nn.Module | None
 ) -> None:
-    """Raise where x is no float tensor [..., features], or gates come to a layer with a router."""
+    """Raise unless x is a float tensor [..., features], and gates are None or allowed."""
     if x.dim() < 1 or x.shape[-1] != features:
         raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}")
     if not x.is_floating_point():
@@ -101,25 +103,28 @@ def check_input(
 
 
 def check_adapters(adapter: Tensor, x: Tensor) -> None:
-    """Raise where A lies elsewhere than x: of one on the meta device y would be noise."""
+    """Raise ValueError unless the adapters are on x's device.
+
+    With adapters on the meta device the output would be uninitialised memory.
+    """
     if adapter.device != x.device:
         raise ValueError(f"x: expected the adapters' device {adapter.device}, got {x.device}")
 
 
 def call_base(base: nn.Module, x: Tensor, out_features: int) -> Tensor:
-    """The base's output for x [..., I] as [T, O], in its own dtype; it is to be left as it is.
+    """Call the base on x [..., I] and return its output as [T, O], in the dtype it returned.
 
-    Warns where x needs a gradient that the base does not give.
+    Do not modify the result in place. Warns if x needs a gradient and the output has none.
 
     Raises:
-        ValueError: x lies on another device than a plain base, or the output is not [..., O].
-        TypeError: a plain base has another dtype than x, or the output is no float tensor.
+        ValueError: a plain base is on another device than x, or the output is not [..., O].
+        TypeError: a plain base has another dtype than x, or the output is not a float tensor.
     """
     check_called(base, x)
     y = base(x)
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        given = y.dtype if isinstance(y, Tensor) else type(y)
-        raise TypeError(f"base: expected {type(base)} to return a float tensor, got {given}")
+        kind = y.dtype if isinstance(y, Tensor) else type(y)
+        raise TypeError(f"base: expected {type(base)} to return a float tensor, got {kind}")
     expected = [*x.shape[:-1], out_features]
     if [*y.shape] != expected:
         raise ValueError(f"base: expected {type(base)} to return {expected}, got {[*y.shape]}")
@@ -133,14 +138,19 @@ def _warn_without_gradient(base: nn.Module) -> None:
         return
     warnings.warn(
         f"base: {type(base)} returned an output without a gradient for an x that needs one: dx "
-        "holds the experts' part alone, so the layers below train on a wrong gradient (a kernel "
-        "for inference, or a base that was packed for it in evaluation)",
+        "contains only the experts' part, so the layers below train on a wrong gradient. The base "
+        "probably uses an inference kernel, or was packed for inference by eval()",
         stacklevel=2,
     )
 
 
 def check_called(base: nn.Module, x: Tensor) -> None:
-    """Raise where a plain base would refuse x, by name instead of as an operand of a product."""
+    """Check the device and dtype of x against a plain base, so that the error names the argument.
+
+    Raises:
+        ValueError: the devices differ.
+        TypeError: the dtypes differ, and autocast is off.
+    """
     weight = dense_weight(base)
     if weight is None:
         return
@@ -151,8 +161,8 @@ def check_called(base: nn.Module, x: Tensor) -> None:
 
 
 def linear_with(linear: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A frozen nn.Linear with another weight and the bias of `linear`."""
-    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    other.weight = nn.Parameter(weight, requires_grad=False)
-    other.bias = linear.bias
-    return other.train(linear.training)
+    """Return a frozen nn.Linear with the given weight and the bias of `linear`."""
+    result = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    result.weight = nn.Parameter(weight, requires_grad=False)
+    result.bias = linear.bias
+    return result.train(linear.training)

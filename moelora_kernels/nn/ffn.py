@@ -1,4 +1,4 @@
-"""MoeLoraFFN: a frozen gated MLP whose experts are whole FFNs, each with adapters of its own."""
+"""MoeLoraFFN: a frozen gated MLP whose experts are whole FFNs (MixLoRA)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.ffn import RouterLogits, ffn_experts
+from moelora_kernels.autograd.ffn import ffn_experts
+from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
@@ -35,46 +36,59 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class MoeLoraFFN(MixtureLayer):
-    """Drop-in for a gated MLP with whole-FFN experts over its frozen linears, as in MixLoRA.
+    """Replace a gated MLP by experts that are whole FFNs over its frozen linears, as in MixLoRA.
 
-        w [T, K], experts e(t, k)                                       from one router per FFN
+        w [T, K], experts e(t, k)                                    one router per FFN
         a_tk = act(Wg x_t + bg + s Bg_e Ag_e x_t) * (Wu x_t + bu + s Bu_e Au_e x_t)
         y_t  = sum_k w_tk (Wd a_tk + bd + s Bd_e Ad_e a_tk)
              = Wd (sum_k w_tk a_tk) + bd sum_k w_tk + sum_k w_tk s Bd_e Ad_e a_tk
 
-    Wd is linear, so that each frozen product runs once per token: 3 of them, where experts one by
-    one make 3 K. An expert is scaled as a whole, its part of the frozen FFN included, so a new
-    layer equals its base where the weights of a token sum to 1 (top-k or all, normalize="sum").
+    Wd is linear, so each frozen linear runs once per token: 3 products instead of 3 K. The gate
+    weight scales a whole expert, its frozen part included. So a new layer equals its base only if
+    the weights of a token sum to 1 (top-k or all, with normalize="sum").
 
-    Parameters: `gate_lora_A`, `up_lora_A` [R, I], `gate_lora_B`, `up_lora_B` [F, R], `down_lora_A`
-    [R, F], `down_lora_B` [I, R], expert-major, B zero at the start; `router` where the gate has
-    one; `gate_proj`, `up_proj`, `down_proj` the frozen linears under their own names, so that
-    checkpoints of the base fit. These are called, never read: any modules with in_features and
-    out_features will do (quantised, hooked). `down_proj` must be affine, with its offset in
-    `down_proj.bias`: called on the weighted sum it adds bd once, and bd (sum_k w_tk - 1) corrects.
+    Parameters, all expert-major, every B zero at the start:
+        gate_lora_A, up_lora_A: [R, I].
+        gate_lora_B, up_lora_B: [F, R].
+        down_lora_A: [R, F].
+        down_lora_B: [I, R].
+    Children:
+        gate_proj, up_proj, down_proj: the frozen linears under their own names, so that checkpoints
+            of the base fit. They are called, never read, so quantised and hooked modules with
+            in_features and out_features work. `down_proj` must be affine, with its offset in
+            `down_proj.bias`: the call adds bd once, and the layer adds bd (sum_k w_tk - 1).
+        router: the module that computes the logits; absent if the gate needs none.
 
-    An expert that a token is not routed to has no part in its y and gradients. Where gates are
-    dense (all, top-p, threshold, external) every expert is a slot of every token, at the cost that
-    K = E has; an external gate of zero adds zero and has its gradient, so that such an expert runs:
-    a NaN in its `down_lora_B` reaches y, one in its `gate_lora_A` or `up_lora_A` dx.
+    An expert that a token does not select has no effect on the token's y and gradients. Dense gates
+    (all, top-p, threshold, external) cost as much as K = E. An external gate of zero adds zero but
+    has a gradient, so its expert runs: a NaN in its `down_lora_B` reaches y, and a NaN in its
+    `gate_lora_A` or `up_lora_A` reaches dx.
 
-    Saved for backward, next to x and rank space: two [T K, F]; with `recompute` two [T, F] instead,
-    for one more expand of gate and up. Neither grows with E.
+    Besides x and rank-space tensors, backward saves two [T K, F] tensors. With `recompute` it saves
+    two [T, F] tensors and repeats the expand of gate and up. Neither grows with E.
 
     Args:
         hidden_size: I.
         intermediate_size: F.
-        bias, device, dtype: of the frozen linears, as nn.Linear.
-        activation: "silu", "gelu", "gelu_tanh", "relu", or any elementwise module or function that
-            leaves its input as it is.
-        config: a MoeLoraConfig; `options` are its fields, in place of it or changing it. rank,
-            scaling and dropout are those of each of the three linears; in training gate and up
-            share the mask of x.
-        recompute: make the activations of the experts anew in backward; the results do not change.
+        bias, device, dtype: of the frozen linears, as in nn.Linear.
+        activation: "silu", "gelu", "gelu_tanh", "relu", or an elementwise module or function that
+            does not change its input in place.
+        config: a MoeLoraConfig; None means the defaults. rank, scaling and dropout apply to each of
+            the three linears. In training gate and up share the dropout mask of x.
+        recompute: recompute the experts' activations in backward. The results do not change.
+        **options: fields of MoeLoraConfig that replace those of `config`.
 
-    Raises ValueError or TypeError that names the option, what was given and what is expected.
+    Raises:
+        ValueError, TypeError: an option is not valid or not supported for whole-FFN experts.
 
-    Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 of weight 1).
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraConfig, MoeLoraFFN
+        >>> layer = MoeLoraFFN(16, 64, config=MoeLoraConfig.preset("mixlora", rank=2))
+        >>> layer(torch.randn(3, 5, 16)).shape
+        torch.Size([3, 5, 16])
+
+    Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 with weight 1).
     """
 
     def __init__(
@@ -97,12 +111,12 @@ class MoeLoraFFN(MixtureLayer):
                 f"got {activation!r}"
             )
         act_fn = ACTIVATIONS[activation]() if isinstance(activation, str) else activation
-        gate, up = (
+        gate_proj, up_proj = (
             nn.Linear(hidden_size, intermediate_size, bias, device=device, dtype=dtype)
             for _ in range(2)
         )
-        down = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
-        self._attach((gate, up, down), act_fn, config, options, recompute)
+        down_proj = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
+        self._attach((gate_proj, up_proj, down_proj), act_fn, config, options, recompute)
 
     @classmethod
     def from_mlp(
@@ -113,9 +127,17 @@ class MoeLoraFFN(MixtureLayer):
         recompute: bool = False,
         **options: Any,
     ) -> MoeLoraFFN:
-        """Put experts over an existing MLP, whose linears and activation are kept and frozen.
+        """Put experts over an existing MLP. The layer keeps its linears and activation, frozen.
 
-        mlp: down_proj(act_fn(gate_proj(x)) * up_proj(x)), as Llama, Qwen2, Mistral, Gemma have it.
+        Args:
+            mlp: computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), like the MLPs of Llama,
+                Qwen2, Mistral and Gemma.
+            config: a MoeLoraConfig; None means the defaults.
+            recompute: as in MoeLoraFFN.
+            **options: fields of MoeLoraConfig that replace those of `config`.
+
+        Raises:
+            TypeError: `mlp` is not a gated MLP, has experts already, or has hooks.
         """
         if problem := why_no_ffn(mlp):
             raise TypeError(f"mlp: {problem}")
@@ -169,15 +191,17 @@ class MoeLoraFFN(MixtureLayer):
         if not callable(act_fn):
             raise TypeError(f"activation: expected a module or a function, got {type(act_fn)}")
         if getattr(act_fn, "inplace", False):
-            raise ValueError("activation: expected one that leaves its input as it is (inplace)")
-        gate = bases[0]
-        self.hidden_size, self.intermediate_size = gate.in_features, gate.out_features
+            raise ValueError(
+                "activation: expected one that leaves its input unchanged (not inplace)"
+            )
+        gate_proj = bases[0]
+        self.hidden_size, self.intermediate_size = gate_proj.in_features, gate_proj.out_features
         self.mixture = FfnMixture(
             config.ranks(),
             config.scales(),
             bool(recompute),
         )
-        device, dtype = adapter_device_dtype(gate, config)
+        device, dtype = adapter_device_dtype(gate_proj, config)
         total = sum(self.mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
             setattr(self, name, base.requires_grad_(False))
@@ -193,7 +217,7 @@ class MoeLoraFFN(MixtureLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every A anew and zero every B; the router keeps its own initialisation."""
+        """Draw every A again and set every B to zero; the router keeps its values."""
         adapters = self.ffn_tensors()
         with torch.no_grad():
             for matrix in (adapters.gate_a, adapters.up_a, adapters.down_a):
@@ -209,12 +233,18 @@ class MoeLoraFFN(MixtureLayer):
         )  # fmt: skip
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """x [..., I] -> y [..., I]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
+        """Return y [..., I] for x [..., I].
+
+        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
+        `set_tasks`.
+        """
         config, dtype = self.config, active_dtype(x)
         check_input(x, self.hidden_size, gates, config.router)
         tokens = x.reshape(-1, self.hidden_size).to(dtype)
         inner = self.intermediate_size
-        gate, up = (call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj))
+        gate_out, up_out = (
+            call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj)
+        )
         check_adapters(self.gate_lora_A, x)
         slots = self.token_slots(x, tokens, gates)
         dropout_x = dropout_a = NO_DROPOUT
@@ -229,7 +259,7 @@ class MoeLoraFFN(MixtureLayer):
             )
         impl = "reference" if config.impl == "reference" else "grouped"
         summed, delta = ffn_experts(
-            self.mixture, self.act_fn, tokens, gate, up, slots, self.ffn_tensors(),
+            self.mixture, self.act_fn, tokens, gate_out, up_out, slots, self.ffn_tensors(),
             dropout_x, dropout_a, impl,
         )  # fmt: skip
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
@@ -280,23 +310,26 @@ class MoeLoraFFN(MixtureLayer):
 
 
 def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor]:
-    """Dense gates [G, E] as slots: the K that a top-k gate kept, else one for every expert."""
+    """Return dense gates [G, E] as slots: weights [G, K] and experts [G, K].
+
+    The slots are the K experts that a top-k gate kept, else all E experts.
+    """
     if config.select == "topk":
         slots = config.top_k + (config.shared_expert != "none")
-        # Kept scores may be negative (identity), those not kept are zero.
-        indices = weights.detach().abs().topk(slots, dim=1).indices
-        return weights.gather(1, indices), indices
-    indices = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
+        # Kept scores may be negative (score="identity"); scores that are not kept are zero.
+        experts = weights.detach().abs().topk(slots, dim=1).indices
+        return weights.gather(1, experts), experts
+    experts = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
     if config.select != "all":
-        # Not routed rather than of weight zero: such pairs cost nothing where kernels serve.
-        indices = torch.where(weights != 0, indices, -1)
-    return weights, indices
+        # Expert -1 is "not routed". Unlike a weight of zero it costs the kernels nothing.
+        experts = torch.where(weights != 0, experts, -1)
+    return weights, experts
 
 
 def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
-    """One row for each token from rows of all tokens, of sequences, or one for all.
+    """Return one row per token, [T, K], from one row per token, per sequence, or for all tokens.
 
-    The tokens are those of the sequences, one sequence after the other, in each of `steps` steps.
+    steps: 1 if the tokens of a sequence are contiguous; the sequence length S for x [S, B, I].
     """
     count, slots = rows.shape
     if count == tokens:
@@ -306,18 +339,18 @@ def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
 
 
 def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
-    """bd (sum_k w_tk - 1), [T, I]: the call of the base added bd once, every expert has its own."""
+    """Return bd (sum_k w_tk - 1), [T, I], or None without a bias; the base has added bd once."""
     bias = getattr(down, "bias", None)
     if bias is None:
         return None
     if bias.is_meta and not weights.is_meta:
-        # Offloaded: the values are there within a call alone, and the base of zero is its bias.
+        # Offloaded: the bias has values only inside a call, and down_proj(0) is the bias.
         bias = down(weights.new_zeros((1, down.in_features), dtype=bias.dtype))
     return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 
 def why_no_ffn(mlp: nn.Module) -> str:
-    """Why whole-FFN experts cannot be put over `mlp`; empty where they can."""
+    """Return why whole-FFN experts cannot be put over `mlp`; "" if they can."""
     if isinstance(mlp, MixtureLayer):
         return "it has whole-FFN experts already"
     kind = f"{type(mlp).__name__}, expected a gated MLP"
@@ -337,5 +370,5 @@ def why_no_ffn(mlp: nn.Module) -> str:
         return f"{kind}, got (in_features, out_features) {sizes} of gate_proj, up_proj, down_proj"
     hooks = (mlp._forward_hooks, mlp._forward_pre_hooks, mlp._backward_hooks)
     if any(hooks) or mlp._backward_pre_hooks or "forward" in mlp.__dict__:
-        return f"{type(mlp).__name__} has hooks or a patched forward, which would be lost"
+        return f"{type(mlp).__name__} has hooks or a patched forward, which the layer would drop"
     return ""

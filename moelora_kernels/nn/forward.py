@@ -1,4 +1,4 @@
-"""The forward of n siblings: layers that read the same x."""
+"""The forward of n siblings: layers that read the same x and have the same options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,23 @@ from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LinearTensors
 def forward_siblings(
     layers: Sequence[LoraLayer], x: Tensor, gates: Tensor | None = None
 ) -> list[Tensor]:
-    """The outputs of layers that read the same x and share their options, in one pass over x."""
+    """Run n siblings on x in one pass: x is read once for all of them.
+
+        y_i = base_i(x) + u_i Bt_i        u_i = scale * gate_i (.) (dropout(x) At_i)
+
+    If any of the layers is merged, they run one by one.
+
+    Args:
+        layers: n layers with the same in_features and config; the caller has checked it.
+        x: [..., I].
+        gates: external gates [..., E] for router="external"; None means those of `set_tasks`.
+
+    Returns:
+        y_i [..., O_i] of every layer, in x's dtype (under autocast: autocast's).
+
+    Raises:
+        ValueError, TypeError: x or gates do not fit the layers.
+    """
     first = layers[0]
     config = first.config
     check_input(x, first.in_features, gates, config.router)
@@ -29,16 +45,16 @@ def forward_siblings(
     dtype = active_dtype(x)
     tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
-    fused = all(layer.fuses_router() for layer in layers)
-    read = all(_is_read(layer.base_layer, tokens) for layer in layers) and (
+    fuse_router = all(layer.fuses_router() for layer in layers)
+    read_base = all(_can_read(layer.base_layer, tokens) for layer in layers) and (
         len(layers) == 1 or len({layer.bias is None for layer in layers}) == 1
     )
-    linears = [_sibling(layer, x, read, fused) for layer in layers]
-    mixture, dropout = first.fused_mixture if fused else first.mixture, NO_DROPOUT
+    linears = [_linear_tensors(layer, x, read_base, fuse_router) for layer in layers]
+    mixture, dropout = first.fused_mixture if fuse_router else first.mixture, NO_DROPOUT
     if config.dropout > 0.0 and first.training:
         seed = dropout_seed(config.dropout, None, x.device)
         dropout = Dropout(config.dropout, config.dropout_mask == "per_expert", seed)
-    gate = None if fused else siblings_gate(layers, x, tokens, gates)
+    gate = None if fuse_router else siblings_gate(layers, x, tokens, gates)
     outputs, gate = run_layer(
         mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
     )
@@ -47,25 +63,27 @@ def forward_siblings(
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
-def _is_read(base: nn.Module, tokens: Tensor) -> bool:
-    """Whether `base` is a plain dense nn.Linear, of the dtype and device of the layer's input."""
+def _can_read(base: nn.Module, tokens: Tensor) -> bool:
+    """Return whether `base` is a plain dense nn.Linear with the dtype and device of `tokens`."""
     weight = dense_weight(base)
     return weight is not None and weight.dtype == tokens.dtype and weight.device == tokens.device
 
 
-def _sibling(layer: LoraLayer, x: Tensor, read: bool, fused: bool) -> LinearTensors:
-    """The tensors of a layer; a base that is not to be read is called."""
+def _linear_tensors(
+    layer: LoraLayer, x: Tensor, read_base: bool, fuse_router: bool
+) -> LinearTensors:
+    """Return the tensors of one layer. Calls the base on x unless `read_base`."""
     base, router = layer.base_layer, layer.router
-    weight = bias = output = router_weight = router_bias = None
-    if read:
+    weight = bias = base_output = router_weight = router_bias = None
+    if read_base:
         weight, bias = base.weight, base.bias
     else:
-        output = call_base(base, x, layer.out_features)
+        base_output = call_base(base, x, layer.out_features)
     check_adapters(layer.lora_A, x)
-    if fused:
+    if fuse_router:
         router_weight, router_bias = router.weight, router.bias
     return LinearTensors(
-        weight, bias, output, layer.lora_A, layer.lora_B, router_weight, router_bias
+        weight, bias, base_output, layer.lora_A, layer.lora_B, router_weight, router_bias
     )
 
 
@@ -74,8 +92,14 @@ def siblings_gate(
 ) -> Gate:
     """Return the gate of n siblings side by side, with the gate row of each token.
 
+    Args:
+        layers: n layers with the same config.
+        x: [..., I], the input of the layers.
+        tokens: [T, I], x in the dtype the layers compute in.
+        gates: external gates [..., E]; None means those of `set_tasks`.
+
     Raises:
-        ValueError: the gate has a number of rows that does not fit x.
+        ValueError: the number of gate rows does not fit x.
     """
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
@@ -84,11 +108,11 @@ def siblings_gate(
 
 
 def keep_routing(layers: Sequence[MixtureLayer], gate: Gate) -> None:
-    """Split the gate of n siblings among the records of the layers."""
+    """Split the gate of n siblings by columns, and store each part in its layer's record."""
     n = len(layers)
     columns = [
-        [None] * n if t is None else t.chunk(n, dim=1)
-        for t in (gate.weights, gate.experts, gate.logits)
+        [None] * n if tensor is None else tensor.chunk(n, dim=1)
+        for tensor in (gate.weights, gate.experts, gate.logits)
     ]
     for layer, weights, experts, logits in zip(layers, *columns, strict=True):
         layer.record.keep(weights, experts, logits)

@@ -1,4 +1,4 @@
-"""From logits to the gate: score, selection, normalisation; and gates that come from outside."""
+"""The gate of a layer: from logits (score, select, normalize), or from external gates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from moelora_kernels.types import Gate
 
 
 def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
-    """The gates that came from outside as rows [G, E], or what is wrong with them."""
+    """Return user-supplied gates as [G, E].
+
+    Raises:
+        ValueError: they are missing, or have the wrong shape or dtype.
+    """
     if gates is None:
         raise ValueError(
             "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
@@ -30,11 +34,20 @@ def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
 def gate_of_logits(
     logits: Tensor, config: MoeLoraConfig, training: bool, router: nn.Module | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """gate = normalize(select(score(logits / temperature) - tau)), in float32.
+    """Return the gate of router logits, in float32 (float64 for float64 logits).
 
-    logits [N, E], or [N, E + 1] with that of a learned threshold; the router holds the bias of
-    `balance_rate`, where there is one, and counts. Returns weights [N, K] with
-    indices [N, K] for a top-k gate of tokens, else dense gates [N, E] with None.
+        gate = normalize(select(score(logits / temperature) - tau))
+
+    Args:
+        logits: [G, E]; [G, E + 1] with a learned threshold, whose logit is the last column.
+        config: the options of the layer.
+        training: whether noise is added to the logits and the selection is counted.
+        router: the BalancedRouter of a config with `balance_rate`; it holds the bias and the
+            counts.
+
+    Returns:
+        weights [G, K] and experts [G, K] int32 if the gate selects a fixed K < E experts per token,
+        else dense weights [G, E] and None.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     logits, tau = split_threshold(logits, config)
@@ -42,24 +55,24 @@ def gate_of_logits(
         logits = logits + config.noise * torch.randn_like(logits)
     if config.is_topk_gate():
         top_k = config.top_k or config.num_experts
-        weights, indices = ops.topk_gate(logits, top_k, config.renormalize(), config.temperature)
+        weights, experts = ops.topk_gate(logits, top_k, config.renormalize(), config.temperature)
         if top_k == config.num_experts:
             return weights, None
         if config.granularity == "token":
-            return weights, indices
-        # Sparse weights have one row per token; few rows are as well dense.
-        return weights.new_zeros(logits.shape).scatter(1, indices.long(), weights), None
+            return weights, experts
+        # A sparse gate needs one row per token. Gates of sequences and tasks become dense.
+        return weights.new_zeros(logits.shape).scatter(1, experts.long(), weights), None
     scaled = logits / config.temperature
     scores = _scores(scaled, config)
     if tau is not None:
         scores = scores - tau
-    ranked, drawn = scores, None
+    ranked, sampled = scores, None
     if config.balance_rate is not None:
         biased = logits.detach() + router.balance.bias.to(logits)
         ranked = _scores(biased / config.temperature, config)
     if config.select == "sampling":
-        drawn = _drawn(scaled.detach(), config.top_k)
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, drawn, True)
+        sampled = _sampled(scaled.detach(), config.top_k)
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, sampled, True)
     else:
         keep = _selected(ranked, config)
     if config.balance_rate is not None and training:
@@ -74,30 +87,31 @@ def gate_of_logits(
     else:
         weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
-        # A token that no expert passes the threshold for has the gate 0, not 0 / 0; one that is
-        # passed with nothing to spare has a finite gradient.
+        # If no expert passes the threshold, the gate is 0 and not 0 / 0. If the kept scores are
+        # exactly 0, the gradient stays finite.
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
-    # A select last: backward multiplies the gradients of all weights, and that of an expert which
-    # is not kept may be no number.
+    # Select last: the gradient of the weight of an expert that is not kept may be NaN,
+    # and a product with zero would keep the NaN.
     weights = torch.where(keep, weights, 0)
-    if drawn is not None and config.granularity == "token":
-        return weights.gather(1, drawn), drawn.to(torch.int32)
+    if sampled is not None and config.granularity == "token":
+        return weights.gather(1, sampled), sampled.to(torch.int32)
     return weights, None
 
 
-def _drawn(logits: Tensor, top_k: int) -> Tensor:
-    """K distinct experts per row, drawn without replacement from softmax(logits): [N, K] int64.
+def _sampled(logits: Tensor, top_k: int) -> Tensor:
+    """Sample K distinct experts per row from softmax(logits), without replacement: [G, K] int64.
 
-    The K largest of logits - log q, q ~ Exp(1), from torch's generator. What torch.multinomial
-    draws, without its wait for the device and where a probability is too small for a float.
+    They are the K largest of logits - log q with q ~ Exp(1) from torch's generator. The
+    distribution is that of torch.multinomial, but the host does not wait for the device, and
+    probabilities too small for a float still count.
     """
     q = torch.empty_like(logits).exponential_()
     return (logits - q.log()).topk(top_k, dim=1).indices
 
 
 def _scores(scaled: Tensor, config: MoeLoraConfig) -> Tensor:
-    """The scores of logits / temperature, [N, E]."""
+    """Return the scores [G, E] of logits / temperature."""
     return {
         "softmax": lambda: scaled.softmax(dim=1),
         "sigmoid": scaled.sigmoid,
@@ -107,7 +121,10 @@ def _scores(scaled: Tensor, config: MoeLoraConfig) -> Tensor:
 
 
 def split_threshold(logits: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, E], and tau [N, 1] = max_threshold * sigmoid(last) where it is learned."""
+    """Split off the learned threshold: logits [G, E], and tau [G, 1] or None.
+
+    tau = max_threshold * sigmoid(last column)        max_threshold is 1 / E by default
+    """
     if config.select != "learned_threshold":
         return logits, None
     limit = 1 / config.num_experts if config.max_threshold is None else config.max_threshold
@@ -115,13 +132,20 @@ def split_threshold(logits: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tens
 
 
 def normalized_entropy(logits: Tensor, index: float) -> Tensor:
-    """H(p) / max H of p = softmax(logits): 0 for one certain expert, 1 for all alike.
+    """Return H(p) / max H of p = softmax(logits): 0 if one expert is certain, 1 if all are equal.
 
-        H(p) = (1 - sum_e p_e^q) / (q - 1)        - sum_e p_e log p_e for q = 1
+        H(p) = (1 - sum_e p_e^q) / (q - 1)        for q = 1: - sum_e p_e log p_e
 
-    logits [N, E], index q -> [N]. The Tsallis entropy of DynMoLE (arXiv 2504.00661).
+    Args:
+        logits: [G, E].
+        index: q.
+
+    Returns:
+        [G].
+
+    Source: the Tsallis entropy of DynMoLE (arXiv 2504.00661).
     """
-    # An expert masked with -inf adds 0, not 0 * inf.
+    # The clamp makes an expert with logit -inf add 0, not 0 * inf.
     log_p = logits.log_softmax(dim=1).clamp_min(torch.finfo(logits.dtype).min)
     experts = logits.shape[1]
     if index == 1.0:
@@ -130,7 +154,7 @@ def normalized_entropy(logits: Tensor, index: float) -> Tensor:
 
 
 def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
-    """Which experts are kept, [N, E] bool."""
+    """Return which experts the gate keeps, [G, E] bool."""
     if config.select == "all":
         return torch.ones_like(scores, dtype=torch.bool)
     if config.select == "learned_threshold":
@@ -224,12 +248,21 @@ def concat_gates(gates: Sequence[Gate]) -> Gate:
 def gate_rows(
     weights: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
 ) -> Tensor | None:
-    """The gate row of each token where x has one gate row per sequence; else None.
+    """Return the gate row of each token, [T] int32, if there is one gate row per sequence.
 
-    x is [B, S, I], or [S, B, I] with batch_dim 1. A row for each token of several sequences may be
-    passed in, but is none of a task's: as many tasks as tokens are those of another batch.
+    Returns None for one row per token and for one row for all tokens, like `moe_lora_linear`.
 
-    None means what `moe_lora_linear` takes it for: a gate row per token, or one for all tokens.
+    Args:
+        weights: [G, ...], the rows of the gate.
+        x_shape: [B, S, I], or [S, B, I] with batch_dim=1; also [T, I].
+        device: device of the result.
+        name: the argument that the error names: "gates" or "set_tasks".
+        config: the options of the layer.
+
+    Raises:
+        ValueError: G is neither 1, nor the number of sequences, nor T. Task gates may not have one
+            row per token unless every sequence is one token: the tasks of another batch could have
+            that number by chance.
     """
     tokens, inner = 1, 1
     for dim, size in enumerate(x_shape[:-1]):
@@ -245,24 +278,34 @@ def gate_rows(
         raise ValueError(
             f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, {one_per_token}"
             f"or one per sequence (dimension {config.batch_dim} of x: batch_dim="
-            f"{config.batch_dim}); where generate makes n sequences of each prompt (beams, "
+            f"{config.batch_dim}); if generate makes n sequences of each prompt (beams, "
             "samples), set_tasks takes ids.repeat_interleave(n)"
         )
     return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count
 
 
 class SequenceGate(nn.Module):
-    """gates = topk(softmax(W mean_s embeddings)) / sum        [B, S, I] -> [B, E], in float32
+    """Compute one gate per sample for the whole model, from the embeddings of its instruction.
 
-    The gate of Octavius (arXiv 2311.02684): one per sample for the whole model, from the input
-    embeddings of its instruction. For layers with router="external":
+        gates = topk(softmax(W mean_s embeddings)) / sum
+
+    For layers with router="external":
 
         set_tasks(model, gate(model.get_input_embeddings()(instruction_ids), mask))
 
     Args:
         hidden_size: I.
         num_experts: E.
-        top_k: experts of a sample.
+        top_k: K, the experts of a sample.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import SequenceGate
+        >>> gate = SequenceGate(16, num_experts=4)
+        >>> gate(torch.randn(2, 7, 16)).shape
+        torch.Size([2, 4])
+
+    Source: arXiv 2311.02684 (Octavius).
     """
 
     def __init__(self, hidden_size, num_experts, top_k=2, *, device=None, dtype=None):
@@ -273,9 +316,10 @@ class SequenceGate(nn.Module):
         self.linear = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """embeddings [B, S, I] -> gates [B, E]; mask [B, S], True where a position counts.
+        """Return gates [B, E] in float32 for embeddings [B, S, I].
 
-        Without a mask padding counts, as in the original.
+        mask: [B, S], nonzero at the positions that count; None counts padding too, like the
+        original.
         """
         if mask is None:
             mean = embeddings.mean(dim=1)

@@ -1,4 +1,4 @@
-"""How A and B start: drawn, or from the base's singular values with a reduced base under them."""
+"""The initial values of A and B: random, or from the singular values of the base's weight."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from torch import Tensor, nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import is_plain_linear, linear_with
 
+# What svd_rho=None means.
 RHO = 10.0
 
 
 def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
-    """Draw A [R, I] in place: N(0, 0.01^2) for init="normal", else U(-1, 1) / sqrt(I) as PEFT.
+    """Draw A [R, I] in place.
 
-    init="sparse": I K // E places of each row, at least one, from N(0, 1 / R^2), the others zero.
+    init="kaiming"   U(-1, 1) / sqrt(I), the initialisation of PEFT
+    init="normal"    N(0, 0.01^2)
+    init="sparse"    I K // E random positions of each row (at least one) from N(0, 1 / R^2),
+                     zero elsewhere
     """
     if config.init == "normal":
         lora_a.normal_(std=0.01)
     elif config.init == "sparse":
         total, features = lora_a.shape
-        kept = max(1, features * config.top_k // config.num_experts)
-        places = torch.rand(total, features, device=lora_a.device).topk(kept, dim=1).indices
-        values = torch.randn(total, kept, device=lora_a.device) / sum(config.ranks())
-        lora_a.zero_().scatter_(1, places, values.to(lora_a.dtype))
+        count = max(1, features * config.top_k // config.num_experts)
+        positions = torch.rand(total, features, device=lora_a.device).topk(count, dim=1).indices
+        values = torch.randn(total, count, device=lora_a.device) / sum(config.ranks())
+        lora_a.zero_().scatter_(1, positions, values.to(lora_a.dtype))
     else:
         bound = 1.0 / math.sqrt(lora_a.shape[1])
         lora_a.uniform_(-bound, bound)
@@ -34,24 +38,23 @@ def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
 def start_from_svd(
     base: nn.Module, config: MoeLoraConfig, lora_a: Tensor, lora_b: Tensor
 ) -> nn.Module:
-    """Write init="svd_segments" into A and B; returns the reduced base that goes with them.
+    """Set A and B from segments of the base's singular values, and return the reduced base.
 
-        W = sum_i sigma_i u_i v_i^T                       sigma falling, in float64
+        W = sum_i sigma_i u_i v_i^T                       sigma descending, in float64
         segment e: r_e indices i from e L, L = min(I, O) // E
         A_e = sqrt(sigma_i / (s_e rho)) v_i^T             B_e = sqrt(sigma_i / (s_e rho)) u_i
         W_reduced = W - c sum_e s_e B_e A_e               c = 1 / E, the mean gate of an expert
-                                                          (1 where router=None makes every gate 1)
+                                                          (c = 1 if router=None: all gates are 1)
 
-    The reduction is exact for gates of c, and for top-k gates in the mean over balanced routings:
-    then E[gate_e] = 1 / E, and E[y] = x Wt + b. A single routing starts away from the base, by
-    sum_e (gate_e - c) s_e B_e A_e x. A shared expert is no segment: its B is zero.
+    If every gate is c, the layer starts as the base. Top-k gates start as the base on average over
+    balanced routings: E[gate_e] = 1 / E, so E[y] = x Wt + b. A single routing differs from the base
+    by sum_e (gate_e - c) s_e B_e A_e x. A shared expert has no segment; its B is zero.
 
-    The reduced weight is a new one: the module that was given, and what else holds its weight (a
-    tied embedding), stay as they are. It follows from the weight and the options alone, so an
-    adapter saved by `save_adapter`, without the base, belongs on a layer made anew over the same
-    weight in the same dtype; a state dict with the reduced weight in it fits any layer. On the meta
-    device nothing is reduced: call the layer's `reset_parameters` once the base has its values and
-    before an adapter is loaded.
+    The reduced weight is a new tensor: the given module, and other modules that share its weight (a
+    tied embedding), do not change. The reduced weight depends only on the weight and the options.
+    So an adapter that `save_adapter` wrote without the base fits a new layer over the same weight
+    in the same dtype. On the meta device nothing is reduced: call the layer's `reset_parameters`
+    after the base has its values and before you load an adapter.
 
     Args:
         base: a plain dense nn.Linear, weight [O, I].
@@ -60,15 +63,15 @@ def start_from_svd(
         lora_b: B [O, R] of the layer, changed in place.
 
     Raises:
-        ValueError: the base is quantised, hooked, sharded or otherwise not a plain float nn.Linear,
-            or too small for the ranks.
-        RuntimeError: the base is one that has been reduced before.
+        ValueError: the base is not a plain nn.Linear with a dense float weight, or it is too small
+            for the ranks.
+        RuntimeError: the base is already reduced.
 
     Source: arXiv 2502.16894 (GOAT).
     """
     weight = base.weight if is_plain_linear(base) else None
     is_dense = type(weight) in (nn.Parameter, Tensor)
-    # A float of one byte is a quantised weight: it has no room for a small difference.
+    # A one-byte float is a quantised weight. It is too coarse for a small difference.
     if not (is_dense and weight.is_floating_point() and weight.itemsize > 1):
         raise ValueError(
             "init: 'svd_segments' changes the base's weight, so it needs a plain nn.Linear with a "
@@ -76,7 +79,7 @@ def start_from_svd(
         )
     if getattr(base, "is_reduced", False):
         raise RuntimeError(
-            "init: 'svd_segments' has reduced this base already; make the layer anew over the "
+            "init: 'svd_segments' has reduced this base already; create a new layer over the "
             "original linear"
         )
     experts = config.num_experts
@@ -92,17 +95,17 @@ def start_from_svd(
 
     with torch.no_grad():
         left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-        chosen = [e * length + i for e, rank in enumerate(ranks) for i in range(rank)]
-        index = torch.tensor(chosen, device=weight.device)
+        selected = [e * length + i for e, rank in enumerate(ranks) for i in range(rank)]
+        index = torch.tensor(selected, device=weight.device)
         factors = zip(config.scales(base.in_features), ranks, strict=False)
         scales = values.new_tensor([factor for factor, rank in factors for _ in range(rank)])
         root = (values[index] / (scales * (config.svd_rho or RHO))).sqrt()
-        own_a, own_b = lora_a[: len(chosen)], lora_b[:, : len(chosen)]
-        own_a.copy_(root[:, None] * right[index])
-        own_b.copy_(left[:, index] * root)
-        # From A and B as they are stored: what their dtype rounds off is not taken from the base.
+        segments_a, segments_b = lora_a[: len(selected)], lora_b[:, : len(selected)]
+        segments_a.copy_(root[:, None] * right[index])
+        segments_b.copy_(left[:, index] * root)
+        # Use the stored (rounded) A and B, so that their rounding error stays in the base.
         mean_gate = 1.0 if config.router is None else 1 / experts
-        delta = (own_b.double() * (mean_gate * scales)) @ own_a.double()
+        delta = (segments_b.double() * (mean_gate * scales)) @ segments_a.double()
         reduced = linear_with(base, (weight.double() - delta).to(weight.dtype))
         reduced.is_reduced = True
         return reduced

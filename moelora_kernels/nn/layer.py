@@ -221,6 +221,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     In a PeftModel these are the parameters of the active adapters.
 
     Example:
+        >>> from moelora_kernels import MoeLoraLinear, adapter_parameters
         >>> layer = MoeLoraLinear(8, 6, num_experts=2, rank=2)
         >>> [tuple(p.shape) for p in adapter_parameters(layer)]
         [(4, 8), (6, 4), (2, 8)]

@@ -1,4 +1,4 @@
-"""MoeLoraLinear: a frozen linear under a gated mixture of LoRA experts."""
+"""MoeLoraLinear: a frozen linear plus a gated mixture of LoRA experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
-    held_task,
+    copy_task,
     lora_of_task,
     merged_weight,
     merged_with,
@@ -25,29 +25,47 @@ from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
 
 
 class MoeLoraLinear(LoraLayer):
-    """Drop-in for nn.Linear with a mixture of LoRA experts over its frozen weight.
+    """Replace an nn.Linear by the frozen linear plus a gated mixture of LoRA experts.
 
         y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
 
-    Parameters: `lora_A` [R, I] (with share="A" [r, I]), `lora_B` [O, R], both expert-major and B
-    zero at the start, so that a new layer equals its base (but see `nn.initialization` for
-    init="svd_segments"); `router` where the gate has one; `base_layer` the frozen linear. Any
-    callable module with in_features and out_features can be the base: a plain dense nn.Linear in
-    x's dtype is read, everything else (quantised, hooked, cast by autocast) is called.
+    Parameters, all expert-major:
+        lora_A: [R, I]; [r, I] with share="A".
+        lora_B: [O, R], zero at the start, so that a new layer returns the base's output (except
+            with init="svd_segments").
+    Children:
+        base_layer: the frozen base. A plain dense nn.Linear in x's dtype is read: its product and
+            those of the experts are computed together. Any other module with in_features and
+            out_features (quantised, hooked, cast by autocast) is called once per forward.
+        router: the module that computes the logits; absent if the gate needs none.
 
-    A new layer, and an expert that a token is not routed to, add exactly nothing to its y, as long
-    as A and B are finite: the products of impl="wide" run over all experts, so a NaN or infinity in
-    an expert's B reaches y of every token, and one in its A dx of every token. With impl="grouped"
-    it stays with the tokens that chose the expert.
+    An expert that a token does not select adds exactly nothing to the token's y, as long as A and
+    B are finite. impl="wide" multiplies all experts, so a NaN in an expert's B reaches the y of
+    every token, and a NaN in its A the dx of every token. With impl="grouped" the NaN reaches only
+    the tokens that select the expert.
 
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear.
-        config: a MoeLoraConfig; `options` are its fields, in place of it or changing it.
+        in_features: I.
+        out_features: O.
+        bias, device, dtype: of the base, as in nn.Linear.
+        config: a MoeLoraConfig; None means the defaults.
+        **options: fields of MoeLoraConfig that replace those of `config`.
 
-    Raises ValueError or TypeError that names the option, what was given and what is expected; so
-    does a forward for x, gates or tasks that do not fit, and RuntimeError for tasks never set.
+    Raises:
+        ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
+            not fit the layer.
+        RuntimeError: forward runs before `set_tasks` has set the tasks of a router="task".
 
-    Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE) and relatives; see presets.
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
+        >>> layer(torch.randn(3, 5, 16)).shape
+        torch.Size([3, 5, 32])
+        >>> layer.lora_A.shape, layer.lora_B.shape
+        (torch.Size([8, 16]), torch.Size([32, 8]))
+
+    Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE); the presets name others.
     """
 
     def __init__(
@@ -69,7 +87,24 @@ class MoeLoraLinear(LoraLayer):
     def from_linear(
         cls, linear: nn.Module, config: MoeLoraConfig | None = None, **options: Any
     ) -> MoeLoraLinear:
-        """Put experts over an existing linear, which is kept and frozen."""
+        """Put experts over an existing linear. The layer keeps the linear and freezes it.
+
+        Args:
+            linear: any module with in_features and out_features.
+            config: a MoeLoraConfig; None means the defaults.
+            **options: fields of MoeLoraConfig that replace those of `config`.
+
+        Raises:
+            TypeError: `linear` has no in_features or no out_features.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from moelora_kernels import MoeLoraLinear
+            >>> layer = MoeLoraLinear.from_linear(nn.Linear(16, 32), num_experts=4, rank=2)
+            >>> layer(torch.randn(3, 16)).shape
+            torch.Size([3, 32])
+        """
         if missing := missing_size(linear):
             raise TypeError(f"linear: expected a module with {missing}, got {type(linear)}")
         layer = cls.__new__(cls)
@@ -85,30 +120,38 @@ class MoeLoraLinear(LoraLayer):
         config: MoeLoraConfig | None = None,
         **options: Any,
     ) -> MoeLoraLinear:
-        """Put LoRAs that exist already over a linear, as its experts.
-
-            layer = MoeLoraLinear.from_loras(
-                linear, [(a, b, alpha), ...], MoeLoraConfig.preset("arrow")
-            )
+        """Put existing LoRAs over a linear, as its experts.
 
         Args:
             linear: as in `from_linear`.
-            loras: A_e [r_e, I], B_e [O, r_e] and alpha_e of each; ranks and alphas may differ.
-            config: a MoeLoraConfig whose scaling is "alpha/r" or "alpha/sqrt(r)"; num_experts, rank
-                and scaling become those of `loras`. Prototypes are set where the router has them.
-            **options: its fields, in place of it or changing it.
+            loras: for each expert A_e [r_e, I], B_e [O, r_e] and alpha_e. Ranks and alphas may
+                differ.
+            config: a MoeLoraConfig with scaling "alpha/r" or "alpha/sqrt(r)". Its num_experts, rank
+                and scaling are replaced by those of `loras`.
+            **options: fields of MoeLoraConfig that replace those of `config`.
+
+        If the router is "prototype", its prototypes are computed from the LoRAs.
 
         Raises:
-            ValueError: no LoRA, one of another shape, another scaling, or experts of the config
-                that `loras` has not: share="A", a shared expert, init="svd_segments".
+            ValueError: `loras` is empty, a LoRA has another shape, or the config has another
+                scaling, share="A", a shared expert or init="svd_segments".
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+            >>> loras = [(torch.randn(2, 16), torch.randn(32, 2), 4.0) for _ in range(3)]
+            >>> config = MoeLoraConfig.preset("arrow", top_k=2)
+            >>> MoeLoraLinear.from_loras(nn.Linear(16, 32), loras, config).lora_A.shape
+            torch.Size([6, 16])
         """
         config = MoeLoraConfig.of(config, options)
-        made, lora_a, lora_b = stack_loras(linear, loras, config)
-        layer = cls.from_linear(linear, made)
+        config, lora_a, lora_b = stack_loras(linear, loras, config)
+        layer = cls.from_linear(linear, config)
         with torch.no_grad():
             layer.lora_A.copy_(lora_a)
             layer.lora_B.copy_(lora_b)
-        if made.router == "prototype":
+        if config.router == "prototype":
             set_prototypes(layer)
         return layer
 
@@ -138,35 +181,45 @@ class MoeLoraLinear(LoraLayer):
 
     @torch.no_grad()
     def merge(self, task: Task | None = None) -> None:
-        """Add the experts of one task to the weight, until `unmerge`; forward is then one linear.
+        """Add the experts of one task to the weight, until `unmerge`. Forward is then one linear.
 
             y = x (W + delta W)t + b        delta W = sum_e scale_e gate_e B_e A_e
 
-        The gate is that of evaluation (no noise, no dropout). The sum is made in float64 and
-        rounded once. Base and adapters stay as they are, and so does the state dict; a merged layer
-        holds a second weight beside the base's. It serves what it was merged with: gates, or tasks
-        set to others, raise ValueError, and so does a forward that trains (RuntimeError).
+        The gate is the one of evaluation, without noise and dropout. The sum is computed in float64
+        and rounded once. The base, the adapters and the state dict do not change: a merged layer
+        holds a second weight. A merged layer serves the merged task only. It raises ValueError for
+        gates or other tasks, and RuntimeError for a forward that trains.
 
         Args:
-            task: with router="task" the id, 1 to num_tasks; with router="external" the gate, floats
-                [E]; nothing with router=None.
+            task: with router="task" the task id, 1 to num_tasks; with router="external" the gate,
+                floats [E]; None with router=None.
 
         Raises:
-            ValueError: the gate depends on x (one per token or sequence); the task is missing or
-                out of range; the base is no plain nn.Linear with a dense float weight; the sum is
-                not finite.
-            RuntimeError: the layer is merged already.
+            ValueError: each token or sequence has its own gate; the task is missing or out of
+                range; the base is not a plain nn.Linear with a dense float weight; the sum is not
+                finite.
+            RuntimeError: the layer is already merged.
+
+        Example:
+            >>> import torch
+            >>> from moelora_kernels import MoeLoraLinear
+            >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
+            >>> layer.merge(task=2)
+            >>> layer.eval()(torch.randn(3, 16)).shape
+            torch.Size([3, 32])
+            >>> layer.unmerge()
         """
         if self.merged:
             raise RuntimeError(f"{merged_with(self)} already; unmerge() first")
         self._check_linear()
         self.merged_weight = merged_weight(self, task)
-        self._set_merged(True, held_task(task))
+        self._set_merged(True, copy_task(task))
 
     def unmerge(self) -> None:
-        """Take the merged task out again, exactly: the base was never changed.
+        """Drop the merged weight. The base was never changed, so its weight has the same bits.
 
-        Raises RuntimeError where nothing is merged.
+        Raises:
+            RuntimeError: the layer is not merged.
         """
         if not self.merged:
             raise RuntimeError("the layer is not merged")
@@ -193,14 +246,28 @@ class MoeLoraLinear(LoraLayer):
 
     @torch.no_grad()
     def export_lora(self, task: Task | None = None) -> tuple[Tensor, Tensor]:
-        """The experts of one task as a plain LoRA over the base: y = x Wt + b + (x At) Bt.
+        """Return the experts of one task as a plain LoRA over the base: y = x Wt + b + (x At) Bt.
 
-        Returns A [R, I] and B [O, R] in the dtype of the adapter, scale and gate in B, so that the
-        scaling is 1 and only B is rounded. With share="A" they are [r, I] and [O, r]. An expert
-        that the task does not use keeps its place, as zeros.
+        B contains the scale and the gate, so the LoRA's scaling is 1. An expert that the task does
+        not use stays in A and B as zeros.
 
-        Arguments and errors as `merge`, but any base will do. init="svd_segments" raises
-        ValueError: it has changed the base, and no other base has its LoRA.
+        Args:
+            task: as in `merge`.
+
+        Returns:
+            A [R, I] and B [O, R] in the dtype of the adapter; [r, I] and [O, r] with share="A".
+
+        Raises:
+            ValueError: the gate depends on x; the task is missing or out of range; or
+                init="svd_segments", whose LoRA fits the reduced base only. The base may be of any
+                kind.
+
+        Example:
+            >>> from moelora_kernels import MoeLoraLinear
+            >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
+            >>> a, b = layer.export_lora(task=2)
+            >>> a.shape, b.shape
+            (torch.Size([8, 16]), torch.Size([32, 8]))
         """
         if self.config.init == "svd_segments":
             raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
@@ -215,12 +282,16 @@ class MoeLoraLinear(LoraLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, with the merged task in it where there is one."""
+        """The base's weight [O, I], or the merged weight of a merged layer."""
         return self.merged_weight if self.merged else self.base_layer.weight
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """x [..., I] -> y [..., O]; gates ([T, E], [B, E] or [1, E]) only for router="external"."""
-        # A compiled graph has no version counter that tells whether x was changed between calls.
+        """Return y [..., O] for x [..., I].
+
+        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
+        `set_tasks`.
+        """
+        # A SiblingLink needs the version counter of x, which a compiled graph does not have.
         if self.link is not None and not torch.compiler.is_compiling():
             return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]

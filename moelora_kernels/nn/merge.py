@@ -1,13 +1,14 @@
-"""A mixture with one gate for every token is a plain LoRA: its gate, its factors, its delta of W.
+"""Merge one layer. If every token has the same gate, the mixture equals one plain LoRA.
 
     delta W = sum_e scale_e gate_e B_e A_e = B' A'        [O, I]
     A' = A                 B' = B, its columns times scale_e gate_e        rank R
     share="A": A' = A      B' = sum_e scale_e gate_e B_e                   rank r
 
-A merged layer leaves its base as it is and holds W + delta W beside it, in a buffer that no state
-dict has: `unmerge` drops it, so that the base is the same bits (the difference of two rounded
-weights would not be), a tied weight stays tied, and a checkpoint never counts an adapter twice. The
-price is a second weight for each merged layer; `merge_and_unload` keeps the merged one alone.
+This module computes the gate of a task, A' and B', and the merged weight. A merged layer does not
+change its base. It holds W + delta W in a buffer that is not part of the state dict. `unmerge`
+drops the buffer, so the base keeps its bits (subtracting delta W would not give them back), a tied
+weight stays tied, and a checkpoint never counts an adapter twice. The price is a second weight per
+merged layer; `merge_and_unload` keeps only the merged weight.
 
 Source: arXiv 2310.18339 (MOELoRA), which recovers one weight per task.
 """
@@ -23,42 +24,43 @@ from torch import Tensor, nn
 from moelora_kernels.nn.base_linear import check_called, dense_weight
 from moelora_kernels.nn.gates import external_gates, gate_from
 
-# A task id, several ids that one sample has together, or the gate itself for router="external".
+# A task id; several ids of one sample; or for router="external" the gate itself.
 Task = int | Sequence[int] | Tensor
 REDUCED_BASE = (
-    "init='svd_segments' reduced the base, so that no LoRA of its experts fits the original weight"
+    "init='svd_segments' reduced the base, so no LoRA of its experts fits the original weight"
 )
 
 
 def why_no_task_gate(layer: nn.Module) -> str:
-    """Why the gate of a layer is not one fixed row for every token; empty where it is."""
+    """Return why the tokens of a task do not all have the same gate; "" if they have."""
     config = layer.config
     if config.select == "sampling":
-        return "its experts are drawn anew at every forward (select='sampling')"
+        return "its experts are sampled in every forward (select='sampling')"
     if config.router in (None, "task", "external"):
         return ""
     router = "a module" if isinstance(config.router, nn.Module) else repr(config.router)
     return (
-        f"its gate depends on x (router={router}, one gate per {config.granularity}), so that no "
+        f"its gate depends on x (router={router}, one gate per {config.granularity}), so no "
         "single weight or LoRA equals it"
     )
 
 
 @torch.no_grad()
 def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
-    """The gate that every token of a task has in evaluation, by the code that forward uses.
+    """Return the gate that every token of a task has in evaluation, [E].
 
     Args:
-        layer: what has the config and router of a MoeLoraLinear.
-        task: with router="task" an id from 1 to num_tasks, or what else `set_tasks` takes for one
-            sample; with router="external" the gate, floats [E] or [1, E]; with router=None, where
-            every task has gates of 1, nothing is read.
+        layer: a module with the config and router of a MoeLoraLinear.
+        task: with router="task" an id from 1 to num_tasks, or the list of ids of one sample; with
+            router="external" the gate, floats [E] or [1, E]; ignored with router=None, whose gates
+            are 1.
 
     Returns:
-        [E] in float32 (float64 of a float64 router), the shared expert last where there is one.
+        [E] in float32 (float64 for a float64 router); the shared expert, if any, comes last.
 
     Raises:
         ValueError: the gate depends on x; the task is missing, out of range or of another kind.
+        TypeError: the task is neither an id nor a gate.
     """
     config = layer.config
     if reason := why_no_task_gate(layer):
@@ -88,7 +90,7 @@ def _given_gate(task: Task | None, experts: int) -> Tensor:
 
 
 def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
-    """Logits [1, E] of a task; the tasks that are set stay set."""
+    """Return the logits [1, E] of a task; the tasks that `set_tasks` set do not change."""
     if task is None:
         raise ValueError(f"task: router='task' needs a task id, 1 to {router.num_tasks}")
     ids = _tensor(task)
@@ -96,25 +98,23 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    held = router.task_ids
+    saved_ids = router.task_ids
     try:
         router.hold_tasks(ids)
         return router()
     finally:
-        router.task_ids = held
+        router.task_ids = saved_ids
 
 
 @torch.no_grad()
 def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Tensor]:
-    """A' [R, I] and B' [O, R] of a task in float64 ([r, I] and [O, r] where experts share A).
+    """Return A' [R, I] and B' [O, R] of a task in float64; [r, I] and [O, r] with share="A".
 
-    An expert whose gate is zero is zero in both, whatever its A and B hold.
+    An expert whose gate is zero is zero in both, even if its A or B holds NaN.
 
     Args:
-        layer: what has the config, router, lora_A [R, I] and lora_B [O, R] of a MoeLoraLinear.
-        task: see `gate_of_task`.
-
-    Raises ValueError as `gate_of_task` does.
+        layer: a module with the config, router, lora_A and lora_B of a MoeLoraLinear.
+        task: as in `gate_of_task`, which also raises.
     """
     config = layer.config
     a, b = (t.detach().to(torch.float64, copy=True) for t in (layer.lora_A, layer.lora_B))
@@ -122,7 +122,7 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
     factors = gate * gate.new_tensor(config.scales(a.shape[1]))
     ranks = torch.tensor(config.ranks(), device=b.device)
     columns = factors.repeat_interleave(ranks, output_size=b.shape[1])
-    # A select, not a product: a NaN in an expert that is off stays there.
+    # A select, not a product: a NaN in an expert with gate zero does not spread.
     scaled = torch.where(columns != 0, b * columns, 0)
     if config.share == "A":
         return a, scaled.unflatten(1, (len(ranks), -1)).sum(dim=1)
@@ -130,9 +130,9 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
 
 
 def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
-    """sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
+    """Return sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
 
-    Arguments and errors as `lora_of_task`.
+    The arguments and errors are those of `lora_of_task`.
     """
     a, b = lora_of_task(layer, task)
     return b @ a
@@ -140,16 +140,16 @@ def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
-    """W + delta W in the dtype of W, summed in float64 and rounded once, [O, I].
+    """Return W + delta W in the dtype of W, [O, I], summed in float64 and rounded once.
 
     Raises:
-        ValueError: the base is no plain nn.Linear with a dense float weight, or has no values (meta
-            device), or the adapter has none; the sum is not finite; and as `gate_of_task`.
+        ValueError: the base is not a plain nn.Linear with a dense float weight; the base or the
+            adapter is on the meta device; the sum is not finite; or `gate_of_task` raises.
     """
     if reason := why_no_merge(layer.base_layer):
         raise ValueError(f"base_layer: {reason}")
     if layer.lora_A.is_meta:
-        raise ValueError("lora_A: it is on the meta device, without values")
+        raise ValueError("lora_A: it is on the meta device and has no values")
     weight = dense_weight(layer.base_layer)
     merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)
     if not merged.isfinite().all():
@@ -161,50 +161,57 @@ def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
 
 
 def why_no_merge(base: nn.Module) -> str:
-    """Why nothing can be added to a base's weight; empty where it can."""
+    """Return why delta W cannot be added to a base's weight; "" if it can."""
     weight = dense_weight(base)
     is_float = weight is not None and weight.is_floating_point() and weight.itemsize > 1
     if not is_float or weight.shape != (base.out_features, base.in_features):
-        own = getattr(base, "weight", None)
-        kind = f"a weight of {type(own).__name__}, {own.dtype}" if own is not None else "no weight"
+        base_weight = getattr(base, "weight", None)
+        kind = "no weight"
+        if base_weight is not None:
+            kind = f"a weight of {type(base_weight).__name__}, {base_weight.dtype}"
         return (
             "only a plain nn.Linear with a dense float weight can be merged into, this is a "
             f"{type(base).__name__} with {kind} (quantised, hooked and sharded bases are called)"
         )
-    return "its weight is on the meta device, without values" if weight.is_meta else ""
+    return "its weight is on the meta device and has no values" if weight.is_meta else ""
 
 
-def held_task(task: Task | None) -> Task | None:
-    """A task that stays what it is when the caller writes other values into his tensor or list."""
+def copy_task(task: Task | None) -> Task | None:
+    """Return a copy of `task`, so that later changes by the caller have no effect."""
     return task.detach().clone() if isinstance(task, Tensor) else copy.deepcopy(task)
 
 
 def merged_with(layer: nn.Module) -> str:
-    """What a merged layer is merged with, in words."""
+    """Return the start of an error message that names the merged task."""
     task = f" with task {layer.merged_task!r}" if layer.config.router == "task" else ""
     return f"the layer is merged{task}"
 
 
 def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
-    """y = x (W + delta W)t + b of a merged layer."""
+    """Return y = x (W + delta W)t + b of a merged layer.
+
+    Raises:
+        ValueError: gates are given; the layer serves the merged ones.
+        RuntimeError: the forward trains, or the base has hooks that a merged weight would skip.
+    """
     if gates is not None:
-        raise ValueError(f"gates: {merged_with(layer)}; unmerge() before it takes other gates")
+        raise ValueError(f"gates: {merged_with(layer)}; unmerge() before you pass other gates")
     trains = layer.training and torch.is_grad_enabled()
     if trains and any(q.requires_grad for q in layer.parameters()):
         raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
     if dense_weight(layer.base_layer) is None:
         raise RuntimeError(
             f"{merged_with(layer)}, and the base got hooks or another forward since then, which "
-            "its merged weight would leave out; unmerge() first"
+            "the merged weight would skip; unmerge() first"
         )
     check_called(layer.base_layer, x)
     return nn.functional.linear(x, layer.merged_weight, layer.bias)
 
 
 def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
-    """Raise ValueError where a merged layer would serve its own task instead of those to come.
+    """Raise ValueError if `tasks` contains a task that a merged layer is not merged with.
 
-    tasks: as in `set_tasks`; they are read on the host.
+    tasks: as in `set_tasks`. The host reads them, so it waits for the device.
     """
     takes_gates = layer.config.router == "external"
     if layer.config.router is None or tasks.is_floating_point() != takes_gates:
@@ -214,7 +221,7 @@ def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
 
 
 def _samples(tasks: Tensor) -> set[tuple]:
-    """The different samples of ids [B] or [B, L] without padding, or of gates [..., E]."""
+    """Return the distinct rows of ids [B] or [B, L] without padding, or of gates [..., E]."""
     if tasks.is_floating_point():
         return {tuple(row) for row in tasks.reshape(-1, tasks.shape[-1]).tolist()}
     rows = torch.atleast_1d(tasks)

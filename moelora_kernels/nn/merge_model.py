@@ -1,4 +1,4 @@
-"""A whole model with the experts of one task in its weights."""
+"""Merge one task into the weights of a whole model."""
 
 from __future__ import annotations
 
@@ -12,32 +12,54 @@ from moelora_kernels.nn.merge import Task, gate_of_task, merged_weight, merged_w
 
 
 def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
-    """Merge one task into every layer of `model`, see `MoeLoraLinear.merge`; all of them or none.
+    """Merge one task into every layer of `model`; see `MoeLoraLinear.merge`.
 
     Args:
-        model: a model whose gates do not depend on x: tasks, external gates, plain LoRA.
-        task: as in `MoeLoraLinear.merge`; layers with router=None are the same for every task.
+        model: a model whose gates do not depend on x: task gates, external gates, plain LoRA.
+        task: as in `MoeLoraLinear.merge`; layers with router=None ignore it.
 
     Raises:
-        ValueError: the model has no layer, or layers that cannot be merged, each by name with the
-            reason; a task that no layer reads.
+        ValueError: the model has no layer; a layer cannot be merged (the message names each, with
+            the reason); or no layer uses the task. The model is then unchanged.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_adapter, replace_linears
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> config = MoeLoraConfig(num_experts=4, rank=2, router="task", num_tasks=3)
+        >>> names = replace_linears(model, config, ["0"])
+        >>> merge_adapter(model, task=2)
+        >>> model[0].merged
+        True
     """
     layers = _mergeable(model, task)
-    done: list[MoeLoraLinear] = []
+    merged: list[MoeLoraLinear] = []
     try:
         for layer in dict.fromkeys(layers.values()):
             layer.merge(task)
-            done.append(layer)
+            merged.append(layer)
     except Exception:
-        for layer in done:
+        for layer in merged:
             layer.unmerge()
         raise
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Unmerge every merged layer of `model`, exactly.
+    """Unmerge every merged layer of `model`. The bases keep their bits.
 
-    Raises RuntimeError where none is merged.
+    Raises:
+        RuntimeError: no layer is merged.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_adapter, replace_linears
+        >>> from moelora_kernels import unmerge_adapter
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> names = replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ["0"])
+        >>> merge_adapter(model)
+        >>> unmerge_adapter(model)
+        >>> model[0].merged
+        False
     """
     merged = [m for m in model.modules() if isinstance(m, MoeLoraLinear) and m.merged]
     if not merged:
@@ -47,29 +69,44 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
-    """Put a plain nn.Linear with one task merged into it in the place of every layer of `model`.
+    """Replace every layer of `model` by a plain nn.Linear with one task merged into it.
 
-    The model is changed in place and needs nothing of this package afterwards; experts and original
-    weights are gone unless they are held elsewhere. Layers go one by one, so that one weight more
-    than the model's is needed at a time. A base that shared its weight with another module (a tied
-    embedding) has a weight of its own afterwards.
+    The model changes in place and no longer needs this package. The experts and the original
+    weights are lost unless you keep them elsewhere. Layers are replaced one by one, so the peak
+    memory is one weight above that of the model. A base that shares its weight with another module
+    (a tied embedding) gets a separate weight.
 
-    Args and ValueError as `merge_adapter`; siblings of a MoeLoraGroup, whose forward needs them,
-    are among the layers that cannot go. A sum that is not finite raises when its layer is reached:
-    those before it are replaced by then.
+    Args:
+        model: as in `merge_adapter`.
+        task: as in `merge_adapter`.
 
     Returns:
-        The model; where that is a layer itself, its nn.Linear.
+        The model; if the model is a layer itself, its nn.Linear.
+
+    Raises:
+        ValueError: as in `merge_adapter`; or the model contains a MoeLoraGroup, which can only run
+            layers. A sum that is not finite raises when its layer is reached; the layers before it
+            are then already replaced.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, merge_and_unload, replace_linears
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> names = replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ["0"])
+        >>> merge_and_unload(model)
+        Sequential(
+          (0): Linear(in_features=16, out_features=16, bias=True)
+        )
     """
     layers = _mergeable(model, task)
     if grouped := [n for n, m in model.named_modules() if isinstance(m, MoeLoraGroup)]:
         raise ValueError(f"model: a MoeLoraGroup runs layers, not linears: {', '.join(grouped)}")
-    # Names alone: a layer that is held here would keep its weight.
-    places: dict[int, list[str]] = {}
+    # Keep names, not layers: a reference to a layer would keep its weight alive.
+    names_by_layer: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        places.setdefault(id(layer), []).append(name)
+        names_by_layer.setdefault(id(layer), []).append(name)
     del layers, layer
-    for names in places.values():
+    for names in names_by_layer.values():
         layer = model.get_submodule(names[0])
         linear = linear_with(layer.base_layer, merged_weight(layer, task))
         if "" in names:
@@ -81,21 +118,24 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
 
 
 def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraLinear], list[str]]:
-    """Every MoeLoraLinear of `model` by each of its names, and what is in the way of one task.
+    """Return every MoeLoraLinear of `model` by name, and the problems that prevent merging a task.
 
-    Raises ValueError where the model has no layer, or a task is given that none reads.
+    A layer with several names is listed under each of them.
+
+    Raises:
+        ValueError: the model has no layer, or no layer uses the given task.
     """
-    found = [
+    candidates = [
         (name, layer)
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, MixtureLayer)
     ]
-    if not found:
+    if not candidates:
         raise ValueError("model: it has no MoeLoraLinear layer")
-    if task is not None and all(layer.config.router is None for _, layer in found):
+    if task is not None and all(layer.config.router is None for _, layer in candidates):
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []
-    for name, layer in found:
+    for name, layer in candidates:
         if problem := layer.linear_problem():
             problems.append(f"{name}: {problem}")
             continue

@@ -1,4 +1,4 @@
-"""A whole model: swap its linears, set the tasks of a batch, list what trains."""
+"""Put mixture layers over the linears or the MLPs of a model, in place."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 
-# Modules that hand the weights of their linears to one function: the first always, the second in
-# evaluation without gradients.
+# Modules that read the weights of their linears instead of calling them: the first always, the
+# second in evaluation without gradients.
 WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def replace_linears(
     model: nn.Module, config: MoeLoraConfig, target_modules: str | Iterable[str]
 ) -> list[str]:
-    """Put a MoeLoraLinear over every matching linear of `model`, quantised or wrapped, in place.
+    """Put a MoeLoraLinear over every matching linear of `model`, in place.
 
-    The bases are frozen; other parameters stay as they are. With router="task" one gate serves all
-    layers, those of an earlier call with a gate of the same sizes included, unless
-    task_gate="per_layer".
+    The linears may be quantised or wrapped. They are frozen; other parameters do not change. With
+    router="task" all layers share one router, also with the layers of an earlier call if the sizes
+    are equal, unless task_gate="per_layer".
 
     Args:
         model: any module.
@@ -39,8 +39,18 @@ def replace_linears(
 
     Raises:
         ValueError: no module matches, or one of the names matches none.
-        TypeError: a matching module has no in_features and out_features, or the module above it
-            reads its weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
+        TypeError: a matching module has no in_features or out_features, or its parent reads its
+            weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, replace_linears
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> replace_linears(model, MoeLoraConfig.preset("ming"), ["0", "2"])
+        ['0', '2']
+        >>> model(torch.randn(3, 16)).shape
+        torch.Size([3, 4])
     """
     config = MoeLoraConfig.of(config, {})
     adapted = [
@@ -48,15 +58,15 @@ def replace_linears(
         for name, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, MixtureLayer)
     ]
-    chosen = _matching(model, target_modules, adapted)
-    for name in chosen:
+    names = _matching(model, target_modules, adapted)
+    for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         check_target(name, model.get_submodule(name), parent)
 
     shared = fitting_task_router(model.modules(), config)
-    # By id: a base that its layer does not keep must be free to go.
+    # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
-    for name in chosen:
+    for name in names:
         parent_name, _, child = name.rpartition(".")
         module = model.get_submodule(name)
         if id(module) not in replaced:
@@ -65,19 +75,19 @@ def replace_linears(
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[id(module)])
-    return chosen
+    return names
 
 
 def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise TypeError where a module that target_modules names cannot have experts over it."""
+    """Raise TypeError if experts cannot be put over `module`, which target_modules names."""
     if missing := missing_size(module):
         raise TypeError(
             f"target_modules: {name} is a {type(module)} without {missing}, expected a linear"
         )
     if isinstance(parent, WEIGHT_READERS):
         raise TypeError(
-            f"target_modules: {name} lies in a {type(parent)}, which reads its weight without "
-            "calling it: its experts would be left out"
+            f"target_modules: {name} is part of a {type(parent)}, which reads its weight without "
+            "calling it, so the experts would have no effect"
         )
 
 
@@ -94,32 +104,43 @@ def replace_ffns(
         attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
         replace_linears(model, MoeLoraConfig.preset("lora"), attention)
 
-    is MixLoRA: whole-FFN experts, and plain LoRA on attention. The linears of an MLP keep their
-    names and are frozen; other parameters stay as they are. With router="task" one gate serves all
-    layers, as in `replace_linears`.
+    This is MixLoRA: whole-FFN experts, and plain LoRA on attention. The linears of an MLP keep
+    their names and are frozen; other parameters do not change. With router="task" the layers share
+    one router, as in `replace_linears`.
 
     Args:
         model: any module.
         config: the options of every layer.
         target_modules: as in `replace_linears`.
-        recompute: of every layer, see `MoeLoraFFN`.
+        recompute: as in `MoeLoraFFN`.
 
     Returns:
         The names of the replaced modules.
 
     Raises:
-        ValueError: no module matches, one of the names matches none, or an option has no meaning
+        ValueError: no module matches, one of the names matches none, or an option is not supported
             for whole-FFN experts.
-        TypeError: a matching module is no gated MLP, or has experts already. Nothing is replaced.
+        TypeError: a matching module is not a gated MLP, or has experts already. Nothing is replaced
+            then.
+
+    Example:
+        >>> from torch import nn
+        >>> from moelora_kernels import MoeLoraConfig, replace_ffns
+        >>> block = nn.Module()
+        >>> block.mlp = nn.Module()
+        >>> block.mlp.gate_proj, block.mlp.up_proj = nn.Linear(16, 32), nn.Linear(16, 32)
+        >>> block.mlp.down_proj, block.mlp.act_fn = nn.Linear(32, 16), nn.SiLU()
+        >>> replace_ffns(nn.ModuleList([block]), MoeLoraConfig.preset("mixlora", rank=2))
+        ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
-    chosen = _matching(model, target_modules, ())
-    for name in chosen:
+    names = _matching(model, target_modules, ())
+    for name in names:
         if problem := why_no_ffn(model.get_submodule(name)):
             raise TypeError(f"target_modules: {name}: {problem}")
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
-    for name in chosen:
+    for name in names:
         parent_name, _, child = name.rpartition(".")
         module = model.get_submodule(name)
         if module not in replaced:
@@ -128,13 +149,13 @@ def replace_ffns(
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[module])
-    return chosen
+    return names
 
 
 def _matching(
     model: nn.Module, target_modules: str | Iterable[str], adapted: Iterable[str]
 ) -> list[str]:
-    """The names of the modules that match, without those in `adapted` and what lies inside them."""
+    """Return the names of the matching modules, except the `adapted` modules and their children."""
     by_pattern = isinstance(target_modules, str)
     targets = [target_modules] if by_pattern else list(target_modules)
     if by_pattern:
@@ -157,11 +178,11 @@ def _matching(
 
 
 def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:
-    """The gate that some of `layers` already share, if a new layer can use it."""
+    """Return the task router of `layers` that a new layer with `config` can share, or None."""
     sizes = (config.num_tasks, config.task_embedding_dim, config.num_experts)
     for layer in layers:
         if isinstance(layer, MixtureLayer) and layer.config.shares_gate() and config.shares_gate():
-            own = layer.config
-            if sizes == (own.num_tasks, own.task_embedding_dim, own.num_experts):
+            other = layer.config
+            if sizes == (other.num_tasks, other.task_embedding_dim, other.num_experts):
                 return layer.router
     return None

@@ -1,4 +1,4 @@
-"""The record of what a layer's last forward routed."""
+"""RoutingRecord: the gate and the logits of a layer's last forward."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 
 class RoutingRecord:
-    """Weights, indices and logits of a layer's last forward.
+    """The gate weights, experts and logits of a layer's last forward.
 
-    weights [T, K] with indices [T, K], or dense gates [G, E] with indices None; logits [G, E] in
-    float32 ([G, E + 1] with that of a learned threshold last), attached to the graph. A forward
-    overwrites it; the one that activation checkpointing repeats in backward does not. Copies of a
-    layer start with an empty record.
+    A forward overwrites the record. The repeated forward of activation checkpointing does not.
+    Copies of a layer start with an empty record.
+
+    Attributes:
+        weights: [T, K] with `indices`; else dense [G, E]. Detached.
+        indices: [T, K], the expert of each slot; None for dense gates.
+        logits: [G, E] in float32 ([G, E + 1] with a learned threshold, whose logit is the last
+            column), attached to the graph; None without a router.
+        wanted: whether `record_routing` asked for records.
     """
 
     def __init__(self) -> None:
@@ -23,17 +28,17 @@ class RoutingRecord:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the last forward."""
+        """Drop the routing of the last forward."""
         self.weights: Tensor | None = None
         self.indices: Tensor | None = None
         self.logits: Tensor | None = None
 
-    def keep(self, weights: Tensor, indices: Tensor | None, logits: Tensor | None) -> None:
-        """Hold the routing of a forward, unless autograd is running: that one is a repetition."""
+    def keep(self, weights: Tensor, experts: Tensor | None, logits: Tensor | None) -> None:
+        """Store the routing of a forward, unless backward is running: it repeats a forward."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         self.weights = weights.detach()
-        self.indices = indices
+        self.indices = experts
         self.logits = logits
 
     def __deepcopy__(self, memo) -> RoutingRecord:
@@ -45,11 +50,18 @@ class RoutingRecord:
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
-    """Within it every layer of `model` keeps the routing of its last forward in `layer.record`.
+    """Keep the routing of each layer's last forward in `layer.record` inside the context.
 
-    A record holds weights [T, K] with indices [T, K], or weights [G, E] with indices None where all
-    experts are gated or the gate belongs to a sequence or task (one row for each of them), and the
-    router's logits. Leaving the context clears all records: take what you need inside.
+    Leaving the context clears all records, so read them inside.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, record_routing
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
+        >>> with record_routing(layer):
+        ...     y = layer(torch.randn(3, 16))
+        ...     print(layer.record.weights.shape, layer.record.indices.shape)
+        torch.Size([3, 2]) torch.Size([3, 2])
     """
     candidates = [getattr(module, "record", None) for module in model.modules()]
     records = [record for record in candidates if isinstance(record, RoutingRecord)]

@@ -1,4 +1,4 @@
-"""Set the tasks of a batch for all layers of a model."""
+"""set_tasks: the tasks or the external gates of the coming forwards of a model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,28 @@ from moelora_kernels.nn.routers import TokenTaskRouter
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
-    """The tasks, or the gates, of the coming forwards of `model`; they hold until the next call.
+    """Set the tasks, or the gates, of the coming forwards of `model`, until the next call.
 
     Args:
-        model: a model with task gates, external gates or task vectors.
-        tasks: task ids [batch] from 1 to num_tasks, or [batch, L] where a sequence has several: the
-            mean of their embeddings, 0 for padding. Or as a float tensor gates [batch, E] (also
-            [1, E] for all, or one row per token) for router="external", or task vectors [batch, D]
-            for "token_task".
+        model: a model with task gates, external gates or TokenTaskRouters.
+        tasks: one of
+            task ids [batch], 1 to num_tasks, for router="task";
+            task ids [batch, L] if a sequence has several tasks: the gate uses the mean of their
+            embeddings, 0 is padding;
+            float gates [batch, E], [1, E] or [T, E] for router="external";
+            float task vectors [batch, D] for a TokenTaskRouter.
 
     Raises:
-        ValueError: the model has no layer that takes them, or takes both gates and task vectors;
-            ids are out of range, vectors of another size, or a layer is merged with another task.
+        ValueError: no layer uses `tasks`; the model uses both gates and task vectors; an id is out
+            of range; a vector has another size; or a layer is merged with another task.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, set_tasks
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
+        >>> set_tasks(layer, [1, 3])
+        >>> layer(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 32])
     """
     tasks = torch.as_tensor(tasks)
     for layer in model.modules():
@@ -37,19 +47,19 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     if tasks.is_floating_point():
         layers = [layer for layer in _selected(model) if layer.config.router == "external"]
         routers = {layer.router for layer in _selected(model) if layer.router is not None}
-        within = {m for router in routers for m in router.modules()}
-        mixed = [m for m in within if isinstance(m, TokenTaskRouter)]
-        if not layers and not mixed:
+        parts = {module for router in routers for module in router.modules()}
+        task_routers = [module for module in parts if isinstance(module, TokenTaskRouter)]
+        if not layers and not task_routers:
             raise ValueError(
                 "model: no layer with router='external' takes gates; task ids are whole numbers"
             )
-        if layers and mixed:
+        if layers and task_routers:
             raise ValueError(
-                "model: it takes gates and task vectors; set_tasks of its parts tells them apart"
+                "model: it uses both gates and task vectors; call set_tasks on its parts instead"
             )
-        for router in mixed:
+        for router in task_routers:
             router.check_tasks(tasks)
-        for router in mixed:
+        for router in task_routers:
             router.hold_tasks(tasks)
         for layer in layers:
             layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)

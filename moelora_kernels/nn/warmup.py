@@ -1,4 +1,4 @@
-"""Compile what a model's layers will launch, before a CUDA graph or a clock starts."""
+"""warmup: compile the kernels of a model before a CUDA graph or a measurement starts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from moelora_kernels.nn.layer import MixtureLayer
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
-    """Run every mixture layer of `model` once per token count, forward and backward, on zeros.
+    """Run every mixture layer of `model` forward and backward on zeros, once per token count.
 
-    Kernels are compiled at their first launch, and small tables are copied to the device then;
-    neither is possible while a CUDA graph is captured. Layers run in the mode they are in (training
-    or not) and under the autocast that is active; parameters that train get no gradient, and random
-    generators, recorded routing and counted loads stay as they were.
+    The first launch of a kernel compiles it and copies small tables to the device. Neither is
+    possible while a CUDA graph is captured. The layers run in their current mode (training or
+    evaluation) and under the active autocast. Gradients of parameters, random generators, routing
+    records and counted loads do not change.
 
     Args:
-        model: a model, a layer or a group. With task gates or external gates, `set_tasks` first.
-        tokens: tokens per sequence that will be run.
+        model: a model, a layer or a group. With task gates or external gates, call `set_tasks`
+            first.
+        tokens: the tokens per sequence to compile for.
         batch: sequences per call.
 
     Raises:
-        ValueError: the model has no MoeLoraLinear and no MoeLoraFFN; tokens or batch below 1.
-        RuntimeError, ValueError: task gates or external gates that were not set.
+        ValueError: the model has no mixture layer; tokens or batch are below 1; or external gates
+            are not set.
+        RuntimeError: tasks are not set.
+
+    Example:
+        >>> from moelora_kernels import MoeLoraLinear, warmup
+        >>> warmup(MoeLoraLinear(16, 32, num_experts=4, rank=2), tokens=(1, 8))
     """
     if not tokens or min(tokens) < 1 or batch < 1:
         raise ValueError(f"tokens: expected counts from 1, got {tokens} with batch {batch}")
@@ -36,15 +42,15 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
     if not groups:
         raise ValueError("model: no MoeLoraLinear and no MoeLoraFFN in it")
     layers = [layer for group in groups for layer in group]
-    kept = [(layer.record, vars(layer.record).copy()) for layer in layers]
+    records = [(layer.record, vars(layer.record).copy()) for layer in layers]
     loads = [(balance, balance.load) for balance in balances(model)]
-    places = {p.device for layer in layers for p in layer.parameters(recurse=False)}
-    devices = {device for device in places if device.type == "cuda"}
+    all_devices = {p.device for layer in layers for p in layer.parameters(recurse=False)}
+    devices = {device for device in all_devices if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         for group in groups:
             for count in tokens:
                 _run(group, batch, count)
-    for record, values in kept:
+    for record, values in records:
         vars(record).update(values)
     for balance, load in loads:
         balance.load = load

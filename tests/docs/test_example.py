@@ -114,7 +114,7 @@ def test_trainer_trains_what_the_loop_trains(options, tmp_path, capsys):
 def test_trainer_chooses_the_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--trainer", "--device", "cuda:1")
-    assert "--device: with --trainer cpu or cuda, got cuda:1" in capsys.readouterr().err
+    assert "--device: with --trainer must be cpu or cuda, got cuda:1" in capsys.readouterr().err
 
 
 @exhaustive
@@ -404,7 +404,7 @@ def test_loss_curve_coincides_with_plain_expert_loops(preset, lr):
     encoder = data.Encoder(data.ByteTokenizer(), tasks, 48, "cpu")
     batches = [encoder.batch(group) for group in data.shuffled(train, 4, distinct, 0)]
     batches *= steps // distinct
-    args = example.parse_arguments([*SMALL, "--pretrain-steps", "40"])
+    args = example.parse_arguments([*SMALL, "--pretrain-steps", "40"], sorted(example.PLANS))
     torch.manual_seed(0)
     model = with_exact_norms(example.pretrain(encoder, train, args))
     example.add_adapters(model, example.make_plan(preset, 5, dropout=0.0))

@@ -1,8 +1,5 @@
 """LoRAs that exist already as frozen experts, and their prototypes."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -100,17 +97,6 @@ BAD_LORAS = [
 def test_loras_that_do_not_fit_are_named(name, loras, options):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         MoeLoraLinear.from_loras(nn.Linear(IN, OUT), loras, **options)
-
-
-def test_the_example_in_readme_runs():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (example,) = [text for text in examples if "from_loras" in text]
-    loras = [(torch.randn(r, IN), torch.randn(OUT, r), alpha) for r, alpha in LORAS]
-    names = {"linear": nn.Linear(IN, OUT), "loras": loras, "x": torch.randn(2, 3, IN)}
-    names["gates"] = torch.rand(2, 3, len(LORAS))
-    exec(compile(example, "README.md", "exec"), names)
-    assert names["y"].shape == (2, 3, OUT)
 
 
 @pytest.mark.parametrize("ranks", ((2, 5, 3), (1,), (20, 4)), ids=str)

@@ -263,7 +263,7 @@ def test_adapters_without_values_are_named():
     layer = task_layer()
     for name in ("lora_A", "lora_B"):
         setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta")))
-    with pytest.raises(ValueError, match="lora_A: it is on the meta device, without values"):
+    with pytest.raises(ValueError, match="lora_A: it is on the meta device and has no values"):
         layer.merge(3)
     assert not layer.merged
 
@@ -300,7 +300,7 @@ def test_gates_that_depend_on_x_refuse_with_the_reason(options, match):
 def test_a_gate_that_is_drawn_has_no_weight():
     """Experts sampled in evaluation: one draw would be frozen into the weight."""
     layer = task_layer(top_k=2, select="sampling")
-    with pytest.raises(ValueError, match="task: its experts are drawn anew at every forward"):
+    with pytest.raises(ValueError, match="task: its experts are sampled in every forward"):
         layer.merge(3)
 
 

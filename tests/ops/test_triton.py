@@ -15,6 +15,7 @@ from moelora_kernels.kernels import (
     weight_grad,
 )
 from moelora_kernels.kernels.common import launcher
+from moelora_kernels.types import NO_ROUTER, Dropout, Gate, Mixture
 from support.op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of
 from support.op_cases import KERNEL_DEVICE as DEVICE
 from support.selection import default_cases, exhaustive
@@ -137,6 +138,6 @@ def test_the_smallest_word_that_is_kept() -> None:
     gate = torch.ones(1, 1, device=DEVICE)
     for p, expected in ((low / 2**32, True), (high / 2**32, False)):
         h, *_ = shrink_gate.launch(
-            x, [weight], gate, None, None, [], [], [1], [1.0], False, 0, True, 1.0, p, False, seed
+            x, [weight], NO_ROUTER, Gate(gate), Mixture((1,), (1.0,)), Dropout(p, False, seed)
         )
         assert (h.item() != 0) == expected

@@ -234,7 +234,7 @@ def test_task_vectors_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"^tasks: 4 task vectors for 2 sequences"):
         balanced(torch.randn(2, 4, IN))
     both = nn.ModuleList([layer, MoeLoraLinear(IN, OUT, router="external")])
-    with pytest.raises(ValueError, match=r"^model: it takes gates and task vectors"):
+    with pytest.raises(ValueError, match=r"^model: it uses both gates and task vectors"):
         set_tasks(both, torch.randn(2, TASK))
 
 

@@ -159,7 +159,7 @@ def test_rows_without_a_task_and_ids_out_of_range_raise():
     """The original divides by the number of tasks of a row; 0 alone is reserved."""
     layer = make_layer(**TASK)
     for rows in ([[1, 2], [0, 0]], [[1, 6]], [[-1, 2]]):
-        with pytest.raises(ValueError, match="ids: expected 1 to 5, and 0 beside them as padding"):
+        with pytest.raises(ValueError, match="ids: expected 1 to 5, with 0 as padding"):
             set_tasks(layer, rows)
     with pytest.raises(ValueError, match="ids: expected 1 to 5, got"):
         set_tasks(layer, [1, 0])

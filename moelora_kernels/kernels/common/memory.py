@@ -1,6 +1,7 @@
 """Device functions that load and store one tile of a matrix. Elements outside the masks load as 0.
 
 Masks are one-dimensional: `rows_in` and `columns_in` are True for the rows and columns that exist.
+Row numbers become int64 before they are multiplied by a stride.
 """
 
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 def load_rows(ptr, stride, rows, columns, rows_in, columns_in):
     """Return matrix[rows, columns] as [ROWS, COLUMNS]. Rows lie `stride` elements apart."""
     return tl.load(
-        ptr + rows[:, None] * stride + columns[None, :],
+        ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :],
         mask=rows_in[:, None] & columns_in[None, :],
         other=0.0,
     )
@@ -21,7 +22,7 @@ def load_rows(ptr, stride, rows, columns, rows_in, columns_in):
 def load_transposed(ptr, stride, rows, columns, rows_in, columns_in):
     """Return matrix[rows, columns] transposed, as [COLUMNS, ROWS]: an operand of a product."""
     return tl.load(
-        ptr + rows[None, :] * stride + columns[:, None],
+        ptr + rows.to(tl.int64)[None, :] * stride + columns[:, None],
         mask=columns_in[:, None] & rows_in[None, :],
         other=0.0,
     )
@@ -30,18 +31,14 @@ def load_transposed(ptr, stride, rows, columns, rows_in, columns_in):
 @triton.jit
 def store_rows(ptr, stride, rows, columns, rows_in, columns_in, tile):
     """Store the tile [ROWS, COLUMNS] to matrix[rows, columns], in the matrix's dtype."""
-    tl.store(
-        ptr + rows[:, None] * stride + columns[None, :],
-        tile.to(ptr.dtype.element_ty),
-        mask=rows_in[:, None] & columns_in[None, :],
-    )
+    address = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    in_bounds = rows_in[:, None] & columns_in[None, :]
+    tl.store(address, tile.to(ptr.dtype.element_ty), mask=in_bounds)
 
 
 @triton.jit
 def store_transposed(ptr, stride, rows, columns, rows_in, columns_in, tile):
     """Store the tile [COLUMNS, ROWS] to matrix[rows, columns], in the matrix's dtype."""
-    tl.store(
-        ptr + rows[None, :] * stride + columns[:, None],
-        tile.to(ptr.dtype.element_ty),
-        mask=columns_in[:, None] & rows_in[None, :],
-    )
+    address = ptr + rows.to(tl.int64)[None, :] * stride + columns[:, None]
+    in_bounds = columns_in[:, None] & rows_in[None, :]
+    tl.store(address, tile.to(ptr.dtype.element_ty), mask=in_bounds)

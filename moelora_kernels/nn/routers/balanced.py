@@ -1,4 +1,4 @@
-"""Loss-free balancing."""
+"""A router with a selection bias per expert, for loss-free balancing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from moelora_kernels.nn.routers.logits import router_logits
 
 
 class Balance(nn.Module):
-    """A bias per expert that counts where experts are selected and nowhere else.
+    """A bias per expert that changes which experts are selected, but not their weights.
 
-    `bias` [E] is a buffer that `update_balance` moves against `load` [E], how often each expert was
-    selected in the training forwards since then (None: none yet).
+    Attributes:
+        bias: [E], a buffer; `update_balance` moves it against the load.
+        load: [E] float32, how often each expert was selected in the training forwards since the
+            last `update_balance`; None before the first.
 
     Source: arXiv 2408.15664 (loss-free balancing).
     """
@@ -20,11 +22,11 @@ class Balance(nn.Module):
     def __init__(self, num_experts, *, device=None):
         super().__init__()
         self.register_buffer("bias", torch.zeros(num_experts, device=device))
-        # Not a buffer: DDP overwrites those of all ranks with the first one's.
+        # Not a buffer: DistributedDataParallel copies buffers of the first process to all others.
         self.load: Tensor | None = None
 
     def count(self, keep: Tensor) -> None:
-        """Add the selection keep [N, E] of a forward, but not that of a repeated one."""
+        """Count the selection `keep` [G, E] of a forward, unless backward repeats the forward."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         counts = keep.sum(dim=0).to(torch.float32)
@@ -32,9 +34,19 @@ class Balance(nn.Module):
 
 
 class BalancedRouter(nn.Module):
-    """A gate and its `balance`, which only selection sees.
+    """A router `gate` with a `balance`, which only the selection uses.
 
-    A gate that several layers share has a balance of its own in each of them.
+    If several layers share `gate`, each layer still has a separate balance.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels.nn import BalancedRouter
+        >>> router = BalancedRouter(nn.Linear(16, 4), num_experts=4)
+        >>> router(torch.randn(3, 16)).shape, router.balance.bias.shape
+        (torch.Size([3, 4]), torch.Size([4]))
+
+    Source: arXiv 2408.15664 (loss-free balancing).
     """
 
     def __init__(self, gate, num_experts, *, device=None):
@@ -43,5 +55,5 @@ class BalancedRouter(nn.Module):
         self.balance = Balance(num_experts, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> logits [T, E] of the gate, without the bias."""
+        """Return the logits [T, E] of `gate` for x [T, I], without the bias."""
         return router_logits(self.gate, x)

@@ -12,7 +12,11 @@ from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, Thresho
 
 
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
-    """The router of `config`, under a learned threshold where it selects by one."""
+    """Return the router of `config`, or None if the gate needs none.
+
+    With select="learned_threshold" it is in a ThresholdRouter, with `balance_rate` in a
+    BalancedRouter.
+    """
     router = _build_gate(config, in_features, device, dtype)
     if config.select == "learned_threshold":
         return ThresholdRouter(router, in_features, device=device, dtype=dtype)
@@ -22,12 +26,12 @@ def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.M
 
 
 def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
-    """The router that `config` names, or the module it holds; None where gates need none."""
+    """Return the router that `config.router` names or is; None if the gate needs none."""
     if isinstance(config.router, nn.Module):
         if isinstance(config.router, nn.Linear):
-            shape, given = [config.num_experts, in_features], [*config.router.weight.shape]
-            if given != shape:
-                raise ValueError(f"router: expected a weight {shape}, got {given}")
+            expected, shape = [config.num_experts, in_features], [*config.router.weight.shape]
+            if shape != expected:
+                raise ValueError(f"router: expected a weight {expected}, got {shape}")
         return config.router
     if config.router == "linear":
         return nn.Linear(
@@ -60,13 +64,22 @@ def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Mo
 
 
 def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
-    """Router logits [G, E] in float32: of every token or sequence, or the tasks that are set.
+    """Return the router logits [G, E] of a layer in float32; [G, E + 1] with a learned threshold.
 
-    [G, E + 1] where the threshold is learned.
+    There is one row per token, per sequence (granularity="sequence") or per task of `set_tasks`.
+
+    Args:
+        layer: a MixtureLayer with a router.
+        x: [..., I], the input of the layer.
+        tokens: [T, I], x in the dtype the layer computes in.
+
+    Raises:
+        ValueError: the router returned another shape.
+        RuntimeError: the tasks are not set.
     """
     config, router = layer.config, layer.router
     if config.router == "task":
-        # One gate serves all layers of a model, also of one that is spread over devices.
+        # All layers share the router, also if the model is spread over several devices.
         return router().to(x.device)
     if config.router == "self":
         return wide_product(tokens.detach(), layer.lora_A.detach())
@@ -75,7 +88,7 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
         sequences = tokens[None]
         if x.dim() > 2:
             sequences = x.movedim(config.batch_dim, 0).flatten(1, -2)
-        # The mean of no positions is 0, not 0 / 0.
+        # The mean over zero positions is 0, not 0 / 0.
         source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
     gate = getattr(router, "gate", router)
     if isinstance(gate, TokenTaskRouter) and x.dim() > 2:

@@ -1,4 +1,4 @@
-"""From the input of a layer to router logits [G, E]."""
+"""Logits in float32, also under autocast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from moelora_kernels.numerics import is_autocast
 
 
 def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """x Wt + b in float32 (float64 for float64 x) whatever autocast says: logits need it."""
+    """Return x Wt + b in float32 (float64 for float64 x), also under autocast."""
     return wide_product(x, linear.weight, linear.bias)
 
 
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weight^T + bias in float32 (float64 for float64 x), also under autocast."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
     if not is_autocast(x.device):
@@ -24,7 +25,7 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
-    """The logits of any router that reads x; those of a linear one in float32."""
+    """Return the logits of a router that reads x; those of an nn.Linear are in float32."""
     if dense_weight(router) is not None:
         return wide_linear(x, router)
     weight = float_weight(router) if isinstance(router, nn.Linear) else None

@@ -1,4 +1,4 @@
-"""Routers that read the task of a sequence."""
+"""Routers that use the task of a sequence, which `set_tasks` sets."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from moelora_kernels.nn.routers.token import MlpRouter
 
 
 def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor on the device of a parameter; as it is while that waits for its values on meta."""
+    """Move a tensor to the device of a parameter, unless the parameter is on the meta device."""
     return tensor if parameter.is_meta else tensor.to(parameter.device)
 
 
 class TaskRouter(nn.Module):
-    """logits = W_gate e_b        e_b = embedding[ids_b], the mean over the ids of a row [L]
+    """Compute logits from the task embedding of a sequence, as in MOELoRA.
 
-    ids [B] or [B, L] -> [B, E]. The gate of MOELoRA: task ids run from 1 to num_tasks; row 0 of the
-    embedding is reserved, and 0 in a row of several ids is padding, left out of the mean.
-    `set_tasks` gives the ids. One router serves every layer it is given to.
+        logits = W_gate e_b        e_b = embedding[ids_b]; for [B, L] the mean over the ids of a row
+
+    `set_tasks` sets the ids, [B] or [B, L]. They run from 1 to num_tasks. In a row of several ids 0
+    is padding, which the mean leaves out; row 0 of the embedding is not used. Several layers can
+    share one router.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import TaskRouter
+        >>> router = TaskRouter(num_tasks=3, embedding_dim=8, num_experts=4)
+        >>> router.hold_tasks(torch.tensor([1, 3]))
+        >>> router().shape
+        torch.Size([2, 4])
+
+    Source: arXiv 2310.18339 (MOELoRA).
     """
 
     def __init__(self, num_tasks, embedding_dim, num_experts, *, device=None, dtype=None):
@@ -28,11 +40,14 @@ class TaskRouter(nn.Module):
         self.num_tasks = num_tasks
         self.embedding = nn.Embedding(num_tasks + 1, embedding_dim, device=device, dtype=dtype)
         self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
-        # No buffer: DistributedDataParallel sends those of the first process to all others.
+        # Not a buffer: DistributedDataParallel copies buffers of the first process to all others.
         self.task_ids: Tensor | None = None
 
     def check_tasks(self, ids: Tensor) -> None:
-        """Raise unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks, no row all 0."""
+        """Raise ValueError unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks.
+
+        A row of only zeros is an error. On a GPU a bad value fails at the next synchronisation.
+        """
         if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 "ids: expected whole numbers [batch] or [batch, tasks of a sequence], "
@@ -40,9 +55,9 @@ class TaskRouter(nn.Module):
             )
         several = ids.dim() == 2
         valid = ((ids >= 0) & (ids <= self.num_tasks)).all()
-        # A sequence without a task has no gate: the mean over no embeddings.
+        # A sequence without a task has no gate: the mean of zero embeddings is 0 / 0.
         valid = valid & ((ids != 0).any(dim=1) if several else ids != 0).all()
-        expected = f"1 to {self.num_tasks}" + (", and 0 beside them as padding" if several else "")
+        expected = f"1 to {self.num_tasks}" + (", with 0 as padding" if several else "")
         if ids.device.type == "cpu":
             if not valid:
                 raise ValueError(f"ids: expected {expected}, got {ids.tolist()}")
@@ -50,14 +65,14 @@ class TaskRouter(nn.Module):
             torch._assert_async(valid, f"ids: expected {expected}")
 
     def hold_tasks(self, ids: Tensor) -> None:
-        """Keep ids that `check_tasks` let pass for the coming forwards."""
+        """Store ids that passed `check_tasks` for the coming forwards."""
         self.task_ids = _beside(ids, self.gate.weight)
 
     def forward(self) -> Tensor:
-        """Logits [B, E] of the tasks set last."""
+        """Return the logits [B, E] of the stored tasks in float32."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        # The router may have been moved since.
+        # The router may have moved to another device since `hold_tasks`.
         ids = self.task_ids.to(self.gate.weight.device)
         tasks = self.embedding(ids)
         if ids.dim() == 2:
@@ -68,21 +83,33 @@ class TaskRouter(nn.Module):
 
 
 class TokenTaskRouter(nn.Module):
-    """p = (1 - s) softmax(token(x)) + s softmax(task(t)), s = sigmoid(share)        [T, E]
+    """Mix the probabilities of a token router and of a task router, as in HMoRA.
 
-    The gate of HMoRA (ICLR 2025), x [T, I] a token and t [B, D] the task vector of its
-    sequence: `set_tasks(model, vectors)` gives them, with their graph, so that the encoder they
-    come from trains. Returns probabilities: use score="identity", and normalize="softmax" with
-    top_k for the original's second softmax. One instance as `router=` of several layers is shared
-    by them, as q, k, v and gate, up share it there.
+        p = (1 - s) softmax(token(x)) + s softmax(task(t))        s = sigmoid(share)
+
+    x [T, I] are the tokens and t [B, D] the task vectors of their sequences, which
+    `set_tasks(model, vectors)` sets. The vectors keep their graph, so the encoder that computed
+    them trains. The router returns probabilities [T, E]: use score="identity", and for the second
+    softmax of the original normalize="softmax" with top_k. Pass one instance as `router=` of
+    several layers to share it; the original shares it among q, k, v and among gate, up.
 
     Args:
         in_features: I.
         task_features: D.
         num_experts: E.
-        hidden: of MLPs of two layers with a ReLU between; None: linear, with bias.
-        share: the start of the learned mixture; the original's rises from -2 in the first layer of
-            a model to 2 in the last.
+        hidden: width of two-layer MLPs with a ReLU; None means linears with bias.
+        share: the initial value of the learned `share`. In the original it rises from -2 in the
+            first layer of a model to 2 in the last.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import TokenTaskRouter
+        >>> router = TokenTaskRouter(16, task_features=8, num_experts=4)
+        >>> router.hold_tasks(torch.randn(2, 8))
+        >>> router(torch.randn(10, 16)).shape
+        torch.Size([10, 4])
+
+    Source: HMoRA (ICLR 2025).
     """
 
     def __init__(
@@ -112,29 +139,29 @@ class TokenTaskRouter(nn.Module):
 
         self.token, self.task = gate(in_features), gate(task_features)
         self.task_features = task_features
-        # Beside the two gates, not in their parent: PEFT names tensors by the module that has them.
+        # In a ParameterDict, because PEFT cannot name a parameter of a module that has children.
         start = torch.full((), float(share), device=device, dtype=dtype)
         self.mixture = nn.ParameterDict({"share": start})
         self.task_vectors: Tensor | None = None
 
     def check_tasks(self, vectors: Tensor) -> None:
-        """Raise unless vectors are [B, D]."""
+        """Raise ValueError unless vectors are [B, D]."""
         if vectors.dim() != 2 or vectors.shape[1] != self.task_features:
             raise ValueError(
                 f"tasks: expected vectors [batch, {self.task_features}], got {[*vectors.shape]}"
             )
 
     def hold_tasks(self, vectors: Tensor) -> None:
-        """Keep vectors [B, D] that `check_tasks` let pass for the coming forwards."""
+        """Store vectors [B, D] that passed `check_tasks` for the coming forwards."""
         self.task_vectors = _beside(vectors, self.mixture["share"])
 
     def check_batch(self, sequences: int) -> None:
-        """Raise unless there is a task vector for each of that many sequences, or one for all."""
+        """Raise ValueError unless there is one task vector per sequence, or one for all."""
         count = sequences if self.task_vectors is None else self.task_vectors.shape[0]
         if count not in (1, sequences):
             raise ValueError(
                 f"tasks: {count} task vectors for {sequences} sequences; expected one for each or "
-                "one for all; where generate makes n sequences of each prompt (beams, samples), "
+                "one for all; if generate makes n sequences of each prompt (beams, samples), "
                 "set_tasks takes vectors.repeat_interleave(n, dim=0)"
             )
 
@@ -142,13 +169,13 @@ class TokenTaskRouter(nn.Module):
         return state_without_graph(self, "task_vectors")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> probabilities [T, E], in float32."""
+        """Return probabilities [T, E] in float32 for x [T, I]."""
         if self.task_vectors is None:
             raise RuntimeError("the gate has no task vectors: call set_tasks(model, vectors) first")
         tokens, batch = x.shape[0], self.task_vectors.shape[0]
         if tokens % batch:
-            raise ValueError(f"tasks: {batch} task vectors do not share out over {tokens} tokens")
-        own = router_logits(self.token, x).softmax(dim=1)
-        task = router_logits(self.task, self.task_vectors).to(own).softmax(dim=1)
-        share = self.mixture["share"].to(own.dtype).sigmoid()
-        return (1 - share) * own + share * task.repeat_interleave(tokens // batch, dim=0)
+            raise ValueError(f"tasks: {batch} task vectors do not divide {tokens} tokens")
+        token = router_logits(self.token, x).softmax(dim=1)
+        task = router_logits(self.task, self.task_vectors).to(token).softmax(dim=1)
+        share = self.mixture["share"].to(token.dtype).sigmoid()
+        return (1 - share) * token + share * task.repeat_interleave(tokens // batch, dim=0)

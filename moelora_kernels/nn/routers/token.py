@@ -1,4 +1,4 @@
-"""Routers that read every token."""
+"""Routers whose logits depend on the token alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from moelora_kernels.nn.routers.logits import router_logits, wide_linear, wide_p
 
 
 class MlpRouter(nn.Module):
-    """logits = W2 act(W1 x + b1) + b2        x [T, I] -> [T, E]; act is silu unless given"""
+    """Compute logits with an MLP of two layers.
+
+        logits = W2 act(W1 x + b1) + b2        x [T, I] -> [T, E]; act is silu by default
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import MlpRouter
+        >>> MlpRouter(16, num_experts=4, hidden=8)(torch.randn(3, 16)).shape
+        torch.Size([3, 4])
+    """
 
     def __init__(
         self,
@@ -27,15 +36,26 @@ class MlpRouter(nn.Module):
         self.fc2 = nn.Linear(hidden, num_experts, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> logits [T, E]."""
+        """Return logits [T, E] for x [T, I]."""
         return wide_linear(self.activation(wide_linear(x, self.fc1)), self.fc2)
 
 
 class ThresholdRouter(nn.Module):
-    """logits = (gate(x), w x + b): beside the gate's, the logit of the threshold of each token.
+    """Append the logit of a learned threshold to the logits of another router.
 
-    x [T, I] -> [T, E + 1]. The gate of AdaMoLE (arXiv 2405.00361); `split_threshold` takes the two
-    apart again. A gate that several layers share has a threshold of its own in each of them.
+        logits = (gate(x), w x + b)        x [T, I] -> [T, E + 1]
+
+    `split_threshold` separates the two. If several layers share the inner router `gate`, each layer
+    still has a separate threshold.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from moelora_kernels.nn import ThresholdRouter
+        >>> ThresholdRouter(nn.Linear(16, 4), 16)(torch.randn(3, 16)).shape
+        torch.Size([3, 5])
+
+    Source: arXiv 2405.00361 (AdaMoLE).
     """
 
     def __init__(self, gate, in_features, *, device=None, dtype=None):
@@ -44,15 +64,25 @@ class ThresholdRouter(nn.Module):
         self.threshold = nn.Linear(in_features, 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> logits [T, E + 1], that of the threshold last."""
+        """Return logits [T, E + 1] for x [T, I]; the threshold's is the last column."""
         return torch.cat([router_logits(self.gate, x), router_logits(self.threshold, x)], dim=1)
 
 
 class PrototypeRouter(nn.Module):
-    """logits = |x v_e|        x [T, I] -> [T, E]
+    """Compute logits from the product of x with one direction per expert, as in Arrow.
 
-    The gate of Arrow (arXiv 2405.11157): v_e is a direction of expert e, one row of the buffer
-    `prototypes` [E, I], which `set_prototypes` fills; zero until then. Nothing in it trains.
+        logits = |x v_e|        x [T, I] -> [T, E]
+
+    v_e is row e of the buffer `prototypes` [E, I], which `set_prototypes` sets; it is zero until
+    then. The router has no parameters.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels.nn import PrototypeRouter
+        >>> PrototypeRouter(16, num_experts=4)(torch.randn(3, 16)).shape
+        torch.Size([3, 4])
+
+    Source: arXiv 2405.11157 (Arrow).
     """
 
     def __init__(self, in_features, num_experts, *, device=None, dtype=None):
@@ -61,5 +91,5 @@ class PrototypeRouter(nn.Module):
         self.register_buffer("prototypes", zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> logits [T, E], none negative."""
+        """Return logits [T, E] for x [T, I], all at least 0."""
         return wide_product(x, self.prototypes).abs()
