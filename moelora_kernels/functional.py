@@ -86,15 +86,17 @@ def _reference(
     gate: Gate | None,
     dropout: Dropout,
 ) -> LayerOutput:
-    y, _, *made = reference.wide(x, siblings_of(linears), gate, mixture, dropout)
-    return LayerOutput(y, mixture.router_gate(*made[:3]) if gate is None else gate)
+    result = reference.wide(x, siblings_of(linears), gate, mixture, dropout)
+    if gate is None:
+        gate = mixture.router_gate(result.weights, result.experts, result.logits)
+    return LayerOutput(result.y, gate)
 
 
 def _reference_sqrt_gate(
     mixture: Mixture,
     x: Tensor,
     linears: Sequence[LinearTensors],
-    gate: Gate,
+    gate: Gate | None,
     dropout: Dropout,
 ) -> LayerOutput:
     """Run the experts with sqrt(gate), then add what is missing to the gate.
@@ -102,6 +104,7 @@ def _reference_sqrt_gate(
     The second term runs detached experts with gate - sqrt(gate). Only the router receives a
     gradient from it.
     """
+    assert gate is not None
     root = gate.weights.detach().sqrt()
     y, _ = _reference(mixture, x, linears, gate._replace(weights=root), dropout)
     detached = [
@@ -171,22 +174,23 @@ def moe_lora_linear(
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
     """
     dispatch.check(impl)
-    given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
-    for name, tensor in given.items():
+    required = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
+    for name, tensor in required.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor)}")
     dtype = active_dtype(x)
-    ranks, scaling = _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    mixture = Mixture(
+        *_check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    )
     _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates)
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
     seed = dropout_seed(dropout, seed, x.device)
-    base = None
+    linear = LinearTensors(weight, bias, None, lora_a, lora_b)
     if weight.dtype != dtype:
-        base = torch.nn.functional.linear(tokens, weight, bias)
-        weight = bias = None
-    linear = LinearTensors(weight, bias, base, lora_a, lora_b)
+        base_output = torch.nn.functional.linear(tokens, weight, bias)
+        linear = LinearTensors(None, None, base_output, lora_a, lora_b)
     gate, drop = Gate(gates, indices, rows), Dropout(float(dropout), False, seed)
-    (y,), _ = run_layer(Mixture(ranks, scaling), tokens, [linear], gate, drop, impl)
+    (y,), _ = run_layer(mixture, tokens, [linear], gate, drop, impl)
     return y.view(*x.shape[:-1], lora_b.shape[0])
 
 

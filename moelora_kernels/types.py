@@ -236,7 +236,7 @@ class FfnTensors(NamedTuple):
     down_b: Tensor  # [I, R]
 
 
-def count_tiles(pairs: int, experts: int, size: int) -> int:
+def count_tiles(pairs: int, experts: int, size: int) -> int | torch.SymInt:
     """Return how many tiles of `size` positions hold P pairs of N experts, however they are routed.
 
     The bound is P // size + min(N + 1, P): each of the N experts, and the pairs that are not

@@ -59,6 +59,7 @@ def _forward(
         weights, experts = topk_gate(logits.view(T * n, E), K, renormalize, temperature)
         weights, experts = weights.view(T, n * K), experts.view(T, n * K)
         gate = Gate(weights, experts)
+    assert gate.experts is not None
     routing = route(gate.experts, E, n)
     h, u = grouped_shrink(x, tensors.lora_a, gate.weights, routing, ranks, scaling, dropout)
     weight, bias, base_output, _, lora_b, *_ = tensors
@@ -90,6 +91,7 @@ def _backward(
         dy, tensors.lora_b, h, gate.weights, routing, ranks, scaling
     )
     if tensors.router_weight:
+        assert gate.experts is not None
         # With renormalize only the shape of the logits is read.
         logits = dgate.new_empty((T, n * E)) if gate.logits is None else gate.logits
         dgate = topk_gate_backward(
@@ -132,6 +134,7 @@ def _fake(
         weights = x.new_empty((T, n * K), dtype=dtype)
         routed = experts = x.new_empty((T, n * K), dtype=torch.int32)
         logits = x.new_empty((T, n * E), dtype=dtype)
+    assert routed is not None
     routing = route_fake(routed, E, n)
     h = x.new_empty((routing.order.shape[0], max(mixture.ranks)))
     return LayerForward(outputs_fake(x, tensors), h, weights, experts, logits, *routing)

@@ -117,7 +117,8 @@ def flat(arguments: Sequence[Any]) -> list[Any]:
     """Return arguments in the form the dispatcher takes: the fields of each structure in turn."""
     result: list[Any] = []
     for argument in arguments:
-        result += argument if isinstance(argument, tuple(FIELDS)) else [argument]
+        is_structure = isinstance(argument, tuple(FIELDS))
+        result += argument if is_structure else [argument]
     return result
 
 

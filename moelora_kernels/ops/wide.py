@@ -7,6 +7,7 @@ does the same on a CPU without a return to Python in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _forward(
     gate: Gate,
     mixture: Mixture,
     dropout: Dropout,
-) -> LayerForward:
+) -> tuple[Any, ...]:
     routers = RouterTensors(tensors.router_weight, tensors.router_bias)
     h, u, *made = shrink_gate(x, tensors.lora_a, routers, gate, mixture, dropout)
     _, bias, base_output, _, lora_b, *_ = tensors
@@ -113,7 +114,7 @@ def _fake(
     gate: Gate,
     mixture: Mixture,
     dropout: Dropout,
-) -> LayerForward:
+) -> tuple[Any, ...]:
     routers = RouterTensors(tensors.router_weight, tensors.router_bias)
     h, _, *made = shrink_gate_fake(x, tensors.lora_a, routers, gate, mixture, dropout)
     return LayerForward(outputs_fake(x, tensors), h, *made)[:5]

@@ -40,6 +40,7 @@ def ffn(
     weights, experts = gate.weights, gate.experts
     tokens, slots = weights.shape
     ranks, scaling, _ = mixture
+    assert experts is not None
     routing = route(experts, len(ranks))
 
     def adapted(base_output: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.numerics import compute_dtype
-from moelora_kernels.types import Gate
+from moelora_kernels.types import Dropout, Gate
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,8 +32,12 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     dtype.
     """
     counter = torch.arange((x.numel() + 3) // 4, device=x.device)
-    low, high = counter & UINT32, (counter >> 32) & UINT32
-    words = [low, high, torch.full_like(counter, stream), torch.zeros_like(counter)]
+    words = [
+        counter & UINT32,
+        (counter >> 32) & UINT32,
+        torch.full_like(counter, stream),
+        torch.zeros_like(counter),
+    ]
     key = [seed.reshape(()) & UINT32, (seed.reshape(()) >> 32) & UINT32]
     for _ in range(PHILOX_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves all 64 bits of a 32 x 32 bit product intact.
@@ -46,6 +50,12 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     keep = (random >= round(p * 2**32)).view(x.shape)
     scaled = x.to(compute_dtype(x)) / (1.0 - p)
     return torch.where(keep, scaled, 0).to(x.dtype)
+
+
+def drop_elements(x: Tensor, drop: Dropout, stream: int = 0) -> Tensor:
+    """Return x after the dropout `drop`, in x's dtype. p must be above 0."""
+    assert drop.seed is not None
+    return dropout(x, drop.p, drop.seed, stream)
 
 
 def topk_gate(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moelora_kernels.numerics import absent, compute_dtype
-from moelora_kernels.reference.gates import blocks, dropout
+from moelora_kernels.reference.gates import blocks, drop_elements
 from moelora_kernels.types import (
     CHUNK,
     NO_DROPOUT,
@@ -105,7 +105,7 @@ def _dropped(x: Tensor, drop: Dropout, expert: int) -> Tensor:
     if drop.p == 0.0:
         return x.to(compute_dtype(x))
     stream = expert if drop.per_expert else 0
-    return dropout(x, drop.p, drop.seed, stream).to(compute_dtype(x))
+    return drop_elements(x, drop, stream).to(compute_dtype(x))
 
 
 def grouped_shrink(

@@ -17,7 +17,7 @@ from moelora_kernels.reference.gates import (
     blocks,
     dense_gate,
     dense_gate_backward,
-    dropout,
+    drop_elements,
     rank_gate,
     topk_gate,
     topk_gate_backward,
@@ -73,6 +73,7 @@ def shrink_gate(
             experts = top_experts.view(T, n * K)
         gate = mixture.router_gate(weights, experts, logits)
 
+    assert gate is not None
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
     # 0 * NaN is NaN: a value of h that is not finite is replaced if its gate is zero. Finite
@@ -88,14 +89,14 @@ def _shrink(
     """Return dropout(x) At of all siblings, [T, n R]. wide_x is x in the compute dtype."""
     dtype = wide_x.dtype
     if drop.p > 0.0 and drop.per_expert:
-        dropped = [dropout(x, drop.p, drop.seed, e).to(dtype) for e in range(len(ranks))]
+        per_expert = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
         products = [
-            dropped[e] @ a[rows].to(dtype).t()
+            per_expert[e] @ a[rows].to(dtype).t()
             for a in lora_a
             for e, rows in enumerate(blocks(ranks))
         ]
     else:
-        dropped = dropout(x, drop.p, drop.seed).to(dtype) if drop.p > 0.0 else wide_x
+        dropped = drop_elements(x, drop).to(dtype) if drop.p > 0.0 else wide_x
         products = [dropped @ a.to(dtype).t() for a in lora_a]
     return torch.cat(products, dim=1)
 
@@ -135,6 +136,7 @@ def shrink_gate_backward(
     gradient of gate.weights, or with top_k > 0 of the logits [T, n E], dlogits included.
     """
     dtype, n, T, E = compute_dtype(h), len(dy), h.shape[0], len(mixture.ranks)
+    assert gate is not None
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
     u = torch.where(by_rank == 0, 0, by_rank * h_of_ranks).flatten(1).to(h.dtype)
@@ -168,7 +170,10 @@ def _topk_gate_backward(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) 
     if experts is None:
         experts = torch.arange(K, device=dweights.device).expand(T * n, K)
     # With renormalize only the shape of the logits is read.
-    logits = dweights.new_empty(T * n, E) if mixture.renormalize else gate.logits.view(T * n, E)
+    logits = dweights.new_empty(T * n, E)
+    if not mixture.renormalize:
+        assert gate.logits is not None
+        logits = gate.logits.view(T * n, E)
     return topk_gate_backward(
         dweights.view(T * n, K),
         gate.weights.view(T * n, K),
@@ -199,7 +204,7 @@ def shrink_dx(
     ]
     if drop.p > 0.0 and drop.per_expert:
         terms = [
-            dropout(columns[:, c] @ a[c], drop.p, drop.seed, e)
+            drop_elements(columns[:, c] @ a[c], drop, e)
             for columns, a in pairs
             for e, c in enumerate(blocks(ranks))
         ]
@@ -207,7 +212,7 @@ def shrink_dx(
     else:
         dx = torch.stack([columns @ a for columns, a in pairs]).sum(dim=0)
         if drop.p > 0.0:
-            dx = dropout(dx, drop.p, drop.seed)
+            dx = drop_elements(dx, drop)
     if dlogits is not None:
         dx = dx + dlogits.to(dtype) @ torch.cat([w.to(dtype) for w in router_weight])
     return dx.to(dh.dtype)
@@ -235,11 +240,11 @@ def weight_grad(
     dtype, n = compute_dtype(x), len(dy)
     dh_t = dh.to(dtype).t()
     if drop.p > 0.0 and drop.per_expert:
-        dropped = [dropout(x, drop.p, drop.seed, e).to(dtype) for e in range(len(ranks))]
+        dropped = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
         row_blocks = dh_t.split([*ranks] * n)
         da = torch.cat([rows @ dropped[i % len(ranks)] for i, rows in enumerate(row_blocks)])
     else:
-        da = dh_t @ (dropout(x, drop.p, drop.seed) if drop.p > 0.0 else x).to(dtype)
+        da = dh_t @ (drop_elements(x, drop) if drop.p > 0.0 else x).to(dtype)
     drouter, dbias = absent(x, router_dtype), absent(x, router_dtype)
     if dlogits is not None:
         drouter = (dlogits.to(dtype).t() @ x.to(dtype)).to(router_dtype)
