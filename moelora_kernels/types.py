@@ -187,6 +187,14 @@ class LayerForward(NamedTuple):
     chunks: Tensor | None = None
 
 
+class Needs(NamedTuple):
+    """Which gradients of a layer are computed; the others are returned empty."""
+
+    x: bool
+    # Those of A, B and the routers.
+    adapters: bool
+
+
 class LayerGrads(NamedTuple):
     """What the ops `wide_backward` and `grouped_backward` return; empty if not asked for."""
 

@@ -15,6 +15,7 @@ from moelora_kernels.types import (
     LayerOutput,
     LinearTensors,
     Mixture,
+    Needs,
     Routing,
     SiblingTensors,
 )
@@ -89,18 +90,14 @@ class MoeLora(torch.autograd.Function):
         ]
         gate, dlogits = Gate(weights, experts, rows, logits), grads[n + 3]
         needs_linear = _linears(needs[_LEADING:])
-        options = dict(
-            needs_x=needs[4], needs_adapters=any([any(needed[3:]) for needed in needs_linear])
-        )
+        asked = Needs(needs[4], any([any(needed[3:]) for needed in needs_linear]))
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             result = ops.grouped_backward(
-                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, **options
+                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, asked
             )
         else:
-            result = ops.wide_backward(
-                dy, x, tensors, h, gate, dlogits, mixture, dropout, **options
-            )
+            result = ops.wide_backward(dy, x, tensors, h, gate, dlogits, mixture, dropout, asked)
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
         gradients: list[Tensor | None] = []

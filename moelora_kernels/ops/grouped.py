@@ -35,6 +35,7 @@ from moelora_kernels.types import (
     LayerForward,
     LayerGrads,
     Mixture,
+    Needs,
     RouterTensors,
     Routing,
     SiblingTensors,
@@ -81,8 +82,7 @@ def _backward(
     routing: Routing,
     mixture: Mixture,
     dropout: Dropout,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     dy = [matrix(g, x.dtype) for g in dy]
     T, n, E = x.shape[0], len(dy), len(mixture.ranks)
@@ -100,7 +100,7 @@ def _backward(
         ).view(T, n * E)  # fmt: skip
         dgate = dgate if dlogits is None else dgate + dlogits
     dx = absent(x, x.dtype)
-    if needs_x:
+    if needs.x:
         transposed_a = [a.t() for a in tensors.lora_a]
         dx = grouped_expand(dh, transposed_a, None, routing, ranks, dropout, tokens=T)
         if tensors.router_weight:
@@ -110,7 +110,7 @@ def _backward(
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)
-    if not needs_adapters:
+    if not needs.adapters:
         return absent_grads(dx, dgate, lora_dtype, router_dtype)
     da, db = grouped_weight_grad(x, dh, dy, u, routing, ranks, dropout, lora_dtype)
     drouter, dbias = (absent(x, router_dtype) for _ in range(2))
@@ -150,15 +150,14 @@ def _fake_backward(
     routing: Routing,
     mixture: Mixture,
     dropout: Dropout,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     num_logits = len(dy) * len(mixture.ranks)
     shape = (x.shape[0], num_logits) if tensors.router_weight else gate.weights.shape
     dgate = x.new_empty(shape, dtype=compute_dtype(x))
-    dx = x.new_empty(x.shape if needs_x else 0)
+    dx = x.new_empty(x.shape if needs.x else 0)
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)
-    if not needs_adapters:
+    if not needs.adapters:
         return absent_grads(dx, dgate, lora_dtype, router_dtype)
     da, db = grouped_weight_grad_fake(x, h, dy, h, routing, mixture.ranks, dropout, lora_dtype)
     drouter, dbias = (absent(x, router_dtype) for _ in range(2))
@@ -188,8 +187,7 @@ _op_backward = register(
         Routing,
         Mixture,
         Dropout,
-        "bool needs_x",
-        "bool needs_adapters",
+        Needs,
     ),
     RETURNS_GRADS,
     _backward,
@@ -231,9 +229,7 @@ def grouped_backward(
     routing: Routing,
     mixture: Mixture,
     dropout: Dropout,
-    *,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     """Compute the gradients of a layer that `grouped` computed.
 
@@ -241,7 +237,6 @@ def grouped_backward(
     """
     return LayerGrads(
         *_op_backward(
-            dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, needs_x,
-            needs_adapters,
+            dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, *needs,
         )
     )  # fmt: skip

@@ -20,6 +20,7 @@ from moelora_kernels.types import (
     Dropout,
     Gate,
     Mixture,
+    Needs,
     RouterTensors,
     Routing,
     SiblingTensors,
@@ -39,6 +40,7 @@ FIELDS: dict[type, str] = {
     Mixture: (
         "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature"
     ),
+    Needs: "bool needs_x, bool needs_adapters",
     Dropout: "float dropout, bool dropout_per_expert, Tensor? seed",
 }
 

@@ -30,6 +30,7 @@ from moelora_kernels.types import (
     LayerForward,
     LayerGrads,
     Mixture,
+    Needs,
     RouterTensors,
     SiblingTensors,
 )
@@ -90,20 +91,19 @@ def _backward(
     dlogits: Tensor | None,
     mixture: Mixture,
     dropout: Dropout,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     dy = [matrix(g, x.dtype) for g in dy]
     dh, u, dgate = shrink_gate_backward(dy, tensors.lora_b, h, gate, dlogits, mixture)
     dlogits = dgate if tensors.router_weight else None
     ranks = mixture.ranks
     dx = absent(x, x.dtype)
-    if needs_x:
+    if needs.x:
         dx = shrink_dx(dh, dlogits, tensors.lora_a, tensors.router_weight, ranks, dropout)
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     dtypes = adapter_dtypes(x, tensors)
-    if not needs_adapters:
+    if not needs.adapters:
         return absent_grads(dx, dgate, *dtypes)
     return LayerGrads(dx, dgate, *weight_grad(x, dh, dlogits, dy, u, ranks, dropout, *dtypes))
 
@@ -138,14 +138,13 @@ def _fake_backward(
     dlogits: Tensor | None,
     mixture: Mixture,
     dropout: Dropout,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     dh, u, dgate = shrink_gate_backward_fake(dy, tensors.lora_b, h, gate, dlogits, mixture)
     dlogits = dgate if tensors.router_weight else None
-    dx = x.new_empty(x.shape if needs_x else 0)
+    dx = x.new_empty(x.shape if needs.x else 0)
     dtypes = adapter_dtypes(x, tensors)
-    if not needs_adapters:
+    if not needs.adapters:
         return absent_grads(dx, dgate, *dtypes)
     return LayerGrads(
         dx, dgate, *weight_grad_fake(x, dh, dlogits, dy, u, mixture.ranks, dropout, *dtypes)
@@ -170,8 +169,7 @@ _op_backward = register(
         "Tensor? dlogits",
         Mixture,
         Dropout,
-        "bool needs_x",
-        "bool needs_adapters",
+        Needs,
     ),
     RETURNS_GRADS,
     _backward,
@@ -212,9 +210,7 @@ def wide_backward(
     dlogits: Tensor | None,
     mixture: Mixture,
     dropout: Dropout,
-    *,
-    needs_x: bool,
-    needs_adapters: bool,
+    needs: Needs,
 ) -> LayerGrads:
     """Compute the gradients of a layer that `wide` computed.
 
@@ -226,14 +222,9 @@ def wide_backward(
         gate: the one that `wide` was given, or the one that it made.
         dlogits: [T, n E], the gradient that reaches the logits on another way, or None.
         mixture, dropout: as in the forward.
-        needs_x: whether dx is computed; else it is empty.
-        needs_adapters: whether da, drouter, dbias and db are computed; else they are empty.
+        needs: which of the results are computed.
 
     Returns:
         dx = dy W + `shrink_dx`, dgate of `shrink_gate_backward`, and the results of `weight_grad`.
     """
-    return LayerGrads(
-        *_op_backward(
-            dy, x, *tensors, h, *gate, dlogits, *mixture, *dropout, needs_x, needs_adapters
-        )
-    )
+    return LayerGrads(*_op_backward(dy, x, *tensors, h, *gate, dlogits, *mixture, *dropout, *needs))

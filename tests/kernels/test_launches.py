@@ -12,9 +12,9 @@ from moelora_kernels import ops
 from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
 from moelora_kernels.kernels.common import launcher, tables
 from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import NO_DROPOUT, NO_GATE, Gate, Mixture, SiblingTensors
+from moelora_kernels.types import NO_DROPOUT, NO_GATE, Gate, Mixture, Needs, SiblingTensors
 from support.gpu_cases import layer_of
-from support.op_cases import CASES, Inputs, composed_backward, composed_forward
+from support.op_cases import CASES, Inputs, composed_forward
 
 KERNELS = {
     "shrink_gate": shrink_gate,
@@ -41,7 +41,7 @@ def test_a_layer_on_kernels_is_the_reference(
 ) -> None:
     """Through the autograd Function, whose ops are made of kernels here."""
     monkeypatch.setattr(ops, "wide", composed_forward(wide._forward))
-    monkeypatch.setattr(ops, "wide_backward", composed_backward(wide._backward))
+    monkeypatch.setattr(ops, "wide_backward", wide._backward)
     layer = layer_of(Inputs(CASES[name], dtype))
     truth = layer.to(torch.float64).reference()
     assert_within_budget(layer.run(), truth, layer.reference(), dtype)
@@ -103,5 +103,5 @@ def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) ->
     if router:
         gate = mixture.router_gate(*made)
     with launcher.recording() as launches, CountLaunches() as aten:
-        wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, True, True)
+        wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, Needs(True, True))
     assert (len(launches) + len(aten.ops), aten.ops) == (backward, ["addmm_"] * n)

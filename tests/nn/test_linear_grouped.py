@@ -17,6 +17,7 @@ from moelora_kernels.types import (
     NO_GATE,
     TILE,
     Gate,
+    Needs,
     RouterTensors,
     Routing,
 )
@@ -263,7 +264,7 @@ def op_calls(case):
     for needs in ((True, True), (True, False), (False, True)):
         yield (
             "grouped_backward",
-            [case.dy, x, tensors, result.h, gate, None, routing, mixture, dropout, *needs],
+            [case.dy, x, tensors, result.h, gate, None, routing, mixture, dropout, Needs(*needs)],
         )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from moelora_kernels import ops, reference
 from moelora_kernels.autograd.linear import siblings_of
-from moelora_kernels.types import NO_GATE, Gate, RouterTensors
+from moelora_kernels.types import NO_GATE, Gate, Needs, RouterTensors
 from support.layers import make_case
 from support.op_cases import opcheck
 
@@ -81,7 +81,7 @@ def test_opcheck_of_the_whole_layer(name, called):
     opcheck("wide", [case.x, tensors, gate, case.mixture, case.dropout], test_utils=OPCHECKS)
     dy, _, h, gate, dlogits, mixture = backward_arguments(case)
     for needs in ((True, True), (False, True), (True, False)):
-        arguments = [dy, case.x, tensors, h, gate, dlogits, mixture, case.dropout, *needs]
+        arguments = [dy, case.x, tensors, h, gate, dlogits, mixture, case.dropout, Needs(*needs)]
         opcheck("wide_backward", arguments, test_utils=OPCHECKS)
 
 

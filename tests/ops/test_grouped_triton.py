@@ -26,6 +26,7 @@ from moelora_kernels.types import (
     TILE,
     Gate,
     Mixture,
+    Needs,
     Routing,
     SiblingTensors,
 )
@@ -34,7 +35,7 @@ from support.grouped_cases import CASES, OUTPUTS, Case, Inputs, check, check_wha
 from support.op_cases import CASES as LAYERS
 from support.op_cases import KERNEL_DEVICE as DEVICE
 from support.op_cases import Inputs as LayerInputs
-from support.op_cases import composed_backward, composed_forward
+from support.op_cases import composed_forward
 from support.selection import default_cases
 
 # Who serves `route` on a GPU is no kernel of Triton.
@@ -192,7 +193,7 @@ def grouped(monkeypatch):
 def test_a_layer_on_kernels_is_the_reference(name: str, grouped, monkeypatch) -> None:
     """Through the autograd Function, whose ops are made of kernels here."""
     monkeypatch.setattr(ops, "grouped", composed_forward(grouped._forward))
-    monkeypatch.setattr(ops, "grouped_backward", composed_backward(grouped._backward))
+    monkeypatch.setattr(ops, "grouped_backward", grouped._backward)
     layer = layer_of(LayerInputs(LAYERS[name], FP16))
     truth = layer.to(torch.float64).reference()
     assert_within_budget(layer.run("grouped"), truth, layer.reference(), FP16)
@@ -264,6 +265,6 @@ def test_launches_are_counted(sizes: dict, forward: dict, backward: dict, groupe
     gate, routing = mixture.router_gate(*result[2:5]), Routing(*result[5:])
     with launcher.recording() as launches:
         grouped._backward(
-            dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, True, True
+            dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, Needs(True, True)
         )
     assert counted(launches) == backward

@@ -261,14 +261,5 @@ def composed_forward(function):
     return call
 
 
-def composed_backward(function):
-    """The composition behind the backward of a layer, with the signature of the op."""
-
-    def call(*arguments, needs_x, needs_adapters):
-        return function(*arguments, needs_x, needs_adapters)
-
-    return call
-
-
 def forward_of(inputs: Inputs) -> tuple[Tensor, ...]:
     return reference.shrink_gate(*inputs.shrink())
