@@ -25,17 +25,17 @@ struct RoutingSizes {
                int64_t chunk)
       : E(num_experts), siblings(num_siblings) {
     constexpr int64_t LIMIT = INT32_MAX;
-    const auto [tokens, slots] = shape<2>(indices, "indices");
+    const auto [tokens, slots] = shape<2>(indices, "experts");
     T = tokens;
     S = slots;
     STD_TORCH_CHECK(E >= 1, "num_experts: expected at least 1, got ", E);
     STD_TORCH_CHECK(siblings >= 1, "siblings: expected at least 1, got ", siblings);
-    STD_TORCH_CHECK(S % siblings == 0, "indices: ", S, " columns for ", siblings, " siblings");
+    STD_TORCH_CHECK(S % siblings == 0, "experts: ", S, " columns for ", siblings, " siblings");
     STD_TORCH_CHECK(tile >= 1, "tile: expected at least 1, got ", tile);
     STD_TORCH_CHECK(chunk >= 1, "chunk: expected at least 1, got ", chunk);
     STD_TORCH_CHECK(E < LIMIT / siblings, "num_experts: expected ", siblings,
                     " siblings to have less than 2^31 experts, got ", E, " each");
-    STD_TORCH_CHECK(S == 0 || T <= LIMIT / S, "indices: expected less than 2^31 pairs, got ", T,
+    STD_TORCH_CHECK(S == 0 || T <= LIMIT / S, "experts: expected less than 2^31 pairs, got ", T,
                     " x ", S);
     P = T * S;
     N = siblings * E;

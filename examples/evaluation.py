@@ -1,4 +1,4 @@
-"""How well each task does, which expert it uses, and the table and plots that show it."""
+"""Evaluate each task, measure which experts it uses, and show both in a table and plots."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +16,10 @@ EVAL_BATCH = 16
 
 
 def token_losses(model, batch: Batch, tasks: Callable | None):
-    """Cross entropy [B, S-1] (0 where ignored), hits [B, S-1] and the mask [B, S-1] of both."""
+    """Return the losses, whether the prediction is right, and which tokens count: [B, S-1] each.
+
+    The loss of a token that does not count is 0.
+    """
     if tasks is not None:
         tasks(model, batch.task_ids)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
@@ -27,7 +30,7 @@ def token_losses(model, batch: Batch, tasks: Callable | None):
 
 
 def in_batches(items: list, size: int = EVAL_BATCH) -> Iterator[list]:
-    """Consecutive slices of `items`."""
+    """Yield consecutive slices of `items`."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
@@ -39,10 +42,10 @@ def evaluate(
     tasks: Callable | None,
     rank_choices: bool = True,
 ) -> dict[str, dict]:
-    """Per task: mean target loss, token accuracy, and how many choices rank first that should.
+    """Return for each task the mean target loss, the token accuracy and the choices ranked right.
 
-    A choice is ranked by the log-likelihood of all its tokens. Only samples whose target is one of
-    their answer_choices count.
+    A choice is scored by the log-likelihood of its tokens. A sample is ranked right if its target
+    has the highest score; samples whose target is not one of their answer_choices are left out.
     """
     model.eval()
     zero = {"loss": 0.0, "token_accuracy": 0.0, "tokens": 0, "choices_right": 0, "choices": 0}
@@ -69,8 +72,8 @@ def evaluate(
         losses, _, _ = token_losses(model, encoder.batch(group), tasks)
         scores += (-losses.sum(1)).tolist()
     for sample in ranked:
-        mine = [scores.pop(0) for _ in sample.answer_choices]
-        best = sample.answer_choices[mine.index(max(mine))]
+        sample_scores = [scores.pop(0) for _ in sample.answer_choices]
+        best = sample.answer_choices[sample_scores.index(max(sample_scores))]
         table[sample.task]["choices"] += 1
         table[sample.task]["choices_right"] += best == sample.target
     return table
@@ -80,7 +83,7 @@ def evaluate(
 def expert_load(
     model, encoder: Encoder, samples: list[Sample], layers: list[str], tasks: Callable | None
 ) -> torch.Tensor:
-    """Mean gate weight [task, layer, expert] over the tokens of each task, prompt and target."""
+    """Return the mean gate weight [task, layer, expert] over all tokens of each task."""
     model.eval()
     row_of = {task_id: row for row, task_id in enumerate(encoder.task_ids.values())}
     totals, counts = 0.0, torch.zeros(len(row_of))
@@ -92,7 +95,7 @@ def expert_load(
             rows = torch.tensor([row_of[task_id] for task_id in batch.task_ids.tolist()])
             rows = rows[:, None].expand(batch.input_ids.shape).flatten()[mask]
             gates = [dense_gates(model.get_submodule(name), len(mask))[mask] for name in layers]
-            # [task, T]: one row adds up the tokens of one task.
+            # [task, T]: row n selects the tokens of task n.
             member = F.one_hot(rows, len(row_of)).T.float()
             totals = totals + torch.einsum("nt,lte->nle", member, torch.stack(gates))
             counts += member.sum(1)
@@ -100,12 +103,12 @@ def expert_load(
 
 
 def dense_gates(layer: MoeLoraLinear, tokens: int) -> torch.Tensor:
-    """The gates [T, E] of a layer's last forward, in float32 on the CPU."""
+    """Return the gates [T, E] of a layer's last forward, in float32 on the CPU."""
     weights, indices = layer.record.weights.float().cpu(), layer.record.indices
     if indices is None:
-        # Fewer rows than tokens: one per sequence, or one for all.
+        # If there are fewer rows than tokens, a row belongs to a sequence or to all tokens.
         return weights.repeat_interleave(tokens // len(weights), dim=0)
-    # An index outside [0, E) means "not routed": those get a column of their own, then dropped.
+    # An expert outside [0, E) means "not routed": such slots go to column E, which is cut off.
     experts = len(layer.config.ranks())
     indices = indices.long().cpu()
     indices = torch.where((indices < 0) | (indices >= experts), experts, indices)
@@ -113,7 +116,7 @@ def dense_gates(layer: MoeLoraLinear, tokens: int) -> torch.Tensor:
 
 
 def format_table(train: dict, before: dict, after: dict) -> str:
-    """A row per task: train loss after; dev loss, token accuracy, choices right before -> after."""
+    """Return a table with one row per task: the train loss, and the dev results before -> after."""
 
     def pair(row: dict, next_row: dict, key: str, form: str) -> str:
         values = (row[key], next_row[key])
@@ -146,7 +149,7 @@ def format_table(train: dict, before: dict, after: dict) -> str:
 
 
 def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: str) -> None:
-    """The training loss per step and smoothed, the dev loss (mean over tasks) at both ends."""
+    """Plot the training loss of each step and smoothed, and the dev loss before and after."""
     steps = range(1, len(curve) + 1)
     window = max(1, len(curve) // 20)
     smooth = [
@@ -170,13 +173,13 @@ def plot_loss(path: Path, curve: list[float], before: dict, after: dict, title: 
 def plot_expert_load(
     path: Path, load: torch.Tensor, tasks: list[str], layers: list[str], title: str
 ) -> None:
-    """Heat maps of the mean gate weight, task x expert.
+    """Plot the mean gate weight as a heat map, task x expert.
 
-    One is averaged over the layers. Where layers route by themselves, expert 3 of one layer has
-    nothing to do with expert 3 of the next and the average hides what each does: a second map shows
-    the layer in which the tasks differ most.
+    The first map is the mean over the layers. If every layer has its own router, expert 3 of one
+    layer is unrelated to expert 3 of the next, and the mean hides the differences; a second map
+    then shows the layer in which the tasks differ most.
 
-    load [task, layer, expert]
+    load: [task, layer, expert], as `expert_load` returns it.
     """
     maps = [(f"{title}: mean over {len(layers)} linears", load.mean(1))]
     if (load != load[:, :1]).any():

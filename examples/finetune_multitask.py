@@ -4,21 +4,20 @@
     python examples/finetune_multitask.py --preset moelora            # generated toy tasks
     python examples/finetune_multitask.py --preset ming --aux load_balance --trainer
 
-With --trainer Hugging Face's Trainer does the training, in the same steps as the loop below; its
-logs, with the expert load, are in metrics.json.
+With --trainer, Hugging Face's Trainer trains in the same steps as the loop below. Its logs, with
+the expert load, are written to metrics.json.
 
-Without --model there is no pre-trained model to adapt, so the script makes one: a small Qwen2 over
-UTF-8 bytes, trained for --pretrain-steps as a plain language model on the *prompts* of the training
-set. It never sees an answer before it is frozen, which imitates the real situation: a model that
-knows the language of the prompts but not the tasks. From then on the adapters alone are trained,
-on the answers alone. Every number printed under "before" belongs to that frozen model.
+Without --model the script builds a small Qwen2 over UTF-8 bytes and trains it for --pretrain-steps
+on the *prompts* of the training set. It is then frozen, and has seen no answer: like a real model
+it knows the language of the prompts but not the tasks. After that only the adapters are trained,
+and only on the answers. The numbers under "before" belong to the frozen model.
 
-Written to --out: adapter.safetensors, adapter_config.json, metrics.json, loss_curve.png,
-expert_load.png and, for a model made here, base/. The adapter is then loaded into a base read
-afresh from disk, whose logits must be the same bits.
+The script writes to --out: adapter.safetensors, adapter_config.json, metrics.json, loss_curve.png,
+expert_load.png and, without --model, base/. At the end it loads the base and the adapter from disk
+and checks that the logits have the same bits.
 
-On a CPU build the native library first: without it the dropout masks of the moelora preset, one per
-expert, take most of the time of a step (--dropout 0 does without them).
+On a CPU, build the native library first. Without it the dropout masks of the moelora preset, one
+per expert, take most of the time of a step (--dropout 0 switches them off).
 """
 
 import argparse
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from command_line import DTYPES, parse_arguments
 from evaluation import (
     EVAL_BATCH,
     evaluate,
@@ -66,8 +66,8 @@ from moelora_kernels import (
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FFN = ["gate_proj", "up_proj", "down_proj"]
-# preset -> what goes where, the mixture first. MING puts plain LoRA on the attention; LoRAMoE and
-# HydraLoRA leave it alone.
+# Name of --preset -> (preset, linears), the mixture first. MING puts a plain LoRA on attention;
+# LoRAMoE and HydraLoRA do not adapt attention.
 PLANS = {
     "moelora": [("moelora", ATTENTION + FFN)],
     "ming": [("ming", FFN), ("lora", ATTENTION)],
@@ -76,7 +76,6 @@ PLANS = {
     "mola": [("mola", ATTENTION + FFN)],
     "lora": [("lora", ATTENTION + FFN)],
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Placement = tuple[MoeLoraConfig, list[str]]
 
@@ -92,14 +91,14 @@ class Schedule:
     max_norm: float = 1.0
 
     def factor(self, step: int) -> float:
-        """The learning rate of `step` as a fraction of the highest."""
+        """Return the learning rate of `step` as a fraction of the peak."""
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def optimizers(self, parameters: list[torch.nn.Parameter]):
-        """The optimizer of `parameters`, and what sets its learning rate."""
+        """Return the optimizer of `parameters` and its learning rate scheduler."""
         optimizer = torch.optim.AdamW(
             parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay
         )
@@ -107,7 +106,7 @@ class Schedule:
 
 
 def make_base(vocab_size: int, max_length: int, hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """A small Qwen2 with random weights: grouped-query attention, and biases on q, k, v."""
+    """Return a small Qwen2 with random weights, grouped-query attention and biases on q, k, v."""
     heads = hidden // 32
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -127,7 +126,7 @@ def make_base(vocab_size: int, max_length: int, hidden: int, layers: int) -> Qwe
 
 
 def add_adapters(model: torch.nn.Module, plan: list[Placement]) -> list[list[str]]:
-    """Freeze `model` and put the plan's adapters into it; the names of the layers of each entry."""
+    """Freeze `model`, add the adapters, and return the layer names of each entry of the plan."""
     model.requires_grad_(False)
     return [replace_linears(model, config, targets) for config, targets in plan]
 
@@ -144,8 +143,8 @@ def fit(
 ) -> list[float]:
     """Train `parameters` and return the target loss of each step.
 
-    tasks(model, ids) is called before each forward, aux_loss(model, mask) after it; its value is
-    minimised with the target loss but not part of what is returned.
+    tasks(model, ids) is called before each forward. aux_loss(model, mask) is called after it and
+    added to the loss that is minimised; the returned losses do not contain it.
     """
     parameters = list(parameters)
     optimizer, scheduler = schedule.optimizers(parameters)
@@ -169,99 +168,43 @@ def fit(
 
 
 def prompts_only(batch: Batch) -> Batch:
-    """The same batch with the loss on the prompts alone: the answers have no label.
+    """Return the batch with labels on the prompts and none on the answers.
 
-    The answers may stay in input_ids, because no position of the prompt looks ahead to them.
+    input_ids keeps the answers: no position of a prompt attends to them.
     """
     is_prompt = (batch.labels == IGNORED) & (batch.attention_mask == 1)
     return batch._replace(labels=torch.where(is_prompt, batch.input_ids, IGNORED))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a causal language model on many tasks with LoRA experts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
-    def natural(text: str) -> int:
-        if (value := int(text)) < 0:
-            raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-        return value
-
-    def rate(text: str) -> float:
-        if not 0.0 < (value := float(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-        return value
-
-    add = parser.add_argument
-    add("--data", type=Path, help="folder with train.jsonl and dev.jsonl; default: toy tasks")
-    add("--preset", choices=sorted(PLANS), default="moelora", help="which mixture to train")
-    add("--aux", help="auxiliary losses of the routers, comma separated: load_balance,z")
-    add("--dropout", type=float, help="on the input of the adapters; default: the preset's")
-    add("--model", help="a local folder or a hub name; default: a small model made here")
-    add("--hidden", type=positive, default=128, help="width of the model made here")
-    add("--layers", type=positive, default=4, help="depth of the model made here")
-    add("--pretrain-steps", type=natural, default=100, help="for the model made here")
-    add("--pretrain-lr", type=rate, default=3e-3, help="peak learning rate of that")
-    add("--steps", type=positive, default=200, help="fine-tuning steps")
-    add("--lr", type=rate, default=5e-3, help="peak learning rate; 2e-4 suits a real model")
-    add("--batch", type=positive, default=8, help="samples in a batch, all tasks mixed")
-    add("--max-length", type=positive, default=256, help="tokens of prompt and target")
-    add("--out", type=Path, help="folder for the results; default: out/<preset>")
-    add("--seed", type=int, default=0, help="of the weights, the order and the toy tasks")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=sorted(DTYPES), default="fp32", help="of the frozen model")
-    add("--trainer", action="store_true", help="train with Hugging Face's Trainer (and accelerate)")
-    args = parser.parse_args(argv)
-    if args.max_length < 8:
-        parser.error(f"argument --max-length: must be at least 8, got {args.max_length}")
-    if args.hidden % 32:
-        parser.error(f"argument --hidden: must be a multiple of 32, got {args.hidden}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.trainer and args.device not in ("cpu", "cuda"):
-        parser.error(f"argument --device: with --trainer cpu or cuda, got {args.device}")
-    args.out = args.out or Path("out") / args.preset
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"argument --out: {args.out} exists and is not a folder")
-    return args
-
-
 def make_plan(
     preset: str, num_tasks: int, aux: str | None = None, dropout: float | None = None
 ) -> list[Placement]:
-    """The configurations of a preset and the linears that each of them takes."""
-    # Adapters in bfloat16 would lose most updates to rounding.
+    """Return the configs of a preset, each with the names of the linears that it adapts."""
+    # In bfloat16, rounding would lose most updates of the adapters.
     (name, targets), *others = PLANS[preset]
     mixture = MoeLoraConfig.preset(name, adapter_dtype="float32")
     if mixture.router == "task":
         mixture = mixture.replace(num_tasks=num_tasks)
     if aux is not None:
         if mixture.granularity != "token" or mixture.router is None:
-            raise ValueError(f"aux: {preset} has no router per token to regularise")
+            raise ValueError(f"aux: expected a preset with a router per token, got {preset}")
         mixture = mixture.replace(aux=tuple(aux.split(",")))
-    rest = [(MoeLoraConfig.preset(n, adapter_dtype="float32"), where) for n, where in others]
-    plan = [(mixture, targets), *rest]
+    plan = [(mixture, targets)]
+    plan += [(MoeLoraConfig.preset(n, adapter_dtype="float32"), names) for n, names in others]
     if dropout is not None:
-        plan = [(config.replace(dropout=dropout), where) for config, where in plan]
+        plan = [(config.replace(dropout=dropout), names) for config, names in plan]
     return plan
 
 
 def read_base(path: str | Path, args: argparse.Namespace) -> torch.nn.Module:
-    """The model stored at `path`, in the dtype and on the device asked for."""
+    """Return the model stored at `path`, in the dtype and on the device of `args`."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[args.dtype])
     model.config.use_cache = False
     return model.to(args.device)
 
 
 def pretrain(encoder: Encoder, train: list[Sample], args: argparse.Namespace):
-    """Make the small model and teach it the language of the prompts."""
+    """Return the small model, trained on the prompts."""
     model = make_base(ByteTokenizer.vocab_size, args.max_length, args.hidden, args.layers)
     model.to(args.device)
     if args.pretrain_steps:
@@ -274,37 +217,37 @@ def pretrain(encoder: Encoder, train: list[Sample], args: argparse.Namespace):
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` so that people can read it, and as strict JSON: no NaN."""
+    """Write `content` as indented, strict JSON (NaN raises)."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def check_reload(model, plan: list[Placement], path: Path, base_path, args, batch: Batch, tasks):
-    """Assert that a base read afresh plus the stored adapter gives the same bits as `model`."""
+    """Assert that the stored base with the stored adapter gives the same bits as `model`."""
     fresh = read_base(base_path, args)
     stored = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     restored = [
         (MoeLoraConfig.from_dict(entry["config"]), entry["target_modules"])
         for entry in stored["adapters"]
     ]
-    assert restored == plan, "adapter_config.json does not give the configurations back"
+    assert restored == plan, "adapter_config.json does not restore the configs"
     add_adapters(fresh, restored)
     load_adapter(fresh, path / "adapter.safetensors")
     logits = []
-    for each in (model, fresh):
-        each.eval()
+    for network in (model, fresh):
+        network.eval()
         if tasks is not None:
-            tasks(each, batch.task_ids)
+            tasks(network, batch.task_ids)
         with torch.no_grad():
-            logits.append(each(batch.input_ids, attention_mask=batch.attention_mask).logits)
-    assert torch.equal(*logits), "the reloaded adapter gives other logits"
+            logits.append(network(batch.input_ids, attention_mask=batch.attention_mask).logits)
+    assert torch.equal(*logits), "the reloaded adapter gives different logits"
     print("reload: identical")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the example and return what metrics.json holds."""
-    args = parse_arguments(argv)
-    # One bar at a time: fit has its own.
+    args = parse_arguments(argv, sorted(PLANS))
+    # fit shows its own progress bar.
     disable_progress_bar()
     start = time.perf_counter()
     try:
@@ -361,7 +304,7 @@ def main(argv: list[str] | None = None) -> dict:
     schedule, title, logs = Schedule(args.steps, args.lr), f"fine-tune {args.preset}", {}
     fit_start = time.perf_counter()
     if args.trainer:
-        # It needs accelerate, which the loop does not.
+        # Imported only if it is used: it needs accelerate.
         from with_trainer import fit_with_trainer
 
         optimizers = schedule.optimizers(adapter_parameters(model))
@@ -386,7 +329,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     save_adapter(model, args.out / "adapter.safetensors")
     adapters = [{"config": config.to_dict(), "target_modules": targets} for config, targets in plan]
-    described = {
+    description = {
         "preset": args.preset,
         "base": str(args.model or "base"),
         "task_ids": task_ids,
@@ -409,7 +352,7 @@ def main(argv: list[str] | None = None) -> dict:
             "values": load.tolist(),
         },
     }
-    write_json(args.out / "adapter_config.json", described)
+    write_json(args.out / "adapter_config.json", description)
     write_json(args.out / "metrics.json", metrics)
     plot_loss(args.out / "loss_curve.png", curve, before, after, args.preset)
     plot_expert_load(args.out / "expert_load.png", load, task_names, names[0], args.preset)

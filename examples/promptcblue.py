@@ -1,16 +1,16 @@
-"""PromptCBLUE's JSON-lines format: reading, checking, encoding and batching of multi-task text.
+"""Read, check, encode and batch multi-task text in PromptCBLUE's JSON-lines format.
 
-A file holds one sample per line, an object with
+A file holds one sample per line, a JSON object with these fields:
 
-    input           str, not empty        the prompt, ends where the answer begins
+    input           str, not empty        the prompt; the answer follows it
     target          str, not empty        the answer
     answer_choices  list of str, or null  the labels of a classification task
     task_type       str                   cls, ner, report_generation, ...
     task_dataset    str                   the task: CHIP-CTC, KUAKE-QIC, ...
     sample_id       str
 
-The test file of PromptCBLUE has empty targets, so that evaluation uses dev.jsonl. A prompt is
-`[bos] input`, an answer `target [eos]`, and the loss counts the answer alone.
+PromptCBLUE's test file has empty targets, so evaluation uses dev.jsonl. A prompt is `[bos] input`,
+an answer is `target [eos]`, and the loss is computed on the answer.
 """
 
 import json
@@ -28,7 +28,7 @@ MAX_PROBLEMS = 20
 
 
 class DataError(ValueError):
-    """A data file cannot be used; the message names the file, the lines and what is wrong."""
+    """A data file cannot be used. The message names the file, the lines and the problems."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Sample:
 
     @property
     def is_choice(self) -> bool:
-        """Whether the target is one of several choices, so that ranking them makes sense."""
+        """Return whether the target is one of several answer choices, which can then be ranked."""
         return len(self.answer_choices) > 1 and self.target in self.answer_choices
 
 
 class Batch(NamedTuple):
-    """Right-padded samples of mixed tasks."""
+    """Samples of several tasks, padded on the right."""
 
     input_ids: torch.Tensor  # [B, S] int64
     attention_mask: torch.Tensor  # [B, S] int64, 1 on tokens and 0 on padding
-    labels: torch.Tensor  # [B, S] int64, IGNORED everywhere but on the target
+    labels: torch.Tensor  # [B, S] int64, IGNORED except on the target
     task_ids: torch.Tensor  # [B] int64
 
 
 def find_problem(record) -> str | None:
-    """What is wrong with one parsed line, None if nothing is."""
+    """Return the problem of one parsed line, or None."""
     if not isinstance(record, dict):
         return f"expected an object, got {type(record).__name__}"
     missing = [field for field in FIELDS if field not in record]
@@ -76,7 +76,7 @@ def find_problem(record) -> str | None:
 
 
 def read_jsonl(path: Path, known_tasks: set[str] | None = None) -> tuple[list[Sample], list[str]]:
-    """Read one file: its samples, and one 'file:line: problem' for each line that is broken."""
+    """Return the samples of one file, and "file:line: problem" for each broken line."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -105,9 +105,9 @@ def read_jsonl(path: Path, known_tasks: set[str] | None = None) -> tuple[list[Sa
 
 
 def load_folder(folder: Path) -> tuple[list[Sample], list[Sample]]:
-    """Read train.jsonl and dev.jsonl of `folder` whole. DataError lists every broken line."""
+    """Return the samples of train.jsonl and dev.jsonl. DataError lists every broken line."""
     train, problems = read_jsonl(folder / "train.jsonl")
-    # With broken training lines the set of tasks is incomplete: report those lines, not their echo.
+    # If training lines are broken, tasks are missing: do not report dev lines as unknown tasks.
     known = None if problems else {sample.task for sample in train}
     dev, dev_problems = read_jsonl(folder / "dev.jsonl", known)
     problems += dev_problems
@@ -119,7 +119,7 @@ def load_folder(folder: Path) -> tuple[list[Sample], list[Sample]]:
 
 
 def toy_record(task: str, index: int, draw: random.Random) -> dict:
-    """One sample of a generated task, as a line of a data file would hold it."""
+    """Return one sample of a generated task, in the fields of a data file."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     word = "".join(draw.choices(letters, k=draw.randint(3, 5)))
     number = draw.randint(10, 99)
@@ -146,7 +146,7 @@ def toy_record(task: str, index: int, draw: random.Random) -> dict:
 
 
 def generate(seed: int, per_task: int = 64) -> tuple[list[Sample], list[Sample]]:
-    """Five toy tasks with a rule each; a quarter as many samples for dev as for training."""
+    """Return training and dev samples of five toy tasks; dev has a quarter as many samples."""
     draw = random.Random(seed)
     splits = [[], []]
     for split, count in zip(splits, (per_task, per_task // 4), strict=True):
@@ -159,22 +159,22 @@ def generate(seed: int, per_task: int = 64) -> tuple[list[Sample], list[Sample]]
 
 
 class ByteTokenizer:
-    """UTF-8 bytes plus three specials: every text has tokens, and nothing needs to be stored."""
+    """A tokenizer over UTF-8 bytes and three special tokens. It needs no files."""
 
     pad_token_id, bos_token_id, eos_token_id = 256, 257, 258
     vocab_size = 259
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The bytes of `text`."""
-        # JSON can spell half of a surrogate pair, which has no UTF-8 form of its own.
+        """Return the bytes of `text`."""
+        # JSON can hold half of a surrogate pair, which plain UTF-8 cannot encode.
         return list(text.encode("utf-8", errors="surrogatepass"))
 
 
 def encode_pair(tokenizer, text: str, target: str, max_length: int) -> tuple[list[int], int]:
-    """Token ids of `[bos] text target [eos]` and the number of those that belong to the target.
+    """Return the token ids of `[bos] text target [eos]` and the length of `target [eos]`.
 
-    What exceeds max_length is cut from the left of the prompt, because the question stands at its
-    end. A target may fill three quarters of max_length; the end of a longer one is cut.
+    A sample longer than max_length loses tokens at the start of the prompt, because the question
+    is at its end. A target longer than three quarters of max_length loses its end.
     """
     prompt = tokenizer.encode(text, add_special_tokens=False)
     answer = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.eos_token_id]
@@ -185,8 +185,8 @@ def encode_pair(tokenizer, text: str, target: str, max_length: int) -> tuple[lis
 
 
 def collate(tokenizer, pairs: list[tuple[list[int], int]], task_ids: list[int], device) -> Batch:
-    """Pad encoded pairs on the right into a Batch."""
-    # The mask hides what stands in the padding; not every tokenizer has a token of its own for it.
+    """Return a Batch of encoded pairs, padded on the right."""
+    # Padding is masked, so any token will do; not every tokenizer has a padding token.
     length = max(len(ids) for ids, _ in pairs)
     input_ids = torch.full((len(pairs), length), tokenizer.eos_token_id)
     attention_mask = torch.zeros(len(pairs), length, dtype=torch.int64)
@@ -204,7 +204,7 @@ def collate(tokenizer, pairs: list[tuple[list[int], int]], task_ids: list[int], 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything that turns samples into batches."""
+    """Turns samples into batches."""
 
     tokenizer: ByteTokenizer
     task_ids: dict[str, int]
@@ -212,19 +212,19 @@ class Encoder:
     device: str
 
     def is_cut(self, sample: Sample) -> bool:
-        """Whether the end of the target does not fit."""
+        """Return whether the target is too long and loses its end."""
         _, kept = encode_pair(self.tokenizer, sample.input, sample.target, self.max_length)
         return kept < len(self.tokenizer.encode(sample.target, add_special_tokens=False)) + 1
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Encode and pad `samples`."""
+        """Return `samples` as one padded batch."""
         pairs = [encode_pair(self.tokenizer, s.input, s.target, self.max_length) for s in samples]
         ids = [self.task_ids[sample.task] for sample in samples]
         return collate(self.tokenizer, pairs, ids, self.device)
 
 
 def shuffled(items: list, size: int, steps: int, seed: int):
-    """Yield `steps` lists of `size` items: fresh permutations one after another, tasks mixed."""
+    """Yield `steps` lists of `size` items, taken from one random permutation after another."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The fine-tuning of finetune_multitask.py by Hugging Face's Trainer: same batches, same steps."""
+"""Fine-tune with Hugging Face's Trainer: the same batches and steps as finetune_multitask.py."""
 
 import argparse
 import math
@@ -13,13 +13,13 @@ from moelora_kernels.trainer import attach
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Samples in a given order, as a Trainer takes them: token ids, labels and the task."""
+    """The samples in the given order, each with token ids, labels and its task id."""
 
     def __init__(self, encoder: Encoder, groups: Iterable[list[Sample]]) -> None:
         self.encoder, self.groups = encoder, groups
 
     def __iter__(self):
-        """One dictionary for each sample."""
+        """Yield one dictionary per sample."""
         encoder = self.encoder
         for sample in (sample for group in self.groups for sample in group):
             ids, answer = encode_pair(
@@ -31,13 +31,13 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 class Padding:
-    """The collator: tokens and labels padded on the right. The tasks go past it, see `attach`."""
+    """A collator that pads tokens and labels on the right. `attach` adds the task ids."""
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """A batch as keyword arguments of the model."""
+        """Return a batch as keyword arguments of the model."""
         answers = [sum(label != IGNORED for label in sample["labels"]) for sample in samples]
         pairs = [(sample["input_ids"], n) for sample, n in zip(samples, answers, strict=True)]
         batch = collate(self.tokenizer, pairs, [0] * len(pairs), "cpu")._asdict()
@@ -45,13 +45,13 @@ class Padding:
 
 
 class Bar(TrainerCallback):
-    """Progress with the loss and the expert load, which `attach` adds to the logs."""
+    """A progress bar with the loss and the expert load, which `attach` adds to the logs."""
 
     def __init__(self, steps: int, title: str) -> None:
         self.bar = tqdm(total=steps, desc=title, unit="step", disable=None)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """One step further."""
+        """Advance the bar by one step."""
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
@@ -61,7 +61,7 @@ class Bar(TrainerCallback):
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self.bar.close()
 
 
@@ -75,9 +75,9 @@ def fit_with_trainer(
     max_norm: float,
     title: str,
 ) -> tuple[list[float], list[dict]]:
-    """Train what `optimizers` hold; the target loss of each step, and the trainer's logs of it.
+    """Train the parameters of the optimizer. Return the target loss and the logs of each step.
 
-    args: `steps`, `batch`, `seed` and `out` of the command line.
+    args: the command line; `steps`, `batch`, `seed` and `out` are used.
     """
     arguments = TrainingArguments(
         output_dir=str(args.out),
@@ -101,9 +101,9 @@ def fit_with_trainer(
         callbacks=[Bar(args.steps, title)],
     )
     trainer.remove_callback(PrinterCallback)
-    # The one line that mixture layers need: tasks, auxiliary losses, expert load.
+    # Mixture layers need this line: it adds tasks, auxiliary losses and the expert load.
     attach(trainer)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # The trainer's loss has the auxiliary ones in it.
+    # The trainer's loss contains the auxiliary losses.
     return [entry["loss"] - entry.get("aux_loss", 0.0) for entry in logs], logs

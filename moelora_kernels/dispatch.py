@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moelora_kernels import native
-from moelora_kernels.ops.registration import why_no_kernels
+from moelora_kernels.ops.registration import kernels_problem
 
 # name -> why it cannot be chosen, or "" where it can.
 IMPLS = {
@@ -87,7 +87,7 @@ def choose_impl(
     graph, and every T would compile anew; here T only has a side of the threshold.
     """
     top_k = _sparse(top_k, num_experts)
-    if why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
+    if top_k is None or why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
         return "wide"
     threshold = THRESHOLDS[device_class(device)]
     few = tokens < threshold.tokens
@@ -121,13 +121,13 @@ def _device_class(device: str) -> str:
 def _missing_ops(device: str) -> str:
     if device == "cpu":
         return "" if native.available() else f"the native library is missing ({native.reason()})"
-    return why_no_kernels()
+    return kernels_problem() or ""
 
 
 # Constants of a compiled graph, which could not look for a package or ask a device. This is what
 # torch.compiler.assume_constant_result does, after it has imported the whole compiler.
 for _constant in (device_class, _why_no_grouped_ops):
-    _constant._dynamo_marked_constant = True
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain_choice(
@@ -154,6 +154,7 @@ def explain_choice(
     top_k = _sparse(top_k, num_experts)
     if reason := why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
         return Choice(impl, f"R = {total}: {reason}")
+    assert top_k is not None
     name = device_class(device)
     threshold = THRESHOLDS[name]
     if tokens < threshold.tokens:

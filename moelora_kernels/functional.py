@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import dispatch, reference
-from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, _Flat, run
+from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, run, siblings_of
 from moelora_kernels.numerics import active_dtype, dropout_seed, is_autocast
 from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LayerOutput, LinearTensors, Mixture
 
@@ -43,40 +43,28 @@ def run_layer(
     Raises:
         ValueError: `impl` cannot compute this layer, or the siblings have different fields.
     """
-    flat = _Flat(*mixture, *dropout[:2])
-    gates, indices, rows, _ = gate or (None, None, None, None)
-    outputs, weights, chosen, logits = _apply(
-        flat, x, linears, gates, indices, rows, dropout.seed, impl, sqrt_gate=sqrt_gate
-    )
-    if gate is None:
-        experts = chosen if mixture.is_sparse else None
-        gate = Gate(weights, experts, None, logits)
-    return LayerOutput(outputs, gate)
-
-
-def _apply(
-    mixture, x, siblings, gates=None, indices=None, rows=None, seed=None, impl="auto", *,
-    sqrt_gate=False,
-):  # fmt: skip
-    impl = _formulation(mixture, x, siblings, indices, impl)
+    impl = _choose_impl(mixture, x, linears, gate, impl)
     if impl == "reference":
-        apply_reference = _apply_reference_sqrt if sqrt_gate else _apply_reference
+        apply_reference = _reference_sqrt_gate if sqrt_gate else _reference
         if not is_autocast(x.device):
-            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, linears, gate, dropout)
         with torch.autocast(x.device.type, enabled=False):
-            return apply_reference(mixture, x, siblings, gates, indices, rows, seed)
+            return apply_reference(mixture, x, linears, gate, dropout)
     function = SqrtGateMoeLora if sqrt_gate else MoeLora
-    outputs = run(impl, mixture, siblings, x, gates, indices, rows, seed, function=function)
-    return [*outputs[: len(siblings)]], *outputs[-3:]
+    return run(function, impl, mixture, x, linears, gate, dropout)
 
 
-def _formulation(mixture, x, siblings, indices, impl: str) -> str:
-    """The formulation that `impl` stands for here; raises ValueError where it cannot serve."""
+def _choose_impl(
+    mixture: Mixture, x: Tensor, linears: Sequence[LinearTensors], gate: Gate | None, impl: str
+) -> str:
+    """Return the implementation that `impl` stands for; raise ValueError if it cannot serve."""
+    if impl in ("wide", "reference"):
+        return impl
     num_experts = len(mixture.ranks)
-    if indices is not None:
-        top_k = indices.shape[1] // len(siblings)
+    if gate is None:
+        top_k = mixture.top_k if mixture.top_k < num_experts else None
     else:
-        top_k = mixture.top_k if 0 < mixture.top_k < num_experts else None
+        top_k = None if gate.experts is None else gate.experts.shape[1] // len(linears)
     if impl == "grouped":
         dispatch.check_grouped(top_k, mixture.share_a)
     if impl != "auto":
@@ -91,24 +79,41 @@ def _formulation(mixture, x, siblings, indices, impl: str) -> str:
     )
 
 
-def _apply_reference(mixture, x, siblings, gates, indices, rows, seed):
-    fields = [[t for t in field if t is not None] for field in zip(*siblings, strict=True)]
-    y, _, weights, chosen, logits = reference.wide(x, *fields, gates, indices, rows, seed, *mixture)
-    return y, weights, chosen, logits
+def _reference(
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None,
+    dropout: Dropout,
+) -> LayerOutput:
+    result = reference.wide(x, siblings_of(linears), gate, mixture, dropout)
+    if gate is None:
+        gate = mixture.router_gate(result.weights, result.experts, result.logits)
+    return LayerOutput(result.y, gate)
 
 
-def _apply_reference_sqrt(mixture, x, siblings, gates, indices, rows, seed):
-    """The experts at the root of the gate, plus what is missing to the gate, for the router."""
-    held = gates.detach().sqrt()
-    outputs, *rest = _apply_reference(mixture, x, siblings, held, indices, rows, seed)
-    constant = [
-        LinearTensors(
-            None, None, y.new_zeros(y.shape), s.lora_a.detach(), s.lora_b.detach(), None, None
-        )
-        for y, s in zip(outputs, siblings, strict=True)
+def _reference_sqrt_gate(
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None,
+    dropout: Dropout,
+) -> LayerOutput:
+    """Run the experts with sqrt(gate), then add what is missing to the gate.
+
+    The second term runs detached experts with gate - sqrt(gate). Only the router receives a
+    gradient from it.
+    """
+    assert gate is not None
+    root = gate.weights.detach().sqrt()
+    y, _ = _reference(mixture, x, linears, gate._replace(weights=root), dropout)
+    detached = [
+        LinearTensors(None, None, y_i.new_zeros(y_i.shape), s.lora_a.detach(), s.lora_b.detach())
+        for y_i, s in zip(y, linears, strict=True)
     ]
-    missing, *_ = _apply_reference(mixture, x.detach(), constant, gates - held, indices, rows, seed)
-    return [y + more for y, more in zip(outputs, missing, strict=True)], *rest
+    rest = gate._replace(weights=gate.weights - root)
+    more, _ = _reference(mixture, x.detach(), detached, rest, dropout)
+    return LayerOutput([a + b for a, b in zip(y, more, strict=True)], gate)
 
 
 def moe_lora_linear(
@@ -127,51 +132,65 @@ def moe_lora_linear(
     seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A frozen linear and a gated mixture of LoRA experts in one.
+    """Return the output of a frozen linear with a gated mixture of LoRA experts.
 
         y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)
 
     Args:
         x: [..., I] with T tokens; bf16, fp16, fp32 or fp64.
-        weight: [O, I], x's dtype (under autocast: any).
+        weight: [O, I] in x's dtype (under autocast: in any dtype).
         bias: [O] or None.
-        lora_a: [R, I], expert-major rows; x's dtype or float32.
-        lora_b: [O, R], expert-major columns; dtype of lora_a.
-        gates: weights [T, K] with `indices`; else dense [G, E], G == T, or G == 1 for one row
-            shared by all tokens, or any G with `rows`. Any float dtype, computed in float32.
-        indices: [T, K] int32 or int64; an index outside [0, E) means "not routed".
-        ranks: rank of every expert, or one for each of the E experts; R is their sum.
-        scaling: factor of every expert, or one for each.
-        rows: [T] int32 or int64, the gate row of each token; a row outside [0, G) gates with zero.
-        dropout: probability of dropping an element of x on the way into A, in [0, 1).
-        seed: of the dropout mask; None draws one from torch's default generator.
-        impl: "auto", "wide", "grouped" (needs indices) or "reference".
+        lora_a: [R, I], expert-major rows, in x's dtype or float32.
+        lora_b: [O, R], expert-major columns, in the dtype of lora_a.
+        gates: the gate weights in any float dtype, computed in float32. With `indices`: [T, K].
+            Without: [G, E], and G is T, or 1 (one row for all tokens), or any number if `rows`
+            is given.
+        indices: [T, K] int32 or int64: the expert of each slot. A value outside [0, E) means "not
+            routed".
+        ranks: the rank of all experts, or a sequence of E ranks. R is their sum.
+        scaling: the scale of all experts, or a sequence of E scales.
+        rows: [T] int32 or int64: the gate row of each token. A row outside [0, G) is a zero gate.
+        dropout: the probability in [0, 1) that an element of x is dropped before A.
+        seed: the seed of the dropout mask. None draws one from torch's default generator.
+        impl: "auto", "wide", "grouped" (needs `indices`) or "reference".
 
     Returns:
         y [..., O] in x's dtype (under autocast: autocast's).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is expected.
+        ValueError, TypeError: an argument does not fit. The message names it, the expected and the
+            actual value.
+
+    Example:
+        >>> x, weight = torch.randn(5, 16), torch.randn(32, 16)
+        >>> lora_a, lora_b = torch.randn(8, 16), torch.zeros(32, 8)  # 4 experts of rank 2
+        >>> gates, indices = torch.randn(5, 4).softmax(dim=-1).topk(2)
+        >>> y = moe_lora_linear(
+        ...     x, weight, None, lora_a, lora_b, gates, indices, ranks=2, scaling=1.0
+        ... )
+        >>> y.shape
+        torch.Size([5, 32])
 
     Source: arXiv 2310.18339 (MOELoRA), arXiv 2404.09027 (MING-MOE).
     """
     dispatch.check(impl)
-    given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
-    for name, tensor in given.items():
+    required = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "gates": gates}
+    for name, tensor in required.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor)}")
     dtype = active_dtype(x)
-    ranks, scaling = _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    mixture = Mixture(
+        *_check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    )
     _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates)
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
     seed = dropout_seed(dropout, seed, x.device)
-    base = None
+    linear = LinearTensors(weight, bias, None, lora_a, lora_b)
     if weight.dtype != dtype:
-        base = torch.nn.functional.linear(tokens, weight, bias)
-        weight = bias = None
-    linear = LinearTensors(weight, bias, base, lora_a, lora_b)
+        base_output = torch.nn.functional.linear(tokens, weight, bias)
+        linear = LinearTensors(None, None, base_output, lora_a, lora_b)
     gate, drop = Gate(gates, indices, rows), Dropout(float(dropout), False, seed)
-    (y,), _ = run_layer(Mixture(ranks, scaling), tokens, [linear], gate, drop, impl)
+    (y,), _ = run_layer(mixture, tokens, [linear], gate, drop, impl)
     return y.view(*x.shape[:-1], lora_b.shape[0])
 
 

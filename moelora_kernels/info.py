@@ -88,7 +88,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             "reason": native.reason(),
             **native.build_info(),
         },
-        "triton kernels": registration.why_no_kernels() or "available",
+        "triton kernels": registration.kernels_problem() or "available",
         "tiles": tiles(),
         "implementations": implementations(),
         "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},

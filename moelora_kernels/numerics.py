@@ -11,6 +11,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the empty tensor that stands for an output which an op does not compute."""
+    return like.new_empty(0, dtype=dtype)
+
+
 def is_autocast(device: torch.device) -> bool:
     """Return whether autocast is on for tensors of `device`. The meta device has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of this package, and of packages built on it, share."""
+"""Routing distributions, reference steps and error budgets for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.autograd.linear import _Flat as Mixture
-from moelora_kernels.types import LinearTensors
+from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    Dropout,
+    Gate,
+    LinearTensors,
+    Mixture,
+    RouterTensors,
+)
 
-# name -> how likely each expert is [E], not normalised.
+# name -> likelihood of every expert, [E], not normalised.
 ROUTINGS: dict[str, Callable[[int], Tensor]] = {
     "uniform": torch.ones,
     "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
-    # Expert 0 outweighs all others together: about half of the first places.
+    # Expert 0 is as likely as all others together: it gets about half of the first slots.
     "skewed": lambda experts: torch.tensor([experts - 1.0] + [1.0] * (experts - 1)),
-    # Every token goes to expert 0; a second place is uniform over the others.
+    # Every token goes to expert 0; a second slot is uniform over the others.
     "one": lambda experts: torch.tensor([1.0] + [1e-9] * (experts - 1)),
     # The last expert never gets a token.
     "empty": lambda experts: torch.tensor([1.0] * (experts - 1) + [0.0]),
@@ -25,7 +32,7 @@ ROUTINGS: dict[str, Callable[[int], Tensor]] = {
 
 
 def expert_likelihood(routing: str, experts: int, top_k: int) -> Tensor:
-    """How likely each of `experts` is under a routing of ROUTINGS, [E], not normalised.
+    """Return the likelihood of every expert under a routing of ROUTINGS, [E], not normalised.
 
     Raises ValueError for an unknown routing, or one with fewer than top_k experts to choose from.
     """
@@ -43,7 +50,7 @@ def expert_likelihood(routing: str, experts: int, top_k: int) -> Tensor:
 def draw_experts(
     routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator
 ) -> Tensor:
-    """K distinct experts for every token, drawn from the named distribution, [T, K] int64."""
+    """Draw K distinct experts for every token from the named distribution: [T, K] int64."""
     likelihood = expert_likelihood(routing, experts, top_k)
     if tokens == 0:
         return torch.empty(0, top_k, dtype=torch.int64)
@@ -53,65 +60,68 @@ def draw_experts(
 def reference_step(
     mixture: Mixture,
     x: Tensor,
-    siblings: Sequence[LinearTensors],
+    linears: Sequence[LinearTensors],
     dy: Sequence[Tensor],
-    *,
-    gates: Tensor | None = None,
-    indices: Tensor | None = None,
-    rows: Tensor | None = None,
-    seed: Tensor | None = None,
+    gate: Gate | None = None,
+    dropout: Dropout = NO_DROPOUT,
     dlogits: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of a layer by name, from the reference ops and nothing else.
+    """Return outputs and gradients of a layer by name, computed by the reference ops alone.
 
-    Every op rounds to its inputs' dtype once, so that on float64 inputs this is the truth and on
-    bfloat16 inputs the error that bfloat16 alone costs. Names: y0, dA0, dB0, drouter0, dbias0 (of
-    the router) per sibling, and dx, dgates.
+    Every op rounds once to the dtype of its inputs. On float64 inputs the result is the truth, on
+    bfloat16 inputs it has the error that bfloat16 alone costs.
+
+    Args:
+        mixture: the static options.
+        x: [T, I].
+        linears: n siblings, all with a weight.
+        dy: n x [T, O_i].
+        gate: the gate; None if the linear routers make it.
+        dropout: of x on its way into A.
+        dlogits: [T, n E], a gradient that reaches the routers' logits on another way, or None.
+
+    Returns:
+        y0, dA0, dB0, drouter0, dbias0 (of the router) and so on for every sibling; dx; dgates.
     """
-    dtype = reference.compute_dtype(x)
-    routers = [s.router_weight for s in siblings if s.router_weight is not None]
-    biases = [s.router_bias for s in siblings if s.router_bias is not None]
-    a, b = [s.lora_a for s in siblings], [s.lora_b for s in siblings]
-    h, u, weights, chosen, logits = reference.shrink_gate(
-        x, a, gates, indices, rows, routers, biases, *mixture, seed
+    dtype = compute_dtype(x)
+    n, has_router = len(linears), gate is None
+    a, b = [s.lora_a for s in linears], [s.lora_b for s in linears]
+    router = RouterTensors(
+        [s.router_weight for s in linears if s.router_weight is not None],
+        [s.router_bias for s in linears if s.router_bias is not None],
     )
-    if routers:
-        gates, indices = weights, chosen if mixture.top_k < len(mixture.ranks) else None
+    h, u, *made = reference.shrink_gate(x, a, router, gate, mixture, dropout)
+    if has_router:
+        gate = mixture.router_gate(*made)
     dh, u, dgate = reference.shrink_gate_backward(
-        [g.to(x.dtype) for g in dy], b, h, gates, indices, rows, logits if routers else None,
-        dlogits, mixture.ranks, mixture.scaling, mixture.share_a, mixture.top_k,
-        mixture.renormalize, mixture.temperature,
-    )  # fmt: skip
+        [g.to(x.dtype) for g in dy], b, h, gate, dlogits, mixture
+    )
+    dlogits = dgate if has_router else None
+    router_dtype = router.weight[0].dtype if has_router else x.dtype
     da, drouter, dbias, db = reference.weight_grad(
-        x, dh, dgate if routers else None, dy, u, a[0].dtype,
-        routers[0].dtype if routers else x.dtype, mixture.ranks, mixture.dropout,
-        mixture.dropout_per_expert, seed,
-    )  # fmt: skip
+        x, dh, dlogits, dy, u, mixture.ranks, dropout, a[0].dtype, router_dtype
+    )
+    dx = reference.shrink_dx(dh, dlogits, a, router.weight, mixture.ranks, dropout).to(dtype)
 
-    found: dict[str, Tensor] = {}
-    dlogits = dgate if routers else None
-    dx = reference.shrink_dx(
-        dh, dlogits, a, routers, mixture.ranks, mixture.dropout, mixture.dropout_per_expert, seed
-    ).to(dtype)
-    n = len(siblings)
-    for i, (s, gated) in enumerate(zip(siblings, u.chunk(n, dim=1), strict=True)):
+    result: dict[str, Tensor] = {}
+    for i, (s, u_i) in enumerate(zip(linears, u.chunk(n, dim=1), strict=True)):
         bias = 0 if s.bias is None else s.bias.to(dtype)
         base = x.to(dtype) @ s.weight.to(dtype).t() + bias
-        found[f"y{i}"] = (base + gated.to(dtype) @ s.lora_b.to(dtype).t()).to(x.dtype)
+        result[f"y{i}"] = (base + u_i.to(dtype) @ s.lora_b.to(dtype).t()).to(x.dtype)
         dx = dx + dy[i].to(dtype) @ s.weight.to(dtype)
-        found[f"dA{i}"], found[f"dB{i}"] = da.chunk(n)[i], db[i]
-        if routers:
-            found[f"drouter{i}"] = drouter.chunk(n)[i]
-        if biases:
-            found[f"dbias{i}"] = dbias.chunk(n)[i]
-    found["dx"] = dx.to(x.dtype)
-    if not routers:
-        found["dgates"] = dgate.to(gates.dtype)
-    return found
+        result[f"dA{i}"], result[f"dB{i}"] = da.chunk(n)[i], db[i]
+        if has_router:
+            result[f"drouter{i}"] = drouter.chunk(n)[i]
+        if router.bias:
+            result[f"dbias{i}"] = dbias.chunk(n)[i]
+    result["dx"] = dx.to(x.dtype)
+    if not has_router:
+        result["dgates"] = dgate.to(gate.weights.dtype)
+    return result
 
 
 def error(actual: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; 0 for empty tensors."""
+    """Return the largest absolute difference; 0 for empty tensors."""
     if truth.numel() == 0:
         return 0.0
     return (actual.double() - truth.double()).abs().max().item()
@@ -120,29 +130,33 @@ def error(actual: Tensor, truth: Tensor) -> float:
 def assert_within_budget(
     actual: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
-    yardstick: Mapping[str, Tensor],
+    baseline: Mapping[str, Tensor],
     dtype: torch.dtype,
     truncations: int = 0,
 ) -> None:
-    """Every tensor of `truth` by name: finite, of its shape, and within a budget from the data.
+    """Assert that every tensor of `truth` is in `actual`: finite, of its shape, within the budget.
 
-        budget = 2 * (error of the yardstick + one rounding of the largest value in `dtype`)
+        budget = 2 * (error of the baseline + one rounding of the largest value in `dtype`)
 
-    `truth` is float64, `yardstick` the reference in the dtype that `actual` was computed in.
-    `truncations` of a running float32 sum, where hardware cuts instead of rounding, may each cost
-    one unit in the last place of the largest value more.
+    Args:
+        actual: the results to check, by name.
+        truth: the same in float64.
+        baseline: the reference in the dtype that `actual` was computed in.
+        dtype: that dtype.
+        truncations: how often hardware cuts a running float32 sum instead of rounding it. Each adds
+            one unit in the last place of the largest value to the budget.
     """
     rounding = torch.finfo(dtype).eps / 2
     for name, expected in truth.items():
-        found = actual[name]
-        assert found.shape == expected.shape, f"{name}: {found.shape}, expected {expected.shape}"
-        assert torch.isfinite(found).all(), f"{name}: non-finite values"
+        result = actual[name]
+        assert result.shape == expected.shape, f"{name}: {result.shape}, expected {expected.shape}"
+        assert torch.isfinite(result).all(), f"{name}: non-finite values"
         largest = expected.abs().max().item() if expected.numel() else 0.0
-        of_reference = error(yardstick[name], expected)
-        budget = 2 * (of_reference + rounding * largest)
+        baseline_error = error(baseline[name], expected)
+        budget = 2 * (baseline_error + rounding * largest)
         budget += truncations * torch.finfo(torch.float32).eps * largest
-        measured = error(found, expected)
+        measured = error(result, expected)
         assert measured <= budget, (
             f"{name}: error {measured:.3e} exceeds {budget:.3e} "
-            f"(reference {of_reference:.3e}, largest value {largest:.3e})"
+            f"(reference {baseline_error:.3e}, largest value {largest:.3e})"
         )

@@ -12,6 +12,7 @@ stand side by side: column block i of h, u, gate and logits belongs to sibling i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,30 @@ class Gate(NamedTuple):
     logits: Tensor | None = None
 
 
+class RouterTensors(NamedTuple):
+    """The linear routers of n siblings: n weights [E, I]; n biases [E], or none. May be empty."""
+
+    weight: Sequence[Tensor] = ()
+    bias: Sequence[Tensor] = ()
+
+
+NO_ROUTER = RouterTensors()
+# What an op gets in the place of a gate that its routers make.
+NO_GATE = (None, None, None, None)
+
+
+class SiblingTensors(NamedTuple):
+    """`LinearTensors` of n siblings, field by field: n tensors, or none if the linears lack it."""
+
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor]
+    base_output: Sequence[Tensor]
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    router_weight: Sequence[Tensor]
+    router_bias: Sequence[Tensor]
+
+
 class Dropout(NamedTuple):
     """Dropout of x on its way into A. The mask is a function of the seed and is never stored."""
 
@@ -89,15 +114,9 @@ class Mixture(NamedTuple):
     renormalize: bool = True
     temperature: float = 1.0
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.ranks)
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the fused router selects fewer than all experts."""
-        return 0 < self.top_k < len(self.ranks)
+    def router_gate(self, weights: Tensor, experts: Tensor, logits: Tensor) -> Gate:
+        """Return the gate that a fused router made: dense if it keeps all experts (K = E)."""
+        return Gate(weights, experts if self.top_k < len(self.ranks) else None, None, logits)
 
 
 class Routing(NamedTuple):
@@ -123,6 +142,68 @@ class Routing(NamedTuple):
     offsets: Tensor
     tiles: Tensor
     chunks: Tensor
+
+
+class Shrunk(NamedTuple):
+    """Rank space of a forward, and the gate that routers made (empty tensors if it was given)."""
+
+    h: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
+    u: Tensor  # [T, n R], x's dtype
+    weights: Tensor  # [T, n K] float32
+    experts: Tensor  # [T, n K] int32; empty if K = E
+    logits: Tensor  # [T, n E] float32
+
+
+class ShrunkGrads(NamedTuple):
+    """Rank space of a backward."""
+
+    dh: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
+    u: Tensor  # [T, n R], x's dtype: computed again, for dB
+    # Float32: the gradient of the router's logits [T, n E] if top_k is above 0, else the gradient
+    # of the gate's weights, in their shape.
+    dgate: Tensor
+
+
+class WeightGrads(NamedTuple):
+    """Gradients of the parameters of n siblings, row blocks one below the other."""
+
+    da: Tensor  # [n R, I]
+    drouter: Tensor  # [n E, I]; empty without routers
+    dbias: Tensor  # [n E], of the routers; empty without routers
+    db: list[Tensor]  # n x [O_i, R]
+
+
+class LayerForward(NamedTuple):
+    """What the ops `wide` and `grouped` return; `wide` has no routing."""
+
+    y: list[Tensor]  # n x [T, O_i]
+    h: Tensor  # `Shrunk.h`; grouped: [P, largest rank], by sorted position
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+    tiles: Tensor | None = None
+    chunks: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer are computed; the others are returned empty."""
+
+    x: bool
+    # Those of A, B and the routers.
+    adapters: bool
+
+
+class LayerGrads(NamedTuple):
+    """What the ops `wide_backward` and `grouped_backward` return; empty if not asked for."""
+
+    dx: Tensor  # [T, I]
+    dgate: Tensor  # `ShrunkGrads.dgate`
+    da: Tensor  # from here on `WeightGrads`
+    drouter: Tensor
+    dbias: Tensor
+    db: list[Tensor]
 
 
 class LayerOutput(NamedTuple):
@@ -155,7 +236,7 @@ class FfnTensors(NamedTuple):
     down_b: Tensor  # [I, R]
 
 
-def count_tiles(pairs: int, experts: int, size: int) -> int:
+def count_tiles(pairs: int, experts: int, size: int) -> int | torch.SymInt:
     """Return how many tiles of `size` positions hold P pairs of N experts, however they are routed.
 
     The bound is P // size + min(N + 1, P): each of the N experts, and the pairs that are not

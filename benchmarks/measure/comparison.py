@@ -91,13 +91,13 @@ class Bench:
     """
 
     def __init__(self, options: harness.Options, clock):
-        from moelora_kernels.ops.registration import why_no_kernels
+        from moelora_kernels.ops.registration import kernels_problem
 
         self.options, self.clock = options, clock
         self.device, self.dtype = options.device, DTYPES[options.dtype]
         self.device_clock = DeviceClock(clock, self.device)
         on_gpu = self.device.type == "cuda"
-        self.launchers = on_gpu and not why_no_kernels()
+        self.launchers = on_gpu and not kernels_problem()
         name = torch.cuda.get_device_name(self.device) if on_gpu else ""
         self.rates = roofline.assumed_rates(name, options.dtype)
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -136,10 +136,10 @@ class Bench:
 
 
 def registered(name: str, device: str) -> tuple[Callable, str]:
-    """Return `torch.ops.moelora.<name>`, and the name of its implementation on a device."""
-    from moelora_kernels import info
+    """Return `moelora_kernels.ops.<name>`, and the name of its implementation on a device."""
+    from moelora_kernels import info, ops
 
-    return getattr(torch.ops.moelora, name).default, info.implementations()[name][device]
+    return getattr(ops, name), info.implementations()[name][device]
 
 
 def compare_outputs(

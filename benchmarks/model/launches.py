@@ -9,7 +9,16 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.kernels.common.launcher import Launch
-from moelora_kernels.types import CHUNK, TILE
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    NO_ROUTER,
+    Dropout,
+    Gate,
+    Mixture,
+    RouterTensors,
+    Routing,
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -102,39 +111,37 @@ def record(layer: Layer) -> list[Launch]:
     lora_a = [empty(rows_of_a, I, dtype=of) for _ in range(n)]
     lora_b = [empty(O, R, dtype=of) for O in layer.out_features]  # noqa: E741
     dy = [empty(T, O) for O in layer.out_features]  # noqa: E741
-    router, gates, indices, rows, top_k = [], None, None, None, 0
+    router, gate, top_k = NO_ROUTER, None, 0
     if layer.gate == "router":
-        router, top_k = [empty(E, I, dtype=of) for _ in range(n)], layer.top_k
+        router, top_k = RouterTensors([empty(E, I, dtype=of) for _ in range(n)]), layer.top_k
     elif layer.gate == "sparse":
-        gates, indices = empty(T, n * layer.top_k), empty(T, n * layer.top_k, dtype=torch.int32)
+        experts = empty(T, n * layer.top_k, dtype=torch.int32)
+        gate = Gate(empty(T, n * layer.top_k), experts)
     else:
-        gates = empty(8 if layer.gate == "rows" else T, n * E, dtype=FP32)
         rows = empty(T, dtype=torch.int32) if layer.gate == "rows" else None
-    ranks, scaling = layer.ranks, (2.0,) * E
-    drop = (layer.dropout, layer.per_expert, seed)
+        gate = Gate(empty(8 if layer.gate == "rows" else T, n * E, dtype=FP32), rows=rows)
+    ranks = layer.ranks
+    mixture = Mixture(ranks, (2.0,) * E, layer.share_a, top_k, layer.renormalize)
+    dropout = Dropout(layer.dropout, layer.per_expert, seed)
     with launcher.recording() as launches:
-        h, u, weights, chosen, logits = shrink_gate.launch(
-            x, lora_a, gates, indices, rows, router, [], ranks, scaling, layer.share_a, top_k,
-            layer.renormalize, 1.0, *drop,
-        )  # fmt: skip
-        if top_k:
-            gates, indices = weights, chosen if top_k < E else None
-        dh, u, dgate = shrink_gate_backward.launch(
-            dy, lora_b, h, gates, indices, rows, logits, None, ranks, scaling, layer.share_a,
-            top_k, layer.renormalize, 1.0,
-        )  # fmt: skip
+        h, u, *made = shrink_gate.launch(
+            x, lora_a, router, gate or Gate(*NO_GATE), mixture, dropout
+        )
+        if gate is None:
+            gate = mixture.router_gate(*made)
+        dh, u, dgate = shrink_gate_backward.launch(dy, lora_b, h, gate, None, mixture)
         dlogits = dgate if top_k else None
-        shrink_dx.launch(dh, dlogits, lora_a, router, ranks, *drop)
-        weight_grad.launch(x, dh, dlogits, dy, u, of, of, ranks, *drop)
+        shrink_dx.launch(dh, dlogits, lora_a, router.weight, ranks, dropout)
+        weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, of)
     return launches
 
 
-def _balanced(layer: Layer) -> tuple[Tensor, ...]:
+def _balanced(layer: Layer) -> Routing:
     """Return routing arrays with data, in which every expert has the same number of pairs."""
     n, E = len(layer.out_features), len(layer.ranks)
     slots = torch.arange(n * layer.top_k) % layer.top_k
     ids = (torch.arange(layer.tokens)[:, None] * layer.top_k + slots) % E
-    return reference.route(ids, E, n, TILE, CHUNK)
+    return reference.route(ids, E, n)
 
 
 def record_grouped(layer: Layer) -> list[Launch]:
@@ -160,22 +167,22 @@ def record_grouped(layer: Layer) -> list[Launch]:
     lora_b = [empty(O, R, dtype=of) for O in layer.out_features]  # noqa: E741
     dy = [empty(rows, O) for O in layer.out_features]  # noqa: E741
     routers = [empty(E, I, dtype=of) for _ in range(n)] if layer.gate == "router" else []
-    ranks, scaling, keep = layer.ranks, (2.0,) * E, (0.0, False, None)
-    drop = (layer.dropout, layer.per_expert, seed)
-    order, offsets, tiles, chunks = _balanced(layer)
+    ranks, scaling, by_pair = layer.ranks, (2.0,) * E, layer.by_pair
+    dropout, routing = Dropout(layer.dropout, layer.per_expert, seed), _balanced(layer)
     weights = empty(T, n * K, dtype=FP32)
     with launcher.recording() as launches:
         if routers:
-            logits = router.launch_logits(x, routers, [])
+            logits = router.launch_logits(x, RouterTensors(routers))
             by_sibling, chosen = topk_gate.launch(logits.view(-1, E), K, layer.renormalize, 1.0)
-        routing = (order, offsets, tiles, ranks)
-        h, u = grouped_shrink.launch(x, lora_a, weights, *routing, scaling, *drop)
+        h, u = grouped_shrink.launch(x, lora_a, weights, routing, ranks, scaling, dropout)
         for i, b in enumerate(lora_b):
-            grouped_expand.launch(u, [b], None, *routing, T, i, layer.by_pair, *keep)
-        dh, u, dweights = grouped_shrink_backward.launch(dy, lora_b, h, weights, *routing, scaling)
+            grouped_expand.launch(u, [b], None, routing, ranks, NO_DROPOUT, T, i, by_pair)
+        dh, u, dweights = grouped_shrink_backward.launch(
+            dy, lora_b, h, weights, routing, ranks, scaling
+        )
         transposed = [a.t() for a in lora_a]
-        grouped_expand.launch(dh, transposed, None, *routing, T, 0, layer.by_pair, *drop)
-        grouped_weight_grad.launch(x, dh, dy, u, order, offsets, chunks, of, ranks, *drop)
+        grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
+        grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
         if routers:
             dlogits = topk_gate.launch_backward(
                 dweights.view(-1, K), by_sibling, chosen, logits.view(-1, E), layer.renormalize, 1.0

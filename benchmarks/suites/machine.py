@@ -43,6 +43,14 @@ from benchmarks.suites.jobs import Job
 from benchmarks.suites.shapes import linear_case
 from benchmarks.suites.sizes import MachineSizes
 from moelora_kernels.testing import draw_experts
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    NO_ROUTER,
+    Gate,
+    Mixture,
+    RouterTensors,
+)
 
 # The mixture of every measurement but `layer`, which has the mixture of the command line.
 EXPERTS, TOP_K = 8, 2
@@ -130,11 +138,12 @@ def shrink_calls(
     experts = experts.to(bench.device)
     weights = torch.rand(experts.shape, generator=bench.generator, device=bench.device)
     dense = weights.new_zeros(T, E).scatter(1, experts, weights)
-    tail = [[layer.rank] * E, [layer.scaling] * E, False]
-    options = [True, 1.0, 0.0, False, None]
-    router = [[adapter.router_weight], [adapter.router_bias]]
-    sparse = [x, [adapter.lora_A], weights, experts.int(), None, [], [], *tail, 0, *options]
-    routed = [x, [adapter.lora_A], None, None, None, *router, *tail, TOP_K, *options]
+    ranks, scaling = (layer.rank,) * E, (layer.scaling,) * E
+    router = RouterTensors([adapter.router_weight], [adapter.router_bias])
+    gate = Gate(weights, experts.int())
+    sparse = [x, [adapter.lora_A], NO_ROUTER, gate, Mixture(ranks, scaling), NO_DROPOUT]
+    mixture = Mixture(ranks, scaling, top_k=TOP_K)
+    routed = [x, [adapter.lora_A], router, Gate(*NO_GATE), mixture, NO_DROPOUT]
 
     def verdict(arguments: list, gate: Tensor | None) -> Verdict:
         h, u, *_ = operation(*arguments)
@@ -187,8 +196,8 @@ def weight_grad(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # 
     """
     x, dh, dy, u = (bench.draw(T, width) for width in (I, R, O, R))
     dlogits = bench.draw(T, EXPERTS).float()
-    ranks = [R // EXPERTS] * EXPERTS
-    arguments = [x, dh, dlogits, [dy], u, x.dtype, x.dtype, ranks, 0.0, False, None]
+    ranks = (R // EXPERTS,) * EXPERTS
+    arguments = [x, dh, dlogits, [dy], u, ranks, NO_DROPOUT, x.dtype, x.dtype]
     predicted = roofline.weight_grad(bench.rates, T, I, R) + roofline.weight_grad(
         bench.rates, T, O, R
     )

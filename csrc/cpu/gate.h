@@ -47,7 +47,7 @@ class Gate {
        int64_t T, int64_t siblings, int64_t experts)
       : storage_(row_major(cast(gates, compute_dtype_of<C>()))),
         values_(storage_.const_data_ptr<C>()),
-        indices_(indices, "indices"),
+        indices_(indices, "experts"),
         rows_(rows, "rows"),
         siblings_(siblings),
         experts_(experts) {
@@ -55,7 +55,7 @@ class Gate {
     gate_rows_ = G;
     if (indices_.given()) {
       check_size(G, T, "gates, tokens");
-      check_size(indices_.numel(), G * width, "indices");
+      check_size(indices_.numel(), G * width, "experts");
       STD_TORCH_CHECK(width % siblings == 0, "gates: ", width, " columns for ", siblings,
                       " siblings");
       slots_ = width / siblings;

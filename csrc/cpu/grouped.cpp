@@ -19,8 +19,8 @@ Tensor reshaped(const Tensor& matrix, int64_t num_rows, int64_t num_columns) {
 }
 
 // The gradients of the logits of the chosen experts: dlogits [T n, E] at indices [T n, K].
-Tensor of_chosen(const Tensor& dlogits, const Tensor& indices) {
-  const auto [rows, K] = shape<2>(indices, "indices");
+Tensor dlogits_of_slots(const Tensor& dlogits, const Tensor& indices) {
+  const auto [rows, K] = shape<2>(indices, "experts");
   const int64_t E = dlogits.size(1);
   const Tensor chosen = empty(rows, K, dlogits.scalar_type());
   for_dtype(dlogits.scalar_type(), [&, rows = rows, K = K](auto type) {
@@ -34,90 +34,96 @@ Tensor of_chosen(const Tensor& dlogits, const Tensor& indices) {
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-grouped(Tensor x, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<Tensor> base,
-        std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<Tensor> router_weight,
-        std::vector<Tensor> router_bias, std::optional<Tensor> gates, std::optional<Tensor> indices,
-        std::optional<Tensor> /*rows*/, std::optional<Tensor> seed, std::vector<int64_t> ranks,
-        std::vector<double> scaling, bool /*share_a*/, int64_t top_k, bool renormalize,
-        double temperature, double dropout_p, bool dropout_per_expert) {
+grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias,
+        std::vector<Tensor> base_output, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
+        std::vector<Tensor> router_weight, std::vector<Tensor> router_bias,
+        std::optional<Tensor> gate_weights, std::optional<Tensor> experts,
+        std::optional<Tensor> /*rows*/, std::optional<Tensor> /*logits*/,
+        std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
+        bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
+        std::optional<Tensor> seed) {
   const auto siblings = int64_t(lora_a.size());
   const auto E = int64_t(ranks.size());
   const auto [T, I] = shape<2>(x, "x");
   const ScalarType dtype = x.scalar_type();
   const ScalarType sums = compute_dtype(dtype);
   check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_count(weight, siblings, "weight, siblings");
-  check_count(bias, siblings, "bias, siblings");
-  check_count(base, siblings, "base, siblings");
-  STD_TORCH_CHECK(weight.empty() != base.empty(), "weight: needed where no base is given");
+  check_count(base_weight, siblings, "base_weight, siblings");
+  check_count(base_bias, siblings, "base_bias, siblings");
+  check_count(base_output, siblings, "base_output, siblings");
+  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
+                  "base_weight: needed without base_output");
 
   std::vector<Tensor> outputs;
-  for (size_t i = 0; i < weight.size(); ++i) {
-    const Tensor y = empty(T, weight[i].size(0), dtype);
-    if (bias.empty()) {
-      mm_out(y, x, transposed(weight[i]));
+  for (size_t i = 0; i < base_weight.size(); ++i) {
+    const Tensor y = empty(T, base_weight[i].size(0), dtype);
+    if (base_bias.empty()) {
+      mm_out(y, x, transposed(base_weight[i]));
     } else {
-      addmm_out(y, bias[i], x, transposed(weight[i]));
+      addmm_out(y, base_bias[i], x, transposed(base_weight[i]));
     }
     outputs.push_back(y);
   }
-  Tensor logits = absent(sums), weights = absent(sums), chosen = absent(ScalarType::Int);
+  Tensor logits = absent(sums), weights = absent(sums), top_experts = absent(ScalarType::Int);
   if (!router_weight.empty()) {
     logits = router_logits(x, router_weight, router_bias);
-    std::tie(weights, chosen) =
+    std::tie(weights, top_experts) =
         topk_gate(reshaped(logits, T * siblings, E), top_k, renormalize, temperature);
-    gates = weights = reshaped(weights, T, siblings * top_k);
-    indices = chosen = reshaped(chosen, T, siblings * top_k);
+    gate_weights = weights = reshaped(weights, T, siblings * top_k);
+    experts = top_experts = reshaped(top_experts, T, siblings * top_k);
   }
-  STD_TORCH_CHECK(gates && indices, "indices: needed without a router");
-  const auto [order, offsets, tiles, chunks] = route(*indices, E, siblings, TILE, CHUNK);
-  const auto [h, u] = grouped_shrink(x, lora_a, gates, order, offsets, tiles, ranks, scaling,
-                                     dropout_p, dropout_per_expert, seed);
+  STD_TORCH_CHECK(gate_weights && experts, "experts: needed without a router");
+  const auto [order, offsets, tiles, chunks] = route(*experts, E, siblings, TILE, CHUNK);
+  const auto [h, u] = grouped_shrink(x, lora_a, gate_weights, order, offsets, tiles, chunks, ranks,
+                                     scaling, dropout_p, dropout_per_expert, seed);
   for (int64_t i = 0; i < siblings; ++i) {
-    if (base.empty()) {
+    if (base_output.empty()) {
       grouped_expand_in_place(outputs[i], u, {lora_b[i]}, order, offsets, ranks, i, 0.0, false,
                               std::nullopt, std::nullopt, std::nullopt);
     } else {
-      outputs.push_back(grouped_expand(u, {lora_b[i]}, base[i], order, offsets, tiles, ranks, T, i,
-                                       false, 0.0, false, std::nullopt));
+      outputs.push_back(grouped_expand(u, {lora_b[i]}, base_output[i], order, offsets, tiles,
+                                       chunks, ranks, 0.0, false, std::nullopt, T, i, false));
     }
   }
-  return {outputs, h, order, offsets, tiles, chunks, weights, chosen, logits};
+  return {outputs, h, weights, top_experts, logits, order, offsets, tiles, chunks};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_backward(
-    std::vector<Tensor> dy, Tensor x, std::vector<Tensor> weight, std::vector<Tensor> lora_a,
-    std::vector<Tensor> lora_b, std::vector<Tensor> router_weight, Tensor h, Tensor weights,
-    Tensor indices, Tensor order, Tensor offsets, Tensor tiles, Tensor chunks,
-    std::optional<Tensor> logits, std::optional<Tensor> dlogits, std::optional<Tensor> seed,
+    std::vector<Tensor> dy, Tensor x, std::vector<Tensor> base_weight,
+    std::vector<Tensor> /*base_bias*/, std::vector<Tensor> /*base_output*/,
+    std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<Tensor> router_weight,
+    std::vector<Tensor> /*router_bias*/, Tensor h, std::optional<Tensor> gate_weights,
+    std::optional<Tensor> experts, std::optional<Tensor> /*rows*/, std::optional<Tensor> logits,
+    std::optional<Tensor> dlogits, Tensor order, Tensor offsets, Tensor tiles, Tensor chunks,
     std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
-    bool renormalize, double temperature, double dropout_p, bool dropout_per_expert, bool needs_x,
-    bool needs_adapters) {
+    bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
+    std::optional<Tensor> seed, bool needs_x, bool needs_adapters) {
+  STD_TORCH_CHECK(gate_weights && experts, "experts: needed in backward");
   const ScalarType dtype = x.scalar_type();
   const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
   const auto siblings = int64_t(dy.size());
   const auto E = int64_t(ranks.size());
   const int64_t T = x.size(0);
-  check_count(weight, siblings, "weight, siblings");
-  for (Tensor& of_sibling : dy) of_sibling = dense_rows(of_sibling, dtype);
+  check_count(base_weight, siblings, "base_weight, siblings");
+  for (Tensor& dy_i : dy) dy_i = dense_rows(dy_i, dtype);
   Tensor dx = absent(dtype);
-  if (needs_x && !weight.empty()) {
+  if (needs_x && !base_weight.empty()) {
     dx = empty(T, x.size(1), dtype);
-    mm_out(dx, dy[0], weight[0]);
-    for (int64_t i = 1; i < siblings; ++i) addmm_out(dx, dx, dy[i], weight[i]);
+    mm_out(dx, dy[0], base_weight[0]);
+    for (int64_t i = 1; i < siblings; ++i) addmm_out(dx, dx, dy[i], base_weight[i]);
   }
-  auto [dh, u, dgate] =
-      grouped_shrink_backward(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling);
+  auto [dh, u, dgate] = grouped_shrink_backward(dy, lora_b, h, gate_weights, order, offsets, tiles,
+                                                chunks, ranks, scaling);
   // The gradient of the logits, [T, n E]; [T n, K] of the chosen experts where it has no other.
-  std::optional<Tensor> of_router, of_pairs, router;
+  std::optional<Tensor> router_dlogits, slot_dlogits, router;
   if (!router_weight.empty()) {
     const Tensor like = renormalize ? empty(T * siblings, E, dgate.scalar_type())
                                     : reshaped(row_major(*logits), T * siblings, E);
     dgate = topk_gate_backward(
-        reshaped(dgate, T * siblings, top_k), reshaped(weights, T * siblings, top_k),
-        reshaped(indices, T * siblings, top_k), like, renormalize, temperature);
+        reshaped(dgate, T * siblings, top_k), reshaped(*gate_weights, T * siblings, top_k),
+        reshaped(*experts, T * siblings, top_k), like, renormalize, temperature);
     if (renormalize && !dlogits) {
-      of_pairs = of_chosen(dgate, reshaped(indices, T * siblings, top_k));
+      slot_dlogits = dlogits_of_slots(dgate, reshaped(*experts, T * siblings, top_k));
     }
     dgate = reshaped(dgate, T, siblings * E);
     if (dlogits) {
@@ -130,31 +136,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
         for (int64_t n = 0; n < dgate.numel(); ++n) to[n] += from[n];
       });
     }
-    of_router = dgate;
-    for (Tensor& of_sibling : router_weight) of_sibling = cast(of_sibling, dtype);
+    router_dlogits = dgate;
+    for (Tensor& weight : router_weight) weight = cast(weight, dtype);
     router = stacked(router_weight, false);
   }
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
-  if (needs_x && !weight.empty()) {
-    if (of_router && !of_pairs) addmm_out(dx, dx, cast(*of_router, dtype), *router);
+  if (needs_x && !base_weight.empty()) {
+    if (router_dlogits && !slot_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
     grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
-                            dropout_per_expert, seed, of_pairs, of_pairs ? router : std::nullopt);
+                            dropout_per_expert, seed, slot_dlogits,
+                            slot_dlogits ? router : std::nullopt);
   } else if (needs_x) {
-    dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, ranks, T, 0, false,
-                        dropout_p, dropout_per_expert, seed);
-    if (of_router) addmm_out(dx, dx, cast(*of_router, dtype), *router);
+    dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, chunks, ranks,
+                        dropout_p, dropout_per_expert, seed, T, 0, false);
+    if (router_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
   }
   const ScalarType lora_dtype = lora_a[0].scalar_type();
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
   std::vector<Tensor> db;
   if (needs_adapters) {
-    std::tie(da, db) = grouped_weight_grad(x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks,
-                                           dropout_p, dropout_per_expert, seed);
-    if (of_pairs) {
-      std::tie(drouter, dbias) = grouped_router_grad(*of_pairs, x, order, offsets, router_dtype);
-    } else if (of_router) {
-      std::tie(drouter, dbias) = router_grad(*of_router, x, router_dtype);
+    std::tie(da, db) = grouped_weight_grad(x, dh, dy, u, order, offsets, tiles, chunks, ranks,
+                                           dropout_p, dropout_per_expert, seed, lora_dtype);
+    if (slot_dlogits) {
+      std::tie(drouter, dbias) =
+          grouped_router_grad(*slot_dlogits, x, order, offsets, router_dtype);
+    } else if (router_dlogits) {
+      std::tie(drouter, dbias) = router_grad(*router_dlogits, x, router_dtype);
     }
   }
   return {dx, dgate, da, drouter, dbias, db};

@@ -368,11 +368,12 @@ Tensor expand_to(std::optional<Tensor> into, Tensor u, std::vector<Tensor> matri
 }  // namespace
 
 Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tensor> start,
-                      Tensor order, Tensor offsets, Tensor /*tiles*/, std::vector<int64_t> ranks,
-                      int64_t tokens, int64_t first, bool per_pair, double dropout_p,
-                      bool dropout_per_expert, std::optional<Tensor> seed) {
-  return expand_to(std::nullopt, u, matrices, start, order, offsets, ranks, tokens, first, per_pair,
-                   dropout_p, dropout_per_expert, seed, std::nullopt, std::nullopt);
+                      Tensor order, Tensor offsets, Tensor /*tiles*/, Tensor /*chunks*/,
+                      std::vector<int64_t> ranks, double dropout_p, bool dropout_per_expert,
+                      std::optional<Tensor> seed, int64_t tokens, int64_t first_sibling,
+                      bool per_pair) {
+  return expand_to(std::nullopt, u, matrices, start, order, offsets, ranks, tokens, first_sibling,
+                   per_pair, dropout_p, dropout_per_expert, seed, std::nullopt, std::nullopt);
 }
 
 void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,

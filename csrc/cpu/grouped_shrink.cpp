@@ -92,7 +92,7 @@ struct Shrink {
 
 std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                                           std::optional<Tensor> weights, Tensor order,
-                                          Tensor offsets, Tensor /*tiles*/,
+                                          Tensor offsets, Tensor /*tiles*/, Tensor /*chunks*/,
                                           std::vector<int64_t> ranks, std::vector<double> scaling,
                                           double dropout_p, bool dropout_per_expert,
                                           std::optional<Tensor> seed) {
@@ -225,7 +225,7 @@ struct ShrinkBackward {
 
 std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
     std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h, std::optional<Tensor> weights,
-    Tensor order, Tensor offsets, Tensor /*tiles*/, std::vector<int64_t> ranks,
+    Tensor order, Tensor offsets, Tensor /*tiles*/, Tensor /*chunks*/, std::vector<int64_t> ranks,
     std::vector<double> scaling) {
   check_floating(h, "h");
   const Blocks blocks(ranks);

@@ -169,8 +169,8 @@ void run(const Places& places, const Blocks& blocks, const Mask& mask, const Ten
 
 std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
     Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
-    Tensor /*chunks*/, ScalarType lora_dtype, std::vector<int64_t> ranks, double dropout_p,
-    bool dropout_per_expert, std::optional<Tensor> seed) {
+    Tensor /*tiles*/, Tensor /*chunks*/, std::vector<int64_t> ranks, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype) {
   check_floating(x, "x");
   const auto [rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_exp
                                                  int64_t siblings, int64_t tile, int64_t chunk) {
   const RoutingSizes sizes(indices, num_experts, siblings, tile, chunk);
   const auto [P, N] = std::pair(sizes.P, sizes.N);
-  const Index experts(indices, "indices");
+  const Index experts(indices, "experts");
   Tensor order = empty_vector(P, ScalarType::Int);
   Tensor offsets = empty_vector(N + 1, ScalarType::Int);
   Tensor tiles = empty(count_tiles(P, N, tile), 2, ScalarType::Int);

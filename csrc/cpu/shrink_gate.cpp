@@ -83,11 +83,12 @@ std::vector<Tensor> products(const Tensor& x, const std::vector<Tensor>& lora_a,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
-    Tensor x, std::vector<Tensor> lora_a, std::optional<Tensor> gates,
-    std::optional<Tensor> indices, std::optional<Tensor> rows_of_tokens,
-    std::vector<Tensor> router_weight, std::vector<Tensor> router_bias, std::vector<int64_t> ranks,
-    std::vector<double> scaling, bool share_a, int64_t top_k, bool renormalize, double temperature,
-    double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed) {
+    Tensor x, std::vector<Tensor> lora_a, std::vector<Tensor> router_weight,
+    std::vector<Tensor> router_bias, std::optional<Tensor> gate_weights,
+    std::optional<Tensor> experts, std::optional<Tensor> rows, std::optional<Tensor> /*logits*/,
+    std::vector<int64_t> ranks, std::vector<double> scaling, bool share_a, int64_t top_k,
+    bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
+    std::optional<Tensor> seed) {
   check_floating(x, "x");
   const auto [T, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
@@ -110,10 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
 
   Tensor weights = absent(compute_dtype(dtype));
   Tensor logits = absent(compute_dtype(dtype));
-  Tensor chosen = absent(ScalarType::Int);
+  Tensor top_experts = absent(ScalarType::Int);
   std::optional<Router> router;
   if (router_weight.empty()) {
-    STD_TORCH_CHECK(gates.has_value(), "gates: needed without a router");
+    STD_TORCH_CHECK(gate_weights.has_value(), "gate_weights: needed without a router");
   } else {
     check_size(int64_t(router_weight.size()), siblings, "router_weight, siblings");
     if (!router_bias.empty()) check_size(int64_t(router_bias.size()), siblings, "router_bias");
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     router.emplace(x, router_weight, router_bias);
     logits = empty(T, siblings * E, compute_dtype(dtype));
     weights = empty(T, siblings * top_k, compute_dtype(dtype));
-    if (top_k < E) chosen = empty(T, siblings * top_k, ScalarType::Int);
+    if (top_k < E) top_experts = empty(T, siblings * top_k, ScalarType::Int);
   }
 
   const std::vector<Tensor> raw = products(x, lora_a, blocks, dropout_p, dropout_per_expert, seed);
@@ -136,11 +137,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     using C = Compute<S>;
     using P = std::conditional_t<std::is_same_v<S, Half>, float, S>;
     if (router) {
-      gates = weights;
-      indices = top_k < E ? std::optional<Tensor>(chosen) : std::nullopt;
-      rows_of_tokens = std::nullopt;
+      gate_weights = weights;
+      experts = top_k < E ? std::optional<Tensor>(top_experts) : std::nullopt;
+      rows = std::nullopt;
     }
-    const Gate<C> gate(*gates, indices, rows_of_tokens, T, siblings, E);
+    const Gate<C> gate(*gate_weights, experts, rows, T, siblings, E);
     const std::vector<C> factors = to_compute<C>(scaling);
     GateRows<S, P, C> gate_rows{.gate = gate,
                                 .blocks = blocks,
@@ -157,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
     const C* of_logits = logits.const_data_ptr<C>();
     C* to_weights = weights.mutable_data_ptr<C>();
-    int32_t* to_indices = chosen.mutable_data_ptr<int32_t>();
+    int32_t* to_indices = top_experts.mutable_data_ptr<int32_t>();
     const int64_t work = siblings * (blocks.total + 8 * E + (router ? E * (I + 32) : 0));
     torch::stable::parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
       if (router) router->logits(x, begin, end, logits);
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
       });
     });
   });
-  return {h, u, weights, chosen, logits};
+  return {h, u, weights, top_experts, logits};
 }
 
 }  // namespace moelora

@@ -131,11 +131,12 @@ struct BackwardRows {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
-    std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h, Tensor gates,
-    std::optional<Tensor> indices, std::optional<Tensor> rows_of_tokens,
+    std::vector<Tensor> dy, std::vector<Tensor> lora_b, Tensor h,
+    std::optional<Tensor> gate_weights, std::optional<Tensor> experts, std::optional<Tensor> rows,
     std::optional<Tensor> logits, std::optional<Tensor> dlogits, std::vector<int64_t> ranks,
     std::vector<double> scaling, bool share_a, int64_t top_k, bool renormalize,
     double temperature) {
+  STD_TORCH_CHECK(gate_weights.has_value(), "gate_weights: needed in backward");
   check_floating(h, "h");
   const auto [T, h_columns] = shape<2>(h, "h");
   const Blocks blocks(ranks);
@@ -178,11 +179,11 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
     using S = typename decltype(type)::type;
     using C = Compute<S>;
     using P = std::conditional_t<std::is_same_v<S, Half>, float, S>;
-    const Gate<C> gate(gates, indices, rows_of_tokens, T, siblings, E);
+    const Gate<C> gate(*gate_weights, experts, rows, T, siblings, E);
     const int64_t slots = gate.sparse() ? gate.slots() : E;
     if (top_k > 0) {
-      check_size(slots, top_k, "gates, experts per token");
-      check_size(gate.gate_rows(), T, "gates, tokens");
+      check_size(slots, top_k, "gate_weights, experts per token");
+      check_size(gate.gate_rows(), T, "gate_weights, tokens");
     }
     const bool reduced = top_k == 0 && !gate.sparse() && (gate.by_row() || gate.gate_rows() == 1);
     Tensor dgate = empty(T, siblings * (top_k > 0 ? E : slots), sums);

@@ -42,12 +42,12 @@ Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor indices, Tenso
   const auto [weights_rows, K] = shape<2>(weights, "weights");
   check_size(weights_rows, N, "weights, rows");
   check_size(dweights.numel(), N * K, "dweights");
-  check_size(indices.numel(), N * K, "indices");
+  check_size(indices.numel(), N * K, "experts");
   const ScalarType dtype = compute_dtype(logits.scalar_type());
   const Tensor of_dweights = row_major(cast(dweights, dtype));
   const Tensor of_weights = row_major(cast(weights, dtype));
   const Tensor of_logits = row_major(cast(logits, dtype));
-  const Index of_indices(indices, "indices");
+  const Index of_indices(indices, "experts");
   Tensor dlogits = empty(N, E, dtype);
   const TopkOptions options{.K = K, .renormalize = renormalize, .temperature = temperature};
 

@@ -35,8 +35,8 @@ Tensor weight_grad_a(const Tensor& x, const Tensor& dh, const Blocks& blocks, in
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> weight_grad(
     Tensor x, Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> dy, Tensor u,
-    ScalarType lora_dtype, ScalarType router_dtype, std::vector<int64_t> ranks, double dropout_p,
-    bool dropout_per_expert, std::optional<Tensor> seed) {
+    std::vector<int64_t> ranks, double dropout_p, bool dropout_per_expert,
+    std::optional<Tensor> seed, ScalarType lora_dtype, ScalarType router_dtype) {
   check_floating(x, "x");
   const auto [T, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);

@@ -10,76 +10,79 @@ namespace moelora {
 namespace {
 
 // Column block i of the siblings' u.
-Tensor of_sibling(const Tensor& u, int64_t i, int64_t siblings) {
+Tensor sibling_columns(const Tensor& u, int64_t i, int64_t siblings) {
   if (siblings == 1) return u;
   const int64_t R = u.size(1) / siblings;
   return columns(u, i * R, R);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> wide(
-    Tensor x, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<Tensor> base,
-    std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<Tensor> router_weight,
-    std::vector<Tensor> router_bias, std::optional<Tensor> gates, std::optional<Tensor> indices,
-    std::optional<Tensor> rows_of_tokens, std::optional<Tensor> seed, std::vector<int64_t> ranks,
-    std::vector<double> scaling, bool share_a, int64_t top_k, bool renormalize, double temperature,
-    double dropout_p, bool dropout_per_expert) {
+    Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias,
+    std::vector<Tensor> base_output, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
+    std::vector<Tensor> router_weight, std::vector<Tensor> router_bias,
+    std::optional<Tensor> gate_weights, std::optional<Tensor> experts, std::optional<Tensor> rows,
+    std::optional<Tensor> logits, std::vector<int64_t> ranks, std::vector<double> scaling,
+    bool share_a, int64_t top_k, bool renormalize, double temperature, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed) {
   const auto siblings = int64_t(lora_a.size());
   check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_count(weight, siblings, "weight, siblings");
-  check_count(bias, siblings, "bias, siblings");
-  check_count(base, siblings, "base, siblings");
-  STD_TORCH_CHECK(weight.empty() != base.empty(), "weight: needed where no base is given");
-  const auto [h, u, weights, chosen, logits] = shrink_gate(
-      x, lora_a, gates, indices, rows_of_tokens, router_weight, router_bias, ranks, scaling,
+  check_count(base_weight, siblings, "base_weight, siblings");
+  check_count(base_bias, siblings, "base_bias, siblings");
+  check_count(base_output, siblings, "base_output, siblings");
+  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
+                  "base_weight: needed without base_output");
+  const auto [h, u, made_weights, made_experts, made_logits] = shrink_gate(
+      x, lora_a, router_weight, router_bias, gate_weights, experts, rows, logits, ranks, scaling,
       share_a, top_k, renormalize, temperature, dropout_p, dropout_per_expert, seed);
 
   const int64_t T = x.size(0);
   std::vector<Tensor> outputs;
   for (int64_t i = 0; i < siblings; ++i) {
-    const ScalarType dtype = base.empty() ? x.scalar_type() : base[i].scalar_type();
-    const Tensor gated = cast(of_sibling(u, i, siblings), dtype);
+    const ScalarType dtype = base_output.empty() ? x.scalar_type() : base_output[i].scalar_type();
+    const Tensor gated = cast(sibling_columns(u, i, siblings), dtype);
     const Tensor expand = transposed(cast(lora_b[i], dtype));
     const Tensor y = empty(T, lora_b[i].size(0), dtype);
-    if (!base.empty()) {
-      addmm_out(y, base[i], gated, expand);
+    if (!base_output.empty()) {
+      addmm_out(y, base_output[i], gated, expand);
     } else {
       // Expand first, base product last and in place: each writes y once, and the large one is
       // rounded once together with the small one.
-      if (bias.empty()) {
+      if (base_bias.empty()) {
         mm_out(y, gated, expand);
       } else {
-        addmm_out(y, bias[i], gated, expand);
+        addmm_out(y, base_bias[i], gated, expand);
       }
-      addmm_out(y, y, x, transposed(weight[i]));
+      addmm_out(y, y, x, transposed(base_weight[i]));
     }
     outputs.push_back(y);
   }
-  return {outputs, h, weights, chosen, logits};
+  return {outputs, h, made_weights, made_experts, made_logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_backward(
-    std::vector<Tensor> dy, Tensor x, std::vector<Tensor> weight, std::vector<Tensor> lora_a,
-    std::vector<Tensor> lora_b, std::vector<Tensor> router_weight, Tensor h, Tensor gates,
-    std::optional<Tensor> indices, std::optional<Tensor> rows_of_tokens,
-    std::optional<Tensor> logits, std::optional<Tensor> dlogits, std::optional<Tensor> seed,
-    std::vector<int64_t> ranks, std::vector<double> scaling, bool share_a, int64_t top_k,
-    bool renormalize, double temperature, double dropout_p, bool dropout_per_expert, bool needs_x,
-    bool needs_adapters) {
+    std::vector<Tensor> dy, Tensor x, std::vector<Tensor> base_weight,
+    std::vector<Tensor> /*base_bias*/, std::vector<Tensor> /*base_output*/,
+    std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<Tensor> router_weight,
+    std::vector<Tensor> /*router_bias*/, Tensor h, std::optional<Tensor> gate_weights,
+    std::optional<Tensor> experts, std::optional<Tensor> rows, std::optional<Tensor> logits,
+    std::optional<Tensor> dlogits, std::vector<int64_t> ranks, std::vector<double> scaling,
+    bool share_a, int64_t top_k, bool renormalize, double temperature, double dropout_p,
+    bool dropout_per_expert, std::optional<Tensor> seed, bool needs_x, bool needs_adapters) {
   const ScalarType dtype = x.scalar_type();
-  check_count(weight, int64_t(dy.size()), "weight, siblings");
+  check_count(base_weight, int64_t(dy.size()), "base_weight, siblings");
   // Once for the three products that read it.
-  for (Tensor& of_sibling : dy) of_sibling = dense_rows(of_sibling, dtype);
+  for (Tensor& dy_i : dy) dy_i = dense_rows(dy_i, dtype);
   const auto [dh, u, dgate] =
-      shrink_gate_backward(dy, lora_b, h, gates, indices, rows_of_tokens, logits, dlogits, ranks,
+      shrink_gate_backward(dy, lora_b, h, gate_weights, experts, rows, logits, dlogits, ranks,
                            scaling, share_a, top_k, renormalize, temperature);
-  const std::optional<Tensor> of_router =
+  const std::optional<Tensor> router_dlogits =
       router_weight.empty() ? std::nullopt : std::optional<Tensor>(dgate);
 
   Tensor dx = absent(dtype);
   if (needs_x) {
-    dx =
-        shrink_dx(dh, of_router, lora_a, router_weight, ranks, dropout_p, dropout_per_expert, seed);
-    for (size_t i = 0; i < weight.size(); ++i) addmm_out(dx, dx, dy[i], weight[i]);
+    dx = shrink_dx(dh, router_dlogits, lora_a, router_weight, ranks, dropout_p, dropout_per_expert,
+                   seed);
+    for (size_t i = 0; i < base_weight.size(); ++i) addmm_out(dx, dx, dy[i], base_weight[i]);
   }
   const ScalarType lora_dtype = lora_a[0].scalar_type();
   const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
@@ -87,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_bac
   std::vector<Tensor> db;
   if (needs_adapters) {
     std::tie(da, drouter, dbias, db) =
-        weight_grad(x, dh, of_router, dy, u, lora_dtype, router_dtype, ranks, dropout_p,
-                    dropout_per_expert, seed);
+        weight_grad(x, dh, router_dlogits, dy, u, ranks, dropout_p, dropout_per_expert, seed,
+                    lora_dtype, router_dtype);
   }
   return {dx, dgate, da, drouter, dbias, db};
 }

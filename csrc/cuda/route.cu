@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_exp
   const auto [T, S, E, n, P, N] = sizes;
   const ScalarType dtype = indices.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long,
-                  "indices: expected int32 or int64");
+                  "experts: expected int32 or int64");
   const int64_t num_tiles = count_tiles(P, N, tile);
   const int64_t num_chunks = count_tiles(P, N, chunk);
   Tensor order = empty_on(indices, {P}, ScalarType::Int);

@@ -1,167 +1,191 @@
-"""The autograd Function of a mixture-of-LoRA layer, written for n siblings that read the same x."""
+"""The autograd Function of a mixture-of-LoRA layer: n siblings that read the same x."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.types import LinearTensors
+from moelora_kernels.types import (
+    Dropout,
+    Gate,
+    LayerForward,
+    LayerOutput,
+    LinearTensors,
+    Mixture,
+    Needs,
+    Routing,
+    SiblingTensors,
+)
+
+# Arguments of `MoeLora.forward` before the tensors of the linears.
+_LEADING = 9
+_FIELDS = len(LinearTensors._fields)
 
 
-class _Flat(NamedTuple):
-    """What is static about a layer: the same for all siblings, all tokens and all steps."""
+def siblings_of(linears: Sequence[LinearTensors]) -> SiblingTensors:
+    """Return the tensors of n linears, field by field."""
+    fields = zip(*linears, strict=True)
+    return SiblingTensors(*[[t for t in field if t is not None] for field in fields])
 
-    ranks: tuple[int, ...]
-    scaling: tuple[float, ...]
-    share_a: bool = False
-    # K of a linear router, 0 where the gates are given.
-    top_k: int = 0
-    renormalize: bool = True
-    temperature: float = 1.0
-    dropout: float = 0.0
-    dropout_per_expert: bool = False
+
+def _linears(flat: Sequence[Tensor | None]) -> list[LinearTensors]:
+    """Return the linears whose fields stand one after the other in `flat`."""
+    return [LinearTensors(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
 
 
 class MoeLora(torch.autograd.Function):
-    """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; see `reference` for the formulas.
+    """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
 
-    `tensors` are the siblings' tensors field by field, counts[f] of them (n or 0) for field f.
-    Saves for backward x, the parameters, h, and the gate or routing: nothing that is O wide.
+    The fields of every linear follow `seed`, linear by linear. The outputs are the y_i, then the
+    other fields of `types.LayerForward` in their order.
+
+    Saved for backward: x, the parameters, h, the gate, and the routing if there is one. Nothing
+    saved is O wide.
     """
 
     @staticmethod
-    def forward(impl, mixture, counts, x, gates, indices, rows, seed, *tensors):
-        forward = ops.grouped if impl == "grouped" else ops.wide
-        fields = _split(tensors, counts)
-        outputs, *rest = forward(x, *fields, gates, indices, rows, seed, *mixture)
-        return (*outputs, *rest)
+    def forward(impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields):
+        op = ops.grouped if impl == "grouped" else ops.wide
+        tensors, gate = siblings_of(_linears(fields)), Gate(weights, experts, rows)
+        y, *rest = op(x, tensors, gate, mixture, Dropout(p, per_expert, seed))
+        return (*y, *(rest if impl == "grouped" else rest[:4]))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, mixture, counts, x, gates, indices, rows, seed, *tensors = inputs
-        h, *routing, weights, chosen, logits = output[counts[4] :]
+        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
+        linears = _linears(fields)
+        made = LayerForward([], *output[len(linears) :])
+        logits = None
         if mixture.top_k:
-            gates, indices = weights, chosen if mixture.top_k < len(mixture.ranks) else None
-        keep_logits = mixture.top_k and not mixture.renormalize
-        weight, _, _, lora_a, lora_b, router_weight, _ = _split(tensors, counts)
-        ctx.mixture, ctx.counts, ctx.routing = mixture, counts, len(routing)
-        ctx.mark_non_differentiable(h, *routing, weights, chosen)
+            weights, experts, _, logits = mixture.router_gate(*made[2:5])
+            # Without renormalize the backward of the softmax reads the logits.
+            logits = None if mixture.renormalize else logits
+        ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
+        routing = made[5:] if impl == "grouped" else (None,) * 4
+        integers = [t for t in (made.experts, *routing) if t is not None]
+        ctx.mark_non_differentiable(made.h, made.weights, *integers)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x, gates, indices, rows, seed, h, logits if keep_logits else None, *routing,
-            *weight, *lora_a, *lora_b, *router_weight,
+            x, weights, experts, rows, logits, seed, made.h, *routing,
+            *[t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)],
         )  # fmt: skip
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        x, gates, indices, rows, seed, h, logits, *tensors = ctx.saved_tensors
-        of_weight, of_bias, of_base, of_a, of_b, of_router, of_router_bias = ctx.counts
-        routing, weight, lora_a, lora_b, router_weight = _split(
-            tensors, (ctx.routing, of_weight, of_a, of_b, of_router)
+        # Read once: under activation checkpointing a second read fails.
+        x, weights, experts, rows, logits, seed, h, *rest = ctx.saved_tensors
+        routing, saved = Routing(*rest[:4]), rest[4:]
+        base_weight, lora_a, lora_b, router_weight = (
+            [t for t in saved[field::4] if t is not None] for field in range(4)
         )
-        _, _, _, needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
-        needs_base = needs[: of_weight + of_bias + of_base]
+        tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
+        n, needs = len(lora_b), ctx.needs_input_grad
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
-            for g, b in zip(grads[:of_b], lora_b, strict=True)
+            for g, b in zip(grads[:n], lora_b, strict=True)
         ]
-        backward = ops.grouped_backward if routing else ops.wide_backward
-        dx, dgate, da, drouter, dbias, db = backward(
-            dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, *(routing or [rows]),
-            logits, grads[-1], seed, *ctx.mixture, needs_x, any(needs[len(needs_base) :]),
-        )  # fmt: skip
-        of_bases = [None] * len(needs_base)
-        if any(needs_base):
-            of_bases = _base_gradients(dy, x, needs_base, ctx.counts)
-        if not db:
-            da = drouter = dbias = None
-            db = [None] * of_b
+        gate, dlogits = Gate(weights, experts, rows, logits), grads[n + 3]
+        needs_linear = _linears(needs[_LEADING:])
+        asked = Needs(needs[4], any([any(needed[3:]) for needed in needs_linear]))
+        mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
+        if ctx.impl == "grouped":
+            result = ops.grouped_backward(
+                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, asked
+            )
+        else:
+            result = ops.wide_backward(dy, x, tensors, h, gate, dlogits, mixture, dropout, asked)
+        dx, dgate, da, drouter, dbias, db = result
+        has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
+        gradients: list[Tensor | None] = []
+        for i, (g, needed) in enumerate(zip(dy, needs_linear, strict=True)):
+            gradients += [
+                g.to(x.dtype).t() @ x if needed.weight else None,
+                g.to(x.dtype).sum(dim=0) if needed.bias else None,
+                g if needed.base_output else None,
+                _row_block(da, i, n) if has_adapters else None,
+                db[i] if has_adapters else None,
+                _row_block(drouter, i, n) if has_router else None,
+                _row_block(dbias, i, n) if has_router and needed.router_bias else None,
+            ]
         return (
-            None, None, None, dx if needs_x else None,
-            dgate.to(gates.dtype) if needs_gates else None, None, None, None, *of_bases,
-            *_rows(da, of_a), *db, *_rows(drouter, of_router), *_rows(dbias, of_router_bias),
+            None, None, None, None, dx if needs[4] else None,
+            dgate.to(weights.dtype) if needs[5] else None, None, None, None, *gradients,
         )  # fmt: skip
 
 
 class SqrtGateMoeLora(MoeLora):
-    """`MoeLora` whose gradients of A, B and x see the root of the gates, which are given.
+    """`MoeLora` whose gradients of A, B and x use the square root of the gate. The gate is given.
 
         dh = scale * sqrt(gate) (.) P       dB = dy^T (scale * sqrt(gate) (.) h)
-        dgate = scale * <P, h>              as before: it has no gate in it
+        dgate = scale * <P, h>              as in `MoeLora`: the gate is not part of it
 
     Source: arXiv 2502.15828 (Riemannian preconditioned mixture of LoRA).
     """
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        impl, mixture, counts, x, gates, *rest = inputs
-        MoeLora.setup_context(ctx, (impl, mixture, counts, x, gates.sqrt(), *rest), output)
+        leading, weights, rest = inputs[:5], inputs[5], inputs[6:]
+        MoeLora.setup_context(ctx, (*leading, weights.sqrt(), *rest), output)
 
 
-def _base_gradients(dy: list[Tensor], x: Tensor, needs: list[bool], counts: tuple) -> list:
-    """Gradients of weights, biases and called bases, where they are asked for."""
-    of_weight, of_bias, of_base, *_ = counts
-    makers = (
-        (of_weight, lambda g: g.to(x.dtype).t() @ x),
-        (of_bias, lambda g: g.to(x.dtype).sum(dim=0)),
-        (of_base, lambda g: g),
-    )
-    made = [(make, g) for count, make in makers for g in dy[:count]]
-    return [make(g) if need else None for need, (make, g) in zip(needs, made, strict=True)]
+def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
+    """Return row block i of n."""
+    return tensor if n == 1 else tensor.chunk(n)[i]
 
 
-def _rows(tensor: Tensor | None, n: int) -> Sequence[Tensor | None]:
-    """The row blocks of n siblings."""
-    if tensor is None or n <= 1:
-        return (tensor,) * n
-    return tensor.chunk(n)
-
-
-def _split(flat: Sequence, counts: Sequence[int]) -> list[list]:
-    """`flat` cut into lists of these lengths."""
-    rest = iter(flat)
-    return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _present(siblings: Sequence[LinearTensors]) -> list[list[str]]:
-    named = (zip(LinearTensors._fields, sibling, strict=True) for sibling in siblings)
-    return [[name for name, tensor in fields if tensor is not None] for fields in named]
+def _field_names(linear: LinearTensors) -> list[str]:
+    return [name for name, t in zip(linear._fields, linear, strict=True) if t is not None]
 
 
 def run(
+    function: type[MoeLora],
     impl: str,
-    mixture: _Flat,
-    siblings: Sequence[LinearTensors],
-    *inputs,
-    function: type[MoeLora] = MoeLora,
-) -> tuple:
-    """The outputs of `MoeLora` for x, gates, indices, rows, seed; impl is "wide" or "grouped".
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None,
+    dropout: Dropout,
+) -> LayerOutput:
+    """Run `function`, which is `MoeLora` or derived from it; impl is "wide" or "grouped".
 
-    function: `MoeLora` or one derived from it.
-
-    Raises ValueError where some siblings have a tensor that others lack.
+    Raises ValueError if some siblings have a tensor that others lack.
     """
-    n, first = len(siblings), siblings[0]
-    absent = [tensor is None for tensor in first]
-    if n > 1 and any([[tensor is None for tensor in s] != absent for s in siblings]):
-        raise ValueError(f"siblings: expected the same tensors of each, got {_present(siblings)}")
-    tensors = [t for field in zip(*siblings, strict=True) for t in field if t is not None]
-    counts = tuple([0 if missing else n for missing in absent])
-    if not torch.is_grad_enabled():
-        return function.forward(impl, mixture, counts, *inputs, *tensors)
+    n, first = len(linears), linears[0]
+    if n > 1:
+        absent = [tensor is None for tensor in first]
+        if any([[tensor is None for tensor in s] != absent for s in linears]):
+            names = [_field_names(linear) for linear in linears]
+            raise ValueError(f"siblings: expected the same tensors of each, got {names}")
+    weights, experts, rows, _ = gate or (None, None, None, None)
+    p, per_expert, seed = dropout
+    fields = first if n == 1 else [t for linear in linears for t in linear]
+    inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
+    outputs = _call(function)(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
+    if gate is None:
+        gate = mixture.router_gate(*outputs[n + 1 : n + 4])
+    return LayerOutput([*outputs[:n]], gate)
+
+
+def _call(function: type[MoeLora]):
+    """Return what to call for the outputs and the graph of `function`."""
     if torch._C._are_functorch_transforms_active():
-        return function.apply(impl, mixture, counts, *inputs, *tensors)
+        return function.apply
     if torch.compiler.is_compiling():
-        # Where nothing needs a gradient, Dynamo calls the forward of a Function with a context
-        # before its arguments, which this form of a Function does not take.
-        trains = any([t is not None and t.requires_grad for t in (*inputs, *tensors)])
-        call = function.apply if trains else function.forward
-        return call(impl, mixture, counts, *inputs, *tensors)
+        return _compiled(function)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
-    # call, longer than the smallest products take.
-    return super(torch.autograd.Function, function).apply(impl, mixture, counts, *inputs, *tensors)
+    # call, which takes longer than the smallest products.
+    return super(torch.autograd.Function, function).apply
+
+
+def _compiled(function: type[MoeLora]):
+    def call(*inputs):
+        # If no input needs a gradient, Dynamo calls the forward of a Function with a context before
+        # its arguments, which this form of a Function does not take.
+        trains = any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
+        return function.apply(*inputs) if trains else function.forward(*inputs)
+
+    return call

@@ -266,7 +266,7 @@ def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]
             empty = False
             yield f"{name}." if name else "", layer
     if empty:
-        raise ValueError("model: it has no MoeLoraLinear layer")
+        raise ValueError("model: expected MoeLoraLinear layers, got none")
 
 
 def _check_layer(prefix: str, layer: MoeLoraLinear, layout: str) -> None:

@@ -11,6 +11,7 @@ from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.types import NO_DROPOUT
 
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
 # twice the space, because tf32x3 splits each into two parts.
@@ -127,10 +128,11 @@ def grouped_expand_kernel(
 
 
 def launch(
-    u, matrices, start, order, offsets, tiles, ranks, tokens, first, per_pair, dropout,
-    dropout_per_expert, seed,
-):  # fmt: skip
+    u, matrices, start, routing, ranks, drop=NO_DROPOUT, tokens=0, first_sibling=0, per_pair=False
+):
     """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings."""
+    order, offsets, tiles, _ = routing
+    dropout, dropout_per_expert, seed = drop
     P, O, E = order.shape[0], matrices[0].shape[0], len(ranks)  # noqa: E741
     start_is_matrix = start is not None and start.dim() == 2
     dtype = start.dtype if start_is_matrix else u.dtype
@@ -141,7 +143,9 @@ def launch(
     # The slots of every sibling: one launch each, and one for all slots with per_pair.
     N, S = len(offsets) - 1, P // tokens
     K = S // (N // E)
-    slots = [(first + i, k) for i in range(len(matrices)) for k in range(1 if per_pair else K)]
+    slots = [
+        (first_sibling + i, k) for i in range(len(matrices)) for k in range(1 if per_pair else K)
+    ]
 
     # Launches before the last one write `sums`, and the last one writes y.
     sums = y
@@ -156,7 +160,7 @@ def launch(
         previous = launcher.rows_dense(start)
         stride = previous.stride(0)
     for number, (sibling, k) in enumerate(slots):
-        matrix = matrices[sibling - first]
+        matrix = matrices[sibling - first_sibling]
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,

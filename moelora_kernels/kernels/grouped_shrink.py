@@ -99,10 +99,10 @@ def grouped_shrink_kernel(
     tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
 
 
-def launch(
-    x, lora_a, weights, order, offsets, tiles, ranks, scaling, dropout, dropout_per_expert, seed
-):
+def launch(x, lora_a, weights, routing, ranks, scaling, drop):
     """Return h and u [P, max(ranks)] by sorted position, like `reference.grouped_shrink`."""
+    order, _offsets, tiles, _ = routing
+    dropout, dropout_per_expert, seed = drop
     P, I = order.shape[0], x.shape[1]  # noqa: E741
     h, u = (x.new_empty((P, max(ranks))) for _ in range(2))
     if P == 0:

@@ -105,8 +105,9 @@ def grouped_shrink_backward_kernel(
         tl.store(dweights_ptr + pairs, inner, mask=positions_in)
 
 
-def launch(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
+def launch(dy, lora_b, h, weights, routing, ranks, scaling):
     """Return dh, u and dweights, like `reference.grouped_shrink_backward`."""
+    order, _offsets, tiles, _ = routing
     P = order.shape[0]
     dh, u = (h.new_empty(h.shape) for _ in range(2))
     shape = 0 if weights is None else weights.shape

@@ -18,6 +18,7 @@ from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
+from moelora_kernels.types import NO_DROPOUT
 
 # `step` elements of a gradient per program of the second launch: 16 for each thread.
 REDUCE_TILE = TileConfig(tokens=1, step=4096, warps=8, stages=1)
@@ -240,13 +241,13 @@ def reduce_chunks_kernel(
         store_tile(out_ptr, stride_w, stride_c, total, w, w_in, start + columns, columns_in)
 
 
-def sum_pairs(
-    wide, narrow, outputs, order, offsets, chunks, ranks, dropout, dropout_per_expert, seed
-) -> None:
+def sum_pairs(wide, narrow, outputs, routing, ranks, drop) -> None:
     """Fill `outputs` n x [W_i, R], which have the same strides, with the sums of all experts.
 
     wide n x [rows, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
     """
+    order, offsets, _, chunks = routing
+    dropout, dropout_per_expert, seed = drop
     P, N = order.shape[0], len(offsets) - 1
     widths = tuple(matrix.shape[1] for matrix in wide)
 
@@ -329,18 +330,15 @@ def sum_pairs(
         )
 
 
-def launch(
-    x, dh, dy, u, order, offsets, chunks, lora_dtype, ranks, dropout, dropout_per_expert, seed
-):
+def launch(x, dh, dy, u, routing, ranks, drop, lora_dtype):
     """Return da [n R, I] and n x db [O_i, R], like `reference.grouped_weight_grad`."""
     n, R, I = len(dy), sum(ranks), x.shape[1]  # noqa: E741
-    new = x.new_empty if order.shape[0] else x.new_zeros
+    new = x.new_empty if routing.order.shape[0] else x.new_zeros
     da = new((n * R, I), dtype=lora_dtype)
     db = [new((g.shape[1], R), dtype=lora_dtype) for g in dy]
-    if order.shape[0] == 0:
+    if routing.order.shape[0] == 0:
         return da, db
-    routing = (order, offsets, chunks, ranks)
     da_by_sibling = [rows.t() for rows in da.split(R)]
-    sum_pairs([x] * n, dh, da_by_sibling, *routing, dropout, dropout_per_expert, seed)
-    sum_pairs(dy, u, db, *routing, 0.0, False, None)
+    sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, drop)
+    sum_pairs(dy, u, db, routing, ranks, NO_DROPOUT)
     return da, db

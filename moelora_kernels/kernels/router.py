@@ -126,11 +126,12 @@ def router_grad_kernel(
         tl.store(out_ptr, dbias.to(dbias_ptr.dtype.element_ty), mask=columns_in)
 
 
-def launch_logits(x, router_weight, router_bias, *, split=None):
+def launch_logits(x, router, *, split=None):
     """Return logits [T, n E] float32, like `reference.router_logits`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """
+    router_weight, router_bias = router
     (T, I), n, E = x.shape, len(router_weight), router_weight[0].shape[0]  # noqa: E741
     logits = x.new_empty((T, n * E), dtype=compute_dtype(x))
     if T == 0:

@@ -132,8 +132,9 @@ def shrink_dx_kernel(
     store_rows(dx_ptr, I, tokens, i, tokens_in, i_in, dx)
 
 
-def launch(dh, dlogits, lora_a, router_weight, ranks, dropout, dropout_per_expert, seed):
+def launch(dh, dlogits, lora_a, router_weight, ranks, drop):
     """Return dx [T, I] in the dtype of dh, like `reference.shrink_dx`."""
+    dropout, dropout_per_expert, seed = drop
     T, n = dh.shape[0], len(lora_a)
     A_ROWS, I = lora_a[0].shape  # noqa: E741
     dx = dh.new_empty((T, I))

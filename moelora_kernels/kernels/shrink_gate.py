@@ -257,14 +257,15 @@ def gate_partials_kernel(
         )
 
 
-def launch(
-    x, lora_a, gates, experts, rows, router_weight, router_bias, ranks, scaling, share_a, top_k,
-    renormalize, temperature, dropout, dropout_per_expert, seed, *, split=None,
-):  # fmt: skip
+def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
     """Return h, u and the gate that the router made, like `reference.shrink_gate`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """
+    router_weight, router_bias = router_tensors
+    gates, experts, rows, _ = gate
+    ranks, scaling, _, top_k, renormalize, temperature = mixture
+    dropout, dropout_per_expert, seed = drop
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0

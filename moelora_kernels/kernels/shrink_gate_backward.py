@@ -227,14 +227,13 @@ def gate_partials_backward_kernel(
             tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
 
 
-def launch(
-    dy, lora_b, h, gates, experts, rows, logits, dlogits, ranks, scaling, share_a, top_k,
-    renormalize, temperature, *, split=None,
-):  # fmt: skip
+def launch(dy, lora_b, h, gate, dlogits, mixture, *, split=None):
     """Return dh, u and dgate, like `reference.shrink_gate_backward`.
 
     split: number of parts that O is cut into; None fills the GPU.
     """
+    gates, experts, rows, logits = gate
+    ranks, scaling, _share_a, top_k, renormalize, temperature = mixture
     T, n, E, R = h.shape[0], len(dy), len(ranks), sum(ranks)
     A_ROWS = h.shape[1] // n
     has_router = top_k > 0

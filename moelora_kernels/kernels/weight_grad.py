@@ -218,14 +218,12 @@ def weight_grad_kernel(
         )  # fmt: skip
 
 
-def launch(
-    x, dh, dlogits, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed,
-    *, split=None,
-):  # fmt: skip
+def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, split=None):
     """Return da, drouter, dbias and n x db, like `reference.weight_grad`.
 
     split: number of parts that T is cut into; None fills the GPU.
     """
+    dropout, dropout_per_expert, seed = drop
     (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
     R, out_features = u.shape[1] // n, [g.shape[1] for g in dy]
     L = 0 if dlogits is None else dlogits.shape[1]

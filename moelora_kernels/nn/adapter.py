@@ -12,7 +12,7 @@ from moelora_kernels.nn.base_linear import check_input, float_weight
 from moelora_kernels.nn.forward import keep_routing, siblings_gate
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
-from moelora_kernels.reference.gates import compute_dtype, dense_gate, rank_gate
+from moelora_kernels.reference import compute_dtype, dense_gate, rank_gate
 
 ACTIVATIONS = {
     "gelu": nn.functional.gelu,
@@ -116,9 +116,9 @@ class MoeLoraAdapter(LoraLayer):
         if config.aux or self.record.wanted:
             keep_routing((self,), gate)
         mixture, count = self.mixture, tokens.shape[0]
-        dense = dense_gate(*gate[:3], count, 1, len(mixture.ranks))
+        dense = dense_gate(gate, count, 1, len(mixture.ranks), compute_dtype(tokens))
         # [T, R]: scale * gate, repeated over the ranks of each expert.
-        factors = rank_gate(dense.to(compute_dtype(tokens)), mixture.ranks, mixture.scaling)[:, 0]
+        factors = rank_gate(dense, mixture.ranks, mixture.scaling)[:, 0]
         flat = z.reshape(-1, self.in_features)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
         activated = ACTIVATIONS[config.rank_activation](h.to(factors.dtype))

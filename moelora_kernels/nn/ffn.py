@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.ffn import RouterLogits, ffn_experts
+from moelora_kernels.autograd.ffn import ffn_experts
+from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,

@@ -14,7 +14,7 @@ from moelora_kernels.ops.route import route
 from moelora_kernels.ops.router import router_grad, router_logits
 from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
-from moelora_kernels.ops.topk_gate import topk_gate
+from moelora_kernels.ops.topk_gate import topk_gate, topk_gate_backward
 from moelora_kernels.ops.weight_grad import weight_grad
 from moelora_kernels.ops.wide import wide, wide_backward
 
@@ -33,6 +33,7 @@ __all__ = [
     "shrink_gate",
     "shrink_gate_backward",
     "topk_gate",
+    "topk_gate_backward",
     "weight_grad",
     "wide",
     "wide_backward",

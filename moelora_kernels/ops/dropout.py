@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of a seed, so that it is never stored."""
+"""Dropout whose mask is a function of a seed, so that it is never stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,28 @@ def _fake(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-dropout = register(
-    "dropout", "(Tensor x, float p, Tensor seed, int stream) -> Tensor", reference.dropout, _fake
+_op = register(
+    "dropout",
+    ("Tensor x", "float p", "Tensor seed", "int stream"),
+    "Tensor",
+    reference.dropout,
+    _fake,
 )
 register_kernels("dropout")
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
+    """Drop elements of x and scale the others.
+
+        y = x (.) mask / (1 - p)        mask a function of (seed, stream, position)
+
+    Args:
+        x: [T, I].
+        p: probability that an element is dropped, in [0, 1).
+        seed: one int64.
+        stream: tells several masks of one seed apart.
+
+    Returns:
+        y [T, I], x's dtype.
+    """
+    return _op(x, p, seed, stream)

@@ -2,39 +2,128 @@
 
 from __future__ import annotations
 
-from moelora_kernels import reference
-from moelora_kernels.ops.registration import register, register_kernels
+from collections.abc import Sequence
 
-_ROUTING = "Tensor order, Tensor offsets, Tensor tiles, int[] ranks"
-_SCHEMA = (
-    f"(Tensor x, Tensor[] lora_a, Tensor? weights, {_ROUTING}, float[] scaling, float dropout, "
-    "bool dropout_per_expert, Tensor? seed) -> (Tensor h, Tensor u)"
-)
-_SCHEMA_BACKWARD = (
-    f"(Tensor[] dy, Tensor[] lora_b, Tensor h, Tensor? weights, {_ROUTING}, float[] scaling) "
-    "-> (Tensor dh, Tensor u, Tensor dweights)"
-)
+from torch import Tensor
+
+from moelora_kernels import reference
+from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.ops.registration import register, register_kernels
+from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
 
 def _fake(
-    x, lora_a, weights, order, offsets, tiles, ranks, scaling, dropout, dropout_per_expert, seed
-):
-    shape = (order.shape[0], max(ranks))
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor]:
+    shape = (routing.order.shape[0], max(ranks))
     return x.new_empty(shape), x.new_empty(shape)
 
 
-def _fake_backward(dy, lora_b, h, weights, order, offsets, tiles, ranks, scaling):
+def _fake_backward(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = 0 if weights is None else weights.shape
-    dweights = h.new_empty(shape, dtype=reference.compute_dtype(h))
-    return h.new_empty(h.shape), h.new_empty(h.shape), dweights
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(shape, dtype=compute_dtype(h))
 
 
-grouped_shrink = register("grouped_shrink", _SCHEMA, reference.grouped_shrink, _fake)
-grouped_shrink_backward = register(
+_op = register(
+    "grouped_shrink",
+    (
+        "Tensor x",
+        "Tensor[] lora_a",
+        "Tensor? weights",
+        Routing,
+        "int[] ranks",
+        "float[] scaling",
+        Dropout,
+    ),
+    "(Tensor h, Tensor u)",
+    reference.grouped_shrink,
+    _fake,
+)
+_op_backward = register(
     "grouped_shrink_backward",
-    _SCHEMA_BACKWARD,
+    (
+        "Tensor[] dy",
+        "Tensor[] lora_b",
+        "Tensor h",
+        "Tensor? weights",
+        Routing,
+        "int[] ranks",
+        "float[] scaling",
+    ),
+    "(Tensor dh, Tensor u, Tensor dweights)",
     reference.grouped_shrink_backward,
     _fake_backward,
 )
 register_kernels("grouped_shrink")
 register_kernels("grouped_shrink_backward")
+
+
+def grouped_shrink(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout: Dropout = NO_DROPOUT,
+) -> tuple[Tensor, Tensor]:
+    """Compute h and u of every routed pair, in the order of sorted positions.
+
+        h_p = dropout(x_p) At_e          e the expert of the pair, x_p its row of x
+        u_p = scale_e * weight_p * h_p   zero if the weight is zero, whatever h holds
+
+    Args:
+        x: [T, I], or [P, I] with a row for every pair.
+        lora_a: n x [R, I].
+        weights: [T, S], of the gate; None: all 1.
+        routing: of the gate's experts.
+        ranks, scaling: of the E experts.
+        dropout: of x.
+
+    Returns:
+        h, u [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and pairs that
+        are not routed, hold 0.
+    """
+    return _op(x, lora_a, weights, *routing, ranks, scaling, *dropout)
+
+
+def grouped_shrink_backward(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dh and the gradient of the weights from dy; and u again, for dB.
+
+        P_p  = dy_p B_e                       [P, largest rank], never stored
+        dh_p = scale_e * weight_p * P_p
+        dweight_p = scale_e <P_p, h_p>        zero if the pair is not routed
+
+    Args:
+        dy: n x [T, O_i], or one [P, O] with a row for every pair.
+        lora_b: n x [O_i, R].
+        h: [P, largest rank], as `grouped_shrink` returned it.
+        weights, routing, ranks, scaling: as in the forward.
+
+    Returns:
+        dh, u [P, largest rank] in h's dtype; dweights [T, S] in float32 (float64), empty if
+        weights is None.
+    """
+    return _op_backward(dy, lora_b, h, weights, *routing, ranks, scaling)

@@ -1,25 +1,47 @@
-"""From the experts of every token to the tokens of every expert, without asking the device."""
+"""Sort the (token, slot) pairs by expert, without asking the device for a number."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.ops.registration import register
-from moelora_kernels.types import count_tiles
+from moelora_kernels.types import CHUNK, TILE, Routing, count_tiles
 
 
-def _fake(indices, num_experts, siblings, tile, chunk):
-    pairs, experts = indices.numel(), siblings * num_experts
-    shapes = [(pairs,), (experts + 1,)]
-    shapes += [(count_tiles(pairs, experts, size), 2) for size in (tile, chunk)]
-    return tuple(indices.new_empty(shape, dtype=torch.int32) for shape in shapes)
+def route_fake(
+    experts: Tensor, num_experts: int, siblings: int, tile: int = TILE, chunk: int = CHUNK
+) -> Routing:
+    """Return tensors of the shapes that `route` returns."""
+    P, N = experts.numel(), siblings * num_experts
+    shapes = [(P,), (N + 1,)] + [(count_tiles(P, N, size), 2) for size in (tile, chunk)]
+    return Routing(*(experts.new_empty(shape, dtype=torch.int32) for shape in shapes))
 
 
-route = register(
+_op = register(
     "route",
-    "(Tensor indices, int num_experts, int siblings, int tile, int chunk) "
-    "-> (Tensor order, Tensor offsets, Tensor tiles, Tensor chunks)",
+    ("Tensor experts", "int num_experts", "int siblings", "int tile", "int chunk"),
+    "(Tensor order, Tensor offsets, Tensor tiles, Tensor chunks)",
     reference.route,
-    _fake,
+    route_fake,
 )
+
+
+def route(
+    experts: Tensor, num_experts: int, siblings: int = 1, tile: int = TILE, chunk: int = CHUNK
+) -> Routing:
+    """Compute the routing arrays of a sparse gate; `types.Routing` explains them.
+
+    Args:
+        experts: [T, n K] int32 or int64; columns i K to (i + 1) K belong to sibling i. An expert
+            outside [0, E) means "not routed".
+        num_experts: E.
+        siblings: n.
+        tile: sorted positions in a tile.
+        chunk: sorted positions in a chunk.
+
+    Raises:
+        ValueError: 2^31 pairs or more.
+    """
+    return Routing(*_op(experts, num_experts, siblings, tile, chunk))

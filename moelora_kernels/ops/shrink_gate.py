@@ -1,64 +1,137 @@
-"""Shrink x to rank space and gate it there: the first op of a forward, and of a backward."""
+"""Shrink to rank space and gate there: the first op of a forward, and of a backward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from moelora_kernels import reference
+from moelora_kernels.numerics import absent, compute_dtype
 from moelora_kernels.ops.registration import register, register_kernels
-
-_SCHEMA = (
-    "(Tensor x, Tensor[] lora_a, Tensor? gates, Tensor? indices, Tensor? rows, "
-    "Tensor[] router_weight, Tensor[] router_bias, int[] ranks, float[] scaling, bool share_a, "
-    "int top_k, bool renormalize, float temperature, float dropout, bool dropout_per_expert, "
-    "Tensor? seed) -> (Tensor h, Tensor u, Tensor weights, Tensor indices, Tensor logits)"
-)
-_SCHEMA_BACKWARD = (
-    "(Tensor[] dy, Tensor[] lora_b, Tensor h, Tensor gates, Tensor? indices, Tensor? rows, "
-    "Tensor? logits, Tensor? dlogits, int[] ranks, float[] scaling, bool share_a, int top_k, "
-    "bool renormalize, float temperature) -> (Tensor dh, Tensor u, Tensor dgate)"
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    Dropout,
+    Gate,
+    Mixture,
+    RouterTensors,
+    Shrunk,
+    ShrunkGrads,
 )
 
 
-def _fake(
-    x, lora_a, gates, indices, rows, router_weight, router_bias, ranks, scaling, share_a, top_k,
-    renormalize, temperature, dropout, dropout_per_expert, seed,
-):  # fmt: skip
-    siblings, num_experts, tokens = len(lora_a), len(ranks), x.shape[0]
-    dtype = reference.compute_dtype(x)
-    h = x.new_empty((tokens, sum(a.shape[0] for a in lora_a)))
-    u = x.new_empty((tokens, siblings * sum(ranks)))
-    if not router_weight:
-        return (
-            h,
-            u,
-            x.new_empty(0, dtype=dtype),
-            x.new_empty(0, dtype=torch.int32),
-            x.new_empty(0, dtype=dtype),
-        )
-    slots = (tokens, siblings * top_k) if top_k < num_experts else (0,)
-    return (
+def shrink_gate_fake(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    router: RouterTensors,
+    gate: Gate,
+    mixture: Mixture,
+    dropout: Dropout,
+) -> Shrunk:
+    """Return tensors of the shapes and dtypes that `shrink_gate` returns."""
+    n, E, T, K = len(lora_a), len(mixture.ranks), x.shape[0], mixture.top_k
+    dtype = compute_dtype(x)
+    h = x.new_empty((T, sum(a.shape[0] for a in lora_a)))
+    u = x.new_empty((T, n * sum(mixture.ranks)))
+    if not router.weight:
+        return Shrunk(h, u, absent(x, dtype), absent(x, torch.int32), absent(x, dtype))
+    return Shrunk(
         h,
         u,
-        x.new_empty((tokens, siblings * top_k), dtype=dtype),
-        x.new_empty(slots, dtype=torch.int32),
-        x.new_empty((tokens, siblings * num_experts), dtype=dtype),
+        x.new_empty((T, n * K), dtype=dtype),
+        x.new_empty((T, n * K) if K < E else 0, dtype=torch.int32),
+        x.new_empty((T, n * E), dtype=dtype),
     )
 
 
-def _fake_backward(
-    dy, lora_b, h, gates, indices, rows, logits, dlogits, ranks, scaling, share_a, top_k,
-    renormalize, temperature,
-):  # fmt: skip
-    dtype = reference.compute_dtype(h)
-    u = h.new_empty((h.shape[0], len(dy) * sum(ranks)))
-    of_logits = (h.shape[0], len(dy) * len(ranks))
-    return h.new_empty(h.shape), u, h.new_empty(of_logits if top_k else gates.shape, dtype=dtype)
+def shrink_gate_backward_fake(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+) -> ShrunkGrads:
+    """Return tensors of the shapes and dtypes that `shrink_gate_backward` returns."""
+    n, T = len(dy), h.shape[0]
+    shape = (T, n * len(mixture.ranks)) if mixture.top_k else gate.weights.shape
+    u = h.new_empty((T, n * sum(mixture.ranks)))
+    return ShrunkGrads(h.new_empty(h.shape), u, h.new_empty(shape, dtype=compute_dtype(h)))
 
 
-shrink_gate = register("shrink_gate", _SCHEMA, reference.shrink_gate, _fake)
-shrink_gate_backward = register(
-    "shrink_gate_backward", _SCHEMA_BACKWARD, reference.shrink_gate_backward, _fake_backward
+_op = register(
+    "shrink_gate",
+    ("Tensor x", "Tensor[] lora_a", RouterTensors, Gate, Mixture, Dropout),
+    "(Tensor h, Tensor u, Tensor weights, Tensor experts, Tensor logits)",
+    reference.shrink_gate,
+    shrink_gate_fake,
+)
+_op_backward = register(
+    "shrink_gate_backward",
+    ("Tensor[] dy", "Tensor[] lora_b", "Tensor h", Gate, "Tensor? dlogits", Mixture),
+    "(Tensor dh, Tensor u, Tensor dgate)",
+    reference.shrink_gate_backward,
+    shrink_gate_backward_fake,
 )
 register_kernels("shrink_gate")
 register_kernels("shrink_gate_backward")
+
+
+def shrink_gate(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    router: RouterTensors,
+    gate: Gate | None,
+    mixture: Mixture,
+    dropout: Dropout = NO_DROPOUT,
+) -> Shrunk:
+    """Compute h and u of n siblings in one read of x; with linear routers also the gate.
+
+        h = dropout(x) At               ungated
+        u = scale * gate (.) h          zero if the gate is zero, whatever h holds
+        logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
+
+    Args:
+        x: [T, I].
+        lora_a: n x [R, I]; with mixture.share_a n x [r, I].
+        router: n linear routers, or `NO_ROUTER` if the gate is given.
+        gate: the gate of every token; None if the routers make it.
+        mixture: static options; top_k is K of the routers, 0 if the gate is given.
+        dropout: of x on its way into A. It does not reach the routers.
+
+    Returns:
+        h, u; and weights, experts, logits, which are empty if the gate was given.
+    """
+    return Shrunk(*_op(x, lora_a, *router, *(gate or NO_GATE), *mixture, *dropout))
+
+
+def shrink_gate_backward(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+) -> ShrunkGrads:
+    """Compute dh and the gradient of the gate from dy; and u again, for dB.
+
+        P  = dy B                           [T, n R], never stored
+        dh = scale * gate (.) P             share_a: summed over the experts
+        dgate[t, e] = scale * <P, h>        over the ranks of e; zero if t is not routed to e
+
+    Args:
+        dy: n x [T, O_i].
+        lora_b: n x [O_i, R].
+        h: as `shrink_gate` returned it.
+        gate: the one that `shrink_gate` was given, or the one that it made. Its logits are read
+            only if mixture.renormalize is False.
+        dlogits: [T, n E], the gradient that reaches the logits on another way, or None.
+        mixture: as in the forward.
+
+    Returns:
+        dh, u, and dgate: the gradient of gate.weights, or, with mixture.top_k above 0, of the
+        routers' logits, dlogits included.
+    """
+    return ShrunkGrads(*_op_backward(dy, lora_b, h, *gate, dlogits, *mixture))

@@ -1,4 +1,4 @@
-"""Softmax, top-k, renormalise: from router logits to routing weights, with its backward."""
+"""Softmax, top-k, renormalise: from router logits to the weights of a gate, with the backward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
+from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.ops.registration import register, register_kernels
 
 
@@ -14,7 +15,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return (
-        logits.new_empty(shape, dtype=reference.compute_dtype(logits)),
+        logits.new_empty(shape, dtype=compute_dtype(logits)),
         logits.new_empty(shape, dtype=torch.int32),
     )
 
@@ -22,24 +23,32 @@ def _fake_forward(
 def _fake_backward(
     dweights: Tensor,
     weights: Tensor,
-    indices: Tensor,
+    experts: Tensor,
     logits: Tensor,
     renormalize: bool,
     temperature: float,
 ) -> Tensor:
-    return torch.empty(logits.shape, dtype=reference.compute_dtype(logits), device=logits.device)
+    return torch.empty(logits.shape, dtype=compute_dtype(logits), device=logits.device)
 
 
-_forward = register(
+_op = register(
     "topk_gate",
-    "(Tensor logits, int top_k, bool renormalize, float temperature) -> (Tensor, Tensor)",
+    ("Tensor logits", "int top_k", "bool renormalize", "float temperature"),
+    "(Tensor weights, Tensor experts)",
     reference.topk_gate,
     _fake_forward,
 )
-_backward = register(
+_op_backward = register(
     "topk_gate_backward",
-    "(Tensor dweights, Tensor weights, Tensor indices, Tensor logits, bool renormalize, "
-    "float temperature) -> Tensor",
+    (
+        "Tensor dweights",
+        "Tensor weights",
+        "Tensor experts",
+        "Tensor logits",
+        "bool renormalize",
+        "float temperature",
+    ),
+    "Tensor",
     reference.topk_gate_backward,
     _fake_backward,
 )
@@ -48,25 +57,25 @@ register_kernels("topk_gate_backward", "launch_backward", module="topk_gate")
 
 
 class TopkGate(torch.autograd.Function):
-    """`topk_gate` with its gradient; the indices carry none."""
+    """`topk_gate` with its gradient; the expert ids have none."""
 
     @staticmethod
     def forward(logits: Tensor, top_k: int, renormalize: bool, temperature: float):
-        return _forward(logits, top_k, renormalize, temperature)
+        return _op(logits, top_k, renormalize, temperature)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         logits, _, ctx.renormalize, ctx.temperature = inputs
-        weights, indices = output
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(logits, weights, indices)
+        weights, experts = output
+        ctx.mark_non_differentiable(experts)
+        ctx.save_for_backward(logits, weights, experts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dweights: Tensor, _):
-        logits, weights, indices = ctx.saved_tensors
-        dlogits = _backward(
-            dweights.contiguous(), weights, indices, logits, ctx.renormalize, ctx.temperature
+        logits, weights, experts = ctx.saved_tensors
+        dlogits = _op_backward(
+            dweights.contiguous(), weights, experts, logits, ctx.renormalize, ctx.temperature
         )
         return dlogits.to(logits.dtype), None, None, None
 
@@ -74,12 +83,12 @@ class TopkGate(torch.autograd.Function):
 def topk_gate(
     logits: Tensor, top_k: int, renormalize: bool = True, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts, the K largest kept, renormalised to sum 1 if asked.
+    """Apply softmax over the experts, keep the K largest, and renormalise them if asked.
 
         p = softmax(logits / temperature)
-        weights_k = p[indices_k]        or, with renormalize, p[indices_k] / sum_j p[indices_j]
+        weights_k = p[experts_k]        or, with renormalize, p[experts_k] / sum_j p[experts_j]
 
-    Equal logits: the lower expert first. With K = E the experts stay in their own order.
+    Of equal logits the lower expert comes first. With K = E the experts stay in their own order.
 
     Args:
         logits: [N, E], any float dtype; computed in float32 (float64 for float64).
@@ -88,7 +97,7 @@ def topk_gate(
         temperature: divides the logits, above 0.
 
     Returns:
-        weights [N, K] float32 (float64), differentiable; indices [N, K] int32.
+        weights [N, K] float32 (float64), differentiable; experts [N, K] int32.
 
     Raises:
         ValueError: logits not 2-D, top_k outside [1, E], temperature not above 0.
@@ -104,3 +113,29 @@ def topk_gate(
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     return TopkGate.apply(logits, top_k, renormalize, float(temperature))
+
+
+def topk_gate_backward(
+    dweights: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    logits: Tensor,
+    renormalize: bool,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Compute dlogits from dweights.
+
+        mean = sum_j weights_j dweights_j
+        dlogits[experts_k] = weights_k (dweights_k - mean) / temperature     with renormalize
+        dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
+
+    Args:
+        dweights: [N, K], contiguous.
+        weights, experts: [N, K], as `topk_gate` returned them.
+        logits: [N, E]; their values are read only without renormalize.
+        renormalize, temperature: as in the forward.
+
+    Returns:
+        [N, E] in float32 (float64 for float64 logits).
+    """
+    return _op_backward(dweights, weights, experts, logits, renormalize, temperature)

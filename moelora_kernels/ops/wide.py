@@ -1,138 +1,230 @@
 """A whole layer in one op: shrink and gate, expand, base product; and its backward.
 
-Made of the other ops and of ATen's products, in x's dtype. The native library does the same without
-coming back to Python in between.
+On a GPU the op is made of the other ops and of ATen's products, in x's dtype. The native library
+does the same on a CPU without a return to Python in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from moelora_kernels.numerics import absent
 from moelora_kernels.ops.registration import register
 from moelora_kernels.ops.shrink_dx import shrink_dx
-from moelora_kernels.ops.shrink_gate import _fake as _fake_shrink_gate
-from moelora_kernels.ops.shrink_gate import _fake_backward as _fake_shrink_gate_backward
-from moelora_kernels.ops.shrink_gate import shrink_gate, shrink_gate_backward
-from moelora_kernels.ops.weight_grad import _fake as _fake_weight_grad
-from moelora_kernels.ops.weight_grad import weight_grad
+from moelora_kernels.ops.shrink_gate import (
+    shrink_gate,
+    shrink_gate_backward,
+    shrink_gate_backward_fake,
+    shrink_gate_fake,
+)
+from moelora_kernels.ops.weight_grad import weight_grad, weight_grad_fake
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    Dropout,
+    Gate,
+    LayerForward,
+    LayerGrads,
+    Mixture,
+    Needs,
+    RouterTensors,
+    SiblingTensors,
+)
 
-STATIC = (
-    "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature, "
-    "float dropout, bool dropout_per_expert"
-)
-ARGUMENTS = (
-    "Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] base, Tensor[] lora_a, Tensor[] lora_b, "
-    "Tensor[] router_weight, Tensor[] router_bias, Tensor? gates, Tensor? indices, Tensor? rows, "
-    "Tensor? seed"
-)
-_SCHEMA = (
-    f"({ARGUMENTS}, {STATIC}) "
-    "-> (Tensor[] y, Tensor h, Tensor weights, Tensor indices, Tensor logits)"
-)
-_SCHEMA_BACKWARD = (
-    "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, "
-    "Tensor[] router_weight, Tensor h, Tensor gates, Tensor? indices, Tensor? rows, "
-    f"Tensor? logits, Tensor? dlogits, Tensor? seed, {STATIC}, bool needs_x, bool needs_adapters) "
-    "-> (Tensor dx, Tensor dgate, Tensor da, Tensor drouter, Tensor dbias, Tensor[] db)"
-)
+RETURNS_GRADS = "(Tensor dx, Tensor dgate, Tensor da, Tensor drouter, Tensor dbias, Tensor[] db)"
 
 
 def matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy in `dtype` with dense rows that do not overlap."""
+    """Return dy in `dtype`, copied unless its rows are contiguous and do not overlap."""
     dy = dy.to(dtype)
     return dy if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
 
 
+def adapter_dtypes(x: Tensor, tensors: SiblingTensors) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes of the gradients of A and B, and of the routers."""
+    return tensors.lora_a[0].dtype, (tensors.router_weight or [x])[0].dtype
+
+
+def absent_grads(
+    dx: Tensor, dgate: Tensor, lora_dtype: torch.dtype, router_dtype: torch.dtype
+) -> LayerGrads:
+    """Return the gradients of a layer whose adapters and routers need none."""
+    drouter, dbias = (absent(dx, router_dtype) for _ in range(2))
+    return LayerGrads(dx, dgate, absent(dx, lora_dtype), drouter, dbias, [])
+
+
 def _forward(
-    x, weight, bias, base, lora_a, lora_b, router_weight, router_bias, gates, indices, rows, seed,
-    *mixture,
-):  # fmt: skip
-    """y_i = x Wt_i + b_i + u_i Bt_i, or base_i + u_i Bt_i; and what `shrink_gate` returns but u."""
-    h, u, weights, chosen, logits = shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
-    )
+    x: Tensor,
+    tensors: SiblingTensors,
+    gate: Gate,
+    mixture: Mixture,
+    dropout: Dropout,
+) -> tuple[Any, ...]:
+    routers = RouterTensors(tensors.router_weight, tensors.router_bias)
+    h, u, *made = shrink_gate(x, tensors.lora_a, routers, gate, mixture, dropout)
+    _, bias, base_output, _, lora_b, *_ = tensors
     outputs = []
-    for i, (gated, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
-        if base:
-            # The result keeps the base's dtype; the base's output may be saved elsewhere.
-            dtype = base[i].dtype
-            outputs.append(torch.addmm(base[i], gated.to(dtype), b.to(dtype).t()))
+    for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
+        if base_output:
+            # The result keeps the base's dtype. Not in place: the base's output may be saved.
+            dtype = base_output[i].dtype
+            outputs.append(torch.addmm(base_output[i], u_i.to(dtype), b.to(dtype).t()))
             continue
-        # Expand first, base product last and in place: each writes y once, and the large one is
-        # rounded once together with the small one.
-        expand = b.to(x.dtype).t()
-        y = torch.addmm(bias[i], gated, expand) if bias else torch.mm(gated, expand)
-        outputs.append(y.addmm_(x, weight[i].t()))
-    return outputs, h, weights, chosen, logits
+        # Expand first, base product last and in place. Each writes y once, and the large product
+        # is rounded once, together with the small one.
+        bt = b.to(x.dtype).t()
+        y = torch.addmm(bias[i], u_i, bt) if bias else torch.mm(u_i, bt)
+        outputs.append(y.addmm_(x, tensors.weight[i].t()))
+    return LayerForward(outputs, h, *made)[:5]
 
 
 def _backward(
-    dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, rows, logits, dlogits, seed,
-    ranks, scaling, share_a, top_k, renormalize, temperature, dropout, dropout_per_expert,
-    needs_x, needs_adapters,
-):  # fmt: skip
-    """dx; the gradient of the gates, or of the logits of a router; those of the parameters.
-
-    Empty are dx without needs_x, the others without needs_adapters.
-    """
+    dy: Sequence[Tensor],
+    x: Tensor,
+    tensors: SiblingTensors,
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+    dropout: Dropout,
+    needs: Needs,
+) -> LayerGrads:
     dy = [matrix(g, x.dtype) for g in dy]
-    dh, u, dgate = shrink_gate_backward(
-        dy, lora_b, h, gates, indices, rows, logits, dlogits,
-        ranks, scaling, share_a, top_k, renormalize, temperature,
-    )  # fmt: skip
-    of_router = dgate if router_weight else None
-    dx = x.new_empty(0)
-    if needs_x:
-        dx = shrink_dx(
-            dh, of_router, lora_a, router_weight, ranks, dropout, dropout_per_expert, seed
-        )
-        for g, w in zip(dy, weight, strict=False):
+    dh, u, dgate = shrink_gate_backward(dy, tensors.lora_b, h, gate, dlogits, mixture)
+    dlogits = dgate if tensors.router_weight else None
+    ranks = mixture.ranks
+    dx = absent(x, x.dtype)
+    if needs.x:
+        dx = shrink_dx(dh, dlogits, tensors.lora_a, tensors.router_weight, ranks, dropout)
+        for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
-    lora_dtype, router_dtype = _dtypes(x, lora_a, router_weight)
-    if not needs_adapters:
-        empty = [x.new_empty(0, dtype=router_dtype) for _ in range(2)]
-        return dx, dgate, x.new_empty(0, dtype=lora_dtype), *empty, []
-    return dx, dgate, *weight_grad(
-        x, dh, of_router, dy, u, lora_dtype, router_dtype, ranks, dropout, dropout_per_expert, seed
-    )  # fmt: skip
-
-
-def _dtypes(x, lora_a, router_weight) -> tuple[torch.dtype, torch.dtype]:
-    return lora_a[0].dtype, router_weight[0].dtype if router_weight else x.dtype
+    dtypes = adapter_dtypes(x, tensors)
+    if not needs.adapters:
+        return absent_grads(dx, dgate, *dtypes)
+    return LayerGrads(dx, dgate, *weight_grad(x, dh, dlogits, dy, u, ranks, dropout, *dtypes))
 
 
 def _fake(
-    x, weight, bias, base, lora_a, lora_b, router_weight, router_bias, gates, indices, rows, seed,
-    *mixture,
-):  # fmt: skip
-    h, _, *routing = _fake_shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
-    )
-    dtypes = [b.dtype for b in base] or [x.dtype] * len(lora_b)
-    shapes = [(x.shape[0], b.shape[0]) for b in lora_b]
-    return [x.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)], h, *routing
+    x: Tensor,
+    tensors: SiblingTensors,
+    gate: Gate,
+    mixture: Mixture,
+    dropout: Dropout,
+) -> tuple[Any, ...]:
+    routers = RouterTensors(tensors.router_weight, tensors.router_bias)
+    h, _, *made = shrink_gate_fake(x, tensors.lora_a, routers, gate, mixture, dropout)
+    return LayerForward(outputs_fake(x, tensors), h, *made)[:5]
+
+
+def outputs_fake(x: Tensor, tensors: SiblingTensors) -> list[Tensor]:
+    """Return tensors of the shapes and dtypes of the outputs n x [T, O_i]."""
+    dtypes = [base.dtype for base in tensors.base_output] or [x.dtype] * len(tensors.lora_b)
+    return [
+        x.new_empty((x.shape[0], b.shape[0]), dtype=dtype)
+        for b, dtype in zip(tensors.lora_b, dtypes, strict=True)
+    ]
 
 
 def _fake_backward(
-    dy, x, weight, lora_a, lora_b, router_weight, h, gates, indices, rows, logits, dlogits, seed,
-    ranks, scaling, share_a, top_k, renormalize, temperature, dropout, dropout_per_expert,
-    needs_x, needs_adapters,
-):  # fmt: skip
-    dh, u, dgate = _fake_shrink_gate_backward(
-        dy, lora_b, h, gates, indices, rows, logits, dlogits,
-        ranks, scaling, share_a, top_k, renormalize, temperature,
-    )  # fmt: skip
-    dx = x.new_empty(x.shape if needs_x else 0)
-    lora_dtype, router_dtype = _dtypes(x, lora_a, router_weight)
-    if not needs_adapters:
-        empty = [x.new_empty(0, dtype=router_dtype) for _ in range(2)]
-        return dx, dgate, x.new_empty(0, dtype=lora_dtype), *empty, []
-    return dx, dgate, *_fake_weight_grad(
-        x, dh, dgate if router_weight else None, dy, u, lora_dtype, router_dtype, ranks, dropout,
-        dropout_per_expert, seed,
-    )  # fmt: skip
+    dy: Sequence[Tensor],
+    x: Tensor,
+    tensors: SiblingTensors,
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+    dropout: Dropout,
+    needs: Needs,
+) -> LayerGrads:
+    dh, u, dgate = shrink_gate_backward_fake(dy, tensors.lora_b, h, gate, dlogits, mixture)
+    dlogits = dgate if tensors.router_weight else None
+    dx = x.new_empty(x.shape if needs.x else 0)
+    dtypes = adapter_dtypes(x, tensors)
+    if not needs.adapters:
+        return absent_grads(dx, dgate, *dtypes)
+    return LayerGrads(
+        dx, dgate, *weight_grad_fake(x, dh, dlogits, dy, u, mixture.ranks, dropout, *dtypes)
+    )
 
 
-wide = register("wide", _SCHEMA, _forward, _fake)
-wide_backward = register("wide_backward", _SCHEMA_BACKWARD, _backward, _fake_backward)
+_op = register(
+    "wide",
+    ("Tensor x", SiblingTensors, Gate, Mixture, Dropout),
+    "(Tensor[] y, Tensor h, Tensor weights, Tensor experts, Tensor logits)",
+    _forward,
+    _fake,
+)
+_op_backward = register(
+    "wide_backward",
+    (
+        "Tensor[] dy",
+        "Tensor x",
+        SiblingTensors,
+        "Tensor h",
+        Gate,
+        "Tensor? dlogits",
+        Mixture,
+        Dropout,
+        Needs,
+    ),
+    RETURNS_GRADS,
+    _backward,
+    _fake_backward,
+)
+
+
+def wide(
+    x: Tensor,
+    tensors: SiblingTensors,
+    gate: Gate | None,
+    mixture: Mixture,
+    dropout: Dropout = NO_DROPOUT,
+) -> LayerForward:
+    """Compute a layer of n siblings with products over all experts at once.
+
+        y_i = x Wt_i + b_i + u_i Bt_i        u of `shrink_gate`
+
+    Args:
+        x: [T, I].
+        tensors: of the siblings; weight (and bias), or base_output instead of x Wt + b.
+        gate: the gate of every token; None if the routers in `tensors` make it.
+        mixture: static options.
+        dropout: of x on its way into A.
+
+    Returns:
+        y_i [T, O_i] in the dtype of base_output or x; and what `shrink_gate` returns, without u.
+    """
+    return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
+
+
+def wide_backward(
+    dy: Sequence[Tensor],
+    x: Tensor,
+    tensors: SiblingTensors,
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+    dropout: Dropout,
+    needs: Needs,
+) -> LayerGrads:
+    """Compute the gradients of a layer that `wide` computed.
+
+    Args:
+        dy: n x [T, O_i], any strides and dtype.
+        x: [T, I].
+        tensors: of the siblings; bias, base_output and router_bias are not read.
+        h: as `wide` returned it.
+        gate: the one that `wide` was given, or the one that it made.
+        dlogits: [T, n E], the gradient that reaches the logits on another way, or None.
+        mixture, dropout: as in the forward.
+        needs: which of the results are computed.
+
+    Returns:
+        dx = dy W + `shrink_dx`, dgate of `shrink_gate_backward`, and the results of `weight_grad`.
+    """
+    return LayerGrads(*_op_backward(dy, x, *tensors, h, *gate, dlogits, *mixture, *dropout, *needs))

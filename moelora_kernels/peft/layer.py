@@ -1,4 +1,4 @@
-"""A linear under the adapters of a PeftModel, and one of these adapters."""
+"""The layer that PEFT puts around a linear, and one adapter in it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from moelora_kernels.nn.routers import TaskRouter
 
 
 class MoeLoraExperts(LoraLayer):
-    """One adapter of a tuner layer: the A, B, router and record of a MoeLoraLinear.
+    """One adapter of a `MoeLoraTunerLinear`: A, B, the router and the routing record.
 
-    Its base is what the tuner layer puts below it: the frozen linear, or the adapter that is active
-    before it, so that several add up. The base and the router are no children of this module: the
-    tuner layer holds them, and the task gate of an adapter is held by its first layer alone, so
-    that each tensor has one name in a state dict.
+    Its base is the frozen linear or, if several adapters are active, the adapter before it; so the
+    outputs of all active adapters add up. The base and the router are not children of this module:
+    the tuner layer holds them. Only the first layer of an adapter holds the shared task gate. So
+    each tensor has one name in the state dict.
     """
 
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
     ) -> None:
         super().__init__()
-        # Past nn.Module, which would make a child of it.
+        # nn.Module.__setattr__ would make the tuner layer a child of this module.
         object.__setattr__(self, "tuner_layer", layer)
         self.name = name
         self._add_experts(layer.base_layer, config, layer.in_features, layer.out_features)
@@ -62,26 +62,26 @@ class MoeLoraExperts(LoraLayer):
         return self.name in self.tuner_layer.running()
 
     def task(self) -> Task | None:
-        """The one task, or the one gate, that `set_tasks` has set; None where the gate needs none.
+        """Return the task or the gate that `set_tasks` has set; None if the adapter has no gate.
 
-        Raises RuntimeError where none is set, or several.
+        Raises RuntimeError if no task is set, or if the samples have different tasks.
         """
         if self.config.router is None:
             return None
         external = self.config.router == "external"
         rows = self.external_gates if external else self.router.task_ids
         if rows is None:
-            raise RuntimeError("the gate has no task to merge: call set_tasks(model, [task]) first")
+            raise RuntimeError("no task is set to merge for: call set_tasks(model, [task]) first")
         if not (rows == rows[:1]).all():
             raise RuntimeError(
-                "a weight holds one task, and the samples of the last set_tasks differ: call "
+                "a merge is for one task, and the last set_tasks got different ones: call "
                 "set_tasks(model, [task]) first"
             )
         return rows[0] if external else rows[0].tolist()
 
 
 class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
-    """A linear under the adapters of a PeftModel: y = base(x) + the sum of the active ones."""
+    """A linear with adapters: y = base(x) + the sum of the active adapters' outputs."""
 
     adapter_layer_names = ("moelora_experts",)
 
@@ -91,38 +91,39 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.moelora_experts = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        # The base's weight before a merge: subtracting the delta again would not give its bits.
+        # The base weight before a merge: subtracting the delta would not restore its bits.
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base_layer.training)
 
     def update_layer(
         self, adapter_name: str, config: MoeLoraConfig, router: TaskRouter | None = None
     ) -> None:
-        """Add an adapter, with a task gate that layers share if there is one."""
+        """Add an adapter. `router` is the task gate that it shares with earlier layers, or None."""
         experts = MoeLoraExperts(self, adapter_name, config, router)
-        # Injected a second time under its name: what its last router left here is not saved again.
-        kept = set() if router is None else set(router.modules())
-        for held in (self._modules[key] for key in self.adapter_layer_names[1:]):
-            if adapter_name in held and held[adapter_name] not in kept:
-                del held[adapter_name]
+        # If the adapter is added again under its name, remove the parts of its previous router.
+        current_parts = set() if router is None else set(router.modules())
+        for parts in (self._modules[key] for key in self.adapter_layer_names[1:]):
+            if adapter_name in parts and parts[adapter_name] not in current_parts:
+                del parts[adapter_name]
         self.moelora_experts[adapter_name] = experts
         if experts.router is not None and router is None:
             self._hold_router(adapter_name, experts.router)
         self.train(self.training)
 
     def _hold_router(self, adapter_name: str, router: nn.Module) -> None:
-        """Make children of the parts of a router that have tensors, by path and adapter.
+        """Add the parts of a router that have tensors as children, by path and adapter.
 
-        PEFT tells adapters apart by keys of the form path.adapter.tensor, one level deep.
+        PEFT recognises the tensors of an adapter by keys of the form path.adapter.tensor, with one
+        level after the adapter's name.
         """
         for path, part in router.named_modules():
-            own = ["." not in key for key in part.state_dict()]
-            if not any(own):
+            is_direct = ["." not in key for key in part.state_dict()]
+            if not any(is_direct):
                 continue
-            if not all(own):
+            if not all(is_direct):
                 raise TypeError(
-                    f"router: {type(part)} has tensors of its own and in its parts; PEFT has no "
-                    "names for both"
+                    f"router: {type(part)} has tensors in itself and in its child modules; PEFT "
+                    "has no names for both"
                 )
             key = "_".join(["moelora_router", *path.split(".")]).rstrip("_")
             if key not in self._modules:
@@ -131,14 +132,14 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
             self._modules[key][adapter_name] = part
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; those train, but for what their `freeze` names."""
+        """Activate adapters. They train, except for the tensors that their `freeze` names."""
         super().set_adapter(adapter_names, inference_mode)
         self._keep_frozen()
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Make adapters train or not, but for what their `freeze` names."""
+        """Let adapters train or not. The tensors that their `freeze` names never train."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_frozen()
 
@@ -150,16 +151,16 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
                 experts.lora_B.requires_grad_(False)
 
     def running(self) -> list[str]:
-        """The adapters that a forward adds to the base, in their order."""
+        """Return the names of the adapters that a forward uses, in their order."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.moelora_experts]
 
     def below(self, adapter_name: str) -> nn.Module:
-        """What an adapter adds to: the one that runs before it, else the base."""
+        """Return the module whose output an adapter adds to: the adapter before it, or the base."""
         running = self.running()
-        place = running.index(adapter_name) if adapter_name in running else 0
-        return self.moelora_experts[running[place - 1]] if place else self.base_layer
+        index = running.index(adapter_name) if adapter_name in running else 0
+        return self.moelora_experts[running[index - 1]] if index else self.base_layer
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
@@ -169,15 +170,15 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         return self.moelora_experts[running[-1]](x) if running else self.base_layer(x)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What an adapter adds to the base's weight for the task that is set, [O, I] in float64.
+        """Return the delta of the base weight for one adapter and the set task, [O, I] float64.
 
-        Raises RuntimeError where the gate depends on x, or no task or several are set.
+        Raises RuntimeError if the gate depends on x, or if not exactly one task is set.
         """
         experts = self._mergeable(adapter_name)
         return delta_weight(experts, experts.task())
 
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise RuntimeError where `merge` would, with nothing computed."""
+        """Raise the RuntimeError that `merge` would raise, without computing anything."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.moelora_experts and name not in self.merged_adapters:
                 self._dense_base_weight()
@@ -190,13 +191,15 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         return experts
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base's weight, for the task that `set_tasks` has set.
+        """Add adapters to the base weight, for the task that `set_tasks` has set.
 
         Args:
-            safe_merge: raise ValueError, with nothing changed, if the result is not finite.
-            adapter_names: the adapters; None is the active ones.
+            safe_merge: check that the merged weight is finite.
+            adapter_names: the adapters; None means the active ones.
 
-        Raises RuntimeError as `get_delta_weight`, or if the base's weight is not a dense float.
+        Raises (the weight is then unchanged):
+            RuntimeError: as `get_delta_weight`; or the base weight is not a dense float tensor.
+            ValueError: safe_merge is set and the merged weight is not finite.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.moelora_experts]
@@ -206,14 +209,14 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         delta = torch.stack([self.get_delta_weight(name) for name in names]).sum(dim=0)
         merged = (weight.double() + delta.to(weight.device)).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"safe_merge: adapters {names} make weights that are not finite")
+            raise ValueError(f"safe_merge: the weight is not finite after merging {names}")
         if not self.merged:
             self.unmerged_weight = weight.clone()
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Give the base back the weight it had before `merge`, bit by bit."""
+        """Restore the bits that the base weight had before `merge`."""
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
@@ -222,19 +225,18 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _dense_base_weight(self) -> Tensor:
-        """The base's weight [O, I], to be changed in place."""
+        """Return the base weight [O, I]; writing to it changes the base."""
         weight = float_weight(self.base_layer)
         if type(weight) not in (nn.Parameter, Tensor):
             raise RuntimeError(
-                "adapters can be merged into a dense float weight only, this base is a "
-                f"{type(self.base_layer)}"
+                f"merge: expected a base with a dense float weight, got a {type(self.base_layer)}"
             )
         return weight.data
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # PEFT asks every layer once a file is loaded, those without this adapter as well.
+        # After loading a file PEFT calls this on every layer, with or without this adapter.
         parts = {
             key: self._modules[key][adapter_name]
             for key in self.adapter_layer_names
@@ -242,12 +244,13 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         }
         tensors = [(f"{key}.{n}", t) for key, p in parts.items() for n, t in p.state_dict().items()]
         if missing := [name for name, tensor in tensors if tensor.is_meta]:
-            # A product with a tensor that has no memory is noise, not an error.
+            # A product with a meta tensor gives wrong values and no error.
             raise RuntimeError(
                 f"adapter {adapter_name!r}: the file has no values for {', '.join(missing)} of a "
-                f"linear {self.in_features} to {self.out_features}, made with low_cpu_mem_usage"
+                f"linear {self.in_features} to {self.out_features}, and low_cpu_mem_usage gives "
+                "them no initial values"
             )
-        # The dtype stays: PEFT's would round an adapter that was loaded in float32.
+        # Only the device changes: PEFT would also round a float32 adapter to the base's dtype.
         for part in parts.values():
             config = self.moelora_experts[adapter_name].config
             part.to(device or adapter_device_dtype(self.base_layer, config)[0])

@@ -1,4 +1,4 @@
-"""The tuner: where adapters go in a model, and what PEFT asks of all of them at once."""
+"""The tuner: it puts adapters into a model, and answers PEFT for all adapters together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
 
 
 class MoeLoraModel(BaseTuner):
-    """A model with mixtures of LoRA experts over some of its linears; see `MoeLoraPeftConfig`."""
+    """A model whose linears have mixtures of LoRA experts; see `MoeLoraPeftConfig`."""
 
     prefix = "moelora_"
     tuner_layer_cls = MoeLoraTunerLinear
@@ -44,21 +44,24 @@ class MoeLoraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _task_router(self, adapter_name: str, config: MoeLoraConfig) -> TaskRouter | None:
-        """The task gate that the layers of an adapter share, once its first layer has made it."""
-        own = [
+        """Return the task gate that the layers of an adapter share; None for its first layer."""
+        experts = [
             module
             for module in self.model.modules()
             if isinstance(module, MoeLoraExperts) and module.name == adapter_name
         ]
-        return fitting_task_router(own, config)
+        return fitting_task_router(experts, config)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Merge adapters into the base for the task that is set; `unmerge_adapter` undoes it.
+        """Merge adapters into the base weights for the task that `set_tasks` has set.
 
-        Raises, before anything is changed, ValueError for unknown adapter_names, and RuntimeError
-        for gates that depend on x, for a task that is not set, and for a base that is not dense.
+        `unmerge_adapter` restores the base weights.
+
+        Raises (the model is then unchanged):
+            ValueError: a name in adapter_names is unknown.
+            RuntimeError: a gate depends on x, no task is set, or a base weight is not dense.
         """
         self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -77,7 +80,7 @@ class MoeLoraModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
-                f"adapter_names: unknown {unknown}, expected some of {sorted(self.peft_config)}"
+                f"adapter_names: expected names out of {sorted(self.peft_config)}, got {unknown}"
             )
         for module in self.model.modules():
             if isinstance(module, MoeLoraTunerLinear):
@@ -87,15 +90,15 @@ class MoeLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
     ) -> Iterator[None]:
-        # Without this, PEFT would drop the argument.
+        # Without this check PEFT would ignore the argument.
         if adapter_names is not None:
             raise ValueError(
-                "adapter_names: the samples of a batch cannot use different adapters; all use the "
-                "active ones (set_adapter)"
+                "adapter_names: all samples of a batch use the active adapters; choose them with "
+                "set_adapter"
             )
         yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # A dtype that was asked for by name is not PEFT's to choose.
-        chosen = self.peft_config[adapter_name].adapter_dtype is not None
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and not chosen)
+        # PEFT must not change a dtype that the config names.
+        has_dtype = self.peft_config[adapter_name].adapter_dtype is not None
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and not has_dtype)

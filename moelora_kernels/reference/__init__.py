@@ -1,7 +1,6 @@
 """The specification: every op of the package in plain PyTorch.
 
-Alphabet: T tokens, I in_features, O out_features, E experts, K experts per token, r rank of one
-expert, R sum of the ranks, G gate rows, n siblings that read the same x.
+`moelora_kernels.types` has the alphabet of the shapes.
 
     y   = x Wt + b + u Bt                x [T, I]   W [O, I] frozen   A [R, I]   B [O, R]
     h   = x At                           h [T, R]   ungated
@@ -11,14 +10,14 @@ expert, R sum of the ranks, G gate rows, n siblings that read the same x.
     dh  = scale * gate (.) P
     dx  = dy W + dh A       dA = dh^T x       dB = dy^T u
 
-Every function computes in `promote_types(dtype, float32)` and rounds once, on return. Siblings
-stand side by side: column block i of h, u, gates and logits belongs to sibling i.
+Every function computes in the compute dtype (float32, or float64 for float64 tensors) and rounds
+once, on return.
 """
 
+from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.reference.ffn import ffn
 from moelora_kernels.reference.gates import (
     blocks,
-    compute_dtype,
     dense_gate,
     dense_gate_backward,
     dropout,

@@ -1,4 +1,4 @@
-"""Gates: dropout masks, top-k of router logits, and what they become in rank space."""
+"""Dropout masks, top-k gates from router logits, and gates in rank space."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import Dropout, Gate
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -16,22 +17,27 @@ UINT32 = 0xFFFFFFFF
 
 
 def blocks(ranks: Sequence[int]) -> list[slice]:
-    """The columns of each expert in rank space: expert-major, in the order of `ranks`."""
+    """Return the columns of each expert in rank space: expert-major, in the order of `ranks`."""
     ends = [sum(ranks[: e + 1]) for e in range(len(ranks))]
     return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
-    """x (.) mask / (1 - p), the mask a pure function of (seed, stream, position).
+    """Return x (.) mask / (1 - p). The mask is a function of (seed, stream, position).
 
-    Element n of x (row-major) is kept where lane n % 4 of Philox-4x32-10 with counter
+    Element n of x (row-major) is kept if lane n % 4 of Philox-4x32-10 with counter
     (n // 4 low, n // 4 high, stream, 0) and key (seed low, seed high) is at least p * 2^32.
 
-    x [T, I]; seed one int64; stream tells masks of one seed apart. Returns [T, I] in x.dtype.
+    x [T, I]; seed one int64; stream tells several masks of one seed apart. Returns [T, I] in x's
+    dtype.
     """
     counter = torch.arange((x.numel() + 3) // 4, device=x.device)
-    low, high = counter & UINT32, (counter >> 32) & UINT32
-    words = [low, high, torch.full_like(counter, stream), torch.zeros_like(counter)]
+    words = [
+        counter & UINT32,
+        (counter >> 32) & UINT32,
+        torch.full_like(counter, stream),
+        torch.zeros_like(counter),
+    ]
     key = [seed.reshape(()) & UINT32, (seed.reshape(()) >> 32) & UINT32]
     for _ in range(PHILOX_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves all 64 bits of a 32 x 32 bit product intact.
@@ -46,105 +52,106 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     return torch.where(keep, scaled, 0).to(x.dtype)
 
 
+def drop_elements(x: Tensor, drop: Dropout, stream: int = 0) -> Tensor:
+    """Return x after the dropout `drop`, in x's dtype. p must be above 0."""
+    assert drop.seed is not None
+    return dropout(x, drop.p, drop.seed, stream)
+
+
 def topk_gate(
     logits: Tensor, top_k: int, renormalize: bool, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts, the K largest kept, renormalised to sum 1 if asked.
+    """Apply softmax over the experts, keep the K largest, and renormalise them if asked.
 
         p = softmax(logits / temperature)
-        weights_k = p[indices_k]        or, with renormalize, p[indices_k] / sum_j p[indices_j]
+        weights_k = p[experts_k]        or, with renormalize, p[experts_k] / sum_j p[experts_j]
 
-    Equal logits: the lower expert first. With K = E the experts stay in their own order.
+    Of equal logits the lower expert comes first. With K = E the experts stay in their own order.
 
-    logits [N, E]. Returns weights [N, K] in the compute dtype, indices [N, K] int32.
+    logits [N, E]. Returns weights [N, K] in the compute dtype and experts [N, K] int32.
     """
     scaled = logits.to(compute_dtype(logits)) / temperature
     if top_k == logits.shape[1]:
-        indices = torch.arange(top_k, device=logits.device).expand(logits.shape)
+        experts = torch.arange(top_k, device=logits.device).expand(logits.shape)
     else:
-        indices = scaled.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        experts = scaled.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     if renormalize:
-        weights = scaled.gather(1, indices).softmax(dim=1)
+        weights = scaled.gather(1, experts).softmax(dim=1)
     else:
-        weights = scaled.softmax(dim=1).gather(1, indices)
-    return weights, indices.to(torch.int32).contiguous()
+        weights = scaled.softmax(dim=1).gather(1, experts)
+    return weights, experts.to(torch.int32).contiguous()
 
 
 def topk_gate_backward(
     dweights: Tensor,
     weights: Tensor,
-    indices: Tensor,
+    experts: Tensor,
     logits: Tensor,
     renormalize: bool,
     temperature: float = 1.0,
 ) -> Tensor:
-    """dlogits from dweights.
+    """Compute dlogits from dweights.
 
         mean = sum_j weights_j dweights_j
-        dlogits[i_k] = weights_k (dweights_k - mean) / temperature           with renormalize
+        dlogits[experts_k] = weights_k (dweights_k - mean) / temperature           with renormalize
         dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
 
-    dweights, weights, indices [N, K], logits [N, E] (values read only without renormalize).
-    Returns [N, E] in the compute dtype.
+    dweights, weights, experts [N, K]; logits [N, E], whose values are read only without
+    renormalize. Returns [N, E] in the compute dtype.
     """
     dtype = compute_dtype(logits)
     weights, dweights = weights.to(dtype), dweights.to(dtype)
     mean = (weights * dweights).sum(dim=1, keepdim=True)
     zeros = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
     if renormalize:
-        dlogits = zeros.scatter(1, indices.long(), weights * (dweights - mean))
+        dlogits = zeros.scatter(1, experts.long(), weights * (dweights - mean))
     else:
         probabilities = (logits.to(dtype) / temperature).softmax(dim=1)
-        dlogits = probabilities * (zeros.scatter(1, indices.long(), dweights) - mean)
+        dlogits = probabilities * (zeros.scatter(1, experts.long(), dweights) - mean)
     return dlogits / temperature
 
 
 def dense_gate(
-    gates: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    tokens: int,
-    siblings: int,
-    num_experts: int,
+    gate: Gate, tokens: int, siblings: int, num_experts: int, dtype: torch.dtype
 ) -> Tensor:
-    """The gate of every token and expert, [T, n, E]: zero where a token is not routed.
+    """Return the gate of every token and expert, [T, n, E]; zero if a token is not routed to it.
 
-    Dense: gates [G, n E], row rows[t] for token t (None: G == T, or one row for all tokens); a
-    row outside [0, G) gates with zero. Sparse: gates are weights [T, n K] with indices [T, n K]; an
-    index outside [0, E) means "not routed", a repeated index adds.
+    Dense gate: row rows[t] of weights [G, n E] for token t. Without rows, G is T or 1. A row
+    outside [0, G) gates with zero. Sparse gate: weights and experts [T, n K]. An expert outside
+    [0, E) means "not routed"; an expert that is repeated in a token adds.
     """
-    if indices is not None:
-        slots = indices.view(tokens, siblings, indices.shape[1] // siblings, 1)
-        chosen = slots == torch.arange(num_experts, device=gates.device)
-        weights = gates.view(slots.shape)
-        return torch.where(chosen, weights, 0).sum(dim=2)
+    weights, experts, rows, _ = gate
+    weights = weights.to(dtype)
+    if experts is not None:
+        slots = experts.view(tokens, siblings, experts.shape[1] // siblings, 1)
+        is_expert = slots == torch.arange(num_experts, device=weights.device)
+        return torch.where(is_expert, weights.view(slots.shape), 0).sum(dim=2)
     if rows is not None:
-        valid = (rows >= 0) & (rows < gates.shape[0])
-        # Without any gate row there is no row 0 to stand in for the ones out of range.
-        padded = gates if gates.shape[0] else gates.new_zeros((1, gates.shape[1]))
-        gates = torch.where(valid[:, None], padded[torch.where(valid, rows, 0).long()], 0)
-    return gates.expand(tokens, -1).reshape(tokens, siblings, num_experts)
+        valid = (rows >= 0) & (rows < weights.shape[0])
+        # If there is no gate row, a row of zeros stands in for row 0.
+        padded = weights if weights.shape[0] else weights.new_zeros((1, weights.shape[1]))
+        weights = torch.where(valid[:, None], padded[torch.where(valid, rows, 0).long()], 0)
+    return weights.expand(tokens, -1).reshape(tokens, siblings, num_experts)
 
 
-def dense_gate_backward(
-    dgate: Tensor, gates: Tensor, indices: Tensor | None, rows: Tensor | None
-) -> Tensor:
-    """The gradient of `gates` from dgate [T, n, E], in the form and shape of gates."""
+def dense_gate_backward(dgate: Tensor, gate: Gate) -> Tensor:
+    """Return the gradient of gate.weights, in their shape, from dgate [T, n, E]."""
     tokens, siblings, num_experts = dgate.shape
-    if indices is not None:
-        slots = indices.view(tokens, siblings, indices.shape[1] // siblings).long()
+    weights, experts, rows, _ = gate
+    if experts is not None:
+        slots = experts.view(tokens, siblings, experts.shape[1] // siblings).long()
         valid = (slots >= 0) & (slots < num_experts)
-        picked = dgate.gather(2, torch.where(valid, slots, 0))
-        return torch.where(valid, picked, 0).view(gates.shape)
+        dslots = dgate.gather(2, torch.where(valid, slots, 0))
+        return torch.where(valid, dslots, 0).view(weights.shape)
     flat = dgate.reshape(tokens, siblings * num_experts)
     if rows is not None:
-        of_row = rows[None, :] == torch.arange(gates.shape[0], device=gates.device)[:, None]
-        return of_row.to(flat.dtype) @ flat
-    return flat.sum(dim=0, keepdim=True) if gates.shape[0] == 1 else flat
+        reads_row = rows[None, :] == torch.arange(weights.shape[0], device=weights.device)[:, None]
+        return reads_row.to(flat.dtype) @ flat
+    return flat.sum(dim=0, keepdim=True) if weights.shape[0] == 1 else flat
 
 
 def rank_gate(gate: Tensor, ranks: Sequence[int], scaling: Sequence[float]) -> Tensor:
-    """scale * gate, repeated over the ranks of each expert: [T, n, E] -> [T, n, R]."""
+    """Return scale * gate, repeated over the ranks of each expert: [T, n, E] -> [T, n, R]."""
     scaled = gate * torch.tensor(scaling, dtype=gate.dtype, device=gate.device)
     expert = [e for e, rank in enumerate(ranks) for _ in range(rank)]
     return scaled[..., torch.tensor(expert, device=gate.device)]

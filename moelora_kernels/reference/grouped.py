@@ -1,126 +1,143 @@
-"""The grouped formulation: every expert on the tokens that are routed to it, and on no others.
+"""The grouped form: every expert on the tokens that are routed to it, and on no others.
 
-`types.Routing` explains order, offsets and tiles. A matrix of rows that belong to tokens has T
-rows, one whose rows belong to pairs P = T S; pair p reads row p // (P / rows) of either.
+Each function is the specification of the op of its name. `moelora_kernels.ops` describes the
+arguments, and `types.Routing` the routing arrays. A matrix has a row for every token (T rows) or
+for every pair (P = T S rows); pair p reads row p // (P / rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from moelora_kernels.reference.gates import blocks, compute_dtype, dropout
-from moelora_kernels.types import count_tiles
+from moelora_kernels.numerics import absent, compute_dtype
+from moelora_kernels.reference.gates import blocks, drop_elements
+from moelora_kernels.types import (
+    CHUNK,
+    NO_DROPOUT,
+    TILE,
+    Dropout,
+    RouterTensors,
+    Routing,
+    count_tiles,
+)
 
 
 def route(
-    indices: Tensor, num_experts: int, siblings: int, tile: int, chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The routing arrays of `indices` [T, S]: order, offsets, tiles, chunks, all int32.
+    experts: Tensor, num_experts: int, siblings: int = 1, tile: int = TILE, chunk: int = CHUNK
+) -> Routing:
+    """Return the routing arrays of `experts` [T, S], all int32.
 
-    Columns i K to (i + 1) K belong to sibling i. An index outside [0, E) is not routed. Raises
-    ValueError for 2^31 pairs and more.
+    Columns i K to (i + 1) K belong to sibling i. An expert outside [0, E) is not routed. Raises
+    ValueError for 2^31 pairs or more.
     """
-    tokens, slots = indices.shape
+    tokens, slots = experts.shape
     if tokens * slots >= 2**31:
-        raise ValueError(f"indices: expected less than 2^31 pairs, got {tokens} x {slots}")
-    experts = siblings * num_experts
-    sibling = torch.arange(slots, device=indices.device) // max(slots // siblings, 1)
-    routed = (indices >= 0) & (indices < num_experts)
-    expert = torch.where(routed, indices.long() + sibling * num_experts, experts)
+        raise ValueError(f"experts: expected less than 2^31 pairs, got {tokens} x {slots}")
+    N = siblings * num_experts
+    sibling = torch.arange(slots, device=experts.device) // max(slots // siblings, 1)
+    routed = (experts >= 0) & (experts < num_experts)
+    expert = torch.where(routed, experts.long() + sibling * num_experts, N)
     by_slot = expert.t().reshape(-1)
-    place = by_slot.argsort(stable=True)
-    order = place % max(tokens, 1) * slots + place // max(tokens, 1)
-    firsts = torch.arange(experts + 1, device=indices.device)
-    offsets = torch.searchsorted(by_slot[place], firsts)
+    sorted_slots = by_slot.argsort(stable=True)
+    order = sorted_slots % max(tokens, 1) * slots + sorted_slots // max(tokens, 1)
+    offsets = torch.searchsorted(by_slot[sorted_slots], torch.arange(N + 1, device=experts.device))
     maps = [_tiles(offsets, order.numel(), size) for size in (tile, chunk)]
-    return order.to(torch.int32), offsets.to(torch.int32), *maps
+    return Routing(order.to(torch.int32), offsets.to(torch.int32), *maps)
 
 
 def _tiles(offsets: Tensor, pairs: int, size: int) -> Tensor:
+    """Return (expert, first sorted position) of every tile of `size` positions, [M, 2] int32."""
     begin = offsets
     end = torch.cat([offsets[1:], offsets.new_full((1,), pairs)])
     count = (end - begin + size - 1) // size
     last = count.cumsum(dim=0)
-    experts = offsets.numel() - 1
-    tile = torch.arange(count_tiles(pairs, experts, size), device=offsets.device)
-    found = torch.searchsorted(last, tile, right=True)
-    expert = found.clamp_max(experts)
+    N = offsets.numel() - 1
+    tile = torch.arange(count_tiles(pairs, N, size), device=offsets.device)
+    owner = torch.searchsorted(last, tile, right=True)
+    expert = owner.clamp_max(N)
     first = begin[expert] + (tile - (last - count)[expert]) * size
-    return torch.stack([expert, torch.where(found > experts, pairs, first)], dim=1).to(torch.int32)
+    return torch.stack([expert, torch.where(owner > N, pairs, first)], dim=1).to(torch.int32)
 
 
-def _expert_of(offsets: Tensor, pairs: int) -> Tensor:
-    """The expert of every place, N where the pair is not routed."""
-    place = torch.arange(pairs, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets[1:].contiguous(), place, right=True)
+def _expert_of_position(routing: Routing) -> Tensor:
+    """Return the expert of every sorted position, [P]; N if its pair is not routed."""
+    offsets = routing.offsets
+    position = torch.arange(routing.order.numel(), device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:].contiguous(), position, right=True)
 
 
-def _row_of(order: Tensor, rows: int) -> Tensor:
-    """The row of every place in a matrix of `rows` rows, one for each token or for each pair."""
+def _row_of_position(routing: Routing, rows: int) -> Tensor:
+    """Return the row of every sorted position in a matrix with a row per token or per pair."""
+    order = routing.order
     return order.long() // max(order.numel() // max(rows, 1), 1)
 
 
-def _scale_of(
-    expert: Tensor, order: Tensor, weights: Tensor | None, scaling: Sequence[float], dtype
+def _scale_of_position(
+    routing: Routing,
+    expert: Tensor,
+    weights: Tensor | None,
+    scaling: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """scale * weight of every place, [P, 1]; 0 where the pair is not routed."""
-    factors = torch.tensor([*scaling], dtype=dtype, device=order.device)
+    """Return scale * weight of every sorted position, [P, 1]."""
+    factors = torch.tensor([*scaling], dtype=dtype, device=expert.device)
     scale = factors[expert % len(scaling)]
     if weights is not None:
-        scale = scale * weights.to(dtype).reshape(-1)[order.long()]
+        scale = scale * weights.to(dtype).reshape(-1)[routing.order.long()]
     return scale[:, None]
 
 
-def _experts(parts: Sequence[Tensor], ranks: Sequence[int], first: int = 0):
-    """(expert of all siblings, sibling among `parts`, its columns in rank space)."""
-    for i in range(len(parts)):
+def _experts(
+    matrices: Sequence[Tensor], ranks: Sequence[int], first_sibling: int = 0
+) -> Iterator[tuple[int, int, slice]]:
+    """Yield (expert among those of all siblings, index of its matrix, its columns)."""
+    for i in range(len(matrices)):
         for e, columns in enumerate(blocks(ranks)):
-            yield (first + i) * len(ranks) + e, i, columns
+            yield (first_sibling + i) * len(ranks) + e, i, columns
 
 
-def _dropped(x: Tensor, p: float, per_expert: bool, seed: Tensor | None, expert: int, dtype):
-    """x as expert `expert` of a sibling sees it."""
-    if p == 0.0:
-        return x.to(dtype)
-    return dropout(x, p, seed, expert if per_expert else 0).to(dtype)
+def _dropped(x: Tensor, drop: Dropout, expert: int) -> Tensor:
+    """Return x after the dropout that expert `expert` of a sibling sees, in the compute dtype."""
+    if drop.p == 0.0:
+        return x.to(compute_dtype(x))
+    stream = expert if drop.per_expert else 0
+    return drop_elements(x, drop, stream).to(compute_dtype(x))
 
 
 def grouped_shrink(
     x: Tensor,
     lora_a: Sequence[Tensor],
     weights: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
+    routing: Routing,
     ranks: Sequence[int],
     scaling: Sequence[float],
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
+    drop: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
-    """h and u of every routed pair, in the order of places.
+    """Compute h and u of every routed pair, in the order of sorted positions.
 
-        h_p = dropout(x_p) At_e          e the expert of the place, x_p the row of its pair
-        u_p = scale_e * weight_p * h_p   zero, whatever h holds, where the weight is zero
+        h_p = dropout(x_p) At_e          e the expert of the pair, x_p its row of x
+        u_p = scale_e * weight_p * h_p   zero if the weight is zero, whatever h holds
 
-    x [T, I] or [P, I]; lora_a n x [R, I]; weights [T, S], None: all 1. Returns h and u
-    [P, largest rank] in x.dtype; columns beyond the rank of e and places without expert hold 0.
+    x [T, I] or [P, I]; lora_a n x [R, I]; weights [T, S], or None: all 1. Returns h and u
+    [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and pairs that are not
+    routed, hold 0.
     """
     dtype, widest = compute_dtype(x), max(ranks)
-    expert = _expert_of(offsets, order.numel())
-    row = _row_of(order, x.shape[0])
-    h = x.new_zeros((order.numel(), widest), dtype=dtype)
-    for e, i, columns in _experts(lora_a, ranks):
-        own = _dropped(x, dropout_p, dropout_per_expert, seed, e % len(ranks), dtype)
-        product = own[row] @ lora_a[i][columns].to(dtype).t()
-        padded = torch.nn.functional.pad(product, (0, widest - product.shape[1]))
+    expert = _expert_of_position(routing)
+    row = _row_of_position(routing, x.shape[0])
+    h = x.new_zeros((row.numel(), widest), dtype=dtype)
+    for e, i, rows in _experts(lora_a, ranks):
+        product = _dropped(x, drop, e % len(ranks))[row] @ lora_a[i][rows].to(dtype).t()
+        padded = pad(product, (0, widest - product.shape[1]))
         h = torch.where((expert == e)[:, None], padded, h)
     h = h.to(x.dtype)
-    scale = _scale_of(expert, order, weights, scaling, dtype)
-    u = torch.where((scale == 0) | (expert == len(lora_a) * len(ranks))[:, None], 0, scale * h)
+    scale = _scale_of_position(routing, expert, weights, scaling, dtype)
+    unrouted = (expert == len(lora_a) * len(ranks))[:, None]
+    u = torch.where((scale == 0) | unrouted, 0, scale * h)
     return h, u.to(x.dtype)
 
 
@@ -128,51 +145,48 @@ def grouped_expand(
     u: Tensor,
     matrices: Sequence[Tensor],
     start: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
+    routing: Routing,
     ranks: Sequence[int],
-    tokens: int,
-    first: int = 0,
+    drop: Dropout = NO_DROPOUT,
+    tokens: int = 0,
+    first_sibling: int = 0,
     per_pair: bool = False,
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
 ) -> Tensor:
-    """From rank space to features, summed over the slots of a token or not.
+    """Multiply every pair's row of u with its expert's matrix; add the slots of a token.
 
         y_t = start + sum over the pairs p of t: dropout(u_p Mt_e)        [T, O]
-        y_p = start_t + u_p Mt_e                         with per_pair    [P, O]
+        y_p = start_t + dropout(u_p Mt_e)                with per_pair    [P, O]
 
-    u [P, largest rank] in the order of places; matrices m x [O, R], of siblings first to first + m,
-    any strides; pairs of other siblings add nothing. start [O], [T, O] or None (0). With per_pair
-    there is one sibling, and a row of y for every pair, in the order of pairs. Returns y in
-    u.dtype, or the dtype of a start [T, O]; slots are added in their order.
+    u [P, largest rank] in the order of sorted positions; matrices m x [O, R] of the siblings from
+    first_sibling on, any strides; pairs of other siblings add nothing. start [O], [T, O] or None
+    (0). With per_pair there is one sibling, and the rows of y have the order of pairs. Returns y
+    in u's dtype, or in the dtype of a start [T, O]. Slots are added in their order.
     """
-    dtype, pairs = compute_dtype(u), order.numel()
-    expert = _expert_of(offsets, pairs)
-    outputs = matrices[0].shape[0]
+    dtype, pairs = compute_dtype(u), routing.order.numel()
+    expert = _expert_of_position(routing)
+    outputs, rows = matrices[0].shape[0], pairs if per_pair else tokens
     terms = u.new_zeros((pairs, outputs), dtype=dtype)
-    row = _row_of(order, pairs if per_pair else tokens)
-    for e, i, columns in _experts(matrices, ranks, first):
-        used = u[:, : columns.stop - columns.start].to(dtype)
-        product = used @ matrices[i][:, columns].to(dtype).t()
-        if dropout_p > 0.0:
-            ones = product.new_ones((pairs if per_pair else tokens, outputs))
-            of_expert = e % len(ranks)
-            mask = _dropped(ones, dropout_p, dropout_per_expert, seed, of_expert, dtype)
+    row = _row_of_position(routing, rows)
+    for e, i, columns in _experts(matrices, ranks, first_sibling):
+        u_e = u[:, : columns.stop - columns.start].to(dtype)
+        product = u_e @ matrices[i][:, columns].to(dtype).t()
+        if drop.p > 0.0:
+            mask = _dropped(product.new_ones((rows, outputs)), drop, e % len(ranks))
             product = product * mask[row]
         terms = torch.where((expert == e)[:, None], product, terms)
     by_pair = torch.zeros_like(terms)
-    by_pair[order.long()] = terms
+    by_pair[routing.order.long()] = terms
     by_token = by_pair.view(tokens, pairs // max(tokens, 1), outputs)
     if start is None:
         start = u.new_zeros(outputs)
-    of_tokens = start.dim() == 2
-    begin = start.to(dtype).view(-1 if of_tokens else 1, 1, outputs)
-    # Not a view where it is a layer's output: autograd lets nobody change one of those in place.
-    y = (by_token + begin).flatten(0, 1) if per_pair else by_token.sum(dim=1) + begin[:, 0]
-    return y.to(start.dtype if of_tokens else u.dtype)
+    start_per_token = start.dim() == 2
+    first_term = start.to(dtype).view(-1 if start_per_token else 1, 1, outputs)
+    # `flatten` and not a view: autograd forbids in-place changes of a layer's output that is one.
+    if per_pair:
+        y = (by_token + first_term).flatten(0, 1)
+    else:
+        y = by_token.sum(dim=1) + first_term[:, 0]
+    return y.to(start.dtype if start_per_token else u.dtype)
 
 
 def grouped_shrink_backward(
@@ -180,40 +194,39 @@ def grouped_shrink_backward(
     lora_b: Sequence[Tensor],
     h: Tensor,
     weights: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
+    routing: Routing,
     ranks: Sequence[int],
     scaling: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh and the gradient of the weights from dy; u once more, for dB.
+    """Compute dh and the gradient of the weights from dy; and u again, for dB.
 
         P_p  = dy_p B_e                       [P, largest rank], never stored
         dh_p = scale_e * weight_p * P_p
-        dweight_p = scale_e <P_p, h_p>        zero where not routed
+        dweight_p = scale_e <P_p, h_p>        zero if the pair is not routed
 
-    dy n x [T, O_i] or one [P, O]; lora_b n x [O_i, R]; h [P, largest rank]; weights [T, S], None:
-    all 1. Returns dh, u [P, largest rank] in h.dtype, dweights [T, S] in the compute dtype (empty
-    without weights).
+    dy n x [T, O_i] or one [P, O]; lora_b n x [O_i, R]; h [P, largest rank]; weights [T, S], or
+    None: all 1. Returns dh, u [P, largest rank] in h's dtype; dweights [T, S] in the compute dtype
+    (empty without weights).
     """
     dtype, widest = compute_dtype(h), max(ranks)
-    expert = _expert_of(offsets, order.numel())
+    expert = _expert_of_position(routing)
     product = h.new_zeros(h.shape, dtype=dtype)
     for e, i, columns in _experts(dy, ranks):
-        row = _row_of(order, dy[i].shape[0])
-        own = dy[i].to(dtype)[row] @ lora_b[i][:, columns].to(dtype)
-        padded = torch.nn.functional.pad(own, (0, widest - own.shape[1]))
+        row = _row_of_position(routing, dy[i].shape[0])
+        product_e = dy[i].to(dtype)[row] @ lora_b[i][:, columns].to(dtype)
+        padded = pad(product_e, (0, widest - product_e.shape[1]))
         product = torch.where((expert == e)[:, None], padded, product)
-    scale = _scale_of(expert, order, weights, scaling, dtype)
-    idle = (scale == 0) | (expert == len(dy) * len(ranks))[:, None]
-    dh = torch.where(idle, 0, scale * product).to(h.dtype)
-    u = torch.where(idle, 0, scale * h.to(dtype)).to(h.dtype)
+    scale = _scale_of_position(routing, expert, weights, scaling, dtype)
+    unrouted = expert == len(dy) * len(ranks)
+    zero = (scale == 0) | unrouted[:, None]
+    dh = torch.where(zero, 0, scale * product).to(h.dtype)
+    u = torch.where(zero, 0, scale * h.to(dtype)).to(h.dtype)
     if weights is None:
-        return dh, u, h.new_empty(0, dtype=dtype)
-    factors = _scale_of(expert, order, None, scaling, dtype)[:, 0]
+        return dh, u, absent(h, dtype)
+    factors = _scale_of_position(routing, expert, None, scaling, dtype)[:, 0]
     inner = factors * (product * h.to(dtype)).sum(dim=1)
     dweights = torch.zeros_like(inner)
-    dweights[order.long()] = torch.where(expert == len(dy) * len(ranks), 0, inner)
+    dweights[routing.order.long()] = torch.where(unrouted, 0, inner)
     return dh, u, dweights.view(weights.shape)
 
 
@@ -222,48 +235,46 @@ def grouped_weight_grad(
     dh: Tensor,
     dy: Sequence[Tensor],
     u: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    chunks: Tensor,
-    lora_dtype: torch.dtype,
+    routing: Routing,
     ranks: Sequence[int],
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
+    drop: Dropout,
+    lora_dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of A and B: sums over the pairs of each expert, zero for an expert without any.
+    """Compute dA and dB of every expert; exact zeros for an expert without pairs.
 
         dA_e = sum_p dh_p^T dropout(x_p)        dB_e = sum_p dy_p^T u_p
 
     x [T, I] or [P, I]; dh, u [P, largest rank]; dy n x [T, O_i] or one [P, O]. Returns dA [n R, I]
-    and n x dB_i [O_i, R] in `lora_dtype`.
+    and n x dB_i [O_i, R] in lora_dtype.
     """
     dtype = compute_dtype(x)
-    expert = _expert_of(offsets, order.numel())
-    row = _row_of(order, x.shape[0])
-    da, db = [], [[] for _ in dy]
+    expert = _expert_of_position(routing)
+    row = _row_of_position(routing, x.shape[0])
+    da: list[Tensor] = []
+    db: list[list[Tensor]] = [[] for _ in dy]
     for e, i, columns in _experts(dy, ranks):
-        own, rank = (expert == e)[:, None], columns.stop - columns.start
-        read = _dropped(x, dropout_p, dropout_per_expert, seed, e % len(ranks), dtype)[row]
-        left = torch.where(own, dh[:, :rank].to(dtype), 0)
-        da.append(left.t() @ torch.where(own, read, 0))
-        gated = torch.where(own, u[:, :rank].to(dtype), 0)
-        grad = torch.where(own, dy[i].to(dtype)[_row_of(order, dy[i].shape[0])], 0)
-        db[i].append(grad.t() @ gated)
-    return torch.cat(da).to(lora_dtype), [torch.cat(parts, dim=1).to(lora_dtype) for parts in db]
+        in_expert, rank = (expert == e)[:, None], columns.stop - columns.start
+        x_e = torch.where(in_expert, _dropped(x, drop, e % len(ranks))[row], 0)
+        dh_e = torch.where(in_expert, dh[:, :rank].to(dtype), 0)
+        da.append(dh_e.t() @ x_e)
+        u_e = torch.where(in_expert, u[:, :rank].to(dtype), 0)
+        rows = dy[i].to(dtype)[_row_of_position(routing, dy[i].shape[0])]
+        db[i].append(torch.where(in_expert, rows, 0).t() @ u_e)
+    return (
+        torch.cat(da).to(lora_dtype),
+        [torch.cat(columns, dim=1).to(lora_dtype) for columns in db],
+    )
 
 
-def router_logits(
-    x: Tensor, router_weight: Sequence[Tensor], router_bias: Sequence[Tensor]
-) -> Tensor:
-    """logits = x Wrt + br of n linear routers, [T, n E] in the compute dtype."""
+def router_logits(x: Tensor, router: RouterTensors) -> Tensor:
+    """Compute x Wrt + br of n linear routers, [T, n E] in the compute dtype."""
     dtype = compute_dtype(x)
-    logits = x.to(dtype) @ torch.cat([w.to(dtype) for w in router_weight]).t()
-    return logits + torch.cat([b.to(dtype) for b in router_bias]) if router_bias else logits
+    logits = x.to(dtype) @ torch.cat([w.to(dtype) for w in router.weight]).t()
+    return logits + torch.cat([b.to(dtype) for b in router.bias]) if router.bias else logits
 
 
 def router_grad(dlogits: Tensor, x: Tensor, router_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradients of n linear routers: dWr = dlogits^T x [n E, I], dbr = sum_t dlogits [n E]."""
+    """Compute dWr = dlogits^T x [n E, I] and dbr = sum_t dlogits [n E] of n linear routers."""
     dtype = compute_dtype(x)
     drouter = dlogits.to(dtype).t() @ x.to(dtype)
     return drouter.to(router_dtype), dlogits.to(dtype).sum(dim=0).to(router_dtype)

@@ -1,4 +1,8 @@
-"""The wide formulation: two skinny products over all experts, gated in rank space."""
+"""The wide form: two skinny products over all experts, gated in rank space.
+
+Each function is the specification of the op of its name. `moelora_kernels.ops` describes the
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,159 +10,178 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from moelora_kernels.numerics import absent, compute_dtype
 from moelora_kernels.reference.gates import (
     blocks,
-    compute_dtype,
     dense_gate,
     dense_gate_backward,
-    dropout,
+    drop_elements,
     rank_gate,
     topk_gate,
     topk_gate_backward,
+)
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    Dropout,
+    Gate,
+    LayerForward,
+    Mixture,
+    RouterTensors,
+    Shrunk,
+    ShrunkGrads,
+    SiblingTensors,
+    WeightGrads,
 )
 
 
 def shrink_gate(
     x: Tensor,
     lora_a: Sequence[Tensor],
-    gates: Tensor | None,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    router_weight: Sequence[Tensor],
-    router_bias: Sequence[Tensor],
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    share_a: bool = False,
-    top_k: int = 0,
-    renormalize: bool = True,
-    temperature: float = 1.0,
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h and u of n siblings in one read of x, and with a linear router its gate from the same read.
+    router: RouterTensors,
+    gate: Gate | None,
+    mixture: Mixture,
+    drop: Dropout = NO_DROPOUT,
+) -> Shrunk:
+    """Compute h and u of n siblings, and with linear routers the gate.
 
-        h = dropout(x) At               [T, n R]    (share_a: [T, n r], one A for all experts)
-        u = scale * gate (.) h          [T, n R]    zero, whatever h holds, where the gate is zero
-        logits = x Wrt + br             [T, n E]    float32; topk_gate of each sibling's E columns
+        h = dropout(x) At               ungated
+        u = scale * gate (.) h          zero if the gate is zero, whatever h holds
+        logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
 
-    x [T, I]; lora_a n x [R, I] or, with share_a, n x [r, I]; gates, indices, rows as in
-    `dense_gate`, or None with router_weight n x [E, I], router_bias n x [E] (or empty) and top_k in
-    [1, E]. Returns h, u in x.dtype; weights [T, n K] and logits [T, n E] in the compute dtype and
-    indices [T, n K] int32. Empty are indices for K = E, and all three where the gates were given.
+    x [T, I]; lora_a n x [R, I], with share_a n x [r, I]; router n x [E, I] and n x [E], or empty.
+    Returns h [T, n R] ([T, n r]) and u [T, n R] in x's dtype; weights [T, n K] and logits
+    [T, n E] in the compute dtype; experts [T, n K] int32. Empty: experts if K = E, and all three
+    if the gate was given.
     """
-    dtype, siblings, num_experts = compute_dtype(x), len(lora_a), len(ranks)
-    tokens = x.shape[0]
-    wide = x.to(dtype)
-    if dropout_p == 0.0:
-        h = torch.cat([wide @ a.to(dtype).t() for a in lora_a], dim=1)
-    elif dropout_per_expert:
-        dropped = [dropout(x, dropout_p, seed, stream).to(dtype) for stream in range(num_experts)]
-        h = torch.cat(
-            [
-                dropped[e] @ a[columns].to(dtype).t()
-                for a in lora_a
-                for e, columns in enumerate(blocks(ranks))
-            ],
-            dim=1,
-        )
-    else:
-        dropped = dropout(x, dropout_p, seed).to(dtype)
-        h = torch.cat([dropped @ a.to(dtype).t() for a in lora_a], dim=1)
-    h = h.to(x.dtype)
+    dtype, n, E, T = compute_dtype(x), len(lora_a), len(mixture.ranks), x.shape[0]
+    # Converted once: autograd then rounds the gradient of x once.
+    wide_x = x.to(dtype)
+    h = _shrink(x, wide_x, lora_a, mixture.ranks, drop).to(x.dtype)
 
-    weights, logits = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    chosen = x.new_empty(0, dtype=torch.int32)
-    if len(router_weight):
-        bias = router_bias if len(router_bias) else [None] * siblings
-        parts = [
-            torch.nn.functional.linear(wide, w.to(dtype), None if b is None else b.to(dtype))
-            for w, b in zip(router_weight, bias, strict=True)
+    weights, logits = absent(x, dtype), absent(x, dtype)
+    experts = absent(x, torch.int32)
+    if len(router.weight):
+        logits = _logits(wide_x, router)
+        K = mixture.top_k
+        weights, top_experts = topk_gate(
+            logits.view(T * n, E), K, mixture.renormalize, mixture.temperature
+        )
+        weights = weights.view(T, n * K)
+        if K < E:
+            experts = top_experts.view(T, n * K)
+        gate = mixture.router_gate(weights, experts, logits)
+
+    assert gate is not None
+    by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
+    h_of_ranks = _per_rank(h.to(dtype), n, mixture)
+    # 0 * NaN is NaN: a value of h that is not finite is replaced if its gate is zero. Finite
+    # values stay, so that a gate that starts at zero has its true gradient <P, h>.
+    selected = torch.where((by_rank == 0) & ~h_of_ranks.isfinite(), 0, h_of_ranks)
+    u = (by_rank * selected).flatten(1).to(x.dtype)
+    return Shrunk(h, u, weights, experts, logits)
+
+
+def _shrink(
+    x: Tensor, wide_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], drop: Dropout
+) -> Tensor:
+    """Return dropout(x) At of all siblings, [T, n R]. wide_x is x in the compute dtype."""
+    dtype = wide_x.dtype
+    if drop.p > 0.0 and drop.per_expert:
+        per_expert = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
+        products = [
+            per_expert[e] @ a[rows].to(dtype).t()
+            for a in lora_a
+            for e, rows in enumerate(blocks(ranks))
         ]
-        logits = torch.cat(parts, dim=1)
-        weights, picked = topk_gate(
-            logits.view(tokens * siblings, num_experts), top_k, renormalize, temperature
-        )
-        weights = weights.view(tokens, siblings * top_k)
-        gates = weights
-        if top_k < num_experts:
-            indices = chosen = picked.view(tokens, siblings * top_k)
+    else:
+        dropped = drop_elements(x, drop).to(dtype) if drop.p > 0.0 else wide_x
+        products = [dropped @ a.to(dtype).t() for a in lora_a]
+    return torch.cat(products, dim=1)
 
-    gate = dense_gate(gates.to(dtype), indices, rows, tokens, siblings, num_experts)
-    gate = rank_gate(gate, ranks, scaling)
-    repeat = num_experts if share_a else 1
-    ungated = h.to(dtype).view(tokens, siblings, h.shape[1] // siblings).repeat(1, 1, repeat)
-    # 0 * NaN is NaN: where nothing is selected h must be replaced, not only multiplied by zero.
-    # Finite values stay, so that a gate which starts at zero has its true gradient <P, h>.
-    selected = torch.where((gate == 0) & ~ungated.isfinite(), 0, ungated)
-    u = (gate * selected).flatten(1).to(x.dtype)
-    return h, u, weights, chosen, logits
+
+def _logits(x: Tensor, router: RouterTensors) -> Tensor:
+    """Return the logits of n routers, [T, n E], in x's dtype."""
+    bias = router.bias if len(router.bias) else [None] * len(router.weight)
+    products = [
+        linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+        for w, b in zip(router.weight, bias, strict=True)
+    ]
+    return torch.cat(products, dim=1)
+
+
+def _per_rank(h: Tensor, n: int, mixture: Mixture) -> Tensor:
+    """Return h as [T, n, R]; with share_a the r columns are repeated for every expert."""
+    repeat = len(mixture.ranks) if mixture.share_a else 1
+    return h.view(h.shape[0], n, h.shape[1] // n).repeat(1, 1, repeat)
 
 
 def shrink_gate_backward(
     dy: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     h: Tensor,
-    gates: Tensor,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    logits: Tensor | None,
+    gate: Gate,
     dlogits: Tensor | None,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    share_a: bool = False,
-    top_k: int = 0,
-    renormalize: bool = True,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh and the gradient of the gate from dy; u once more, for dB.
+    mixture: Mixture,
+) -> ShrunkGrads:
+    """Compute dh and the gradient of the gate from dy; and u again, for dB.
 
         P  = dy B                           [T, n R], never stored
-        dh = scale * gate (.) P             [T, n R]    (share_a: summed over experts, [T, n r])
-        dgate[t, e] = scale * <P, h>        over the ranks of e, zero where not routed
+        dh = scale * gate (.) P             share_a: summed over the experts
+        dgate[t, e] = scale * <P, h>        over the ranks of e; zero if t is not routed to e
 
-    dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R] as `shrink_gate` returned it; gates, indices,
-    rows what it was given, or the weights and indices it returned (then top_k > 0). logits is
-    needed only without renormalize; dlogits [T, n E] is a gradient that reaches the logits on
-    another way. Returns dh, u in h.dtype; dgate in the compute dtype: the gradient of gates
-    [G, n E] or [T, n K], or with top_k > 0 that of the logits, [T, n E], dlogits included.
+    dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R]; dlogits [T, n E] or None. gate.logits is read
+    only without renormalize. Returns dh, u in h's dtype, and in the compute dtype dgate: the
+    gradient of gate.weights, or with top_k > 0 of the logits [T, n E], dlogits included.
     """
-    dtype, siblings, num_experts = compute_dtype(h), len(dy), len(ranks)
-    tokens = h.shape[0]
-    gate = dense_gate(gates.to(dtype), indices, rows, tokens, siblings, num_experts)
-    by_rank = rank_gate(gate, ranks, scaling)
-    repeat = num_experts if share_a else 1
-    ungated = h.to(dtype).view(tokens, siblings, h.shape[1] // siblings).repeat(1, 1, repeat)
-    u = torch.where(by_rank == 0, 0, by_rank * ungated).flatten(1).to(h.dtype)
+    dtype, n, T, E = compute_dtype(h), len(dy), h.shape[0], len(mixture.ranks)
+    assert gate is not None
+    by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
+    h_of_ranks = _per_rank(h.to(dtype), n, mixture)
+    u = torch.where(by_rank == 0, 0, by_rank * h_of_ranks).flatten(1).to(h.dtype)
 
     products = [g.to(dtype) @ b.to(dtype) for g, b in zip(dy, lora_b, strict=True)]
     p = torch.stack(products, dim=1)
     dh = torch.where(by_rank == 0, 0, by_rank * p)
-    if share_a:
-        dh = dh.view(tokens, siblings, num_experts, ranks[0]).sum(dim=2)
+    if mixture.share_a:
+        dh = dh.view(T, n, E, mixture.ranks[0]).sum(dim=2)
     dh = dh.flatten(1).to(h.dtype)
 
-    inner = p * ungated
+    inner = p * h_of_ranks
     dgate = torch.stack(
-        [s * inner[..., c].sum(dim=-1) for s, c in zip(scaling, blocks(ranks), strict=True)], dim=2
+        [
+            s * inner[..., columns].sum(dim=-1)
+            for s, columns in zip(mixture.scaling, blocks(mixture.ranks), strict=True)
+        ],
+        dim=2,
     )
-    if top_k == 0:
-        return dh, u, dense_gate_backward(dgate, gates, indices, rows)
+    if mixture.top_k == 0:
+        return ShrunkGrads(dh, u, dense_gate_backward(dgate, gate))
+    dweights = dense_gate_backward(dgate, gate)
+    router_dlogits = _topk_gate_backward(dweights, gate, n, mixture)
+    return ShrunkGrads(dh, u, router_dlogits if dlogits is None else router_dlogits + dlogits)
 
-    shape = (tokens * siblings, num_experts)
-    dweights = dense_gate_backward(dgate, gates, indices, rows).view(-1, top_k)
-    if indices is None:
-        indices = torch.arange(top_k, device=h.device).expand(shape)
-    of_gate = topk_gate_backward(
-        dweights,
-        gates.view(-1, top_k),
-        indices.view(-1, top_k),
-        dgate.view(shape) if renormalize else logits.view(shape),
-        renormalize,
-        temperature,
-    ).view(tokens, siblings * num_experts)
-    return dh, u, of_gate if dlogits is None else of_gate + dlogits
+
+def _topk_gate_backward(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) -> Tensor:
+    """Return the gradient of n routers' logits, [T, n E], from that of the weights [T, n K]."""
+    T, E, K = dweights.shape[0], len(mixture.ranks), mixture.top_k
+    experts = gate.experts
+    if experts is None:
+        experts = torch.arange(K, device=dweights.device).expand(T * n, K)
+    # With renormalize only the shape of the logits is read.
+    logits = dweights.new_empty(T * n, E)
+    if not mixture.renormalize:
+        assert gate.logits is not None
+        logits = gate.logits.view(T * n, E)
+    return topk_gate_backward(
+        dweights.view(T * n, K),
+        gate.weights.view(T * n, K),
+        experts.view(T * n, K),
+        logits,
+        mixture.renormalize,
+        mixture.temperature,
+    ).view(T, n * E)
 
 
 def shrink_dx(
@@ -167,28 +190,29 @@ def shrink_dx(
     lora_a: Sequence[Tensor],
     router_weight: Sequence[Tensor],
     ranks: Sequence[int],
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
+    drop: Dropout = NO_DROPOUT,
 ) -> Tensor:
-    """The rank-space part of dx: dropout(dh A) + dlogits Wr, summed over the siblings.
+    """Compute dropout(dh A) + dlogits Wr, summed over the n siblings.
 
     dh [T, n R]; dlogits [T, n E] or None; lora_a n x [R, I]; router_weight n x [E, I] or empty.
-    Returns [T, I] in dh.dtype. Dropout draws the masks of the forward.
+    The dropout masks are those of the forward. Returns [T, I] in dh's dtype.
     """
     dtype = compute_dtype(dh)
-    columns, a = dh.to(dtype).chunk(len(lora_a), dim=1), [part.to(dtype) for part in lora_a]
-    if dropout_p > 0.0 and dropout_per_expert:
-        parts = [
-            dropout(column[:, c] @ part[c], dropout_p, seed, e)
-            for column, part in zip(columns, a, strict=True)
+    pairs = [
+        (columns, a.to(dtype))
+        for columns, a in zip(dh.to(dtype).chunk(len(lora_a), dim=1), lora_a, strict=True)
+    ]
+    if drop.p > 0.0 and drop.per_expert:
+        terms = [
+            drop_elements(columns[:, c] @ a[c], drop, e)
+            for columns, a in pairs
             for e, c in enumerate(blocks(ranks))
         ]
-        dx = torch.stack(parts).sum(dim=0)
+        dx = torch.stack(terms).sum(dim=0)
     else:
-        dx = torch.stack([c @ part for c, part in zip(columns, a, strict=True)]).sum(dim=0)
-        if dropout_p > 0.0:
-            dx = dropout(dx, dropout_p, seed)
+        dx = torch.stack([columns @ a for columns, a in pairs]).sum(dim=0)
+        if drop.p > 0.0:
+            dx = drop_elements(dx, drop)
     if dlogits is not None:
         dx = dx + dlogits.to(dtype) @ torch.cat([w.to(dtype) for w in router_weight])
     return dx.to(dh.dtype)
@@ -200,70 +224,62 @@ def weight_grad(
     dlogits: Tensor | None,
     dy: Sequence[Tensor],
     u: Tensor,
+    ranks: Sequence[int],
+    drop: Dropout,
     lora_dtype: torch.dtype,
     router_dtype: torch.dtype,
-    ranks: Sequence[int],
-    dropout_p: float = 0.0,
-    dropout_per_expert: bool = False,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The gradients of all parameters: products that sum over the tokens.
+) -> WeightGrads:
+    """Compute the gradients of all parameters: products that sum over the tokens.
 
         dA = dh^T dropout(x)        [n R, I]        dB_i = dy_i^T u_i       [O_i, R]
         dWr = dlogits^T x           [n E, I]        dbr = sum_t dlogits     [n E]
 
-    x [T, I]; dh [T, n R]; dlogits [T, n E] or None (then dWr and dbr are empty); dy n x [T, O_i];
-    u [T, n R]. Returns dA, dWr, dbr and the list of dB_i.
+    x [T, I]; dh [T, n R]; dlogits [T, n E], or None: dWr and dbr are then empty; dy n x [T, O_i];
+    u [T, n R].
     """
-    dtype, siblings = compute_dtype(x), len(dy)
-    left = dh.to(dtype).t()
-    if dropout_p == 0.0:
-        da = left @ x.to(dtype)
-    elif dropout_per_expert:
-        dropped = [dropout(x, dropout_p, seed, e).to(dtype) for e in range(len(ranks))]
-        parts = left.split([*ranks] * siblings)
-        da = torch.cat([part @ dropped[i % len(ranks)] for i, part in enumerate(parts)])
+    dtype, n = compute_dtype(x), len(dy)
+    dh_t = dh.to(dtype).t()
+    if drop.p > 0.0 and drop.per_expert:
+        dropped = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
+        row_blocks = dh_t.split([*ranks] * n)
+        da = torch.cat([rows @ dropped[i % len(ranks)] for i, rows in enumerate(row_blocks)])
     else:
-        da = left @ dropout(x, dropout_p, seed).to(dtype)
-    drouter, dbias = (x.new_empty(0, dtype=router_dtype) for _ in range(2))
+        da = dh_t @ (drop_elements(x, drop) if drop.p > 0.0 else x).to(dtype)
+    drouter, dbias = absent(x, router_dtype), absent(x, router_dtype)
     if dlogits is not None:
         drouter = (dlogits.to(dtype).t() @ x.to(dtype)).to(router_dtype)
         dbias = dlogits.to(dtype).sum(dim=0).to(router_dtype)
-    gated = u.to(dtype).chunk(siblings, dim=1)
-    db = [(g.to(dtype).t() @ part).to(lora_dtype) for g, part in zip(dy, gated, strict=True)]
-    return da.to(lora_dtype), drouter, dbias, db
+    db = [
+        (g.to(dtype).t() @ columns).to(lora_dtype)
+        for g, columns in zip(dy, u.to(dtype).chunk(n, dim=1), strict=True)
+    ]
+    return WeightGrads(da.to(lora_dtype), drouter, dbias, db)
 
 
 def wide(
     x: Tensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    base: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    router_weight: Sequence[Tensor],
-    router_bias: Sequence[Tensor],
-    gates: Tensor | None,
-    indices: Tensor | None,
-    rows: Tensor | None,
-    seed: Tensor | None,
-    *mixture,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """A whole layer of n siblings, differentiable by autograd: y_i = x Wt_i + b_i + u_i Bt_i.
+    tensors: SiblingTensors,
+    gate: Gate | None,
+    mixture: Mixture,
+    drop: Dropout = NO_DROPOUT,
+) -> LayerForward:
+    """Compute a layer of n siblings: y_i = x Wt_i + b_i + u_i Bt_i. Autograd differentiates it.
 
-    weight n x [O_i, I] and bias n x [O_i] (or empty), or base n x [T, O_i] in place of x Wt + b;
-    lora_b n x [O_i, R]; the rest as `shrink_gate`, whose arguments after router_bias are `mixture`.
-    Returns n x [T, O_i] in the dtype of base or x, and what `shrink_gate` returns but u.
+    x [T, I]; weight n x [O_i, I] and bias n x [O_i] (or empty), or base_output n x [T, O_i] in the
+    place of x Wt + b; lora_b n x [O_i, R]. Returns y n x [T, O_i] in the dtype of base_output or
+    x; and what `shrink_gate` returns, without u.
     """
     dtype = compute_dtype(x)
-    h, u, weights, chosen, logits = shrink_gate(
-        x, lora_a, gates, indices, rows, router_weight, router_bias, *mixture, seed
+    weight, bias, base_output, lora_a, lora_b, router_weight, router_bias = tensors
+    h, u, *made = shrink_gate(
+        x, lora_a, RouterTensors(router_weight, router_bias), gate, mixture, drop
     )
     y = []
-    for i, (gated, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
-        if base:
-            start = base[i].to(dtype)
+    for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
+        if base_output:
+            base = base_output[i].to(dtype)
         else:
-            start = x.to(dtype) @ weight[i].to(dtype).t() + (bias[i].to(dtype) if bias else 0)
-        y.append((start + gated.to(dtype) @ b.to(dtype).t()).to((base[i] if base else x).dtype))
-    return y, h, weights, chosen, logits
+            base = x.to(dtype) @ weight[i].to(dtype).t() + (bias[i].to(dtype) if bias else 0)
+        result = base + u_i.to(dtype) @ b.to(dtype).t()
+        y.append(result.to((base_output[i] if base_output else x).dtype))
+    return LayerForward(y, h, *made)

@@ -6,12 +6,11 @@ from torch import nn
 
 from moelora_kernels import ops
 from moelora_kernels.autograd import ffn as autograd_ffn
-from moelora_kernels.autograd.ffn import RouterLogits
-from moelora_kernels.autograd.ffn import _ffn_experts as ffn_experts
-from moelora_kernels.autograd.ffn import _FlatFfn as FfnMixture
+from moelora_kernels.autograd.ffn import ffn_experts
+from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.nn import ffn as nn_ffn
 from moelora_kernels.testing import draw_experts
-from moelora_kernels.types import FfnTensors
+from moelora_kernels.types import Dropout, FfnMixture, FfnTensors, Gate
 from support.compare import assert_same, training_step
 from support.ffns import HIDDEN, INNER, check, inputs, make_ffn
 
@@ -29,18 +28,21 @@ def draw(tokens, slots):
     return [x, gate, up, weights.abs(), *adapters]
 
 
-def run(plan, indices, tensors, impl="grouped", activation=nn.functional.silu):
-    x, gate, up, weights, *adapters = tensors
-    seeds = [torch.tensor([s]) for s in (5, 7)] if plan.dropout else [None, None]
-    adapters = FfnTensors(*adapters)
-    return ffn_experts(plan, activation, x, gate, up, weights, indices, adapters, *seeds, impl)
+def run(name, experts, tensors, impl="grouped", activation=nn.functional.silu):
+    """`ffn_experts` of a mixture of MIXTURES."""
+    mixture, p, per_expert = MIXTURES[name]
+    x, gate_out, up_out, weights, *adapters = tensors
+    dropouts = [Dropout(p, per_expert, torch.tensor([s]) if p else None) for s in (5, 7)]
+    gate, adapters = Gate(weights, experts), FfnTensors(*adapters)
+    return ffn_experts(mixture, activation, x, gate_out, up_out, gate, adapters, *dropouts, impl)
 
 
-PLANS = {
-    "plain": FfnMixture(RANKS, SCALING),
-    "recompute": FfnMixture(RANKS, SCALING, recompute=True),
-    "dropout": FfnMixture(RANKS, SCALING, dropout=0.3),
-    "per_expert": FfnMixture(RANKS, SCALING, True, 0.3, True),
+# name -> mixture, probability of dropout, whether each expert has a mask
+MIXTURES = {
+    "plain": (FfnMixture(RANKS, SCALING), 0.0, False),
+    "recompute": (FfnMixture(RANKS, SCALING, recompute=True), 0.0, False),
+    "dropout": (FfnMixture(RANKS, SCALING), 0.3, False),
+    "per_expert": (FfnMixture(RANKS, SCALING, recompute=True), 0.3, True),
 }
 
 
@@ -48,16 +50,16 @@ PLANS = {
 
 
 @pytest.mark.parametrize("activation", (nn.functional.silu, nn.GELU("tanh")), ids=("silu", "gelu"))
-@pytest.mark.parametrize("plan", PLANS)
-def test_gradcheck(plan, activation):
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_gradcheck(mixture, activation):
     """Every input by numbers: x, the frozen products, the weights, six adapters."""
     tensors = [t.requires_grad_() for t in draw(len(ADVERSARIAL), 2)]
     indices = torch.tensor(ADVERSARIAL)
 
     def experts(*tensors):
-        return run(PLANS[plan], indices, tensors, activation=activation)
+        return run(mixture, indices, tensors, activation=activation)
 
-    assert torch.autograd.gradcheck(experts, tensors, fast_mode=plan != "plain")
+    assert torch.autograd.gradcheck(experts, tensors, fast_mode=mixture != "plain")
 
 
 def test_gradcheck_of_the_router():
@@ -68,9 +70,9 @@ def test_gradcheck_of_the_router():
 ROUTINGS = ("uniform", "zipf", "one", "empty", "adversarial", "nothing")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_function_is_the_reference(routing, plan):
+def test_the_function_is_the_reference(routing, mixture):
     """More pairs than a tile holds; an expert without tokens has gradients of exactly zero."""
     if routing == "adversarial":
         indices = torch.tensor(ADVERSARIAL * 12)
@@ -81,7 +83,7 @@ def test_the_function_is_the_reference(routing, plan):
     tensors = [t.requires_grad_() for t in draw(indices.shape[0], 2)]
     results = []
     for impl in ("grouped", "reference"):
-        outputs = run(PLANS[plan], indices, tensors, impl)
+        outputs = run(mixture, indices, tensors, impl)
         dy = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, tensors, dy)])
     for found, expected in zip(*results, strict=True):
@@ -106,7 +108,7 @@ def test_only_what_is_asked_for(trains):
     for output in (0, 1, None):
         grads = []
         for given in (everything, tensors):
-            outputs = run(PLANS["plain"], indices, given)
+            outputs = run("plain", indices, given)
             y = sum(o.sum() for o in outputs) if output is None else outputs[output].sum()
             # An output that nothing came back for is a gradient of zeros.
             grads.append(torch.autograd.grad(y, given[own])[0])
@@ -220,8 +222,8 @@ def wrong_result(op, position):
     def break_it(monkeypatch, layer):
         original = getattr(ops, op)
 
-        def broken(*args):
-            results = original(*args)
+        def broken(*args, **options):
+            results = original(*args, **options)
             if isinstance(results, torch.Tensor):
                 return results * 1.01
             results = list(results)

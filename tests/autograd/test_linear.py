@@ -8,9 +8,9 @@ import torch._dynamo.config
 
 import moelora_kernels
 from moelora_kernels import moe_lora_linear, reference
-from moelora_kernels.autograd.linear import _Flat as Mixture
-from moelora_kernels.functional import _apply as apply
+from moelora_kernels.functional import run_layer
 from moelora_kernels.testing import assert_within_budget, error
+from moelora_kernels.types import Gate, Mixture, SiblingTensors
 from support.layers import assert_case, make_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,9 +84,9 @@ def test_no_tokens(name):
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
 def test_indices_out_of_range_are_not_routed(index, dtype):
     case = make_case(gate="sparse", tokens=12)
-    case.gate["indices"][::3, 1] = index
-    case.gate["indices"][5] = index
-    case.gate["indices"] = case.gate["indices"].to(dtype)
+    case.gate.experts[::3, 1] = index
+    case.gate.experts[5] = index
+    case.gate = case.gate._replace(experts=case.gate.experts.to(dtype))
     low = case.to(torch.float32)
     found = low.run()
     assert_within_budget(found, case.reference(), low.reference(), torch.float32)
@@ -96,7 +96,7 @@ def test_indices_out_of_range_are_not_routed(index, dtype):
 
 def test_int64_index_past_int32_does_not_wrap_into_range():
     case = make_case(gate="sparse", tokens=4).to(torch.float32)
-    case.gate["indices"][:] = 2**32 + 1
+    case.gate.experts[:] = 2**32 + 1
     found = case.run()
     assert found["dA0"].eq(0).all()
     assert found["dB0"].eq(0).all()
@@ -117,7 +117,7 @@ def test_dy_of_any_strides_and_dtype(strides):
     if strides == "another dtype":
         low.dy = [g.float() for g in low.dy]
         x = low.x.clone().requires_grad_()
-        ys, *_ = apply(low.plan, x, low.siblings)
+        ys, _ = low.forward(x)
         loss = sum((y.float() * g).sum() for y, g in zip(ys, low.dy, strict=True))
         loss.backward()
         assert error(x.grad, case.reference()["dx"]) < 0.2
@@ -128,7 +128,7 @@ def test_dy_of_any_strides_and_dtype(strides):
 def test_a_sibling_without_gradient_counts_as_zero():
     case = make_case(out_features=(5, 7)).to(torch.float64)
     x = case.x.requires_grad_()
-    ys, *_ = apply(case.plan, x, case.siblings)
+    ys, _ = case.forward(x)
     ys[0].backward(case.dy[0])
     case.dy[1] = torch.zeros_like(case.dy[1])
     torch.testing.assert_close(x.grad, case.reference()["dx"], rtol=1e-12, atol=1e-12)
@@ -155,8 +155,8 @@ def test_nan_of_a_token_stays_in_its_output():
 def test_nan_of_an_expert_stays_with_the_tokens_that_chose_it():
     case = make_case(gate="sparse", routing="empty", tokens=9).to(torch.float32)
     clean = case.run()
-    case.siblings[0].lora_a[12:] = torch.nan
-    case.siblings[0].lora_b[:, 12:] = torch.nan
+    case.linears[0].lora_a[12:] = torch.nan
+    case.linears[0].lora_b[:, 12:] = torch.nan
     found = case.run()
     for key in ("dgates", "dB0"):
         assert torch.equal(found[key][:, :2], clean[key][:, :2]), key
@@ -170,7 +170,7 @@ def test_memory_saved_for_backward():
         x = case.x.requires_grad_()
         siblings = [
             s._replace(lora_a=s.lora_a.requires_grad_(), lora_b=s.lora_b.requires_grad_())
-            for s in case.siblings
+            for s in case.linears
         ]
         given = [x, *(t for s in siblings for t in s if t is not None)]
         own = {t.untyped_storage().data_ptr() for t in given}
@@ -183,9 +183,11 @@ def test_memory_saved_for_backward():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            gate = {k: v.float() if k == "gates" else v for k, v in case.gate.items()}
-            apply(case.plan, x, siblings, **gate)
-        rank, experts = sum(case.plan.ranks), len(case.plan.ranks)
+            gate = case.gate
+            if gate is not None:
+                gate = gate._replace(weights=gate.weights.float())
+            case.forward(x, siblings, gate=gate)
+        rank, experts = sum(case.mixture.ranks), len(case.mixture.ranks)
         assert 128 * 2 * rank <= sum(saved.values()) <= 128 * (2 * rank + 12 * experts), options
 
 
@@ -198,22 +200,20 @@ def test_gradcheck():
         {"share_a": True, "renormalize": False, "temperature": 0.6},
     ):
         case = make_case(tokens=3, in_features=4, out_features=(3, 2), ranks=(1, 1, 1), **options)
-        tensors = [case.x, *(t for s in case.siblings for t in s if t is not None)]
-        gates = case.gate.get("gates")
-        tensors += [] if gates is None else [gates]
+        tensors = [case.x, *(t for s in case.linears for t in s if t is not None)]
+        tensors += [] if case.gate is None else [case.gate.weights]
         tensors = [t.clone().requires_grad_() for t in tensors]
 
-        def call(*tensors, case=case, gates=gates):
+        def call(*tensors, case=case):
             rest = iter(tensors)
             x = next(rest)
             siblings = [
-                type(s)(*(None if t is None else next(rest) for t in s)) for s in case.siblings
+                type(s)(*(None if t is None else next(rest) for t in s)) for s in case.linears
             ]
-            gate = dict(case.gate)
-            if gates is not None:
-                gate["gates"] = next(rest)
-            ys, _, _, logits = apply(case.plan, x, siblings, **gate)
-            return (*ys, logits) if gates is None else tuple(ys)
+            if case.gate is None:
+                ys, made = case.forward(x, siblings)
+                return (*ys, made.logits)
+            return tuple(case.forward(x, siblings, gate=case.gate._replace(weights=next(rest))).y)
 
         assert torch.autograd.gradcheck(call, tensors)
 
@@ -221,7 +221,7 @@ def test_gradcheck():
 def test_second_derivatives_are_refused():
     case = make_case()
     x = case.x.requires_grad_()
-    ys, *_ = apply(case.plan, x, case.siblings)
+    ys, _ = case.forward(x)
     (dx,) = torch.autograd.grad(ys[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -246,19 +246,18 @@ def test_functional_form():
     given = arguments()
     y = moe_lora_linear(**given)
     assert y.shape == (2, 3, 5)
-    plan = Mixture((2, 2, 2), (1.0, 1.0, 1.0))
-    (expected,), *_ = reference.wide(
-        given["x"].view(6, 8),
+    tensors = SiblingTensors(
         *([given[name]] for name in ("weight", "bias")),
         [],
         *([given[name]] for name in ("lora_a", "lora_b")),
         [],
         [],
-        given["gates"],
-        given["indices"],
-        None,
-        None,
-        *plan,
+    )
+    (expected,), *_ = reference.wide(
+        given["x"].view(6, 8),
+        tensors,
+        Gate(given["gates"], given["indices"]),
+        Mixture((2, 2, 2), (1.0, 1.0, 1.0)),
     )
     torch.testing.assert_close(y.view(6, 5), expected)
     torch.testing.assert_close(moe_lora_linear(**given, impl="reference"), y)
@@ -365,17 +364,18 @@ def test_compiles_whole_and_once_for_every_number_of_tokens():
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def step(x, seed, *tensors):
-        siblings = [type(s)(*tensors[i * 7 : i * 7 + 7]) for i, s in enumerate(low.siblings)]
-        ys, *_ = apply(low.plan, x, siblings, seed=seed)
+        siblings = [type(s)(*tensors[i * 7 : i * 7 + 7]) for i, s in enumerate(low.linears)]
+        dropout = low.dropout._replace(seed=seed)
+        ys, _ = run_layer(low.mixture, x, siblings, None, dropout)
         return tuple(ys)
 
-    flat = [t for s in low.siblings for t in s]
+    flat = [t for s in low.linears for t in s]
     for tokens in (32, 37, 101, 64):
         torch._dynamo.config.error_on_recompile = tokens != 32
         x = torch.randn(tokens, low.x.shape[1], requires_grad=True)
-        ys = step(x, low.gate["seed"], *flat)
+        ys = step(x, low.dropout.seed, *flat)
         sum(y.sum() for y in ys).backward()
-        eager, *_ = apply(low.plan, x.detach(), low.siblings, seed=low.gate["seed"])
+        eager, _ = low.forward(x.detach())
         for y, expected in zip(ys, eager, strict=True):
             torch.testing.assert_close(y, expected)
 
@@ -387,7 +387,7 @@ def test_every_public_name_has_a_docstring():
 
 def test_siblings_must_have_the_same_tensors():
     case = make_case(out_features=(5, 7))
-    first, second = case.siblings
+    first, second = case.linears
     for bad in (second._replace(bias=None), second._replace(bias=None, base_output=case.dy[1])):
         with pytest.raises(ValueError, match=r"^siblings: expected the same tensors of each"):
-            apply(case.plan, case.x, [first, bad])
+            case.forward(case.x, [first, bad])

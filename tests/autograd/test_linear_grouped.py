@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import moe_lora_linear, ops
-from moelora_kernels.functional import _apply as apply
 from moelora_kernels.testing import assert_within_budget
 from moelora_kernels.types import CHUNK, TILE, count_tiles
 from support.layers import assert_case, make_case
@@ -115,39 +114,39 @@ def test_ids_outside_of_the_experts_are_not_routed(name, dtype, siblings):
     if abs(IDS[name]) > 2**31 and dtype == torch.int32:
         pytest.skip("no int32")
     case = make_case(gate="sparse", tokens=12, out_features=siblings)
-    indices = case.gate["indices"]
+    indices = case.gate.experts
     indices[::3, 1] = IDS[name]
     indices[5] = IDS[name]
-    case.gate["indices"] = indices.to(dtype)
+    case.gate = case.gate._replace(experts=indices.to(dtype))
     low = case.to(torch.float32)
     found = low.run("grouped")
     assert_within_budget(found, case.reference(), low.reference(), torch.float32)
     assert found["dgates"][::3, 1].eq(0).all()
     assert found["dgates"][5].eq(0).all()
     # A token that nobody took is its base, bit for bit what it is without an adapter.
-    s = low.siblings[0]
+    s = low.linears[0]
     bare = low.x @ s.weight.t() + s.bias
     torch.testing.assert_close(found["y0"][5], bare[5], rtol=1e-6, atol=1e-6)
 
 
 def test_no_token_is_routed():
     case = make_case(gate="sparse", tokens=70).to(torch.float32)
-    case.gate["indices"][:] = -1
+    case.gate.experts[:] = -1
     found = case.run("grouped")
     for key in ("dA0", "dB0", "dgates"):
         assert found[key].eq(0).all(), key
-    torch.testing.assert_close(found["dx"], case.dy[0] @ case.siblings[0].weight)
+    torch.testing.assert_close(found["dx"], case.dy[0] @ case.linears[0].weight)
 
 
 @pytest.mark.parametrize("expert", (0, 3))
 def test_every_token_takes_one_expert(expert):
     """Also twice: the weights of both slots add up, as they do in a loop over slots."""
     case = make_case(gate="sparse", tokens=150)
-    case.gate["indices"][:] = expert
+    case.gate.experts[:] = expert
     once = make_case(gate="sparse", tokens=150)
-    once.x, once.siblings, once.dy = case.x, case.siblings, case.dy
-    once.gate["gates"] = case.gate["gates"].sum(dim=1, keepdim=True)
-    once.gate["indices"] = torch.full((150, 1), expert)
+    once.x, once.linears, once.dy = case.x, case.linears, case.dy
+    once.gate = once.gate._replace(weights=case.gate.weights.sum(dim=1, keepdim=True))
+    once.gate = once.gate._replace(experts=torch.full((150, 1), expert))
     found, expected = case.run("grouped"), once.reference()
     expected["dgates"] = expected["dgates"].expand(150, 2)
     for key, value in expected.items():
@@ -160,7 +159,7 @@ def test_an_expert_nobody_chose_may_hold_anything(value):
     case = make_case(gate="sparse", routing="empty", tokens=90, out_features=(13, 5))
     case = case.to(torch.bfloat16)
     clean = case.run("grouped")
-    for s in case.siblings:
+    for s in case.linears:
         s.lora_a[12:] = value
         s.lora_b[:, 12:] = value
     found = case.run("grouped")
@@ -172,10 +171,10 @@ def test_an_expert_nobody_chose_may_hold_anything(value):
 def test_nan_of_an_expert_stays_with_the_tokens_that_chose_it():
     case = make_case(gate="sparse", tokens=90, top_k=1).to(torch.float32)
     clean = case.run("grouped")
-    case.siblings[0].lora_a[4:8] = torch.nan
-    case.siblings[0].lora_b[:, 4:8] = torch.nan
+    case.linears[0].lora_a[4:8] = torch.nan
+    case.linears[0].lora_b[:, 4:8] = torch.nan
     found = case.run("grouped")
-    own = (case.gate["indices"] == 1).any(dim=1)
+    own = (case.gate.experts == 1).any(dim=1)
     assert own.any()
     assert not own.all()
     for key in ("y0", "dx", "dgates"):
@@ -217,7 +216,7 @@ def test_dy_of_any_strides(strides):
 def test_a_sibling_without_gradient_counts_as_zero():
     case = make_case(out_features=(5, 7))
     x = case.x.requires_grad_()
-    ys, *_ = apply(case.plan, x, case.siblings, impl="grouped")
+    ys, _ = case.forward(x, impl="grouped")
     ys[0].backward(case.dy[0])
     case.dy[1] = torch.zeros_like(case.dy[1])
     torch.testing.assert_close(x.grad, case.reference()["dx"], rtol=1e-12, atol=1e-12)
@@ -229,12 +228,12 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained, gate):
     case = make_case(gate=gate, out_features=(13, 5)).to(torch.float32)
     expected = case.run("grouped")
     x = case.x.clone().requires_grad_(trained == "x")
-    siblings = [s._replace(lora_a=s.lora_a.clone(), lora_b=s.lora_b.clone()) for s in case.siblings]
+    siblings = [s._replace(lora_a=s.lora_a.clone(), lora_b=s.lora_b.clone()) for s in case.linears]
     if trained == "adapters":
         for s in siblings:
             s.lora_a.requires_grad_()
             s.lora_b.requires_grad_()
-    ys, *_ = apply(case.plan, x, siblings, impl="grouped", **case.gate)
+    ys, _ = case.forward(x, siblings, impl="grouped")
     torch.autograd.backward(ys, case.dy)
     found = {"dx": x.grad}
     for i, s in enumerate(siblings):
@@ -248,9 +247,9 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained, gate):
 
 def test_weight_and_bias_may_train():
     case = make_case(gate="sparse").to(torch.float64)
-    weight, bias = (t.clone().requires_grad_() for t in case.siblings[0][:2])
-    siblings = [case.siblings[0]._replace(weight=weight, bias=bias)]
-    (y,), *_ = apply(case.plan, case.x, siblings, impl="grouped", **case.gate)
+    weight, bias = (t.clone().requires_grad_() for t in case.linears[0][:2])
+    siblings = [case.linears[0]._replace(weight=weight, bias=bias)]
+    (y,), _ = case.forward(case.x, siblings, impl="grouped")
     y.backward(case.dy[0])
     torch.testing.assert_close(weight.grad, case.dy[0].t() @ case.x)
     torch.testing.assert_close(bias.grad, case.dy[0].sum(dim=0))
@@ -289,14 +288,14 @@ def test_gradcheck_with_a_router(options):
     case = make_case(
         tokens=3, in_features=4, out_features=(3, 2), ranks=(1, 2, 1), temperature=0.6, **options
     )
-    of_siblings = [t for s in case.siblings for t in s if t is not None]
+    of_siblings = [t for s in case.linears for t in s if t is not None]
     tensors = [t.requires_grad_() for t in (case.x, *of_siblings)]
 
     def call(x, *tensors):
         rest = iter(tensors)
-        siblings = [type(s)(*(None if t is None else next(rest) for t in s)) for s in case.siblings]
-        ys, _, _, logits = apply(case.plan, x, siblings, impl="grouped")
-        return (*ys, logits)
+        siblings = [type(s)(*(None if t is None else next(rest) for t in s)) for s in case.linears]
+        ys, made = case.forward(x, siblings, impl="grouped")
+        return (*ys, made.logits)
 
     assert torch.autograd.gradcheck(call, tensors)
 
@@ -309,10 +308,10 @@ def saved_bytes(case, impl="grouped") -> int:
     x = case.x.requires_grad_()
     siblings = [
         type(s)(*s[:3], *(None if t is None else t.requires_grad_() for t in s[3:]))
-        for s in case.siblings
+        for s in case.linears
     ]
     own = {t.untyped_storage().data_ptr() for s in siblings for t in s if t is not None}
-    own |= {t.untyped_storage().data_ptr() for t in (x, *case.gate.values())}
+    own |= {t.untyped_storage().data_ptr() for t in (x, *(case.gate or ())) if t is not None}
     saved = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -322,19 +321,19 @@ def saved_bytes(case, impl="grouped") -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ys, *_ = apply(case.plan, x, siblings, impl=impl, **case.gate)
+        ys, _ = case.forward(x, siblings, impl=impl)
     torch.autograd.backward(ys, case.dy)
     return sum(saved.values())
 
 
 def expected_bytes(case, top_k) -> int:
     """h, weights, indices, order, offsets, tiles and chunks: the formula."""
-    n, ranks = len(case.siblings), case.plan.ranks
+    n, ranks = len(case.linears), case.mixture.ranks
     pairs, experts = len(case.x) * n * top_k, n * len(ranks)
     of_pairs = pairs * (max(ranks) * case.x.itemsize + 4)
-    if case.plan.top_k:
+    if case.mixture.top_k:
         of_pairs += pairs * 8
-        if not case.plan.renormalize:
+        if not case.mixture.renormalize:
             of_pairs += len(case.x) * experts * 4
     maps = sum(count_tiles(pairs, experts, size) for size in (TILE, CHUNK))
     return of_pairs + (experts + 1) * 4 + maps * 8
@@ -371,7 +370,7 @@ def test_the_work_does_not_depend_on_the_routing():
     tokens, experts, used = 500, 16, {}
     for routing in ("uniform", "one", "zipf", "empty"):
         case = make_case(tokens=tokens, ranks=(1,) * experts, gate="sparse", routing=routing)
-        *_, tiles, chunks = ops.route(case.gate["indices"], experts, 1, TILE, CHUNK)
+        *_, tiles, chunks = ops.route(case.gate.experts, experts, 1, TILE, CHUNK)
         assert len(tiles) == count_tiles(2 * tokens, experts, TILE), routing
         assert len(chunks) == count_tiles(2 * tokens, experts, CHUNK), routing
         used[routing] = int((tiles[:, 0] < experts).sum())

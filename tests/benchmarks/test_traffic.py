@@ -22,6 +22,7 @@ from moelora_kernels.kernels import (
 from moelora_kernels.kernels.common import launcher
 from support import grouped_cases
 from support.op_cases import CASES, Case, Inputs, forward_of
+from support.selection import default_cases
 
 pytestmark = pytest.mark.skipif(not launcher.INTERPRET, reason="needs Triton's interpreter")
 
@@ -73,20 +74,27 @@ def check_moved(found: list, counted: list) -> None:
 @pytest.mark.parametrize("split", (1, 3))
 @pytest.mark.parametrize(
     "name",
-    (
+    default_cases(
+        (
+            "plain",
+            "all_experts",
+            "softmax_before_topk",
+            "mixed_ranks",
+            "siblings",
+            "siblings_sparse",
+            "one_row",
+            "rows_int64",
+            "share_a",
+            "dropout",
+            "dropout_per_expert",
+            "float32_adapters",
+            "wide_rank",
+        ),
         "plain",
-        "all_experts",
-        "softmax_before_topk",
         "mixed_ranks",
-        "siblings",
-        "siblings_sparse",
-        "one_row",
-        "rows_int64",
-        "share_a",
-        "dropout",
         "dropout_per_expert",
         "float32_adapters",
-        "wide_rank",
+        "rows_int64",
     ),
 )
 def test_moved_is_what_kernels_load_and_store(name: str, split: int, counted) -> None:
@@ -107,20 +115,27 @@ GROUPED = {
 
 @pytest.mark.parametrize(
     "name",
-    (
+    default_cases(
+        (
+            "plain",
+            "eight_slots",
+            "mostly_one",
+            "empty",
+            "long",
+            "mixed_ranks",
+            "large_ranks",
+            "three_siblings",
+            "unweighted",
+            "by_pair",
+            "float32_start",
+            "dropout_per_expert",
+            "float32_adapters",
+        ),
         "plain",
-        "eight_slots",
-        "mostly_one",
-        "empty",
-        "long",
         "mixed_ranks",
-        "large_ranks",
-        "three_siblings",
-        "unweighted",
-        "by_pair",
-        "float32_start",
         "dropout_per_expert",
         "float32_adapters",
+        "empty",
     ),
 )
 @pytest.mark.parametrize("op", GROUPED)

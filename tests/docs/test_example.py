@@ -22,6 +22,7 @@ import finetune_multitask as example
 import promptcblue as data
 
 from moelora_kernels import MoeLoraLinear, adapter_parameters, set_tasks
+from support.selection import exhaustive
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "promptcblue"
@@ -72,12 +73,12 @@ def test_learns_writes_and_reloads(preset, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     (
-        ["--preset", "loramoe"],
-        ["--preset", "hydralora"],
-        ["--preset", "mola"],
-        ["--preset", "lora"],
+        pytest.param(["--preset", "loramoe"], marks=exhaustive),
+        pytest.param(["--preset", "hydralora"], marks=exhaustive),
+        pytest.param(["--preset", "mola"], marks=exhaustive),
+        pytest.param(["--preset", "lora"], marks=exhaustive),
         ["--preset", "ming", "--aux", "load_balance,z"],
-        ["--preset", "ming", "--dtype", "bf16"],
+        pytest.param(["--preset", "ming", "--dtype", "bf16"], marks=exhaustive),
         ["--preset", "moelora", "--dtype", "bf16"],
     ),
     ids=lambda arguments: "-".join(arguments[1::2]),
@@ -89,7 +90,11 @@ def test_every_preset_and_option_runs(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", (["--preset", "ming", "--aux", "load_balance,z"], ["--preset", "moelora"])
+    "options",
+    (
+        ["--preset", "ming", "--aux", "load_balance,z"],
+        pytest.param(["--preset", "moelora"], marks=exhaustive),
+    ),
 )
 def test_trainer_trains_what_the_loop_trains(options, tmp_path, capsys):
     """The same steps by Hugging Face's Trainer, whose logs have the expert load."""
@@ -109,9 +114,10 @@ def test_trainer_trains_what_the_loop_trains(options, tmp_path, capsys):
 def test_trainer_chooses_the_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--trainer", "--device", "cuda:1")
-    assert "--device: with --trainer cpu or cuda, got cuda:1" in capsys.readouterr().err
+    assert "--device: with --trainer must be cpu or cuda, got cuda:1" in capsys.readouterr().err
 
 
+@exhaustive
 def test_same_seed_same_curve(tmp_path):
     """With dropout, so that its masks are covered as well as the weights and the order."""
     short = ["--preset", "ming", "--dropout", "0.1", "--steps", "3", "--pretrain-steps", "2"]
@@ -379,7 +385,7 @@ def with_exact_norms(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("preset", "lr"),
     (
-        ("moelora", 1e-2),
+        pytest.param("moelora", 1e-2, marks=exhaustive),
         # Faster, a token changes its expert because of a rounding, the two float32 trainings part
         # ways, and the budget (0.27 at 1e-2, seed 0) allows anything.
         ("ming", 2e-3),
@@ -398,7 +404,7 @@ def test_loss_curve_coincides_with_plain_expert_loops(preset, lr):
     encoder = data.Encoder(data.ByteTokenizer(), tasks, 48, "cpu")
     batches = [encoder.batch(group) for group in data.shuffled(train, 4, distinct, 0)]
     batches *= steps // distinct
-    args = example.parse_arguments([*SMALL, "--pretrain-steps", "40"])
+    args = example.parse_arguments([*SMALL, "--pretrain-steps", "40"], sorted(example.PLANS))
     torch.manual_seed(0)
     model = with_exact_norms(example.pretrain(encoder, train, args))
     example.add_adapters(model, example.make_plan(preset, 5, dropout=0.0))

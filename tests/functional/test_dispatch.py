@@ -9,7 +9,6 @@ import torch
 
 from moelora_kernels import MoeLoraConfig, dispatch, native, ops
 from moelora_kernels.dispatch import THRESHOLDS, choose_impl, explain_choice
-from moelora_kernels.functional import _apply as apply
 from support.layers import assert_case, make_case
 from support.linears import make_layer
 
@@ -112,9 +111,9 @@ class Watched:
     def __init__(self, op):
         self.op, self.calls = op, 0
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **options):
         self.calls += 1
-        return self.op(*arguments)
+        return self.op(*arguments, **options)
 
 
 @pytest.fixture
@@ -166,7 +165,7 @@ def test_the_reference_calls_no_op_of_a_layer(calls):
 def test_grouped_is_refused_with_the_reason(gate):
     case = make_case(**gate)
     with pytest.raises(ValueError, match=r"^impl: 'grouped' does not go with this layer: .+"):
-        apply(case.plan, case.x, case.siblings, impl="grouped", **case.gate)
+        case.forward(case.x, impl="grouped")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
     ranks = ranks_of(math.floor(CPU.columns * 2) + 1)
     case = make_case(tokens=1, ranks=ranks, in_features=8, out_features=(8,)).to(torch.float32)
     compiled = torch.compile(
-        lambda x: apply(case.plan, x, case.siblings)[0][0],
+        lambda x: case.forward(x)[0][0],
         backend="aot_eager", fullgraph=True, dynamic=True,
     )  # fmt: skip
     seen = set()
@@ -206,4 +205,4 @@ def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
         with torch._dynamo.config.patch(error_on_recompile=side in seen):
             found = compiled(x)
         seen.add(side)
-        torch.testing.assert_close(found, apply(case.plan, x, case.siblings)[0][0])
+        torch.testing.assert_close(found, case.forward(x)[0][0])

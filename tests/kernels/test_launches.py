@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
 from moelora_kernels.kernels.common import launcher, tables
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import NO_DROPOUT, NO_GATE, Gate, Mixture, Needs, SiblingTensors
 from support.gpu_cases import layer_of
-from support.op_cases import CASES, Inputs
+from support.op_cases import CASES, Inputs, composed_forward
 
 KERNELS = {
     "shrink_gate": shrink_gate,
@@ -40,7 +40,7 @@ def test_a_layer_on_kernels_is_the_reference(
     name: str, dtype: torch.dtype, wide, monkeypatch
 ) -> None:
     """Through the autograd Function, whose ops are made of kernels here."""
-    monkeypatch.setattr(ops, "wide", wide._forward)
+    monkeypatch.setattr(ops, "wide", composed_forward(wide._forward))
     monkeypatch.setattr(ops, "wide_backward", wide._backward)
     layer = layer_of(Inputs(CASES[name], dtype))
     truth = layer.to(torch.float64).reference()
@@ -83,26 +83,25 @@ def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) ->
     def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    plan = Mixture(ranks, (2.0,) * 8, top_k=2 if router else 0)
+    mixture = Mixture(ranks, (2.0,) * 8, top_k=2 if router else 0)
     x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
     weight = [empty(4096, 4096) for _ in range(n)]
     a, b = ([empty(*shape) for _ in range(n)] for shape in ((sum(ranks), 4096), (4096, sum(ranks))))
     routers = [empty(8, 4096) for _ in range(n)] if router else []
-    gates = None if router else empty(5, n * 8, dtype=torch.float32)
-    rows = None if router else empty(T, dtype=torch.int32)
+    tensors = SiblingTensors(weight, [], [], a, b, routers, [])
+    gate = None
+    if not router:
+        weights = empty(5, n * 8, dtype=torch.float32)
+        gate = Gate(weights, rows=empty(T, dtype=torch.int32))
     # These are copied to the device once.
     tables.expert_columns(ranks, x.device)
-    tables.scaling_table(plan.scaling, x.device)
+    tables.scaling_table(mixture.scaling, x.device)
     with launcher.recording() as launches, CountLaunches() as aten:
-        _, h, weights, chosen, logits = wide._forward(
-            x, weight, [], [], a, b, routers, [], gates, None, rows, None, *plan
-        )
+        forward_arguments = (x, tensors, gate or Gate(*NO_GATE), mixture, NO_DROPOUT)
+        _, h, *made = wide._forward(*forward_arguments)
     assert (len(launches) + len(aten.ops), aten.ops) == (forward, ["mm", "addmm_"] * n)
     if router:
-        gates, rows = weights, None
+        gate = mixture.router_gate(*made)
     with launcher.recording() as launches, CountLaunches() as aten:
-        wide._backward(
-            dy, x, weight, a, b, routers, h, gates, chosen if router else None, rows,
-            logits if router else None, None, None, *plan, True, True,
-        )  # fmt: skip
+        wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, Needs(True, True))
     assert (len(launches) + len(aten.ops), aten.ops) == (backward, ["addmm_"] * n)

@@ -20,6 +20,7 @@ from moelora_kernels import reference
 from moelora_kernels.types import CHUNK, TILE, count_tiles
 from support.op_cases import REQUIRED
 from support.route_cases import CASES, NAMES, drawn
+from support.selection import default_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 GUARD, GARBAGE = 16, -77
@@ -155,7 +156,7 @@ template __global__ void moelora::route_kernel<long, false>(RouteArguments, cons
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ("80", "89", "90a", "100"))
+@pytest.mark.parametrize("architecture", default_cases(("80", "89", "90a", "100"), "90a"))
 def test_compiles_without_spills(tmp_path: Path, architecture: str) -> None:
     """1024 threads share 65536 registers."""
     source = tmp_path / "route.cu"

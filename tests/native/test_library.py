@@ -14,6 +14,7 @@ import pytest
 import moelora_kernels
 from moelora_kernels import native
 from support.op_cases import REQUIRED, needs_library
+from support.selection import exhaustive
 
 
 def test_library_is_there_where_it_is_required() -> None:
@@ -38,6 +39,7 @@ def run(
     )
 
 
+@exhaustive
 @needs_library
 @pytest.mark.parametrize("level", ("portable", "avx2"))
 def test_every_vector_width(level: str, request) -> None:

@@ -29,6 +29,7 @@ from support.compare import assert_same, training_step
 from support.ffns import HIDDEN, INNER, inputs, make_ffn
 from support.formulas.aux_loss import switch_loss
 from support.linears import randomise
+from support.selection import exhaustive
 
 MIXLORA = MoeLoraConfig.preset("mixlora", num_experts=4, rank=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -116,7 +117,9 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("options", COMPILED, ids=str)
+@pytest.mark.parametrize(
+    "options", (COMPILED[0], pytest.param(COMPILED[1], marks=exhaustive)), ids=str
+)
 def test_compile_without_graph_breaks_or_recompiles(options):
     """fullgraph=True, gradients as eager, and one graph for every number of tokens."""
     layer = make_ffn(**options)

@@ -9,11 +9,22 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraGroup, collect_aux_loss, ops
+from moelora_kernels.autograd.linear import siblings_of
 from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import CHUNK, TILE
+from moelora_kernels.types import (
+    CHUNK,
+    NO_DROPOUT,
+    NO_GATE,
+    TILE,
+    Gate,
+    Needs,
+    RouterTensors,
+    Routing,
+)
 from support.compare import assert_same, training_step
 from support.layers import make_case
 from support.linears import IN, make_layer
+from support.op_cases import opcheck
 
 GATES = {
     # name -> options
@@ -225,39 +236,36 @@ OP_CASES = {
 
 def op_calls(case):
     """Every grouped op with the arguments that a step of `case` gives it."""
-    x, plan, n = case.x, case.plan, len(case.siblings)
-    a, b = [s.lora_a for s in case.siblings], [s.lora_b for s in case.siblings]
-    weight, bias = ([s[i] for s in case.siblings] for i in (0, 1))
-    router, router_bias = ([s[i] for s in case.siblings if s[i] is not None] for i in (5, 6))
-    weights, indices = case.gate.get("gates"), case.gate.get("indices")
-    seed, drop = case.gate.get("seed"), (plan.dropout, plan.dropout_per_expert)
-    arguments = (x, weight, bias, [], a, b, router, router_bias, weights, indices, None, seed)
-    yield ops.grouped, (*arguments, *plan)
-    _, h, order, offsets, tiles, chunks, *routed = ops.grouped(*arguments, *plan)
-    logits = None
-    if router:
-        yield ops.router_logits, (x, router, router_bias)
-        weights, indices, logits = routed
-        yield ops.router_grad, (torch.randn_like(logits), x, torch.float32)
-    yield ops.route, (indices, len(plan.ranks), n, TILE, CHUNK)
-    routing = (order, offsets, tiles, plan.ranks)
-    yield ops.grouped_shrink, (x, a, weights, *routing, plan.scaling, *drop, seed)
-    backward = (case.dy, b, h, weights, *routing, plan.scaling)
-    yield ops.grouped_shrink_backward, backward
+    x, mixture, dropout, n = case.x, case.mixture, case.dropout, len(case.linears)
+    ranks, scaling = mixture.ranks, mixture.scaling
+    tensors = siblings_of(case.linears)
+    bias, a, b = tensors.bias, tensors.lora_a, tensors.lora_b
+    arguments = [x, tensors, case.gate or Gate(*NO_GATE), mixture, dropout]
+    yield "grouped", arguments
+    result = ops.grouped(*arguments)
+    gate, routing = case.gate, Routing(*result[5:])
+    if gate is None:
+        gate = mixture.router_gate(*result[2:5])
+        yield "router_logits", [x, RouterTensors(tensors.router_weight, tensors.router_bias)]
+        yield "router_grad", [torch.randn_like(gate.logits), x, torch.float32]
+    yield "route", [gate.experts, len(ranks), n, TILE, CHUNK]
+    yield "grouped_shrink", [x, a, gate.weights, routing, ranks, scaling, dropout]
+    backward = [case.dy, b, result.h, gate.weights, routing, ranks, scaling]
+    yield "grouped_shrink_backward", backward
     dh, u, _ = ops.grouped_shrink_backward(*backward)
+    T = len(x)
     for start in (None, bias[0], case.dy[0]):
-        yield ops.grouped_expand, (u, b[:1], start, *routing, len(x), 0, False, 0.0, False, None)
+        yield "grouped_expand", [u, b[:1], start, routing, ranks, NO_DROPOUT, T, 0, False]
     back = [m.t() for m in a]
-    yield ops.grouped_expand, (dh, back, None, *routing, len(x), 0, False, *drop, seed)
+    yield "grouped_expand", [dh, back, None, routing, ranks, dropout, T, 0, False]
     if n == 1:
-        yield ops.grouped_expand, (u, b, bias[0], *routing, len(x), 0, True, 0.0, False, None)
-    sums = (order, offsets, chunks, torch.float32, plan.ranks, *drop, seed)
-    yield ops.grouped_weight_grad, (x, dh, case.dy, u, *sums)
+        yield "grouped_expand", [u, b, bias[0], routing, ranks, NO_DROPOUT, T, 0, True]
+    yield "grouped_weight_grad", [x, dh, case.dy, u, routing, ranks, dropout, torch.float32]
     for needs in ((True, True), (True, False), (False, True)):
-        yield ops.grouped_backward, (
-            case.dy, x, weight, a, b, router, h, weights, indices, order, offsets, tiles, chunks,
-            logits, None, seed, *plan, *needs,
-        )  # fmt: skip
+        yield (
+            "grouped_backward",
+            [case.dy, x, tensors, result.h, gate, None, routing, mixture, dropout, Needs(*needs)],
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -265,7 +273,7 @@ def op_calls(case):
 def test_opcheck_of_every_op(name, dtype):
     case = make_case(tokens=9, **OP_CASES[name]).to(dtype)
     for op, arguments in op_calls(case):
-        torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
+        opcheck(op, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from moelora_kernels import ops, reference
+from moelora_kernels.autograd.linear import siblings_of
+from moelora_kernels.types import NO_GATE, Gate, Needs, RouterTensors
 from support.layers import make_case
+from support.op_cases import opcheck
 
 OPCHECKS = (
     "test_schema",
@@ -24,76 +27,62 @@ CASES = {
 }
 
 
-def shrink_arguments(case):
-    return (
-        case.x,
-        [s.lora_a for s in case.siblings],
-        case.gate.get("gates"),
-        case.gate.get("indices"),
-        case.gate.get("rows"),
-        [s.router_weight for s in case.siblings if s.router_weight is not None],
-        [s.router_bias for s in case.siblings if s.router_bias is not None],
-        *case.plan,
-        case.gate.get("seed"),
+def routers(case) -> RouterTensors:
+    return RouterTensors(
+        [s.router_weight for s in case.linears if s.router_weight is not None],
+        [s.router_bias for s in case.linears if s.router_bias is not None],
     )
 
 
-def backward_arguments(case):
-    h, _, weights, chosen, logits = reference.shrink_gate(*shrink_arguments(case))
-    plan, routed = case.plan, case.plan.top_k > 0
-    gates = weights if routed else case.gate["gates"]
-    indices = chosen if routed and plan.top_k < len(plan.ranks) else case.gate.get("indices")
-    return (
-        case.dy, [s.lora_b for s in case.siblings], h, gates, indices, case.gate.get("rows"),
-        logits if routed else None, torch.randn_like(logits) if routed else None,
-        plan.ranks, plan.scaling, plan.share_a, plan.top_k, plan.renormalize, plan.temperature,
-    )  # fmt: skip
+def shrink_arguments(case) -> list:
+    lora_a = [s.lora_a for s in case.linears]
+    return [case.x, lora_a, routers(case), case.gate or Gate(*NO_GATE), case.mixture, case.dropout]
+
+
+def backward_arguments(case) -> list:
+    h, _, *made = reference.shrink_gate(*shrink_arguments(case))
+    gate, dlogits = case.gate, None
+    if gate is None:
+        gate = case.mixture.router_gate(*made)
+        dlogits = torch.randn_like(gate.logits)
+    return [case.dy, [s.lora_b for s in case.linears], h, gate, dlogits, case.mixture]
+
+
+def dx_arguments(case, dh, dgate) -> list:
+    dlogits = dgate if case.mixture.top_k else None
+    lora_a = [s.lora_a for s in case.linears]
+    return [dh, dlogits, lora_a, routers(case).weight, case.mixture.ranks, case.dropout]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, dtype):
     case = make_case(**CASES[name]).to(dtype)
-    torch.library.opcheck(ops.shrink_gate, shrink_arguments(case), test_utils=OPCHECKS)
+    opcheck("shrink_gate", shrink_arguments(case), test_utils=OPCHECKS)
     arguments = backward_arguments(case)
-    torch.library.opcheck(ops.shrink_gate_backward, arguments, test_utils=OPCHECKS)
+    opcheck("shrink_gate_backward", arguments, test_utils=OPCHECKS)
     dh, u, dgate = reference.shrink_gate_backward(*arguments)
-    torch.library.opcheck(
-        ops.weight_grad,
-        (
-            case.x, dh, dgate if case.plan.top_k else None, case.dy, u, torch.float32, dtype,
-            case.plan.ranks, case.plan.dropout, case.plan.dropout_per_expert, case.gate.get("seed"),
-        ),
-        test_utils=OPCHECKS,
-    )  # fmt: skip
+    dlogits, ranks = dgate if case.mixture.top_k else None, case.mixture.ranks
+    arguments = [case.x, dh, dlogits, case.dy, u, ranks, case.dropout, torch.float32, dtype]
+    opcheck("weight_grad", arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("called", (False, True))
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_the_whole_layer(name, called):
     case = make_case(**CASES[name]).to(torch.float32)
-    x, lora_a, gates, indices, rows, routers, biases, *plan, seed = shrink_arguments(case)
-    weight, bias, lora_b = ([s[i] for s in case.siblings] for i in (0, 1, 4))
-    base = [torch.randn_like(g) for g in case.dy] if called else []
-    weight, bias = ([], []) if called else (weight, bias)
-    torch.library.opcheck(
-        ops.wide,
-        (
-            x, weight, bias, base, lora_a, lora_b, routers, biases, gates, indices, rows, seed,
-            *plan,
-        ),
-        test_utils=OPCHECKS,
-    )  # fmt: skip
-    dy, lora_b, h, gates, indices, rows, logits, dlogits, *_ = backward_arguments(case)
+    if called:
+        case.linears = [
+            s._replace(weight=None, bias=None, base_output=torch.randn_like(g))
+            for s, g in zip(case.linears, case.dy, strict=True)
+        ]
+    tensors = siblings_of(case.linears)
+    gate = case.gate or Gate(*NO_GATE)
+    opcheck("wide", [case.x, tensors, gate, case.mixture, case.dropout], test_utils=OPCHECKS)
+    dy, _, h, gate, dlogits, mixture = backward_arguments(case)
     for needs in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(
-            ops.wide_backward,
-            (
-                dy, x, weight, lora_a, lora_b, routers, h, gates, indices, rows, logits, dlogits,
-                seed, *plan, *needs,
-            ),
-            test_utils=OPCHECKS,
-        )  # fmt: skip
+        arguments = [dy, case.x, tensors, h, gate, dlogits, mixture, case.dropout, Needs(*needs)]
+        opcheck("wide_backward", arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,13 +91,9 @@ def test_shrink_dx_equals_its_reference(name, tokens):
     # Fewer and more tokens than rows of A: the products are chained, or one.
     case = make_case(**CASES[name], tokens=tokens)
     dh, _, dgate = reference.shrink_gate_backward(*backward_arguments(case))
-    arguments = (
-        dh, dgate if case.plan.top_k else None, [s.lora_a for s in case.siblings],
-        [s.router_weight for s in case.siblings if s.router_weight is not None],
-        case.plan.ranks, case.plan.dropout, case.plan.dropout_per_expert, case.gate.get("seed"),
-    )  # fmt: skip
+    arguments = dx_arguments(case, dh, dgate)
     torch.testing.assert_close(ops.shrink_dx(*arguments), reference.shrink_dx(*arguments))
-    torch.library.opcheck(ops.shrink_dx, arguments, test_utils=OPCHECKS)
+    opcheck("shrink_dx", arguments, test_utils=OPCHECKS)
 
 
 def test_opcheck_of_the_gate_and_dropout():
@@ -119,7 +104,7 @@ def test_opcheck_of_the_gate_and_dropout():
     arguments = (torch.randn(7, 2), weights, indices, logits, False, 0.7)
     torch.library.opcheck(backward, arguments, test_utils=OPCHECKS)
     arguments = (torch.randn(6, 5), 0.3, torch.tensor([4]), 1)
-    torch.library.opcheck(ops.dropout, arguments, test_utils=OPCHECKS)
+    opcheck("dropout", [*arguments], test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("renormalize", (True, False))

@@ -34,7 +34,7 @@ LARGE = {
     "dropout": REAL._replace(ranks=(16,) * 64, dropout=0.1, per_expert=True),
     "float32_adapters": REAL._replace(T=1000, ranks=(64,) * 16, adapters=torch.float32),
 }
-IMPLEMENTATIONS = {name: getattr(torch.ops.moelora, name) for name in grouped_cases.OUTPUTS}
+IMPLEMENTATIONS = {name: getattr(ops, name) for name in grouped_cases.OUTPUTS}
 
 
 @each_half

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops, reference
-from moelora_kernels.autograd.linear import _Flat as Mixture
-from moelora_kernels.functional import _apply as apply
+from moelora_kernels.functional import run_layer
 from moelora_kernels.kernels import (
     dropout,
     shrink_dx,
@@ -18,10 +17,10 @@ from moelora_kernels.kernels import (
     weight_grad,
 )
 from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import LinearTensors
+from moelora_kernels.types import LinearTensors, Mixture
 from support import layers
 from support.gpu_cases import DEVICE, draw_inputs, each_half, each_large, layer_of
-from support.op_cases import CASES, Inputs, compare, forward_of
+from support.op_cases import CASES, Inputs, compare, forward_of, opcheck
 
 pytestmark = pytest.mark.gpu
 
@@ -91,15 +90,13 @@ def test_opcheck(name: str) -> None:
     inputs = Inputs(CASES[name], torch.bfloat16).to(DEVICE)
     checks = ("test_schema", "test_faketensor")
     arguments = inputs.shrink()
-    torch.library.opcheck(ops.shrink_gate, tuple(arguments), test_utils=checks)
+    opcheck("shrink_gate", arguments, test_utils=checks)
     forward = ops.shrink_gate(*arguments)
     arguments = inputs.backward(forward)
-    torch.library.opcheck(ops.shrink_gate_backward, tuple(arguments), test_utils=checks)
+    opcheck("shrink_gate_backward", arguments, test_utils=checks)
     back = ops.shrink_gate_backward(*arguments)
-    torch.library.opcheck(
-        ops.weight_grad, tuple(inputs.weight_grad(forward, back)), test_utils=checks
-    )
-    torch.library.opcheck(ops.shrink_dx, tuple(inputs.shrink_dx(back)), test_utils=checks)
+    opcheck("weight_grad", inputs.weight_grad(forward, back), test_utils=checks)
+    opcheck("shrink_dx", inputs.shrink_dx(back), test_utils=checks)
 
 
 def require_memory(needed: int) -> None:
@@ -165,16 +162,16 @@ def test_more_than_2_to_the_31_elements(wide: str) -> None:
         return torch.empty(shape, device=DEVICE, dtype=torch.float16).normal_(std=std)
 
     # Every expert is chosen, so that no rounding of a logit changes the routing.
-    plan = Mixture((4, 4), (0.5, 0.75), top_k=2)
+    mixture = Mixture((4, 4), (0.5, 0.75), top_k=2)
     weight, a, router = (normal(rows, I, std=I**-0.5) for rows in (O, 8, 2))
     sibling = LinearTensors(weight, None, None, a, normal(O, 8, std=0.3), router, None)
     x, dy = normal(T, I), normal(T, O).zero_()
     dy[-last:] = normal(last, O)
-    slices = layers.Case(plan, x[-last:], [sibling], [dy[-last:]])
+    slices = layers.Case(mixture, x[-last:], [sibling], [dy[-last:]])
 
     for leaf in (x, sibling.lora_a, sibling.lora_b, router):
         leaf.requires_grad_()
-    (y,), *_ = apply(plan, x, [sibling], impl="wide")
+    (y,), _ = run_layer(mixture, x, [sibling], impl="wide")
     y.backward(dy)
     found = {"y0": y[-last:], "dx": x.grad[-last:], "dA0": a.grad, "dB0": sibling.lora_b.grad}
     found["drouter0"] = router.grad

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moelora_kernels import ops
 from support.grouped_cases import CASES, OUTPUTS, Inputs, check, check_what_is_not_chosen
 from support.op_cases import DTYPES
 
-IMPLEMENTATIONS = {name: getattr(torch.ops.moelora, name) for name in OUTPUTS}
+IMPLEMENTATIONS = {name: getattr(ops, name) for name in OUTPUTS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

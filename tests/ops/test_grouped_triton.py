@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.kernels import (
     grouped_expand,
     grouped_shrink,
@@ -21,12 +20,23 @@ from moelora_kernels.kernels import (
 )
 from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import TILE
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    TILE,
+    Gate,
+    Mixture,
+    Needs,
+    Routing,
+    SiblingTensors,
+)
 from support.gpu_cases import layer_of
 from support.grouped_cases import CASES, OUTPUTS, Case, Inputs, check, check_what_is_not_chosen
 from support.op_cases import CASES as LAYERS
 from support.op_cases import KERNEL_DEVICE as DEVICE
 from support.op_cases import Inputs as LayerInputs
+from support.op_cases import composed_forward
+from support.selection import default_cases
 
 # Who serves `route` on a GPU is no kernel of Triton.
 LAUNCHERS = {
@@ -39,6 +49,12 @@ LAUNCHERS = {
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 each_op = pytest.mark.parametrize("name", LAUNCHERS)
+# Tails, empty experts and tokens, ranks and sizes past a tile, each form of an id, start and mask.
+BY_DEFAULT = default_cases(
+    CASES, "plain", "one_slot", "eight_slots", "mostly_one", "empty", "long", "mixed_ranks",
+    "wide", "no_token", "one_token", "nothing_routed_int64", "siblings", "dropout_per_expert",
+    "float32_adapters",
+)  # fmt: skip
 # Other dtypes take other casts and products, and no other addresses. Two passes at most: Triton's
 # interpreter cuts a float32 down to bfloat16 where a GPU rounds it, in every pass.
 FEW = ("mixed_ranks", "dropout_by_pair", "float32_adapters")
@@ -56,13 +72,13 @@ def test_programs_take_whole_tiles(architecture: str) -> None:
 
 
 @each_op
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", BY_DEFAULT)
 def test_op(name: str, case: Case) -> None:
     check(name, LAUNCHERS[name], Inputs(case, FP16, device=DEVICE), FP16)
 
 
 @each_op
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case", default_cases(FEW, "mixed_ranks"))
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=("bf16", "fp32"))
 def test_op_in_other_dtypes(name: str, case: str, dtype: torch.dtype) -> None:
     check(name, LAUNCHERS[name], Inputs(CASES[case], dtype, device=DEVICE), dtype)
@@ -87,14 +103,12 @@ def test_what_is_not_chosen_adds_nothing(dtype: torch.dtype) -> None:
 def test_many_slots_are_added_before_they_are_rounded() -> None:
     """Terms of 3/8 of the last place of y: rounded one by one they would all be lost."""
     case = Case(T=3, K=8, O=5, ranks=(1,) * 8, routing="all")
-    order, offsets, tiles, _ = Inputs(case, FP16, device=DEVICE).routing()
+    routing = Inputs(case, FP16, device=DEVICE).routing()
     u, start = (
         torch.full(s, v, device=DEVICE).half() for s, v in (((24, 1), 0.75), ((5,), 2048.0))
     )
     matrix = torch.ones(5, 8, device=DEVICE).half()
-    y = grouped_expand.launch(
-        u, [matrix], start, order, offsets, tiles, [1] * 8, 3, 0, False, 0.0, False, None
-    )
+    y = grouped_expand.launch(u, [matrix], start, routing, (1,) * 8, NO_DROPOUT, 3, 0, False)
     assert (y == 2048 + 8 * 0.75).all()
 
 
@@ -155,6 +169,8 @@ def test_launches_follow_from_shapes_alone(name: str, case: str) -> None:
         ]
 
     def empty(value):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(empty, value))
         if isinstance(value, list):
             return [empty(v) for v in value]
         return value.to("meta") if isinstance(value, Tensor) else value
@@ -176,7 +192,7 @@ def grouped(monkeypatch):
 @pytest.mark.parametrize("name", ("plain", "siblings", "sparse_int64", "dropout_per_expert"))
 def test_a_layer_on_kernels_is_the_reference(name: str, grouped, monkeypatch) -> None:
     """Through the autograd Function, whose ops are made of kernels here."""
-    monkeypatch.setattr(ops, "grouped", grouped._forward)
+    monkeypatch.setattr(ops, "grouped", composed_forward(grouped._forward))
     monkeypatch.setattr(ops, "grouped_backward", grouped._backward)
     layer = layer_of(LayerInputs(LAYERS[name], FP16))
     truth = layer.to(torch.float64).reference()
@@ -229,27 +245,26 @@ def test_launches_are_counted(sizes: dict, forward: dict, backward: dict, groupe
     """On tensors without data: grids, metadata and workspaces come from shapes alone."""
     E, rank, K = sizes["E"], sizes["rank"], sizes["K"]
     T, n = sizes.get("T", 8192), sizes.get("n", 1)
-    monkeypatch.setattr(grouped, "route", grouped._fake_route)
+    monkeypatch.setattr(grouped, "route", grouped.route_fake)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=BF16, device="meta")
 
-    plan = Mixture((rank,) * E, (2.0,) * E, top_k=K)
+    mixture = Mixture((rank,) * E, (2.0,) * E, top_k=K)
     x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
     a, b = ([empty(*s) for _ in range(n)] for s in ((E * rank, 4096), (4096, E * rank)))
     weight, routers = ([empty(rows, 4096) for _ in range(n)] for rows in (4096, E))
+    tensors = SiblingTensors(weight, [], [], a, b, routers, [])
 
     def counted(launches) -> dict:
         return dict(Counter(x.kernel.fn.__name__.removesuffix("_kernel") for x in launches))
 
     with launcher.recording() as launches:
-        _, h, *routing, weights, chosen, logits = grouped._forward(
-            x, weight, [], [], a, b, routers, [], None, None, None, None, *plan
-        )
+        result = grouped._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
     assert counted(launches) == forward
+    gate, routing = mixture.router_gate(*result[2:5]), Routing(*result[5:])
     with launcher.recording() as launches:
         grouped._backward(
-            dy, x, weight, a, b, routers, h, weights, chosen, *routing, logits, None, None, *plan,
-            True, True,
-        )  # fmt: skip
+            dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, Needs(True, True)
+        )
     assert counted(launches) == backward

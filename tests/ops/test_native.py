@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moelora_kernels import reference
-from support.op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
+from moelora_kernels import ops, reference
+from support.op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of, needs_library
 
 
 @needs_library
@@ -14,7 +14,7 @@ from support.op_cases import CASES, DTYPES, Case, Inputs, compare, forward_of, n
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_op_shrink_gate(case: Case, dtype: torch.dtype) -> None:
     arguments = Inputs(case, dtype).shrink()
-    names = "h u weights indices logits"
+    names = "h u weights experts logits"
     compare(names, ops.shrink_gate, reference.shrink_gate, arguments, dtype)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelora_kernels import reference
-from support.op_cases import DTYPES, Case, Inputs, compare, forward_of, needs_library, ops
+from moelora_kernels import ops, reference
+from support.op_cases import DTYPES, Case, Inputs, compare, forward_of, needs_library
 
 
 @needs_library
@@ -46,7 +46,7 @@ def test_experts_out_of_range_and_repeated(dtype: torch.dtype) -> None:
     )
     forward = forward_of(inputs)
     compare(
-        "h u weights indices logits", ops.shrink_gate, reference.shrink_gate, inputs.shrink(),
+        "h u weights experts logits", ops.shrink_gate, reference.shrink_gate, inputs.shrink(),
         torch.float32,
     )  # fmt: skip
     compare(
@@ -144,7 +144,7 @@ def test_inputs_that_are_not_contiguous(dtype: torch.dtype) -> None:
     inputs.lora_a = [a.t().contiguous().t() for a in inputs.lora_a]
     inputs.lora_b = [b.t().contiguous().t() for b in inputs.lora_b]
     inputs.gates = inputs.gates.t().contiguous().t()
-    names = "h u weights indices logits"
+    names = "h u weights experts logits"
     compare(names, ops.shrink_gate, reference.shrink_gate, inputs.shrink(), dtype)
     arguments = inputs.backward(forward_of(inputs))
     names = "dh u dgate"

@@ -82,7 +82,7 @@ def test_fake_agrees(name: str) -> None:
 @pytest.mark.parametrize("tokens", (0, 37))
 def test_opcheck(tokens: int) -> None:
     indices = adversarial(tokens, 4, 5, torch.int64)
-    torch.library.opcheck(ops.route, (indices, 5, 2, TILE, CHUNK))
+    torch.library.opcheck(torch.ops.moelora.route.default, (indices, 5, 2, TILE, CHUNK))
 
 
 def test_one_graph_for_any_number_of_tokens() -> None:
@@ -106,7 +106,7 @@ def test_the_fallback_asks_nothing_of_the_device(siblings: int) -> None:
 
 
 def test_too_many_pairs_for_the_fallback() -> None:
-    with pytest.raises(ValueError, match=r"indices: expected less than 2\^31 pairs"):
+    with pytest.raises(ValueError, match=r"experts: expected less than 2\^31 pairs"):
         reference.route(PAIR.expand(2**30, 2), 1, 1, 64, 64)
 
 
@@ -117,15 +117,15 @@ PAIR = torch.zeros(1, 1, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("arguments", "named"),
     (
-        ((torch.zeros(4, dtype=torch.int32), 3, 1, 1, 1), "indices: expected 2 dimensions, got 1"),
-        ((torch.zeros(4, 2), 3, 1, 1, 1), "indices: expected int32 or int64"),
-        ((torch.zeros(4, 5, dtype=torch.int32), 3, 2, 1, 1), "indices: 5 columns for 2 siblings"),
+        ((torch.zeros(4, dtype=torch.int32), 3, 1, 1, 1), "experts: expected 2 dimensions, got 1"),
+        ((torch.zeros(4, 2), 3, 1, 1, 1), "experts: expected int32 or int64"),
+        ((torch.zeros(4, 5, dtype=torch.int32), 3, 2, 1, 1), "experts: 5 columns for 2 siblings"),
         ((PAIR, 0, 1, 1, 1), "num_experts: expected at least 1, got 0"),
         ((PAIR, 1, 0, 1, 1), "siblings: expected at least 1, got 0"),
         ((PAIR, 1, 1, 0, 1), "tile: expected at least 1, got 0"),
         ((PAIR, 1, 1, 1, -1), "chunk: expected at least 1, got -1"),
         ((PAIR, 2**31 - 1, 1, 1, 1), "num_experts: expected 1 siblings to have less than 2.31"),
-        ((PAIR.expand(2**30, 2), 1, 1, 64, 64), "indices: expected less than 2.31 pairs, got"),
+        ((PAIR.expand(2**30, 2), 1, 1, 64, 64), "experts: expected less than 2.31 pairs, got"),
     ),
 )
 def test_bad_arguments_are_named(arguments: tuple, named: str) -> None:

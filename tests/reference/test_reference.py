@@ -6,39 +6,41 @@ import pytest
 import torch
 
 from moelora_kernels import reference
+from moelora_kernels.types import Gate
 from support.layers import make_case
 
 
 def loop(case, sibling: int = 0) -> torch.Tensor:
     """y of one sibling, one token and one expert at a time."""
-    s, plan, n = case.siblings[sibling], case.plan, len(case.siblings)
-    experts = len(plan.ranks)
+    s, mixture, n = case.linears[sibling], case.mixture, len(case.linears)
+    experts = len(mixture.ranks)
     rows = []
     for t, x in enumerate(case.x):
         y = s.weight @ x + (0 if s.bias is None else s.bias)
         weights = dict.fromkeys(range(experts), 0.0)
         if s.router_weight is not None:
             logits = s.router_weight @ x + (0 if s.router_bias is None else s.router_bias)
-            p = torch.exp(logits / plan.temperature)
+            p = torch.exp(logits / mixture.temperature)
             p = p / p.sum()
-            best = sorted(range(experts), key=lambda e: (-p[e].item(), e))[: plan.top_k]
-            total = sum(p[e] for e in best) if plan.renormalize else 1.0
+            best = sorted(range(experts), key=lambda e: (-p[e].item(), e))[: mixture.top_k]
+            total = sum(p[e] for e in best) if mixture.renormalize else 1.0
             weights |= {e: p[e] / total for e in best}
-        elif "indices" in case.gate:
-            k = case.gate["gates"].shape[1] // n
+        elif case.gate.experts is not None:
+            k = case.gate.weights.shape[1] // n
             for slot in range(sibling * k, (sibling + 1) * k):
-                e = int(case.gate["indices"][t, slot])
+                e = int(case.gate.experts[t, slot])
                 if 0 <= e < experts:
-                    weights[e] = weights[e] + case.gate["gates"][t, slot]
+                    weights[e] = weights[e] + case.gate.weights[t, slot]
         else:
-            gates = case.gate["gates"]
-            row = int(case.gate["rows"][t]) if "rows" in case.gate else min(t, len(gates) - 1)
+            gates = case.gate.weights
+            rows_of_tokens = case.gate.rows
+            row = min(t, len(gates) - 1) if rows_of_tokens is None else int(rows_of_tokens[t])
             weights = {e: gates[row, sibling * experts + e] for e in range(experts)}
         start = 0
-        for e, rank in enumerate(plan.ranks):
-            a = s.lora_a if plan.share_a else s.lora_a[start : start + rank]
+        for e, rank in enumerate(mixture.ranks):
+            a = s.lora_a if mixture.share_a else s.lora_a[start : start + rank]
             b = s.lora_b[:, start : start + rank]
-            y = y + weights[e] * plan.scaling[e] * (b @ (a @ x))
+            y = y + weights[e] * mixture.scaling[e] * (b @ (a @ x))
             start += rank
         rows.append(y)
     return torch.stack(rows)
@@ -65,22 +67,22 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_equal_the_token_loop(name):
     case = make_case(tokens=6, in_features=5, **{"out_features": (4,), **CASES[name]})
-    leaves = [case.x, *(t for s in case.siblings for t in s[3:] if t is not None)]
-    leaves += [case.gate["gates"]] if "gates" in case.gate else []
+    leaves = [case.x, *(t for s in case.linears for t in s[3:] if t is not None)]
+    leaves += [case.gate.weights] if case.gate is not None else []
     for leaf in leaves:
         leaf.requires_grad_()
-    ys = [loop(case, i) for i in range(len(case.siblings))]
+    ys = [loop(case, i) for i in range(len(case.linears))]
     expected = torch.autograd.grad(ys, leaves, case.dy)
     with torch.no_grad():
         found = case.reference()
-    n = len(case.siblings)
+    n = len(case.linears)
     for i, y in enumerate(ys):
         torch.testing.assert_close(found[f"y{i}"], y.detach(), rtol=1e-12, atol=1e-12)
     names = ["dx"]
     for i in range(n):
         names += [f"dA{i}", f"dB{i}"]
-        names += [f"drouter{i}", f"dbias{i}"] if case.plan.top_k else []
-    names += ["dgates"] if "gates" in case.gate else []
+        names += [f"drouter{i}", f"dbias{i}"] if case.mixture.top_k else []
+    names += ["dgates"] if case.gate is not None else []
     for key, grad in zip(names, expected, strict=True):
         torch.testing.assert_close(found[key], grad, rtol=1e-11, atol=1e-11, msg=key)
 
@@ -146,17 +148,17 @@ def test_topk_gate_keeps_the_order_of_all_experts():
 
 def test_gate_of_zero_selects_nothing():
     case = make_case(gate="dense")
-    case.gate["gates"][:, 1] = 0
-    case.siblings[0].lora_a[4:8] = torch.nan
+    case.gate.weights[:, 1] = 0
+    case.linears[0].lora_a[4:8] = torch.nan
     assert torch.isfinite(case.run("reference")["y0"]).all()
 
 
 def test_rows_and_indices_out_of_range_are_not_routed():
     gates = torch.rand(2, 3)
     rows = torch.tensor([0, -1, 2, 1, 2**31 - 1])
-    gate = reference.dense_gate(gates, None, rows, 5, 1, 3)[:, 0]
+    gate = reference.dense_gate(Gate(gates, rows=rows), 5, 1, 3, gates.dtype)[:, 0]
     assert torch.equal(gate[[0, 3]], gates)
     assert gate[[1, 2, 4]].eq(0).all()
     indices = torch.tensor([[0, 3], [-1, 2], [2**31 - 1, -(2**31)], [1, 1]])
-    gate = reference.dense_gate(torch.ones(4, 2), indices, None, 4, 1, 3)[:, 0]
+    gate = reference.dense_gate(Gate(torch.ones(4, 2), indices), 4, 1, 3, torch.float32)[:, 0]
     assert gate.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 2, 0]]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels import MoeLoraGroup, MoeLoraLinear, moe_lora_linear, set_tasks
-from moelora_kernels.autograd.linear import _Flat as Mixture
 from moelora_kernels.testing import assert_within_budget
 from moelora_kernels.types import LinearTensors
 from support.layers import Case as Layer
@@ -93,7 +92,7 @@ def keep_apart(inputs: Inputs, least: float = 1e-3) -> Inputs:
 def layer_of(inputs: Inputs) -> Layer:
     """A whole layer around the inputs of the ops: W of its own, the rest theirs."""
     c, x = inputs.case, inputs.x
-    siblings = [
+    linears = [
         LinearTensors(
             x.new_empty(c.O, c.I).normal_(std=c.I**-0.5),
             x.new_empty(c.O).normal_() if c.bias else None,
@@ -105,13 +104,8 @@ def layer_of(inputs: Inputs) -> Layer:
         )
         for i, (a, b) in enumerate(zip(inputs.lora_a, inputs.lora_b, strict=True))
     ]
-    plan = Mixture(
-        c.ranks, tuple(inputs.scaling), c.share_a, c.top_k if inputs.router else 0, c.renormalize,
-        c.temperature, c.dropout, c.per_expert,
-    )  # fmt: skip
-    gate = dict(gates=inputs.gates, indices=inputs.indices, rows=inputs.rows, seed=inputs.seed)
-    gate = {name: tensor for name, tensor in gate.items() if tensor is not None}
-    return Layer(plan, x, siblings, inputs.dy, gate, inputs.dlogits)
+    gate = None if inputs.router else inputs.gate
+    return Layer(inputs.mixture, x, linears, inputs.dy, gate, inputs.dropout, inputs.dlogits)
 
 
 class Step:

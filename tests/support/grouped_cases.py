@@ -1,6 +1,6 @@
 """Cases for the ops of the grouped formulation, and how an implementation is compared.
 
-An implementation is anything with the signature of the op: `torch.ops.moelora.route`, a launcher.
+An implementation is anything with the signature of the op: `ops.route`, a launcher.
 
     check("grouped_shrink", implementation, Inputs(CASES["plain"], dtype), dtype)
     check_what_is_not_chosen(implementations)       name of an op -> implementation
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
+from moelora_kernels.types import NO_DROPOUT, Dropout, RouterTensors, Routing
 from support.op_cases import compare
 
 # op -> names of its outputs, in the order in which a layer calls them.
@@ -185,57 +186,55 @@ class Inputs:
         return getattr(self, f"_{name}")()
 
     @property
-    def _dropout(self) -> list:
-        return [self.case.dropout, self.case.per_expert, self.seed]
+    def ranks(self) -> tuple[int, ...]:
+        return self.case.ranks
+
+    @property
+    def dropout(self) -> Dropout:
+        return Dropout(self.case.dropout, self.case.per_expert, self.seed)
 
     def _route(self) -> list[list]:
         c = self.case
         return [[self.indices, len(c.ranks), c.n, c.tile, c.chunk]]
 
     def _router_logits(self) -> list[list]:
-        return [[self.x, self.router, self.bias]]
+        return [[self.x, RouterTensors(self.router, self.bias)]]
 
     def _router_grad(self) -> list[list]:
         return [[self.dlogits, self.x, self.router[0].dtype]]
 
-    def routing(self) -> list[Tensor]:
-        return [*reference.route(*self._route()[0])]
+    def routing(self) -> Routing:
+        return reference.route(*self._route()[0])
 
     def _grouped_shrink(self) -> list[list]:
-        c, (*routing, _) = self.case, self.routing()
-        given = [self.x, self.lora_a, self.weights, *routing, [*c.ranks], self.scaling]
-        return [[*given, *self._dropout]]
+        weights, routing = self.weights, self.routing()
+        return [[self.x, self.lora_a, weights, routing, self.ranks, self.scaling, self.dropout]]
 
     def _grouped_shrink_backward(self) -> list[list]:
         h, _ = reference.grouped_shrink(*self._grouped_shrink()[0])
-        *routing, _ = self.routing()
-        given = [self.dy, self.lora_b, h, self.weights, *routing, [*self.case.ranks], self.scaling]
-        return [given]
+        weights, routing = self.weights, self.routing()
+        return [[self.dy, self.lora_b, h, weights, routing, self.ranks, self.scaling]]
 
     def _grouped_expand(self) -> list[list]:
         """y of every sibling, dx, and with several siblings y without that of the first."""
-        c, (*routing, _) = self.case, self.routing()
+        c, routing = self.case, self.routing()
         _, u = reference.grouped_shrink(*self._grouped_shrink()[0])
         dh, *_ = reference.grouped_shrink_backward(*self._grouped_shrink_backward()[0])
-        ranks, keep = [*c.ranks], [0.0, False, None]
 
-        def call(left, matrices, start, first, drop):
-            given = [left, matrices, start, *routing, ranks, c.T, first, c.by_pair, *drop]
-            return given
+        def call(left, matrices, start, first, dropout):
+            return [left, matrices, start, routing, self.ranks, dropout, c.T, first, c.by_pair]
 
-        each = enumerate(zip(self.lora_b, self.start, strict=True))
-        found = [call(u, [b], start, i, keep) for i, (b, start) in each]
-        transposed = [a.t() for a in self.lora_a]
-        found.append(call(dh, transposed, None, 0, self._dropout))
+        starts = enumerate(zip(self.lora_b, self.start, strict=True))
+        calls = [call(u, [b], start, i, NO_DROPOUT) for i, (b, start) in starts]
+        calls.append(call(dh, [a.t() for a in self.lora_a], None, 0, self.dropout))
         if c.n > 1:
-            found.append(call(u, self.lora_b[1:], self.start[0], 1, keep))
-        return found
+            calls.append(call(u, self.lora_b[1:], self.start[0], 1, NO_DROPOUT))
+        return calls
 
     def _grouped_weight_grad(self) -> list[list]:
-        c, (order, offsets, _, chunks) = self.case, self.routing()
         dh, u, _ = reference.grouped_shrink_backward(*self._grouped_shrink_backward()[0])
-        given = [self.x, dh, self.dy, u, order, offsets, chunks, self.lora_a[0].dtype, [*c.ranks]]
-        return [[*given, *self._dropout]]
+        dtype, routing = self.lora_a[0].dtype, self.routing()
+        return [[self.x, dh, self.dy, u, routing, self.ranks, self.dropout, dtype]]
 
 
 def check(name: str, implementation: Callable, inputs: Inputs, dtype: torch.dtype) -> None:
@@ -269,7 +268,8 @@ def check_what_is_not_chosen(
             inputs.lora_b[i][:, columns] = nan
     run = implementations
     arguments = inputs.calls("grouped_shrink")[0]
-    weights, (order, offsets, tiles, chunks) = inputs.weights, inputs.routing()
+    weights, routing = inputs.weights, inputs.routing()
+    order, offsets, *_ = routing
     h, u = run["grouped_shrink"](*arguments)
     pair, routed = order.long(), int(offsets[-1])
     ungated = (weights.view(-1)[pair] == 0) | (torch.arange(len(pair), device=device) >= routed)
@@ -278,9 +278,9 @@ def check_what_is_not_chosen(
     _finite(u, "u")
     _zero(u[ungated], "u where the gate is zero")
 
-    ranks = [*case.ranks]
+    ranks = case.ranks
     dh, u, dweights = run["grouped_shrink_backward"](
-        inputs.dy, inputs.lora_b, h, weights, order, offsets, tiles, ranks, inputs.scaling
+        inputs.dy, inputs.lora_b, h, weights, routing, ranks, inputs.scaling
     )
     _finite(dh, "dh")
     _zero(dh[ungated], "dh where the gate is zero")
@@ -288,20 +288,20 @@ def check_what_is_not_chosen(
     _finite(dweights.view(-1)[pair[~ungated]], "dweights")
     _zero(dweights[idle], "dweights of what is not routed")
 
-    expand, none = run["grouped_expand"], (False, 0.0, False, None)
+    expand = run["grouped_expand"]
     for i, b in enumerate(inputs.lora_b):
         start = inputs.start[i]
-        y = expand(u, [b], start, order, offsets, tiles, ranks, case.T, i, *none)
+        y = expand(u, [b], start, routing, ranks, NO_DROPOUT, case.T, i, False)
         expected = [t for t in range(case.T) if i == 0 or t % 3 != 0]
         _finite(y[expected], "y")
         assert torch.equal(y[idle], start.expand(2, -1)), "y of what is not routed"
     a = [a.t() for a in inputs.lora_a[:1]]
-    dx = expand(dh, a, None, order, offsets, tiles, ranks, case.T, 0, *none)
+    dx = expand(dh, a, None, routing, ranks, NO_DROPOUT, case.T, 0, False)
     _finite(dx, "dx")
     _zero(dx[idle], "dx of what is not routed")
 
     da, db = run["grouped_weight_grad"](
-        inputs.x, dh, inputs.dy, u, order, offsets, chunks, dtype, ranks, 0.0, False, None
+        inputs.x, dh, inputs.dy, u, routing, ranks, NO_DROPOUT, dtype
     )
     _finite(da, "dA")
     for i, gradient in enumerate(db):

@@ -2,79 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moelora_kernels.autograd.linear import _Flat as Mixture
-from moelora_kernels.functional import _apply as apply
+from moelora_kernels.functional import run_layer
 from moelora_kernels.testing import assert_within_budget, draw_experts, reference_step
-from moelora_kernels.types import LinearTensors
+from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LayerOutput, LinearTensors, Mixture
 
 
 @dataclass
 class Case:
-    """n siblings on one x, with the gate in one of its forms, and the gradients that come back."""
+    """n siblings on one x, with a gate in one of its forms, and the gradients that come back.
 
-    plan: Mixture
+    gate None: linear routers make it.
+    """
+
+    mixture: Mixture
     x: Tensor
-    siblings: list[LinearTensors]
+    linears: list[LinearTensors]
     dy: list[Tensor]
-    gate: dict = field(default_factory=dict)
+    gate: Gate | None = None
+    dropout: Dropout = NO_DROPOUT
     dlogits: Tensor | None = None
 
     def to(self, dtype: torch.dtype, adapters: torch.dtype | None = None) -> Case:
-        """The same case in another dtype, adapters and routers in one of their own if given."""
+        """The same case in another dtype; adapters and routers in `adapters` if it is given."""
 
         def cast(tensor, to=dtype):
             if tensor is None or not tensor.is_floating_point():
                 return tensor
             return tensor.detach().to(to)
 
-        siblings = [
+        linears = [
             LinearTensors(*(cast(t) for t in s[:3]), *(cast(t, adapters or dtype) for t in s[3:]))
-            for s in self.siblings
+            for s in self.linears
         ]
-        gate = {k: cast(v) for k, v in self.gate.items()}
-        return Case(
-            self.plan, cast(self.x), siblings, [cast(g) for g in self.dy], gate, cast(self.dlogits)
-        )
+        gate = None if self.gate is None else Gate(*(cast(t) for t in self.gate))
+        dy, dlogits = [cast(g) for g in self.dy], cast(self.dlogits)
+        return Case(self.mixture, cast(self.x), linears, dy, gate, self.dropout, dlogits)
 
     def reference(self) -> dict[str, Tensor]:
         """Outputs and gradients of the reference ops."""
         return reference_step(
-            self.plan, self.x, self.siblings, self.dy, dlogits=self.dlogits, **self.gate
+            self.mixture, self.x, self.linears, self.dy, self.gate, self.dropout, self.dlogits
         )
 
-    def run(self, impl: str = "wide") -> dict[str, Tensor]:
-        """Outputs and gradients of the Function by the names of `reference`."""
-        x = self.x.clone().requires_grad_()
-        siblings = [
+    def forward(
+        self,
+        x: Tensor | None = None,
+        linears: list[LinearTensors] | None = None,
+        impl: str = "auto",
+        gate: Gate | None = None,
+    ) -> LayerOutput:
+        """The outputs of `run_layer`; arguments take the place of the case's own tensors."""
+        x, linears = self.x if x is None else x, linears or self.linears
+        return run_layer(self.mixture, x, linears, gate or self.gate, self.dropout, impl)
+
+    def leaves(self) -> list[LinearTensors]:
+        """The linears with adapters and routers that train."""
+        return [
             LinearTensors(
                 *s[:3], *(None if t is None else t.clone().requires_grad_() for t in s[3:])
             )
-            for s in self.siblings
+            for s in self.linears
         ]
-        gate = dict(self.gate)
-        gates = gate.get("gates")
-        if gates is not None:
-            gates = gate["gates"] = gates.clone().requires_grad_()
-        ys, _, _, logits = apply(self.plan, x, siblings, impl=impl, **gate)
+
+    def run(self, impl: str = "wide") -> dict[str, Tensor]:
+        """Outputs and gradients of the Function by the names of `reference`."""
+        x, linears, gate = self.x.clone().requires_grad_(), self.leaves(), self.gate
+        if gate is not None:
+            gate = gate._replace(weights=gate.weights.clone().requires_grad_())
+        ys, made = self.forward(x, linears, impl, gate)
         outputs, grads = list(ys), list(self.dy)
         if self.dlogits is not None:
-            outputs, grads = [*outputs, logits], [*grads, self.dlogits.to(logits.dtype)]
+            outputs, grads = [*outputs, made.logits], [*grads, self.dlogits.to(made.logits.dtype)]
         torch.autograd.backward(outputs, grads)
-        found = {"dx": x.grad}
-        if gates is not None:
-            found["dgates"] = gates.grad
-        for i, (s, y) in enumerate(zip(siblings, ys, strict=True)):
-            found |= {f"y{i}": y.detach(), f"dA{i}": s.lora_a.grad, f"dB{i}": s.lora_b.grad}
+        result = {"dx": x.grad}
+        if gate is not None:
+            result["dgates"] = gate.weights.grad
+        for i, (s, y) in enumerate(zip(linears, ys, strict=True)):
+            result |= {f"y{i}": y.detach(), f"dA{i}": s.lora_a.grad, f"dB{i}": s.lora_b.grad}
             if s.router_weight is not None:
-                found[f"drouter{i}"] = s.router_weight.grad
+                result[f"drouter{i}"] = s.router_weight.grad
             if s.router_bias is not None:
-                found[f"dbias{i}"] = s.router_bias.grad
-        return found
+                result[f"dbias{i}"] = s.router_bias.grad
+        return result
 
 
 def make_case(
@@ -107,7 +121,7 @@ def make_case(
     routed = gate == "router"
     x = normal(tokens, in_features)
     rows_of_a = ranks[0] if share_a else sum(ranks)
-    siblings = [
+    linears = [
         LinearTensors(
             normal(o, in_features, scale=in_features**-0.5),
             normal(o) if bias else None,
@@ -119,29 +133,25 @@ def make_case(
         )
         for o in out_features
     ]
-    plan = Mixture(
-        ranks,
-        tuple(0.5 + e / 4 for e in range(num_experts)),
-        share_a,
-        top_k if routed else 0,
-        renormalize,
-        temperature,
-        dropout,
-        dropout_per_expert,
-    )
-    options: dict = {}
+    scaling = tuple(0.5 + e / 4 for e in range(num_experts))
+    top = top_k if routed else 0
+    mixture = Mixture(ranks, scaling, share_a, top, renormalize, temperature)
+    made: Gate | None = None
     if gate == "sparse":
         generator = torch.Generator().manual_seed(1)
         drawn = [draw_experts(routing, tokens, num_experts, top_k, generator) for _ in range(n)]
-        options = {"gates": normal(tokens, n * top_k).abs(), "indices": torch.cat(drawn, dim=1)}
+        made = Gate(normal(tokens, n * top_k).abs(), torch.cat(drawn, dim=1))
     elif gate == "rows":
-        options = {"gates": normal(2, n * num_experts), "rows": torch.randint(0, 2, (tokens,))}
+        weights = normal(2, n * num_experts)
+        made = Gate(weights, rows=torch.randint(0, 2, (tokens,)))
     elif gate in ("dense", "one"):
-        options = {"gates": normal(1 if gate == "one" else tokens, n * num_experts)}
+        made = Gate(normal(1 if gate == "one" else tokens, n * num_experts))
+    drop = NO_DROPOUT
     if dropout:
-        options["seed"] = torch.tensor([0x123456789ABCDEF])
+        drop = Dropout(dropout, dropout_per_expert, torch.tensor([0x123456789ABCDEF]))
     dy = [normal(tokens, o) for o in out_features]
-    return Case(plan, x, siblings, dy, options, normal(tokens, n * num_experts) if aux else None)
+    dlogits = normal(tokens, n * num_experts) if aux else None
+    return Case(mixture, x, linears, dy, made, drop, dlogits)
 
 
 def assert_case(

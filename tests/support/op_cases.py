@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import native, reference
+from moelora_kernels.ops import registration
 from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.types import NO_GATE, Dropout, Gate, LayerForward, Mixture, RouterTensors
 
 REQUIRED = os.environ.get("MOELORA_REQUIRE_NATIVE") == "1"
 needs_library = pytest.mark.skipif(
@@ -27,7 +30,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Computed in float32 whatever x is; every other result has passed through x.dtype.
 EXACT = ("logits", "weights", "dweights", "drouter", "dlogits")
-ops = torch.ops.moelora
 
 
 class Case(NamedTuple):
@@ -136,56 +138,65 @@ class Inputs:
         copy.__dict__ = {name: function(value) for name, value in self.__dict__.items()}
         return copy
 
-    def shrink(self) -> list:
+    @property
+    def mixture(self) -> Mixture:
         c = self.case
-        k = c.top_k if self.router else 0
-        return [
-            self.x, self.lora_a, self.gates, self.indices, self.rows, self.router, self.bias,
-            list(c.ranks), self.scaling, c.share_a, k, c.renormalize, c.temperature, c.dropout,
-            c.per_expert, self.seed,
-        ]  # fmt: skip
+        top_k = c.top_k if self.router else 0
+        ranks, scaling = tuple(c.ranks), tuple(self.scaling)
+        return Mixture(ranks, scaling, c.share_a, top_k, c.renormalize, c.temperature)
 
-    def backward(self, forward: tuple[Tensor, ...], dy: list[Tensor] | None = None) -> list:
+    @property
+    def dropout(self) -> Dropout:
+        return Dropout(self.case.dropout, self.case.per_expert, self.seed)
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(self.gates, self.indices, self.rows)
+
+    def shrink(self) -> list:
+        """The arguments of shrink_gate."""
+        router = RouterTensors(self.router, self.bias)
+        return [self.x, self.lora_a, router, self.gate, self.mixture, self.dropout]
+
+    def backward(self, forward: Sequence[Tensor], dy: list[Tensor] | None = None) -> list:
         """The arguments of shrink_gate_backward after shrink_gate returned `forward`."""
-        c = self.case
-        h, _, weights, chosen, logits = forward
-        gates, indices, k = self.gates, self.indices, 0
-        if self.router:
-            gates, k = weights, c.top_k
-            indices = chosen if k < self.E else None
-        return [
-            self.dy if dy is None else dy, self.lora_b, h, gates, indices, self.rows,
-            logits if self.router else None, self.dlogits if self.router else None,
-            list(c.ranks), self.scaling, c.share_a, k, c.renormalize, c.temperature,
-        ]  # fmt: skip
+        h, _, *made = forward
+        gate = self.mixture.router_gate(*made) if self.router else self.gate
+        dlogits = self.dlogits if self.router else None
+        return [self.dy if dy is None else dy, self.lora_b, h, gate, dlogits, self.mixture]
 
     def weight_grad(
-        self, forward: tuple[Tensor, ...], back: tuple[Tensor, ...], dy: list[Tensor] | None = None
+        self, forward: Sequence[Tensor], back: Sequence[Tensor], dy: list[Tensor] | None = None
     ) -> list:
-        c = self.case
+        """The arguments of weight_grad after shrink_gate and shrink_gate_backward."""
+        dlogits = back[2] if self.router else None
+        dtypes = self.lora_a[0].dtype, (self.router or [self.x])[0].dtype
+        dy = self.dy if dy is None else dy
         return [
-            self.x, back[0], back[2] if self.router else None, self.dy if dy is None else dy,
-            forward[1], self.lora_a[0].dtype, (self.router or [self.x])[0].dtype, list(c.ranks),
-            c.dropout, c.per_expert, self.seed,
+            self.x, back[0], dlogits, dy, forward[1], self.case.ranks, self.dropout, *dtypes
         ]  # fmt: skip
 
-    def shrink_dx(self, back: tuple[Tensor, ...]) -> list:
-        c = self.case
-        return [
-            back[0], back[2] if self.router else None, self.lora_a, self.router, list(c.ranks),
-            c.dropout, c.per_expert, self.seed,
-        ]  # fmt: skip
+    def shrink_dx(self, back: Sequence[Tensor]) -> list:
+        """The arguments of shrink_dx after shrink_gate_backward."""
+        dlogits = back[2] if self.router else None
+        return [back[0], dlogits, self.lora_a, self.router, self.case.ranks, self.dropout]
 
 
 def _double(value):
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if isinstance(value, (list, tuple)) and not isinstance(value, Case):
-        return type(value)(_double(v) for v in value)
+    if isinstance(value, Case):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_double, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_double, value))
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
 def _moved(value, device):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(v, device) for v in value))
     if isinstance(value, list):
         return [_moved(v, device) for v in value]
     return value.to(device) if isinstance(value, Tensor) else value
@@ -205,7 +216,8 @@ def _tensor_core_steps(arguments: list) -> int:
     A sum of 16-bit products takes 16 terms at a time, and no sum of an op is longer than the
     longest side of its arguments. On a CPU, in the interpreter too, float32 additions round.
     """
-    tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
+    flat = registration.flat(arguments)
+    tensors = [t for a in flat for t in (a if isinstance(a, (list, tuple)) else [a])]
     tensors = [t for t in tensors if isinstance(t, Tensor) and t.is_cuda]
     return max((side for t in tensors for side in t.shape), default=0) // 16
 
@@ -232,6 +244,21 @@ def compare(names: str, op, specification, arguments: list, dtype: torch.dtype) 
     again = _named(names, op(*arguments))
     for name, value in actual.items():
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
+
+
+def opcheck(name: str, arguments: list, **options) -> None:
+    """torch.library.opcheck of an op on structured arguments."""
+    op = getattr(torch.ops.moelora, name).default
+    torch.library.opcheck(op, tuple(registration.flat(arguments)), **options)
+
+
+def composed_forward(function):
+    """The composition behind `ops.wide` or `ops.grouped`, with the signature of the op."""
+
+    def call(x, tensors, gate, mixture, dropout):
+        return LayerForward(*function(x, tensors, gate or Gate(*NO_GATE), mixture, dropout))
+
+    return call
 
 
 def forward_of(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -77,6 +77,8 @@ def run_grouped(name: str, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def _moved(value, device: str):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(v, device) for v in value))
     if isinstance(value, list):
         return [_moved(v, device) for v in value]
     return value.to(device) if isinstance(value, Tensor) else value

@@ -387,7 +387,7 @@ def test_a_router_without_names_for_its_tensors():
     """One that has tensors beside parts with tensors: PEFT would save keys that it cannot load."""
     router = nn.Sequential(nn.Linear(6, 3))
     router.offset = nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match=r"router: .*Sequential.* has tensors of its own and in"):
+    with pytest.raises(TypeError, match=r"router: .*Sequential.* has tensors in itself and in its"):
         MoeLoraTunerLinear(nn.Linear(6, 3))._hold_router("default", router)
 
 

@@ -15,6 +15,7 @@ import trl  # noqa: E402
 
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
 from moelora_kernels.trainer import attach  # noqa: E402
+from support.selection import default_cases  # noqa: E402
 from support.trainers import (  # noqa: E402
     EXPERTS,
     PROJECTIONS,
@@ -27,7 +28,7 @@ from support.trainers import (  # noqa: E402
 
 
 @pytest.mark.parametrize("cls", ("Trainer", "SFTTrainer"))
-@pytest.mark.parametrize("preset", ("ming", "moelora"))
+@pytest.mark.parametrize("preset", default_cases(("ming", "moelora"), "moelora"))
 def test_a_peft_model_trains_saves_and_resumes(preset, cls, tmp_path):
     """What get_peft_model makes: checkpoints hold the adapter alone, and a run ends as it would."""
     options = {"num_tasks": 5} if preset == "moelora" else {"aux": {"z": 0.1}}

@@ -16,6 +16,7 @@ import datasets  # noqa: E402
 
 from moelora_kernels import set_tasks  # noqa: E402
 from moelora_kernels.trainer import attach  # noqa: E402
+from support.selection import default_cases, exhaustive  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
     arguments,
@@ -42,7 +43,7 @@ class Kept:
         return batch
 
 
-@pytest.mark.parametrize("accumulation", (1, 2))
+@pytest.mark.parametrize("accumulation", default_cases((1, 2), 2))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     """TRL computes the loss from log-probabilities of its own, not from the model's loss."""
@@ -107,6 +108,7 @@ def run_process(rank: int, port: int, folder) -> None:
 PARALLEL = {"ming": dict(top_k=1, normalize="none", score="softmax"), "moelora": {}}
 
 
+@exhaustive
 def test_two_processes_train_what_one_loop_trains(tmp_path):
     """Each with the tasks and auxiliary losses of its own batch; no parameter is left unused.
 

@@ -17,6 +17,7 @@ from transformers import Trainer  # noqa: E402
 
 from moelora_kernels import adapter_parameters, collect_aux_loss, set_tasks  # noqa: E402
 from moelora_kernels.trainer import TaskCollator, attach  # noqa: E402
+from support.selection import default_cases  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
     EXPERTS,
@@ -34,7 +35,7 @@ from support.trainers import (  # noqa: E402
 )
 
 
-@pytest.mark.parametrize("accumulation", (1, 2))
+@pytest.mark.parametrize("accumulation", default_cases((1, 2), 2))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     """Auxiliary losses, tasks and padding included; with 2, the last step has one micro-batch."""
@@ -203,7 +204,7 @@ def test_samples_with_several_tasks(tmp_path):
         TaskCollator(lambda rest: {})(samples)
 
 
-@pytest.mark.parametrize("tie", (False, True))
+@pytest.mark.parametrize("tie", default_cases((False, True), False))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
     """Layers that share a router are saved, and a run that was stopped ends at the same bits."""
