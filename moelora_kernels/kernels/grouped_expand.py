@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.types import NO_DROPOUT
+from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
 # twice the space, because tf32x3 splits each into two parts.
@@ -128,11 +131,18 @@ def grouped_expand_kernel(
 
 
 def launch(
-    u, matrices, start, routing, ranks, drop=NO_DROPOUT, tokens=0, first_sibling=0, per_pair=False
+    u: Tensor,
+    matrices: Sequence[Tensor],
+    start: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    dropout: Dropout = NO_DROPOUT,
+    tokens: int = 0,
+    first_sibling: int = 0,
+    per_pair: bool = False,
 ):
     """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings."""
     order, offsets, tiles, _ = routing
-    dropout, dropout_per_expert, seed = drop
     P, O, E = order.shape[0], matrices[0].shape[0], len(ranks)  # noqa: E741
     start_is_matrix = start is not None and start.dim() == 2
     dtype = start.dtype if start_is_matrix else u.dtype
@@ -176,14 +186,14 @@ def launch(
                 order_ptr=order,
                 tiles_ptr=tiles,
                 ranks_ptr=tables.rank_table(tuple(ranks), order.device),
-                seed_ptr=seed if dropout > 0 else None,
+                seed_ptr=dropout.seed if dropout.p > 0 else None,
                 y_ptr=target,
                 P=P,
                 M=len(tiles),
                 O=O,
                 slot=sibling * K + k,
                 sibling=sibling,
-                dropout_scale=1.0 / (1.0 - dropout),
+                dropout_scale=1.0 / (1.0 - dropout.p),
             ),
             dict(
                 N=N,
@@ -192,9 +202,9 @@ def launch(
                 **tables.rank_constants(ranks),
                 PER_PAIR=per_pair,
                 IN_PLACE=target is previous,
-                DROPOUT=threshold(dropout),
+                DROPOUT=threshold(dropout.p),
                 ALIGNED=O % 4 == 0,
-                PER_EXPERT=dropout_per_expert,
+                PER_EXPERT=dropout.per_expert,
                 BLOCK_P=config.tokens,
                 BLOCK_O=config.step,
                 BLOCK_R=block_r,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.types import Dropout, Routing
 
 # Columns of rank space that one program sums: an expert has too few rows to share the reads of
 # more columns.
@@ -99,10 +103,17 @@ def grouped_shrink_kernel(
     tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
 
 
-def launch(x, lora_a, weights, routing, ranks, scaling, drop):
+def launch(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout: Dropout,
+):
     """Return h and u [P, max(ranks)] by sorted position, like `reference.grouped_shrink`."""
     order, _offsets, tiles, _ = routing
-    dropout, dropout_per_expert, seed = drop
     P, I = order.shape[0], x.shape[1]  # noqa: E741
     h, u = (x.new_empty((P, max(ranks))) for _ in range(2))
     if P == 0:
@@ -124,22 +135,22 @@ def launch(x, lora_a, weights, routing, ranks, scaling, drop):
             order_ptr=order,
             tiles_ptr=tiles,
             ranks_ptr=tables.rank_table(tuple(ranks), order.device),
-            seed_ptr=seed if dropout > 0 else None,
+            seed_ptr=dropout.seed if dropout.p > 0 else None,
             h_ptr=h,
             u_ptr=u,
             P=P,
             M=len(tiles),
             I=I,
-            dropout_scale=1.0 / (1.0 - dropout),
+            dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         dict(
             n=len(lora_a),
             E=len(ranks),
             PAIRS_PER_ROW=P // x.shape[0],
             **tables.rank_constants(ranks),
-            DROPOUT=threshold(dropout),
+            DROPOUT=threshold(dropout.p),
             ALIGNED=I % 4 == 0,
-            PER_EXPERT=dropout_per_expert,
+            PER_EXPERT=dropout.per_expert,
             COLUMN_TILES=column_tiles,
             BLOCK_P=config.tokens,
             BLOCK_I=config.step,

@@ -5,8 +5,11 @@ Backward needs u for dB. It recomputes u from h instead of saving it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows
@@ -14,6 +17,7 @@ from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import Routing
 
 
 @triton.jit(do_not_specialize=["P", "M"])
@@ -105,7 +109,15 @@ def grouped_shrink_backward_kernel(
         tl.store(dweights_ptr + pairs, inner, mask=positions_in)
 
 
-def launch(dy, lora_b, h, weights, routing, ranks, scaling):
+def launch(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+):
     """Return dh, u and dweights, like `reference.grouped_shrink_backward`."""
     order, _offsets, tiles, _ = routing
     P = order.shape[0]

@@ -7,9 +7,12 @@ the one before it, so there are at most P / CHUNK partial sums, however the pair
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.configs import TileConfig
@@ -18,7 +21,7 @@ from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
-from moelora_kernels.types import NO_DROPOUT
+from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
 # `step` elements of a gradient per program of the second launch: 16 for each thread.
 REDUCE_TILE = TileConfig(tokens=1, step=4096, warps=8, stages=1)
@@ -241,13 +244,19 @@ def reduce_chunks_kernel(
         store_tile(out_ptr, stride_w, stride_c, total, w, w_in, start + columns, columns_in)
 
 
-def sum_pairs(wide, narrow, outputs, routing, ranks, drop) -> None:
+def sum_pairs(
+    wide: Sequence[Tensor],
+    narrow: Tensor,
+    outputs: Sequence[Tensor],
+    routing: Routing,
+    ranks: Sequence[int],
+    dropout: Dropout,
+) -> None:
     """Fill `outputs` n x [W_i, R], which have the same strides, with the sums of all experts.
 
     wide n x [rows, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
     """
     order, offsets, _, chunks = routing
-    dropout, dropout_per_expert, seed = drop
     P, N = order.shape[0], len(offsets) - 1
     widths = tuple(matrix.shape[1] for matrix in wide)
 
@@ -303,15 +312,15 @@ def sum_pairs(wide, narrow, outputs, routing, ranks, drop) -> None:
             stride_wide=tuple(matrix.stride(0) for matrix in wide),
             narrow_ptr=narrow.contiguous(),
             order_ptr=order,
-            seed_ptr=seed if dropout > 0 else None,
-            dropout_scale=1.0 / (1.0 - dropout),
+            seed_ptr=dropout.seed if dropout.p > 0 else None,
+            dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         constants
         | dict(
             PAIRS_PER_ROW=P // wide[0].shape[0],
-            DROPOUT=threshold(dropout),
+            DROPOUT=threshold(dropout.p),
             ALIGNED=all(W % 4 == 0 for W in widths),
-            PER_EXPERT=dropout_per_expert,
+            PER_EXPERT=dropout.per_expert,
             TILES=tiles,
             BLOCK_P=config.tokens,
             BLOCK_W=config.step,
@@ -330,7 +339,16 @@ def sum_pairs(wide, narrow, outputs, routing, ranks, drop) -> None:
         )
 
 
-def launch(x, dh, dy, u, routing, ranks, drop, lora_dtype):
+def launch(
+    x: Tensor,
+    dh: Tensor,
+    dy: Sequence[Tensor],
+    u: Tensor,
+    routing: Routing,
+    ranks: Sequence[int],
+    dropout: Dropout,
+    lora_dtype: torch.dtype,
+):
     """Return da [n R, I] and n x db [O_i, R], like `reference.grouped_weight_grad`."""
     n, R, I = len(dy), sum(ranks), x.shape[1]  # noqa: E741
     new = x.new_empty if routing.order.shape[0] else x.new_zeros
@@ -339,6 +357,6 @@ def launch(x, dh, dy, u, routing, ranks, drop, lora_dtype):
     if routing.order.shape[0] == 0:
         return da, db
     da_by_sibling = [rows.t() for rows in da.split(R)]
-    sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, drop)
+    sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, dropout)
     sum_pairs(dy, u, db, routing, ranks, NO_DROPOUT)
     return da, db

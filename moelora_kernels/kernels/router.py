@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials, store_partial
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import RouterTensors
 
 # Most experts, or columns of dlogits, of one program.
 COLUMNS = 64
@@ -126,7 +129,7 @@ def router_grad_kernel(
         tl.store(out_ptr, dbias.to(dbias_ptr.dtype.element_ty), mask=columns_in)
 
 
-def launch_logits(x, router, *, split=None):
+def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None) -> Tensor:
     """Return logits [T, n E] float32, like `reference.router_logits`.
 
     split: number of parts that I is cut into; None fills the GPU.
@@ -176,7 +179,9 @@ def launch_logits(x, router, *, split=None):
     return logits
 
 
-def launch_grad(dlogits, x, router_dtype, *, split=None):
+def launch_grad(
+    dlogits: Tensor, x: Tensor, router_dtype: torch.dtype, *, split: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return drouter [n E, I] and dbias [n E] in router_dtype, like `reference.router_grad`.
 
     split: number of parts that T is cut into; None fills the GPU.

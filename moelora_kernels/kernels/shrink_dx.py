@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.types import Dropout
 
 # Columns of dh and of dlogits that one step multiplies. dlogits are float32: more than 16 of their
 # columns do not fit beside 64 columns of dh on an L40S.
@@ -132,15 +136,21 @@ def shrink_dx_kernel(
     store_rows(dx_ptr, I, tokens, i, tokens_in, i_in, dx)
 
 
-def launch(dh, dlogits, lora_a, router_weight, ranks, drop):
+def launch(
+    dh: Tensor,
+    dlogits: Tensor | None,
+    lora_a: Sequence[Tensor],
+    router_weight: Sequence[Tensor],
+    ranks: Sequence[int],
+    dropout: Dropout,
+):
     """Return dx [T, I] in the dtype of dh, like `reference.shrink_dx`."""
-    dropout, dropout_per_expert, seed = drop
     T, n = dh.shape[0], len(lora_a)
     A_ROWS, I = lora_a[0].shape  # noqa: E741
     dx = dh.new_empty((T, I))
 
     # Tiles.
-    per_expert = dropout > 0 and dropout_per_expert
+    per_expert = dropout.p > 0 and dropout.per_expert
     widest = max(ranks) if per_expert else A_ROWS
     block_r = min(launcher.block(widest), STEP)
     config = configs.tile_config("shrink_dx", dh.device, dh.dtype, block_r)
@@ -157,19 +167,19 @@ def launch(dh, dlogits, lora_a, router_weight, ranks, drop):
             dlogits_ptr=launcher.contiguous_or_none(dlogits),
             a_ptrs=launcher.contiguous(lora_a),
             router_ptrs=launcher.contiguous(router_weight),
-            seed_ptr=seed if dropout > 0 else None,
+            seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tiles,
             dx_ptr=dx,
             T=T,
             I=I,
             num_column_tiles=0 if column_tiles is None else len(column_tiles),
-            dropout_scale=1.0 / (1.0 - dropout),
+            dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         dict(
             n=n,
             A_ROWS=A_ROWS,
             E=len(ranks),
-            DROPOUT=threshold(dropout),
+            DROPOUT=threshold(dropout.p),
             ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),

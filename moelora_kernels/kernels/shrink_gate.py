@@ -7,9 +7,12 @@ and applies the gate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.gates import (
@@ -26,6 +29,7 @@ from moelora_kernels.kernels.common.products import exact_product, product, sele
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
 from moelora_kernels.kernels.dropout import keep_tile, threshold
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
 
 # One launch does everything up to this many columns and experts: more do not fit into the registers
 # together with the gate. With 32 experts the gate of 128 columns spills on sm_80.
@@ -257,15 +261,23 @@ def gate_partials_kernel(
         )
 
 
-def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
+def launch(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    router: RouterTensors,
+    gate: Gate,
+    mixture: Mixture,
+    dropout: Dropout,
+    *,
+    split: int | None = None,
+):
     """Return h, u and the gate that the router made, like `reference.shrink_gate`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """
-    router_weight, router_bias = router_tensors
+    router_weight, router_bias = router
     gates, experts, rows, _ = gate
     ranks, scaling, _, top_k, renormalize, temperature = mixture
-    dropout, dropout_per_expert, seed = drop
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0
@@ -282,7 +294,7 @@ def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
         return h, u, weights, out_experts, logits
 
     # Tiles: columns of rank space, and as many column tiles as they or the experts need.
-    per_expert = dropout > 0 and dropout_per_expert
+    per_expert = dropout.p > 0 and dropout.per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), FUSED_RANK)
     block_e = launcher.block(E)
     config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
@@ -352,16 +364,16 @@ def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
             stride_x=x.stride(0),
             a_ptrs=launcher.contiguous(lora_a),
             router_ptrs=launcher.contiguous(router_weight),
-            seed_ptr=seed if dropout > 0 else None,
+            seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tile_table,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * config.step,
-            dropout_scale=1.0 / (1.0 - dropout),
+            dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         constants
         | dict(
             FUSED=fused,
-            DROPOUT=threshold(dropout),
+            DROPOUT=threshold(dropout.p),
             ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
@@ -374,16 +386,12 @@ def launch(x, lora_a, router_tensors, gate, mixture, drop, *, split=None):
     )
     if not fused:
         row_tile = configs.ROW_TILE
+        block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
             gate_partials_kernel,
             launcher.ceil_div(T, row_tile.tokens) * n,
             row_tile,
             arguments,
-            constants
-            | dict(
-                BLOCK_T=row_tile.tokens,
-                BLOCK_R=min(launcher.block(R), row_tile.step),
-                BLOCK_E=block_e,
-            ),
+            constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r, BLOCK_E=block_e),
         )
     return h, u, weights, out_experts, logits

@@ -7,8 +7,11 @@ split; otherwise the first launch stores partial sums of P, and the second does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, gate_rows, launcher, tables
 from moelora_kernels.kernels.common.gates import (
@@ -24,6 +27,7 @@ from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
 from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.types import Gate, Mixture
 
 # Columns of rank space that are gated at a time: P, h, the gate, dh and u of 128 columns together
 # do not fit into the registers. A program holds P of twice as many columns.
@@ -227,7 +231,16 @@ def gate_partials_backward_kernel(
             tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
 
 
-def launch(dy, lora_b, h, gate, dlogits, mixture, *, split=None):
+def launch(
+    dy: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    h: Tensor,
+    gate: Gate,
+    dlogits: Tensor | None,
+    mixture: Mixture,
+    *,
+    split: int | None = None,
+):
     """Return dh, u and dgate, like `reference.shrink_gate_backward`.
 
     split: number of parts that O is cut into; None fills the GPU.

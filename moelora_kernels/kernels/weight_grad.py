@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials
 from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.types import Dropout
 
 # Columns of rank space, and of dlogits beside them, that one program sums: more do not fit into the
 # registers.
@@ -218,12 +223,23 @@ def weight_grad_kernel(
         )  # fmt: skip
 
 
-def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, split=None):
+def launch(
+    x: Tensor,
+    dh: Tensor,
+    dlogits: Tensor | None,
+    dy: Sequence[Tensor],
+    u: Tensor,
+    ranks: Sequence[int],
+    dropout: Dropout,
+    lora_dtype: torch.dtype,
+    router_dtype: torch.dtype,
+    *,
+    split: int | None = None,
+):
     """Return da, drouter, dbias and n x db, like `reference.weight_grad`.
 
     split: number of parts that T is cut into; None fills the GPU.
     """
-    dropout, dropout_per_expert, seed = drop
     (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
     R, out_features = u.shape[1] // n, [g.shape[1] for g in dy]
     L = 0 if dlogits is None else dlogits.shape[1]
@@ -238,7 +254,7 @@ def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, spli
         return da, drouter, dbias, db
 
     # Tiles.
-    per_expert = dropout > 0 and dropout_per_expert
+    per_expert = dropout.p > 0 and dropout.per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
     config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
@@ -275,7 +291,7 @@ def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, spli
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
             u_ptr=u.contiguous(),
-            seed_ptr=seed if dropout > 0 else None,
+            seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tiles,
             da_ptr=da_target,
             drouter_ptr=drouter_target,
@@ -286,14 +302,14 @@ def launch(x, dh, dlogits, dy, u, ranks, drop, lora_dtype, router_dtype, *, spli
             out_features=tuple(out_features),
             t_per_split=launcher.ceil_div(steps, split) * config.tokens,
             partial_stride=partials.stride,
-            dropout_scale=1.0 / (1.0 - dropout),
+            dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         dict(
             n=n,
             H=H,
             L=L,
             R=R,
-            DROPOUT=threshold(dropout),
+            DROPOUT=threshold(dropout.p),
             ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
