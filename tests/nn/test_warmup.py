@@ -25,9 +25,9 @@ def runs(monkeypatch):
     forward, backward = [], []
     originals = ops.wide, ops.wide_backward
 
-    def wide(x, *rest):
-        forward.append((x.shape[0], len(rest[3])))
-        return originals[0](x, *rest)
+    def wide(x, tensors, *rest):
+        forward.append((x.shape[0], len(tensors.lora_a)))
+        return originals[0](x, tensors, *rest)
 
     def wide_backward(dy, x, *rest):
         backward.append((x.shape[0], len(dy)))
