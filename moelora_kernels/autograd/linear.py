@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moelora_kernels import ops
 from moelora_kernels.types import (
+    NO_GATE,
     Dropout,
     Gate,
     LayerForward,
@@ -39,18 +40,20 @@ def _linears(flat: Sequence[Tensor | None]) -> list[LinearTensors]:
 class MoeLora(torch.autograd.Function):
     """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
 
-    The fields of every linear follow `seed`, linear by linear. The outputs are the y_i, then the
-    other fields of `types.LayerForward` in their order.
+    The inputs are impl, mixture, p and per_expert of the dropout, x, the weights, experts and rows
+    of the gate, the seed, and the fields of every linear, linear by linear. The outputs are the
+    y_i, then the other fields of `types.LayerForward` in their order.
 
     Saved for backward: x, the parameters, h, the gate, and the routing if there is one. Nothing
     saved is O wide.
     """
 
     @staticmethod
-    def forward(impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields):
-        op = ops.grouped if impl == "grouped" else ops.wide
+    def forward(*inputs):
+        # torch binds the inputs to this signature on every call: the fewer names, the faster.
+        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
         tensors, gate = siblings_of(_linears(fields)), Gate(weights, experts, rows)
-        y, *rest = op(x, tensors, gate, mixture, Dropout(p, per_expert, seed))
+        y, *rest = _op(impl)(x, tensors, gate, mixture, Dropout(p, per_expert, seed))
         return (*y, *(rest if impl == "grouped" else rest[:4]))
 
     @staticmethod
@@ -137,6 +140,10 @@ def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
     return tensor if n == 1 else tensor.chunk(n)[i]
 
 
+def _op(impl: str) -> Callable[..., LayerForward]:
+    return ops.grouped if impl == "grouped" else ops.wide
+
+
 def _field_names(linear: LinearTensors) -> list[str]:
     return [name for name, t in zip(linear._fields, linear, strict=True) if t is not None]
 
@@ -160,11 +167,16 @@ def run(
         if any([[tensor is None for tensor in s] != absent for s in linears]):
             names = [_field_names(linear) for linear in linears]
             raise ValueError(f"siblings: expected the same tensors of each, got {names}")
-    weights, experts, rows, _ = gate or (None, None, None, None)
+    if not torch.is_grad_enabled():
+        output = _op(impl)(x, siblings_of(linears), gate, mixture, dropout)
+        if gate is None:
+            gate = mixture.router_gate(output.weights, output.experts, output.logits)
+        return LayerOutput(output.y, gate)
+    weights, experts, rows, _ = gate or NO_GATE
     p, per_expert, seed = dropout
     fields = first if n == 1 else [t for linear in linears for t in linear]
     inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
-    outputs = _call(function)(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
+    outputs = _call(function)(*inputs)
     if gate is None:
         gate = mixture.router_gate(*outputs[n + 1 : n + 4])
     return LayerOutput([*outputs[:n]], gate)
