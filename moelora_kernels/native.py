@@ -58,7 +58,7 @@ def _load() -> tuple[ModuleType | None, str]:
     library = next(filter(is_current, libraries), None)
     if library is None:
         files = ", ".join(map(str, libraries))
-        reason = f"not loaded: {files} was built from other sources than {CSRC}; {_BUILD} again"
+        reason = f"not loaded: built from other sources than {CSRC}: {files}; {_BUILD} again"
     else:
         try:
             return _import_file(library), ""
