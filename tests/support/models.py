@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from moelora_kernels import MoeLoraConfig, replace_linears
+from support.linears import randomise
+
 SIZES = dict(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -31,3 +34,29 @@ def two_blocks(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(seed)
     blocks = [nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)) for _ in range(2)]
     return nn.Sequential(*blocks).to(dtype)
+
+
+def adapt(model: nn.Module, *replaced: tuple[MoeLoraConfig, object], seed: int = 1) -> nn.Module:
+    """Replace linears of `model` by layers with adapters that are not zero. Return `model`.
+
+    replaced: pairs (config, targets), the arguments of `replace_linears`.
+    seed: the seed of the adapters.
+    """
+    for config, targets in replaced:
+        replace_linears(model, config, targets)
+    return randomise(model, seed)
+
+
+def make_model(
+    config: MoeLoraConfig,
+    targets: object = r"\d\.(0|2)",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Return `two_blocks` with layers in place of its linears, and adapters that are not zero.
+
+    targets: the linears to replace, by default all four.
+    seed: base weights and adapters differ between two seeds.
+    """
+    return adapt(two_blocks(seed, dtype), (config, targets), seed=seed + 1)
