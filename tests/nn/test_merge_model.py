@@ -18,7 +18,7 @@ from moelora_kernels import (
 )
 from support.ffns import make_ffn
 from support.linears import IN, make_layer, randomise, task_layer
-from support.models import two_blocks
+from support.models import adapt, two_blocks
 
 MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
 LORA = MoeLoraConfig.preset("lora", rank=2)
@@ -26,10 +26,7 @@ LORA = MoeLoraConfig.preset("lora", rank=2)
 
 def two_kinds(config=MOELORA):
     """Return two blocks whose first linear has `config`, and whose second has plain LoRA."""
-    model = two_blocks()
-    replace_linears(model, config, r"\d\.0")
-    replace_linears(model, LORA, r"\d\.2")
-    return randomise(model).eval()
+    return adapt(two_blocks(), (config, r"\d\.0"), (LORA, r"\d\.2")).eval()
 
 
 def test_a_model_merges_and_unmerges():

@@ -58,9 +58,9 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
 
 
-def randomise(model):
+def randomise(model, seed=1):
     """Draw the adapters of a model, so that gates and tasks change the output. Return the model."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for q in adapter_parameters(model):
             q.normal_(std=0.5)

@@ -52,6 +52,32 @@ def two_blocks(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(*blocks).to(dtype)
 
 
+def adapt(model: nn.Module, *replaced: tuple[MoeLoraConfig, object], seed: int = 1) -> nn.Module:
+    """Replace linears of `model` by layers with adapters that are not zero. Return `model`.
+
+    replaced: pairs (config, targets), the arguments of `replace_linears`.
+    seed: the seed of the adapters.
+    """
+    for config, targets in replaced:
+        replace_linears(model, config, targets)
+    return randomise(model, seed)
+
+
+def make_model(
+    config: MoeLoraConfig,
+    targets: object = r"\d\.(0|2)",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Return `two_blocks` with layers in place of its linears, and adapters that are not zero.
+
+    targets: the linears to replace, by default all four.
+    seed: base weights and adapters differ between two seeds.
+    """
+    return adapt(two_blocks(seed, dtype), (config, targets), seed=seed + 1)
+
+
 class MlpBlock(nn.Module):
     """An MLP with the names of a transformer's, a norm, and one linear with a similar name."""
 
