@@ -21,7 +21,7 @@ from moelora_kernels import (
     set_tasks,
 )
 from moelora_kernels.autograd.ffn import TORCH
-from support.compare import assert_same, training_step
+from support.compare import assert_same, backward_step, training_step
 from support.ffns import HIDDEN, INNER, inputs, make_ffn
 from support.formulas.aux_loss import switch_loss
 from support.selection import exhaustive
@@ -133,22 +133,10 @@ def test_compile_without_graph_breaks_or_recompiles(options):
 def test_checkpointing_gives_the_same_bits(options, use_reentrant):
     layer = make_ffn(**options)
     x, dy = inputs(2, 5)
-    recomputed = step_backward(
+    recomputed = backward_step(
         layer, x, dy, lambda leaf: checkpoint(layer, leaf, use_reentrant=use_reentrant)
     )
-    assert_same(recomputed, step_backward(layer, x, dy, layer))
-
-
-def step_backward(layer, x, dy, forward):
-    torch.manual_seed(9)
-    layer.zero_grad()
-    leaf = x.clone().requires_grad_()
-    y = forward(leaf)
-    torch.randn(3)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": leaf.grad} | {
-        n: q.grad.clone() for n, q in layer.named_parameters() if q.requires_grad
-    }
+    assert_same(recomputed, backward_step(layer, x, dy))
 
 
 @pytest.mark.parametrize("options", ({}, dict(top_k=1), dict(router="mlp"), dict(impl="reference")))

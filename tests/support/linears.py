@@ -5,26 +5,37 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moelora_kernels import MoeLoraLinear, adapter_parameters
+from moelora_kernels import MoeLoraConfig, MoeLoraLinear, adapter_parameters
 
 IN, OUT = 12, 10
 MING = dict(num_experts=4, rank=3, alpha=6.0, router_bias=True, top_k=2)
 
 
-def make_layer(dtype=torch.float64, base=None, seed=0, **options):
+def layer_options(**options):
+    """Return the options of `make_layer`: MING, with `options` on top."""
+    options = {**MING, **options}
+    if options.get("router", "linear") in ("external", None):
+        options.pop("top_k")
+    return options
+
+
+def make_layer(dtype=torch.float64, base=None, seed=0, bias=True, **options):
     """Return a layer with the options MING and `options`, and a B that is not zero.
 
     base: the frozen linear; by default a new nn.Linear [OUT, IN].
     """
     torch.manual_seed(seed)
-    options = {**MING, **options}
-    if options.get("router") in ("external", None) and "router" in options:
-        options.pop("top_k")
-    base = nn.Linear(IN, OUT, dtype=dtype) if base is None else base
-    layer = MoeLoraLinear.from_linear(base, **options)
+    base = nn.Linear(IN, OUT, bias, dtype=dtype) if base is None else base
+    layer = MoeLoraLinear.from_linear(base, **layer_options(**options))
     with torch.no_grad():
         layer.lora_B.normal_(std=0.3)
     return layer
+
+
+def formulations(cases):
+    """Return pairs (impl, options): "wide" for every case, "grouped" if the gate is sparse."""
+    sparse = [case for case in cases if MoeLoraConfig(**layer_options(**case)).is_sparse()]
+    return [("wide", case) for case in cases] + [("grouped", case) for case in sparse]
 
 
 class Prototype(nn.Module):
