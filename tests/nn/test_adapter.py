@@ -66,8 +66,8 @@ def test_an_adapter_keeps_rank_space_only():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x)
-    own = {q.untyped_storage().data_ptr() for q in (x, *layer.parameters())}
-    others = [size for pointer, size in sizes.items() if pointer not in own]
+    parameters = {q.untyped_storage().data_ptr() for q in (x, *layer.parameters())}
+    others = [size for pointer, size in sizes.items() if pointer not in parameters]
     assert max(others) <= 50 * 8
 
 

@@ -28,11 +28,11 @@ def test_values(top_k, masked):
     x = torch.randn(3, 7, IN, dtype=torch.float64)
     mask = torch.rand(3, 7) > 0.4 if masked else None
     layer(x)
-    found = collect_aux_loss(layer, mask)
+    actual = collect_aux_loss(layer, mask)
     logits = layer.router(x).view(21, EXPERTS).detach()
     expected = 0.3 * switch_loss(logits, top_k, mask) + 0.7 * z_loss(logits, mask)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    assert found.dim() == 0
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    assert actual.dim() == 0
 
 
 @pytest.mark.parametrize("weight", (1.0, 0.01))
@@ -83,11 +83,11 @@ def test_the_gradient_is_that_of_the_formula(name):
     params = [x, *layer.router.parameters()]
     y = layer(x)
     total = y.square().sum() + collect_aux_loss(layer)
-    found = torch.autograd.grad(total, params)
-    of_y = torch.autograd.grad(layer(x).square().sum(), params)
+    actual = torch.autograd.grad(total, params)
+    y_grads = torch.autograd.grad(layer(x).square().sum(), params)
     logits = layer.router(x)
-    of_aux = torch.autograd.grad(0.5 * switch_loss(logits, 2) + 0.1 * z_loss(logits), params)
-    for g, a, b in zip(found, of_y, of_aux, strict=True):
+    aux_grads = torch.autograd.grad(0.5 * switch_loss(logits, 2) + 0.1 * z_loss(logits), params)
+    for g, a, b in zip(actual, y_grads, aux_grads, strict=True):
         torch.testing.assert_close(g, a + b, **TIGHT)
         assert b.abs().max() > 1e-4
 
@@ -107,9 +107,9 @@ def test_top_k_one_renormalised_still_balances():
     layer = make_layer(top_k=1, aux={"load_balance": 1.0})
     x = torch.randn(6, IN, dtype=torch.float64)
     layer(x)
-    (found,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
+    (actual,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
     (expected,) = torch.autograd.grad(switch_loss(layer.router(x), 1), layer.router.weight)
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("select", (dict(top_k=2), dict(select="topp", top_p=0.5, top_k=None)))
@@ -120,9 +120,9 @@ def test_sequence_gates_balance_sequences(select):
     x = torch.randn(5, 3, IN, dtype=torch.float64)
     layer(x)
     logits = layer.router(x.mean(1))
-    found = collect_aux_loss(layer)
+    actual = collect_aux_loss(layer)
     if select.get("top_k"):
-        torch.testing.assert_close(found, switch_loss(logits, 2) + z_loss(logits), **TIGHT)
+        torch.testing.assert_close(actual, switch_loss(logits, 2) + z_loss(logits), **TIGHT)
     mask = torch.tensor([True, False, True, True, False])
     layer(x)
     masked = collect_aux_loss(layer, mask)
@@ -142,10 +142,10 @@ def test_a_sequence_counts_if_any_of_its_tokens_does(router, shape):
     mask = torch.ones(shape, dtype=torch.bool)
     mask[1], mask[2, :-1], mask[4] = False, False, False
     layer(x)
-    found = collect_aux_loss(layer, mask.long())
+    actual = collect_aux_loss(layer, mask.long())
     layer(x)
     by_sequence = torch.tensor([True, False, True, True, False])
-    torch.testing.assert_close(found, collect_aux_loss(layer, by_sequence), **TIGHT)
+    torch.testing.assert_close(actual, collect_aux_loss(layer, by_sequence), **TIGHT)
     layer(x)
     with pytest.raises(ValueError, match=r"mask: expected one entry for each of 5 gate rows, or"):
         collect_aux_loss(layer, mask[:4])
@@ -198,12 +198,12 @@ def test_layers_and_groups_add_up():
     x = torch.randn(8, IN, dtype=torch.float64)
     for module in model.values():
         module(x)
-    found = collect_aux_loss(model)
+    actual = collect_aux_loss(model)
     expected = sum(
         0.2 * switch_loss(logits, 2) + 0.1 * z_loss(logits)
         for logits in (layer.router(x).detach() for layer in (*siblings.values(), model["one"]))
     )
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 def test_no_aux_no_loss():
@@ -316,10 +316,10 @@ def test_the_loss_is_float32_under_autocast():
     expected = collect_aux_loss(layer)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x)
-        found = collect_aux_loss(layer)
-    assert found.dtype == torch.float32
+        actual = collect_aux_loss(layer)
+    assert actual.dtype == torch.float32
     # The same float32 arithmetic on the same bfloat16 values, the logits in another order.
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
 
 
 def test_aux_loss_under_compile():
@@ -328,11 +328,11 @@ def test_aux_loss_under_compile():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN, dtype=torch.float64)
     compiled(x)
-    found = collect_aux_loss(layer)
+    actual = collect_aux_loss(layer)
     layer(x)
     expected = collect_aux_loss(layer)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    (a,) = torch.autograd.grad(found, layer.router.weight)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    (a,) = torch.autograd.grad(actual, layer.router.weight)
     (b,) = torch.autograd.grad(expected, layer.router.weight)
     torch.testing.assert_close(a, b, **TIGHT)
 

@@ -57,22 +57,22 @@ def test_the_output_of_a_base_is_left_as_it_is(kind, impl):
     base = Keeping(kind, OUT, OUT)
     layer = make_layer(base=base, impl=impl)
     x = torch.randn(2, 4, OUT)
-    given = x.clone()
+    unchanged = x.clone()
     y = layer(x)
-    assert torch.equal(x, given)
+    assert torch.equal(x, unchanged)
     if kind == "workspace":
         assert torch.equal(base.workspace, base.linear(x))
         assert y.untyped_storage().data_ptr() != base.workspace.untyped_storage().data_ptr()
         return
     dy = torch.randn(2, 4, OUT)
-    found, expected = training_step(layer, x, dy), linear_formula(layer, x, dy)
-    for name, want in expected.items():
+    actual, expected = training_step(layer, x, dy), linear_formula(layer, x, dy)
+    for name, tensor in expected.items():
         # float32 sums of at most 32 terms of size 1 against float64.
-        torch.testing.assert_close(found[name].double(), want, rtol=1e-5, atol=2e-5, msg=name)
+        torch.testing.assert_close(actual[name].double(), tensor, rtol=1e-5, atol=2e-5, msg=name)
     leaf = x.clone().requires_grad_()
     # And the layer's own output may be changed, as that of nn.Linear may.
     layer(leaf).add_(1.0).backward(dy)
-    assert_same({"dx": leaf.grad}, {"dx": found["dx"]})
+    assert_same({"dx": leaf.grad}, {"dx": actual["dx"]})
 
 
 @pytest.mark.parametrize("kind", ("saved", "view"))
@@ -88,9 +88,9 @@ def test_an_ffn_leaves_the_outputs_of_its_bases(kind):
         for parameter in adapter_parameters(layer):
             parameter.normal_(std=0.2)
     x, dy = inputs(5, out_features=HIDDEN, dtype=dtype)
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
-    assert_same(found, expected, rtol=1e-10, atol=1e-9)
+    assert_same(actual, expected, rtol=1e-10, atol=1e-9)
 
 
 class WithoutGradient(GptqLinear):
@@ -106,10 +106,10 @@ def test_a_lost_gradient_is_named():
     layer = make_layer(base=WithoutGradient(nn.Linear(IN, OUT)))
     x, dy = inputs(3)
     with pytest.warns(UserWarning, match=r"base: .*WithoutGradient.* without a gradient"):
-        found = training_step(layer, x, dy)
-    truth = linear_formula(make_layer(base=GptqLinear(nn.Linear(IN, OUT))), x, dy)
-    assert found.keys() == truth.keys()
-    assert all(found[n].abs().sum() > 0 for n in trained_parameters(layer))
+        actual = training_step(layer, x, dy)
+    expected = linear_formula(make_layer(base=GptqLinear(nn.Linear(IN, OUT))), x, dy)
+    assert actual.keys() == expected.keys()
+    assert all(actual[n].abs().sum() > 0 for n in trained_parameters(layer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x).sum().backward()

@@ -54,10 +54,10 @@ def test_dtypes_within_their_budget(dtype, adapters):
     layer = make_ffn(dtype, adapter_dtype=adapters)
     x, dy = inputs(4, 8, dtype=dtype)
     check(layer, x, dy)
-    found = training_step(layer, x, dy)
-    assert found["y"].dtype == found["dx"].dtype == dtype
-    of_adapters = {g.dtype for n, g in found.items() if n not in ("y", "dx")}
-    assert of_adapters == {torch.float32 if adapters else dtype}
+    actual = training_step(layer, x, dy)
+    assert actual["y"].dtype == actual["dx"].dtype == dtype
+    adapter_dtypes = {g.dtype for n, g in actual.items() if n not in ("y", "dx")}
+    assert adapter_dtypes == {torch.float32 if adapters else dtype}
 
 
 @pytest.mark.parametrize("top_k", (1, 4), ids=("K=1", "K=E"))
@@ -118,10 +118,10 @@ def test_external_gates(rows):
     y = layer(x, gates)
     torch.testing.assert_close(y, truth["y"], rtol=1e-12, atol=1e-12)
     # The loop skips the expert of gate zero; what it would add is its gradient.
-    (found,) = torch.autograd.grad(y, gates, dy)
+    (actual,) = torch.autograd.grad(y, gates, dy)
     nudged = [layer(x, gates.detach() + e) for e in (1e-6 * torch.eye(4)[2], 0.0)]
     slope = ((nudged[0] - nudged[1]) * dy).sum() / 1e-6
-    torch.testing.assert_close(found[..., 2].sum(), slope, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[..., 2].sum(), slope, rtol=1e-5, atol=1e-5)
     set_tasks(layer, gates.detach())
     assert torch.equal(layer(x), y)
 
@@ -135,9 +135,9 @@ def test_task_gates():
 
     def gate(x, p, layer):
         logits = p["router.embedding.weight"][[3, 1]] @ p["router.gate.weight"].t()
-        weights, chosen = logits.softmax(dim=1).topk(2, dim=1)
+        weights, experts = logits.softmax(dim=1).topk(2, dim=1)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        rows = torch.zeros_like(logits).scatter(1, chosen, weights)
+        rows = torch.zeros_like(logits).scatter(1, experts, weights)
         return rows.repeat_interleave(3, dim=0)
 
     check(layer, x, dy, gate)
@@ -148,9 +148,9 @@ def test_task_gates():
 def test_an_empty_batch_has_zero_gradients(shape, options):
     """A rank without tokens must still take part in the all-reduce: zeros, never None."""
     layer = make_ffn(**options)
-    found = training_step(layer, inputs(*shape)[0])
-    assert found["y"].shape == (*shape, HIDDEN)
-    for name, gradient in found.items():
+    actual = training_step(layer, inputs(*shape)[0])
+    assert actual["y"].shape == (*shape, HIDDEN)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert not gradient.any(), name
 
@@ -159,9 +159,9 @@ def test_experts_without_tokens_have_zero_gradients():
     layer = make_ffn(router_bias=True)
     with torch.no_grad():
         layer.router.bias[2] = -1e4
-    found = training_step(layer, inputs(9)[0])
+    actual = training_step(layer, inputs(9)[0])
     for linear in ("gate", "up", "down"):
-        a, b = found[f"{linear}_lora_A"], found[f"{linear}_lora_B"]
+        a, b = actual[f"{linear}_lora_A"], actual[f"{linear}_lora_B"]
         assert not a[3:6].any()
         assert not b[:, 3:6].any()
         assert a[:3].any()
@@ -198,18 +198,18 @@ def test_a_nan_behind_a_gate_of_zero_stays_there():
     x, dy = inputs(9)
     gates = torch.rand(9, 4, dtype=torch.float64)
     gates[:, 2] = 0.0
-    expected, found = (
-        training_step(each, x, dy, forward=lambda leaf, each=each: each(leaf, gates))
-        for each in (layer, broken)
+    expected, actual = (
+        training_step(module, x, dy, forward=lambda leaf, module=module: module(leaf, gates))
+        for module in (layer, broken)
     )
     for name in expected:
         if "lora" in name:
             rows = 0 if name.endswith("A") else 1
-            for tensors in (expected, found):
+            for tensors in (expected, actual):
                 tensors[name] = torch.cat(
                     [t for t in tensors[name].split([3, 3, 2], rows)[::2]], rows
                 )
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
 # --- bases, activations, dropout ----------------------------------------------------------------
@@ -218,21 +218,21 @@ def test_a_nan_behind_a_gate_of_zero_stays_there():
 def test_bases_are_called_and_keep_their_own_gradients():
     """Quantised, hooked, and one that trains: whatever a base computes is what is adapted."""
     layer = make_ffn(adapter_dtype="float64")
-    twin = copy.deepcopy(layer)
+    plain = copy.deepcopy(layer)
     layer.gate_proj = PackedLinear(layer.gate_proj)
     packed = layer.gate_proj
     with torch.no_grad():
-        twin.gate_proj.weight.copy_(packed.dequantised())
-        twin.up_proj.weight.mul_(2)
-        twin.up_proj.bias.mul_(2)
+        plain.gate_proj.weight.copy_(packed.dequantised())
+        plain.up_proj.weight.mul_(2)
+        plain.up_proj.bias.mul_(2)
     layer.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
-    for each in (layer, twin):
-        each.down_proj.requires_grad_(True)
+    for module in (layer, plain):
+        module.down_proj.requires_grad_(True)
     x, dy = inputs(3, 4)
-    found, truth = training_step(layer, x, dy), step_of_loop(twin, x, dy)
-    assert "down_proj.bias" in found
-    assert found.keys() == truth.keys()
-    assert_same(found, truth, rtol=1e-10, atol=1e-10)
+    actual, truth = training_step(layer, x, dy), step_of_loop(plain, x, dy)
+    assert "down_proj.bias" in actual
+    assert actual.keys() == truth.keys()
+    assert_same(actual, truth, rtol=1e-10, atol=1e-10)
 
 
 class Scaled(nn.Module):
@@ -288,11 +288,11 @@ def test_dropout_on_the_way_into_a(per_expert):
         y.append(weights[t, k] * linear("down", e, a, kept))
     y = torch.stack(y).view(5, 2, HIDDEN).sum(dim=1)
     trained = {n: q for n, q in p.items() if q.requires_grad}
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
     grads = torch.autograd.grad(y, trained.values(), dy)
-    torch.testing.assert_close(found["y"], y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual["y"], y, rtol=1e-11, atol=1e-11)
     for name, gradient in zip(trained, grads, strict=True):
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_activations_run_without_autocast():
@@ -327,11 +327,11 @@ def test_autocast(options, backward_inside):
     if not backward_inside:
         grads = torch.autograd.grad(y, (leaf, *trained.values()), dy.bfloat16())
     assert y.dtype == torch.bfloat16
-    found = {"y": y.detach().float(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+    actual = {"y": y.detach().float(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
     for name, expected in truth.items():
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         # A handful of bfloat16 roundings (2^-9 each) through three products.
-        error = (found[name] - expected).norm() / expected.norm()
+        error = (actual[name] - expected).norm() / expected.norm()
         assert error < 0.03, f"{name}: {error}"
 
 

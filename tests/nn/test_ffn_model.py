@@ -52,16 +52,16 @@ def test_a_model_starts_as_its_base_and_keeps_its_names(model):
     assert replace_ffns(model, MIXLORA) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert len(replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ATTENTION)) == 8
     with torch.no_grad():
-        found = model(IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for layer, base in zip(model.model.layers, bases, strict=True):
         assert type(layer.mlp) is MoeLoraFFN
         assert layer.mlp.up_proj is base
         assert not layer.mlp.training
     assert {n for n in before if "mlp" in n} <= model.state_dict().keys()
     assert len(adapter_parameters(model)) == 2 * (7 + 4 * 2)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(IDS).logits, model(IDS).logits)
 
 
 def train(model, recompute):
@@ -90,8 +90,8 @@ def train(model, recompute):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_model_trains_with_the_same_bits_under_checkpointing(model):
     losses, grads = train(model, False)
-    again, recomputed = train(model, True)
-    assert losses == again
+    recomputed_losses, recomputed = train(model, True)
+    assert losses == recomputed_losses
     assert losses[-1] < losses[0]
     for a, b in zip(grads, recomputed, strict=True):
         assert torch.isfinite(a).all()

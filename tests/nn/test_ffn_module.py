@@ -45,12 +45,12 @@ def test_copies_compute_the_same(options, copier):
         buffer = io.BytesIO()
         torch.save(layer, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+        clone = torch.load(buffer, weights_only=False)
     else:
-        twin = copier(layer)
-    assert torch.equal(twin(x), y)
+        clone = copier(layer)
+    assert torch.equal(clone(x), y)
     with torch.no_grad():
-        twin.down_lora_B.zero_()
+        clone.down_lora_B.zero_()
     assert torch.equal(layer(x), y)
 
 
@@ -149,10 +149,10 @@ def test_the_auxiliary_loss_and_its_gradient(options):
     loss = collect_aux_loss(layer)
     expected = 0.5 * switch_loss(layer.router(x), layer.config.top_k)
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-11)
-    found = torch.autograd.grad(y + loss, trained)
-    of_y = torch.autograd.grad(layer(x).square().sum(), trained)
-    of_aux = torch.autograd.grad(expected, trained)
-    for g, a, b in zip(found, of_y, of_aux, strict=True):
+    actual = torch.autograd.grad(y + loss, trained)
+    y_grads = torch.autograd.grad(layer(x).square().sum(), trained)
+    aux_grads = torch.autograd.grad(expected, trained)
+    for g, a, b in zip(actual, y_grads, aux_grads, strict=True):
         torch.testing.assert_close(g, a + b, rtol=1e-10, atol=1e-10)
         assert b.abs().max() > 1e-4
 

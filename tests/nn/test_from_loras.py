@@ -27,10 +27,10 @@ class Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.ops = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append((func.name(), args))
+        self.ops.append((func.name(), args))
         return func(*args, **(kwargs or {}))
 
 
@@ -42,7 +42,7 @@ def test_frozen_experts_cost_no_gradient_of_theirs():
     y = model(x)
     with Calls() as calls:
         y.sum().backward()
-    backward = [args for name, args in calls.seen if name.endswith("::wide_backward")]
+    backward = [args for name, args in calls.ops if name.endswith("::wide_backward")]
     assert [args[-1] for args in backward] == [False]
     optimizer.step()
     assert {id(q) for q in optimizer.state} == {id(q) for q in model.classifier.parameters()}
@@ -104,15 +104,15 @@ def test_prototypes_are_the_first_right_singular_vectors(ranks):
     """Up to their sign, from r x r only, also where r is above I and O."""
     torch.manual_seed(0)
     a, b = torch.randn(sum(ranks), IN), torch.randn(OUT, sum(ranks))
-    found = lora_prototypes(a, b, ranks)
+    actual = lora_prototypes(a, b, ranks)
     start = 0
-    for v, rank in zip(found, ranks, strict=True):
-        own = slice(start, start + rank)
+    for v, rank in zip(actual, ranks, strict=True):
+        block = slice(start, start + rank)
         start += rank
-        truth = torch.linalg.svd(b[:, own].double() @ a[own].double()).Vh[0]
+        truth = torch.linalg.svd(b[:, block].double() @ a[block].double()).Vh[0]
         # float32 rounds each of 12 components.
         assert abs(float(v.double() @ truth)) == pytest.approx(1.0, abs=1e-6)
-    assert found.dtype == a.dtype
+    assert actual.dtype == a.dtype
 
 
 def test_a_new_expert_has_no_direction():
@@ -128,11 +128,11 @@ def test_prototypes_of_experts_that_share_a():
     layer = MoeLoraLinear(IN, OUT, num_experts=3, rank=2, router="prototype", share="A")
     torch.nn.init.normal_(layer.lora_B)
     set_prototypes(layer)
-    for e, found in enumerate(layer.router.prototypes):
+    for e, actual in enumerate(layer.router.prototypes):
         delta = layer.lora_B[:, 2 * e : 2 * e + 2] @ layer.lora_A
         expected = torch.linalg.svd(delta).Vh[0]
         # Its sign is arbitrary.
-        torch.testing.assert_close((found @ expected).abs(), torch.ones(()))
+        torch.testing.assert_close((actual @ expected).abs(), torch.ones(()))
 
 
 def test_prototypes_follow_the_experts_when_told_to():

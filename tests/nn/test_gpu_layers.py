@@ -71,10 +71,10 @@ def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_no_token() -> None:
     """Nothing is launched over an empty grid, and gradients are zero, not None."""
     layer = make_layer(I, O, top_k=2)
-    found = module_step(layer, draw(0, I), lambda y: y.sum().backward())
-    assert found["y"].shape == (0, O)
-    assert found["dx"].shape == (0, I)
-    for name, gradient in found.items():
+    actual = module_step(layer, draw(0, I), lambda y: y.sum().backward())
+    assert actual["y"].shape == (0, O)
+    assert actual["dx"].shape == (0, I)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert gradient.count_nonzero() == 0, name
 
@@ -97,9 +97,9 @@ def test_autocast_with_float32_parameters(options: dict, dtype: torch.dtype) -> 
     x, dy = draw(T, I, dtype=dtype).float(), draw(T, O)
     assert_module_within_budget(layer, x, backward_of(dy), dtype, autocast=True)
     with torch.autocast(DEVICE.type, dtype):
-        found = module_step(layer, x, backward_of(dy))
-    assert found.pop("y").dtype == dtype
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        actual = module_step(layer, x, backward_of(dy))
+    assert actual.pop("y").dtype == dtype
+    assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
 
 
 @each_step
@@ -114,9 +114,9 @@ def test_another_stream(form: str) -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         step.redraw(1)
-        found = step.train()
+        actual = step.train()
     stream.synchronize()
-    assert_equal(found, expected)
+    assert_equal(actual, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -127,10 +127,10 @@ def test_a_device_that_is_not_the_current_one() -> None:
     expected = module_step(layer, x, backward_of(dy))
     other = torch.device("cuda", 1)
     assert torch.cuda.current_device() != other.index
-    found = module_step(layer.to(other), x.to(other), backward_of(dy.to(other)))
-    assert {tensor.device for tensor in found.values()} == {other}
+    actual = module_step(layer.to(other), x.to(other), backward_of(dy.to(other)))
+    assert {tensor.device for tensor in actual.values()} == {other}
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
-        assert_equal([t.to(DEVICE) for t in found.values()], [*expected.values()])
+        assert_equal([t.to(DEVICE) for t in actual.values()], [*expected.values()])
 
 
 @each_step
@@ -181,8 +181,8 @@ def test_launches_of_a_layer() -> None:
         y = layer(x)
         backward = device_kernels(lambda: torch.autograd.grad(y, trained, dy, retain_graph=True))
         assert len(backward) == 5, backward
-        for own in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
-            assert any(name.startswith(f"{own}_kernel") for name in backward), backward
+        for kernel in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
+            assert any(name.startswith(f"{kernel}_kernel") for name in backward), backward
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_compiled(options: dict) -> None:
     for tokens, recompiles in ((40, True), (300, False), (1000, False)):
         x, dy = draw(2, tokens, I), draw(2, tokens, O)
         with torch._dynamo.config.patch(error_on_recompile=not recompiles):
-            found = step(compiled, x, dy)
-        assert_equal(found, step(layer, x, dy))
+            actual = step(compiled, x, dy)
+        assert_equal(actual, step(layer, x, dy))
 
 
 def test_the_layer_on_its_own_device_argument() -> None:

@@ -69,12 +69,12 @@ def test_a_group_is_its_siblings_alone(name, shape):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(*shape, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     expected = training_step_of_siblings(
         lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
     )
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -85,7 +85,7 @@ def test_a_group_in_low_precision(name, dtype):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 5, IN, dtype=dtype)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     exact = copy.deepcopy(group).double()
     alone = list(exact.children())
     truth = training_step_of_siblings(
@@ -95,7 +95,7 @@ def test_a_group_in_low_precision(name, dtype):
     for layer in by_reference.children():
         layer.config = layer.config.replace(impl="reference")
     assert_within_budget(
-        found, truth, training_step_of_siblings(by_reference, by_reference, x, dys), dtype
+        actual, truth, training_step_of_siblings(by_reference, by_reference, x, dys), dtype
     )
 
 
@@ -106,16 +106,16 @@ def test_an_output_nobody_uses(name):
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = [None, None, random_dy(x)[2]]
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     layer = siblings["v_proj"]
     expected = training_step_of_siblings(lambda leaf: [layer(leaf)], layer, x, dys[2:])
-    torch.testing.assert_close(found["dx"], expected["dx"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual["dx"], expected["dx"], rtol=1e-11, atol=1e-11)
     for key in ("lora_A", "lora_B"):
         torch.testing.assert_close(
-            found[f"v_proj.{key}"], expected[key], rtol=1e-11, atol=1e-11, msg=key
+            actual[f"v_proj.{key}"], expected[key], rtol=1e-11, atol=1e-11, msg=key
         )
-        assert not found[f"q_proj.{key}"].any()
-        assert not found[f"k_proj.{key}"].any()
+        assert not actual[f"q_proj.{key}"].any()
+        assert not actual[f"k_proj.{key}"].any()
 
 
 def test_external_gates_by_argument():
@@ -125,9 +125,9 @@ def test_external_gates_by_argument():
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     gates = torch.rand(2, 4, dtype=torch.float64, requires_grad=True)
     dys = random_dy(x)
-    (found,) = torch.autograd.grad(group(x, gates), gates, dys)
+    (actual,) = torch.autograd.grad(group(x, gates), gates, dys)
     (expected,) = torch.autograd.grad([s(x, gates) for s in siblings.values()], gates, dys)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="gates: only router='external'"):
         MoeLoraGroup(**make_siblings())(x, gates)
 
@@ -184,9 +184,9 @@ def test_dropout_draws_one_mask_for_all_siblings(mask):
 
     expected = training_step_of_siblings(alone, group, x, dys)
     torch.manual_seed(4)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
     torch.manual_seed(4)
     seed = torch.randint(0, 2**62, (1,))
     assert not torch.equal(reference.dropout(x.view(6, IN), 0.4, seed), x.view(6, IN))
@@ -201,12 +201,12 @@ def test_a_called_base_among_read_ones():
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     expected = training_step_of_siblings(
         lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
     )
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
 def test_a_hook_on_one_routers_is_called():
@@ -237,9 +237,9 @@ def test_group_compiles_without_graph_breaks():
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
     expected = training_step_of_siblings(group, group, x, dys)
-    found = training_step_of_siblings(compiled, group, x, dys)
+    actual = training_step_of_siblings(compiled, group, x, dys)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
 def test_siblings_that_do_not_belong_together():

@@ -44,9 +44,9 @@ def test_an_empty_batch_has_zero_gradients(shape, impl, options):
     x = torch.randn(*shape, IN, dtype=torch.float64)
     if options.get("router") == "external":
         set_tasks(layer, torch.rand(1, 4, dtype=torch.float64))
-    found = training_step(layer, x)
-    assert found["y"].shape == (*shape, OUT)
-    for name, gradient in found.items():
+    actual = training_step(layer, x)
+    assert actual["y"].shape == (*shape, OUT)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert not gradient.any(), name
 
@@ -71,8 +71,8 @@ def test_a_strided_x_and_a_strided_dy():
         torch.testing.assert_close(y, expected["y"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(dwide[:, ::2], expected["dx"], rtol=1e-12, atol=1e-12)
         assert not dwide[:, 1::2].any()
-        for g, want in zip(grads, list(expected.values())[2:], strict=True):
-            torch.testing.assert_close(g, want, rtol=1e-12, atol=1e-12)
+        for g, e in zip(grads, list(expected.values())[2:], strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
 
 
 def test_a_bad_x_is_named():
@@ -86,15 +86,17 @@ def test_a_bad_x_is_named():
 
 
 @pytest.mark.parametrize("options", ({}, dict(router="mlp")), ids=str)
-@pytest.mark.parametrize("given", (torch.float64, torch.bfloat16), ids=str)
-def test_an_x_of_another_dtype_than_the_base_is_named(given, options):
+@pytest.mark.parametrize("x_dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_an_x_of_another_dtype_than_the_base_is_named(x_dtype, options):
     """nn.Linear refuses it too, with "mat1 and mat2"; autocast is what converts."""
     layer = make_layer(torch.float32, **options)
-    x = torch.randn(3, IN, dtype=given)
-    with pytest.raises(TypeError, match=f"x: expected the base's dtype torch.float32, got {given}"):
+    x = torch.randn(3, IN, dtype=x_dtype)
+    with pytest.raises(
+        TypeError, match=f"x: expected the base's dtype torch.float32, got {x_dtype}"
+    ):
         layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        if given != torch.float64:
+        if x_dtype != torch.float64:
             assert layer(x).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="x: expected the base's device cpu, got meta"):
         layer(torch.randn(3, IN, device="meta"))
@@ -149,12 +151,12 @@ def test_an_unrouted_expert_that_is_not_finite(impl, options, poison, value):
         block = broken.lora_A[columns] if poison == "A" else broken.lora_B[:, columns]
         block.fill_(value)
     x = torch.randn(2, 40, IN, dtype=torch.float64)
-    expected, found = training_step(layer, x), training_step(broken, x)
+    expected, actual = training_step(layer, x), training_step(broken, x)
     reached = {"dx" if poison == "A" else "y"} if impl == "wide" else set()
     for name in expected.keys() - reached:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
-    assert not found["lora_A"][columns].any()
-    assert not found["lora_B"][:, columns].any()
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+    assert not actual["lora_A"][columns].any()
+    assert not actual["lora_B"][:, columns].any()
 
 
 # --- dtypes -------------------------------------------------------------------------------------
@@ -164,13 +166,13 @@ def test_an_unrouted_expert_that_is_not_finite(impl, options, poison, value):
 def test_float32_adapters_under_a_low_precision_base(low):
     """Compute in the base's dtype, gradients in the parameters': PEFT's autocast_adapter_dtype."""
     layer = make_layer(low, adapter_dtype="float32")
-    found = training_step(layer, torch.randn(5, IN, dtype=low))
-    assert found["y"].dtype == found["dx"].dtype == low
+    actual = training_step(layer, torch.randn(5, IN, dtype=low))
+    assert actual["y"].dtype == actual["dx"].dtype == low
     for name in ("lora_A", "lora_B", "router.weight", "router.bias"):
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         if "router" in name:
             # Router gradients are float32 all the way: more than x's 8 or 11 bits survive.
-            assert not torch.equal(found[name], found[name].to(low).float()), name
+            assert not torch.equal(actual[name], actual[name].to(low).float()), name
 
 
 AUTOCAST = [
@@ -204,12 +206,12 @@ def test_autocast(options, backward_inside):
     if not backward_inside:
         grads = torch.autograd.grad(y, (leaf, *trained.values()), dy)
     assert y.dtype == torch.bfloat16
-    found = {"y": y.detach().float(), "dx": grads[0]}
-    found.update(zip(trained, grads[1:], strict=True))
+    actual = {"y": y.detach().float(), "dx": grads[0]}
+    actual.update(zip(trained, grads[1:], strict=True))
     for name, expected in truth.items():
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         # A handful of bfloat16 roundings (2^-9 each) on sums of IN = 12 or 16 tokens' terms.
-        error = (found[name] - expected).norm() / expected.norm()
+        error = (actual[name] - expected).norm() / expected.norm()
         assert error < 0.02, f"{name}: {error}"
 
 
@@ -229,13 +231,13 @@ def test_router_logits_are_float32_under_autocast(options):
         expected = layer.record.logits
         with torch.autocast("cpu", torch.bfloat16):
             layer(x)
-        found = layer.record.logits
-    assert found.dtype == torch.float32
+        actual = layer.record.logits
+    assert actual.dtype == torch.float32
     tolerance = dict(rtol=1e-5, atol=1e-5)
     if options.get("granularity") == "sequence":
         # The mean over positions is taken of bfloat16 tokens and rounded to bfloat16 once.
         tolerance = dict(rtol=0, atol=2**-8)
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 @pytest.mark.parametrize("options", ({}, dict(router="mlp")), ids=str)
@@ -245,9 +247,9 @@ def test_float32_routers_under_a_bfloat16_base_give_float32_logits(options):
     x = torch.randn(9, IN).bfloat16()
     with record_routing(layer):
         layer(x)
-        found = layer.record.logits
+        actual = layer.record.logits
     router = copy.deepcopy(layer.router).double()
-    torch.testing.assert_close(found.double(), router(x.double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), router(x.double()), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_leaves_float64_alone():

@@ -93,16 +93,16 @@ def test_a_base_that_is_more_than_a_weight_is_called(kind):
     bare.load_state_dict({**bare.state_dict(), **adapter_of(layer)})
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dy = torch.randn(2, 3, OUT, dtype=torch.float64)
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
 
     leaf = x.clone().requires_grad_()
-    of_base = base(leaf)
-    (dx_of_base,) = torch.autograd.grad(of_base, leaf, dy)
+    base_y = base(leaf)
+    (base_dx,) = torch.autograd.grad(base_y, leaf, dy)
     without = training_step(bare, x, dy)
     plain = nn.functional.linear(x, bare.weight, bare.bias)
-    expected = dict(without, y=without["y"] - plain + of_base.detach())
-    expected["dx"] = without["dx"] - dy @ bare.weight + dx_of_base
-    assert_same(found, expected, rtol=1e-12, atol=1e-12)
+    expected = dict(without, y=without["y"] - plain + base_y.detach())
+    expected["dx"] = without["dx"] - dy @ bare.weight + base_dx
+    assert_same(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def adapter_of(layer):

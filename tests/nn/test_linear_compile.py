@@ -30,8 +30,8 @@ def test_compile_without_graph_breaks_or_recompiles(options):
     for sequence in (20, 12, 65, 150):
         x = torch.randn(2, sequence, IN, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=sequence != 20):
-            found = training_step(layer, x, forward=compiled)
-        assert_same(found, training_step(layer, x), rtol=1e-11, atol=1e-11)
+            actual = training_step(layer, x, forward=compiled)
+        assert_same(actual, training_step(layer, x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
@@ -64,11 +64,11 @@ def test_compile_under_autocast(options):
     x = torch.randn(5, IN)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(1)
-        found = compiled(x)
+        actual = compiled(x)
         torch.manual_seed(1)
         expected = layer(x)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dropout_mask", ("shared", "per_expert"))
@@ -87,9 +87,9 @@ def test_training_with_dropout_compiles(dropout_mask):
     torch.testing.assert_close(first, eager, rtol=1e-11, atol=1e-11)
     dy = torch.randn(6, OUT, dtype=torch.float64)
     trained = (x, layer.lora_A, layer.lora_B, layer.router.weight)
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(first, trained, dy),
         torch.autograd.grad(eager, trained, dy),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

@@ -19,17 +19,17 @@ def test_external_gates_by_argument_and_by_set_tasks(rows):
     gates = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(3, 4, OUT, dtype=torch.float64)
     y = layer(x, gates)
-    (found,) = torch.autograd.grad(y, gates, dy)
+    (actual,) = torch.autograd.grad(y, gates, dy)
 
     by_token = {"one": gates[0], "sequence": gates[:, None], "token": gates}[rows]
     expected = layer.base_layer(x)
     for e in range(4):
-        own = slice(3 * e, 3 * e + 3)
-        delta = (x @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+        columns = slice(3 * e, 3 * e + 3)
+        delta = (x @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
         expected = expected + 2.0 * by_token.expand(3, 4, 4)[..., e : e + 1] * delta
-    (wanted,) = torch.autograd.grad(expected, gates, dy)
+    (expected_grad,) = torch.autograd.grad(expected, gates, dy)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected_grad, rtol=1e-12, atol=1e-12)
 
     set_tasks(layer, gates.detach())
     assert torch.equal(layer(x), y)
@@ -46,8 +46,8 @@ def test_a_gate_that_starts_at_zero_has_its_gradient():
     gates = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
     layer(x, gates).sum().backward()
     for e in range(4):
-        own = slice(3 * e, 3 * e + 3)
-        delta = 2.0 * (x @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+        columns = slice(3 * e, 3 * e + 3)
+        delta = 2.0 * (x @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
         torch.testing.assert_close(gates.grad[:, e], delta.sum(dim=1), rtol=1e-12, atol=1e-12)
 
 
@@ -85,14 +85,14 @@ def test_any_module_can_be_the_router():
         kept = torch.zeros_like(p).scatter(2, p.topk(2).indices, 1.0)
         y = layer.base_layer(leaf)
         for e in range(4):
-            own = slice(3 * e, 3 * e + 3)
-            delta = (leaf @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+            columns = slice(3 * e, 3 * e + 3)
+            delta = (leaf @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
             y = y + 2.0 * (p * kept)[..., e : e + 1] * delta
         return y
 
-    found = training_step(layer, x)
-    assert found["router.prototypes"].abs().max() > 0
-    assert_same(found, training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
+    actual = training_step(layer, x)
+    assert actual["router.prototypes"].abs().max() > 0
+    assert_same(actual, training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
 
 
 def test_a_router_with_the_wrong_shape_is_named():
@@ -107,10 +107,10 @@ def test_a_router_with_the_wrong_shape_is_named():
 def test_a_hooked_router_is_called():
     """A hook that steers the routing (bias update, logging) must see and change the logits."""
     layer = make_layer()
-    seen = []
-    layer.router.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    shapes = []
+    layer.router.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     layer(torch.randn(2, 3, IN, dtype=torch.float64))
-    assert seen == [(6, 4)]
+    assert shapes == [(6, 4)]
 
 
 @pytest.mark.parametrize("shape", ((5,), (2, 5), (2, 3, 5)), ids=str)
@@ -137,9 +137,9 @@ def test_an_mlp_router_trains():
     layer = make_layer(router="mlp", router_hidden=5)
     assert isinstance(layer.router, MlpRouter)
     assert layer.router.fc1.weight.shape == (5, IN)
-    found = training_step(layer, torch.randn(4, IN, dtype=torch.float64))
+    actual = training_step(layer, torch.randn(4, IN, dtype=torch.float64))
     for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-        assert found[f"router.{name}"].abs().max() > 0, name
+        assert actual[f"router.{name}"].abs().max() > 0, name
 
 
 def test_noise_is_for_training_only():
@@ -167,10 +167,10 @@ def test_a_shared_expert_is_on_for_every_token(shared_expert, top_k):
     def plain(leaf):
         p = layer.router(leaf).softmax(dim=1)
         p = torch.zeros_like(p).scatter(1, p.topk(top_k or 4).indices, 1.0) * p
-        own = torch.ones(5, 1).double()
+        shared = torch.ones(5, 1).double()
         if shared_expert == "complement":
-            own = 1 - p.max(dim=1, keepdim=True).values
-        gate = torch.cat([p * 4.0 / 3.0, own * 4.0 / 2.0], dim=1)
+            shared = 1 - p.max(dim=1, keepdim=True).values
+        gate = torch.cat([p * 4.0 / 3.0, shared * 4.0 / 2.0], dim=1)
         gate = gate.repeat_interleave(torch.tensor([3, 3, 3, 3, 2]), dim=1)
         return layer.base_layer(leaf) + (gate * (leaf @ layer.lora_A.t())) @ layer.lora_B.t()
 
@@ -192,4 +192,8 @@ def test_record_routing_holds_only_within():
         assert torch.equal(record.indices.long(), indices)
         torch.testing.assert_close(record.weights, values.softmax(1), rtol=1e-12, atol=1e-12)
         assert not record.weights.requires_grad
-    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (None, None, False)
+    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (
+        None,
+        None,
+        False,
+    )

@@ -37,18 +37,18 @@ def test_copies_compute_the_same(options, copier):
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     y = layer(x)
     if copier == "deepcopy":
-        twin = copy.deepcopy(layer)
+        clone = copy.deepcopy(layer)
     elif copier == "pickle":
-        twin = pickle.loads(pickle.dumps(layer))
+        clone = pickle.loads(pickle.dumps(layer))
     else:
         buffer = io.BytesIO()
         torch.save(layer, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(twin(x), y)
-    assert twin.config == layer.config
+        clone = torch.load(buffer, weights_only=False)
+    assert torch.equal(clone(x), y)
+    assert clone.config == layer.config
     with torch.no_grad():
-        twin.lora_A.zero_()
+        clone.lora_A.zero_()
     assert torch.equal(layer(x), y)
 
 
@@ -67,13 +67,13 @@ def test_copies_of_layers_that_hold_a_graph(layer):
     set_tasks(layer, encoder * 0.5)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     y = layer(x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), y)
-        (found,) = torch.autograd.grad(twin(x).sum(), encoder, allow_unused=True)
-        assert found is None
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(clone(x), y)
+        (actual,) = torch.autograd.grad(clone(x).sum(), encoder, allow_unused=True)
+        assert actual is None
     # The layer itself keeps the graph.
-    (found,) = torch.autograd.grad(y.sum(), encoder)
-    assert found.shape == encoder.shape
+    (actual,) = torch.autograd.grad(y.sum(), encoder)
+    assert actual.shape == encoder.shape
 
 
 @pytest.mark.parametrize("options", LIVES, ids=str)
@@ -141,10 +141,10 @@ def test_frozen_adapters_and_an_unfrozen_base():
     for name, value in only_router.items():
         torch.testing.assert_close(value, everything[name], rtol=1e-12, atol=1e-12)
     layer.base_layer.requires_grad_(True)
-    found = training_step(layer, x)
+    actual = training_step(layer, x)
     dy = torch.linspace(-1, 1, 4 * OUT, dtype=torch.float64).view(4, OUT)
-    torch.testing.assert_close(found["base_layer.weight"], dy.t() @ x, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["base_layer.bias"], dy.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual["base_layer.weight"], dy.t() @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual["base_layer.bias"], dy.sum(0), rtol=1e-12, atol=1e-12)
 
 
 # --- activation checkpointing -------------------------------------------------------------------

@@ -36,13 +36,13 @@ FORMS = {
 }
 
 
-def twin_of(layer):
+def reference_copy(layer):
     """The same layer, computed by the reference."""
-    twin = copy.deepcopy(layer)
-    for module in (twin, *twin.modules()):
+    plain = copy.deepcopy(layer)
+    for module in (plain, *plain.modules()):
         if hasattr(module, "config"):
             module.config = module.config.replace(impl="reference")
-    return twin
+    return plain
 
 
 def keep_apart(layer, x, least=0.05):
@@ -57,12 +57,12 @@ def keep_apart(layer, x, least=0.05):
 
 def assert_layer(layer, x, dtype, autocast=False):
     """Outputs and gradients against the float64 reference, within the budget of `dtype`."""
-    x, plain = keep_apart(layer, x), twin_of(layer)
+    x, plain = keep_apart(layer, x), reference_copy(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, yardstick = training_step(layer, x), training_step(plain, x)
+        actual, baseline = training_step(layer, x), training_step(plain, x)
     truth = training_step(plain.double(), x.double())
     low = torch.bfloat16 if autocast else dtype
-    assert_within_budget(found, truth, yardstick, low)
+    assert_within_budget(actual, truth, baseline, low)
 
 
 def draw(dtype, tokens=80):
@@ -109,8 +109,8 @@ def test_three_siblings_of_different_widths(dtype, bias, impl):
         base = torch.nn.Linear(IN, width, bias=bias, dtype=dtype)
         layers[name] = make_layer(base=base, seed=seed, impl=impl)
     group, x = MoeLoraGroup(**layers), draw(dtype)
-    together = training_step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
-    plain = twin_of(group)
+    y_all = training_step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
+    plain = reference_copy(group)
     truth = copy.deepcopy(plain).double()
     for layer in layers.values():
         x = keep_apart(layer, x, 0.01)
@@ -119,7 +119,7 @@ def test_three_siblings_of_different_widths(dtype, bias, impl):
         for g, d in ((group, dtype), (truth, torch.float64), (plain, dtype))
     ]
     assert_within_budget(*steps, dtype)
-    assert together["y"].shape == (80, 30)
+    assert y_all["y"].shape == (80, 30)
 
 
 @pytest.mark.gpu

@@ -106,8 +106,8 @@ def test_autocast_or_evaluation_between_siblings(models):
     link_siblings(layers)
     layers["q_proj"](x)
     layers.eval()
-    found = layers["k_proj"](x)
-    assert torch.equal(found, layers["k_proj"](x.clone()))
+    actual = layers["k_proj"](x)
+    assert torch.equal(actual, layers["k_proj"](x.clone()))
 
 
 def test_inference_mode(models):
@@ -141,10 +141,10 @@ def test_copies_and_pickles_are_linked_among_themselves(models):
     linked = models[1]
     x = torch.randn(4, 12, dtype=torch.float64)
     linked[0].q_proj(x)
-    for twin in (copy.deepcopy(linked), pickle.loads(pickle.dumps(linked))):
-        assert twin[0].q_proj.link is twin[0].k_proj.link is not linked[0].q_proj.link
-        assert twin[0].q_proj.link.layers[1] is twin[0].k_proj
-        torch.testing.assert_close(twin(x), linked(x))
+    for clone in (copy.deepcopy(linked), pickle.loads(pickle.dumps(linked))):
+        assert clone[0].q_proj.link is clone[0].k_proj.link is not linked[0].q_proj.link
+        assert clone[0].q_proj.link.layers[1] is clone[0].k_proj
+        torch.testing.assert_close(clone(x), linked(x))
 
 
 def test_compiles(models):

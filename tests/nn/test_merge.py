@@ -21,19 +21,19 @@ def softmax(logits):
     return [p / sum(powers) for p in powers]
 
 
-def kept(scores, experts):
+def selected(scores, experts):
     return [s if e in experts else 0.0 for e, s in enumerate(scores)]
 
 
 def two_largest(logits):
     p = softmax(logits)
     order = sorted(range(len(p)), key=lambda e: -p[e])[:2]
-    return [s / sum(p[e] for e in order) for s in kept(p, order)]
+    return [s / sum(p[e] for e in order) for s in selected(p, order)]
 
 
 def from_a_quarter(logits):
     p = softmax(logits)
-    return kept(p, [e for e in range(len(p)) if p[e] >= 0.25])
+    return selected(p, [e for e in range(len(p)) if p[e] >= 0.25])
 
 
 # name -> options, and the gate made of the task's logits, by its formula in plain Python.
@@ -61,9 +61,9 @@ def expected_delta(layer, gate):
     """sum_e scale_e gate_e B_e A_e, expert by expert."""
     config, delta, start = layer.config, torch.zeros(OUT, IN, dtype=torch.float64), 0
     for rank, scale, weight in zip(config.ranks(), config.scales(IN), gate, strict=True):
-        own = slice(start, start + rank)
-        a = layer.lora_A if config.share == "A" else layer.lora_A[own]
-        delta += scale * weight * (layer.lora_B[:, own].double() @ a.double())
+        columns = slice(start, start + rank)
+        a = layer.lora_A if config.share == "A" else layer.lora_A[columns]
+        delta += scale * weight * (layer.lora_B[:, columns].double() @ a.double())
         start += rank
     return delta.detach()
 
@@ -117,7 +117,7 @@ def test_all_sixteen_tasks_within_one_rounding(dtype):
     """W + delta W is rounded once, and y is as good as that of the unmerged layer."""
     layer = task_layer(dtype, nn.Linear(IN, OUT, dtype=dtype))
     x = torch.randn(9, IN).to(dtype)
-    seen = []
+    weights = []
     for task in range(1, TASKS + 1):
         set_tasks(layer, [task])
         unmerged = layer(x).detach()
@@ -133,9 +133,9 @@ def test_all_sixteen_tasks_within_one_rounding(dtype):
         assert ((layer.weight.double() - exact).abs() <= band).all(), task
         truth = x.double() @ exact.t() + layer.bias.double()
         assert_within_budget({"y": layer(x)}, {"y": truth}, {"y": unmerged}, dtype)
-        seen.append(layer.weight.clone())
+        weights.append(layer.weight.clone())
         layer.unmerge()
-    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -142,15 +142,15 @@ def test_what_the_caller_writes_later_is_not_the_merged_task(kind):
     """A buffer of gates that is filled anew for every batch."""
     if kind == "gate":
         layer = make_layer(router="external", router_bias=False).eval()
-        held, other = torch.tensor([0.5, 0.25, 0.0, 2.0]), 1.0
+        values, other = torch.tensor([0.5, 0.25, 0.0, 2.0]), 1.0
     else:
-        layer, held, other = task_layer(), [3, 0], 5
-    first = held.clone() if kind == "gate" else [*held]
-    layer.merge(held)
-    held[0] = other
+        layer, values, other = task_layer(), [3, 0], 5
+    first = values.clone() if kind == "gate" else [*values]
+    layer.merge(values)
+    values[0] = other
     set_tasks(layer, torch.as_tensor(first)[None])
     with pytest.raises(ValueError, match="tasks: the layer is merged"):
-        set_tasks(layer, torch.as_tensor(held)[None])
+        set_tasks(layer, torch.as_tensor(values)[None])
 
 
 def test_a_base_that_is_hooked_after_the_merge_is_not_left_out():

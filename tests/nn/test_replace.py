@@ -31,8 +31,8 @@ def test_names_match_whole_components():
     model = mlp_blocks()
     replaced = replace_linears(model, MING, ["up_proj", "layers.1.down_proj"])
     assert replaced == ["layers.0.up_proj", "layers.1.up_proj", "layers.1.down_proj"]
-    found = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
-    assert found == replaced
+    actual = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    assert actual == replaced
     assert type(model.get_submodule("layers.0.my_up_proj")) is nn.Linear
     assert type(model.get_submodule("layers.0.down_proj")) is nn.Linear
 
@@ -167,8 +167,8 @@ def test_a_shared_task_gate_is_one_module():
     assert len(layers) == 4
     assert len({id(layer.router) for layer in layers}) == 1
     assert len(adapter_parameters(model)) == 2 * 4 + 2
-    twin = copy.deepcopy(model)
-    routers = {id(m.router) for m in twin.modules() if isinstance(m, MoeLoraLinear)}
+    clone = copy.deepcopy(model)
+    routers = {id(m.router) for m in clone.modules() if isinstance(m, MoeLoraLinear)}
     assert len(routers) == 1
     assert routers != {id(layers[0].router)}
 
@@ -299,13 +299,13 @@ def test_tasks_survive_activation_checkpointing(config, use_reentrant):
 def test_adapter_parameters_are_what_trains():
     """Each once, shared gates included, nothing of the base: the list for the optimiser."""
     model = moelora_model()
-    found = adapter_parameters(model)
-    assert len({id(q) for q in found}) == len(found)
+    actual = adapter_parameters(model)
+    assert len({id(q) for q in actual}) == len(actual)
     for q in model.parameters():
         q.requires_grad_(False)
-    for q in found:
+    for q in actual:
         q.requires_grad_(True)
     names = [n for n, q in model.named_parameters() if q.requires_grad]
-    assert len(names) == len(found) == 10
+    assert len(names) == len(actual) == 10
     assert all("lora_" in n or "router" in n for n in names)
     assert adapter_parameters(mlp_blocks()) == []

@@ -86,10 +86,10 @@ def test_equal_gates_start_as_the_base(dtype):
     layer = goat(base, top_k=None, select="all", aux=(), svd_rho=1.0)
     with torch.no_grad():
         layer.router.weight.zero_()
-        found = layer(x).double()
+        actual = layer(x).double()
     # The reduced weight, A and B are rounded to dtype once, and so is y.
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=4 * eps)
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=4 * eps)
     # And it is not the reduced base alone that does it.
     with torch.no_grad():
         assert (layer.base_layer(x).double() - expected).abs().max() > 10 * eps
@@ -109,8 +109,10 @@ def test_top_k_starts_as_the_base_in_the_mean_over_balanced_routings(top_k):
         y = layer(x)
         gates = torch.zeros(EXPERTS, dtype=torch.float64)
         gates[list(routing)] = 1 / top_k
-        own = sum((g - 1 / EXPERTS) * d for g, d in zip(gates, deltas_of(layer), strict=True))
-        torch.testing.assert_close(y, expected + x @ own.t(), **TIGHT)
+        routing_delta = sum(
+            (g - 1 / EXPERTS) * d for g, d in zip(gates, deltas_of(layer), strict=True)
+        )
+        torch.testing.assert_close(y, expected + x @ routing_delta.t(), **TIGHT)
         assert (y - expected).abs().max() > 1e-3
         total = total + y / len(routings)
     torch.testing.assert_close(total, expected, **TIGHT)
@@ -166,16 +168,16 @@ def test_only_the_layer_s_weight_changes():
     """The linear that was given, and the embedding tied to it, keep the model's weights."""
     model = nn.ModuleDict({"embed": nn.Embedding(OUT, IN), "head": nn.Linear(IN, OUT)})
     model["head"].weight = model["embed"].weight
-    given = model["head"]
-    original = given.weight.detach().clone()
+    original_linear = model["head"]
+    original = original_linear.weight.detach().clone()
     replace_linears(model, MoeLoraConfig.preset("goat", **GOAT), ["head"])
     assert torch.equal(model["embed"].weight, original)
-    assert torch.equal(given.weight, original)
+    assert torch.equal(original_linear.weight, original)
     assert not torch.equal(model["head"].weight, original)
-    assert model["head"].bias is given.bias
+    assert model["head"].bias is original_linear.bias
     assert not any(q.requires_grad for q in model["head"].base_layer.parameters())
     # A second layer over the same linear starts from the original, too.
-    assert torch.equal(goat(given).weight, goat(given).weight)
+    assert torch.equal(goat(original_linear).weight, goat(original_linear).weight)
 
 
 def test_a_linear_under_two_names_is_reduced_once():
@@ -212,9 +214,9 @@ def test_a_state_dict_fits_a_layer_over_any_base():
 
 def test_a_base_is_reduced_once():
     layer = goat(linear())
-    for again in (layer.reset_parameters, lambda: goat(layer.base_layer)):
+    for call in (layer.reset_parameters, lambda: goat(layer.base_layer)):
         with pytest.raises(RuntimeError, match="init: 'svd_segments' has reduced this base"):
-            again()
+            call()
 
 
 def test_on_the_meta_device_until_the_base_has_its_values():
