@@ -279,7 +279,7 @@ def test_layers_that_need_their_base_are_named(tmp_path, capsys):
     save_adapter(model, path)
     said = refused([str(path), "out"], capsys)
     assert "mlp: the experts of a MoeLoraFFN are not linear" in said
-    assert "first: its router is a custom module, which the file does not hold" in said
+    assert "first: its router is a custom module, which is not in the file" in said
     with pytest.raises(ValueError, match="mlp: the experts of a MoeLoraFFN are not linear"):
         lora_of_model(model)
 

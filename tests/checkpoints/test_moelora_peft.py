@@ -219,7 +219,7 @@ def test_frozen_weights_are_checked_and_not_copied(caplog):
         load_moelora_peft(model, {**state, **frozen})
     assert "1 keys not used, frozen weights that equal the model's" in caplog.text
     wrong = {key: tensor + 1 for key, tensor in frozen.items()}
-    with pytest.raises(ValueError, match=rf"{FIRST}\.bias: a frozen weight that differs"):
+    with pytest.raises(ValueError, match=rf"{FIRST}\.bias: this frozen weight differs"):
         load_moelora_peft(model, {**state, **wrong})
 
 
@@ -290,7 +290,7 @@ BROKEN = {
         rf"unexpected: {FIRST}\.lora_A",
     ),
     "no tensor": (lambda s: {**s, "epoch": 3}, r"epoch: expected a tensor .*, got int under str"),
-    "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a name, got Tensor under int"),
+    "no name": (lambda s: {**s, 3: torch.zeros(2)}, r"3: .* under a string, got Tensor under int"),
     "on meta": (
         lambda s: {k: t.to("meta") if k == "lora_gate.GateL.weight" else t for k, t in s.items()},
         r"lora_gate\.GateL\.weight: the adapter's tensor is on the meta device",
@@ -402,7 +402,9 @@ def test_a_missing_file_or_an_empty_folder_is_named(tmp_path):
         load_moelora_peft(ours(), 3)
     with pytest.raises(FileNotFoundError):
         load_moelora_peft(ours(), tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors, adapter_model\.bin"):
+    with pytest.raises(
+        ValueError, match=r"expected .* one of: adapter_model\.safetensors, adapter_model\.bin"
+    ):
         load_moelora_peft(ours(), tmp_path)
 
 
