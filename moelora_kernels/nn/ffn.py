@@ -287,8 +287,8 @@ class MoeLoraFFN(MixtureLayer):
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
         gate_rows(gate.weights, x.shape, x.device, source, config)
-        if config.aux or self.record.wanted:
-            self.record.keep(gate.weights, gate.experts, gate.logits)
+        if self.record.wanted:
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)

@@ -13,6 +13,7 @@ from moelora_kernels.nn.ffn import MoeLoraFFN, ffn_problem
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.routing_record import follow_forwards
 
 # Modules that read the weights of their linears instead of calling them: the first always, the
 # second in evaluation without gradients.
@@ -75,6 +76,8 @@ def replace_linears(
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[id(module)])
+    if config.aux:
+        follow_forwards(model)
     return names
 
 
@@ -149,6 +152,8 @@ def replace_ffns(
                 shared = shared or layer.router
                 layer.router = shared
         setattr(model.get_submodule(parent_name), child, replaced[module])
+    if config.aux:
+        follow_forwards(model)
     return names
 
 
