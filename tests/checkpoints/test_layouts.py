@@ -212,5 +212,7 @@ def test_models_without_mixtures_of_linears_are_refused(layout):
     with pytest.raises(ValueError, match="model: expected MoeLoraLinear layers, got none"):
         layout.export(layout.base_model())
     model = nn.ModuleDict({"mlp": MoeLoraFFN(8, 12, config=MoeLoraConfig.preset("mixlora"))})
-    with pytest.raises(ValueError, match=f"mlp: the layout of {layout.NAME} cannot store whole-FFN"):
+    with pytest.raises(
+        ValueError, match=f"mlp: the layout of {layout.NAME} cannot store whole-FFN"
+    ):
         layout.export(model)
