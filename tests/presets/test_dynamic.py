@@ -23,7 +23,7 @@ from moelora_kernels import (
 from moelora_kernels.nn.gates import normalized_entropy
 from support.compare import formula_step, training_step
 from support.formulas.presets import IN, OUT, check, formula_of, make_layer
-from support.formulas.token_gates import adamole_margins, dynmole_kept, tsallis
+from support.formulas.token_gates import adamole_margins, dynmole_experts, tsallis
 
 # float64 sums of a few dozen terms, in another order.
 TIGHT = dict(rtol=1e-11, atol=1e-12)
@@ -202,7 +202,7 @@ def test_dynmole_selects_for_each_token(dtype):
     layer = sharp_layer("dynmole", dtype, factor=6.0)
     x = certain_to_uncertain(60, dtype)
     logits = x.double() @ layer.router.weight.detach().double().t()
-    kept, rules = zip(*(dynmole_kept(p, layer.config) for p in logits.softmax(1)), strict=True)
+    kept, rules = zip(*(dynmole_experts(p, layer.config) for p in logits.softmax(1)), strict=True)
     assert all(rules.count(rule) >= 4 for rule in ("top_p", "keep_min", "entropy"))
     assert {len(k) for k in kept} >= {2, 3, 6}
     check("dynmole", layer, x)
@@ -258,7 +258,7 @@ def test_the_weights_of_dynmoles_losses():
     probabilities = layer.router(x).softmax(dim=1).detach()
     counts = torch.zeros(6, dtype=torch.float64)
     for p in probabilities:
-        counts[dynmole_kept(p, layer.config)[0]] += 1
+        counts[dynmole_experts(p, layer.config)[0]] += 1
     entropy = sum(tsallis(p, 1.1) for p in probabilities.tolist()) / 20
     balance = 6 * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
     torch.testing.assert_close(actual.detach(), 0.01 * entropy + 0.001 * balance, **TIGHT)

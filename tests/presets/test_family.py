@@ -33,7 +33,7 @@ from support.formulas.family import (
     TASK,
     TIGHT,
     Model,
-    draw,
+    random_step,
     step_of_loop,
 )
 
@@ -44,7 +44,7 @@ SHAPES = [(1, 5), (4, 3), (6, 1), (3, 3)]
 @pytest.mark.parametrize("preset", LOOPS)
 def test_preset_matches_its_formula(preset, shape):
     model = Model(preset, shape, torch.float64)
-    x, dy = draw(preset, shape, torch.float64)
+    x, dy = random_step(preset, shape, torch.float64)
     actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
     assert actual.keys() == truth.keys()
@@ -60,7 +60,7 @@ def test_sparse_gates_in_every_formulation(preset, impl):
     """Each formulation computes the same gates, the root of the gate included."""
     options = {"share": "none"} if preset == "hmora" else {}
     model = Model(preset, (2, 4), torch.float64, impl=impl, **options)
-    x, dy = draw(preset, (2, 4), torch.float64)
+    x, dy = random_step(preset, (2, 4), torch.float64)
     truth = step_of_loop(preset, model, x, dy)
     for name, value in training_step(model, x, dy, unused_as_zero=True).items():
         torch.testing.assert_close(value, truth[name], **TIGHT, msg=name)
@@ -72,7 +72,7 @@ def test_preset_in_low_precision(preset, dtype):
     """The error is within the budget, which the reference in the dtype sets."""
     model = Model(preset, (4, 6), dtype)
     by_reference = copy.deepcopy(model)
-    x, dy = draw(preset, (4, 6), dtype)
+    x, dy = random_step(preset, (4, 6), dtype)
     actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
     if preset == "pesc":

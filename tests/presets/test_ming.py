@@ -42,13 +42,13 @@ def test_experts_are_sampled_without_replacement_from_the_softmax():
     logits = torch.tensor([1.0, 0.0, -1.0, 0.5], dtype=torch.float64)
     draws = 40_000
     config = MoeLoraConfig(**SAMPLING)
-    weights, indices = gate_of_logits(logits.expand(draws, 4), config, training=True)
-    assert indices.dtype == torch.int32
-    torch.testing.assert_close(weights, logits[indices.long()].softmax(dim=1))
+    weights, experts = gate_of_logits(logits.expand(draws, 4), config, training=True)
+    assert experts.dtype == torch.int32
+    torch.testing.assert_close(weights, logits[experts.long()].softmax(dim=1))
     p = logits.softmax(dim=0)
     for i, j in itertools.permutations(range(4), 2):
         expected = p[i] * p[j] / (1 - p[i])
-        actual = ((indices[:, 0] == i) & (indices[:, 1] == j)).double().mean()
+        actual = ((experts[:, 0] == i) & (experts[:, 1] == j)).double().mean()
         # Five standard deviations of a share of that many draws.
         assert (actual - expected).abs() < 5 * (expected * (1 - expected) / draws) ** 0.5, (i, j)
 
@@ -56,9 +56,9 @@ def test_experts_are_sampled_without_replacement_from_the_softmax():
 def test_temperature_applies_to_sampling_and_weights():
     logits = torch.tensor([2.0, 0.0], dtype=torch.float64).expand(20_000, 2)
     config = MoeLoraConfig(**{**SAMPLING, "num_experts": 2, "top_k": 1, "temperature": 4.0})
-    _, indices = gate_of_logits(logits, config, training=True)
+    _, experts = gate_of_logits(logits, config, training=True)
     expected = torch.tensor(0.5).sigmoid()
-    assert ((indices == 0).double().mean() - expected).abs() < 5 * (0.25 / 20_000) ** 0.5
+    assert ((experts == 0).double().mean() - expected).abs() < 5 * (0.25 / 20_000) ** 0.5
 
 
 def test_sampling_equals_torch_multinomial():
@@ -66,17 +66,17 @@ def test_sampling_equals_torch_multinomial():
     logits = torch.randn(50, 6)
     config = MoeLoraConfig(**{**SAMPLING, "num_experts": 6})
     torch.manual_seed(5)
-    _, indices = gate_of_logits(logits, config, training=True)
+    _, experts = gate_of_logits(logits, config, training=True)
     torch.manual_seed(5)
     expected = torch.multinomial(logits.softmax(dim=1), 2)
-    assert torch.equal(indices.long(), expected)
+    assert torch.equal(experts.long(), expected)
 
 
 def test_sampling_with_probabilities_of_zero():
     """torch.multinomial would raise if fewer than K probabilities are above zero."""
     logits = torch.tensor([[0.0, -500.0, -600.0, -float("inf")]])
-    weights, indices = gate_of_logits(logits, MoeLoraConfig(**SAMPLING), training=True)
-    assert indices.tolist() == [[0, 1]]
+    weights, experts = gate_of_logits(logits, MoeLoraConfig(**SAMPLING), training=True)
+    assert experts.tolist() == [[0, 1]]
     assert weights.tolist() == [[1.0, 0.0]]
 
 
@@ -85,9 +85,9 @@ def sampled_step(layer, x, seed):
     leaf = x.clone().requires_grad_()
     with record_routing(layer):
         y = layer(leaf)
-        indices = layer.record.indices
+        experts = layer.record.indices
     trained = [q for q in layer.parameters() if q.requires_grad]
-    return y.detach(), indices, torch.autograd.grad(y.square().sum(), (leaf, *trained))
+    return y.detach(), experts, torch.autograd.grad(y.square().sum(), (leaf, *trained))
 
 
 @pytest.mark.parametrize("training", (True, False))
@@ -95,20 +95,20 @@ def test_outputs_and_gradients_match_the_sampled_experts(training):
     """y and gradients match the formula with the sampled experts. Evaluation samples as well."""
     layer = make_layer(**SAMPLING).train(training)
     x = torch.randn(3, 5, IN, dtype=torch.float64)
-    y, indices, actual = sampled_step(layer, x, 1)
+    y, experts, actual = sampled_step(layer, x, 1)
     repeated = sampled_step(layer, x, 1)
     assert torch.equal(y, repeated[0])
-    assert not torch.equal(indices, sampled_step(layer, x, 2)[1])
+    assert not torch.equal(experts, sampled_step(layer, x, 2)[1])
     top = layer.router(x.reshape(-1, IN)).topk(2).indices
-    assert (indices.long().sort().values != top.sort().values).any()
+    assert (experts.long().sort().values != top.sort().values).any()
 
     leaf = x.clone().requires_grad_()
     out = []
-    for token, chosen in zip(leaf.reshape(-1, IN), indices.tolist(), strict=True):
+    for token, selected in zip(leaf.reshape(-1, IN), experts.tolist(), strict=True):
         g = layer.router(token)
-        w = torch.stack([g[e] for e in chosen]).softmax(dim=0)
+        w = torch.stack([g[e] for e in selected]).softmax(dim=0)
         total = layer.base_layer(token)
-        for j, e in enumerate(chosen):
+        for j, e in enumerate(selected):
             columns = slice(3 * e, 3 * e + 3)
             total = total + 2.0 * w[j] * (
                 layer.lora_B[:, columns] @ (layer.lora_A[columns] @ token)
@@ -167,8 +167,8 @@ def test_a_sequence_or_task_samples_once(granularity):
     if granularity == "task":
         options |= dict(router="task", num_tasks=3, task_embedding_dim=4, router_bias=False)
     logits = torch.randn(6, 4)
-    weights, indices = gate_of_logits(logits, MoeLoraConfig(**options), training=True)
-    assert indices is None
+    weights, experts = gate_of_logits(logits, MoeLoraConfig(**options), training=True)
+    assert experts is None
     assert ((weights > 0).sum(dim=1) == 2).all()
     kept = torch.where(weights > 0, logits, -torch.inf).softmax(dim=1)
     torch.testing.assert_close(weights, kept)
@@ -231,8 +231,8 @@ def test_the_load_balance_of_ming_is_a_weight_of_ours():
     losses, h = [], x
     for layer in model:
         p = layer.router(h.reshape(-1, 6)).softmax(dim=1)
-        chosen = p.topk(top_k).indices
-        f = torch.stack([(chosen == e).sum() for e in range(4)]).double() / p.shape[0]
+        selected = p.topk(top_k).indices
+        f = torch.stack([(selected == e).sum() for e in range(4)]).double() / p.shape[0]
         losses.append(4 * (f * p.mean(dim=0)).sum())
         h = layer(h)
     expected = coefficient * sum(losses) / len(losses)
