@@ -16,16 +16,21 @@ from safetensors.torch import load_file  # noqa: E402
 from moelora_kernels import MoeLoraConfig, set_tasks  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
 from moelora_kernels.presets import FFN_PRESETS, PRESETS  # noqa: E402
-from support.peft_models import GATES, LORA, MING, TASKS, give_gates, inputs, llama, net, randomise  # noqa: E402
+from support.peft_models import (  # noqa: E402
+    GATES,
+    LORA,
+    MING,
+    TARGETS,
+    TASKS,
+    adapted,
+    give_gates,
+    inputs,
+    llama,
+    net,
+    randomise,
+)
 
-TARGETS = ["up", "down"]
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
-
-
-def adapted(options, base=None, **more):
-    config = MoeLoraPeftConfig(**{"target_modules": TARGETS, **options, **more})
-    model = peft.get_peft_model(net() if base is None else base, config)
-    return give_gates(randomise(model), options).eval()
 
 
 # --- the config ---------------------------------------------------------------------------------
@@ -228,10 +233,10 @@ def test_several_adapters_have_a_folder_each(tmp_path):
     loaded = peft.PeftModel.from_pretrained(net(), tmp_path)
     loaded.load_adapter(tmp_path / "other", "other")
     for active in (["default"], ["other"], ["default", "other"]):
-        for one in (model, loaded):
-            one.base_model.set_adapter(active)
-            set_tasks(one, [4, 2])
-            one.eval()
+        for m in (model, loaded):
+            m.base_model.set_adapter(active)
+            set_tasks(m, [4, 2])
+            m.eval()
         assert torch.equal(loaded(x), model(x))
 
 
@@ -251,11 +256,11 @@ def test_adapters_over_different_layers_load_one_after_another(tmp_path):
         loaded.load_adapter(tmp_path, "default", **options)
         loaded.load_adapter(tmp_path / "top", "top", **options)
         for active in (["default"], ["ming"], ["top"], ["ming", "default", "top"]):
-            for one in (model, loaded):
-                one.base_model.set_adapter(active)
+            for m in (model, loaded):
+                m.base_model.set_adapter(active)
                 if active != ["ming"]:
-                    set_tasks(one, [4, 2])
-                one.eval()
+                    set_tasks(m, [4, 2])
+                m.eval()
             assert torch.equal(loaded(x), model(x))
 
 
@@ -290,6 +295,8 @@ def test_a_file_without_a_tensor_does_not_load_without_memory(options, tmp_path)
 def test_the_router_of_an_adapter_moves_with_it():
     model = adapted(MING)
     layer = model.base_model.model.layers[0].up
+    # PEFT calls this private method of its layers after it has loaded a file. On a machine with one
+    # device no public call moves an adapter, so the test calls it; meta is the other device.
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
     own = [p for name, p in layer.named_parameters() if "moelora_" in name]
     assert len(own) == 4

@@ -12,22 +12,15 @@ from support.peft_models import (  # noqa: E402
     EXTERNAL,
     GATES,
     MING,
+    TARGETS,
     TASKS,
     give_gates,
     inputs,
     llama,
     net,
+    new_adapter,
     randomise,
 )
-
-TARGETS = ["up", "down"]
-
-
-def adapted(options, base=None, autocast_adapter_dtype=True, **more):
-    config = MoeLoraPeftConfig(**{"target_modules": TARGETS, **options, **more})
-    return peft.get_peft_model(
-        net() if base is None else base, config, autocast_adapter_dtype=autocast_adapter_dtype
-    )
 
 
 def snapshot(model):
@@ -40,7 +33,7 @@ def snapshot(model):
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
 def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
     """B moves in the first step; A and router, whose gradient is a product with B, from then on."""
-    model = give_gates(adapted(options), options).train()
+    model = give_gates(new_adapter(options), options).train()
     start = snapshot(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for number in range(3):
@@ -59,7 +52,7 @@ def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
 
 @pytest.mark.parametrize(("freeze", "moves"), (("A", {"lora_B", "router"}), ("AB", {"router"})))
 def test_what_is_frozen_stays_frozen(freeze, moves):
-    model = adapted(MING, freeze=freeze).train()
+    model = new_adapter(MING, freeze=freeze).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model.set_adapter("other")
     model.set_adapter("default")
@@ -70,7 +63,7 @@ def test_what_is_frozen_stays_frozen(freeze, moves):
 
 
 def test_balances_are_those_of_the_active_adapter():
-    model = adapted(dict(num_experts=4, rank=2, top_k=2, balance_rate=0.5)).train()
+    model = new_adapter(dict(num_experts=4, rank=2, top_k=2, balance_rate=0.5)).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model(inputs())
     update_balance(model)
@@ -83,7 +76,7 @@ def test_balances_are_those_of_the_active_adapter():
 
 
 def test_only_the_active_adapter_moves():
-    model = adapted(TASKS)
+    model = new_adapter(TASKS)
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     randomise(model)
     model.set_adapter("other")
@@ -101,22 +94,22 @@ def test_only_the_active_adapter_moves():
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_one_expert_is_the_lora_of_peft(dtype):
     """Preset "lora" against peft.tuners.lora.Linear: output and gradients of the same weights."""
-    ours = adapted(dict(preset="lora", rank=3, alpha=7.0), net(dtype))
+    ours = new_adapter(dict(preset="lora", rank=3, alpha=7.0), net(dtype))
     theirs = peft.get_peft_model(
         net(dtype), peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS)
     )
     randomise(ours)
-    own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    parameters, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     pairs = {
         n: n.replace("moelora_experts.default.", "").replace(m, f"{m}.default.weight")
-        for n in own
+        for n in parameters
         for m in ("lora_A", "lora_B")
         if n.endswith(m)
     }
     assert len(pairs) == 8
     with torch.no_grad():
-        for name, twin in pairs.items():
-            other[twin].copy_(own[name])
+        for name, other_name in pairs.items():
+            other[other_name].copy_(parameters[name])
     x = inputs(dtype=dtype)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     y, expected = ours(leaves[0]), theirs(leaves[1])
@@ -126,8 +119,10 @@ def test_one_expert_is_the_lora_of_peft(dtype):
     y.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, **tolerance)
-    for name, twin in pairs.items():
-        torch.testing.assert_close(own[name].grad, other[twin].grad, **tolerance, msg=name)
+    for name, other_name in pairs.items():
+        torch.testing.assert_close(
+            parameters[name].grad, other[other_name].grad, **tolerance, msg=name
+        )
 
 
 # --- dtypes -------------------------------------------------------------------------------------
@@ -139,10 +134,14 @@ def test_one_expert_is_the_lora_of_peft(dtype):
 @pytest.mark.parametrize("options", (MING, TASKS, EXTERNAL), ids=("ming", "tasks", "external"))
 def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
     """A base of 16 bits under adapters of 32, which is PEFT's default, and every other mixture."""
-    model = randomise(adapted(options, net(dtype), autocast_adapter_dtype))
+    model = randomise(
+        new_adapter(options, net(dtype), autocast_adapter_dtype=autocast_adapter_dtype)
+    )
     give_gates(model, options)
-    own = {n: p for n, p in model.named_parameters() if "moelora_" in n}
-    assert {p.dtype for p in own.values()} == {torch.float32 if autocast_adapter_dtype else dtype}
+    parameters = {n: p for n, p in model.named_parameters() if "moelora_" in n}
+    assert {p.dtype for p in parameters.values()} == {
+        torch.float32 if autocast_adapter_dtype else dtype
+    }
     low = torch.bfloat16 if autocast else dtype
     layer = model.base_model.model.layers[0].up
     experts = layer.moelora_experts["default"]
@@ -157,17 +156,17 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
         assert y.dtype == layer.base_layer(x).dtype == low
         out = model(x)
     assert torch.equal(y, expected)
-    found = torch.autograd.grad(y.float().square().sum(), trained)
-    wanted = torch.autograd.grad(expected.float().square().sum(), trained)
-    assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
+    actual = torch.autograd.grad(y.float().square().sum(), trained)
+    expected_grads = torch.autograd.grad(expected.float().square().sum(), trained)
+    assert all(torch.equal(g, w) for g, w in zip(actual, expected_grads, strict=True))
     out.float().sum().backward()
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         assert parameter.grad.dtype == parameter.dtype, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
 def test_the_sum_of_adapters_has_the_dtype_of_the_base():
-    model = adapted(MING, net(torch.bfloat16))
+    model = new_adapter(MING, net(torch.bfloat16))
     model.add_adapter("other", MoeLoraPeftConfig(preset="lora", target_modules=TARGETS))
     model.base_model.set_adapter(["default", "other"])
     randomise(model)
@@ -182,15 +181,17 @@ def test_the_sum_of_adapters_has_the_dtype_of_the_base():
 
 
 def test_the_dtype_that_was_asked_for_stays():
-    model = adapted(dict(MING, adapter_dtype="bfloat16"), net(torch.bfloat16))
+    model = new_adapter(dict(MING, adapter_dtype="bfloat16"), net(torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
-    model = adapted(dict(MING, adapter_dtype="float32"), net(torch.bfloat16), False)
+    model = new_adapter(
+        dict(MING, adapter_dtype="float32"), net(torch.bfloat16), autocast_adapter_dtype=False
+    )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
 def test_loading_over_a_base_of_16_bits_keeps_every_bit(low_cpu_mem_usage, tmp_path):
-    model = randomise(adapted(TASKS, net(torch.bfloat16)))
+    model = randomise(new_adapter(TASKS, net(torch.bfloat16)))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(
         net(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
@@ -211,7 +212,7 @@ def test_gradient_checkpointing(options, use_reentrant):
     ids = torch.arange(10).view(2, 5)
 
     def gradients(checkpointed):
-        model = randomise(adapted(options, llama(), target_modules=["q_proj", "down_proj"]))
+        model = randomise(new_adapter(options, llama(), target_modules=["q_proj", "down_proj"]))
         if "num_tasks" in options:
             set_tasks(model, [2, 1])
         if checkpointed:
@@ -225,23 +226,23 @@ def test_gradient_checkpointing(options, use_reentrant):
         return loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     loss, expected = gradients(False)
-    again, found = gradients(True)
-    assert torch.equal(loss, again)
-    assert set(found) == set(expected)
+    recomputed, actual = gradients(True)
+    assert torch.equal(loss, recomputed)
+    assert set(actual) == set(expected)
     for name in expected:
-        assert found[name].any(), name
+        assert actual[name].any(), name
         # Gradients of x come together in another order.
-        torch.testing.assert_close(found[name], expected[name], msg=name)
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
 @pytest.mark.parametrize("options", (MING, TASKS), ids=("ming", "tasks"))
 def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
     """With the cache, in a batch, through PeftModel.generate."""
-    model = randomise(adapted(options, llama(), target_modules=["q_proj", "down_proj"])).eval()
+    model = randomise(new_adapter(options, llama(), target_modules=["q_proj", "down_proj"])).eval()
     if options is TASKS:
         set_tasks(model, [4, 1])
     ids = torch.arange(8).view(2, 4)
-    found = model.generate(
+    actual = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
@@ -250,7 +251,7 @@ def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
         with torch.no_grad():
             following = model(input_ids=expected).logits[:, -1].argmax(dim=-1, keepdim=True)
         expected = torch.cat([expected, following], dim=1)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_a_base_that_is_called_not_read():
@@ -262,7 +263,7 @@ def test_a_base_that_is_called_not_read():
         block.up = PackedLinear(block.up)
     x = inputs(dtype=torch.float32)
     plain = base(x)
-    model = adapted(MING, base)
+    model = new_adapter(MING, base)
     torch.testing.assert_close(model(x), plain)
     randomise(model)(x).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
