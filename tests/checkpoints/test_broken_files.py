@@ -87,5 +87,5 @@ def test_a_missing_file_or_an_empty_folder_is_named(layout, tmp_path):
         layout.load(layout.ours(), 3)
     with pytest.raises(FileNotFoundError):
         layout.load(layout.ours(), tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors, adapter_model\.bin"):
+    with pytest.raises(ValueError, match=r"one of: adapter_model\.safetensors, adapter_model\.bin"):
         layout.load(layout.ours(), tmp_path)

@@ -70,7 +70,7 @@ def test_layers_that_need_their_base_are_named(path, out, capsys):
     save_adapter(model, path)
     message = error_of(capsys, path, out)
     assert "mlp: the experts of a MoeLoraFFN are not linear" in message
-    assert "first: its router is a custom module, which the file does not hold" in message
+    assert "first: its router is a custom module, which is not in the file" in message
     with pytest.raises(ValueError, match="mlp: the experts of a MoeLoraFFN are not linear"):
         lora_of_model(model)
 
