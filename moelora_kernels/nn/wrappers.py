@@ -10,7 +10,7 @@ from torch import nn
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile's module, DataParallel, DDP and FSDP1.
 
-    FSDP2 (`fully_shard`) changes the class of a model in place and wraps nothing.
+    FSDP2 (`fully_shard`) changes the class of the model in place, so it is not a wrapper.
     """
     while (inner := _wrapped(model)) is not None:
         model = inner
@@ -18,11 +18,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """Return the module that `model` wraps, or None if it is no wrapper."""
+    """Return the module that `model` wraps; None if it is not a wrapper."""
     if "_orig_mod" in model._modules:
         return model._modules["_orig_mod"]
     wrappers: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    # A model that FSDP wraps has imported it.
+    # If FSDP wraps the model, its module has been imported.
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
         wrappers += (fsdp.FullyShardedDataParallel,)
     return model.module if isinstance(model, wrappers) else None

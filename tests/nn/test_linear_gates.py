@@ -192,4 +192,4 @@ def test_record_routing_holds_only_within():
         assert torch.equal(record.indices.long(), indices)
         torch.testing.assert_close(record.weights, values.softmax(1), rtol=1e-12, atol=1e-12)
         assert not record.weights.requires_grad
-    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (None, None, False)
+    assert (layer.record.weights, layer.record.logits, layer.record.is_on) == (None, None, False)
