@@ -125,7 +125,7 @@ NEEDS_LOGITS = "it needs logits, but this router returns probabilities"
 SUM_TO_ONE = "the base is reduced by the mean gate 1 / E, so the gates must sum to 1"
 
 # (conditions, reason). A condition is an option -> one value, a tuple of values, AnyExcept or Test.
-# If all conditions are true, `check` raises an error, which begins with the first option. If several
+# If all conditions are true, `check` raises an error that begins with the first option. If several
 # conflicts are true, the first one of the list is reported.
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"select": AnyExcept("all"), "router": NO_LOGITS}, "the gates are used unchanged"),
