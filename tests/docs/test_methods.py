@@ -48,8 +48,8 @@ def test_the_tables_of_options_are_those_of_the_rules():
 
 def test_every_rule_names_options():
     options = {field.name for field in dataclasses.fields(MoeLoraConfig)}
-    named = {*config_rules.VALUES, *config_rules.NUMBERS, *config_rules.GOES_WITH}
-    named |= {other for other, _ in config_rules.GOES_WITH.values()}
+    named = {*config_rules.VALUES, *config_rules.NUMBERS, *config_rules.WORKS_ONLY_WITH}
+    named |= {other for other, _ in config_rules.WORKS_ONLY_WITH.values()}
     named |= {option for option, _ in config_rules.NEEDS} | set(config_rules.NEEDS.values())
     named |= {option for when, _ in config_rules.CONFLICTS for option in when}
     assert named <= options
