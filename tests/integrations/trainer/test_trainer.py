@@ -267,7 +267,7 @@ def test_autocast(tmp_path):
 def test_trainers_that_attach_refuses(tmp_path):
     model = make_model("ming")
     trainer = make_trainer(model, tmp_path)
-    with pytest.raises(ValueError, match="attach was called on it before"):
+    with pytest.raises(ValueError, match="attach was already called on it"):
         attach(trainer)
     trainer = make_trainer(model, tmp_path, attached=False)
     trainer.args._n_gpu = 2
