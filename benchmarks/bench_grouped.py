@@ -1,4 +1,4 @@
-"""Measure what a mixture of LoRA experts costs over the frozen linear under it.
+"""Measure the cost of a mixture of LoRA experts, compared with the frozen linear under it.
 
     python benchmarks/bench_grouped.py                    a table of each suite, in a few minutes
     python benchmarks/bench_grouped.py --full             all cells, tens of minutes
