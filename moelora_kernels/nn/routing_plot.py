@@ -25,6 +25,17 @@ def plot_routing(report: RoutingReport, folder: str | Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the report has no layers.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, count_routing, plot_routing, routing_report
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
+        >>> with count_routing(layer):
+        ...     y = layer(torch.randn(2, 5, 16))
+        ...     report = routing_report(layer)
+        >>> [path.name for path in plot_routing(report, tempfile.mkdtemp())]
+        ['load.png']
     """
     if not report.layers:
         raise ValueError("report: expected at least one layer, got none")

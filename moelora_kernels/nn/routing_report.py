@@ -193,6 +193,17 @@ def count_routing(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: `model` has no layer with at least two experts, or its routing is counted
             already.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, count_routing, routing_report
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
+        >>> with count_routing(layer):
+        ...     for _ in range(3):
+        ...         y = layer(torch.randn(2, 5, 16))
+        ...     report = routing_report(layer)
+        >>> round(report.layers[""].load.sum().item(), 4)
+        1.0
     """
     counter = RoutingCounter(model)
     model = unwrap(model)
