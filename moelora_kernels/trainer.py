@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
-from moelora_kernels.nn.routing_record import RoutingRecord, record_routing
+from moelora_kernels.nn.routing_record import RoutedCall, record_routing
 from moelora_kernels.nn.tasks import set_tasks
 
 
@@ -224,9 +224,10 @@ class MoeLoraCallback(TrainerCallback):
 
     def _count(self, mask: Tensor | None) -> None:
         for name, layer in self._layers.items():
-            if layer.config.num_experts > 1 and layer.record.weights is not None:
-                weights = expert_weights(layer.record, layer.config.num_experts, mask)
-                self._sums[name] = self._sums[name] + weights if name in self._sums else weights
+            if layer.config.num_experts > 1:
+                for call in layer.record.calls() or ():
+                    weights = expert_weights(call, layer.config.num_experts, mask)
+                    self._sums[name] = self._sums[name] + weights if name in self._sums else weights
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the counted numbers to the logs of a training loss, and start counting again."""
@@ -252,20 +253,20 @@ class MoeLoraCallback(TrainerCallback):
         self._start_counting()
 
 
-def expert_weights(record: RoutingRecord, num_experts: int, mask: Tensor | None = None) -> Tensor:
+def expert_weights(call: RoutedCall, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """Return sum_t |gate[t, e]| over the counted tokens t, as [E] in float32.
 
-    record: the routing of the last forward.
+    call: the routing of one call of a layer.
     mask: [batch, sequence]. A token with 0 is not counted. None counts each gate row once.
 
     Raises:
         ValueError: the number of tokens in `mask` is not a multiple of the number of gate rows.
     """
-    weights = record.weights.float().abs()
-    if record.indices is not None:
+    weights = call.weights.float().abs()
+    if call.experts is not None:
         experts = torch.arange(num_experts, device=weights.device)
         # A select, not a product: the weight of a slot that is not routed can be NaN.
-        routed = record.indices[:, :, None] == experts
+        routed = call.experts[:, :, None] == experts
         weights = torch.where(routed, weights[:, :, None], 0).sum(dim=1)
     # A shared expert is the last column.
     weights = weights[:, :num_experts]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards
 
 
 def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Return the weighted sum of all auxiliary losses of the last forward; zero if there are none.
+
+    A layer that the forward did not reach adds nothing. A layer that it called several times counts
+    the tokens of all calls.
 
         load_balance = E sum_e f_e p_e      1 if balanced. f_e: the share of expert e in the routed
                                             (token, slot) pairs. p_e: the mean probability of e,
@@ -27,7 +32,8 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: there was no forward since the last call, or it ran without a graph (reentrant
-            activation checkpointing does: use use_reentrant=False).
+            activation checkpointing does: use use_reentrant=False). A forward without autograd
+            between the training forward and this call changes nothing.
         ValueError: the mask does not fit the tokens or the gate rows.
 
     Example:
@@ -41,38 +47,54 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z), arXiv 2504.00661 (entropy),
     arXiv 2405.00361 (load balance with a learned threshold).
     """
-    losses = []
-    for layer in mixture_layers(model):
-        if not (layer.config.aux and layer.is_running):
-            continue
-        record = layer.record
-        if record.logits is None:
-            raise RuntimeError("no routing to compute a loss from: run a forward first")
-        trains = any(p.requires_grad for p in layer.router.parameters())
-        if torch.is_grad_enabled() and trains and not record.logits.requires_grad:
-            raise RuntimeError(
-                "the last forward ran without a graph, so the auxiliary loss would not train the "
-                "router; under activation checkpointing use use_reentrant=False"
-            )
-        losses.append(_aux_loss(layer, mask))
-        record.clear()
+    layers = [layer for layer in mixture_layers(model) if layer.config.aux and layer.is_running]
+    if layers:
+        follow_forwards(model)
+    calls = {layer: _recorded_calls(layer) for layer in layers}
+    if layers and all(layer_calls is None for layer_calls in calls.values()):
+        raise RuntimeError("no routing to compute a loss from: run a forward first")
+    losses = [
+        _aux_loss(layer, layer_calls, mask) for layer, layer_calls in calls.items() if layer_calls
+    ]
+    for layer in layers:
+        layer.record.clear()
     if losses:
         return torch.stack(losses).sum()
     first = next(model.parameters(), torch.empty(0))
     return torch.zeros((), device=first.device)
 
 
-def _aux_loss(layer: MixtureLayer, mask: Tensor | None) -> Tensor:
-    """Return the weighted sum of one layer's auxiliary losses."""
-    record, config = layer.record, layer.config
-    logits = record.logits.to(torch.promote_types(record.logits.dtype, torch.float32))
+def _recorded_calls(layer: MixtureLayer) -> list[RoutedCall] | None:
+    """Return the calls of a layer in the last forward; None if no forward was recorded.
+
+    Raises RuntimeError if a loss of them would not train the router.
+    """
+    record = layer.record
+    calls = record.calls()
+    if calls is None and record.last:
+        calls = record.last
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.router.parameters())
+    if trains and any(not call.logits.requires_grad for call in calls or ()):
+        raise RuntimeError(
+            "the last forward ran without a graph, so the auxiliary loss would not train the "
+            "router; under activation checkpointing use use_reentrant=False"
+        )
+    return calls
+
+
+def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask: Tensor | None) -> Tensor:
+    """Return the weighted sum of one layer's auxiliary losses over all tokens of its calls."""
+    config = layer.config
+    logits = torch.cat([call.logits for call in calls]) if len(calls) > 1 else calls[0].logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, tau = split_threshold(logits, config)
     counts = torch.ones_like(logits[:, 0])
     if mask is not None:
         if config.batch_dim == 1 and config.granularity == "token" and mask.dim() > 1:
             # The tokens of x [sequence, batch, I] are in the order [sequence, batch].
             mask = mask.transpose(0, 1)
-        counts = _row_mask(mask, logits.shape[0], config.granularity).to(counts)
+        masks = [_row_mask(mask, call.logits.shape[0], config.granularity) for call in calls]
+        counts = torch.cat(masks).to(counts)
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
@@ -91,7 +113,8 @@ def _aux_loss(layer: MixtureLayer, mask: Tensor | None) -> Tensor:
         probabilities = (logits / config.temperature).softmax(dim=1)
         if tau is not None:
             probabilities = probabilities - tau
-        share = mean(_routed(record, config.num_experts).to(counts.dtype))
+        routed = torch.cat([_routed(call, config.num_experts) for call in calls])
+        share = mean(routed.to(counts.dtype))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
     return loss
@@ -107,9 +130,9 @@ def _row_mask(mask: Tensor, rows: int, granularity: str) -> Tensor:
     raise ValueError(f"mask: expected one entry for each of {rows} {kind}, got {[*mask.shape]}")
 
 
-def _routed(record: RoutingRecord, num_experts: int) -> Tensor:
+def _routed(call: RoutedCall, num_experts: int) -> Tensor:
     """Return how often each token is routed to each expert, [T, E]."""
-    if record.indices is None:
-        return record.weights[:, :num_experts] != 0
-    experts = torch.arange(num_experts, device=record.indices.device)
-    return (record.indices[:, :, None] == experts).sum(dim=1)
+    if call.experts is None:
+        return call.weights[:, :num_experts] != 0
+    experts = torch.arange(num_experts, device=call.experts.device)
+    return (call.experts[:, :, None] == experts).sum(dim=1)

@@ -58,8 +58,8 @@ def forward_siblings(
     outputs, gate = run_layer(
         mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
     )
-    if config.aux or any(layer.record.wanted for layer in layers):
-        keep_routing(layers, gate)
+    if any(layer.record.wanted for layer in layers):
+        keep_routing(layers, gate, x.shape[:-1])
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -107,12 +107,15 @@ def siblings_gate(
     return gate if rows is None else gate._replace(rows=rows)
 
 
-def keep_routing(layers: Sequence[MixtureLayer], gate: Gate) -> None:
-    """Split the gate of n siblings by columns, and store each part in its layer's record."""
+def keep_routing(layers: Sequence[MixtureLayer], gate: Gate, shape: Sequence[int]) -> None:
+    """Split the gate of n siblings by columns, and store each part in its layer's record.
+
+    shape: the shape of x without the features.
+    """
     n = len(layers)
     columns = [
         [None] * n if tensor is None else tensor.chunk(n, dim=1)
         for tensor in (gate.weights, gate.experts, gate.logits)
     ]
     for layer, weights, experts, logits in zip(layers, *columns, strict=True):
-        layer.record.keep(weights, experts, logits)
+        layer.record.keep(weights, experts, logits, shape)

@@ -35,8 +35,8 @@ class MixtureLayer(nn.Module):
     Attributes:
         config: the MoeLoraConfig of the layer.
         router: the module that returns logits [T, E]; None if the gate needs no router.
-        record: the RoutingRecord of the last forward. It is filled inside `record_routing`, and
-            always if the config has auxiliary losses.
+        record: the RoutingRecord of the last forward of the model. It is filled inside
+            `record_routing`, and always if the config has auxiliary losses.
         external_gates: the gates that `set_tasks` set for router="external", or None.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
@@ -56,7 +56,7 @@ class MixtureLayer(nn.Module):
     def _add_router(self, in_features: int, device: torch.device, dtype: torch.dtype) -> None:
         """Build the router of `self.config`, with an empty record and no external gates."""
         self._set_router(build_router(self.config, in_features, device, dtype))
-        self.record = RoutingRecord()
+        self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
 
     def _set_router(self, router: nn.Module | None) -> None:

@@ -1,56 +1,181 @@
-"""RoutingRecord: the gate and the logits of a layer's last forward."""
+"""RoutingRecord: the gates and the logits that a layer used in one forward of the model."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.wrappers import unwrap
+
+
+class RoutedCall(NamedTuple):
+    """The routing of one call of a layer."""
+
+    weights: Tensor  # [T, K] with `experts`, else dense [G, E]; detached
+    experts: Tensor | None  # [T, K], the expert of each slot
+    logits: Tensor | None  # [G, E] float32, attached to the graph; None without a router
+    shape: tuple[int, ...]  # the shape of x without the features: T is its product
+
 
 class RoutingRecord:
-    """The gate weights, experts and logits of a layer's last forward.
+    """The routing of the calls of a layer in the last forward of the model.
 
-    A forward overwrites the record. The repeated forward of activation checkpointing does not.
+    A forward of the model drops the routing of the forward before it, also in layers that it does
+    not reach. A layer that it calls several times has one entry for each call. A forward without
+    autograd (evaluation, a reference model) does not drop what a forward with autograd left: the
+    auxiliary loss of the training forward stays available. The repeated forward of activation
+    checkpointing is not recorded.
+
+    `follow_forwards` tells the records where a forward of the model begins. In a model that it does
+    not know, each call of a layer is a forward of its own.
+
     Copies of a layer start with an empty record.
 
     Attributes:
-        weights: [T, K] with `indices`; else dense [G, E]. Detached.
+        weights: [T, K] with `indices`; else dense [G, E]. Detached. None without a call. Several
+            calls are concatenated.
         indices: [T, K], the expert of each slot; None for dense gates.
         logits: [G, E] in float32 ([G, E + 1] with a learned threshold, whose logit is the last
             column), attached to the graph; None without a router.
-        wanted: whether `record_routing` asked for records.
+        always: whether the layer has auxiliary losses, which need a record of every forward.
+        wanted: whether the layer records: `always`, or inside `record_routing`.
+        model: the model whose forward is running, or None.
     """
 
-    def __init__(self) -> None:
-        self.wanted = False
+    def __init__(self, always: bool = False) -> None:
+        self.always = self.wanted = always
+        self.model: nn.Module | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Drop the routing of the last forward."""
-        self.weights: Tensor | None = None
-        self.indices: Tensor | None = None
-        self.logits: Tensor | None = None
+        """Drop the routing of all forwards."""
+        # None: no such forward since the last `clear`. []: a forward that did not reach the layer.
+        self.with_graph: list[RoutedCall] | None = None
+        self.without_graph: list[RoutedCall] | None = None
+        self.last: list[RoutedCall] = []
 
-    def keep(self, weights: Tensor, experts: Tensor | None, logits: Tensor | None) -> None:
-        """Store the routing of a forward, unless backward is running: it repeats a forward."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    def begin(self) -> None:
+        """Begin a forward of the model: drop the routing of the previous one."""
+        self.last = []
+        if torch.is_grad_enabled():
+            self.with_graph = self.last
+        else:
+            self.without_graph = self.last
+
+    def keep(
+        self,
+        weights: Tensor,
+        experts: Tensor | None,
+        logits: Tensor | None,
+        shape: Sequence[int],
+    ) -> None:
+        """Store the routing of a call, unless backward is running: it repeats a forward."""
+        if is_backward():
             return
-        self.weights = weights.detach()
-        self.indices = experts
-        self.logits = logits
+        if self.model is None:
+            self.begin()
+        self.last.append(RoutedCall(weights.detach(), experts, logits, tuple(shape)))
 
-    def __deepcopy__(self, memo) -> RoutingRecord:
-        return RoutingRecord()
+    def calls(self) -> list[RoutedCall] | None:
+        """Return the calls of the last forward in the present grad mode; None if there was none.
+
+        Without autograd it is the last forward without autograd, else the last one with it.
+        """
+        if torch.is_grad_enabled() or self.without_graph is None:
+            return self.with_graph
+        return self.without_graph
+
+    @property
+    def weights(self) -> Tensor | None:
+        return _concat([call.weights for call in self.last])
+
+    @property
+    def indices(self) -> Tensor | None:
+        return _concat([call.experts for call in self.last])
+
+    @property
+    def logits(self) -> Tensor | None:
+        return _concat([call.logits for call in self.last])
 
     def __reduce__(self):
-        return RoutingRecord, ()
+        return RoutingRecord, (self.always,)
+
+
+def is_backward() -> bool:
+    """Return whether backward is running, outside of compiled graphs."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _concat(tensors: list[Tensor | None]) -> Tensor | None:
+    if not tensors or tensors[0] is None:
+        return None
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class ForwardHooks:
+    """The hooks of a model that begin and end a forward in the records of its layers.
+
+    Only layers that record are in `records`. The hooks of a part of the model do nothing inside a
+    forward of the whole.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[RoutingRecord] | None = None
+
+    def find_records(self, model: nn.Module) -> None:
+        """Look for the layers of `model` that record."""
+        self.records = [record for record in _records(model) if record.wanted]
+
+    def before(self, model: nn.Module, args: tuple) -> None:
+        """Begin a forward of `model`."""
+        if self.records is None:
+            self.find_records(model)
+        if is_backward() or not self.records or self.records[0].model not in (None, model):
+            return
+        for record in self.records:
+            record.model = model
+            record.begin()
+
+    def after(self, model: nn.Module, args: tuple, output: object) -> None:
+        """End a forward of `model`, also if it raised."""
+        for record in self.records or ():
+            if record.model is model:
+                record.model = None
+
+    def __reduce__(self):
+        # Copies and pickles of a model have other records.
+        return ForwardHooks, ()
+
+
+def follow_forwards(model: nn.Module) -> None:
+    """Let the records of the layers in `model` belong to one forward of `model` each.
+
+    Adds two hooks to the model without its wrappers, once. Call it again after layers were added.
+    """
+    model = unwrap(model)
+    hooks = model.__dict__.get("_moelora_forward_hooks")
+    if hooks is None:
+        is_layer = hasattr(model, "record")
+        if is_layer or not any(record.wanted for record in _records(model)):
+            return
+        hooks = model._moelora_forward_hooks = ForwardHooks()
+        model.register_forward_pre_hook(hooks.before)
+        model.register_forward_hook(hooks.after, always_call=True)
+    hooks.find_records(model)
+
+
+def _records(model: nn.Module) -> list[RoutingRecord]:
+    found = [getattr(module, "record", None) for module in model.modules()]
+    return [record for record in found if isinstance(record, RoutingRecord)]
 
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
-    """Keep the routing of each layer's last forward in `layer.record` inside the context.
+    """Keep the routing of the last forward of `model` in `layer.record` inside the context.
 
     Leaving the context clears all records, so read them inside.
 
@@ -63,13 +188,14 @@ def record_routing(model: nn.Module) -> Iterator[None]:
         ...     print(layer.record.weights.shape, layer.record.indices.shape)
         torch.Size([3, 2]) torch.Size([3, 2])
     """
-    candidates = [getattr(module, "record", None) for module in model.modules()]
-    records = [record for record in candidates if isinstance(record, RoutingRecord)]
+    records = _records(model)
     for record in records:
         record.wanted = True
+    follow_forwards(model)
     try:
         yield
     finally:
         for record in records:
-            record.wanted = False
+            record.wanted = record.always
             record.clear()
+        follow_forwards(model)

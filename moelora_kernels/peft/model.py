@@ -13,6 +13,7 @@ from torch import nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.replace import check_target, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
 
@@ -23,6 +24,11 @@ class MoeLoraModel(BaseTuner):
     prefix = "moelora_"
     tuner_layer_cls = MoeLoraTunerLinear
     target_module_mapping: Mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
+        super().inject_adapter(model, *args, **kwargs)
+        follow_forwards(model)
 
     def _create_and_replace(
         self,

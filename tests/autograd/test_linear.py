@@ -388,5 +388,7 @@ def test_siblings_must_have_the_same_tensors() -> None:
     inputs = Inputs(layer_case(n=2, O=(5, 7)), FP32)
     first, second = inputs.linears
     for bad in (second._replace(bias=None), second._replace(bias=None, base_output=inputs.dy[1])):
-        with pytest.raises(ValueError, match=r"^siblings: expected the same tensors of each"):
+        with pytest.raises(
+            ValueError, match=r"^siblings: expected the same tensors for every linear"
+        ):
             inputs.forward(inputs.x, [first, bad])

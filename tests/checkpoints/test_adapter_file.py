@@ -1,4 +1,4 @@
-"""Adapters on disk: bitwise back, or an error that names what does not fit."""
+"""save_adapter and load_adapter: every bit comes back, or an error names the problem."""
 
 import pickle
 
@@ -15,10 +15,11 @@ from moelora_kernels import (
     adapter_state_dict,
     load_adapter,
     load_adapter_state_dict,
-    replace_linears,
     save_adapter,
 )
-from support.models import two_blocks
+from support.compare import assert_same
+from support.models import make_model
+from support.originals import snapshot
 
 CONFIGS = {
     "ming": MoeLoraConfig.preset("ming", num_experts=4, rank=2),
@@ -29,36 +30,15 @@ CONFIGS = {
 }
 
 
-def make_model(config, seed, dtype=torch.float32):
-    """Two blocks of two linears and a norm, with nothing zero in the adapters."""
-    model = two_blocks(seed, dtype)
-    replace_linears(model, config, r"\d\.(0|2)")
-    with torch.no_grad():
-        for q in adapter_parameters(model):
-            q.normal_()
-    return model
-
-
-def snapshot(model):
-    return {n: t.clone() for n, t in model.state_dict().items()}
-
-
-def assert_bitwise(model, state):
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_bitwise(name, dtype, tmp_path):
-    """What was trained is what comes back; the base and the norms stay the target's own."""
-    source, target = make_model(CONFIGS[name], 0, dtype), make_model(CONFIGS[name], 1, dtype)
+    """The adapter is that of the source; the base and the norms are still those of the target."""
+    source, target = (make_model(CONFIGS[name], seed=seed, dtype=dtype) for seed in (0, 1))
     before = snapshot(target)
     save_adapter(source, tmp_path / "adapter.safetensors")
     load_adapter(target, str(tmp_path / "adapter.safetensors"))
-    adapter = adapter_state_dict(source)
-    for key, tensor in adapter_state_dict(target).items():
-        assert torch.equal(tensor, adapter[key]), key
+    assert_same(adapter_state_dict(target), adapter_state_dict(source))
     for key, tensor in target.state_dict().items():
         if "base_layer" in key or ".1." in key:
             assert torch.equal(tensor, before[key]), key
@@ -67,9 +47,9 @@ def test_round_trip_is_bitwise(name, dtype, tmp_path):
         assert q.is_leaf
 
 
-def test_the_file_holds_the_adapter_and_nothing_else(tmp_path):
-    """No base weights, plain names: a plain LoRA of rank R per layer, and its router."""
-    model = make_model(CONFIGS["ming"], 0)
+def test_the_file_has_the_adapter_and_nothing_else(tmp_path):
+    """Every layer has lora_A, lora_B and its router in the file; base weights are not there."""
+    model = make_model(CONFIGS["ming"])
     save_adapter(model, tmp_path / "a.safetensors")
     state = load_file(tmp_path / "a.safetensors")
     assert set(state) == {
@@ -86,8 +66,8 @@ def test_the_file_holds_the_adapter_and_nothing_else(tmp_path):
 
 
 def test_a_shared_router_is_stored_once(tmp_path):
-    """MOELoRA's gate serves all layers: one copy, not one per layer as the original saves."""
-    source, target = make_model(CONFIGS["moelora"], 0), make_model(CONFIGS["moelora"], 1)
+    """All layers use MOELoRA's gate. The file has one copy; the original saves one per layer."""
+    source, target = make_model(CONFIGS["moelora"]), make_model(CONFIGS["moelora"], seed=1)
     keys = list(adapter_state_dict(source))
     assert sorted(k for k in keys if "router" in k) == [
         "0.0.router.embedding.weight",
@@ -110,8 +90,8 @@ def test_a_single_layer_has_no_prefix(tmp_path):
 
 
 def test_every_key_that_does_not_fit_is_named():
-    """strict=False is how the originals lost their routers without a word."""
-    model = make_model(CONFIGS["ming"], 0)
+    """The originals load with strict=False, and lose their routers without a message."""
+    model = make_model(CONFIGS["ming"])
     before = snapshot(model)
     state = {k: torch.zeros_like(v) for k, v in adapter_state_dict(model).items()}
     del state["0.0.router.weight"]
@@ -127,12 +107,12 @@ def test_every_key_that_does_not_fit_is_named():
         "shape of 0.2.lora_B: expected [6, 8], got [6, 7]",
     ):
         assert problem in str(error.value)
-    assert_bitwise(model, before)
+    assert_same(snapshot(model), before)
 
 
 def test_values_that_cannot_be_copied_leave_the_model_unchanged():
-    """Found in the middle of a load, such a tensor would leave half an adapter behind."""
-    model = make_model(CONFIGS["ming"], 0)
+    """A load that stops at such a tensor would leave a model with half an adapter."""
+    model = make_model(CONFIGS["ming"])
     before = snapshot(model)
     good = {k: torch.zeros_like(v) for k, v in adapter_state_dict(model).items()}
     zeros = torch.zeros(6, 8)
@@ -147,36 +127,39 @@ def test_values_that_cannot_be_copied_leave_the_model_unchanged():
     ):
         with pytest.raises((ValueError, TypeError), match=r"1\.2\.lora_B"):
             load_adapter_state_dict(model, {**good, "1.2.lora_B": bad})
-        assert_bitwise(model, before)
+        assert_same(snapshot(model), before)
 
 
-def test_a_model_on_meta_does_not_pretend_to_load():
-    """copy_ into a meta tensor does nothing; the values would be lost without a word."""
-    state = adapter_state_dict(make_model(CONFIGS["ming"], 0))
-    model = make_model(CONFIGS["ming"], 0).to("meta")
+def test_a_model_on_the_meta_device_is_refused():
+    """copy_ into a meta tensor does nothing: the values would be lost without a message."""
+    state = adapter_state_dict(make_model(CONFIGS["ming"]))
+    model = make_model(CONFIGS["ming"]).to("meta")
     with pytest.raises(ValueError, match=r"0\.0\.lora_A.*meta"):
         load_adapter_state_dict(model, state)
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
+    ("saved_dtype", "dtype"),
     ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
     ids=str,
 )
-def test_values_are_converted_to_the_models_dtype(stored, wanted, tmp_path):
+def test_values_are_converted_to_the_models_dtype(saved_dtype, dtype, tmp_path):
     """Trained in float32, served in bfloat16, and back."""
-    source, target = make_model(CONFIGS["ming"], 0, stored), make_model(CONFIGS["ming"], 1, wanted)
+    source, target = (
+        make_model(CONFIGS["ming"], seed=seed, dtype=dtype)
+        for seed, dtype in enumerate((saved_dtype, dtype))
+    )
     save_adapter(source, tmp_path / "a.safetensors")
     load_adapter(target, tmp_path / "a.safetensors")
     adapter = adapter_state_dict(source)
     for key, tensor in adapter_state_dict(target).items():
-        assert tensor.dtype == wanted
-        assert torch.equal(tensor, adapter[key].to(wanted)), key
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, adapter[key].to(dtype)), key
 
 
-def test_loading_does_not_alias_the_given_tensors():
-    """Training after a load must not change the dictionary it came from."""
-    source, target = make_model(CONFIGS["ming"], 0), make_model(CONFIGS["ming"], 1)
+def test_loading_copies_the_tensors():
+    """Training after a load must not change the dictionary that was loaded."""
+    source, target = make_model(CONFIGS["ming"]), make_model(CONFIGS["ming"], seed=1)
     state = {k: v.detach().clone() for k, v in adapter_state_dict(source).items()}
     load_adapter_state_dict(target, state)
     with torch.no_grad():
@@ -208,19 +191,19 @@ def write_torch(path, model):
     ids=lambda w: w.__name__,
 )
 def test_a_broken_or_foreign_file_is_named(write, tmp_path):
-    """A full disk truncates, old checkpoints are pickles: say which file, run nothing in it."""
-    model = make_model(CONFIGS["ming"], 0)
+    """A full disk truncates files, and old checkpoints are pickles, whose code must not run."""
+    model = make_model(CONFIGS["ming"])
     before = snapshot(model)
     path = tmp_path / "adapter.safetensors"
     write(path, model)
     with pytest.raises(ValueError, match=r"adapter\.safetensors: not a readable safetensors file"):
         load_adapter(model, path)
-    assert_bitwise(model, before)
+    assert_same(snapshot(model), before)
 
 
 def test_a_file_of_other_tensors_is_refused(tmp_path):
-    """A safetensors file of a base model is valid and not an adapter."""
-    model = make_model(CONFIGS["ming"], 0)
+    """The weights of a base model are a valid safetensors file, but not an adapter."""
+    model = make_model(CONFIGS["ming"])
     save_file({"weight": torch.zeros(2)}, tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match=r"unexpected: weight"):
         load_adapter(model, tmp_path / "base.safetensors")

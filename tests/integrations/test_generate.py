@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moelora_kernels import MoeLoraConfig, link_siblings, replace_ffns, replace_linears, set_tasks
-from support.linears import randomise
-from support.models import language_model
+from moelora_kernels import link_siblings, set_tasks
+from support.models import add_preset, language_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,20 +19,18 @@ TASKS = [1, 2, 3]
 NEW = 5
 
 
-def make_model(family: str, preset: str, dtype=torch.float64):
-    """Two layers, 16 wide, in float64: no two tokens are as probable as each other to a rounding.
+def generating_model(family: str, preset: str, dtype=torch.float64):
+    """Return a model of two layers, 16 wide. In float64 two tokens never tie by rounding.
 
-    With dropout in the config, which evaluation must leave out.
+    The config has dropout, which evaluation must ignore.
     """
     model = language_model(family).to(dtype).requires_grad_(False)
     options = dict(num_tasks=3, task_embedding_dim=5) if preset == "moelora" else {}
-    chosen = MoeLoraConfig.preset(preset, num_experts=EXPERTS, dropout=0.3, **options)
-    if preset == "mixlora":
-        replace_ffns(model, chosen)
-    else:
-        replace_linears(model, chosen, ["q_proj", "k_proj", "v_proj", "down_proj"])
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    add_preset(model, preset, targets, num_experts=EXPERTS, dropout=0.3, **options)
+    if preset != "mixlora":
         link_siblings(model)
-    return randomise(model).eval()
+    return model.eval()
 
 
 def generate(model, preset, rows, repeats=1, **options):
@@ -65,7 +62,7 @@ PRESETS = ("ming", "moelora", "mixlora")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_generates_what_its_prompts_do(family, preset):
     """With a cache and without; each prompt as by hand."""
-    model = make_model(family, preset)
+    model = generating_model(family, preset)
     together = generate(model, preset, [0, 1, 2])
     assert together.shape == (3, NEW)
     assert torch.equal(generate(model, preset, [0, 1, 2], use_cache=False), together)
@@ -77,7 +74,7 @@ def test_a_batch_generates_what_its_prompts_do(family, preset):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tasks_show_in_what_is_generated(family):
     """Else the tests here would pass with the gates of any task."""
-    model = make_model(family, "moelora")
+    model = generating_model(family, "moelora")
     found = set()
     for task in TASKS:
         set_tasks(model, [task])
@@ -90,7 +87,7 @@ def test_tasks_show_in_what_is_generated(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
     """The batch of the model is that of the prompts times the beams: tasks are repeated."""
-    model = make_model(family, preset)
+    model = generating_model(family, preset)
     options = dict(num_beams=3, num_return_sequences=2)
     together = generate(model, preset, [0, 1, 2], repeats=3, **options)
     assert together.shape == (6, NEW)
@@ -106,7 +103,7 @@ def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
 )
 def test_tasks_that_are_not_repeated_are_refused(options):
     """Three tasks for a batch of six: an error that says what to do, never another's gate."""
-    model = make_model("Qwen2", "moelora")
+    model = generating_model("Qwen2", "moelora")
     with pytest.raises(ValueError, match=r"3 gate rows for x \[6, 5, 16\].*repeat_interleave"):
         generate(model, "moelora", [0, 1, 2], **options)
 
@@ -114,7 +111,7 @@ def test_tasks_that_are_not_repeated_are_refused(options):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_samples_of_a_prompt(preset):
     """Drawn with its task: the probabilities are those of the prompt alone, repeated."""
-    model = make_model("Llama", preset)
+    model = generating_model("Llama", preset)
     options = dict(
         do_sample=True, num_return_sequences=2, top_k=0, output_scores=True,
         return_dict_in_generate=True, max_new_tokens=1,
@@ -135,7 +132,7 @@ def test_samples_of_a_prompt(preset):
 
 def test_training_before_and_after_leaves_generation_as_it_is():
     """The mode is that of the model: no dropout, whatever was trained with it."""
-    model = make_model("Qwen2", "ming")
+    model = generating_model("Qwen2", "ming")
     before = generate(model, "ming", [0, 1, 2])
     model.train()
     model(IDS, attention_mask=ATTENTION, labels=IDS).loss.backward()
@@ -145,5 +142,5 @@ def test_training_before_and_after_leaves_generation_as_it_is():
 def test_low_precision():
     """bfloat16 with adapters of its own dtype runs prefill and decoding of a batch."""
     for preset in PRESETS:
-        model = make_model("Qwen2", preset, torch.bfloat16)
+        model = generating_model("Qwen2", preset, torch.bfloat16)
         assert generate(model, preset, [0, 1, 2]).shape == (3, NEW)

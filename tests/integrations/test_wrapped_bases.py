@@ -18,24 +18,12 @@ from moelora_kernels import (
     warmup,
 )
 from support.compare import assert_same, training_step
+from support.ffns import GatedMlp
 
 IN, OUT = 8, 6
 MING = dict(num_experts=4, rank=2, top_k=2)
 CPU = torch.device("cpu")
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
-
-
-class Gated(nn.Module):
-    """The MLP of Llama, with biases."""
-
-    def __init__(self, inner=12):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(IN, inner), nn.Linear(IN, inner)
-        self.down_proj = nn.Linear(inner, IN)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def adapt(model, ffn):
@@ -64,7 +52,7 @@ def offload(model, where, folder):
 @pytest.mark.parametrize("where", ("cpu", "disk"))
 def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
     """Weights are on the meta device but within a call; adapters are where the calls run."""
-    model = nn.Sequential(Gated()).double()
+    model = nn.Sequential(GatedMlp(IN, 12)).double()
     expected = adapt(copy.deepcopy(model), ffn)
     offload(model, where, tmp_path)
     assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -79,7 +67,7 @@ def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
 @pytest.mark.parametrize("how", ("linears", "linked", "ffn"))
 def test_experts_that_are_offloaded_with_their_model(how, tmp_path):
     """Each layer's tensors come for its own call, so that linked siblings run one by one."""
-    model = adapt(nn.Sequential(Gated()).double(), how == "ffn")
+    model = adapt(nn.Sequential(GatedMlp(IN, 12)).double(), how == "ffn")
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     expected = model(x)
     if how == "linked":

@@ -6,29 +6,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import (
-    MoeLoraConfig,
     MoeLoraGroup,
-    MoeLoraLinear,
     collect_aux_loss,
     record_routing,
     set_tasks,
 )
+from support.compare import assert_same, backward_step
 from support.formulas.aux_loss import switch_loss, z_loss
+from support.linears import IN, MING, OUT, make_layer
 
-IN, OUT, EXPERTS = 6, 5, 4
+EXPERTS = MING["num_experts"]
 # float64 sums of a few dozen terms, in another order.
 TIGHT = dict(rtol=1e-11, atol=1e-12)
-
-
-def make_layer(dtype=torch.float64, seed=0, **options):
-    torch.manual_seed(seed)
-    options = {"num_experts": EXPERTS, "rank": 2, "top_k": 2, **options}
-    layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig(**options), dtype=dtype)
-    with torch.no_grad():
-        layer.lora_B.normal_()
-        for q in layer.router.parameters():
-            q.normal_()
-    return layer
 
 
 @pytest.mark.parametrize("top_k", (1, 2, 4))
@@ -50,7 +39,7 @@ def test_values(top_k, masked):
 @pytest.mark.parametrize("top_k", (1, 2))
 def test_balanced_routing_is_exactly_the_weight(top_k, weight):
     """The minimum does not depend on K or E: a loss normalised over T instead would give K."""
-    layer = make_layer(torch.float32, top_k=top_k, aux={"load_balance": weight})
+    layer = make_layer(torch.float32, router_bias=False, top_k=top_k, aux={"load_balance": weight})
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:, :EXPERTS] = torch.eye(EXPERTS)
@@ -64,7 +53,7 @@ def test_balanced_routing_is_exactly_the_weight(top_k, weight):
 
 def test_collapsed_routing_costs_the_most():
     """All tokens on one expert with certainty: f and P are 1 there, the loss is E."""
-    layer = make_layer(top_k=1, aux={"load_balance": 1.0}, router_bias=True)
+    layer = make_layer(top_k=1, aux={"load_balance": 1.0})
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.bias.copy_(torch.tensor([0.0, 100.0, 0.0, 0.0]))
@@ -73,14 +62,16 @@ def test_collapsed_routing_costs_the_most():
 
 
 AXES = {
-    "fused": {},
-    "bias": dict(router_bias=True),
+    "fused": dict(router_bias=False),
+    "bias": {},
     "mlp": dict(router="mlp"),
     "unnormalized": dict(normalize="none"),
     "shared expert": dict(shared_expert="always"),
     "shared A": dict(share="A"),
     "sigmoid": dict(score="sigmoid"),
     "reference": dict(impl="reference"),
+    "grouped": dict(impl="grouped"),
+    "grouped, mlp, shared expert": dict(impl="grouped", router="mlp", shared_expert="always"),
 }
 
 
@@ -245,31 +236,23 @@ def test_nonreentrant_checkpointing_counts_once(checkpointed):
         make_layer(seed=1, aux={"load_balance": 0.5, "z": 0.5}, dropout=0.3),
     )
 
-    def train_step(recompute):
-        torch.manual_seed(2)
-        model.zero_grad()
-        x = torch.linspace(-1, 1, 8 * IN, dtype=torch.float64).view(8, IN).requires_grad_()
-        h = x
+    def loss(x, recompute):
         for module in model:
-            h = checkpoint(module, h, use_reentrant=False) if recompute else module(h)
-        aux = collect_aux_loss(model)
-        (h.square().sum() + aux).backward()
-        return [
-            aux.detach(),
-            x.grad,
-            *(q.grad.clone() for q in model.parameters() if q.grad is not None),
-        ]
+            x = checkpoint(module, x, use_reentrant=False) if recompute else module(x)
+        return x.square().sum() + collect_aux_loss(model)
 
-    expected, found = train_step(False), train_step(checkpointed)
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-    # The recomputed forward is not a new one to make a loss of.
+    def step(recompute):
+        x = torch.linspace(-1, 1, 8 * IN, dtype=torch.float64).view(8, IN)
+        dy = torch.ones((), dtype=torch.float64)
+        return backward_step(model, x, dy, forward=lambda leaf: loss(leaf, recompute))
+
+    expected = step(False)
+    assert_same(step(checkpointed), expected)
+    # The recompute in backward is not a forward whose loss can be collected.
     with pytest.raises(RuntimeError, match="run a forward first"):
         collect_aux_loss(model)
-    # And a second step after the recompute of the first.
-    for a, b in zip(train_step(checkpointed), expected, strict=True):
-        assert torch.equal(a, b)
+    # A second step after the recompute of the first one gives the same.
+    assert_same(step(checkpointed), expected)
 
 
 def test_reentrant_checkpointing_raises():

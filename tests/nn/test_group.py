@@ -35,6 +35,7 @@ OPTIONS = {
     "shared expert": dict(top_k=2, shared_expert="complement", shared_rank=1),
     "ranks": dict(rank=(1, 2, 3, 1), top_k=2),
     "sequence": dict(granularity="sequence", top_k=2),
+    "grouped": dict(top_k=2, router_bias=True, impl="grouped"),
 }
 
 

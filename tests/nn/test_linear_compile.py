@@ -12,6 +12,9 @@ COMPILED = [
     dict(normalize="none", top_k=None, dropout=0.3, dropout_mask="per_expert"),
     dict(router="task", num_tasks=3),
     dict(granularity="sequence", shared_expert="always"),
+    dict(impl="grouped"),
+    dict(impl="grouped", router="mlp", shared_expert="always", bias=False),
+    dict(impl="grouped", dropout=0.3, normalize="none"),
 ]
 
 
@@ -22,16 +25,22 @@ def test_compile_without_graph_breaks_or_recompiles(options):
     layer = make_layer(**options)
     if layer.config.router == "task":
         set_tasks(layer, [3, 1])
-    eval_layer = layer.eval()
-    compiled = torch.compile(eval_layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    x = torch.randn(2, 5, IN, dtype=torch.float64)
-    found = training_step(eval_layer, x, forward=compiled)
-    assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for sequence in (7, 12):
-            x = torch.randn(2, sequence, IN, dtype=torch.float64)
-            found = training_step(eval_layer, x, forward=compiled)
-            assert_same(found, training_step(eval_layer, x), rtol=1e-11, atol=1e-11)
+    compiled = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
+    # The numbers of tokens are on both sides of a tile of the grouped form.
+    for sequence in (20, 12, 65, 150):
+        x = torch.randn(2, sequence, IN, dtype=torch.float64)
+        with torch._dynamo.config.patch(error_on_recompile=sequence != 20):
+            found = training_step(layer, x, forward=compiled)
+        assert_same(found, training_step(layer, x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ("wide", "grouped"))
+def test_a_frozen_layer_compiles(impl):
+    """Autograd is on, but no tensor needs a gradient, like in evaluation without no_grad."""
+    layer = make_layer(impl=impl).requires_grad_(False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, IN, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_new_tasks_do_not_recompile():

@@ -18,23 +18,20 @@ from moelora_kernels import (
 )
 from support.ffns import make_ffn
 from support.linears import IN, make_layer, randomise, task_layer
-from support.models import two_blocks
+from support.models import adapt, two_blocks
 
 MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
 LORA = MoeLoraConfig.preset("lora", rank=2)
 
 
-def make_model(config=MOELORA, dtype=torch.float64):
-    """Two blocks: task gates on the first linear, plain LoRA on the second."""
-    model = two_blocks(0, dtype)
-    replace_linears(model, config, r"\d\.0")
-    replace_linears(model, LORA, r"\d\.2")
-    return randomise(model).eval()
+def two_kinds(config=MOELORA):
+    """Return two blocks whose first linear has `config`, and whose second has plain LoRA."""
+    return adapt(two_blocks(), (config, r"\d\.0"), (LORA, r"\d\.2")).eval()
 
 
 def test_a_model_merges_and_unmerges():
     """Plain LoRA on attention next to task gates: one task for those, and the same for these."""
-    model = make_model()
+    model = two_kinds()
     x = torch.randn(5, 6, dtype=torch.float64)
     for task in (1, 2, 3):
         set_tasks(model, [task])
@@ -49,7 +46,7 @@ def test_a_model_merges_and_unmerges():
 
 
 def test_a_model_merges_as_a_whole_or_not_at_all():
-    model = make_model()
+    model = two_kinds()
     model[1][0].lora_B.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="is not finite"):
         merge_adapter(model, 2)
@@ -58,18 +55,18 @@ def test_a_model_merges_as_a_whole_or_not_at_all():
 
 @pytest.mark.parametrize("call", (merge_adapter, merge_and_unload))
 def test_every_layer_that_is_in_the_way_is_named(call):
-    model = make_model(MoeLoraConfig.preset("ming", num_experts=4, rank=2))
+    model = two_kinds(MoeLoraConfig.preset("ming", num_experts=4, rank=2))
     model.mlp = make_ffn()
     model[0][2].merge()
     model[1][2].base_layer.register_forward_hook(lambda module, args, y: y)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="model: it cannot be merged") as error:
+    with pytest.raises(ValueError, match="model: cannot be merged") as error:
         call(model)
     for problem in (
         "0.0: task: its gate depends on x (router='linear', one gate per token)",
         "0.2: the layer is merged already",
         "1.0: task: its gate depends on x",
-        "1.2: base_layer: only a plain nn.Linear",
+        "1.2: base_layer: merging needs a plain nn.Linear",
         "mlp: the experts of a MoeLoraFFN are not linear",
     ):
         assert problem in str(error.value)
@@ -78,7 +75,9 @@ def test_every_layer_that_is_in_the_way_is_named(call):
 
 def test_a_task_that_nobody_reads_and_a_model_without_layers():
     model = nn.Sequential(nn.Linear(6, 6))
-    with pytest.raises(ValueError, match="model: it has no MoeLoraLinear layer"):
+    with pytest.raises(
+        ValueError, match="model: expected a model with MoeLoraLinear layers, got none"
+    ):
         merge_adapter(model, 1)
     replace_linears(model, LORA, "0")
     with pytest.raises(ValueError, match="task: no layer of the model has a task gate"):
@@ -88,7 +87,7 @@ def test_a_task_that_nobody_reads_and_a_model_without_layers():
 
 def test_unloaded_it_is_the_plain_model():
     """nn.Linear of the same names, frozen, in the mode and with the bias they had."""
-    model = make_model()
+    model = two_kinds()
     x = torch.randn(5, 6, dtype=torch.float64)
     set_tasks(model, [2])
     with torch.no_grad():
@@ -113,7 +112,7 @@ def test_unloaded_it_is_the_plain_model():
 
 def test_unloading_frees_one_layer_before_it_takes_the_next():
     """A model that just fits must not be there twice; the error keeps what the call still held."""
-    model = make_model()
+    model = two_kinds()
     model[1][2].lora_B.data.fill_(torch.inf)
     old = weakref.ref(model[0][0].base_layer.weight)
     with pytest.raises(ValueError, match="is not finite") as error:
@@ -156,6 +155,8 @@ def test_tied_weights_and_shared_layers():
 
 def test_siblings_of_a_group_stay():
     group = MoeLoraGroup(q=make_layer(router=None, router_bias=False))
-    with pytest.raises(ValueError, match="model: a MoeLoraGroup runs layers, not linears: group"):
+    with pytest.raises(
+        ValueError, match=r"model: a MoeLoraGroup cannot run plain linears; .*: group$"
+    ):
         merge_and_unload(nn.ModuleDict({"group": group}))
     assert isinstance(group.q, MoeLoraLinear)

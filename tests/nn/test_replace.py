@@ -14,30 +14,13 @@ from moelora_kernels import (
     replace_linears,
     set_tasks,
 )
+from support.compare import assert_same, backward_step
 from support.linears import randomise
+from support.models import mlp_blocks
 
 MING = MoeLoraConfig.preset("ming", num_experts=4, rank=2)
 MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embedding_dim=5)
 EXTERNAL = MoeLoraConfig(num_experts=4, rank=2, router="external")
-
-
-class Block(nn.Module):
-    """An MLP with the names of a transformer's, a norm, and one linear with a similar name."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up_proj = nn.Linear(width, 2 * width)
-        self.down_proj = nn.Linear(2 * width, width)
-        self.my_up_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.my_up_proj(self.down_proj(self.up_proj(self.norm(x)).relu()))
-
-
-def make_model(blocks=2):
-    torch.manual_seed(0)
-    return nn.ModuleDict({"layers": nn.Sequential(*[Block() for _ in range(blocks)])})
 
 
 # --- replace_linears ----------------------------------------------------------------------------
@@ -45,7 +28,7 @@ def make_model(blocks=2):
 
 def test_names_match_whole_components():
     """A name is a module's name or its last part, not a substring: my_up_proj stays."""
-    model = make_model()
+    model = mlp_blocks()
     replaced = replace_linears(model, MING, ["up_proj", "layers.1.down_proj"])
     assert replaced == ["layers.0.up_proj", "layers.1.up_proj", "layers.1.down_proj"]
     found = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
@@ -55,7 +38,7 @@ def test_names_match_whole_components():
 
 
 def test_a_regular_expression_matches_whole_names():
-    model = make_model()
+    model = mlp_blocks()
     assert replace_linears(model, MING, r"layers\.[01]\.(up|down)_proj") == [
         "layers.0.up_proj",
         "layers.0.down_proj",
@@ -63,7 +46,7 @@ def test_a_regular_expression_matches_whole_names():
         "layers.1.down_proj",
     ]
     with pytest.raises(ValueError, match=r"target_modules: no module matches.*up_pro"):
-        replace_linears(make_model(), MING, r".*up_pro")
+        replace_linears(mlp_blocks(), MING, r".*up_pro")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +54,7 @@ def test_a_regular_expression_matches_whole_names():
 )
 def test_what_matches_nothing_raises_and_changes_nothing(targets):
     """A typo in one of seven names must not leave a seventh of the model frozen in silence."""
-    model = make_model()
+    model = mlp_blocks()
     with pytest.raises(ValueError, match="target_modules: no module matches") as error:
         replace_linears(model, MING, targets)
     if targets == ["up_proj", "gate_proj"]:
@@ -82,7 +65,7 @@ def test_what_matches_nothing_raises_and_changes_nothing(targets):
 
 
 def test_a_target_that_is_no_linear_raises_and_changes_nothing():
-    model = make_model()
+    model = mlp_blocks()
     with pytest.raises(TypeError, match=r"target_modules: layers\.0\.norm is a .*LayerNorm"):
         replace_linears(model, MING, ["up_proj", "norm"])
     assert not any(isinstance(m, MoeLoraLinear) for m in model.modules())
@@ -107,13 +90,13 @@ def test_a_linear_whose_weight_is_read_without_a_call_is_refused(module, target)
 
 def test_a_config_or_pattern_that_is_none_is_named():
     with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got 'ming'"):
-        replace_linears(make_model(), "ming", ["up_proj"])
+        replace_linears(mlp_blocks(), "ming", ["up_proj"])
     with pytest.raises(ValueError, match=r"target_modules: bad pattern '\('"):
-        replace_linears(make_model(), MING, "(")
+        replace_linears(mlp_blocks(), MING, "(")
 
 
 def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
-    model = make_model()
+    model = mlp_blocks()
     bases = {n: m for n, m in model.named_modules() if n.endswith(".up_proj")}
     x = torch.randn(2, 3, 6)
     before = model["layers"](x)
@@ -128,7 +111,7 @@ def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
 
 def test_tied_modules_stay_tied():
     """One module under two names becomes one layer under two names, with one adapter."""
-    model = make_model()
+    model = mlp_blocks()
     model["layers"][1].up_proj = model["layers"][0].up_proj
     assert len(replace_linears(model, MING, ["up_proj"])) == 2
     first, second = (block.up_proj for block in model["layers"])
@@ -139,7 +122,7 @@ def test_tied_modules_stay_tied():
 
 def test_what_is_replaced_is_not_replaced_again():
     """A second call adds other targets; the layers inside and tied names do not match any more."""
-    model = make_model()
+    model = mlp_blocks()
     model["layers"][1].up_proj = model["layers"][0].up_proj
     replace_linears(model, MING, ["up_proj"])
     layer = model["layers"][0].up_proj
@@ -156,13 +139,13 @@ def test_what_is_replaced_is_not_replaced_again():
 
 
 def test_training_mode_follows_the_module():
-    model = make_model().eval()
+    model = mlp_blocks().eval()
     replace_linears(model, MING, ["up_proj"])
     assert not any(m.training for m in model.modules())
 
 
 def test_dtype_and_options_of_every_layer():
-    model = make_model().to(torch.bfloat16)
+    model = mlp_blocks().to(torch.bfloat16)
     replace_linears(model, MING.replace(adapter_dtype="float32"), ["up_proj", "down_proj"])
     assert {q.dtype for q in adapter_parameters(model)} == {torch.float32}
     assert model["layers"](torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -172,7 +155,7 @@ def test_dtype_and_options_of_every_layer():
 
 
 def moelora_model():
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, MOELORA, ["up_proj", "down_proj"])
     return randomise(model)
 
@@ -192,7 +175,7 @@ def test_a_shared_task_gate_is_one_module():
 
 def test_two_calls_share_a_gate_of_the_same_sizes():
     """Attention and MLP with different ranks are still one MOELoRA: the gate is the model's."""
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, MOELORA, ["up_proj"])
     replace_linears(model, MOELORA.replace(rank=3, dropout=0.0), ["down_proj"])
     first, second = model["layers"]
@@ -206,7 +189,7 @@ def test_two_calls_share_a_gate_of_the_same_sizes():
 )
 def test_two_calls_with_different_sizes_have_a_gate_each(sizes):
     """And one call of set_tasks sets both, or neither where one of them refuses the ids."""
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, MOELORA.replace(**sizes), ["up_proj"])
     replace_linears(model, MOELORA, ["down_proj"])
     first, second = model["layers"]
@@ -253,7 +236,7 @@ def test_tasks_that_do_not_fit_raise():
     with pytest.raises(ValueError, match=r"set_tasks: 3 gate rows for x \[2, 3, 6\]"):
         model["layers"](x)
     with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
-        set_tasks(make_model(), [1])
+        set_tasks(mlp_blocks(), [1])
 
 
 def test_a_refused_batch_leaves_the_tasks_that_were_set():
@@ -267,7 +250,7 @@ def test_a_refused_batch_leaves_the_tasks_that_were_set():
 
 
 def test_external_gates_reach_every_layer():
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, EXTERNAL, ["up_proj", "down_proj"])
     randomise(model)
     x = torch.randn(2, 3, 6)
@@ -279,7 +262,7 @@ def test_external_gates_reach_every_layer():
     assert gates.grad.abs().min() > 0
     set_tasks(model, [[0.0] * 4])
     silent = model["layers"](x)
-    bare = make_model()
+    bare = mlp_blocks()
     torch.testing.assert_close(silent, bare["layers"](x), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
         set_tasks(model, [1, 2])
@@ -287,7 +270,7 @@ def test_external_gates_reach_every_layer():
 
 def test_external_gates_follow_the_layers_device():
     """Gates from a tokenizer's output are on the CPU, the layers wherever the model is."""
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, EXTERNAL, ["up_proj"])
     model = model.to("meta")
     set_tasks(model, [[0.25] * 4])
@@ -298,23 +281,19 @@ def test_external_gates_follow_the_layers_device():
 @pytest.mark.parametrize("config", (MOELORA, EXTERNAL), ids=("task", "external"))
 def test_tasks_survive_activation_checkpointing(config, use_reentrant):
     """The recompute runs outside the model's forward: the tasks must still be there."""
-    model = make_model()
+    model = mlp_blocks()
     replace_linears(model, config, ["up_proj", "down_proj"])
     randomise(model)
     set_tasks(model, [3, 1] if config is MOELORA else torch.rand(2, 4))
 
-    def gradients(recompute):
-        torch.manual_seed(2)
-        model.zero_grad()
-        x = torch.ones(2, 3, 6, requires_grad=True)
-        h = x
+    def recompute(x):
         for block in model["layers"]:
-            h = checkpoint(block, h, use_reentrant=use_reentrant) if recompute else block(h)
-        h.square().sum().backward()
-        return [x.grad, *[q.grad.clone() for q in adapter_parameters(model)]]
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return x
 
-    for a, b in zip(gradients(True), gradients(False), strict=True):
-        assert torch.equal(a, b)
+    x = torch.ones(2, 3, 6)
+    expected = backward_step(model, x, forward=model["layers"])
+    assert_same(backward_step(model, x, forward=recompute), expected)
 
 
 def test_adapter_parameters_are_what_trains():
@@ -329,4 +308,4 @@ def test_adapter_parameters_are_what_trains():
     names = [n for n, q in model.named_parameters() if q.requires_grad]
     assert len(names) == len(found) == 10
     assert all("lora_" in n or "router" in n for n in names)
-    assert adapter_parameters(make_model()) == []
+    assert adapter_parameters(mlp_blocks()) == []

@@ -17,6 +17,7 @@ from moelora_kernels import (
     warmup,
 )
 from moelora_kernels.config import MoeLoraConfig
+from support.linears import IN, make_layer
 
 
 @pytest.fixture
@@ -38,10 +39,6 @@ def runs(monkeypatch):
     return forward, backward
 
 
-def layer(**options) -> MoeLoraLinear:
-    return MoeLoraLinear(8, 8, num_experts=3, rank=2, top_k=2, **options)
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +48,11 @@ class Attention(nn.Module):
 
 def test_siblings_run_together_and_every_layer_runs(runs):
     model = nn.ModuleDict(
-        {"group": MoeLoraGroup(a=layer(), b=layer()), "single": layer(), "attention": Attention()}
+        {
+            "group": MoeLoraGroup(a=make_layer(torch.float32), b=make_layer(torch.float32)),
+            "single": make_layer(torch.float32),
+            "attention": Attention(),
+        }
     )
     config = MoeLoraConfig.preset("ming", rank=2)
     replace_linears(model["attention"], config, r".*_proj")
@@ -62,10 +63,9 @@ def test_siblings_run_together_and_every_layer_runs(runs):
 
 
 def test_no_trace_is_left():
-    model = layer(dropout=0.5)
-    torch.nn.init.normal_(model.lora_B)
+    model = make_layer(torch.float32, dropout=0.5)
     with record_routing(model):
-        model(torch.randn(4, 8))
+        model(torch.randn(4, IN))
         weights, state = model.record.weights.clone(), torch.get_rng_state()
         warmup(model)
         assert torch.equal(model.record.weights, weights)
@@ -87,9 +87,9 @@ def test_task_gates_run_with_the_tasks_that_are_set(runs):
     ("arguments", "named"),
     (
         (dict(model=nn.Linear(2, 2)), "model"),
-        (dict(model=layer(), tokens=()), "tokens"),
-        (dict(model=layer(), tokens=(0,)), "tokens"),
-        (dict(model=layer(), batch=0), "batch"),
+        (dict(model=make_layer(torch.float32), tokens=()), "tokens"),
+        (dict(model=make_layer(torch.float32), tokens=(0,)), "tokens"),
+        (dict(model=make_layer(torch.float32), batch=0), "batch"),
     ),
 )
 def test_bad_arguments_are_named(arguments, named):

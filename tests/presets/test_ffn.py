@@ -6,21 +6,20 @@ from torch import nn
 
 from moelora_kernels import (
     MoeLoraConfig,
-    MoeLoraFFN,
     adapter_parameters,
     collect_aux_loss,
     replace_ffns,
 )
 from moelora_kernels.presets import FFN_PRESETS
 from support.compare import check_formula
-from support.ffns import check
+from support.ffns import GatedMlp, check, make_ffn
 
 HIDDEN, INNER = 12, 18
 MLPS = ("Llama", "Qwen2", "Mistral")
 
 
-def make_mlp(family, dtype):
-    """A model's own MLP class; Llama's with biases, which Qwen2's and Mistral's cannot have."""
+def transformers_mlp(family, dtype):
+    """Return the MLP of a model of transformers. Only that of Llama can have biases, and has."""
     transformers = pytest.importorskip("transformers")
     module = getattr(transformers.models, family.lower())
     module = getattr(module, f"modeling_{family.lower()}")
@@ -31,15 +30,9 @@ def make_mlp(family, dtype):
     return getattr(module, f"{family}MLP")(config).to(dtype)
 
 
-def make_layer(preset, family="Llama", dtype=torch.float64, **options):
-    """A layer in eval mode with random parameters, so that no term of the formula is zero."""
-    torch.manual_seed(0)
-    config = MoeLoraConfig.preset(preset, **options)
-    layer = MoeLoraFFN.from_mlp(make_mlp(family, dtype), config).eval()
-    with torch.no_grad():
-        for q in layer.parameters(recurse=False):
-            q.normal_(std=0.3)
-    return layer
+def preset_ffn(preset, family="Llama", dtype=torch.float64, **options):
+    """Return a layer in evaluation over the MLP of a model family."""
+    return make_ffn(dtype, transformers_mlp(family, dtype), preset=preset, **options).eval()
 
 
 def experts_of(p, name, experts):
@@ -112,7 +105,7 @@ def test_every_preset_of_ffns_has_a_loop():
 @pytest.mark.parametrize("shape", ((1, 5), (4, 3), (6, 1)), ids=str)
 @pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_is_its_papers_formula(preset, shape, family):
-    layer = make_layer(preset, family)
+    layer = preset_ffn(preset, family)
     check_preset(preset, layer, torch.randn(*shape, HIDDEN, dtype=torch.float64))
 
 
@@ -121,21 +114,21 @@ def test_preset_is_its_papers_formula(preset, shape, family):
 @pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_preset_in_the_dtypes_people_train_in(preset, dtype, adapters):
     """Low precision may cost what the reference in that dtype costs, twice, and not more."""
-    layer = make_layer(preset, dtype=dtype, adapter_dtype=adapters)
+    layer = preset_ffn(preset, dtype=dtype, adapter_dtype=adapters)
     check_preset(preset, layer, torch.randn(4, 6, HIDDEN).to(dtype))
 
 
 @pytest.mark.parametrize("preset", FFN_PRESETS)
 def test_rank_one_and_ends_of_top_k(preset):
     for options in (dict(rank=1, num_experts=5), dict(top_k=1), dict(num_experts=2)):
-        layer = make_layer(preset, **options)
+        layer = preset_ffn(preset, **options)
         check_preset(preset, layer, torch.randn(2, 3, HIDDEN, dtype=torch.float64))
 
 
 def test_llava_moles_router_learns_from_the_balance_alone():
     """Its weight is exactly 1 in every dtype, so that y does not move it; the balance loss does."""
     for dtype in (torch.float64, torch.bfloat16):
-        layer = make_layer("llava-mole", dtype=dtype)
+        layer = preset_ffn("llava-mole", dtype=dtype)
         x = torch.randn(9, HIDDEN).to(dtype)
         weights = layer.token_slots(x, x).weights
         assert (weights == 1).all()
@@ -149,22 +142,17 @@ def test_llava_moles_router_learns_from_the_balance_alone():
 
 def test_one_expert_per_token_is_an_ffn_of_linears():
     """K = 1 and weight 1: the layer is the three linears, each with LoRA of the chosen expert."""
-    layer = make_layer("mixlora", top_k=1)
+    layer = preset_ffn("mixlora", top_k=1)
     check(layer, *(torch.randn(5, HIDDEN, dtype=torch.float64) for _ in range(2)))
 
 
 def test_parameters_of_mixlora_on_llama_7b():
     """8 experts of rank 16 in three linears of 4096 x 11008, and one router, in each of 32 FFNs."""
     with torch.device("meta"):
-        model = nn.ModuleList(nn.ModuleDict({"mlp": Mlp(4096, 11008)}) for _ in range(32))
+        model = nn.ModuleList(
+            nn.ModuleDict({"mlp": GatedMlp(4096, 11008, False)}) for _ in range(32)
+        )
     replace_ffns(model, MoeLoraConfig.preset("mixlora"))
     assert sum(q.numel() for q in adapter_parameters(model)) == 32 * (
         8 * 16 * 3 * (4096 + 11008) + 8 * 4096
     )
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden, inner):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
-        self.down_proj, self.act_fn = nn.Linear(inner, hidden, bias=False), nn.SiLU()

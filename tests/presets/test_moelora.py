@@ -14,7 +14,7 @@ from moelora_kernels import (
     replace_linears,
     set_tasks,
 )
-from support.ffns import HIDDEN, INNER, make_ffn
+from support.ffns import HIDDEN, GatedMlp, make_ffn
 from support.linears import IN, OUT, make_layer, randomise
 
 TASK = dict(
@@ -208,18 +208,9 @@ def test_a_gate_per_layer():
     assert sum("router.gate.weight" in key for key in adapter_state_dict(model)) == 3
 
 
-class Mlp(nn.Module):
-    """What replace_ffns takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, INNER)
-        self.down_proj, self.act_fn = nn.Linear(INNER, HIDDEN), nn.SiLU()
-
-
 @pytest.mark.parametrize(("task_gate", "gates"), (("per_layer", 2), ("shared", 1)))
 def test_a_gate_per_ffn(task_gate, gates):
-    model = nn.ModuleDict({"a": Mlp(), "b": Mlp()})
+    model = nn.ModuleDict({"a": GatedMlp(), "b": GatedMlp()})
     replace_ffns(model, MoeLoraConfig(**{**TASK, "task_gate": task_gate}), ["a", "b"])
     assert len({id(ffn.router) for ffn in model.values()}) == gates
 

@@ -59,6 +59,28 @@ def training_step(
     return gradients(y, leaf, module.named_parameters(), dy, unused_as_zero)
 
 
+def backward_step(
+    module: nn.Module,
+    x: Tensor,
+    dy: Tensor | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the values of `training_step`, computed by y.backward(), which checkpoint() needs.
+
+    Random numbers are drawn between forward and backward, like other layers of a model draw them.
+    """
+    torch.manual_seed(3)
+    module.zero_grad()
+    leaf = x.detach().clone().requires_grad_()
+    y = (module if forward is None else forward)(leaf)
+    torch.randn(3)
+    if dy is None:
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    y.backward(dy)
+    trained = {n: q.grad for n, q in module.named_parameters() if q.requires_grad}
+    return {"y": y.detach(), "dx": leaf.grad, **trained}
+
+
 def training_step_of_siblings(
     forward: Callable[[Tensor], Sequence[Tensor]],
     module: nn.Module,

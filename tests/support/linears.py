@@ -5,27 +5,41 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moelora_kernels import MoeLoraLinear, adapter_parameters
+from moelora_kernels import MoeLoraConfig, MoeLoraLinear, adapter_parameters
 
 IN, OUT = 12, 10
 MING = dict(num_experts=4, rank=3, alpha=6.0, router_bias=True, top_k=2)
 
 
-def make_layer(dtype=torch.float64, base=None, seed=0, **options):
-    """A layer whose B is not zero, so that its adapter shows."""
-    torch.manual_seed(seed)
+def layer_options(**options):
+    """Return the options of `make_layer`: MING, with `options` on top."""
     options = {**MING, **options}
-    if options.get("router") in ("external", None) and "router" in options:
+    if options.get("router", "linear") in ("external", None):
         options.pop("top_k")
-    base = nn.Linear(IN, OUT, dtype=dtype) if base is None else base
-    layer = MoeLoraLinear.from_linear(base, **options)
+    return options
+
+
+def make_layer(dtype=torch.float64, base=None, seed=0, bias=True, **options):
+    """Return a layer with the options MING and `options`, and a B that is not zero.
+
+    base: the frozen linear; by default a new nn.Linear [OUT, IN].
+    """
+    torch.manual_seed(seed)
+    base = nn.Linear(IN, OUT, bias, dtype=dtype) if base is None else base
+    layer = MoeLoraLinear.from_linear(base, **layer_options(**options))
     with torch.no_grad():
         layer.lora_B.normal_(std=0.3)
     return layer
 
 
+def formulations(cases):
+    """Return pairs (impl, options): "wide" for every case, "grouped" if the gate is sparse."""
+    sparse = [case for case in cases if MoeLoraConfig(**layer_options(**case)).is_sparse()]
+    return [("wide", case) for case in cases] + [("grouped", case) for case in sparse]
+
+
 class Prototype(nn.Module):
-    """A router of one's own: cosine to prototypes, with a parameter that must get a gradient."""
+    """A router that a user wrote: the cosine of x to trainable prototypes."""
 
     def __init__(self, experts):
         super().__init__()
@@ -43,7 +57,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
         codes = (linear.weight.detach() / scale).round().to(torch.int8)
-        # Packed in one row, as bitsandbytes packs, so that only forward knows the shape.
+        # One row, like the packed weights of bitsandbytes: only forward knows the shape.
         self.weight = nn.Parameter(codes.reshape(1, -1), requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = linear.bias
@@ -55,16 +69,16 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
 
 
-def randomise(model):
-    """Adapters that are not zero, so that gates and tasks show in the output."""
-    torch.manual_seed(1)
+def randomise(model, seed=1):
+    """Draw the adapters of a model, so that gates and tasks change the output. Return the model."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         for q in adapter_parameters(model):
             q.normal_(std=0.5)
     return model
 
 
-# A gate for each of sixteen tasks.
+# Options of a layer with a gate for each of sixteen tasks.
 TASKS = 16
 TASK = dict(
     router="task", num_tasks=TASKS, task_embedding_dim=6, router_bias=False, top_k=None, rank=3
@@ -72,7 +86,7 @@ TASK = dict(
 
 
 def task_layer(dtype=torch.float64, base=None, seed=0, **options):
-    """A layer with task gates that differ from each other, in evaluation."""
+    """Return a layer in evaluation whose sixteen task gates differ."""
     layer = make_layer(dtype, base, seed, **{**TASK, **options})
     with torch.no_grad():
         layer.router.gate.weight.normal_()

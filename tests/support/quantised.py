@@ -1,4 +1,7 @@
-"""Quantised linears for the tests: of the libraries that run here, and stand-ins for the rest."""
+"""Quantised linears, and the formulas of layers over them.
+
+bitsandbytes and torchao quantise for real. GPTQ-like and fp8 linears are stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-# Where bitsandbytes and torchao have CPU kernels: there they must be installed, and are used.
+from support.ffns import GatedMlp, topk_gate
+
+IN, OUT, HIDDEN, INNER = 64, 32, 64, 96
+
+# bitsandbytes and torchao have CPU kernels for this platform only; on it they must be installed.
 HAS_LIBRARIES = sys.platform == "linux" and platform.machine() == "x86_64"
 library = pytest.mark.skipif(not HAS_LIBRARIES, reason="no CPU kernels for this platform")
 
 
 class _PackedProduct(torch.autograd.Function):
-    """x Wt from codes: the weight is made anew in backward, in the dtype of the kernel."""
+    """x Wt from codes. Backward dequantises the weight again, in the dtype of the kernel."""
 
     @staticmethod
     def forward(x, linear):
@@ -33,10 +40,11 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class GptqLinear(nn.Module):
-    """A stand-in for GPTQ and AWQ linears: packed buffers, no `weight`, no way but its forward.
+    """A stand-in for GPTQ and AWQ linears: packed buffers, no `weight`, only a forward.
 
-    8 codes of 4 bits in each int32 of `qweight` [I / 8, O], `scales` [O]. It computes in the dtype
-    of the scales and returns that, or x's dtype where `casts` (both kinds are in use).
+    qweight: int32 [I / 8, O], 8 codes of 4 bits in each entry.
+    scales: [O], in the dtype that the forward computes in.
+    casts: whether it returns x's dtype or that of the scales; both kinds exist.
     """
 
     def __init__(self, linear, dtype=torch.float32, casts=True):
@@ -81,7 +89,7 @@ class Fp8Linear(nn.Linear):
 
 
 def bnb_4bit(linear, storage=torch.uint8, dtype=torch.float32):
-    """NF4 with nested statistics, in training: see `bnb` about evaluation on a CPU."""
+    """Return an NF4 linear of bitsandbytes."""
     import bitsandbytes
 
     quantised = bitsandbytes.nn.Linear4bit(
@@ -89,12 +97,12 @@ def bnb_4bit(linear, storage=torch.uint8, dtype=torch.float32):
         quant_type="nf4", quant_storage=storage,
     )  # fmt: skip
     quantised.load_state_dict(linear.state_dict())
-    # Moving it quantises it, as loading a model does.
+    # The move to a device quantises the weight, like loading a model does.
     return quantised.to("cpu")
 
 
 def bnb_8bit(linear):
-    """LLM.int8: int8 rows, outliers of x above 6 in full precision."""
+    """Return an LLM.int8 linear: int8 rows; entries of x above 6 in full precision."""
     import bitsandbytes
 
     quantised = bitsandbytes.nn.Linear8bitLt(
@@ -106,16 +114,16 @@ def bnb_8bit(linear):
 
 
 def torchao_int8(linear):
-    """An nn.Linear whose weight is a tensor subclass."""
+    """Return an nn.Linear whose weight is a tensor subclass of torchao."""
     holder = nn.Sequential(copy.deepcopy(linear))
     torchao_quantise(holder)
     return holder[0]
 
 
 def torchao_quantise(model):
-    """int8 weights in every nn.Linear of a model, in place."""
+    """Give every nn.Linear of a model int8 weights, in place."""
     with warnings.catch_warnings():
-        # Its own use of names that torch has deprecated.
+        # torchao uses names that torch has deprecated.
         warnings.simplefilter("ignore")
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     quantize_(model, Int8WeightOnlyConfig(version=2))
@@ -137,6 +145,78 @@ KINDS = tuple(
 
 
 def make_base(kind, in_features=64, out_features=32, bias=True, dtype=torch.float32):
-    """A quantised linear; dtype is that of the linear that was quantised."""
+    """Return a frozen quantised linear of a kind in BASES.
+
+    dtype: the dtype of the weight before it is quantised.
+    """
     linear = nn.Linear(in_features, out_features, bias, dtype=dtype)
     return BASES[kind](linear).requires_grad_(False)
+
+
+def quantised_mlp(kind):
+    """Return a GatedMlp [HIDDEN, INNER] whose three linears are quantised."""
+    mlp = GatedMlp(HIDDEN, INNER)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(mlp, name)
+        setattr(mlp, name, make_base(kind, linear.in_features, linear.out_features))
+    return mlp
+
+
+def inputs(*shape, out_features=OUT, dtype=torch.float32, dy_dtype=None):
+    """Return x [*shape, IN] and dy [*shape, out_features]."""
+    x, dy = torch.randn(*shape, IN).to(dtype), torch.randn(*shape, out_features)
+    return x, dy.to(dy_dtype or dtype)
+
+
+def trained_parameters(layer):
+    """Return the parameters that train, by name."""
+    return {n: p for n, p in layer.named_parameters() if p.requires_grad}
+
+
+def expert_sum(p, layer, x):
+    """Return sum_e gate_e s_e B_e A_e x, expert by expert; p: the parameters by name."""
+    tokens = x.reshape(-1, x.shape[-1])
+    gate = topk_gate(tokens, p, layer)
+    ranks = list(layer.config.ranks())
+    blocks = zip(p["lora_A"].split(ranks), p["lora_B"].split(ranks, dim=1), strict=True)
+    terms = [
+        gate[:, e : e + 1] * scale * (tokens @ a.t()) @ b.t()
+        for e, ((a, b), scale) in enumerate(zip(blocks, layer.config.scales(), strict=True))
+    ]
+    return sum(terms).view(*x.shape[:-1], layer.out_features)
+
+
+def linear_formula(layer, x, dy):
+    """Return y and the gradients of a layer, by name, like `training_step`.
+
+    The base is called in its own dtypes. The experts are computed in float64.
+    """
+    leaf = x.clone().requires_grad_()
+    base_y = layer.base_layer(leaf)
+    (base_dx,) = torch.autograd.grad(base_y, leaf, dy)
+    p = {n: q.detach().double().requires_grad_() for n, q in trained_parameters(layer).items()}
+    x64 = x.double().requires_grad_()
+    delta = expert_sum(p, layer, x64)
+    dx, *grads = torch.autograd.grad(delta, (x64, *p.values()), dy.double())
+    y = base_y.detach().double() + delta.detach()
+    return {"y": y, "dx": dx + base_dx.double(), **dict(zip(p, grads, strict=True))}
+
+
+def ffn_formula(layer, x):
+    """Return y of a MoeLoraFFN whose three linears are called:
+
+    y = sum_e gate_e (down(a_e) + s Bd_e Ad_e a_e)
+    """
+    p = dict(layer.named_parameters())
+    gate = topk_gate(x, p, layer)
+    ranks, y = list(layer.config.ranks()), 0
+    gates, ups = layer.gate_proj(x), layer.up_proj(x)
+
+    def low_rank(name, e, rows):
+        a, b = p[f"{name}_lora_A"].split(ranks)[e], p[f"{name}_lora_B"].split(ranks, dim=1)[e]
+        return layer.config.scales()[e] * (rows @ a.t()) @ b.t()
+
+    for e in range(len(ranks)):
+        a = layer.act_fn(gates + low_rank("gate", e, x)) * (ups + low_rank("up", e, x))
+        y = y + gate[:, e : e + 1] * (layer.down_proj(a) + low_rank("down", e, a))
+    return y

@@ -8,17 +8,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import Trainer, TrainingArguments
 
-from moelora_kernels import (
-    MoeLoraConfig,
-    adapter_parameters,
-    collect_aux_loss,
-    replace_ffns,
-    replace_linears,
-    set_tasks,
-)
+from moelora_kernels import adapter_parameters, collect_aux_loss, set_tasks
 from moelora_kernels.trainer import TaskCollator, attach
-from support.linears import randomise
-from support.models import language_model
+from support.models import add_preset, language_model
 
 PROJECTIONS = ["q_proj", "gate_proj"]
 IGNORED = -100
@@ -26,19 +18,14 @@ EXPERTS = 4
 
 
 def make_model(preset: str, tie: bool = False, **options):
-    """A Qwen2 of 2 layers, 16 wide, with adapters that are not zero."""
+    """Return a Qwen2 of 2 layers, 16 wide, with adapters that are not zero."""
     model = language_model(tie_word_embeddings=tie).requires_grad_(False).train()
     if preset == "moelora":
         options = {"num_tasks": 5, "task_embedding_dim": 6, "dropout": 0.0, **options}
     elif "aux" not in options:
-        # Large enough to show in every step of the router.
+        # Large enough to change every step of the router.
         options = {"aux": {"load_balance": 0.5, "z": 0.1}, "dropout": 0.0, **options}
-    chosen = MoeLoraConfig.preset(preset, num_experts=EXPERTS, **options)
-    if preset == "mixlora":
-        replace_ffns(model, chosen)
-    else:
-        replace_linears(model, chosen, PROJECTIONS)
-    return randomise(model)
+    return add_preset(model, preset, PROJECTIONS, num_experts=EXPERTS, **options)
 
 
 def make_samples(count: int = 10) -> list[dict]:

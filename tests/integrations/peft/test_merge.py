@@ -13,21 +13,21 @@ from support.peft_models import (  # noqa: E402
     EXTERNAL,
     LORA,
     MING,
+    TARGETS,
     TASKS,
     delta_of_token,
     inputs,
     llama,
     net,
+    new_adapter,
     randomise,
+    tuner_layers,
 )
 
-TARGETS = ["up", "down"]
 
-
-def adapted(options=TASKS, base=None, **adapters):
-    """An adapter "default" of `options`, and others by name."""
-    config = MoeLoraPeftConfig(**{"target_modules": TARGETS, **options})
-    model = peft.get_peft_model(net() if base is None else base, config)
+def mergeable(options=TASKS, base=None, **adapters):
+    """Return a model with an adapter "default" of `options`, and others by name. No task is set."""
+    model = new_adapter(options, base)
     for name, other in adapters.items():
         model.add_adapter(name, MoeLoraPeftConfig(**{"target_modules": TARGETS, **other}))
     return randomise(model).eval()
@@ -35,8 +35,7 @@ def adapted(options=TASKS, base=None, **adapters):
 
 def bits(model):
     """The weights of the bases."""
-    layers = [m for m in model.modules() if isinstance(m, MoeLoraTunerLinear)]
-    return [m.base_layer.weight.detach().clone() for m in layers]
+    return [m.base_layer.weight.detach().clone() for m in tuner_layers(model)]
 
 
 def assert_bits(found, expected):
@@ -45,7 +44,7 @@ def assert_bits(found, expected):
 
 @pytest.mark.parametrize("task", (1, 2, 3, 4))
 def test_every_task_merged_is_the_task_unmerged(task):
-    model, x = adapted(), inputs()
+    model, x = mergeable(), inputs()
     before, keys = bits(model), set(model.state_dict())
     set_tasks(model, [task])
     y = model(x)
@@ -61,7 +60,7 @@ def test_every_task_merged_is_the_task_unmerged(task):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_the_merged_weight_is_the_sum_rounded_once(dtype):
     """Against the formula in float64: W + sum_e scale gate_e B_e A_e, task by task, and undone."""
-    model = adapted(TASKS, net(dtype))
+    model = mergeable(TASKS, net(dtype))
     layer = model.base_model.model.layers[1].down
     experts, base = layer.moelora_experts["default"], layer.base_layer.weight
     before = base.detach().clone()
@@ -91,7 +90,7 @@ def test_the_merged_weight_is_the_sum_rounded_once(dtype):
 @pytest.mark.parametrize("options", (TASKS, LORA, EXTERNAL), ids=("tasks", "lora", "external"))
 @pytest.mark.parametrize("safe_merge", (False, True))
 def test_merge_and_unload(options, safe_merge):
-    model, x = adapted(options), inputs()
+    model, x = mergeable(options), inputs()
     if options is TASKS:
         set_tasks(model, [2, 2])
     elif options is EXTERNAL:
@@ -110,7 +109,7 @@ def test_merge_and_unload(options, safe_merge):
 
 def test_several_adapters_at_once_and_one_after_another():
     x = inputs()
-    model = adapted(TASKS, other=LORA)
+    model = mergeable(TASKS, other=LORA)
     model.base_model.set_adapter(["default", "other"])
     set_tasks(model, [3])
     y, before = model(x), bits(model)
@@ -132,7 +131,7 @@ def test_several_adapters_at_once_and_one_after_another():
 
 
 def test_only_the_named_adapter_is_merged():
-    model, x = adapted(TASKS, other=LORA), inputs()
+    model, x = mergeable(TASKS, other=LORA), inputs()
     model.set_adapter("other")
     y = model(x)
     model.set_adapter("default")
@@ -141,14 +140,14 @@ def test_only_the_named_adapter_is_merged():
 
 
 def test_disabling_a_merged_adapter_takes_it_out():
-    model, x = adapted(LORA), inputs()
+    model, x = mergeable(LORA), inputs()
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(model(x), net()(x))
 
 
 def test_training_goes_on_after_a_merge():
-    model, x = adapted(LORA), inputs()
+    model, x = mergeable(LORA), inputs()
     model.merge_adapter()
     assert not model(x).requires_grad
     model.unmerge_adapter()
@@ -169,32 +168,32 @@ def refused(model, error, match, **options):
 
 
 def test_gates_that_read_x():
-    refused(adapted(MING), RuntimeError, r"'default' cannot be merged: its gate depends on x")
+    refused(mergeable(MING), RuntimeError, r"'default' cannot be merged: its gate depends on x")
     # The first layers could be merged; those of the second adapter come later.
-    model = adapted(dict(TASKS, target_modules=["up"]), other=dict(MING, target_modules=["down"]))
+    model = mergeable(dict(TASKS, target_modules=["up"]), other=dict(MING, target_modules=["down"]))
     set_tasks(model, [1])
     model.base_model.set_adapter(["default", "other"])
     refused(model, RuntimeError, r"'other' cannot be merged")
 
 
 def test_no_task_and_several_tasks():
-    refused(adapted(TASKS), RuntimeError, "set_tasks")
-    refused(adapted(EXTERNAL), RuntimeError, "set_tasks")
-    model = adapted(TASKS)
+    refused(mergeable(TASKS), RuntimeError, "set_tasks")
+    refused(mergeable(EXTERNAL), RuntimeError, "set_tasks")
+    model = mergeable(TASKS)
     set_tasks(model, [1, 2])
     refused(model, RuntimeError, "one task")
-    model = adapted(EXTERNAL)
+    model = mergeable(EXTERNAL)
     set_tasks(model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64))
     refused(model, RuntimeError, "one task")
 
 
 def test_unknown_adapters():
-    refused(adapted(LORA), ValueError, "nobody", adapter_names=["nobody"])
+    refused(mergeable(LORA), ValueError, "nobody", adapter_names=["nobody"])
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_safe_merge_refuses_what_is_not_finite(bad):
-    model = adapted(LORA)
+    model = mergeable(LORA)
     with torch.no_grad():
         model.base_model.model.layers[0].up.moelora_experts["default"].lora_B[0, 0] = bad
     refused(model, ValueError, "not finite", safe_merge=True)
@@ -203,12 +202,12 @@ def test_safe_merge_refuses_what_is_not_finite(bad):
 def test_a_base_without_a_dense_weight():
     base = net(torch.float32)
     base.layers[1].up = PackedLinear(base.layers[1].up)
-    refused(adapted(LORA, base), RuntimeError, "dense float weight")
+    refused(mergeable(LORA, base), RuntimeError, "dense float weight")
 
 
 def test_tasks_cannot_change_under_a_merged_weight():
     """They would be ignored: the weight holds another task."""
-    model = adapted()
+    model = mergeable()
     set_tasks(model, [1])
     model.merge_adapter()
     with pytest.raises(ValueError, match="task"):
@@ -221,7 +220,7 @@ def test_tied_weights_are_named():
     """PEFT's warning: the embedding that shares the weight changes with the head."""
     base = llama(tie_word_embeddings=True)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model = adapted(dict(LORA, target_modules=["lm_head"]), base)
+        model = mergeable(dict(LORA, target_modules=["lm_head"]), base)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         model.merge_and_unload()
     assert base.lm_head.weight is base.model.embed_tokens.weight

@@ -12,22 +12,15 @@ from support.peft_models import (  # noqa: E402
     EXTERNAL,
     GATES,
     MING,
+    TARGETS,
     TASKS,
     give_gates,
     inputs,
     llama,
     net,
+    new_adapter,
     randomise,
 )
-
-TARGETS = ["up", "down"]
-
-
-def adapted(options, base=None, autocast_adapter_dtype=True, **more):
-    config = MoeLoraPeftConfig(**{"target_modules": TARGETS, **options, **more})
-    return peft.get_peft_model(
-        net() if base is None else base, config, autocast_adapter_dtype=autocast_adapter_dtype
-    )
 
 
 def snapshot(model):
@@ -40,7 +33,7 @@ def snapshot(model):
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
 def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
     """B moves in the first step; A and router, whose gradient is a product with B, from then on."""
-    model = give_gates(adapted(options), options).train()
+    model = give_gates(new_adapter(options), options).train()
     start = snapshot(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for number in range(3):
@@ -59,7 +52,7 @@ def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
 
 @pytest.mark.parametrize(("freeze", "moves"), (("A", {"lora_B", "router"}), ("AB", {"router"})))
 def test_what_is_frozen_stays_frozen(freeze, moves):
-    model = adapted(MING, freeze=freeze).train()
+    model = new_adapter(MING, freeze=freeze).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model.set_adapter("other")
     model.set_adapter("default")
@@ -70,7 +63,7 @@ def test_what_is_frozen_stays_frozen(freeze, moves):
 
 
 def test_balances_are_those_of_the_active_adapter():
-    model = adapted(dict(num_experts=4, rank=2, top_k=2, balance_rate=0.5)).train()
+    model = new_adapter(dict(num_experts=4, rank=2, top_k=2, balance_rate=0.5)).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model(inputs())
     update_balance(model)
@@ -83,7 +76,7 @@ def test_balances_are_those_of_the_active_adapter():
 
 
 def test_only_the_active_adapter_moves():
-    model = adapted(TASKS)
+    model = new_adapter(TASKS)
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     randomise(model)
     model.set_adapter("other")
@@ -101,7 +94,7 @@ def test_only_the_active_adapter_moves():
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_one_expert_is_the_lora_of_peft(dtype):
     """Preset "lora" against peft.tuners.lora.Linear: output and gradients of the same weights."""
-    ours = adapted(dict(preset="lora", rank=3, alpha=7.0), net(dtype))
+    ours = new_adapter(dict(preset="lora", rank=3, alpha=7.0), net(dtype))
     theirs = peft.get_peft_model(
         net(dtype), peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS)
     )
@@ -139,7 +132,9 @@ def test_one_expert_is_the_lora_of_peft(dtype):
 @pytest.mark.parametrize("options", (MING, TASKS, EXTERNAL), ids=("ming", "tasks", "external"))
 def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
     """A base of 16 bits under adapters of 32, which is PEFT's default, and every other mixture."""
-    model = randomise(adapted(options, net(dtype), autocast_adapter_dtype))
+    model = randomise(
+        new_adapter(options, net(dtype), autocast_adapter_dtype=autocast_adapter_dtype)
+    )
     give_gates(model, options)
     own = {n: p for n, p in model.named_parameters() if "moelora_" in n}
     assert {p.dtype for p in own.values()} == {torch.float32 if autocast_adapter_dtype else dtype}
@@ -167,7 +162,7 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
 
 
 def test_the_sum_of_adapters_has_the_dtype_of_the_base():
-    model = adapted(MING, net(torch.bfloat16))
+    model = new_adapter(MING, net(torch.bfloat16))
     model.add_adapter("other", MoeLoraPeftConfig(preset="lora", target_modules=TARGETS))
     model.base_model.set_adapter(["default", "other"])
     randomise(model)
@@ -182,15 +177,17 @@ def test_the_sum_of_adapters_has_the_dtype_of_the_base():
 
 
 def test_the_dtype_that_was_asked_for_stays():
-    model = adapted(dict(MING, adapter_dtype="bfloat16"), net(torch.bfloat16))
+    model = new_adapter(dict(MING, adapter_dtype="bfloat16"), net(torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
-    model = adapted(dict(MING, adapter_dtype="float32"), net(torch.bfloat16), False)
+    model = new_adapter(
+        dict(MING, adapter_dtype="float32"), net(torch.bfloat16), autocast_adapter_dtype=False
+    )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
 def test_loading_over_a_base_of_16_bits_keeps_every_bit(low_cpu_mem_usage, tmp_path):
-    model = randomise(adapted(TASKS, net(torch.bfloat16)))
+    model = randomise(new_adapter(TASKS, net(torch.bfloat16)))
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(
         net(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
@@ -211,7 +208,7 @@ def test_gradient_checkpointing(options, use_reentrant):
     ids = torch.arange(10).view(2, 5)
 
     def gradients(checkpointed):
-        model = randomise(adapted(options, llama(), target_modules=["q_proj", "down_proj"]))
+        model = randomise(new_adapter(options, llama(), target_modules=["q_proj", "down_proj"]))
         if "num_tasks" in options:
             set_tasks(model, [2, 1])
         if checkpointed:
@@ -237,7 +234,7 @@ def test_gradient_checkpointing(options, use_reentrant):
 @pytest.mark.parametrize("options", (MING, TASKS), ids=("ming", "tasks"))
 def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
     """With the cache, in a batch, through PeftModel.generate."""
-    model = randomise(adapted(options, llama(), target_modules=["q_proj", "down_proj"])).eval()
+    model = randomise(new_adapter(options, llama(), target_modules=["q_proj", "down_proj"])).eval()
     if options is TASKS:
         set_tasks(model, [4, 1])
     ids = torch.arange(8).view(2, 4)
@@ -262,7 +259,7 @@ def test_a_base_that_is_called_not_read():
         block.up = PackedLinear(block.up)
     x = inputs(dtype=torch.float32)
     plain = base(x)
-    model = adapted(MING, base)
+    model = new_adapter(MING, base)
     torch.testing.assert_close(model(x), plain)
     randomise(model)(x).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]

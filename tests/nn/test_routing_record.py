@@ -1,0 +1,225 @@
+"""A routing record belongs to one forward of the model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moelora_kernels import (
+    MoeLoraConfig,
+    MoeLoraLinear,
+    collect_aux_loss,
+    record_routing,
+    replace_linears,
+)
+from moelora_kernels.nn.layer import mixture_layers
+
+AUX = dict(num_experts=4, rank=2, top_k=2, aux={"load_balance": 1.0, "z": 0.1})
+
+
+class Branches(nn.Module):
+    """Layers a, b, c; a forward calls those whose names it is given, in that order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x, path="abc"):
+        for name in path:
+            x = getattr(self, name)(x)
+        return x
+
+
+def branches(**options):
+    torch.manual_seed(0)
+    model = Branches()
+    replace_linears(model, MoeLoraConfig(**(AUX | options)), ["a", "b", "c"])
+    for layer in mixture_layers(model):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def tokens(count=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, dtype=torch.float64, generator=generator)
+
+
+def loss_of(model, *inputs):
+    """The auxiliary losses of single layers, each on the inputs that it got."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, x in inputs:
+        layer = getattr(model, name)
+        layer(x)
+        total = total + collect_aux_loss(layer)
+    return total
+
+
+def test_a_layer_that_the_forward_does_not_reach_adds_nothing():
+    model, x = branches(), tokens()
+    model(x, "a")
+    torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
+
+
+def test_a_layer_that_only_an_earlier_forward_reached_adds_nothing():
+    model, x = branches(), tokens()
+    model(x, "abc")
+    model(x, "a")
+    loss = collect_aux_loss(model)
+    loss.backward()
+    assert model.a.router.weight.grad.any()
+    assert model.b.router.weight.grad is None
+    torch.testing.assert_close(loss, loss_of(model, ("a", x)))
+
+
+def test_a_forward_that_reaches_no_layer_has_no_loss():
+    model = branches()
+    model(tokens(), "")
+    assert collect_aux_loss(model).item() == 0.0
+    with pytest.raises(RuntimeError, match="run a forward first"):
+        collect_aux_loss(model)
+
+
+def test_several_calls_in_one_forward_count_by_their_tokens():
+    """Like one call with all tokens: not the mean of two losses, and not the last one."""
+    model = branches(rank=1)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, y):
+            return self.inner.a(x), self.inner.a(y)
+
+    outer, x, y = Twice(), tokens(3), tokens(9, seed=2)
+    with record_routing(outer):
+        outer(x, y)
+        assert [call.shape for call in model.a.record.last] == [(3,), (9,)]
+        assert model.a.record.weights.shape == (12, 2)
+    collect_aux_loss(outer) if model.a.record.last else None
+    outer(x, y)
+    expected = loss_of(model, ("a", torch.cat([x, y])))
+    outer(x, y)
+    torch.testing.assert_close(collect_aux_loss(outer), expected)
+
+
+def test_evaluation_between_forward_and_loss_changes_nothing():
+    model, x = branches(), tokens()
+    model(x)
+    expected = collect_aux_loss(model)
+    model(x)
+    with torch.no_grad():
+        model(tokens(seed=5), "a")
+    torch.testing.assert_close(collect_aux_loss(model), expected)
+
+
+def test_without_autograd_the_loss_is_of_the_forward_without_autograd():
+    model, x, other = branches(), tokens(), tokens(seed=5)
+    model(x)
+    with torch.no_grad():
+        model(other, "a")
+        torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", other)))
+
+
+def test_a_forward_that_raised_leaves_nothing_behind():
+    model, x = branches(), tokens()
+    with pytest.raises(AttributeError):
+        model(x, "abz")
+    model(x, "c")
+    torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("c", x)))
+
+
+def test_a_part_of_the_model_is_a_forward_only_on_its_own():
+    """Adapters were put into a part, which the whole model calls twice."""
+    inner = branches()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            self.inner(x, "a")
+            return self.inner(x, "b")
+
+    outer, x = Outer(), tokens()
+    outer(x)
+    # The part's own hooks know two forwards, of which the second reached b only.
+    torch.testing.assert_close(collect_aux_loss(outer), loss_of(inner, ("b", x)))
+    # `collect_aux_loss` has seen the whole: its forward reaches both.
+    outer(x)
+    torch.testing.assert_close(collect_aux_loss(outer), loss_of(inner, ("a", x), ("b", x)))
+    inner(x, "c")
+    torch.testing.assert_close(collect_aux_loss(outer), loss_of(inner, ("c", x)))
+
+
+@pytest.mark.parametrize("whole", (False, True), ids=("layers", "model"))
+def test_activation_checkpointing_counts_once(whole):
+    model, x = branches(), tokens().requires_grad_()
+
+    def forward(x):
+        if whole:
+            return checkpoint(model, x, use_reentrant=False)
+        for layer in (model.a, model.b, model.c):
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    model(x)
+    expected = collect_aux_loss(model).detach()
+    for _ in range(2):
+        y = forward(x)
+        loss = collect_aux_loss(model)
+        torch.testing.assert_close(loss.detach(), expected)
+        (y.sum() + loss).backward()
+
+
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+def test_a_copy_has_records_of_its_own(copied):
+    model, x = branches(), tokens()
+    model(x)
+    twin = copied(model)
+    with pytest.raises(RuntimeError, match="run a forward first"):
+        collect_aux_loss(twin)
+    twin(x)
+    twin(x, "a")
+    torch.testing.assert_close(collect_aux_loss(twin), loss_of(twin, ("a", x)))
+    assert [call.shape for call in model.b.record.last] == [(5,)]
+
+
+def test_a_compiled_model_drops_the_earlier_forward():
+    model, x = branches(), tokens()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x, "abc")
+    compiled(x, "a")
+    torch.testing.assert_close(collect_aux_loss(compiled), loss_of(model, ("a", x)))
+
+
+def test_a_model_built_by_hand_is_known_after_the_first_loss():
+    options = dict(config=MoeLoraConfig(**AUX), dtype=torch.float64)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = MoeLoraLinear(6, 6, **options), MoeLoraLinear(6, 6, **options)
+
+        def forward(self, x, both=True):
+            return self.b(self.a(x)) if both else self.a(x)
+
+    model, x = Two(), tokens()
+    model(x)
+    collect_aux_loss(model)
+    model(x)
+    model(x, both=False)
+    torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
+
+
+def test_records_cost_no_hook_in_models_without_losses():
+    model = branches(aux=())
+    assert not model._forward_pre_hooks
+    with record_routing(model):
+        model(tokens())
+        assert model.b.record.weights.shape == (5, 2)
+    assert model.b.record.weights is None
