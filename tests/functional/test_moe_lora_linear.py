@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from moelora_kernels import moe_lora_linear, reference
 from moelora_kernels.types import Gate, Mixture, SiblingTensors

@@ -16,9 +16,9 @@ from support.backends import (
     NATIVE,
     TRITON,
     Backend,
-    launcher,
     needs_library,
     needs_triton,
+    op_launcher,
     parameters,
     require_gpu_memory,
 )
@@ -26,7 +26,8 @@ from support.backends import KERNEL_DEVICE as DEVICE
 
 
 def masks(rates: tuple[float, ...], shapes: tuple[tuple[int, int], ...]) -> dict:
-    return {f"{p}-{rows}x{columns}": (p, (rows, columns)) for p in rates for rows, columns in shapes}
+    """Return (p, shape) by name."""
+    return {f"{p}-{'x'.join(map(str, shape))}": (p, shape) for p in rates for shape in shapes}
 
 
 SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131))
@@ -34,7 +35,7 @@ SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131))
 
 @pytest.mark.parametrize(
     ("backend", "mask", "dtype"),
-    [
+    (
         *parameters(NATIVE, masks((0.0, 0.1, 0.5, 0.999), SHAPES), DTYPES),
         *parameters(
             TRITON,
@@ -43,7 +44,7 @@ SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131))
             lambda name, dtype: name.startswith("0.1-"),
         ),
         *parameters(GPU, masks((0.1,), ((1000, 4099),)), HALF),
-    ],
+    ),
 )
 def test_dropout_equals_the_reference_bit_by_bit(
     backend: Backend, mask: tuple[float, tuple[int, int]], dtype: torch.dtype
@@ -84,7 +85,7 @@ def test_the_smallest_word_that_is_kept() -> None:
         kept = reference.dropout(x, middle / 2**32, seed).item() != 0
         low, high = (middle, high) if kept else (low, middle)
     x, seed = x.to(DEVICE), seed.to(DEVICE)
-    dropout, shrink_gate = launcher("dropout"), launcher("shrink_gate")
+    dropout, shrink_gate = op_launcher("dropout"), op_launcher("shrink_gate")
     assert dropout(x, low / 2**32, seed, 0).item() != 0
     assert dropout(x, high / 2**32, seed, 0).item() == 0
     # The mask inside another kernel is the same.
@@ -125,8 +126,8 @@ def test_masks_past_2_to_the_31_elements() -> None:
     seed_tensor = torch.tensor([seed], device="cuda")
     drop = Dropout(p, False, seed_tensor)
     gate = Gate(x.new_ones(1, 1))
-    h, *_ = launcher("shrink_gate")(x, [a], NO_ROUTER, gate, Mixture((16,), (1.0,)), drop)
-    dropped = launcher("dropout")(x, p, seed_tensor, 0)
+    h, *_ = op_launcher("shrink_gate")(x, [a], NO_ROUTER, gate, Mixture((16,), (1.0,)), drop)
+    dropped = op_launcher("dropout")(x, p, seed_tensor, 0)
     from moelora_kernels.kernels.dropout import threshold
 
     for token in range(T - 20, T):

@@ -22,8 +22,8 @@ from support.backends import (
     Backend,
     each_cpu_backend,
     in_parts,
-    launcher,
     needs_triton,
+    op_launcher,
 )
 from support.cases import GROUPED, grouped_case
 from support.inputs import Inputs
@@ -182,7 +182,7 @@ def test_grouped_expand_rounds_after_the_last_slot(backend: Backend) -> None:
 def test_router_in_parts(op: str, name: str) -> None:
     """Inner dimensions cut into more parts than there are steps."""
     inputs = TRITON.inputs(GROUPED[name]._replace(router_bias=True), FP16)
-    check(op, in_parts(launcher(op), split=3), inputs)
+    check(op, in_parts(op_launcher(op), split=3), inputs)
 
 
 @each_op_and_backend
@@ -220,4 +220,4 @@ def test_offsets_past_2_to_the_31(op: str) -> None:
         return memory.as_strided(rows.shape, (distance, 1)).copy_(rows)
 
     inputs.x, inputs.dy = spread(inputs.x), [spread(inputs.dy[0])]
-    check(op, launcher(op), inputs)
+    check(op, op_launcher(op), inputs)

@@ -55,4 +55,3 @@ PARAMETERS = [
 )
 def test_op(op: str, backend: Backend, case: Case, dtype: torch.dtype) -> None:
     check(op, backend.implementation(op), backend.inputs(case, dtype))
-

@@ -31,11 +31,11 @@ LARGE = {
 
 @pytest.mark.parametrize(
     ("backend", "sizes", "dtype"),
-    [
+    (
         *parameters(NATIVE, SMALL, DTYPES),
         *parameters(TRITON, SMALL, KERNEL_DTYPES),
         *parameters(GPU, LARGE, HALF),
-    ],
+    ),
 )
 def test_topk_gate_and_its_backward(
     backend: Backend, sizes: tuple[int, int, int, bool], dtype: torch.dtype
@@ -82,9 +82,7 @@ def test_bad_logits_choose_valid_and_different_experts(bad: float, backend: Back
 @each_cpu_backend
 @pytest.mark.parametrize("renormalize", (True, False))
 @pytest.mark.parametrize("K", (1, 2, 4))
-def test_logits_that_are_equal_infinite_or_nan(
-    K: int, renormalize: bool, backend: Backend
-) -> None:
+def test_logits_that_are_equal_infinite_or_nan(K: int, renormalize: bool, backend: Backend) -> None:
     inf, nan = torch.inf, torch.nan
     logits = torch.tensor(
         [

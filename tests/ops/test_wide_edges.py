@@ -212,10 +212,10 @@ def test_offsets_past_2_to_the_31() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "gate", "dtype"),
-    [
+    (
         *parameters(NATIVE, {"sparse": "sparse", "dense": "dense"}, DTYPES),
         *parameters(TRITON, {"sparse": "sparse", "dense": "dense"}, {"fp16": FP16}),
-    ],
+    ),
 )
 def test_nan_of_an_expert_that_is_not_selected_stays_there(
     backend: Backend, gate: str, dtype: torch.dtype

@@ -25,11 +25,11 @@ def triton_by_default(case: str, dtype: str) -> bool:
 
 @pytest.mark.parametrize(
     ("backend", "case", "dtype"),
-    [
+    (
         *parameters(NATIVE, WIDE, DTYPES),
         *parameters(TRITON, WIDE, KERNEL_DTYPES, triton_by_default),
         *parameters(GPU, LARGE_WIDE, HALF),
-    ],
+    ),
 )
 @pytest.mark.parametrize("op", WIDE_OPS)
 def test_op(op: str, backend: Backend, case: Case, dtype: torch.dtype) -> None:

@@ -107,7 +107,7 @@ def grouped_expand(inputs: Inputs) -> list[list]:
     result = [call(u, [b], start, i, NO_DROPOUT) for i, (b, start) in siblings]
     result.append(call(dh, [a.t() for a in inputs.lora_a], None, 0, inputs.dropout))
     if c.n > 1:
-        result.append(call(u, inputs.lora_b[1:], inputs.start[0], 1, NO_DROPOUT))
+        result.append(call(u, inputs.lora_b[1:], inputs.start[1], 1, NO_DROPOUT))
     return result
 
 

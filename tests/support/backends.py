@@ -1,9 +1,9 @@
 """The implementations of an op, and the parameters of a test that runs on several of them.
 
-    native    the registered op on CPU tensors: the C++ library
-    triton    the launcher of the Triton kernel: on a GPU if there is one, else interpreted
-    gpu       the launcher on a GPU, at the sizes of real layers; `route`, which has no Triton
-              kernel, is the registered op
+native    the registered op on CPU tensors: the C++ library
+triton    the launcher of the Triton kernel: on a GPU if there is one, else interpreted
+gpu       the launcher on a GPU, at the sizes of real layers; `route`, which has no Triton
+kernel, is the registered op
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ REQUIRED = os.environ.get("MOELORA_REQUIRE_NATIVE") == "1"
 needs_library = pytest.mark.skipif(
     not native.available() and not REQUIRED, reason=f"native library: {native.reason()}"
 )
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -51,7 +49,7 @@ _LAUNCHERS = {
 SPLIT = ("shrink_gate", "shrink_gate_backward", "weight_grad")
 
 
-def launcher(op: str) -> Callable:
+def op_launcher(op: str) -> Callable:
     """Return the function that launches the Triton kernel of an op."""
     module, function = _LAUNCHERS.get(op, (op, "launch"))
     return getattr(importlib.import_module(f"moelora_kernels.kernels.{module}"), function)
@@ -70,12 +68,12 @@ class Backend:
 
     def implementation(self, op: str) -> Callable:
         """Return the function that computes an op."""
-        return getattr(ops, op) if self is NATIVE or op == "route" else launcher(op)
+        return getattr(ops, op) if self is NATIVE or op == "route" else op_launcher(op)
 
     def implementations(self, op: str) -> list[Callable]:
         """Return all functions that compute an op: Triton's with its products whole and cut."""
         if self is TRITON and op in SPLIT:
-            return [in_parts(launcher(op), split) for split in (1, 3)]
+            return [in_parts(op_launcher(op), split) for split in (1, 3)]
         return [self.implementation(op)]
 
     def inputs(self, case: Case, dtype: torch.dtype) -> Inputs:
@@ -130,7 +128,7 @@ def with_clear_routing(inputs: Inputs, least: float = 1e-3) -> Inputs:
     logits are farthest apart. With K = E nothing is chosen.
     """
     K, x = inputs.case.K, inputs.x
-    if not inputs.has_router or K == len(inputs.case.ranks) or not len(x):
+    if not inputs.has_router or len(inputs.case.ranks) == K or not len(x):
         return inputs
     gap = x.new_full(x.shape[:1], float("inf"), dtype=torch.float64)
     for i, weight in enumerate(inputs.router_weight):

@@ -62,7 +62,7 @@ class Case(NamedTuple):
     @property
     def impls(self) -> tuple[str, ...]:
         """The formulations that a whole layer of this case has."""
-        sparse = self.gate == "sparse" or (self.gate == "router" and self.K < len(self.ranks))
+        sparse = self.gate == "sparse" or (self.gate == "router" and len(self.ranks) > self.K)
         return ("wide", "grouped") if sparse and not self.share_a else ("wide",)
 
 

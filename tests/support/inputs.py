@@ -76,15 +76,15 @@ class Inputs:
         self.x = normal(tokens, I)
         rows_of_a = case.ranks[0] if case.share_a else R
         self.lora_a = [normal(rows_of_a, I).div(I**0.5).to(dtype).to(adapters) for _ in sizes]
-        self.lora_b = [normal(O, R).to(dtype).to(adapters) for O in sizes]
-        self.dy = [normal(tokens, O).div(O**0.5) for O in sizes]
+        self.lora_b = [normal(out, R).to(dtype).to(adapters) for out in sizes]
+        self.dy = [normal(tokens, out).div(out**0.5) for out in sizes]
         if case.gate in ("dense", "one_row", "rows"):
             G = {"dense": T, "one_row": 1, "rows": 5}[case.gate]
             self.gate_weights = normal(G, n * E, to=gate_dtype)
             self.gate_weights[:, 0] = 0
             if case.gate == "rows":
-                rows = torch.randint(-1, G + 1, (T,), generator=generator, device=device)
-                self.rows = rows.to(case.ids)
+                ids = torch.randint(-1, G + 1, (T,), generator=generator, device=device)
+                self.rows = ids.to(case.ids)
         self.router_weight = [normal(E, I, to=adapters).div(I**0.5) for _ in sizes]
         self.router_bias = [normal(E, to=adapters) for _ in sizes] if case.router_bias else []
         self.dlogits = normal(tokens, n * E, to=reference.compute_dtype(self.x))
@@ -95,8 +95,9 @@ class Inputs:
         if case.start:
             wide = case.start == "base_float32" and dtype.itemsize == 2
             to = torch.float32 if wide else dtype
-            self.start = [normal(*((O,) if case.start == "bias" else (T, O)), to=to) for O in sizes]
-        self.base_weight = [normal(O, I).div(I**0.5) for O in sizes]
+            rows = () if case.start == "bias" else (T,)
+            self.start = [normal(*rows, out, to=to) for out in sizes]
+        self.base_weight = [normal(out, I).div(I**0.5) for out in sizes]
 
     def double(self) -> Inputs:
         """Return the same numbers in float64."""
