@@ -28,6 +28,7 @@ from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, record_routing
 from moelora_kernels.nn.tasks import set_tasks
+from moelora_kernels.nn.wrappers import named_modules
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
@@ -172,7 +173,7 @@ class MoeLoraCallback(TrainerCallback):
             return
         self._model = model
         layers = {id(layer) for layer in mixture_layers(model)}
-        self._layers = {name: m for name, m in model.named_modules() if id(m) in layers}
+        self._layers = {name: m for name, m in named_modules(model) if id(m) in layers}
         model.register_forward_pre_hook(self._set_tasks, with_kwargs=True)
         if isinstance(model, PreTrainedModel):
             declare_shared(model)

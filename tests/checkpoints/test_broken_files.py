@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from support.compare import assert_same
-from support.layouts import ming, moelora_peft
+from support.layouts import LAYOUTS
 from support.originals import snapshot, state_of
-
-LAYOUTS = {"ming": ming, "moelora_peft": moelora_peft}
 
 
 class Code:

@@ -17,10 +17,8 @@ from torch import nn
 from moelora_kernels import MoeLoraConfig, MoeLoraFFN, MoeLoraLinear, adapter_parameters
 from moelora_kernels.testing import assert_within_budget
 from support.compare import assert_same
-from support.layouts import ming, moelora_peft
+from support.layouts import LAYOUTS
 from support.originals import gradient_model, snapshot, state_of
-
-LAYOUTS = {"ming": ming, "moelora_peft": moelora_peft}
 
 
 def each(*tables):
