@@ -80,10 +80,10 @@ def replace_linears(
 
 
 def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise TypeError if experts cannot be put over `module`, which target_modules names."""
+    """Raise TypeError if experts cannot be put over `module`, which target_modules matches."""
     if missing := missing_size(module):
         raise TypeError(
-            f"target_modules: {name} is a {type(module)} without {missing}, expected a linear"
+            f"target_modules: {name} is a {type(module)} without {missing}; expected a linear"
         )
     if isinstance(parent, WEIGHT_READERS):
         raise TypeError(
@@ -121,8 +121,8 @@ def replace_ffns(
     Raises:
         ValueError: no module matches, one of the names matches none, or an option is not supported
             for whole-FFN experts.
-        TypeError: a matching module is not a gated MLP, or has experts already. Nothing is replaced
-            then.
+        TypeError: a matching module is not a gated MLP, or has experts already. The model is then
+            unchanged.
 
     Example:
         >>> from torch import nn

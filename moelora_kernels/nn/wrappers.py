@@ -26,7 +26,7 @@ WRAPPERS = (
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside all wrappers around `model`; see `WRAPPERS`.
 
-    FSDP2 (`fully_shard`) and `model.compile()` change a model in place and wrap nothing.
+    FSDP2 (`fully_shard`) and `model.compile()` change a model in place, so they are not wrappers.
     """
     while (child := wrapped_child(model)) is not None:
         model = model._modules[child]

@@ -1,6 +1,6 @@
-"""Both layouts of original checkpoints: the original's values, gradients, keys and bits.
+"""Both layouts of original checkpoints: values, gradients, keys and bits are the original's.
 
-A checkpoint that does not fit is an error with its keys, and the model stays as it was.
+A checkpoint that does not fit raises an error that names its keys, and the model does not change.
 `support.layouts` has the two layouts, `support.originals` the formulas of the originals.
 """
 

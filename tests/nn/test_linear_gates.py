@@ -192,7 +192,7 @@ def test_record_routing_records_only_inside_the_context():
         assert torch.equal(record.indices.long(), experts)
         torch.testing.assert_close(record.weights, values.softmax(1), rtol=1e-12, atol=1e-12)
         assert not record.weights.requires_grad
-    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (
+    assert (layer.record.weights, layer.record.logits, layer.record.is_on) == (
         None,
         None,
         False,

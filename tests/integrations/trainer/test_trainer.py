@@ -62,15 +62,15 @@ def test_trains_like_a_loop(preset, accumulation, tmp_path):
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
     """The loss is per token, so two micro-batches give the step of one batch."""
-    actual = []
+    runs = []
     for size, accumulation in ((4, 1), (2, 2)):
         model = make_model("ming", aux=())
         sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
         trainer = make_trainer(model, tmp_path, samples=make_samples(4), **sizes)
         trainer.train()
         assert len(batches_of(trainer)) == accumulation
-        actual.append((trainer.state.log_history[0]["loss"], model))
-    (loss, model), (other_loss, other) = actual
+        runs.append((trainer.state.log_history[0]["loss"], model))
+    (loss, model), (other_loss, other) = runs
     assert loss == pytest.approx(other_loss, rel=1e-6)
     assert_same_adapters(model, other, **CLOSE)
 
@@ -78,7 +78,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora"))
 def test_recomputed_activations_train_the_same(preset, tmp_path):
     """The bits and the logs are equal with and without checkpointing, also with dropout."""
-    actual = []
+    runs = []
     for recompute in (False, True):
         model = make_model(preset, dropout=0.2)
         extra = dict(gradient_checkpointing_kwargs={"use_reentrant": False}) if recompute else {}
@@ -90,8 +90,8 @@ def test_recomputed_activations_train_the_same(preset, tmp_path):
             **extra,
         )
         trainer.train()
-        actual.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
-    (model, logs), (other, other_logs) = actual
+        runs.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
+    (model, logs), (other, other_logs) = runs
     assert logs == other_logs
     assert_same_adapters(model, other, rtol=0, atol=0)
 
@@ -176,7 +176,7 @@ def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
 
 
 def test_the_name_of_the_task_column(tmp_path):
-    actual = []
+    models = []
     for column in ("task_ids", "job"):
         samples = [{**s, "text": ""} for s in make_samples()]
         for sample in samples:
@@ -185,8 +185,8 @@ def test_the_name_of_the_task_column(tmp_path):
         trainer = make_trainer(model, tmp_path, samples=samples, attached=False)
         attach(trainer, task_column=column)
         trainer.train()
-        actual.append(model)
-    assert_same_adapters(*actual, rtol=0, atol=0)
+        models.append(model)
+    assert_same_adapters(*models, rtol=0, atol=0)
 
 
 def test_samples_with_several_tasks(tmp_path):
@@ -208,7 +208,7 @@ def test_samples_with_several_tasks(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
     """A resumed run ends with the bits of a full run, also if layers share a router."""
-    actual = []
+    models = []
     for resumed in (False, True):
         model = make_model(preset, tie, dropout=0.1)
         trainer = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
@@ -219,8 +219,8 @@ def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
                 for parameter in model.parameters():
                     parameter.zero_()
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        actual.append(model)
-    for (name, p), q in zip(actual[0].named_parameters(), actual[1].parameters(), strict=True):
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
@@ -267,7 +267,7 @@ def test_autocast(tmp_path):
 def test_trainers_that_attach_refuses(tmp_path):
     model = make_model("ming")
     trainer = make_trainer(model, tmp_path)
-    with pytest.raises(ValueError, match="attach was called on it before"):
+    with pytest.raises(ValueError, match="attach was already called on it"):
         attach(trainer)
     trainer = make_trainer(model, tmp_path, attached=False)
     trainer.args._n_gpu = 2
