@@ -40,7 +40,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         The loss of a step is the mean over its micro-batches. Some trainers divide by the number
         of micro-batches themselves; N is then 1. Others expect a loss that is already divided
         (causal language models, which divide by the tokens of all micro-batches); N is then the
-        number of micro-batches. Each process computes the loss of its own tokens, and data
+        number of micro-batches. Each process computes the loss of its local tokens, and data
         parallelism averages over processes. The logged training loss contains the auxiliary loss;
         the evaluation loss does not.
 
