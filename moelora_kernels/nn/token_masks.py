@@ -155,8 +155,9 @@ def mask_records(part: nn.Module, names: Iterable[str]) -> dict[str, list[Routin
     """
     names = set(names)
     pairs = not names.isdisjoint({"decoder_input_ids", "decoder_attention_mask"})
-    encoder, decoder = _inner(part, "encoder"), _inner(part, "decoder")
-    in_encoder, in_decoder = _modules(encoder), _modules(decoder)
+    # The "encoder" of a part without a decoder is its stack of layers (BERT).
+    in_encoder = _modules(_inner(part, "encoder")) if pairs else set()
+    in_decoder = _modules(_inner(part, "decoder"))
     head = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
     in_head = _modules(head)
     is_multimodal = not pairs and _is_multimodal(part)
