@@ -20,6 +20,7 @@ from moelora_kernels.nn.routers import (
     TokenTaskRouter,
 )
 from moelora_kernels.nn.routing_record import record_routing
+from moelora_kernels.nn.samples import set_samples
 from moelora_kernels.nn.tasks import set_tasks
 from moelora_kernels.nn.warmup import warmup
 
@@ -45,6 +46,7 @@ __all__ = [
     "replace_ffns",
     "replace_linears",
     "set_prototypes",
+    "set_samples",
     "set_tasks",
     "unmerge_adapter",
     "update_balance",

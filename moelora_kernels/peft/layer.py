@@ -69,7 +69,7 @@ class MoeLoraExperts(LoraLayer):
         if self.config.router is None:
             return None
         external = self.config.router == "external"
-        rows = self.external_gates if external else self.router.task_ids
+        rows = self.external_gates if external else self.task_ids
         if rows is None:
             raise RuntimeError("no task is set to merge for: call set_tasks(model, [task]) first")
         if not (rows == rows[:1]).all():

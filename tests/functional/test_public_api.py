@@ -75,6 +75,7 @@ SIGNATURES = {
     "moelora_kernels:replace_linears": "(model, config, target_modules)",
     "moelora_kernels:save_adapter": "(model, path)",
     "moelora_kernels:set_prototypes": "(model)",
+    "moelora_kernels:set_samples": "(model, samples)",
     "moelora_kernels:set_tasks": "(model, tasks)",
     "moelora_kernels:unmerge_adapter": "(model)",
     "moelora_kernels:update_balance": "(model)",
