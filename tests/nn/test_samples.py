@@ -54,6 +54,10 @@ LAYERS = {
 }
 
 
+# The gate of a sequence is the mean of the tokens that the layer sees.
+BY_TOKEN = [name for name in LAYERS if "sequence" not in name]
+
+
 @pytest.fixture(params=LAYERS)
 def case(request):
     """A layer, x [B, S, I], and y of every sample on its own."""
@@ -106,21 +110,19 @@ def test_flattened_sequence_first_tokens(case):
     close(layer(x.transpose(0, 1).flatten(0, 1)), expected.transpose(0, 1).flatten(0, 1))
 
 
+@pytest.mark.parametrize("case", BY_TOKEN, indirect=True)
 def test_a_part_of_the_tokens(case):
     """Tokens that a mixture of experts has sent to one place: any order, any number."""
     layer, x, expected = case
-    if layer.config.granularity == "sequence":
-        pytest.skip("its mean would be of other tokens")
     order = torch.tensor([14, 2, 7, 7, 0])
     set_samples(layer, order // S)
     close(layer(x.flatten(0, 1)[order]), expected.flatten(0, 1)[order])
 
 
+@pytest.mark.parametrize("case", BY_TOKEN, indirect=True)
 def test_the_sample_of_each_row(case):
     """Windows of an image: several rows of x belong to one sample."""
     layer, x, expected = case
-    if layer.config.granularity == "sequence":
-        pytest.skip("its mean would be of the window")
     windows = torch.cat([x[:, :2], x[:, 2:4]])
     set_samples(layer, torch.arange(B).repeat(2))
     close(layer(windows), torch.cat([expected[:, :2], expected[:, 2:4]]))
@@ -254,3 +256,23 @@ def test_parts_with_other_numbers_of_rows(task_gate):
     set_tasks(model, IDS[::-1])
     set_tasks(model.decoder, torch.tensor(IDS[::-1]).repeat_interleave(2))
     close(model(x.flip(0), 2), expected[::4].flip(0).repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+def test_a_module_of_torch_says_its_layout(batch_first):
+    decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=batch_first)
+    options = dict(num_experts=4, rank=2, router="task", num_tasks=3)
+    if not batch_first:
+        with pytest.raises(ValueError, match=r"^batch_dim: 0.linear1 is part of a Transformer"):
+            replace_linears(nn.Sequential(decoder), MoeLoraConfig(**options), ["linear1"])
+        options["batch_dim"] = 1
+    model = nn.Sequential(decoder)
+    assert replace_linears(model, MoeLoraConfig(**options), ["linear1"]) == ["0.linear1"]
+    # Two samples as long as the batch is large: the shape alone does not tell.
+    set_tasks(model, [1, 2])
+    x = torch.randn(2, 2, 8)
+    randomise(model).eval()
+    y = decoder(x, x)
+    set_tasks(model, [1])
+    first = decoder(x[:1], x[:1]) if batch_first else decoder(x[:, :1], x[:, :1])
+    torch.testing.assert_close(y[:1] if batch_first else y[:, :1], first, rtol=1e-4, atol=1e-5)

@@ -103,9 +103,9 @@ class TaskRouter(nn.Module):
         if any(placement.is_shard() for placement in placements):
             raise RuntimeError(
                 "task gate: the blocks share it, and fully_shard has sharded it with one of them. "
-                "Either shard the gate first, fully_shard(layer.router), and then the blocks; or "
-                "shard the whole model as one unit; or build the layers with "
-                "MoeLoraConfig(task_gate='per_layer')"
+                "Shard the whole model as one unit; or give each layer a gate, with "
+                "task_gate='per_layer'; or, without PEFT, shard the gate first, "
+                "fully_shard(layer.router), and then the blocks"
             )
 
 
