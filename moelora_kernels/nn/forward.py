@@ -27,7 +27,7 @@ def forward_siblings(
     Args:
         layers: n layers with the same in_features and config; the caller has checked it.
         x: [..., I].
-        gates: external gates [..., E] for router="external"; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Returns:
         y_i [..., O_i] of every layer, in x's dtype (under autocast: autocast's).
@@ -58,7 +58,7 @@ def forward_siblings(
     outputs, gate = run_layer(
         mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
     )
-    if any(layer.record.wanted for layer in layers):
+    if any(layer.record.is_on for layer in layers):
         keep_routing(layers, gate, x.shape[:-1])
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
@@ -96,7 +96,7 @@ def siblings_gate(
         layers: n layers with the same config.
         x: [..., I], the input of the layers.
         tokens: [T, I], x in the dtype the layers compute in.
-        gates: external gates [..., E]; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Raises:
         ValueError: the number of gate rows does not fit x.

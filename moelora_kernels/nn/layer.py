@@ -77,7 +77,7 @@ class MixtureLayer(nn.Module):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
@@ -126,8 +126,8 @@ class LoraLayer(MixtureLayer):
 
     Attributes:
         mixture: the static options that `run_layer` needs.
-        fused_mixture: the same for a forward whose logits come from the shrink kernel; None if the
-            options rule that out.
+        fused_mixture: the same with top_k, for a forward in which the op computes the logits; None
+            if the options do not allow that.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
@@ -194,9 +194,9 @@ class LoraLayer(MixtureLayer):
         return self.base_layer.bias
 
     def fuses_router(self) -> bool:
-        """Return whether the shrink kernel can compute the logits in the coming forward.
+        """Return whether the op can compute the router's logits in the next forward.
 
-        It can if the gate is a top-k gate of tokens and the router a plain dense nn.Linear, and no
+        It can if the gate is a top-k gate per token, the router is a plain dense nn.Linear, and no
         noise is added to the logits.
         """
         return (

@@ -1,4 +1,4 @@
-"""A Hugging Face Qwen2 under the presets: starts as its base, generates, trains."""
+"""A Hugging Face Qwen2 with presets starts as its base, generates and trains."""
 
 import copy
 
@@ -20,7 +20,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @pytest.fixture(scope="module")
 def qwen():
-    """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
+    """Return a Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
     return language_model(attn_implementation="eager")
 
 
@@ -50,14 +50,14 @@ def test_qwen_starts_as_its_base(qwen, name):
     if name == "moelora":
         set_tasks(model, [1, 2, 3])
     with torch.no_grad():
-        found = model(IDS, attention_mask=ATTENTION).logits
+        actual = model(IDS, attention_mask=ATTENTION).logits
         expected = qwen(IDS, attention_mask=ATTENTION).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("ming", "moelora"))
 def test_qwen_generates_a_batch_with_a_cache(qwen, name):
-    """Batched decoding (N = 1, batch > 1), where MING asserts: the tokens of one by one."""
+    """A batch decodes the tokens of each prompt alone. The code of MING raises for a batch."""
     model = randomise(adapted(qwen, configs()[name])).eval()
     options = dict(max_new_tokens=4, do_sample=False)
 
@@ -68,17 +68,17 @@ def test_qwen_generates_a_batch_with_a_cache(qwen, name):
             :, IDS.shape[1] :
         ]
 
-    together = generate([0, 1, 2])
-    assert together.shape == (3, 4)
-    assert torch.equal(generate([0, 1, 2], use_cache=False), together)
+    batch = generate([0, 1, 2])
+    assert batch.shape == (3, 4)
+    assert torch.equal(generate([0, 1, 2], use_cache=False), batch)
     for row in range(3):
-        assert torch.equal(generate([row])[0], together[row]), row
+        assert torch.equal(generate([row])[0], batch[row]), row
     plain = qwen.generate(IDS, attention_mask=ATTENTION, **options)[:, IDS.shape[1] :]
-    assert not torch.equal(plain, together)
+    assert not torch.equal(plain, batch)
 
 
 def train(qwen, name, recompute):
-    """The losses of three steps of Adam, and the gradients of the last."""
+    """Return the losses of three steps of Adam, and the gradients of the last step."""
     torch.manual_seed(3)
     model = adapted(qwen, configs()[name]).train()
     parameters = adapter_parameters(model)
@@ -104,10 +104,10 @@ def train(qwen, name, recompute):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ("ming", "moelora"))
 def test_qwen_trains(qwen, name):
-    """Every adapter parameter and nothing else; the same bits with recomputed activations."""
+    """Only the adapters train, with the same bits under activation checkpointing."""
     losses, grads = train(qwen, name, False)
-    again, recomputed = train(qwen, name, True)
-    assert losses == again
+    recomputed_losses, recomputed = train(qwen, name, True)
+    assert losses == recomputed_losses
     for a, b in zip(grads, recomputed, strict=True):
         assert torch.isfinite(a).all()
         assert torch.equal(a, b)

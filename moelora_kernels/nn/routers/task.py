@@ -14,7 +14,7 @@ from moelora_kernels.nn.routers.token import MlpRouter
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
 
 
-def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Move a tensor to the device of a parameter, unless the parameter is on the meta device."""
     return tensor if parameter.is_meta else tensor.to(parameter.device)
 
@@ -72,7 +72,7 @@ class TaskRouter(nn.Module):
 
     def hold_tasks(self, ids: Tensor) -> None:
         """Store ids that passed `check_tasks` for the coming forwards of all layers."""
-        self.task_ids = _beside(ids, self.gate.weight)
+        self.task_ids = _on_device_of(ids, self.gate.weight)
         self.layers_have_ids = False
 
     def forward(self, ids: Tensor | None = None) -> Tensor:
@@ -180,7 +180,7 @@ class TokenTaskRouter(nn.Module):
 
     def hold_tasks(self, vectors: Tensor) -> None:
         """Store vectors [B, D] that passed `check_tasks` for the coming forwards."""
-        self.task_vectors = _beside(vectors, self.mixture["share"])
+        self.task_vectors = _on_device_of(vectors, self.mixture["share"])
 
     def sample_of_tokens(
         self, x: Tensor, batch_dim: int, samples: Samples | str | None

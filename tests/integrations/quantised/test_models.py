@@ -1,4 +1,4 @@
-"""Do models with quantised linears take experts, in any order of quantising and replacing?"""
+"""Models with quantised linears: replacing, linking, quantising afterwards, training."""
 
 import copy
 
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_quantised_linears(kind):
-    """The replacement goes by name, not by class, and takes what it matches alone."""
+def test_replacing_quantised_linears(kind):
+    """replace_linears selects by name, not by class, and changes only matches."""
     model = nn.ModuleDict({"mlp": quantised_mlp(kind), "head": nn.Linear(HIDDEN, 3)})
     x = torch.randn(5, HIDDEN)
     before = model["mlp"](x)
@@ -51,8 +51,8 @@ def test_models_of_quantised_linears(kind):
 
 @pytest.mark.parametrize("linked", (True, False))
 @pytest.mark.parametrize("kind", KINDS)
-def test_siblings_quantised_and_dense(kind, linked):
-    """A group of a quantised and a dense linear gives what its layers give one by one."""
+def test_a_quantised_and_a_dense_sibling(kind, linked):
+    """A group of a quantised and a dense linear equals its layers one by one."""
     model = nn.Module()
     model.q_proj, model.k_proj = (
         make_layer(base=make_base(kind), seed=0),
@@ -64,24 +64,24 @@ def test_siblings_quantised_and_dense(kind, linked):
         assert link_siblings(model, [("q_proj", "k_proj")]) == ["{q_proj,k_proj}"]
     group = MoeLoraGroup(q_proj=model.q_proj, k_proj=model.k_proj)
 
-    def run(model, together):
+    def run(model, forward):
         leaf = x.clone().requires_grad_()
-        ys = together(leaf) if together else (model.q_proj(leaf), model.k_proj(leaf))
+        ys = forward(leaf) if forward else (model.q_proj(leaf), model.k_proj(leaf))
         torch.autograd.backward(ys, [g.to(y.dtype) for g, y in zip(dy, ys, strict=True)])
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         return {"q": ys[0].detach(), "k": ys[1].detach(), "dx": leaf.grad, **grads}
 
-    found, expected = run(model, None if linked else group), run(alone, None)
-    assert found["q"].dtype == expected["q"].dtype
-    # Sums of the same terms in another order; of fp16 outputs, one rounding of values up to 4.
+    actual, expected = run(model, None if linked else group), run(alone, None)
+    assert actual["q"].dtype == expected["q"].dtype
+    # The same sums in another order; fp16 outputs up to 4 may differ by one rounding.
     tolerance = 4e-3 if kind == "gptq_fp16" else 2e-5
-    assert_same(found, expected, rtol=1e-4, atol=tolerance)
+    assert_same(actual, expected, rtol=1e-4, atol=tolerance)
 
 
 @library
 @pytest.mark.filterwarnings("ignore")
-def test_quantising_a_model_that_has_experts():
-    """torchao takes every nn.Linear, routers included: these are then called too."""
+def test_quantising_a_model_with_experts():
+    """torchao quantises every nn.Linear, routers included. The layer then calls the router."""
     model = nn.Sequential(nn.Linear(IN, IN))
     replace_linears(model, MoeLoraConfig(**MING), ["0"])
     replace = nn.Sequential(GatedMlp(HIDDEN, INNER))
@@ -94,15 +94,15 @@ def test_quantising_a_model_that_has_experts():
         torchao_quantise(each)
         assert type(each[0].router.weight) is not nn.Parameter
         after = each(x)
-        # Weights within half a step of 1 / 127 of the largest; the routing may not change for it.
+        # A weight changes by at most 1 / 254 of the largest, which changes no routing here.
         assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
         after.sum().backward()
 
 
 @library
 @pytest.mark.parametrize("bits", (4, 8))
-def test_a_model_that_transformers_quantised(bits, tmp_path):
-    """from_pretrained with a BitsAndBytesConfig, experts over it, gradients to all of them."""
+def test_a_model_quantised_by_transformers(bits, tmp_path):
+    """from_pretrained with a BitsAndBytesConfig, then experts, then three training steps."""
     from transformers import (
         AutoModelForCausalLM,
         BitsAndBytesConfig,
@@ -113,11 +113,11 @@ def test_a_model_that_transformers_quantised(bits, tmp_path):
     sizes = dict(hidden_size=64, intermediate_size=128, vocab_size=32, num_hidden_layers=2)
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    how = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4"
     )
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=how, device_map="cpu", dtype=torch.bfloat16
+        tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
     ).train()
     tokens = torch.randint(0, 32, (2, 7))
     base = model(tokens).logits
@@ -140,5 +140,5 @@ def test_a_model_that_transformers_quantised(bits, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
-    # With B = 0 in the first step, A and the routers moved in the second: all have gradients.
+    # B is zero in the first step only, so now all adapters have gradients.
     assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model))
