@@ -1,4 +1,4 @@
-"""Which formulation computes a layer: what impl="auto" takes, and what may be asked for."""
+"""Choose the formulation that computes a layer: wide, grouped or reference."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from moelora_kernels import native
 from moelora_kernels.ops.registration import kernels_problem
 
-# name -> why it cannot be chosen, or "" where it can.
-IMPLS = {
-    "reference": "",
-    "wide": "",
-    "grouped": "",
+# Name -> the reason why it cannot be chosen; None if it can.
+IMPLS: dict[str, str | None] = {
+    "reference": None,
+    "wide": None,
+    "grouped": None,
     "decode": "the decode kernels are not part of this version",
 }
 CHOICES = (*IMPLS, "auto")
 
 
 class Threshold(NamedTuple):
-    """From where on a device class computes top-k gates grouped."""
+    """When impl="auto" takes the grouped form on a device class: R > columns * K, T >= tokens."""
 
-    # Columns of rank space that the wide products may have for each expert a token uses:
-    # grouped where R > columns * K.
+    # Up to this rank per expert of a token the wide form is faster.
     columns: float
-    # Tokens below which the dispatch costs more than the products it saves.
+    # With fewer tokens, sorting them by expert takes longer than the products that it saves.
     tokens: int
+    # How the two numbers were found.
     source: str
 
 
@@ -45,31 +45,31 @@ THRESHOLDS = {
 
 
 class Choice(NamedTuple):
-    """A formulation and the reason it was taken."""
+    """A formulation, and the reason why it was chosen."""
 
     impl: str
     reason: str
 
 
 def check(impl: str) -> None:
-    """Raise ValueError unless `impl` names a formulation that can be chosen here."""
+    """Raise ValueError unless `impl` is "auto" or a formulation of this version."""
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
     if IMPLS.get(impl):
         raise ValueError(f"impl: {impl!r} is not available: {IMPLS[impl]}")
 
 
-def why_not_grouped(top_k: int | None, share_a: bool) -> str:
-    """Why a layer has no grouped form; empty where it has one. top_k None: a dense gate."""
+def grouped_problem(top_k: int | None, share_a: bool) -> str | None:
+    """Return why a layer cannot run grouped; None if it can. top_k is None for a dense gate."""
     if top_k is None:
         return "a dense gate uses every expert for every token"
-    return "experts that share A shrink every token once" if share_a else ""
+    return "experts that share A shrink every token once" if share_a else None
 
 
 def check_grouped(top_k: int | None, share_a: bool) -> None:
-    """Raise ValueError where impl="grouped" is asked of a layer that has no grouped form."""
-    if reason := why_not_grouped(top_k, share_a):
-        raise ValueError(f"impl: 'grouped' does not go with this layer: {reason}")
+    """Raise ValueError if a layer cannot run grouped. top_k is None for a dense gate."""
+    if problem := grouped_problem(top_k, share_a):
+        raise ValueError(f"impl: 'grouped' is not supported for this layer: {problem}")
 
 
 def choose_impl(
@@ -81,13 +81,14 @@ def choose_impl(
     top_k: int | None,
     share_a: bool = False,
 ) -> str:
-    """What impl="auto" takes: `explain_choice` without the words.
+    """Return the formulation that impl="auto" takes: "wide" or "grouped".
 
-    A compiled graph calls this one. A number that is written into a text is a constant of the
-    graph, and every T would compile anew; here T only has a side of the threshold.
+    The arguments are those of `explain_choice`. Layers call this function because it works in a
+    compiled graph: the graph depends only on whether T is below the threshold. `explain_choice`
+    writes T into a text, so the graph would be compiled again for every T.
     """
     top_k = _sparse(top_k, num_experts)
-    if top_k is None or why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
+    if top_k is None or grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
         return "wide"
     threshold = THRESHOLDS[device_class(device)]
     few = tokens < threshold.tokens
@@ -95,16 +96,17 @@ def choose_impl(
 
 
 def _sparse(top_k: int | None, num_experts: int) -> int | None:
-    """K, None where all E are used: such a gate is a dense one."""
+    """Return K, or None if a token uses all E experts, because the gate is then dense."""
     return None if top_k is None or top_k >= num_experts else top_k
 
 
 def device_class(device: str) -> str:
-    """The row of THRESHOLDS for a device type."""
+    """Return the key of THRESHOLDS for a device type."""
     return _device_class(device)
 
 
-def _why_no_grouped_ops(device: str) -> str:
+def _grouped_ops_problem(device: str) -> str | None:
+    """Return why a device type has no fast grouped ops; None if it has them."""
     return _missing_ops(device)
 
 
@@ -118,15 +120,16 @@ def _device_class(device: str) -> str:
 
 
 @cache
-def _missing_ops(device: str) -> str:
+def _missing_ops(device: str) -> str | None:
     if device == "cpu":
-        return "" if native.available() else f"the native library is missing ({native.reason()})"
-    return kernels_problem() or ""
+        return None if native.available() else f"the native library is missing ({native.reason()})"
+    return kernels_problem()
 
 
-# Constants of a compiled graph, which could not look for a package or ask a device. This is what
-# torch.compiler.assume_constant_result does, after it has imported the whole compiler.
-for _constant in (device_class, _why_no_grouped_ops):
+# The results are constants of a compiled graph, because code in a graph cannot look for a package
+# or query a device. torch.compiler.assume_constant_result sets the same mark, but it imports the
+# whole compiler.
+for _constant in (device_class, _grouped_ops_problem):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -142,9 +145,19 @@ def explain_choice(
     total_rank: int | None = None,
     share_a: bool = False,
 ) -> Choice:
-    """What impl="auto" takes for these sizes: a static function, no timing and no look at data.
+    """Return the formulation that impl="auto" takes for a layer, and the reason.
 
-    rank is the largest, total_rank the sum R (None: E equal ranks); top_k None or E: dense gate.
+    The choice depends on the arguments only. Nothing is timed, and no tensor is read.
+
+    Args:
+        device: a device type, such as "cpu" or "cuda".
+        tokens: T.
+        in_features, out_features: I and O. No threshold depends on them.
+        num_experts: E.
+        rank: the rank of every expert, if `total_rank` is None.
+        top_k: K; None or E for a dense gate.
+        total_rank: R, the sum of the ranks.
+        share_a: whether the experts share A.
     """
     total = num_experts * rank if total_rank is None else total_rank
     impl = choose_impl(
@@ -152,8 +165,8 @@ def explain_choice(
         share_a=share_a,
     )  # fmt: skip
     top_k = _sparse(top_k, num_experts)
-    if reason := why_not_grouped(top_k, share_a) or _why_no_grouped_ops(device):
-        return Choice(impl, f"R = {total}: {reason}")
+    if problem := grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
+        return Choice(impl, f"R = {total}: {problem}")
     assert top_k is not None
     name = device_class(device)
     threshold = THRESHOLDS[name]

@@ -1,4 +1,4 @@
-"""The functional form: checks its arguments, settles the dtypes, picks the formulation."""
+"""`moe_lora_linear`, a layer as a function; and `run_layer`, which all linear layers call."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def run_layer(
     Args:
         mixture: the static options, the same for all siblings.
         x: [T, I].
-        linears: n of them, with the same fields present in each.
-        gate: the gate of every token; None if linear routers make it (`mixture.top_k` is above 0).
-        dropout: of x on its way into A.
+        linears: the tensors of n siblings. A field is None in all of them or in none.
+        gate: the gate of every token; None if the linears have routers that compute it
+            (`mixture.top_k` is then above 0).
+        dropout: applied to x before A.
         impl: "auto", "wide", "grouped" or "reference".
         sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
 
     Returns:
-        y_i [T, O_i] of every sibling; and `gate`, or the gate that the routers made.
+        y_i [T, O_i] of every sibling; and `gate`, or the gate that the routers computed.
 
     Raises:
         ValueError: `impl` cannot compute this layer, or the siblings have different fields.
@@ -57,7 +58,7 @@ def run_layer(
 def _choose_impl(
     mixture: Mixture, x: Tensor, linears: Sequence[LinearTensors], gate: Gate | None, impl: str
 ) -> str:
-    """Return the implementation that `impl` stands for; raise ValueError if it cannot serve."""
+    """Return the formulation to run. Raise ValueError if `impl` cannot compute this layer."""
     if impl in ("wide", "reference"):
         return impl
     num_experts = len(mixture.ranks)
@@ -99,10 +100,10 @@ def _reference_sqrt_gate(
     gate: Gate | None,
     dropout: Dropout,
 ) -> LayerOutput:
-    """Run the experts with sqrt(gate), then add what is missing to the gate.
+    """Run the layer with sqrt(gate), then add the experts with gate - sqrt(gate).
 
-    The second term runs detached experts with gate - sqrt(gate). Only the router receives a
-    gradient from it.
+    The experts of the second term are detached, so that only the router receives a gradient from
+    it. The first term gives A, B and x their gradients with sqrt(gate).
     """
     assert gate is not None
     root = gate.weights.detach().sqrt()
@@ -111,9 +112,9 @@ def _reference_sqrt_gate(
         LinearTensors(None, None, y_i.new_zeros(y_i.shape), s.lora_a.detach(), s.lora_b.detach())
         for y_i, s in zip(y, linears, strict=True)
     ]
-    rest = gate._replace(weights=gate.weights - root)
-    more, _ = _reference(mixture, x.detach(), detached, rest, dropout)
-    return LayerOutput([a + b for a, b in zip(y, more, strict=True)], gate)
+    difference = gate._replace(weights=gate.weights - root)
+    correction, _ = _reference(mixture, x.detach(), detached, difference, dropout)
+    return LayerOutput([a + b for a, b in zip(y, correction, strict=True)], gate)
 
 
 def moe_lora_linear(
@@ -142,24 +143,24 @@ def moe_lora_linear(
         bias: [O] or None.
         lora_a: [R, I], expert-major rows, in x's dtype or float32.
         lora_b: [O, R], expert-major columns, in the dtype of lora_a.
-        gates: the gate weights in any float dtype, computed in float32. With `indices`: [T, K].
-            Without: [G, E], and G is T, or 1 (one row for all tokens), or any number if `rows`
-            is given.
+        gates: the gate weights in any float dtype, used in float32. With `indices` [T, K]; without
+            `indices` [G, E]. G is T, or 1 (one row for all tokens), or any number if `rows` is
+            passed.
         indices: [T, K] int32 or int64: the expert of each slot. A value outside [0, E) means "not
             routed".
         ranks: the rank of all experts, or a sequence of E ranks. R is their sum.
         scaling: the scale of all experts, or a sequence of E scales.
         rows: [T] int32 or int64: the gate row of each token. A row outside [0, G) is a zero gate.
         dropout: the probability in [0, 1) that an element of x is dropped before A.
-        seed: the seed of the dropout mask. None draws one from torch's default generator.
+        seed: the seed of the dropout mask. None: it is drawn from torch's default generator.
         impl: "auto", "wide", "grouped" (needs `indices`) or "reference".
 
     Returns:
-        y [..., O] in x's dtype (under autocast: autocast's).
+        y [..., O] in x's dtype; under autocast in autocast's dtype.
 
     Raises:
-        ValueError, TypeError: an argument does not fit. The message names it, the expected and the
-            actual value.
+        ValueError, TypeError: an argument has a wrong value, shape, dtype or device. The message
+            begins with the name of the argument.
 
     Example:
         >>> x, weight = torch.randn(5, 16), torch.randn(32, 16)
@@ -179,9 +180,10 @@ def moe_lora_linear(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor)}")
     dtype = active_dtype(x)
-    mixture = Mixture(
-        *_check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows)
+    expert_ranks, scales = _check_shapes(
+        x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows
     )
+    mixture = Mixture(expert_ranks, scales)
     _check_dtypes(dtype, x, weight, bias, lora_a, lora_b, gates)
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
     seed = dropout_seed(dropout, seed, x.device)
@@ -194,17 +196,17 @@ def moe_lora_linear(
     return y.view(*x.shape[:-1], lora_b.shape[0])
 
 
-def _expect(condition: bool, argument: str, expected: str, given) -> None:
+def _expect(condition: bool, argument: str, expected: str, actual) -> None:
     if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {given}")
+        raise ValueError(f"{argument}: expected {expected}, got {actual}")
 
 
 def _expect_shape(argument: str, tensor: Tensor, *shape: int) -> None:
     _expect(tensor.shape == shape, argument, f"{[*shape]}", [*tensor.shape])
 
 
-def _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows):
-    """Shapes, devices and ranks of `moe_lora_linear`; returns ranks and scaling as tuples."""
+def _check_shapes(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows):
+    """Check shapes, devices, ranks and scaling. Return one rank and one scale per expert."""
     _expect(x.dim() >= 1, "x", "[..., I]", [*x.shape])
     features = x.shape[-1]
     _expect(weight.dim() == 2, "weight", f"[O, {features}]", [*weight.shape])
@@ -225,11 +227,12 @@ def _check(x, weight, bias, lora_a, lora_b, gates, indices, ranks, scaling, rows
     return ranks, scaling
 
 
-def _expect_numbers(argument: str, given, kinds: tuple[type, ...], expected: str) -> None:
-    values = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+def _expect_numbers(argument: str, actual, kinds: tuple[type, ...], expected: str) -> None:
+    """Raise unless `actual` is a finite number of one of `kinds`, or a sequence of them."""
+    values = actual if isinstance(actual, Sequence) and not isinstance(actual, str) else [actual]
     if any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
-        raise TypeError(f"{argument}: expected {expected}, got {given!r}")
-    _expect(all(map(math.isfinite, values)), argument, "finite numbers", given)
+        raise TypeError(f"{argument}: expected {expected}, got {actual!r}")
+    _expect(all(map(math.isfinite, values)), argument, "finite numbers", actual)
 
 
 def _check_experts(total: int, ranks, scaling) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -239,19 +242,19 @@ def _check_experts(total: int, ranks, scaling) -> tuple[tuple[int, ...], tuple[f
         _expect(ranks > 0 and total % ranks == 0, "ranks", f"a divisor of R = {total}", ranks)
         ranks = (ranks,) * (total // ranks)
     ranks = tuple(int(rank) for rank in ranks)
-    _expect(min(ranks, default=0) > 0, "ranks", "ranks from 1", [*ranks])
+    _expect(min(ranks, default=0) > 0, "ranks", "ranks of at least 1", [*ranks])
     _expect(sum(ranks) == total, "ranks", f"a sum of {total}, the rows of lora_a", [*ranks])
     if isinstance(scaling, (int, float)):
         scaling = (scaling,) * len(ranks)
     scaling = tuple(float(factor) for factor in scaling)
-    _expect(len(scaling) == len(ranks), "scaling", f"one factor or {len(ranks)}", [*scaling])
+    _expect(len(scaling) == len(ranks), "scaling", f"one number or {len(ranks)}", [*scaling])
     return ranks, scaling
 
 
 def _check_gates(tokens: int, experts: int, gates, indices, rows) -> None:
     _expect(gates.dim() == 2, "gates", "two dimensions", [*gates.shape])
     if indices is not None:
-        _expect(rows is None, "rows", "None with indices", "a tensor")
+        _expect(rows is None, "rows", "None if indices is passed", "a tensor")
         _expect_shape("gates", gates, tokens, gates.shape[1])
         _expect(
             gates.shape[1] <= experts, "gates", f"at most E = {experts} columns", gates.shape[1]

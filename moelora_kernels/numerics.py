@@ -1,4 +1,4 @@
-"""Which dtype a layer computes in, and the seed of its dropout mask."""
+"""The dtype in which a layer computes, and the seed of its dropout mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the empty tensor that stands for an output which an op does not compute."""
+    """Return an empty tensor: ops return it for an output that they do not compute."""
     return like.new_empty(0, dtype=dtype)
 
 
@@ -31,12 +31,13 @@ def active_dtype(x: Tensor) -> torch.dtype:
 def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """Return the seed of a forward's dropout mask as one int64 on `device`; None if p is 0.
 
-    A seed of None is drawn from torch's generator. `torch.manual_seed` then repeats the mask, and
-    so does activation checkpointing, which restores the generator before it recomputes.
+    If `seed` is None, the seed is drawn from torch's generator. The same `torch.manual_seed` then
+    gives the same mask. Activation checkpointing restores the generator before it recomputes, so it
+    gets the same mask too.
 
     Raises:
-        TypeError: p is not a number, or seed is not an int or an int64 tensor.
-        ValueError: p is outside [0, 1), or seed does not hold one int64 on `device`.
+        TypeError: p is not a number, or seed is not an int or a tensor with one int64.
+        ValueError: p is outside [0, 1).
     """
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"dropout: expected a number, got {p!r}")

@@ -18,7 +18,7 @@ from moelora_kernels.types import (
     RouterTensors,
 )
 
-# name -> likelihood of every expert, [E], not normalised.
+# Name -> the likelihood of every expert, [E], not normalised.
 ROUTINGS: dict[str, Callable[[int], Tensor]] = {
     "uniform": torch.ones,
     "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
@@ -66,22 +66,23 @@ def reference_step(
     dropout: Dropout = NO_DROPOUT,
     dlogits: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return outputs and gradients of a layer by name, computed by the reference ops alone.
+    """Return outputs and gradients of a layer by name, computed only with the reference ops.
 
-    Every op rounds once to the dtype of its inputs. On float64 inputs the result is the truth, on
-    bfloat16 inputs it has the error that bfloat16 alone costs.
+    Every op rounds once to the dtype of its inputs. For float64 inputs the result is exact enough
+    to compare with. For bfloat16 inputs its error is the error of bfloat16 itself.
 
     Args:
         mixture: the static options.
         x: [T, I].
         linears: n siblings, all with a weight.
         dy: n x [T, O_i].
-        gate: the gate; None if the linear routers make it.
-        dropout: of x on its way into A.
-        dlogits: [T, n E], a gradient that reaches the routers' logits on another way, or None.
+        gate: the gate; None if the linear routers compute it.
+        dropout: applied to x before A.
+        dlogits: [T, n E], the gradient of the logits from auxiliary losses, or None.
 
     Returns:
-        y0, dA0, dB0, drouter0, dbias0 (of the router) and so on for every sibling; dx; dgates.
+        y0, dA0, dB0 of sibling 0, and so on for every sibling; dx. With routers also drouter0 and
+        dbias0 (of the router); without routers also dgates.
     """
     dtype = compute_dtype(x)
     n, has_router = len(linears), gate is None
@@ -90,9 +91,9 @@ def reference_step(
         [s.router_weight for s in linears if s.router_weight is not None],
         [s.router_bias for s in linears if s.router_bias is not None],
     )
-    h, u, *made = reference.shrink_gate(x, a, router, gate, mixture, dropout)
+    h, u, weights, experts, logits = reference.shrink_gate(x, a, router, gate, mixture, dropout)
     if has_router:
-        gate = mixture.router_gate(*made)
+        gate = mixture.router_gate(weights, experts, logits)
     dh, u, dgate = reference.shrink_gate_backward(
         [g.to(x.dtype) for g in dy], b, h, gate, dlogits, mixture
     )
@@ -134,17 +135,17 @@ def assert_within_budget(
     dtype: torch.dtype,
     truncations: int = 0,
 ) -> None:
-    """Assert that every tensor of `truth` is in `actual`: finite, of its shape, within the budget.
+    """Assert that `actual` has every tensor of `truth`: same shape, finite, error in the budget.
 
         budget = 2 * (error of the baseline + one rounding of the largest value in `dtype`)
 
     Args:
         actual: the results to check, by name.
-        truth: the same in float64.
-        baseline: the reference in the dtype that `actual` was computed in.
-        dtype: that dtype.
-        truncations: how often hardware cuts a running float32 sum instead of rounding it. Each adds
-            one unit in the last place of the largest value to the budget.
+        truth: the same results in float64.
+        baseline: the results of the reference in `dtype`.
+        dtype: the dtype in which `actual` was computed.
+        truncations: how often hardware truncates a running float32 sum instead of rounding it. Each
+            truncation adds one unit in the last place of the largest value to the budget.
     """
     rounding = torch.finfo(dtype).eps / 2
     for name, expected in truth.items():

@@ -5,9 +5,9 @@
     K  experts per token   r  rank of one expert   P  pairs of a token and a slot, P = T S
     G  gate rows           R  sum of the ranks     N  experts of all siblings, N = n E
 
-Structures hold tensors and numbers, and no code that computes. They are NamedTuples, so that an op
-passes their fields to the dispatcher in order (`*gate`) and torch.compile knows them. Siblings
-stand side by side: column block i of h, u, gate and logits belongs to sibling i.
+The structures contain tensors and numbers, and do not compute. They are NamedTuples, because an op
+passes their fields to the dispatcher in order (`*gate`), and because torch.compile supports them.
+Siblings are side by side: column block i of h, u, gate and logits belongs to sibling i.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Sorted positions in a tile: the rows of one matrix product. With E = 64 and T = 1024 few experts
-# have more.
+# The most sorted positions of a tile. A tile is the rows of one matrix product. With E = 64 and
+# T = 1024 few experts have more than 64 pairs.
 TILE = 64
-# Sorted positions in a chunk: the longest sum over tokens that one program takes.
+# The most sorted positions of a chunk. A chunk is the longest sum over pairs in one program.
 CHUNK = 1024
 
 
 class LinearTensors(NamedTuple):
     """The tensors of one linear. A layer is one linear, or n siblings that read the same x."""
 
-    # [O, I] of a base that is read; None for a base that is called.
+    # [O, I], if the layer reads the base's weight; None if it calls the base.
     weight: Tensor | None
     # [O], or None.
     bias: Tensor | None
-    # [T, O] of a base that is called: its output. None for a base that is read.
+    # [T, O], the output of the base, if the layer calls it; else None.
     base_output: Tensor | None
     # [R, I], expert-major rows; [r, I] if the experts share A.
     lora_a: Tensor
     # [O, R], expert-major columns.
     lora_b: Tensor
-    # [E, I] of a linear router whose logits the shrink computes; None if the gate is given.
+    # [E, I], if the op computes the logits of a linear router (a fused router); else None.
     router_weight: Tensor | None = None
     # [E], or None.
     router_bias: Tensor | None = None
 
 
 class Gate(NamedTuple):
-    """How much of every expert a token gets, for n siblings.
+    """The weight of every expert for every token, for n siblings.
 
     Dense (`experts` is None): `weights` [G, n E]. `rows` [T] names the gate row of each token;
     without `rows`, G is T (a row per token) or 1 (one row for all tokens).
@@ -59,24 +59,24 @@ class Gate(NamedTuple):
     experts: Tensor | None = None
     # [T] int32 or int64, or None. A row outside [0, G) gates with zero.
     rows: Tensor | None = None
-    # [G, n E] float32: the logits of the router that made the gate, or None.
+    # [G, n E] float32: the logits from which the gate was computed, or None.
     logits: Tensor | None = None
 
 
 class RouterTensors(NamedTuple):
-    """The linear routers of n siblings: n weights [E, I]; n biases [E], or none. May be empty."""
+    """The linear routers of n siblings: n weights [E, I]; n biases [E] or (). Both can be ()."""
 
     weight: Sequence[Tensor] = ()
     bias: Sequence[Tensor] = ()
 
 
 NO_ROUTER = RouterTensors()
-# What an op gets in the place of a gate that its routers make.
+# The fields of the gate that an op gets if its routers compute the gate.
 NO_GATE = (None, None, None, None)
 
 
 class SiblingTensors(NamedTuple):
-    """`LinearTensors` of n siblings, field by field: n tensors, or none if the linears lack it."""
+    """The tensors of n siblings. A field has n tensors, or none if it is None in the linears."""
 
     weight: Sequence[Tensor]
     bias: Sequence[Tensor]
@@ -88,11 +88,11 @@ class SiblingTensors(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Dropout of x on its way into A. The mask is a function of the seed and is never stored."""
+    """Dropout of x before A. The mask is computed from the seed and is never stored."""
 
     # Probability that an element is dropped; 0 switches dropout off.
     p: float = 0.0
-    # Whether every expert has a mask of its own.
+    # Whether every expert has a separate mask.
     per_expert: bool = False
     # One int64; None if p is 0.
     seed: Tensor | None = None
@@ -102,25 +102,26 @@ NO_DROPOUT = Dropout()
 
 
 class Mixture(NamedTuple):
-    """The static description of a mixture: the same for all siblings, all tokens and all steps."""
+    """The static options of a mixture: the same for all siblings, all tokens and all steps."""
 
-    # Rank and scale of every expert, E of each.
+    # The ranks and the scales of the E experts.
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     share_a: bool = False
-    # K of a linear router whose logits the shrink computes; 0 if the gate is given.
+    # K of a fused router; 0 if a gate is passed instead.
     top_k: int = 0
-    # Whether that router's K weights are divided by their sum, and what divides its logits.
+    # Of a fused router: whether the K weights of a token are divided by their sum.
     renormalize: bool = True
+    # Of a fused router: the divisor of the logits.
     temperature: float = 1.0
 
     def router_gate(self, weights: Tensor, experts: Tensor, logits: Tensor) -> Gate:
-        """Return the gate that a fused router made: dense if it keeps all experts (K = E)."""
+        """Return the gate of a fused router: dense if it keeps all experts (K = E)."""
         return Gate(weights, experts if self.top_k < len(self.ranks) else None, None, logits)
 
 
 class Routing(NamedTuple):
-    """Which pairs each expert works on, sorted by expert.
+    """The (token, slot) pairs of every expert: the pairs sorted by expert.
 
     Pair t S + s is slot s of token t. Expert i E + e is expert e of sibling i. A sorted position
     is an index into the pairs sorted by expert, so each expert owns a contiguous range of them.
@@ -133,9 +134,10 @@ class Routing(NamedTuple):
         tiles   [M, 2]      tile -> (expert, first sorted position). A tile holds up to TILE
                             positions of one expert. Tiles of pairs that are not routed have
                             expert N; unused tiles have expert N and first position P.
-        chunks  [M', 2]     the same with CHUNK positions: the work list of sums over tokens.
+        chunks  [M', 2]     the same with CHUNK positions, for sums over the pairs of an expert.
 
-    All are int32. Their shapes depend on T, S and N alone, so no host waits for the device.
+    All are int32. Their shapes depend on T, S and N alone, so the host does not wait for the
+    device.
     """
 
     order: Tensor
@@ -145,7 +147,7 @@ class Routing(NamedTuple):
 
 
 class Shrunk(NamedTuple):
-    """Rank space of a forward, and the gate that routers made (empty tensors if it was given)."""
+    """Rank space of a forward; and the gate of fused routers (empty tensors without them)."""
 
     h: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
     u: Tensor  # [T, n R], x's dtype
@@ -159,25 +161,27 @@ class ShrunkGrads(NamedTuple):
 
     dh: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
     u: Tensor  # [T, n R], x's dtype: computed again, for dB
-    # Float32: the gradient of the router's logits [T, n E] if top_k is above 0, else the gradient
-    # of the gate's weights, in their shape.
+    # Float32. With fused routers the gradient of the logits, [T, n E]; else the gradient of the
+    # gate's weights, in their shape.
     dgate: Tensor
 
 
 class WeightGrads(NamedTuple):
-    """Gradients of the parameters of n siblings, row blocks one below the other."""
+    """Gradients of the parameters of n siblings. Row block i of da and drouter is sibling i's."""
 
     da: Tensor  # [n R, I]
     drouter: Tensor  # [n E, I]; empty without routers
-    dbias: Tensor  # [n E], of the routers; empty without routers
+    dbias: Tensor  # [n E], of the routers' biases; empty without routers
     db: list[Tensor]  # n x [O_i, R]
 
 
 class LayerForward(NamedTuple):
-    """What the ops `wide` and `grouped` return; `wide` has no routing."""
+    """The results of the ops `wide` and `grouped`. Only `grouped` returns the routing arrays."""
 
     y: list[Tensor]  # n x [T, O_i]
-    h: Tensor  # `Shrunk.h`; grouped: [P, largest rank], by sorted position
+    # `Shrunk.h`; of `grouped` [P, largest rank], by sorted position.
+    h: Tensor
+    # The gate of fused routers, as in `Shrunk`.
     weights: Tensor
     experts: Tensor
     logits: Tensor
@@ -188,37 +192,38 @@ class LayerForward(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients of a layer are computed; the others are returned empty."""
+    """The gradients of a layer that backward computes. The others are returned empty."""
 
     x: bool
-    # Those of A, B and the routers.
+    # A, B and the routers.
     adapters: bool
 
 
 class LayerGrads(NamedTuple):
-    """What the ops `wide_backward` and `grouped_backward` return; empty if not asked for."""
+    """The results of the ops `wide_backward` and `grouped_backward`; empty if not needed."""
 
     dx: Tensor  # [T, I]
     dgate: Tensor  # `ShrunkGrads.dgate`
-    da: Tensor  # from here on `WeightGrads`
+    # The fields of `WeightGrads`.
+    da: Tensor
     drouter: Tensor
     dbias: Tensor
     db: list[Tensor]
 
 
 class LayerOutput(NamedTuple):
-    """What a layer of n siblings returns."""
+    """The results of a layer of n siblings."""
 
     # n x [T, O_i].
     y: list[Tensor]
-    # The gate that was given, or the one that the fused router made, with its logits.
+    # The gate that was passed, or the gate of the fused routers with its logits.
     gate: Gate
 
 
 class FfnMixture(NamedTuple):
-    """The static description of a mixture of whole-FFN experts."""
+    """The static options of a mixture of whole-FFN experts."""
 
-    # Rank and scale of every expert, E of each.
+    # The ranks and the scales of the E experts.
     ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     # Recompute the experts' activations in backward instead of saving them.
@@ -237,10 +242,10 @@ class FfnTensors(NamedTuple):
 
 
 def count_tiles(pairs: int, experts: int, size: int) -> int | torch.SymInt:
-    """Return how many tiles of `size` positions hold P pairs of N experts, however they are routed.
+    """Return how many tiles of `size` positions are enough for P pairs in any routing.
 
     The bound is P // size + min(N + 1, P): each of the N experts, and the pairs that are not
-    routed, can leave one tile that is not full.
+    routed, can have one tile that is not full.
     """
-    # Python's `min` would be a guard on the number of tokens in a compiled graph.
+    # Python's `min` would add a guard on the number of tokens to a compiled graph.
     return pairs // size + torch.sym_min(experts + 1, pairs)

@@ -1,7 +1,7 @@
 """The autograd Function of whole-FFN experts.
 
 Pair t K + k is slot k of token t; a matrix of pairs has P = T K rows. The layer calls the frozen
-products itself, once per token. Everything that has P rows is computed between them, here.
+linears, once per token. This module computes the steps between them, on matrices of P rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moelora_kernels.numerics import is_autocast
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate, Routing
 
-# Release of torch, (major, minor).
+# The version of torch: (major, minor).
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 Activation = Callable[[Tensor], Tensor]
@@ -52,7 +52,7 @@ class _Inputs(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What `FfnExperts` saves for backward beside its other inputs."""
+    """Results of the forward that `FfnExperts` saves for backward, besides its inputs."""
 
     z_gate: Tensor  # [P, F], the input of the activation; gate_out [T, F] with recompute
     z_up: Tensor  # [P, F]; up_out [T, F] with recompute
@@ -62,10 +62,10 @@ class _Saved(NamedTuple):
 
 
 class FfnExperts(torch.autograd.Function):
-    """summed [T, F] and delta [T, I] of `reference.ffn`, then the fields of `_Saved`.
+    """Compute summed [T, F] and delta [T, I] of `reference.ffn`; also return `_Saved`.
 
-    Saved for backward: x, the weights, the routing, the parameters and rank space; and z_gate and
-    z_up [P, F], or with recompute gate_out and up_out [T, F].
+    Saved for backward: x, the gate weights, the routing, the parameters, u_gate, u_up and h; and
+    z_gate and z_up [P, F], or with recompute gate_out and up_out [T, F].
     """
 
     @staticmethod
@@ -92,7 +92,7 @@ class FfnExperts(torch.autograd.Function):
         ctx.static = inputs[:3]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        # gate_out and up_out are not needed beside z_gate and z_up.
+        # gate_out and up_out are not saved: z_gate and z_up contain them.
         ctx.save_for_backward(*saved, i.x, *inputs[6:])
 
     @staticmethod
@@ -101,8 +101,8 @@ class FfnExperts(torch.autograd.Function):
         tensors = ctx.saved_tensors
         count = len(_Saved._fields)
         z_gate, z_up, u_gate, u_up, h = tensors[:count]
-        x, *rest = tensors[count:]
-        i, needs = _Inputs(*ctx.static, x, None, None, *rest), _Inputs(*ctx.needs_input_grad)
+        x, *others = tensors[count:]
+        i, needs = _Inputs(*ctx.static, x, None, None, *others), _Inputs(*ctx.needs_input_grad)
         ranks, scaling, recompute = i.mixture
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         T, weights, routing = x.shape[0], i.weights, i.routing
@@ -135,7 +135,7 @@ class FfnExperts(torch.autograd.Function):
             )
             _add_weighted(da, dsummed, weights)
             dz_gate, dz_up = activation_backward(da)
-            # A pair of weight zero has no part in the rest, whatever its expert holds.
+            # A pair with weight zero is left out, so that a NaN of its expert does not spread.
             selected = (weights != 0).to(weights.dtype)
             if needs.gate_out:
                 grads["gate_out"] = _weighted_sum(dz_gate, selected)
@@ -146,7 +146,7 @@ class FfnExperts(torch.autograd.Function):
                 ("gate", dz_gate, u_gate, i.gate_a, i.gate_b),
                 ("up", dz_up, u_up, i.up_a, i.up_b),
             ):
-                # Only dh is used. It does not depend on h, so u stands in for h.
+                # Only dh is used. It does not depend on h, so u is passed in the place of h.
                 dh, _, _ = ops.grouped_shrink_backward(
                     [dz], [lora_b], u, selected, routing, ranks, scaling
                 )
@@ -171,7 +171,7 @@ def _adapted(
 
 
 def _gated_product(activation: Activation, z_gate: Tensor, z_up: Tensor) -> Tensor:
-    """Return act(z_gate) * z_up, [P, F]. Autocast is off: it might be off in backward too."""
+    """Return act(z_gate) * z_up, [P, F], without autocast: backward computes it again without."""
     if not is_autocast(z_gate.device):
         return (activation(z_gate) * z_up).to(z_gate.dtype)
     with torch.autocast(z_gate.device.type, enabled=False):
@@ -179,14 +179,14 @@ def _gated_product(activation: Activation, z_gate: Tensor, z_up: Tensor) -> Tens
 
 
 def _gated_product_backward(activation: Activation, z_gate: Tensor, z_up: Tensor):
-    """Return act(z_gate) * z_up, and the function from its gradient to those of z_gate and z_up."""
+    """Return act(z_gate) * z_up, and a function: its gradient -> those of z_gate and z_up."""
 
     def product(z_gate, z_up):
         return _gated_product(activation, z_gate, z_up)
 
     if torch.compiler.is_compiling():
         # torch.autograd.grad breaks a compiled graph. torch.func.vjp fails if there are hooks on
-        # saved tensors, so it is not used otherwise.
+        # saved tensors, so it is used only in a compiled graph.
         return torch.func.vjp(product, z_gate, z_up)
     with torch.enable_grad():
         leaves = z_gate.detach().requires_grad_(), z_up.detach().requires_grad_()
@@ -195,7 +195,7 @@ def _gated_product_backward(activation: Activation, z_gate: Tensor, z_up: Tensor
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return sum_k w_tk rows_tk, [T, F], of rows [P, F]; a weight of zero selects nothing."""
+    """Return sum_k w_tk rows_tk, [T, F], of rows [P, F]. Rows with weight zero are left out."""
     tokens, slots = weights.shape
     by_slot = rows.view(tokens, slots, rows.shape[1])
     total = None
@@ -234,7 +234,7 @@ def ffn_experts(
     dropout_a: Dropout = NO_DROPOUT,
     impl: str = "grouped",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.ffn` with its gradients. The caller has checked and cast the arguments.
+    """Compute `reference.ffn` with its gradients. The caller has checked and cast the arguments.
 
     Args:
         mixture: the static options.
@@ -244,8 +244,8 @@ def ffn_experts(
         up_out: [T, F], the output of the frozen up projection, in x's dtype.
         gate: sparse, weights [T, K] in the compute dtype.
         tensors: A and B of the three linears.
-        dropout_x: of x on its way into the A of gate and up.
-        dropout_a: of the activation on its way into the A of down; p and per_expert as dropout_x.
+        dropout_x: applied to x before the A of gate and up.
+        dropout_a: applied to the activation before the A of down; p and per_expert as dropout_x.
         impl: "grouped" or "reference".
 
     Returns:
@@ -262,9 +262,11 @@ def ffn_experts(
         with torch.autocast(x.device.type, enabled=False):
             return reference.ffn(*inputs)
     if torch.is_grad_enabled() and torch.compiler.is_compiling() and TORCH < (2, 13):
-        # The compiled gradient of the activation is silently wrong there. Without fullgraph=True
-        # this error makes the compiler run the layer eagerly.
-        raise RuntimeError(f"training whole-FFN experts compiled needs torch 2.13, this is {TORCH}")
+        # Older versions compile a wrong gradient of the activation, without an error. Without
+        # fullgraph=True this error makes the compiler run the layer eagerly.
+        raise RuntimeError(
+            f"torch.compile: training whole-FFN experts needs torch 2.13 or newer, got {TORCH}"
+        )
     routing = ops.route(experts, len(mixture.ranks))
     inputs = (
         mixture, activation, dropout_x[:2], x, gate_out, up_out, weights, *routing,

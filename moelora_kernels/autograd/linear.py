@@ -21,7 +21,7 @@ from moelora_kernels.types import (
     SiblingTensors,
 )
 
-# Arguments of `MoeLora.forward` before the tensors of the linears.
+# The number of arguments of `MoeLora.forward` before the tensors of the linears.
 _LEADING = 9
 _FIELDS = len(LinearTensors._fields)
 
@@ -33,24 +33,24 @@ def siblings_of(linears: Sequence[LinearTensors]) -> SiblingTensors:
 
 
 def _linears(flat: Sequence[Tensor | None]) -> list[LinearTensors]:
-    """Return the linears whose fields stand one after the other in `flat`."""
+    """Return the linears of a flat list that has all fields of linear 0, then of linear 1, ..."""
     return [LinearTensors(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
 
 
 class MoeLora(torch.autograd.Function):
-    """y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
+    """Compute y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
 
     The inputs are impl, mixture, p and per_expert of the dropout, x, the weights, experts and rows
     of the gate, the seed, and the fields of every linear, linear by linear. The outputs are the
     y_i, then the other fields of `types.LayerForward` in their order.
 
-    Saved for backward: x, the parameters, h, the gate, and the routing if there is one. Nothing
-    saved is O wide.
+    Saved for backward: x, the parameters, h, the gate, and the routing if impl is "grouped". No
+    output of width O is saved.
     """
 
     @staticmethod
     def forward(*inputs):
-        # torch binds the inputs to this signature on every call: the fewer names, the faster.
+        # torch binds the inputs to this signature on every call. That takes time for every name.
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
         tensors, gate = siblings_of(_linears(fields)), Gate(weights, experts, rows)
         y, *rest = _op(impl)(x, tensors, gate, mixture, Dropout(p, per_expert, seed))
@@ -60,28 +60,30 @@ class MoeLora(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
         linears = _linears(fields)
-        made = LayerForward([], *output[len(linears) :])
+        result = LayerForward([], *output[len(linears) :])
         logits = None
         if mixture.top_k:
-            weights, experts, _, logits = mixture.router_gate(*made[2:5])
+            weights, experts, _, logits = mixture.router_gate(
+                result.weights, result.experts, result.logits
+            )
             # Without renormalize the backward of the softmax reads the logits.
             logits = None if mixture.renormalize else logits
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
-        routing = made[5:] if impl == "grouped" else (None,) * 4
-        integers = [t for t in (made.experts, *routing) if t is not None]
-        ctx.mark_non_differentiable(made.h, made.weights, *integers)
+        routing = (result.order, result.offsets, result.tiles, result.chunks)
+        integers = [t for t in (result.experts, *routing) if t is not None]
+        ctx.mark_non_differentiable(result.h, result.weights, *integers)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x, weights, experts, rows, logits, seed, made.h, *routing,
+            x, weights, experts, rows, logits, seed, result.h, *routing,
             *[t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)],
         )  # fmt: skip
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        # Read once: under activation checkpointing a second read fails.
-        x, weights, experts, rows, logits, seed, h, *rest = ctx.saved_tensors
-        routing, saved = Routing(*rest[:4]), rest[4:]
+        # Read once, because under activation checkpointing a second read fails.
+        x, weights, experts, rows, logits, seed, h, *others = ctx.saved_tensors
+        routing, saved = Routing(*others[:4]), others[4:]
         base_weight, lora_a, lora_b, router_weight = (
             [t for t in saved[field::4] if t is not None] for field in range(4)
         )
@@ -93,14 +95,16 @@ class MoeLora(torch.autograd.Function):
         ]
         gate, dlogits = Gate(weights, experts, rows, logits), grads[n + 3]
         needs_linear = _linears(needs[_LEADING:])
-        asked = Needs(needs[4], any([any(needed[3:]) for needed in needs_linear]))
+        needed_grads = Needs(needs[4], any([any(needed[3:]) for needed in needs_linear]))
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             result = ops.grouped_backward(
-                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, asked
+                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, needed_grads
             )
         else:
-            result = ops.wide_backward(dy, x, tensors, h, gate, dlogits, mixture, dropout, asked)
+            result = ops.wide_backward(
+                dy, x, tensors, h, gate, dlogits, mixture, dropout, needed_grads
+            )
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
         gradients: list[Tensor | None] = []
@@ -121,18 +125,20 @@ class MoeLora(torch.autograd.Function):
 
 
 class SqrtGateMoeLora(MoeLora):
-    """`MoeLora` whose gradients of A, B and x use the square root of the gate. The gate is given.
+    """`MoeLora` whose gradients of A, B and x use the square root of the gate.
 
         dh = scale * sqrt(gate) (.) P       dB = dy^T (scale * sqrt(gate) (.) h)
-        dgate = scale * <P, h>              as in `MoeLora`: the gate is not part of it
+        dgate = scale * <P, h>              as in `MoeLora`, because the gate is not a factor of it
+
+    It takes a gate; it does not work with routers in `linears`.
 
     Source: arXiv 2502.15828 (Riemannian preconditioned mixture of LoRA).
     """
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        leading, weights, rest = inputs[:5], inputs[5], inputs[6:]
-        MoeLora.setup_context(ctx, (*leading, weights.sqrt(), *rest), output)
+        weights = inputs[5]
+        MoeLora.setup_context(ctx, (*inputs[:5], weights.sqrt(), *inputs[6:]), output)
 
 
 def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
@@ -166,7 +172,7 @@ def run(
         absent = [tensor is None for tensor in first]
         if any([[tensor is None for tensor in s] != absent for s in linears]):
             names = [_field_names(linear) for linear in linears]
-            raise ValueError(f"siblings: expected the same tensors of each, got {names}")
+            raise ValueError(f"siblings: expected the same tensors for every linear, got {names}")
     if not torch.is_grad_enabled():
         output = _op(impl)(x, siblings_of(linears), gate, mixture, dropout)
         if gate is None:
@@ -183,20 +189,20 @@ def run(
 
 
 def _call(function: type[MoeLora]):
-    """Return what to call for the outputs and the graph of `function`."""
+    """Return the function that runs `function` and records its graph."""
     if torch._C._are_functorch_transforms_active():
         return function.apply
     if torch.compiler.is_compiling():
         return _compiled(function)
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
-    # call, which takes longer than the smallest products.
+    # call. For small layers that takes longer than the products, so it is skipped.
     return super(torch.autograd.Function, function).apply
 
 
 def _compiled(function: type[MoeLora]):
     def call(*inputs):
-        # If no input needs a gradient, Dynamo calls the forward of a Function with a context before
-        # its arguments, which this form of a Function does not take.
+        # If no input needs a gradient, Dynamo passes a context to the forward of a Function. A
+        # Function with `setup_context` does not take one.
         trains = any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
         return function.apply(*inputs) if trains else function.forward(*inputs)
 

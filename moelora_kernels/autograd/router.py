@@ -9,7 +9,10 @@ from moelora_kernels.types import RouterTensors
 
 
 class RouterLogits(torch.autograd.Function):
-    """logits = x Wrt + br of one linear router, [T, E] in the compute dtype; saves x as it is."""
+    """Compute logits = x Wrt + br of one linear router, [T, E] in the compute dtype.
+
+    Saves x in its own dtype, so that no float32 copy of x is kept for backward.
+    """
 
     @staticmethod
     def forward(x, weight, bias):

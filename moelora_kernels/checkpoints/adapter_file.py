@@ -31,7 +31,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         {'lora_A': (8, 16), 'lora_B': (32, 8), 'router.weight': (4, 16)}
     """
     state: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    listed: set[int] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, MixtureLayer):
             continue
@@ -41,8 +41,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
             router_state = layer.router.state_dict(keep_vars=True)
             tensors |= {f"router.{key}": tensor for key, tensor in router_state.items()}
         for key, tensor in tensors.items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
+            if id(tensor) not in listed:
+                listed.add(id(tensor))
                 state[prefix + key] = tensor
     if not state:
         raise ValueError(
@@ -58,7 +58,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
     Raises:
         ValueError: a key is missing or unexpected; a value is not a dense tensor, has another
-            shape, is an integer where the model has a float (or the reverse), or is on the meta
+            shape, is an integer while the model has a float (or the reverse), or is on the meta
             device; or a layer is merged. The message names every key, and the model is unchanged.
 
     Example:
@@ -109,7 +109,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a file of `save_adapter` into a model that has the same layers.
 
     Raises:
-        ValueError: the file is not a safetensors file, or as `load_adapter_state_dict`.
+        ValueError: the file is not a safetensors file, or `load_adapter_state_dict` raises.
 
     Example:
         >>> import os, tempfile

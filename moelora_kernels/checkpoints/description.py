@@ -28,7 +28,7 @@ from moelora_kernels.nn.merge import REDUCED_BASE
 
 
 class MissingBase(nn.Module):
-    """A linear that has sizes but no weight: its adapter can be loaded and exported, not run."""
+    """A linear without a weight. Its adapter can be loaded and exported, but not run."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def build(description: dict[str, Any]) -> nn.Module:
     """Return a model that has the described layers under their names, each over a `MissingBase`.
 
-    The adapters hold initial values; load the saved ones into them.
+    The adapters have initial values; load the saved values into them.
 
     Raises:
         ValueError: a layer cannot be a plain LoRA without its base: whole-FFN experts, a custom
@@ -79,8 +79,8 @@ def build(description: dict[str, Any]) -> nn.Module:
     problems = []
     for entry in description["layers"]:
         name, options = entry["names"][0], description["configs"][entry["config"]]
-        if reason := _export_problem(entry["type"], options):
-            problems.append(f"{name}: {reason}")
+        if problem := _export_problem(entry["type"], options):
+            problems.append(f"{name}: {problem}")
             continue
         config = MoeLoraConfig.from_dict({**options, "adapter_dtype": entry["dtype"]})
         base = MissingBase(entry["in_features"], entry["out_features"])
@@ -95,17 +95,15 @@ def build(description: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _export_problem(kind: str, options: dict[str, Any] | None) -> str:
-    """Return why a layer without its base is not a plain LoRA, or "" if it is."""
+def _export_problem(kind: str, options: dict[str, Any] | None) -> str | None:
+    """Return why a layer cannot be a plain LoRA without its base; None if it can."""
     if kind != MoeLoraLinear.__name__:
         return f"the experts of a {kind} are not linear"
     if options is None:
-        return (
-            "its router is a custom module, which the file does not hold, and its gate depends on x"
-        )
+        return "its router is a custom module, which is not in the file, and its gate depends on x"
     if options.get("init") == "svd_segments":
         return REDUCED_BASE
-    return ""
+    return None
 
 
 def _add(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 Part = Mapping[str, Tensor] | str | os.PathLike
 State = Part | Sequence[Part]
 
-# The files of an adapter folder. Of each row, the first that exists is read.
+# The files of an adapter folder. In each row, the first file that exists is read.
 FILES = (
     ("adapter_model.safetensors", "adapter_model.bin"),
     ("non_lora_trainables.safetensors", "non_lora_trainables.bin"),
@@ -36,8 +36,8 @@ def read(state: State) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for part in state:
             part_tensors = read(part)
-            if twice := sorted(tensors.keys() & part_tensors.keys()):
-                raise ValueError(f"state_dict: {', '.join(twice)}: in more than one part")
+            if repeated := sorted(tensors.keys() & part_tensors.keys()):
+                raise ValueError(f"state_dict: {', '.join(repeated)}: in more than one part")
             tensors.update(part_tensors)
         return tensors
     if not isinstance(state, (str, os.PathLike)):
@@ -48,7 +48,8 @@ def read(state: State) -> Mapping[str, Tensor]:
     if path.is_dir():
         existing = [next((path / n for n in row if (path / n).exists()), None) for row in FILES]
         if not any(existing):
-            raise ValueError(f"{path}: no {', '.join(n for row in FILES for n in row)}")
+            names = ", ".join(n for row in FILES for n in row)
+            raise ValueError(f"{path}: expected a folder with one of: {names}")
         return read([file for file in existing if file])
     if path.suffix == ".safetensors":
         return load_safetensors(path)
@@ -57,7 +58,7 @@ def read(state: State) -> Mapping[str, Tensor]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        # Any type of error: the unpickler reads a broken file as instructions.
+        # A broken file can raise any type of error, because the unpickler executes its content.
         raise ValueError(
             f"{path}: not a readable file of tensors, and pickled code is never run "
             f"({type(error).__name__})"
@@ -68,22 +69,22 @@ def read(state: State) -> Mapping[str, Tensor]:
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file. Raise ValueError if it is not such a file."""
+    """Return the tensors of a safetensors file. Raise ValueError if it cannot be read as one."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)}: not a readable safetensors file ({error})") from error
 
 
-def tensor_problem(key: object, value: object) -> str:
-    """Return why an entry of a state dict is not a dense tensor under a string, or "" if it is."""
+def tensor_problem(key: object, value: object) -> str | None:
+    """Return why an entry of a state dict is not a string and a dense tensor; None if it is."""
     if not isinstance(value, Tensor) or not isinstance(key, str):
         kinds = f"{type(value).__name__} under {type(key).__name__}"
-        return f"{key}: expected a tensor under a name, got {kinds}"
+        return f"{key}: expected a tensor under a string, got {kinds}"
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         return f"{key}: expected a dense tensor, got a {layout} one"
-    return ""
+    return None
 
 
 def unfit_problems(key: str, current: Tensor, saved: Tensor) -> list[str]:
@@ -91,7 +92,7 @@ def unfit_problems(key: str, current: Tensor, saved: Tensor) -> list[str]:
     problems = []
     if current.shape != saved.shape:
         problems.append(f"shape of {key}: expected {[*current.shape]}, got {[*saved.shape]}")
-    # A float of one byte is a quantised value, and the scale that belongs to it is missing.
+    # A float of one byte is a quantised value. Its scale is not in the checkpoint.
     is_code = saved.itemsize == 1 and saved.is_floating_point() and saved.dtype != current.dtype
     if current.is_floating_point() != saved.is_floating_point() or is_code:
         problems.append(f"dtype of {key}: expected {current.dtype}, got {saved.dtype}")

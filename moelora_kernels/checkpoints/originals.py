@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # PEFT writes this prefix before the names of the model's modules.
 PREFIX = "base_model.model."
-# In a PeftModel's state dict the keys hold the adapter's name; save_pretrained removes it.
+# The keys of a PeftModel's state dict contain the adapter's name; save_pretrained removes it.
 _ADAPTER_NAME = re.compile(
     r"((?:^|\.)lora_(?:A|B|gate|task_embedding))"
     r"\.(?!lora[AB]\.|GateL\.|weight$)([^.]+)\.(?=lora[AB]\.|GateL\.|weight$)"
@@ -36,9 +36,9 @@ _PLAIN_LORA = re.compile(r"\.lora_[AB]\.weight$")
 class _Layout(NamedTuple):
     """The keys of an original layout for one model, without PREFIX and without adapter name."""
 
-    # Key -> the model's values that it stores: a parameter, or a view of one expert's block.
+    # Key -> the tensor of the model that it stores: a parameter, or a view of one expert's block.
     targets: dict[str, Tensor]
-    # Alias -> key. The original stores the same tensor under both.
+    # Alias -> key. The original stores the same tensor under both names.
     aliases: dict[str, str]
     # Keys that the original writes and never reads.
     unread: set[str]
@@ -67,8 +67,8 @@ def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     A key may begin with "base_model.model.". The name of one adapter may follow lora_A, lora_B,
     lora_task_embedding and lora_gate. Layers of preset "lora" read P.lora_A.weight and
     P.lora_B.weight, as PEFT writes them. Weights of the frozen model are not copied; their bits
-    must be equal to those of `model`. A state dict holds no scaling, no dropout and no batch_dim
-    (1 for ChatGLM): the options of the layers decide them.
+    must be equal to those of `model`. A state dict does not contain the scaling, the dropout and
+    batch_dim (1 for ChatGLM): the options of the layers set them.
 
     Args:
         model: a model whose linears are replaced by layers with router="task".
@@ -106,7 +106,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
         like: None, or a checkpoint of the layout. With None the keys are those of the original's
             adapter_model.bin: with "base_model.model.", without the name of an adapter, with
             aliases, and without the keys that the original never reads. With a checkpoint they
-            are its keys, and a tensor that the model does not hold is copied from it.
+            are its keys, and tensors that the model does not have are copied from it.
 
     Raises:
         ValueError: the layout cannot store a layer of the model, or `like` does not fit the model.
@@ -217,8 +217,8 @@ def _moelora_peft(model: nn.Module) -> _Layout:
             continue
         if shared_router not in (None, router):
             raise ValueError(
-                f"{prefix[:-1]}: the layout of MOELoRA-peft has one shared gate, and this layer "
-                "shares another one; use the same router, or task_gate='per_layer'"
+                f"{prefix[:-1]}: the layout of MOELoRA-peft has one shared gate, but this layer "
+                "shares a different gate; use the same router, or task_gate='per_layer'"
             )
         shared_router, shared_gate = router, gate
         unread |= {prefix + key for key in gate}
@@ -261,7 +261,7 @@ def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]
     empty = True
     for name, layer in model.named_modules():
         if isinstance(layer, MoeLoraFFN):
-            raise ValueError(f"{name}: the layout of {layout} has no whole-FFN experts")
+            raise ValueError(f"{name}: the layout of {layout} cannot store whole-FFN experts")
         if isinstance(layer, MoeLoraLinear):
             empty = False
             yield f"{name}." if name else "", layer
@@ -270,14 +270,14 @@ def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]
 
 
 def _check_layer(prefix: str, layer: MoeLoraLinear, layout: str) -> None:
-    """Raise ValueError if neither layout can store the experts of a layer."""
+    """Raise ValueError if the experts of a layer cannot be stored in an original layout."""
     config = layer.config
     if config.share == "A" or len(set(config.ranks()[: config.num_experts])) > 1:
         raise ValueError(
             f"{prefix[:-1]}: the layout of {layout} needs share='none' and equal ranks"
         )
     if config.init == "svd_segments":
-        raise ValueError(f"{prefix[:-1]}: the layout of {layout} has no init='svd_segments'")
+        raise ValueError(f"{prefix[:-1]}: the layout of {layout} cannot store init='svd_segments'")
 
 
 def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -320,7 +320,7 @@ def _export(model: nn.Module, layout: _Layout, like: State | None) -> dict[str, 
     else:
         state = read(like)
         tensors = {**state, **_match(model, layout, state)[0]}
-    # Copies: safetensors refuses two names of one storage.
+    # Return copies, because safetensors does not save one storage under two names.
     return {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
 
 
@@ -362,7 +362,7 @@ def _match(
                 hint = " (a plain LoRA: replace that linear with MoeLoraConfig.preset('lora', ...))"
             problems.append(f"unexpected: {saved_key}{hint}")
         elif not same_bits(state[saved_key], frozen[key]):
-            problems.append(f"{saved_key}: a frozen weight that differs from the model's")
+            problems.append(f"{saved_key}: this frozen weight differs from the model's")
         else:
             ignored.setdefault("frozen weights that equal the model's", []).append(saved_key)
     for name, layer in model.named_modules():
@@ -374,10 +374,10 @@ def _match(
 
 
 def _strip_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """Return key without PREFIX and adapter name -> key in `state`, and the problems found."""
+    """Return (key without PREFIX and adapter name) -> key in `state`; and a list of problems."""
     saved_keys: dict[str, str] = {}
     problems: list[str] = []
-    # Name of an adapter -> a key that has it.
+    # Name of an adapter -> a key that contains the name.
     adapters: dict[str, str] = {}
     for saved_key, tensor in state.items():
         if problem := tensor_problem(saved_key, tensor):

@@ -139,7 +139,7 @@ class MoeLoraFFN(MixtureLayer):
         Raises:
             TypeError: `mlp` is not a gated MLP, has experts already, or has hooks.
         """
-        if problem := why_no_ffn(mlp):
+        if problem := ffn_problem(mlp):
             raise TypeError(f"mlp: {problem}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -151,8 +151,8 @@ class MoeLoraFFN(MixtureLayer):
     def _check_config(cls, config: MoeLoraConfig) -> None:
         if config.share == "A":
             raise ValueError(
-                "share: 'A' does not go with whole-FFN experts: each down projection reads the "
-                "activation of its own expert"
+                "share: 'A' is not supported for whole-FFN experts: the A of down_proj reads a "
+                "different input for every expert"
             )
         if config.router in ("prototype", "self"):
             raise ValueError(
@@ -166,13 +166,13 @@ class MoeLoraFFN(MixtureLayer):
                 )
         if config.init == "svd_segments":
             raise ValueError(
-                "init: 'svd_segments' does not go with whole-FFN experts: every expert contains "
-                "the whole frozen FFN, so reducing a weight would reduce it for all experts"
+                "init: 'svd_segments' is not supported for whole-FFN experts: every expert "
+                "contains the frozen FFN, so a reduced weight would be reduced for all experts"
             )
         if config.impl not in ("auto", "grouped", "reference"):
             raise ValueError(
-                f"impl: {config.impl!r} does not go with whole-FFN experts: their activation lies "
-                "between the products, so each expert runs on its own tokens (grouped)"
+                f"impl: {config.impl!r} is not supported for whole-FFN experts: the activation "
+                "needs the output of one expert at a time; use 'auto'"
             )
         if config.router is None and config.num_experts > 1:
             raise ValueError(
@@ -349,8 +349,8 @@ def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 
 
-def why_no_ffn(mlp: nn.Module) -> str:
-    """Return why whole-FFN experts cannot be put over `mlp`; "" if they can."""
+def ffn_problem(mlp: nn.Module) -> str | None:
+    """Return why whole-FFN experts cannot be put over `mlp`; None if they can."""
     if isinstance(mlp, MixtureLayer):
         return "it has whole-FFN experts already"
     kind = f"{type(mlp).__name__}, expected a gated MLP"
@@ -371,4 +371,4 @@ def why_no_ffn(mlp: nn.Module) -> str:
     hooks = (mlp._forward_hooks, mlp._forward_pre_hooks, mlp._backward_hooks)
     if any(hooks) or mlp._backward_pre_hooks or "forward" in mlp.__dict__:
         return f"{type(mlp).__name__} has hooks or a patched forward, which the layer would drop"
-    return ""
+    return None

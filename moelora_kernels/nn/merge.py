@@ -6,9 +6,9 @@
 
 This module computes the gate of a task, A' and B', and the merged weight. A merged layer does not
 change its base. It holds W + delta W in a buffer that is not part of the state dict. `unmerge`
-drops the buffer, so the base keeps its bits (subtracting delta W would not give them back), a tied
-weight stays tied, and a checkpoint never counts an adapter twice. The price is a second weight per
-merged layer; `merge_and_unload` keeps only the merged weight.
+drops the buffer. So the base keeps its bits (subtracting delta W would not restore them), a tied
+weight stays tied, and a checkpoint of a merged model does not contain delta W in its base weights.
+A merged layer needs the memory of a second weight; `merge_and_unload` keeps only the merged weight.
 
 Source: arXiv 2310.18339 (MOELoRA), which recovers one weight per task.
 """
@@ -31,13 +31,13 @@ REDUCED_BASE = (
 )
 
 
-def why_no_task_gate(layer: nn.Module) -> str:
-    """Return why the tokens of a task do not all have the same gate; "" if they have."""
+def task_gate_problem(layer: nn.Module) -> str | None:
+    """Return why the gate of a task differs between tokens or forwards; None if it does not."""
     config = layer.config
     if config.select == "sampling":
         return "its experts are sampled in every forward (select='sampling')"
     if config.router in (None, "task", "external"):
-        return ""
+        return None
     router = "a module" if isinstance(config.router, nn.Module) else repr(config.router)
     return (
         f"its gate depends on x (router={router}, one gate per {config.granularity}), so no "
@@ -47,7 +47,7 @@ def why_no_task_gate(layer: nn.Module) -> str:
 
 @torch.no_grad()
 def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
-    """Return the gate that every token of a task has in evaluation, [E].
+    """Return the gate [E] that every token of a task has in evaluation.
 
     Args:
         layer: a module with the config and router of a MoeLoraLinear.
@@ -63,11 +63,11 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
         TypeError: the task is neither an id nor a gate.
     """
     config = layer.config
-    if reason := why_no_task_gate(layer):
-        raise ValueError(f"task: {reason}")
+    if problem := task_gate_problem(layer):
+        raise ValueError(f"task: {problem}")
     logits = external = None
     if config.router == "external":
-        external = _given_gate(task, config.num_experts)
+        external = _external_gate(task, config.num_experts)
     elif config.router is not None:
         logits = _logits_of_task(layer.router, task)
     return gate_from(config, logits, external).weights[0]
@@ -80,7 +80,7 @@ def _tensor(task: Task) -> Tensor:
         raise TypeError(f"task: expected a task id, or a gate of floats, got {task!r}") from error
 
 
-def _given_gate(task: Task | None, experts: int) -> Tensor:
+def _external_gate(task: Task | None, experts: int) -> Tensor:
     if task is None:
         raise ValueError(f"task: router='external' needs the gate to merge, floats [{experts}]")
     gate = external_gates(torch.atleast_2d(_tensor(task)), experts)
@@ -146,22 +146,22 @@ def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
         ValueError: the base is not a plain nn.Linear with a dense float weight; the base or the
             adapter is on the meta device; the sum is not finite; or `gate_of_task` raises.
     """
-    if reason := why_no_merge(layer.base_layer):
-        raise ValueError(f"base_layer: {reason}")
+    if problem := merge_problem(layer.base_layer):
+        raise ValueError(f"base_layer: {problem}")
     if layer.lora_A.is_meta:
         raise ValueError("lora_A: it is on the meta device and has no values")
     weight = dense_weight(layer.base_layer)
     merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)
     if not merged.isfinite().all():
         raise ValueError(
-            f"task: W + delta W of task {task!r} is not finite in {weight.dtype}: a weight or an "
-            "adapter that diverged, or a sum that is too large for the dtype"
+            f"task: W + delta W of task {task!r} is not finite in {weight.dtype}: the weight or "
+            "the adapter has values that are not finite, or the sum is too large for the dtype"
         )
     return merged
 
 
-def why_no_merge(base: nn.Module) -> str:
-    """Return why delta W cannot be added to a base's weight; "" if it can."""
+def merge_problem(base: nn.Module) -> str | None:
+    """Return why delta W cannot be added to the weight of `base`; None if it can."""
     weight = dense_weight(base)
     is_float = weight is not None and weight.is_floating_point() and weight.itemsize > 1
     if not is_float or weight.shape != (base.out_features, base.in_features):
@@ -170,10 +170,10 @@ def why_no_merge(base: nn.Module) -> str:
         if base_weight is not None:
             kind = f"a weight of {type(base_weight).__name__}, {base_weight.dtype}"
         return (
-            "only a plain nn.Linear with a dense float weight can be merged into, this is a "
-            f"{type(base).__name__} with {kind} (quantised, hooked and sharded bases are called)"
+            "merging needs a plain nn.Linear with a dense float weight (a quantised, hooked or "
+            f"sharded base cannot be merged), got a {type(base).__name__} with {kind}"
         )
-    return "its weight is on the meta device and has no values" if weight.is_meta else ""
+    return "its weight is on the meta device and has no values" if weight.is_meta else None
 
 
 def copy_task(task: Task | None) -> Task | None:
@@ -191,7 +191,7 @@ def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
     """Return y = x (W + delta W)t + b of a merged layer.
 
     Raises:
-        ValueError: gates are given; the layer serves the merged ones.
+        ValueError: gates are passed, but the layer computes with the merged gate.
         RuntimeError: the forward trains, or the base has hooks that a merged weight would skip.
     """
     if gates is not None:
@@ -201,8 +201,8 @@ def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
         raise RuntimeError(f"{merged_with(layer)} and does not train; unmerge() or eval() first")
     if dense_weight(layer.base_layer) is None:
         raise RuntimeError(
-            f"{merged_with(layer)}, and the base got hooks or another forward since then, which "
-            "the merged weight would skip; unmerge() first"
+            f"{merged_with(layer)}. Since then the base got hooks or another forward, and a "
+            "merged layer does not call the base; unmerge() first"
         )
     check_called(layer.base_layer, x)
     return nn.functional.linear(x, layer.merged_weight, layer.bias)

@@ -8,7 +8,7 @@ from moelora_kernels.nn.base_linear import linear_with
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import Task, gate_of_task, merged_weight, merged_with, why_no_merge
+from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_weight, merged_with
 
 
 def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
@@ -45,7 +45,7 @@ def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Unmerge every merged layer of `model`. The bases keep their bits.
+    """Unmerge every merged layer of `model`. The base weights have the same bits as before.
 
     Raises:
         RuntimeError: no layer is merged.
@@ -71,22 +71,21 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
     """Replace every layer of `model` by a plain nn.Linear with one task merged into it.
 
-    The model changes in place and no longer needs this package. The experts and the original
-    weights are lost unless you keep them elsewhere. Layers are replaced one by one, so the peak
-    memory is one weight above that of the model. A base that shares its weight with another module
-    (a tied embedding) gets a separate weight.
+    The model is changed in place and no longer needs this package. The experts and the original
+    weights are lost unless you save them before. Layers are replaced one by one, so at most one
+    weight exists twice at a time. A base that shares its weight with another module (a tied
+    embedding) gets a separate weight.
 
     Args:
         model: as in `merge_adapter`.
         task: as in `merge_adapter`.
 
     Returns:
-        The model; if the model is a layer itself, its nn.Linear.
+        `model`; or the nn.Linear that replaces it, if `model` itself is a layer.
 
     Raises:
         ValueError: as in `merge_adapter`; or the model contains a MoeLoraGroup, which can only run
-            layers. A sum that is not finite raises when its layer is reached; the layers before it
-            are then already replaced.
+            layers. If a merged weight is not finite, the layers before it are already replaced.
 
     Example:
         >>> from torch import nn
@@ -100,7 +99,10 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
     """
     layers = _mergeable(model, task)
     if grouped := [n for n, m in model.named_modules() if isinstance(m, MoeLoraGroup)]:
-        raise ValueError(f"model: a MoeLoraGroup runs layers, not linears: {', '.join(grouped)}")
+        raise ValueError(
+            "model: a MoeLoraGroup cannot run plain linears; use merge_adapter, or replace these "
+            f"groups first: {', '.join(grouped)}"
+        )
     # Keep names, not layers: a reference to a layer would keep its weight alive.
     names_by_layer: dict[int, list[str]] = {}
     for name, layer in layers.items():
@@ -120,10 +122,10 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
 def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraLinear], list[str]]:
     """Return every MoeLoraLinear of `model` by name, and the problems that prevent merging a task.
 
-    A layer with several names is listed under each of them.
+    A layer that has several names is listed under every name.
 
     Raises:
-        ValueError: the model has no layer, or no layer uses the given task.
+        ValueError: the model has no layer, or `task` is passed and no layer has a task gate.
     """
     candidates = [
         (name, layer)
@@ -131,7 +133,7 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
         if isinstance(layer, MixtureLayer)
     ]
     if not candidates:
-        raise ValueError("model: it has no MoeLoraLinear layer")
+        raise ValueError("model: expected a model with MoeLoraLinear layers, got none")
     if task is not None and all(layer.config.router is None for _, layer in candidates):
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []
@@ -152,8 +154,8 @@ def _mergeable(model: nn.Module, task: Task | None) -> dict[str, MoeLoraLinear]:
     for name, layer in layers.items():
         if layer.merged:
             problems.append(f"{name}: {merged_with(layer)} already")
-        elif reason := why_no_merge(layer.base_layer):
-            problems.append(f"{name}: base_layer: {reason}")
+        elif problem := merge_problem(layer.base_layer):
+            problems.append(f"{name}: base_layer: {problem}")
     if problems:
-        raise ValueError("model: it cannot be merged:\n  " + "\n  ".join(problems))
+        raise ValueError("model: cannot be merged:\n  " + "\n  ".join(problems))
     return layers

@@ -9,7 +9,7 @@ from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import missing_size
-from moelora_kernels.nn.ffn import MoeLoraFFN, why_no_ffn
+from moelora_kernels.nn.ffn import MoeLoraFFN, ffn_problem
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
@@ -139,7 +139,7 @@ def replace_ffns(
     config = MoeLoraConfig.of(config, {})
     names = _matching(model, target_modules, ())
     for name in names:
-        if problem := why_no_ffn(model.get_submodule(name)):
+        if problem := ffn_problem(model.get_submodule(name)):
             raise TypeError(f"target_modules: {name}: {problem}")
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}

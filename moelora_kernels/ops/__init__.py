@@ -1,7 +1,7 @@
 """The registered ops: importing this package registers them; Triton is imported when one runs.
 
-Every op lives in the namespace `moelora`, has the reference as its implementation for any device,
-and is overridden per device by what is faster there: the native library on a CPU, Triton on a GPU.
+Every op is in the namespace `moelora`. The reference is its implementation for any device. Faster
+implementations take precedence: the native library on a CPU, Triton on a GPU.
 """
 
 from moelora_kernels import native  # noqa: F401  (registers the CPU ops where it is built)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed, so that it is never stored."""
+"""Dropout with a mask that is computed from a seed, so that it is never stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
         x: [T, I].
         p: probability that an element is dropped, in [0, 1).
         seed: one int64.
-        stream: tells several masks of one seed apart.
+        stream: the index of the mask; one seed gives a different mask for every stream.
 
     Returns:
         y [T, I], x's dtype.

@@ -1,7 +1,7 @@
-"""A whole layer in which every expert computes its own tokens only; and its backward.
+"""A whole layer in one op: every expert computes only the tokens that are routed to it.
 
-On a GPU the op is made of the other ops and of ATen's products, in x's dtype. The native library
-does the same on a CPU. The arguments are those of `wide`.
+On a GPU the op calls the other ops and ATen's products, in x's dtype. On a CPU the native library
+computes the same in one call. The arguments are those of `wide`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _forward(
     for i, b in enumerate(lora_b):
         start = base_output[i] if base_output else bias[i] if bias else None
         y = grouped_expand(u, [b], start, routing, ranks, tokens=T, first_sibling=i)
-        # Base product last and in place: y is written once more and rounded together with it.
+        # The base product is added last and in place, so it is not rounded before the experts are
+        # added.
         outputs.append(y if base_output else y.addmm_(x, weight[i].t()))
     return LayerForward(outputs, h, weights, experts, logits, *routing)
 
@@ -92,7 +93,7 @@ def _backward(
     )
     if tensors.router_weight:
         assert gate.experts is not None
-        # With renormalize only the shape of the logits is read.
+        # With renormalize `topk_gate_backward` reads only the shape of the logits.
         logits = dgate.new_empty((T, n * E)) if gate.logits is None else gate.logits
         dgate = topk_gate_backward(
             dgate.view(T * n, K), gate.weights.view(T * n, K), gate.experts.view(T * n, K),
@@ -202,19 +203,20 @@ def grouped(
     mixture: Mixture,
     dropout: Dropout = NO_DROPOUT,
 ) -> LayerForward:
-    """Compute a layer of n siblings; every expert multiplies the tokens routed to it, no others.
+    """Compute a layer of n siblings. Every expert multiplies only the tokens routed to it.
 
         y_i = x Wt_i + b_i + sum over the slots k of a token: u_ik Bt_e
 
     Args:
         x: [T, I].
         tensors: as in `wide`.
-        gate: sparse; None if the routers in `tensors` make it.
-        mixture: static options; share_a is False.
-        dropout: of x on its way into A.
+        gate: sparse; None if the routers in `tensors` compute it.
+        mixture: the static options; share_a is False.
+        dropout: applied to x before A.
 
     Returns:
-        As `wide`, with h [P, largest rank] by sorted position, and the routing arrays.
+        The results of `wide`, but h is [P, largest rank] by sorted position; and the routing
+        arrays.
     """
     return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
 

@@ -58,24 +58,25 @@ def grouped_expand(
     first_sibling: int = 0,
     per_pair: bool = False,
 ) -> Tensor:
-    """Multiply every pair's row of u with its expert's matrix; add the slots of a token.
+    """Multiply every pair's row of u with its expert's matrix, and add the slots of a token.
 
         y_t = start + sum over the pairs p of t: dropout(u_p Mt_e)        [T, O]
         y_p = start_t + dropout(u_p Mt_e)                with per_pair    [P, O]
 
     Args:
         u: [P, largest rank], in the order of sorted positions.
-        matrices: m x [O, R], any strides, of the siblings from `first_sibling` on. Pairs of other
-            siblings add nothing.
-        start: [O], [T, O] or None (0).
-        routing: of the gate's experts.
-        ranks: of the E experts.
-        dropout: applied to the product; the backward of a dropout of x uses it.
+        matrices: m x [O, R], any strides, one for each sibling from `first_sibling` on. Pairs of
+            other siblings add nothing.
+        start: [O] or [T, O]; None means 0.
+        routing: the routing of the gate's experts.
+        ranks: the ranks of the E experts.
+        dropout: applied to the product. Only a backward uses it, for the gradient of dropout(x).
         tokens: T.
         first_sibling: the sibling that matrices[0] belongs to.
-        per_pair: return one row per pair, in the order of pairs; then there is one sibling.
+        per_pair: return one row per pair, in the order of pairs. Needs a single sibling.
 
     Returns:
-        y in u's dtype, or in the dtype of a start [T, O]. Slots are added in their order.
+        y in the dtype of `start` if that is [T, O], else in u's dtype. The slots of a token are
+        added in their order.
     """
     return _op(u, matrices, start, *routing, ranks, *dropout, tokens, first_sibling, per_pair)

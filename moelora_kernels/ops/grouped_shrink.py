@@ -1,4 +1,4 @@
-"""Shrink the rows of every expert to its ranks and gate them: forward, and backward."""
+"""Shrink the rows of every expert to rank space and gate them: forward and backward."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def grouped_shrink(
 ) -> tuple[Tensor, Tensor]:
     """Compute h and u of every routed pair, in the order of sorted positions.
 
-        h_p = dropout(x_p) At_e          e the expert of the pair, x_p its row of x
-        u_p = scale_e * weight_p * h_p   zero if the weight is zero, whatever h holds
+        h_p = dropout(x_p) At_e          e is the expert of the pair, x_p its row of x
+        u_p = scale_e * weight_p * h_p   zero if the weight is zero, even if h is NaN
 
     Args:
         x: [T, I], or [P, I] with a row for every pair.
         lora_a: n x [R, I].
-        weights: [T, S], of the gate; None: all 1.
-        routing: of the gate's experts.
-        ranks, scaling: of the E experts.
-        dropout: of x.
+        weights: [T, S], the gate weights; None means that all are 1.
+        routing: the routing of the gate's experts.
+        ranks, scaling: the ranks and scales of the E experts.
+        dropout: applied to x before A.
 
     Returns:
-        h, u [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and pairs that
-        are not routed, hold 0.
+        h, u [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and rows of
+        pairs that are not routed, are 0.
     """
     return _op(x, lora_a, weights, *routing, ranks, scaling, *dropout)
 
@@ -119,11 +119,11 @@ def grouped_shrink_backward(
     Args:
         dy: n x [T, O_i], or one [P, O] with a row for every pair.
         lora_b: n x [O_i, R].
-        h: [P, largest rank], as `grouped_shrink` returned it.
+        h: [P, largest rank], the h that `grouped_shrink` returned.
         weights, routing, ranks, scaling: as in the forward.
 
     Returns:
-        dh, u [P, largest rank] in h's dtype; dweights [T, S] in float32 (float64), empty if
-        weights is None.
+        dh, u [P, largest rank] in h's dtype; dweights [T, S] in float32 (float64 for float64 h),
+        empty if weights is None.
     """
     return _op_backward(dy, lora_b, h, weights, *routing, ranks, scaling)

@@ -65,10 +65,10 @@ def grouped_weight_grad(
         x: [T, I] or [P, I].
         dh, u: [P, largest rank], in the order of sorted positions.
         dy: n x [T, O_i], or one [P, O].
-        routing: of the gate's experts.
-        ranks: of the E experts.
-        dropout: of the forward; the masks are computed again from its seed.
-        lora_dtype: of the results.
+        routing: the routing of the gate's experts.
+        ranks: the ranks of the E experts.
+        dropout: the dropout of the forward. Its masks are computed again from the seed.
+        lora_dtype: the dtype of the results.
 
     Returns:
         dA [n R, I] and n x dB_i [O_i, R].

@@ -1,9 +1,10 @@
-"""How an op enters the dispatcher: schema, reference for every device, fake for the compiler.
+"""Register ops: the schema, the reference for every device, the fake for the compiler.
 
-The dispatcher knows tensors, lists and numbers, not the structures of `types`. `register` writes
-the schema from a list in which a structure stands for its fields, in their order; a function that
-implements the op gets the structures back. The order of all ops is: activations, tensors of the
-linears, rank space, `Gate`, `Routing`, `Mixture` (or its ranks and scaling), `Dropout`, switches.
+The dispatcher takes tensors, lists and numbers, but not the structures of `types`. `register` gets
+a list of arguments in which a structure stands for all its fields, and writes the schema from it.
+The functions that implement the op take the structures. All ops have the same order of arguments:
+activations, tensors of the linears, rank space, `Gate`, `Routing`, `Mixture` (or its ranks and
+scaling), `Dropout`, switches.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ FIELDS: dict[type, str] = {
     Dropout: "float dropout, bool dropout_per_expert, Tensor? seed",
 }
 
-# Ops that Triton serves on a GPU.
+# Ops that have a Triton kernel for GPUs.
 KERNELS: set[str] = set()
-# Op -> its arguments, as given to `register`.
+# Op -> the arguments that were passed to `register`.
 ARGUMENTS: dict[str, Sequence[str | type]] = {}
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -63,13 +64,13 @@ def register(
 ) -> torch._ops.OpOverload:
     """Define `moelora::name` and return its default overload, which takes flat arguments.
 
-    The reference serves every device (CompositeExplicitAutograd), so an implementation for one
-    device (the native library's CPU ops) takes precedence, whichever is loaded first. Under
-    autocast every implementation runs as without it: its float32 products stay float32.
+    The reference is registered for every device (CompositeExplicitAutograd). An implementation for
+    one device, such as a CPU op of the native library, takes precedence, in any order of loading.
+    Every implementation runs with autocast off, so that float32 products stay float32.
 
     Args:
-        name: of the op.
-        arguments: one schema entry ("Tensor x") or structure of `FIELDS` per argument.
+        name: the name of the op.
+        arguments: for each argument a schema entry ("Tensor x") or a structure of `FIELDS`.
         returns: the outputs in schema form.
         reference: the implementation for any device; takes structures.
         fake: returns tensors of the right shapes, dtypes and strides; takes structures.
@@ -105,16 +106,18 @@ def with_structures(arguments: Sequence[str | type], function: Callable) -> Call
 
 
 def structured(arguments: Sequence[str | type], flat: Sequence[Any]) -> list[Any]:
-    """Return the flat arguments of an op, those of a structure put into the structure."""
-    rest = iter(flat)
+    """Return the arguments of an op with structures, from the flat arguments of the dispatcher."""
+    remaining = iter(flat)
     return [
-        a(*islice(rest, len(a._fields))) if isinstance(a, type) else next(rest)  # type: ignore[attr-defined]
+        a(*islice(remaining, len(a._fields)))  # type: ignore[attr-defined]
+        if isinstance(a, type)
+        else next(remaining)
         for a in arguments
     ]
 
 
 def flat(arguments: Sequence[Any]) -> list[Any]:
-    """Return arguments in the form the dispatcher takes: the fields of each structure in turn."""
+    """Return the flat arguments of the dispatcher: the fields of each structure in their order."""
     result: list[Any] = []
     for argument in arguments:
         is_structure = isinstance(argument, tuple(FIELDS))
@@ -123,17 +126,17 @@ def flat(arguments: Sequence[Any]) -> list[Any]:
 
 
 def kernels_problem() -> str | None:
-    """Return why Triton serves no op here; None if it does."""
+    """Return why the Triton kernels cannot run here; None if they can."""
     if torch.version.hip is not None:
-        return "the kernels are written for and tested on NVIDIA GPUs only"
+        return "the kernels support NVIDIA GPUs only"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def register_kernels(name: str, function: str = "launch", module: str | None = None) -> None:
-    """Let kernels.<module or name>.<function> serve `moelora::name` on CUDA.
+    """Register kernels.<module or name>.<function> as the CUDA implementation of `moelora::name`.
 
-    Triton is imported at the first call. float64 stays with the reference: it serves to check
-    gradients, and the tensor cores of the kernels do not take it.
+    Triton is imported at the first call. float64 tensors use the reference: they are needed only
+    to check gradients, and the kernels do not support them.
     """
     if kernels_problem():
         return

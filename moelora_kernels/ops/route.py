@@ -1,4 +1,4 @@
-"""Sort the (token, slot) pairs by expert, without asking the device for a number."""
+"""Sort the (token, slot) pairs by expert. The host does not wait for the device."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def route(
             outside [0, E) means "not routed".
         num_experts: E.
         siblings: n.
-        tile: sorted positions in a tile.
-        chunk: sorted positions in a chunk.
+        tile: the largest number of sorted positions in a tile.
+        chunk: the largest number of sorted positions in a chunk.
 
     Raises:
         ValueError: 2^31 pairs or more.

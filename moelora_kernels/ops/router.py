@@ -1,4 +1,4 @@
-"""Linear routers alone: their logits, and the gradients of their weights and biases."""
+"""Linear routers without a layer: the logits, and the gradients of the weights and biases."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def router_logits(x: Tensor, router: RouterTensors) -> Tensor:
 
     Args:
         x: [T, I].
-        router: weights n x [E, I]; biases n x [E], or none.
+        router: weights n x [E, I]; biases n x [E], or an empty list.
 
     Returns:
         [T, n E] in float32 (float64 for float64 x).
@@ -57,7 +57,7 @@ def router_grad(dlogits: Tensor, x: Tensor, router_dtype: torch.dtype) -> tuple[
     Args:
         dlogits: [T, n E], contiguous.
         x: [T, I].
-        router_dtype: of the results.
+        router_dtype: the dtype of the results.
 
     Returns:
         dWr [n E, I], dbr [n E].

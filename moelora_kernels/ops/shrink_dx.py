@@ -54,10 +54,10 @@ def shrink_dx(
         dlogits: [T, n E], or None without routers.
         lora_a: n x [R, I], or n x [r, I].
         router_weight: n x [E, I], or empty.
-        ranks: of the E experts.
-        dropout: of the forward; the masks are computed again from its seed.
+        ranks: the ranks of the E experts.
+        dropout: the dropout of the forward. Its masks are computed again from the seed.
 
     Returns:
-        [T, I] in dh's dtype. dy W is not part of it.
+        [T, I] in dh's dtype. The part dy W of dx is not included.
     """
     return _op(dh, dlogits, lora_a, router_weight, ranks, *dropout)

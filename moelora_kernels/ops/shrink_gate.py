@@ -1,4 +1,4 @@
-"""Shrink to rank space and gate there: the first op of a forward, and of a backward."""
+"""Shrink to rank space and gate there: the first op of a forward and of a backward."""
 
 from __future__ import annotations
 
@@ -89,20 +89,20 @@ def shrink_gate(
 ) -> Shrunk:
     """Compute h and u of n siblings in one read of x; with linear routers also the gate.
 
-        h = dropout(x) At               ungated
-        u = scale * gate (.) h          zero if the gate is zero, whatever h holds
+        h = dropout(x) At               without the gate
+        u = scale * gate (.) h          zero if the gate is zero, even if h is NaN
         logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
 
     Args:
         x: [T, I].
         lora_a: n x [R, I]; with mixture.share_a n x [r, I].
-        router: n linear routers, or `NO_ROUTER` if the gate is given.
-        gate: the gate of every token; None if the routers make it.
-        mixture: static options; top_k is K of the routers, 0 if the gate is given.
-        dropout: of x on its way into A. It does not reach the routers.
+        router: n linear routers, or `NO_ROUTER` if `gate` is passed.
+        gate: the gate of every token; None if the routers compute it.
+        mixture: the static options; top_k is K of the routers, 0 if `gate` is passed.
+        dropout: applied to x before A. The routers read x without dropout.
 
     Returns:
-        h, u; and weights, experts, logits, which are empty if the gate was given.
+        h, u; and weights, experts, logits, which are empty if `gate` was passed.
     """
     return Shrunk(*_op(x, lora_a, *router, *(gate or NO_GATE), *mixture, *dropout))
 
@@ -124,14 +124,14 @@ def shrink_gate_backward(
     Args:
         dy: n x [T, O_i].
         lora_b: n x [O_i, R].
-        h: as `shrink_gate` returned it.
-        gate: the one that `shrink_gate` was given, or the one that it made. Its logits are read
-            only if mixture.renormalize is False.
-        dlogits: [T, n E], the gradient that reaches the logits on another way, or None.
+        h: the h that `shrink_gate` returned.
+        gate: the gate that was passed to `shrink_gate`, or that its routers computed. Its logits
+            are read only if mixture.renormalize is False.
+        dlogits: [T, n E], the gradient of the logits from auxiliary losses, or None.
         mixture: as in the forward.
 
     Returns:
-        dh, u, and dgate: the gradient of gate.weights, or, with mixture.top_k above 0, of the
-        routers' logits, dlogits included.
+        dh, u, and dgate. If mixture.top_k is 0, dgate is the gradient of gate.weights. Otherwise it
+        is the gradient of the routers' logits, with `dlogits` added.
     """
     return ShrunkGrads(*_op_backward(dy, lora_b, h, *gate, dlogits, *mixture))

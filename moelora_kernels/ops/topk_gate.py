@@ -83,12 +83,12 @@ class TopkGate(torch.autograd.Function):
 def topk_gate(
     logits: Tensor, top_k: int, renormalize: bool = True, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Apply softmax over the experts, keep the K largest, and renormalise them if asked.
+    """Apply softmax over the experts, keep the K largest, and renormalise them if requested.
 
         p = softmax(logits / temperature)
         weights_k = p[experts_k]        or, with renormalize, p[experts_k] / sum_j p[experts_j]
 
-    Of equal logits the lower expert comes first. With K = E the experts stay in their own order.
+    If logits are equal, the lower expert comes first. With K = E, slot k is expert k.
 
     Args:
         logits: [N, E], any float dtype; computed in float32 (float64 for float64).
@@ -127,12 +127,14 @@ def topk_gate_backward(
 
         mean = sum_j weights_j dweights_j
         dlogits[experts_k] = weights_k (dweights_k - mean) / temperature     with renormalize
-        dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
+        dlogits_e = p_e (dweights_e - mean) / temperature                    without
+
+    dweights_e is the entry of dweights whose expert is e; 0 if e was not kept.
 
     Args:
         dweights: [N, K], contiguous.
-        weights, experts: [N, K], as `topk_gate` returned them.
-        logits: [N, E]; their values are read only without renormalize.
+        weights, experts: [N, K], the results of `topk_gate`.
+        logits: [N, E]; if renormalize, only their shape is read.
         renormalize, temperature: as in the forward.
 
     Returns:

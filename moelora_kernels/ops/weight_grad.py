@@ -76,9 +76,9 @@ def weight_grad(
         dlogits: [T, n E], or None without routers: dWr and dbr are then empty.
         dy: n x [T, O_i].
         u: [T, n R].
-        ranks: of the E experts.
-        dropout: of the forward; the masks are computed again from its seed.
-        lora_dtype: of dA and dB.
-        router_dtype: of dWr and dbr.
+        ranks: the ranks of the E experts.
+        dropout: the dropout of the forward. Its masks are computed again from the seed.
+        lora_dtype: the dtype of dA and dB.
+        router_dtype: the dtype of dWr and dbr.
     """
     return WeightGrads(*_op(x, dh, dlogits, dy, u, ranks, *dropout, lora_dtype, router_dtype))

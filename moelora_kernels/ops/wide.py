@@ -1,7 +1,7 @@
 """A whole layer in one op: shrink and gate, expand, base product; and its backward.
 
-On a GPU the op is made of the other ops and of ATen's products, in x's dtype. The native library
-does the same on a CPU without a return to Python in between.
+On a GPU the op calls the other ops and ATen's products, in x's dtype. On a CPU the native library
+computes the same in one call.
 """
 
 from __future__ import annotations
@@ -65,21 +65,22 @@ def _forward(
     dropout: Dropout,
 ) -> tuple[Any, ...]:
     routers = RouterTensors(tensors.router_weight, tensors.router_bias)
-    h, u, *made = shrink_gate(x, tensors.lora_a, routers, gate, mixture, dropout)
+    h, u, weights, experts, logits = shrink_gate(x, tensors.lora_a, routers, gate, mixture, dropout)
     _, bias, base_output, _, lora_b, *_ = tensors
     outputs = []
     for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
         if base_output:
-            # The result keeps the base's dtype. Not in place: the base's output may be saved.
+            # The result has the base's dtype. It is a new tensor, because autograd may have saved
+            # the base's output.
             dtype = base_output[i].dtype
             outputs.append(torch.addmm(base_output[i], u_i.to(dtype), b.to(dtype).t()))
             continue
-        # Expand first, base product last and in place. Each writes y once, and the large product
-        # is rounded once, together with the small one.
+        # Expand first, base product last and in place: each writes y once, and the base product
+        # is not rounded before the experts are added.
         bt = b.to(x.dtype).t()
         y = torch.addmm(bias[i], u_i, bt) if bias else torch.mm(u_i, bt)
         outputs.append(y.addmm_(x, tensors.weight[i].t()))
-    return LayerForward(outputs, h, *made)[:5]
+    return outputs, h, weights, experts, logits
 
 
 def _backward(
@@ -116,8 +117,10 @@ def _fake(
     dropout: Dropout,
 ) -> tuple[Any, ...]:
     routers = RouterTensors(tensors.router_weight, tensors.router_bias)
-    h, _, *made = shrink_gate_fake(x, tensors.lora_a, routers, gate, mixture, dropout)
-    return LayerForward(outputs_fake(x, tensors), h, *made)[:5]
+    h, _, weights, experts, logits = shrink_gate_fake(
+        x, tensors.lora_a, routers, gate, mixture, dropout
+    )
+    return outputs_fake(x, tensors), h, weights, experts, logits
 
 
 def outputs_fake(x: Tensor, tensors: SiblingTensors) -> list[Tensor]:
@@ -186,17 +189,18 @@ def wide(
 ) -> LayerForward:
     """Compute a layer of n siblings with products over all experts at once.
 
-        y_i = x Wt_i + b_i + u_i Bt_i        u of `shrink_gate`
+        y_i = x Wt_i + b_i + u_i Bt_i        u from `shrink_gate`
 
     Args:
         x: [T, I].
-        tensors: of the siblings; weight (and bias), or base_output instead of x Wt + b.
-        gate: the gate of every token; None if the routers in `tensors` make it.
-        mixture: static options.
-        dropout: of x on its way into A.
+        tensors: the tensors of the siblings: weight and maybe bias, or base_output (x Wt + b).
+        gate: the gate of every token; None if the routers in `tensors` compute it.
+        mixture: the static options.
+        dropout: applied to x before A.
 
     Returns:
-        y_i [T, O_i] in the dtype of base_output or x; and what `shrink_gate` returns, without u.
+        y_i [T, O_i] in the dtype of base_output or x; and h, weights, experts and logits of
+        `shrink_gate`.
     """
     return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
 
@@ -217,12 +221,12 @@ def wide_backward(
     Args:
         dy: n x [T, O_i], any strides and dtype.
         x: [T, I].
-        tensors: of the siblings; bias, base_output and router_bias are not read.
-        h: as `wide` returned it.
-        gate: the one that `wide` was given, or the one that it made.
-        dlogits: [T, n E], the gradient that reaches the logits on another way, or None.
+        tensors: the tensors of the siblings; bias, base_output and router_bias are not read.
+        h: the h that `wide` returned.
+        gate: the gate that was passed to `wide`, or that its routers computed.
+        dlogits: [T, n E], the gradient of the logits from auxiliary losses, or None.
         mixture, dropout: as in the forward.
-        needs: which of the results are computed.
+        needs: which gradients to compute.
 
     Returns:
         dx = dy W + `shrink_dx`, dgate of `shrink_gate_backward`, and the results of `weight_grad`.

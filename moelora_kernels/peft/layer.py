@@ -13,7 +13,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
-from moelora_kernels.nn.merge import Task, delta_weight, why_no_task_gate
+from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
 from moelora_kernels.nn.routers import TaskRouter
 
 
@@ -186,8 +186,8 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
 
     def _mergeable(self, adapter_name: str) -> MoeLoraExperts:
         experts = self.moelora_experts[adapter_name]
-        if reason := why_no_task_gate(experts):
-            raise RuntimeError(f"adapter {adapter_name!r} cannot be merged: {reason}")
+        if problem := task_gate_problem(experts):
+            raise RuntimeError(f"adapter {adapter_name!r} cannot be merged: {problem}")
         return experts
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,9 +1,9 @@
 """The specification: every op of the package in plain PyTorch.
 
-`moelora_kernels.types` has the alphabet of the shapes.
+`moelora_kernels.types` explains the letters of the shapes.
 
     y   = x Wt + b + u Bt                x [T, I]   W [O, I] frozen   A [R, I]   B [O, R]
-    h   = x At                           h [T, R]   ungated
+    h   = x At                           h [T, R]   without the gate
     u   = scale * gate (.) h             gate[t, e] repeated over the ranks of expert e
     P   = dy B                           P [T, R]
     dgate[t, e] = scale * <P, h>         over the ranks of expert e

@@ -23,7 +23,7 @@ def ffn(
     dropout_x: Dropout = NO_DROPOUT,
     dropout_a: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what the experts add around the frozen products of a gated MLP.
+    """Compute the experts' part of a gated MLP. The layer computes the frozen products.
 
         z_tk     = gate_out_t + scale_e Bg_e Ag_e d(x_t)       d: dropout
         a_tk     = act(z_tk) * (up_out_t + scale_e Bu_e Au_e d(x_t))
@@ -31,7 +31,7 @@ def ffn(
         delta_t  = sum_k w_tk scale_e Bd_e Ad_e d(a_tk)        d: dropout
 
     e = gate.experts[t, k] and w = gate.weights [T, K], zero if the expert is not in [0, E).
-    A weight of zero adds zero, whatever its expert holds.
+    A slot with weight zero adds zero, even if its expert contains NaN.
 
     x [T, I]; gate_out, up_out [T, F], the outputs of the frozen gate and up projections; tensors
     gate_a, up_a [R, I], gate_b, up_b [F, R], down_a [R, F], down_b [I, R]. Returns summed [T, F]

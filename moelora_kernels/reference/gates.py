@@ -28,8 +28,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     Element n of x (row-major) is kept if lane n % 4 of Philox-4x32-10 with counter
     (n // 4 low, n // 4 high, stream, 0) and key (seed low, seed high) is at least p * 2^32.
 
-    x [T, I]; seed one int64; stream tells several masks of one seed apart. Returns [T, I] in x's
-    dtype.
+    x [T, I]; seed one int64; stream the index of the mask, so that one seed gives several masks.
+    Returns [T, I] in x's dtype.
     """
     counter = torch.arange((x.numel() + 3) // 4, device=x.device)
     words = [
@@ -53,7 +53,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
 
 
 def drop_elements(x: Tensor, drop: Dropout, stream: int = 0) -> Tensor:
-    """Return x after the dropout `drop`, in x's dtype. p must be above 0."""
+    """Return x after the dropout `drop`, in x's dtype. drop.p must be above 0."""
     assert drop.seed is not None
     return dropout(x, drop.p, drop.seed, stream)
 
@@ -61,12 +61,12 @@ def drop_elements(x: Tensor, drop: Dropout, stream: int = 0) -> Tensor:
 def topk_gate(
     logits: Tensor, top_k: int, renormalize: bool, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Apply softmax over the experts, keep the K largest, and renormalise them if asked.
+    """Apply softmax over the experts, keep the K largest, and renormalise them if requested.
 
         p = softmax(logits / temperature)
         weights_k = p[experts_k]        or, with renormalize, p[experts_k] / sum_j p[experts_j]
 
-    Of equal logits the lower expert comes first. With K = E the experts stay in their own order.
+    If logits are equal, the lower expert comes first. With K = E, slot k is expert k.
 
     logits [N, E]. Returns weights [N, K] in the compute dtype and experts [N, K] int32.
     """
@@ -94,10 +94,12 @@ def topk_gate_backward(
 
         mean = sum_j weights_j dweights_j
         dlogits[experts_k] = weights_k (dweights_k - mean) / temperature           with renormalize
-        dlogits_e = p_e ((dweights of e, or 0) - mean) / temperature         without
+        dlogits_e = p_e (dweights_e - mean) / temperature                          without
 
-    dweights, weights, experts [N, K]; logits [N, E], whose values are read only without
-    renormalize. Returns [N, E] in the compute dtype.
+    dweights_e is the entry of dweights whose expert is e; 0 if e was not kept.
+
+    dweights, weights, experts [N, K]; logits [N, E]: if renormalize, only their shape is read.
+    Returns [N, E] in the compute dtype.
     """
     dtype = compute_dtype(logits)
     weights, dweights = weights.to(dtype), dweights.to(dtype)
@@ -118,7 +120,7 @@ def dense_gate(
 
     Dense gate: row rows[t] of weights [G, n E] for token t. Without rows, G is T or 1. A row
     outside [0, G) gates with zero. Sparse gate: weights and experts [T, n K]. An expert outside
-    [0, E) means "not routed"; an expert that is repeated in a token adds.
+    [0, E) means "not routed". If an expert is repeated in a token, its weights are added.
     """
     weights, experts, rows, _ = gate
     weights = weights.to(dtype)
@@ -128,7 +130,7 @@ def dense_gate(
         return torch.where(is_expert, weights.view(slots.shape), 0).sum(dim=2)
     if rows is not None:
         valid = (rows >= 0) & (rows < weights.shape[0])
-        # If there is no gate row, a row of zeros stands in for row 0.
+        # With G = 0 there is no row 0 to index, so one row of zeros is added.
         padded = weights if weights.shape[0] else weights.new_zeros((1, weights.shape[1]))
         weights = torch.where(valid[:, None], padded[torch.where(valid, rows, 0).long()], 0)
     return weights.expand(tokens, -1).reshape(tokens, siblings, num_experts)

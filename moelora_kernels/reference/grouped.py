@@ -1,4 +1,4 @@
-"""The grouped form: every expert on the tokens that are routed to it, and on no others.
+"""The grouped form: every expert computes only the tokens that are routed to it.
 
 Each function is the specification of the op of its name. `moelora_kernels.ops` describes the
 arguments, and `types.Routing` the routing arrays. A matrix has a row for every token (T rows) or
@@ -94,14 +94,14 @@ def _scale_of_position(
 def _experts(
     matrices: Sequence[Tensor], ranks: Sequence[int], first_sibling: int = 0
 ) -> Iterator[tuple[int, int, slice]]:
-    """Yield (expert among those of all siblings, index of its matrix, its columns)."""
+    """Yield (expert i E + e of all siblings, index of its matrix, its columns)."""
     for i in range(len(matrices)):
         for e, columns in enumerate(blocks(ranks)):
             yield (first_sibling + i) * len(ranks) + e, i, columns
 
 
 def _dropped(x: Tensor, drop: Dropout, expert: int) -> Tensor:
-    """Return x after the dropout that expert `expert` of a sibling sees, in the compute dtype."""
+    """Return x after the dropout for `expert` (0 to E - 1), in the compute dtype."""
     if drop.p == 0.0:
         return x.to(compute_dtype(x))
     stream = expert if drop.per_expert else 0
@@ -119,12 +119,12 @@ def grouped_shrink(
 ) -> tuple[Tensor, Tensor]:
     """Compute h and u of every routed pair, in the order of sorted positions.
 
-        h_p = dropout(x_p) At_e          e the expert of the pair, x_p its row of x
-        u_p = scale_e * weight_p * h_p   zero if the weight is zero, whatever h holds
+        h_p = dropout(x_p) At_e          e is the expert of the pair, x_p its row of x
+        u_p = scale_e * weight_p * h_p   zero if the weight is zero, even if h is NaN
 
     x [T, I] or [P, I]; lora_a n x [R, I]; weights [T, S], or None: all 1. Returns h and u
-    [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and pairs that are not
-    routed, hold 0.
+    [P, largest rank] in x's dtype. Columns beyond the rank of an expert, and rows of pairs that are
+    not routed, are 0.
     """
     dtype, widest = compute_dtype(x), max(ranks)
     expert = _expert_of_position(routing)
@@ -152,15 +152,16 @@ def grouped_expand(
     first_sibling: int = 0,
     per_pair: bool = False,
 ) -> Tensor:
-    """Multiply every pair's row of u with its expert's matrix; add the slots of a token.
+    """Multiply every pair's row of u with its expert's matrix, and add the slots of a token.
 
         y_t = start + sum over the pairs p of t: dropout(u_p Mt_e)        [T, O]
         y_p = start_t + dropout(u_p Mt_e)                with per_pair    [P, O]
 
-    u [P, largest rank] in the order of sorted positions; matrices m x [O, R] of the siblings from
-    first_sibling on, any strides; pairs of other siblings add nothing. start [O], [T, O] or None
-    (0). With per_pair there is one sibling, and the rows of y have the order of pairs. Returns y
-    in u's dtype, or in the dtype of a start [T, O]. Slots are added in their order.
+    u [P, largest rank] in the order of sorted positions; matrices m x [O, R], any strides, one for
+    each sibling from first_sibling on; pairs of other siblings add nothing. start [O] or [T, O];
+    None means 0. per_pair needs a single sibling; the rows of y then have the order of pairs.
+    Returns y in the dtype of start if that is [T, O], else in u's dtype. The slots of a token are
+    added in their order.
     """
     dtype, pairs = compute_dtype(u), routing.order.numel()
     expert = _expert_of_position(routing)
@@ -181,7 +182,8 @@ def grouped_expand(
         start = u.new_zeros(outputs)
     start_per_token = start.dim() == 2
     first_term = start.to(dtype).view(-1 if start_per_token else 1, 1, outputs)
-    # `flatten` and not a view: autograd forbids in-place changes of a layer's output that is one.
+    # `flatten` of a new tensor, because autograd forbids in-place changes of an output that is a
+    # view.
     if per_pair:
         y = (by_token + first_term).flatten(0, 1)
     else:

@@ -46,17 +46,17 @@ def shrink_gate(
 ) -> Shrunk:
     """Compute h and u of n siblings, and with linear routers the gate.
 
-        h = dropout(x) At               ungated
-        u = scale * gate (.) h          zero if the gate is zero, whatever h holds
+        h = dropout(x) At               without the gate
+        u = scale * gate (.) h          zero if the gate is zero, even if h is NaN
         logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
 
     x [T, I]; lora_a n x [R, I], with share_a n x [r, I]; router n x [E, I] and n x [E], or empty.
     Returns h [T, n R] ([T, n r]) and u [T, n R] in x's dtype; weights [T, n K] and logits
-    [T, n E] in the compute dtype; experts [T, n K] int32. Empty: experts if K = E, and all three
-    if the gate was given.
+    [T, n E] in the compute dtype; experts [T, n K] int32. experts is empty if K = E. All three are
+    empty if a gate is passed.
     """
     dtype, n, E, T = compute_dtype(x), len(lora_a), len(mixture.ranks), x.shape[0]
-    # Converted once: autograd then rounds the gradient of x once.
+    # x is converted only once, so that autograd rounds the gradient of x only once.
     wide_x = x.to(dtype)
     h = _shrink(x, wide_x, lora_a, mixture.ranks, drop).to(x.dtype)
 
@@ -76,8 +76,8 @@ def shrink_gate(
     assert gate is not None
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
-    # 0 * NaN is NaN: a value of h that is not finite is replaced if its gate is zero. Finite
-    # values stay, so that a gate that starts at zero has its true gradient <P, h>.
+    # 0 * NaN is NaN, so a value of h that is not finite is replaced if its gate is zero. Finite
+    # values stay, because the gradient <P, h> of a zero gate needs them.
     selected = torch.where((by_rank == 0) & ~h_of_ranks.isfinite(), 0, h_of_ranks)
     u = (by_rank * selected).flatten(1).to(x.dtype)
     return Shrunk(h, u, weights, experts, logits)
@@ -86,7 +86,7 @@ def shrink_gate(
 def _shrink(
     x: Tensor, wide_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], drop: Dropout
 ) -> Tensor:
-    """Return dropout(x) At of all siblings, [T, n R]. wide_x is x in the compute dtype."""
+    """Return dropout(x) At of all siblings, [T, n R] or [T, n r]. wide_x: x in compute dtype."""
     dtype = wide_x.dtype
     if drop.p > 0.0 and drop.per_expert:
         per_expert = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
@@ -132,8 +132,9 @@ def shrink_gate_backward(
         dgate[t, e] = scale * <P, h>        over the ranks of e; zero if t is not routed to e
 
     dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R]; dlogits [T, n E] or None. gate.logits is read
-    only without renormalize. Returns dh, u in h's dtype, and in the compute dtype dgate: the
-    gradient of gate.weights, or with top_k > 0 of the logits [T, n E], dlogits included.
+    only without renormalize. Returns dh and u in h's dtype, and dgate in the compute dtype. If
+    top_k is 0, dgate is the gradient of gate.weights. Otherwise it is the gradient of the logits,
+    [T, n E], with dlogits added.
     """
     dtype, n, T, E = compute_dtype(h), len(dy), h.shape[0], len(mixture.ranks)
     assert gate is not None
@@ -169,7 +170,7 @@ def _topk_gate_backward(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) 
     experts = gate.experts
     if experts is None:
         experts = torch.arange(K, device=dweights.device).expand(T * n, K)
-    # With renormalize only the shape of the logits is read.
+    # With renormalize `topk_gate_backward` reads only the shape of the logits.
     logits = dweights.new_empty(T * n, E)
     if not mixture.renormalize:
         assert gate.logits is not None
@@ -267,11 +268,11 @@ def wide(
 
     x [T, I]; weight n x [O_i, I] and bias n x [O_i] (or empty), or base_output n x [T, O_i] in the
     place of x Wt + b; lora_b n x [O_i, R]. Returns y n x [T, O_i] in the dtype of base_output or
-    x; and what `shrink_gate` returns, without u.
+    x; and h, weights, experts and logits of `shrink_gate`.
     """
     dtype = compute_dtype(x)
     weight, bias, base_output, lora_a, lora_b, router_weight, router_bias = tensors
-    h, u, *made = shrink_gate(
+    h, u, weights, experts, logits = shrink_gate(
         x, lora_a, RouterTensors(router_weight, router_bias), gate, mixture, drop
     )
     y = []
@@ -282,4 +283,4 @@ def wide(
             base = x.to(dtype) @ weight[i].to(dtype).t() + (bias[i].to(dtype) if bias else 0)
         result = base + u_i.to(dtype) @ b.to(dtype).t()
         y.append(result.to((base_output[i] if base_output else x).dtype))
-    return LayerForward(y, h, *made)
+    return LayerForward(y, h, weights, experts, logits)

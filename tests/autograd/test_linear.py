@@ -286,7 +286,7 @@ BAD = {
     "lora_b": {"lora_b": torch.randn(5, 7)},
     "ranks": {"ranks": (2, 2, 3)},
     "ranks: expected a divisor": {"ranks": 4},
-    "ranks: expected ranks from 1": {"ranks": (3, 3, 0)},
+    "ranks: expected ranks of at least 1": {"ranks": (3, 3, 0)},
     "scaling": {"scaling": (1.0, 2.0)},
     "scaling: expected finite": {"scaling": float("nan")},
     "gates": {"gates": torch.rand(5, 2)},
@@ -300,7 +300,11 @@ BAD = {
     "rows: expected None": {"rows": torch.zeros(6, dtype=torch.int64)},
     "dropout": {"dropout": 1.0},
     "impl: expected one of": {"impl": "fast"},
-    "impl: 'grouped' does not go": {"impl": "grouped", "gates": torch.rand(6, 3), "indices": None},
+    "impl: 'grouped' is not supported": {
+        "impl": "grouped",
+        "gates": torch.rand(6, 3),
+        "indices": None,
+    },
     "impl: 'decode' is not available": {"impl": "decode"},
     "lora_b: expected x's device": {"lora_b": torch.empty(5, 6, device="meta")},
 }
@@ -389,5 +393,7 @@ def test_siblings_must_have_the_same_tensors():
     case = make_case(out_features=(5, 7))
     first, second = case.linears
     for bad in (second._replace(bias=None), second._replace(bias=None, base_output=case.dy[1])):
-        with pytest.raises(ValueError, match=r"^siblings: expected the same tensors of each"):
+        with pytest.raises(
+            ValueError, match=r"^siblings: expected the same tensors for every linear"
+        ):
             case.forward(case.x, [first, bad])

@@ -17,8 +17,9 @@ from moelora_kernels import (
     load_adapter_state_dict,
     save_adapter,
 )
+from support.compare import assert_same
 from support.models import make_model
-from support.originals import assert_bits, snapshot
+from support.originals import snapshot
 
 CONFIGS = {
     "ming": MoeLoraConfig.preset("ming", num_experts=4, rank=2),
@@ -37,7 +38,7 @@ def test_round_trip_is_bitwise(name, dtype, tmp_path):
     before = snapshot(target)
     save_adapter(source, tmp_path / "adapter.safetensors")
     load_adapter(target, str(tmp_path / "adapter.safetensors"))
-    assert_bits(adapter_state_dict(target), adapter_state_dict(source))
+    assert_same(adapter_state_dict(target), adapter_state_dict(source))
     for key, tensor in target.state_dict().items():
         if "base_layer" in key or ".1." in key:
             assert torch.equal(tensor, before[key]), key
@@ -106,7 +107,7 @@ def test_every_key_that_does_not_fit_is_named():
         "shape of 0.2.lora_B: expected [6, 8], got [6, 7]",
     ):
         assert problem in str(error.value)
-    assert_bits(snapshot(model), before)
+    assert_same(snapshot(model), before)
 
 
 def test_values_that_cannot_be_copied_leave_the_model_unchanged():
@@ -126,7 +127,7 @@ def test_values_that_cannot_be_copied_leave_the_model_unchanged():
     ):
         with pytest.raises((ValueError, TypeError), match=r"1\.2\.lora_B"):
             load_adapter_state_dict(model, {**good, "1.2.lora_B": bad})
-        assert_bits(snapshot(model), before)
+        assert_same(snapshot(model), before)
 
 
 def test_a_model_on_the_meta_device_is_refused():
@@ -197,7 +198,7 @@ def test_a_broken_or_foreign_file_is_named(write, tmp_path):
     write(path, model)
     with pytest.raises(ValueError, match=r"adapter\.safetensors: not a readable safetensors file"):
         load_adapter(model, path)
-    assert_bits(snapshot(model), before)
+    assert_same(snapshot(model), before)
 
 
 def test_a_file_of_other_tensors_is_refused(tmp_path):

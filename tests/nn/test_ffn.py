@@ -338,9 +338,9 @@ def test_autocast(options, backward_inside):
 # --- errors -------------------------------------------------------------------------------------
 
 BAD = [
-    (dict(share="A", rank=2), ValueError, "share: 'A' does not go with whole-FFN experts"),
-    (dict(impl="wide"), ValueError, "impl: 'wide' does not go with whole-FFN experts"),
-    (dict(init="svd_segments"), ValueError, "init: 'svd_segments' does not go with whole-FFN"),
+    (dict(share="A", rank=2), ValueError, "share: 'A' is not supported for whole-FFN"),
+    (dict(impl="wide"), ValueError, "impl: 'wide' is not supported for whole-FFN experts"),
+    (dict(init="svd_segments"), ValueError, "init: 'svd_segments' is not supported for whole-FFN"),
     (dict(router=None, top_k=None), ValueError, "router: None gives every expert"),
     (dict(shared_expert="always"), ValueError, "shared_expert: 'always' would add the frozen FFN"),
     (dict(activation="swish"), ValueError, "activation: expected one of silu.*got 'swish'"),

@@ -129,7 +129,7 @@ def refused_bases():
         # What ZeRO-3 leaves of a weight outside of its forward.
         "gathered": (gathered, "a Linear with a weight of Parameter"),
         "packed": (PackedLinear(nn.Linear(IN, OUT)), "a PackedLinear with .*int8"),
-        "hooked": (hooked, "a Linear with a weight of Parameter, torch.float32 .*hooked"),
+        "hooked": (hooked, "hooked .*a Linear with a weight of Parameter, torch.float32"),
         "float8": (eight_bits, "a Linear with .*float8"),
         "subclass": (type("Mine", (nn.Linear,), {})(IN, OUT), "a Mine with"),
         "meta": (nn.Linear(IN, OUT, device="meta"), "on the meta device"),

@@ -1,4 +1,7 @@
-"""MOELoRA-peft's and MING's layers from their formulas, as loops, with state in their layouts."""
+"""The layers of MOELoRA-peft and of MING-MOE: their formulas as loops, with their parameter names.
+
+The formulas and the names are those of the papers and of the published checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from torch import nn
 
 from moelora_kernels import adapter_parameters
 
-TASKS, DIM = 16, 8
+TASKS, TASK_DIM = 16, 8
 
 
 class Weighted(nn.Module):
-    """One tensor under the name `weight`."""
+    """A module with one parameter, `weight`."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -21,7 +24,7 @@ class Weighted(nn.Module):
 
 
 class Expert(nn.Module):
-    """A matrix under two names, `mlp.weight` and `weight`."""
+    """A matrix with two names, `mlp.weight` and `weight`."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -29,8 +32,8 @@ class Expert(nn.Module):
         self.weight = self.mlp.weight
 
 
-def named(**modules):
-    """Modules under names, as children of one module."""
+def parent_of(**modules):
+    """Return a module that has these children."""
     parent = nn.Module()
     for name, module in modules.items():
         parent.add_module(name, module)
@@ -40,28 +43,36 @@ def named(**modules):
 class TaskLora(nn.Module):
     """y = W x + b + alpha / r sum_e w_e B_e A_e x, x [S, B, I], w [B, E]; r is the total rank.
 
-    Every layer has an embedding and a gate; with a shared gate they are dead weights. `shared`
-    holds that of the model in a list, so that it is no child.
+    Every layer has an embedding and a gate. If the model has a shared gate, no forward reads them.
+
+    shared: a list with the model that has the shared gate (a list, because the model must not
+        become a child of its layer), or None.
     """
 
     def __init__(self, base, experts, rank, alpha, shared=None):
         super().__init__()
-        self.base, self.scale, self.shared = base, alpha / rank, shared
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
+        self.shared = shared
         o, i = base.weight.shape
-        self.lora_A = named(loraA=nn.ModuleList(Expert(rank // experts, i) for _ in range(experts)))
-        self.lora_B = named(loraB=nn.ModuleList(Expert(o, rank // experts) for _ in range(experts)))
-        self.lora_task_embedding = Weighted(TASKS + 1, DIM)
-        self.lora_gate = named(GateL=Weighted(experts, DIM))
+        self.lora_A = parent_of(
+            loraA=nn.ModuleList(Expert(rank // experts, i) for _ in range(experts))
+        )
+        self.lora_B = parent_of(
+            loraB=nn.ModuleList(Expert(o, rank // experts) for _ in range(experts))
+        )
+        self.lora_task_embedding = Weighted(TASKS + 1, TASK_DIM)
+        self.lora_gate = parent_of(GateL=Weighted(experts, TASK_DIM))
         self.tasks = None
 
     def gate(self):
-        owner = self if self.shared is None else self.shared[0]
-        ids, table = owner.tasks, owner.lora_task_embedding.weight
-        rows = []
-        for row in ids.tolist():
-            several = [row] if isinstance(row, int) else [task for task in row if task != 0]
-            rows.append(torch.stack([table[task] for task in several]).mean(dim=0))
-        logits = torch.stack(rows).float() @ owner.lora_gate.GateL.weight.float().t()
+        """Return w [B, E] of `tasks`: one task id per sample, or several, padded with 0."""
+        module = self if self.shared is None else self.shared[0]
+        embedding = module.lora_task_embedding.weight
+        vectors = []
+        for ids in module.tasks.tolist():
+            ids = [ids] if isinstance(ids, int) else [task for task in ids if task != 0]
+            vectors.append(torch.stack([embedding[task] for task in ids]).mean(dim=0))
+        logits = torch.stack(vectors).float() @ module.lora_gate.GateL.weight.float().t()
         return logits.softmax(dim=1)
 
     def forward(self, x):
@@ -74,28 +85,32 @@ class TaskLora(nn.Module):
 
 
 class MoLora(nn.Module):
-    """y = W x + b + s sum_j softmax(g[top])_j B_j A_j x + s B_s A_s x, g = W_s x + b_s."""
+    """y = W x + b + s sum_j softmax(g[top])_j B_j A_j x + s B_s A_s x, g = W_g x + b_g.
+
+    shared: the number of shared experts, which are one pair A_s, B_s of rank r * shared.
+    rs: whether s is alpha / sqrt(r) instead of alpha / r.
+    """
 
     def __init__(self, base, experts, rank, alpha, shared=0, rs=False):
         super().__init__()
-        self.base, self.scale = base, alpha / (rank**0.5 if rs else rank)
+        self.base, self.scale = base.requires_grad_(False), alpha / (rank**0.5 if rs else rank)
         o, i = base.weight.shape
         pairs = [
             {f"lora_A_{e}": Weighted(rank, i), f"lora_B_{e}": Weighted(o, rank)}
             for e in range(experts)
         ]
-        self.experts = nn.ModuleList(named(**pair) for pair in pairs)
+        self.experts = nn.ModuleList(parent_of(**pair) for pair in pairs)
         self.switch = Weighted(experts, i)
         self.switch.bias = nn.Parameter(torch.randn(experts))
         if shared:
-            self.share_experts = named(
+            self.share_experts = parent_of(
                 lora_A=Weighted(rank * shared, i), lora_B=Weighted(o, rank * shared)
             )
 
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])
         logits = tokens.float() @ self.switch.weight.float().t() + self.switch.bias.float()
-        out = []
+        outputs = []
         for token, row in zip(tokens, logits, strict=True):
             order = sorted(range(len(row)), key=lambda e: (-row[e].item(), e))[:2]
             w = torch.stack([row[e] for e in order]).softmax(dim=0)
@@ -107,8 +122,8 @@ class MoLora(nn.Module):
             if hasattr(self, "share_experts"):
                 pair = self.share_experts
                 y = y + self.scale * (pair.lora_B.weight @ (pair.lora_A.weight @ token))
-            out.append(y)
-        return torch.stack(out).view(*x.shape[:-1], -1)
+            outputs.append(y)
+        return torch.stack(outputs).view(*x.shape[:-1], -1)
 
 
 class PlainLora(nn.Module):
@@ -116,7 +131,7 @@ class PlainLora(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
         o, i = base.weight.shape
         self.lora_A, self.lora_B = Weighted(rank, i), Weighted(o, rank)
 
@@ -125,7 +140,7 @@ class PlainLora(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP of two linears each, under the names of ChatGLM or Qwen2."""
+    """Two linears of attention and two of the MLP, with the names of ChatGLM or Qwen2."""
 
     def __init__(self, names, width, bias):
         super().__init__()
@@ -145,7 +160,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks under a name of two parts, such as transformer.layers."""
+    """Blocks under a path of two names, such as transformer.layers."""
 
     def __init__(self, path, names, width, depth, bias):
         super().__init__()
@@ -160,67 +175,65 @@ class Model(nn.Module):
 
 
 def chatglm(width=8, inner=12, depth=2):
-    """Linears with biases under the names of ChatGLM-6B."""
+    """Return frozen linears with biases and the names of ChatGLM-6B."""
     torch.manual_seed(0)
     names = (
         ("attention.query_key_value", 3 * width), ("attention.dense", 3 * width),
         ("mlp.dense_h_to_4h", inner), ("mlp.dense_4h_to_h", inner),
     )  # fmt: skip
-    return Model("transformer.layers", names, width, depth, True)
+    return Model("transformer.layers", names, width, depth, bias=True).requires_grad_(False)
 
 
 def qwen(width=8, inner=12, depth=2):
-    """Linears without biases under the names of Qwen1.5, two of attention and two of the MLP."""
+    """Return frozen linears without biases and with the names of Qwen1.5."""
     torch.manual_seed(0)
     names = (
         ("self_attn.q_proj", width), ("self_attn.o_proj", width),
         ("mlp.up_proj", inner), ("mlp.down_proj", inner),
     )  # fmt: skip
-    return Model("model.layers", names, width, depth, False)
+    return Model("model.layers", names, width, depth, bias=False).requires_grad_(False)
 
 
-def put(model, make, names=""):
-    """Replace every linear whose name contains `names` by make(linear), in place."""
+def replace(model, make, name_part=""):
+    """Replace every linear whose name contains `name_part` by make(linear). Return the model."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and names in name:
+        if isinstance(module, nn.Linear) and name_part in name:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, make(module))
     return model
 
 
-def adapters(original, infix="", of=lambda parameter: parameter.detach().clone()):
-    """Every adapter of the original under its key on disk, both names of those that have two.
+def copy_of(parameter):
+    """Return a copy of a parameter without its graph."""
+    return parameter.detach().clone()
 
-    infix: the name of an adapter with a dot in front, where the original keeps them by name. of:
-    what to take of a parameter; left out where that is None.
+
+def state_of(original, adapter="", value=copy_of):
+    """Return the adapters of an original model under the keys of its file; aliases included.
+
+    adapter: the name of the adapter that the keys contain, with a dot before it; "" for none.
+    value: a function of a parameter. Parameters for which it returns None are left out.
     """
     state = {}
     for name, parameter in original.named_parameters(remove_duplicate=False):
-        if ".base." in name or of(parameter) is None:
+        if not parameter.requires_grad or value(parameter) is None:
             continue
         key = name if name.startswith("lora_") else f"base_model.model.{name}"
         for word in ("lora_A", "lora_B", "lora_gate", "lora_task_embedding"):
-            key = key.replace(f"{word}.", f"{word}{infix}.")
-        state[key] = of(parameter)
+            key = key.replace(f"{word}.", f"{word}{adapter}.")
+        state[key] = value(parameter)
     return state
 
 
-def of_gradients(model):
-    """A copy of `model` that holds its gradients in place of what it trains."""
-    twin = copy.deepcopy(model)
-    for own, other in zip(adapter_parameters(twin), adapter_parameters(model), strict=True):
-        own.data.copy_(other.grad)
-    return twin
+def gradient_model(model):
+    """Return a copy of `model` whose adapters have the values of their gradients."""
+    result = copy.deepcopy(model)
+    pairs = zip(adapter_parameters(result), adapter_parameters(model), strict=True)
+    for parameter, trained in pairs:
+        parameter.data.copy_(trained.grad)
+    return result
 
 
 def snapshot(model):
-    """Everything a model holds, to compare with later."""
+    """Return a copy of every parameter and buffer of a model, by name."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_bits(found, expected):
-    """Same keys, dtypes and bits."""
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype, key
-        assert torch.equal(found[key], tensor), key
