@@ -63,24 +63,24 @@ PRESETS = ("ming", "moelora", "mixlora")
 def test_a_batch_generates_what_its_prompts_do(family, preset):
     """With a cache and without; each prompt as by hand."""
     model = generating_model(family, preset)
-    together = generate(model, preset, [0, 1, 2])
-    assert together.shape == (3, NEW)
-    assert torch.equal(generate(model, preset, [0, 1, 2], use_cache=False), together)
+    batch = generate(model, preset, [0, 1, 2])
+    assert batch.shape == (3, NEW)
+    assert torch.equal(generate(model, preset, [0, 1, 2], use_cache=False), batch)
     for row in range(3):
-        assert torch.equal(by_hand(model, preset, row), together[row]), row
-        assert torch.equal(generate(model, preset, [row])[0], together[row]), row
+        assert torch.equal(by_hand(model, preset, row), batch[row]), row
+        assert torch.equal(generate(model, preset, [row])[0], batch[row]), row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tasks_show_in_what_is_generated(family):
     """Else the tests here would pass with the gates of any task."""
     model = generating_model(family, "moelora")
-    found = set()
+    actual = set()
     for task in TASKS:
         set_tasks(model, [task])
         tokens = model.generate(IDS[:1], attention_mask=ATTENTION[:1], max_new_tokens=NEW)
-        found.add(tuple(tokens[0].tolist()))
-    assert len(found) == len(TASKS)
+        actual.add(tuple(tokens[0].tolist()))
+    assert len(actual) == len(TASKS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -89,13 +89,13 @@ def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
     """The batch of the model is that of the prompts times the beams: tasks are repeated."""
     model = generating_model(family, preset)
     options = dict(num_beams=3, num_return_sequences=2)
-    together = generate(model, preset, [0, 1, 2], repeats=3, **options)
-    assert together.shape == (6, NEW)
+    batch = generate(model, preset, [0, 1, 2], repeats=3, **options)
+    assert batch.shape == (6, NEW)
     greedy = generate(model, preset, [0, 1, 2])
-    assert not torch.equal(together[::2], greedy), "beams found nothing else: a weak test"
+    assert not torch.equal(batch[::2], greedy), "beams found nothing else: a weak test"
     for row in range(3):
         # One task is that of all beams.
-        assert torch.equal(generate(model, preset, [row], **options), together[2 * row :][:2]), row
+        assert torch.equal(generate(model, preset, [row], **options), batch[2 * row :][:2]), row
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_samples_of_a_prompt(preset):
         ids = IDS[row][ATTENTION[row].bool()][None]
         with torch.no_grad():
             alone = model(ids).logits[0, -1].to(scores.dtype)
-        for drawn in scores[2 * row : 2 * row + 2]:
-            torch.testing.assert_close(drawn, alone, rtol=1e-4, atol=1e-4)
+        for sample in scores[2 * row : 2 * row + 2]:
+            torch.testing.assert_close(sample, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_training_before_and_after_leaves_generation_as_it_is():

@@ -50,9 +50,9 @@ def test_qwen_starts_as_its_base(qwen, name):
     if name == "moelora":
         set_tasks(model, [1, 2, 3])
     with torch.no_grad():
-        found = model(IDS, attention_mask=ATTENTION).logits
+        actual = model(IDS, attention_mask=ATTENTION).logits
         expected = qwen(IDS, attention_mask=ATTENTION).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("ming", "moelora"))
@@ -68,13 +68,13 @@ def test_qwen_generates_a_batch_with_a_cache(qwen, name):
             :, IDS.shape[1] :
         ]
 
-    together = generate([0, 1, 2])
-    assert together.shape == (3, 4)
-    assert torch.equal(generate([0, 1, 2], use_cache=False), together)
+    batch = generate([0, 1, 2])
+    assert batch.shape == (3, 4)
+    assert torch.equal(generate([0, 1, 2], use_cache=False), batch)
     for row in range(3):
-        assert torch.equal(generate([row])[0], together[row]), row
+        assert torch.equal(generate([row])[0], batch[row]), row
     plain = qwen.generate(IDS, attention_mask=ATTENTION, **options)[:, IDS.shape[1] :]
-    assert not torch.equal(plain, together)
+    assert not torch.equal(plain, batch)
 
 
 def train(qwen, name, recompute):
@@ -106,8 +106,8 @@ def train(qwen, name, recompute):
 def test_qwen_trains(qwen, name):
     """Every adapter parameter and nothing else; the same bits with recomputed activations."""
     losses, grads = train(qwen, name, False)
-    again, recomputed = train(qwen, name, True)
-    assert losses == again
+    recomputed_losses, recomputed = train(qwen, name, True)
+    assert losses == recomputed_losses
     for a, b in zip(grads, recomputed, strict=True):
         assert torch.isfinite(a).all()
         assert torch.equal(a, b)

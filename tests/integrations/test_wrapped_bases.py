@@ -64,13 +64,13 @@ def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
     assert_same(training_step(model, x), training_step(expected, x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("how", ("linears", "linked", "ffn"))
-def test_experts_that_are_offloaded_with_their_model(how, tmp_path):
+@pytest.mark.parametrize("layers", ("linears", "linked", "ffn"))
+def test_experts_that_are_offloaded_with_their_model(layers, tmp_path):
     """Each layer's tensors come for its own call, so that linked siblings run one by one."""
-    model = adapt(nn.Sequential(GatedMlp(IN, 12)).double(), how == "ffn")
+    model = adapt(nn.Sequential(GatedMlp(IN, 12)).double(), layers == "ffn")
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     expected = model(x)
-    if how == "linked":
+    if layers == "linked":
         link_siblings(model)
         torch.testing.assert_close(model(x), expected)
     offload(model, "cpu", tmp_path)
@@ -163,20 +163,20 @@ def test_a_wrapped_base_is_called_once_as_it_is(wrapped):
     nn.init.zeros_(zero.weight)
     nn.init.zeros_(zero.bias)
     alone = MoeLoraLinear.from_linear(zero, **MING)
-    of_adapters = {n: p for n, p in layer.state_dict().items() if n in trained}
-    alone.load_state_dict(of_adapters, strict=False)
+    adapters = {n: p for n, p in layer.state_dict().items() if n in trained}
+    alone.load_state_dict(adapters, strict=False)
     x, dy = torch.randn(2, 3, IN), torch.randn(2, 3, OUT)
 
     leaf = x.clone().requires_grad_()
-    of_base = base(leaf)
-    (dx_of_base,) = torch.autograd.grad(of_base, leaf, dy)
+    base_y = base(leaf)
+    (base_dx,) = torch.autograd.grad(base_y, leaf, dy)
     expected = training_step(alone, x, dy)
-    expected["y"] = expected["y"] + of_base.detach()
-    expected["dx"] = expected["dx"] + dx_of_base
+    expected["y"] = expected["y"] + base_y.detach()
+    expected["dx"] = expected["dx"] + base_dx
     base.register_forward_hook(lambda module, args, y: calls.append(args[0].shape))
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
     assert calls == [x.shape]
-    assert_same(found, expected, rtol=1e-5, atol=1e-5)
+    assert_same(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -226,5 +226,5 @@ def test_bases_of_distributed_tensors(mesh):
         assert isinstance(sharded.lora_A, DTensor)
         sharded(x).backward(torch.linspace(-1, 1, expected["y"].numel()).view(2, 3, OUT))
         grads = {n: p.grad.full_tensor() for n, p in sharded.named_parameters() if p.requires_grad}
-        wanted = {n: t for n, t in expected.items() if n not in ("y", "dx")}
-        assert_same(grads, wanted, rtol=1e-5, atol=1e-5)
+        expected_grads = {n: t for n, t in expected.items() if n not in ("y", "dx")}
+        assert_same(grads, expected_grads, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""MoeLoraAdapter: gated adapters with an activation in rank space."""
+"""MoeLoraAdapter: gated adapters after a module, with an activation in rank space."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from support.formulas.family import (
 PESC = MoeLoraConfig.preset("pesc")
 
 
-def test_an_adapter_starts_as_its_base_and_leaves_it_as_it_is():
-    """PESC trains plain LoRA inside the FFN beside its adapters."""
+def test_a_new_adapter_is_its_base():
+    """The plain LoRA inside the FFN trains as well, like in PESC."""
     base = ffn().train()
     base[2] = MoeLoraLinear.from_linear(base[2], MoeLoraConfig.preset("lora"))
     layer = MoeLoraAdapter(base, IN, MoeLoraConfig.preset("pesc"))
@@ -37,7 +37,7 @@ def test_an_adapter_starts_as_its_base_and_leaves_it_as_it_is():
     }  # fmt: skip
 
 
-def test_an_adapter_saves_what_every_layer_saves():
+def test_the_state_dict_and_the_auxiliary_loss():
     layer = MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", num_experts=3, rank=2))
     assert set(adapter_state_dict(layer)) == {"lora_A", "lora_B", "router.weight"}
     layer(torch.randn(2, 3, IN))
@@ -47,7 +47,7 @@ def test_an_adapter_saves_what_every_layer_saves():
     assert layer.router.weight.grad.abs().max() > 0
 
 
-def test_warmup_runs_adapters_and_leaves_loads_alone():
+def test_warmup_does_not_count_loads():
     model = nn.ModuleList([balanced_layer().float(), MoeLoraAdapter(ffn(torch.bfloat16), IN, PESC)])
     model[0](torch.randn(5, IN))
     load = model[0].router.balance.load.clone()
@@ -55,8 +55,8 @@ def test_warmup_runs_adapters_and_leaves_loads_alone():
     assert torch.equal(model[0].router.balance.load, load)
 
 
-def test_an_adapter_keeps_rank_space_only():
-    """Beside what the FFN returns nothing of the size T x I, and nothing of T x K x I."""
+def test_backward_saves_rank_space_only():
+    """Besides the output of the FFN, backward saves no tensor of size T x I or T x K x I."""
     layer = MoeLoraAdapter(nn.Identity(), 400, MoeLoraConfig.preset("pesc", num_experts=4, rank=2))
     x, sizes = torch.randn(50, 400, requires_grad=True), {}
 
@@ -66,12 +66,12 @@ def test_an_adapter_keeps_rank_space_only():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x)
-    own = {q.untyped_storage().data_ptr() for q in (x, *layer.parameters())}
-    others = [size for pointer, size in sizes.items() if pointer not in own]
+    parameters = {q.untyped_storage().data_ptr() for q in (x, *layer.parameters())}
+    others = [size for pointer, size in sizes.items() if pointer not in parameters]
     assert max(others) <= 50 * 8
 
 
-def test_a_nan_in_an_adapter_nobody_chose_stays_there():
+def test_a_nan_in_an_unrouted_adapter_does_not_reach_y():
     layer = MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", num_experts=3, rank=2))
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -93,12 +93,12 @@ def test_a_nan_in_an_adapter_nobody_chose_stays_there():
     ),
     ids=str,
 )
-def test_what_an_adapter_has_not_is_named(name, options):
+def test_an_option_that_adapters_do_not_support_is_named(name, options):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         MoeLoraAdapter(ffn(), IN, MoeLoraConfig.preset("pesc", **options))
 
 
-def test_an_activation_belongs_to_adapters():
+def test_only_adapters_have_an_activation():
     config = MoeLoraConfig.preset("pesc")
     for make in (MoeLoraLinear, MoeLoraFFN):
         with pytest.raises(ValueError, match=r"^rank_activation\b"):

@@ -1,4 +1,4 @@
-"""collect_aux_loss: the published formulas, on every granularity, with and without recompute."""
+"""collect_aux_loss returns the published losses: for every granularity, mask and checkpointing."""
 
 import pytest
 import torch
@@ -23,22 +23,22 @@ TIGHT = dict(rtol=1e-11, atol=1e-12)
 @pytest.mark.parametrize("top_k", (1, 2, 4))
 @pytest.mark.parametrize("masked", (False, True))
 def test_values(top_k, masked):
-    """Both losses with their weights, padding left out where a mask says so."""
+    """Both losses with their weights, with and without a mask of the padding."""
     layer = make_layer(top_k=top_k, aux={"load_balance": 0.3, "z": 0.7})
     x = torch.randn(3, 7, IN, dtype=torch.float64)
     mask = torch.rand(3, 7) > 0.4 if masked else None
     layer(x)
-    found = collect_aux_loss(layer, mask)
+    actual = collect_aux_loss(layer, mask)
     logits = layer.router(x).view(21, EXPERTS).detach()
     expected = 0.3 * switch_loss(logits, top_k, mask) + 0.7 * z_loss(logits, mask)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    assert found.dim() == 0
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    assert actual.dim() == 0
 
 
 @pytest.mark.parametrize("weight", (1.0, 0.01))
 @pytest.mark.parametrize("top_k", (1, 2))
 def test_balanced_routing_is_exactly_the_weight(top_k, weight):
-    """The minimum does not depend on K or E: a loss normalised over T instead would give K."""
+    """The minimum does not depend on K or E. A loss divided by T instead would have minimum K."""
     layer = make_layer(torch.float32, router_bias=False, top_k=top_k, aux={"load_balance": weight})
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -47,12 +47,12 @@ def test_balanced_routing_is_exactly_the_weight(top_k, weight):
     for t in range(EXPERTS):
         x[t, t], x[t, (t + 1) % EXPERTS] = 2.0, 1.0
     layer(x)
-    # Power-of-two sizes: nothing but the softmax rounds.
+    # All sizes are powers of two, so only the softmax rounds.
     torch.testing.assert_close(collect_aux_loss(layer), torch.tensor(weight), rtol=3e-7, atol=0)
 
 
 def test_collapsed_routing_costs_the_most():
-    """All tokens on one expert with certainty: f and P are 1 there, the loss is E."""
+    """All tokens use one expert with probability 1: f = P = 1 for it, and the loss is E."""
     layer = make_layer(top_k=1, aux={"load_balance": 1.0})
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -76,24 +76,24 @@ AXES = {
 
 
 @pytest.mark.parametrize("name", AXES)
-def test_the_gradient_is_that_of_the_formula(name):
-    """Through the fused router (dlogits) and beside it: router and x, y's own loss included."""
+def test_gradients_match_the_formula(name):
+    """Gradients of the router and of x, of a loss on y plus the auxiliary loss."""
     layer = make_layer(aux={"load_balance": 0.5, "z": 0.1}, **AXES[name])
     x = torch.randn(9, IN, dtype=torch.float64, requires_grad=True)
     params = [x, *layer.router.parameters()]
     y = layer(x)
     total = y.square().sum() + collect_aux_loss(layer)
-    found = torch.autograd.grad(total, params)
-    of_y = torch.autograd.grad(layer(x).square().sum(), params)
+    actual = torch.autograd.grad(total, params)
+    y_grads = torch.autograd.grad(layer(x).square().sum(), params)
     logits = layer.router(x)
-    of_aux = torch.autograd.grad(0.5 * switch_loss(logits, 2) + 0.1 * z_loss(logits), params)
-    for g, a, b in zip(found, of_y, of_aux, strict=True):
+    aux_grads = torch.autograd.grad(0.5 * switch_loss(logits, 2) + 0.1 * z_loss(logits), params)
+    for g, a, b in zip(actual, y_grads, aux_grads, strict=True):
         torch.testing.assert_close(g, a + b, **TIGHT)
         assert b.abs().max() > 1e-4
 
 
 def test_the_loss_alone_trains_the_router():
-    """Only the auxiliary loss is backpropagated: y and the adapters get no gradient from it."""
+    """The adapters get no gradient from the auxiliary loss."""
     layer = make_layer(aux="z")
     layer(torch.randn(4, IN, dtype=torch.float64))
     collect_aux_loss(layer).backward()
@@ -103,26 +103,26 @@ def test_the_loss_alone_trains_the_router():
 
 
 def test_top_k_one_renormalised_still_balances():
-    """Its weight is the constant 1, so the balance is the only thing that trains the router."""
+    """The gate weight is the constant 1, so only the auxiliary loss trains the router."""
     layer = make_layer(top_k=1, aux={"load_balance": 1.0})
     x = torch.randn(6, IN, dtype=torch.float64)
     layer(x)
-    (found,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
+    (actual,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
     (expected,) = torch.autograd.grad(switch_loss(layer.router(x), 1), layer.router.weight)
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("select", (dict(top_k=2), dict(select="topp", top_p=0.5, top_k=None)))
 def test_sequence_gates_balance_sequences(select):
-    """One gate per sequence: the losses count sequences, and so does the mask."""
+    """With one gate per sequence, the losses and the mask count sequences."""
     options = dict(granularity="sequence", aux={"load_balance": 1.0, "z": 1.0})
     layer = make_layer(**options, **select)
     x = torch.randn(5, 3, IN, dtype=torch.float64)
     layer(x)
     logits = layer.router(x.mean(1))
-    found = collect_aux_loss(layer)
+    actual = collect_aux_loss(layer)
     if select.get("top_k"):
-        torch.testing.assert_close(found, switch_loss(logits, 2) + z_loss(logits), **TIGHT)
+        torch.testing.assert_close(actual, switch_loss(logits, 2) + z_loss(logits), **TIGHT)
     mask = torch.tensor([True, False, True, True, False])
     layer(x)
     masked = collect_aux_loss(layer, mask)
@@ -132,8 +132,8 @@ def test_sequence_gates_balance_sequences(select):
 
 @pytest.mark.parametrize("shape", ((5, 3), (5, 2, 3)), ids=str)
 @pytest.mark.parametrize("router", ("linear", "task"))
-def test_a_sequence_counts_if_any_of_its_tokens_does(router, shape):
-    """The trainer has one mask [batch, sequence] for layers of every granularity."""
+def test_a_sequence_counts_if_one_of_its_tokens_counts(router, shape):
+    """The trainer passes one mask [batch, sequence] to layers of every granularity."""
     options = dict(router="task", num_tasks=5) if router == "task" else dict(granularity="sequence")
     layer = make_layer(aux={"load_balance": 1.0, "z": 1.0}, **options)
     if router == "task":
@@ -142,17 +142,17 @@ def test_a_sequence_counts_if_any_of_its_tokens_does(router, shape):
     mask = torch.ones(shape, dtype=torch.bool)
     mask[1], mask[2, :-1], mask[4] = False, False, False
     layer(x)
-    found = collect_aux_loss(layer, mask.long())
+    actual = collect_aux_loss(layer, mask.long())
     layer(x)
     by_sequence = torch.tensor([True, False, True, True, False])
-    torch.testing.assert_close(found, collect_aux_loss(layer, by_sequence), **TIGHT)
+    torch.testing.assert_close(actual, collect_aux_loss(layer, by_sequence), **TIGHT)
     layer(x)
     with pytest.raises(ValueError, match=r"mask: expected one entry for each of 5 gate rows, or"):
         collect_aux_loss(layer, mask[:4])
 
 
 @pytest.mark.parametrize("tokens", (0, 2))
-def test_one_task_for_all_sequences_counts_with_any_token(tokens):
+def test_one_task_for_all_sequences_counts_if_one_token_counts(tokens):
     layer = make_layer(router="task", num_tasks=3, aux={"z": 1.0})
     set_tasks(layer, [2])
     layer(torch.randn(4, 3, IN, dtype=torch.float64))
@@ -163,7 +163,7 @@ def test_one_task_for_all_sequences_counts_with_any_token(tokens):
 
 
 def test_a_sequence_of_one_row_and_2d_x():
-    """2-D x is one sequence: one row of logits."""
+    """A 2-D x is one sequence, with one row of logits."""
     layer = make_layer(granularity="sequence", aux={"load_balance": 1.0})
     x = torch.randn(7, IN, dtype=torch.float64)
     layer(x)
@@ -185,7 +185,7 @@ def test_task_gates_have_losses_too():
 
 
 def test_layers_and_groups_add_up():
-    """The sum over all layers, siblings of a group and layers without a loss among them."""
+    """The sum over all layers; some are siblings of a group, one has no loss."""
     config = dict(aux={"load_balance": 0.2, "z": 0.1})
     siblings = {n: make_layer(seed=i, **config) for i, n in enumerate(("q", "k"))}
     model = nn.ModuleDict(
@@ -198,16 +198,16 @@ def test_layers_and_groups_add_up():
     x = torch.randn(8, IN, dtype=torch.float64)
     for module in model.values():
         module(x)
-    found = collect_aux_loss(model)
+    actual = collect_aux_loss(model)
     expected = sum(
         0.2 * switch_loss(logits, 2) + 0.1 * z_loss(logits)
         for logits in (layer.router(x).detach() for layer in (*siblings.values(), model["one"]))
     )
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
-def test_no_aux_no_loss():
-    """A training loop can add it always: zero, and nothing to backpropagate into."""
+def test_without_auxiliary_losses_the_sum_is_zero():
+    """Without auxiliary losses the result is zero, so that a training loop can always add it."""
     layer = make_layer()
     layer(torch.randn(3, IN, dtype=torch.float64))
     assert collect_aux_loss(layer).item() == 0.0
@@ -215,8 +215,8 @@ def test_no_aux_no_loss():
     assert collect_aux_loss(nn.ReLU()).item() == 0.0
 
 
-def test_nothing_routed_is_no_nan():
-    """No tokens, or all of them padding: zero, so that one empty rank does not stop a run."""
+def test_the_loss_without_counted_tokens_is_zero():
+    """The loss is zero without tokens, and if all tokens are padding."""
     layer = make_layer(aux={"load_balance": 1.0, "z": 1.0})
     layer(torch.randn(0, IN, dtype=torch.float64))
     assert collect_aux_loss(layer).item() == 0.0
@@ -229,7 +229,7 @@ def test_nothing_routed_is_no_nan():
 
 @pytest.mark.parametrize("checkpointed", (False, True))
 def test_nonreentrant_checkpointing_counts_once(checkpointed):
-    """The recomputed forward neither adds to the loss nor takes its gradient away."""
+    """The recomputed forward does not change the loss or its gradient."""
     model = nn.Sequential(
         make_layer(aux={"load_balance": 0.5, "z": 0.5}, dropout=0.3),
         nn.Linear(OUT, IN, dtype=torch.float64),
@@ -256,7 +256,7 @@ def test_nonreentrant_checkpointing_counts_once(checkpointed):
 
 
 def test_reentrant_checkpointing_raises():
-    """Its first forward has no graph: the loss would be a constant that trains nothing."""
+    """The first forward has no graph, so the loss would have no gradient."""
     layer = make_layer(aux="z")
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
     y = checkpoint(layer, x, use_reentrant=True)
@@ -266,7 +266,7 @@ def test_reentrant_checkpointing_raises():
 
 
 def test_evaluation_without_a_graph():
-    """Under no_grad the value can be logged."""
+    """Under no_grad the loss has its value, for logging."""
     layer = make_layer(aux="z").eval()
     x = torch.randn(3, IN, dtype=torch.float64)
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_evaluation_without_a_graph():
 
 
 def test_without_a_forward_it_raises():
-    """Nothing to make a loss of, and a loss already collected is not collected again."""
+    """A loss can be collected once per forward."""
     layer = make_layer(aux="z")
     with pytest.raises(RuntimeError, match="run a forward first"):
         collect_aux_loss(layer)
@@ -287,8 +287,8 @@ def test_without_a_forward_it_raises():
         collect_aux_loss(layer)
 
 
-def test_a_frozen_router_does_not_raise():
-    """Adapters train over a frozen router: the loss is a number that moves nothing."""
+def test_the_loss_of_a_frozen_router():
+    """With a frozen router the loss has a value, and no parameter gets a gradient from it."""
     layer = make_layer(aux="z")
     layer.router.requires_grad_(False)
     y = layer(torch.randn(3, IN, dtype=torch.float64))
@@ -309,30 +309,30 @@ def test_a_mask_of_another_size_is_named(entries):
 
 
 def test_the_loss_is_float32_under_autocast():
-    """The trainer's whole step runs under autocast: the sums must not be taken in bfloat16."""
+    """A trainer runs its step under autocast. The sums of the loss must stay in float32."""
     layer = make_layer(torch.float32, aux={"load_balance": 1.0, "z": 1.0})
     x = torch.randn(64, IN).bfloat16().float()
     layer(x)
     expected = collect_aux_loss(layer)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x)
-        found = collect_aux_loss(layer)
-    assert found.dtype == torch.float32
-    # The same float32 arithmetic on the same bfloat16 values, the logits in another order.
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+        actual = collect_aux_loss(layer)
+    assert actual.dtype == torch.float32
+    # The same float32 sums of the same bfloat16 values, in another order.
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
 
 
 def test_aux_loss_under_compile():
-    """Recording the routing neither breaks the graph nor loses the loss."""
+    """A compiled layer has no graph break and the loss of the eager layer."""
     layer = make_layer(aux={"load_balance": 1.0})
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN, dtype=torch.float64)
     compiled(x)
-    found = collect_aux_loss(layer)
+    actual = collect_aux_loss(layer)
     layer(x)
     expected = collect_aux_loss(layer)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    (a,) = torch.autograd.grad(found, layer.router.weight)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    (a,) = torch.autograd.grad(actual, layer.router.weight)
     (b,) = torch.autograd.grad(expected, layer.router.weight)
     torch.testing.assert_close(a, b, **TIGHT)
 

@@ -30,14 +30,14 @@ def selected(layer, x):
         return layer.record.weights != 0
 
 
-def test_the_bias_moves_against_the_load_of_all_forwards_since():
-    """+-rate by the sign of what is missing to the mean; two micro-batches count as one step."""
+def test_the_bias_follows_the_load_of_all_forwards():
+    """bias += rate * sign(mean load - load), over all forwards since the last update."""
     layer = balanced_layer()
     torch.manual_seed(0)
     x = torch.randn(2, 7, IN, dtype=torch.float64)
     loads = [selected(layer.eval(), part).sum(dim=0).double() for part in x]
     load = sum(loads)
-    # Neither of the two alone would move the bias like this.
+    # The loads of a single forward would give another update.
     assert all(not torch.equal((n.mean() - n).sign(), (load.mean() - load).sign()) for n in loads)
     assert layer.router.balance.load is None
     layer.train()
@@ -51,7 +51,7 @@ def test_the_bias_moves_against_the_load_of_all_forwards_since():
         update_balance(layer)
 
 
-def test_the_bias_selects_and_does_not_weigh():
+def test_the_bias_changes_the_selection_but_not_the_weights():
     layer = balanced_layer().eval()
     x = torch.randn(5, IN, dtype=torch.float64)
     layer.router.balance.bias[:] = torch.tensor([9.0, 0, 0, 9.0, 0, 0])
@@ -65,7 +65,7 @@ def test_the_bias_selects_and_does_not_weigh():
 
 @pytest.mark.parametrize("score", ("softmax", "sigmoid", "identity", "abs"))
 def test_the_bias_is_added_before_the_score(score):
-    """|logit + d| of FlyLoRA: a bias after the magnitude would select others."""
+    """FlyLoRA selects by |logit + bias|. A bias after the magnitude would select others."""
     layer = balanced_layer(score=score, normalize="one").eval()
     with torch.no_grad():
         layer.router.balance.bias.normal_()
@@ -77,7 +77,7 @@ def test_the_bias_is_added_before_the_score(score):
 
 
 def test_a_repeated_forward_counts_once():
-    """Activation checkpointing runs it a second time in backward."""
+    """Activation checkpointing runs the forward a second time."""
     layer = balanced_layer()
     x = torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
@@ -85,7 +85,7 @@ def test_a_repeated_forward_counts_once():
 
 
 def test_balancing_balances():
-    """A router that prefers two experts for all tokens ends up with every expert in use."""
+    """A router prefers two experts for all tokens; after 500 updates every expert is used."""
     layer = balanced_layer(balance_rate=0.02)
     with torch.no_grad():
         layer.router.gate.weight.mul_(0.3)
@@ -98,7 +98,7 @@ def test_balancing_balances():
         update_balance(layer)
     after = selected(layer, x).sum(dim=0)
     assert before.min() == 0
-    # 64 tokens x 2 slots over 6 experts are 21 for each.
+    # 64 tokens x 2 slots over 6 experts: 21 on average.
     assert after.min() > 10
 
 
@@ -110,7 +110,7 @@ def test_whole_ffn_experts_balance_too():
     assert ffn.router.balance.bias.any()
 
 
-def test_nothing_to_balance_is_an_error():
+def test_a_model_without_balance_rate_raises():
     with pytest.raises(ValueError, match=r"^model: no layer has a balance_rate"):
         update_balance(MoeLoraLinear(IN, OUT))
     assert isinstance(balanced_layer().router, BalancedRouter)
@@ -118,7 +118,7 @@ def test_nothing_to_balance_is_an_error():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_gates_of_single_ranks_on_kernels(dtype):
-    """64 experts of rank 1 under a dense gate, in Triton's interpreter where there is no GPU."""
+    """64 experts of rank 1 with a dense gate; in Triton's interpreter if there is no GPU."""
     pytest.importorskip("triton")
     from moelora_kernels.kernels import shrink_gate, shrink_gate_backward
 
@@ -140,7 +140,7 @@ def test_gates_of_single_ranks_on_kernels(dtype):
 
 
 def test_sparse_random_a():
-    """K/E of every row, of standard deviation 1/R; the rest zero, and B zero."""
+    """K/E entries of each row of A have standard deviation 1/R; the others and B are zero."""
     torch.manual_seed(0)
     layer = MoeLoraLinear(1000, 8, config=MoeLoraConfig.preset("flylora"))
     kept = layer.lora_A != 0

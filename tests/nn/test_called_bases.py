@@ -1,4 +1,4 @@
-"""What may a base do that a layer calls, and which errors name a bad one?"""
+"""A layer calls its base: the base may keep its output, and a wrong output raises an error."""
 
 import warnings
 
@@ -28,7 +28,11 @@ from support.quantised import (
 
 
 class Keeping(nn.Module):
-    """A base that needs its output, or its buffer, unchanged after it has returned it."""
+    """A base whose output must not be changed in place.
+
+    kind: "saved": backward needs the output. "view": the output is a view. "input": the output is
+    x. "workspace": the base returns the same buffer again.
+    """
 
     def __init__(self, kind, in_features=IN, out_features=OUT, dtype=torch.float32):
         super().__init__()
@@ -52,64 +56,64 @@ class Keeping(nn.Module):
 @pytest.mark.parametrize("impl", ("wide", "grouped", "reference"))
 @pytest.mark.parametrize("kind", ("saved", "view", "input", "workspace"))
 @pytest.mark.filterwarnings("ignore:base. .*without a gradient")
-def test_the_output_of_a_base_is_left_as_it_is(kind, impl):
-    """In-place sums into it would spoil what the base saved, its buffer, or x itself."""
+def test_the_output_of_a_base_is_not_changed(kind, impl):
+    """A sum into it in place would change what the base saved, its buffer, or x."""
     base = Keeping(kind, OUT, OUT)
     layer = make_layer(base=base, impl=impl)
     x = torch.randn(2, 4, OUT)
-    given = x.clone()
+    unchanged = x.clone()
     y = layer(x)
-    assert torch.equal(x, given)
+    assert torch.equal(x, unchanged)
     if kind == "workspace":
         assert torch.equal(base.workspace, base.linear(x))
         assert y.untyped_storage().data_ptr() != base.workspace.untyped_storage().data_ptr()
         return
     dy = torch.randn(2, 4, OUT)
-    found, expected = training_step(layer, x, dy), linear_formula(layer, x, dy)
-    for name, want in expected.items():
+    actual, expected = training_step(layer, x, dy), linear_formula(layer, x, dy)
+    for name, tensor in expected.items():
         # float32 sums of at most 32 terms of size 1 against float64.
-        torch.testing.assert_close(found[name].double(), want, rtol=1e-5, atol=2e-5, msg=name)
+        torch.testing.assert_close(actual[name].double(), tensor, rtol=1e-5, atol=2e-5, msg=name)
     leaf = x.clone().requires_grad_()
-    # And the layer's own output may be changed, as that of nn.Linear may.
+    # The output of the layer may be changed in place, like that of nn.Linear.
     layer(leaf).add_(1.0).backward(dy)
-    assert_same({"dx": leaf.grad}, {"dx": found["dx"]})
+    assert_same({"dx": leaf.grad}, {"dx": actual["dx"]})
 
 
 @pytest.mark.parametrize("kind", ("saved", "view"))
-def test_an_ffn_leaves_the_outputs_of_its_bases(kind):
+def test_an_ffn_does_not_change_the_outputs_of_its_bases(kind):
     mlp = GatedMlp(HIDDEN, INNER)
     dtype = torch.float64
     mlp.gate_proj, mlp.up_proj = (Keeping(kind, HIDDEN, INNER, dtype) for _ in range(2))
     mlp.down_proj = Keeping("view", INNER, HIDDEN, dtype)
-    # The offset of a down projection must be in its `bias`; this one has none.
+    # A MoeLoraFFN reads the bias of a down projection from `bias`, and Keeping has no `bias`.
     mlp.down_proj.linear.bias = None
     layer = MoeLoraFFN.from_mlp(mlp, num_experts=4, rank=2, top_k=2, adapter_dtype="float64")
     with torch.no_grad():
         for parameter in adapter_parameters(layer):
             parameter.normal_(std=0.2)
     x, dy = inputs(5, out_features=HIDDEN, dtype=dtype)
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
-    assert_same(found, expected, rtol=1e-10, atol=1e-9)
+    assert_same(actual, expected, rtol=1e-10, atol=1e-9)
 
 
 class WithoutGradient(GptqLinear):
-    """A kernel for inference: no gradient comes back through it."""
+    """A kernel for inference, whose output has no gradient."""
 
     def forward(self, x):
         with torch.no_grad():
             return super().forward(x)
 
 
-def test_a_lost_gradient_is_named():
-    """dx without the base's part would train the layers below wrongly, without a word."""
+def test_a_base_without_a_gradient_warns():
+    """dx without the part of the base would be wrong, so the layer warns."""
     layer = make_layer(base=WithoutGradient(nn.Linear(IN, OUT)))
     x, dy = inputs(3)
     with pytest.warns(UserWarning, match=r"base: .*WithoutGradient.* without a gradient"):
-        found = training_step(layer, x, dy)
-    truth = linear_formula(make_layer(base=GptqLinear(nn.Linear(IN, OUT))), x, dy)
-    assert found.keys() == truth.keys()
-    assert all(found[n].abs().sum() > 0 for n in trained_parameters(layer))
+        actual = training_step(layer, x, dy)
+    expected = linear_formula(make_layer(base=GptqLinear(nn.Linear(IN, OUT))), x, dy)
+    assert actual.keys() == expected.keys()
+    assert all(actual[n].abs().sum() > 0 for n in trained_parameters(layer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x).sum().backward()
@@ -127,8 +131,8 @@ class Returning(nn.Module):
         return self.make(x)
 
 
-def test_what_a_base_returns_is_checked():
-    """Megatron's linears return a pair, tensor parallel ones a part; integers are no output."""
+def test_a_wrong_output_of_a_base_is_named():
+    """Megatron's linears return a pair, tensor parallel linears a part of y."""
     x = torch.randn(3, IN)
     for make, error, message in (
         (lambda x: (x[:, :OUT], None), TypeError, "float tensor, got .*tuple"),
@@ -140,8 +144,8 @@ def test_what_a_base_returns_is_checked():
             make_layer(base=Returning(make))(x)
 
 
-def test_sizes_go_by_the_names_of_nn_linear():
-    """Old GPTQ linears call them infeatures and outfeatures: named, and taken once they are set."""
+def test_a_base_without_in_features_is_named():
+    """Old GPTQ linears have infeatures and outfeatures: the error says what to set."""
     base = GptqLinear(nn.Linear(IN, OUT))
     base.infeatures, base.outfeatures = base.in_features, base.out_features
     del base.in_features, base.out_features
@@ -151,7 +155,7 @@ def test_sizes_go_by_the_names_of_nn_linear():
     assert make_layer(base=base)(torch.randn(2, IN)).shape == (2, OUT)
 
 
-def test_a_base_without_a_weight_has_none():
+def test_a_layer_over_a_base_without_a_weight_has_no_weight():
     layer = make_layer(base=GptqLinear(nn.Linear(IN, OUT, bias=False)))
     assert not hasattr(layer, "weight")
     with pytest.raises(AttributeError, match=r"MoeLoraLinear.* 'weight'"):
@@ -159,8 +163,8 @@ def test_a_base_without_a_weight_has_none():
     assert layer.bias is None
 
 
-def test_autocast_leaves_the_dtype_to_the_base():
-    """A base with kernels of its own need not follow autocast: y is what it returns."""
+def test_under_autocast_the_base_decides_the_dtype():
+    """The kernels of a base need not follow autocast. y has the dtype that the base returns."""
     layer = make_layer(base=GptqLinear(nn.Linear(IN, OUT)))
     x = torch.randn(3, IN)
     with torch.autocast("cpu", torch.bfloat16):

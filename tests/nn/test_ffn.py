@@ -1,4 +1,4 @@
-"""MoeLoraFFN is the loop over whole FFNs: under every gate, dtype, base and activation."""
+"""MoeLoraFFN equals a loop over whole FFNs: for every gate, dtype, base and activation."""
 
 import copy
 import itertools
@@ -27,14 +27,12 @@ from support.ffns import (
 )
 from support.linears import PackedLinear
 
-# --- the layer is the loop ----------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("normalize", ("sum", "none"))
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("shape", ((5,), (2, 3), (1, 1), (2, 17)), ids=str)
-def test_the_layer_is_the_loop_over_experts(shape, bias, normalize):
-    """With normalize="none" the weights do not sum to 1: bd counts sum_k w_tk times."""
+def test_the_layer_equals_the_loop(shape, bias, normalize):
+    """With normalize="none" the weights do not sum to 1: bd is added sum_k w_tk times."""
     layer = make_ffn(bias=bias, normalize=normalize, router_bias=bias)
     check(layer, *inputs(*shape))
 
@@ -50,14 +48,14 @@ DTYPES = [
 
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES, ids=str)
 def test_dtypes_within_their_budget(dtype, adapters):
-    """y and every gradient by name: twice what the reference in that dtype costs, no more."""
+    """y and every gradient, by name, are within the error budget of the dtype."""
     layer = make_ffn(dtype, adapter_dtype=adapters)
     x, dy = inputs(4, 8, dtype=dtype)
     check(layer, x, dy)
-    found = training_step(layer, x, dy)
-    assert found["y"].dtype == found["dx"].dtype == dtype
-    of_adapters = {g.dtype for n, g in found.items() if n not in ("y", "dx")}
-    assert of_adapters == {torch.float32 if adapters else dtype}
+    actual = training_step(layer, x, dy)
+    assert actual["y"].dtype == actual["dx"].dtype == dtype
+    adapter_dtypes = {g.dtype for n, g in actual.items() if n not in ("y", "dx")}
+    assert adapter_dtypes == {torch.float32 if adapters else dtype}
 
 
 @pytest.mark.parametrize("top_k", (1, 4), ids=("K=1", "K=E"))
@@ -66,7 +64,7 @@ def test_ends_of_top_k(top_k):
 
 
 def dense_gate(x, p, layer):
-    """The gate [T, E] of any option, from the router's logits."""
+    """Return the gate [T, E] of any option, from the router's logits."""
     sequence = layer.config.granularity == "sequence"
     rows = x.mean(dim=1) if sequence else x.reshape(-1, x.shape[-1])
     logits = nn.functional.linear(rows, p["router.weight"])
@@ -91,13 +89,13 @@ GATES = {
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_other_gates_are_the_loop_too(name):
-    """Dense gates as K = E slots, gates of sequences as one row for each of their tokens."""
+def test_other_gates(name):
+    """A dense gate runs as K = E slots. A sequence gate has one row per token."""
     check(make_ffn(**GATES[name]), *inputs(3, 4), dense_gate)
 
 
-def test_gates_of_sequences_keep_their_slots():
-    """A top-k gate of a sequence works on K experts for each token, not on E."""
+def test_a_sequence_gate_keeps_its_slots():
+    """A top-k gate of a sequence computes K experts for each token, not E."""
     layer, x = make_ffn(granularity="sequence"), inputs(3, 4)[0]
     weights, indices, *_ = layer.token_slots(x, x.view(12, HIDDEN))
     assert weights.shape == indices.shape == (12, 2)
@@ -106,7 +104,7 @@ def test_gates_of_sequences_keep_their_slots():
 
 @pytest.mark.parametrize("rows", ("one", "sequence", "token"))
 def test_external_gates(rows):
-    """By argument and by set_tasks; they have gradients, a gate of exactly zero included."""
+    """By argument and by set_tasks. A gate of exactly zero has its gradient."""
     layer = make_ffn(router="external", top_k=None)
     x, dy = inputs(3, 4)
     shape = {"one": (1, 4), "sequence": (3, 4), "token": (3, 4, 4)}[rows]
@@ -117,11 +115,11 @@ def test_external_gates(rows):
     truth = step_of_loop(layer, x, dy, lambda *_: by_token.expand(3, 4, 4).reshape(12, 4))
     y = layer(x, gates)
     torch.testing.assert_close(y, truth["y"], rtol=1e-12, atol=1e-12)
-    # The loop skips the expert of gate zero; what it would add is its gradient.
-    (found,) = torch.autograd.grad(y, gates, dy)
+    # The loop skips an expert with gate zero, so its gradient is a finite difference.
+    (actual,) = torch.autograd.grad(y, gates, dy)
     nudged = [layer(x, gates.detach() + e) for e in (1e-6 * torch.eye(4)[2], 0.0)]
     slope = ((nudged[0] - nudged[1]) * dy).sum() / 1e-6
-    torch.testing.assert_close(found[..., 2].sum(), slope, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[..., 2].sum(), slope, rtol=1e-5, atol=1e-5)
     set_tasks(layer, gates.detach())
     assert torch.equal(layer(x), y)
 
@@ -135,9 +133,9 @@ def test_task_gates():
 
     def gate(x, p, layer):
         logits = p["router.embedding.weight"][[3, 1]] @ p["router.gate.weight"].t()
-        weights, chosen = logits.softmax(dim=1).topk(2, dim=1)
+        weights, experts = logits.softmax(dim=1).topk(2, dim=1)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        rows = torch.zeros_like(logits).scatter(1, chosen, weights)
+        rows = torch.zeros_like(logits).scatter(1, experts, weights)
         return rows.repeat_interleave(3, dim=0)
 
     check(layer, x, dy, gate)
@@ -146,11 +144,11 @@ def test_task_gates():
 @pytest.mark.parametrize("options", ({}, dict(top_k=None), dict(router="mlp"), GATES["sequence"]))
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0)), ids=str)
 def test_an_empty_batch_has_zero_gradients(shape, options):
-    """A rank without tokens must still take part in the all-reduce: zeros, never None."""
+    """A process without tokens still takes part in the all-reduce: zeros, never None."""
     layer = make_ffn(**options)
-    found = training_step(layer, inputs(*shape)[0])
-    assert found["y"].shape == (*shape, HIDDEN)
-    for name, gradient in found.items():
+    actual = training_step(layer, inputs(*shape)[0])
+    assert actual["y"].shape == (*shape, HIDDEN)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert not gradient.any(), name
 
@@ -159,9 +157,9 @@ def test_experts_without_tokens_have_zero_gradients():
     layer = make_ffn(router_bias=True)
     with torch.no_grad():
         layer.router.bias[2] = -1e4
-    found = training_step(layer, inputs(9)[0])
+    actual = training_step(layer, inputs(9)[0])
     for linear in ("gate", "up", "down"):
-        a, b = found[f"{linear}_lora_A"], found[f"{linear}_lora_B"]
+        a, b = actual[f"{linear}_lora_A"], actual[f"{linear}_lora_B"]
         assert not a[3:6].any()
         assert not b[:, 3:6].any()
         assert a[:3].any()
@@ -170,8 +168,8 @@ def test_experts_without_tokens_have_zero_gradients():
 
 @pytest.mark.parametrize("matrix", ("A", "B"))
 @pytest.mark.parametrize("options", ({}, GATES["threshold"]), ids=("topk", "threshold"))
-def test_a_nan_in_an_expert_nobody_chose_stays_there(options, matrix):
-    """Neither y nor any gradient, its own included, sees an expert without tokens."""
+def test_a_nan_in_an_unrouted_expert_does_not_spread(options, matrix):
+    """An expert without tokens changes neither y nor a gradient."""
     layer = make_ffn(router_bias=True, **options)
     with torch.no_grad():
         layer.router.bias[2] = -1e4
@@ -184,11 +182,11 @@ def test_a_nan_in_an_expert_nobody_chose_stays_there(options, matrix):
     assert_same(training_step(broken, x, dy), training_step(layer, x, dy))
 
 
-def test_a_nan_behind_a_gate_of_zero_stays_there():
-    """Such a gate selects nothing: y, dx and the parameters of the others are what they were.
+def test_a_nan_behind_a_gate_of_zero_does_not_spread():
+    """A gate of zero selects nothing: y, dx and the gradients of other experts do not change.
 
-    Not so in A of gate and up, which multiplies a dh of zero on the way to dx, and in B of down,
-    which multiplies a u of zero: as in MoeLoraLinear.
+    This does not hold for a NaN in A of gate and up, because dx = dh A with dh = 0, and in B of
+    down, because y = u B with u = 0. MoeLoraLinear has the same limits.
     """
     layer = make_ffn(router="external", top_k=None)
     broken = copy.deepcopy(layer)
@@ -198,45 +196,42 @@ def test_a_nan_behind_a_gate_of_zero_stays_there():
     x, dy = inputs(9)
     gates = torch.rand(9, 4, dtype=torch.float64)
     gates[:, 2] = 0.0
-    expected, found = (
-        training_step(each, x, dy, forward=lambda leaf, each=each: each(leaf, gates))
-        for each in (layer, broken)
+    expected, actual = (
+        training_step(module, x, dy, forward=lambda leaf, module=module: module(leaf, gates))
+        for module in (layer, broken)
     )
     for name in expected:
         if "lora" in name:
             rows = 0 if name.endswith("A") else 1
-            for tensors in (expected, found):
+            for tensors in (expected, actual):
                 tensors[name] = torch.cat(
                     [t for t in tensors[name].split([3, 3, 2], rows)[::2]], rows
                 )
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
-# --- bases, activations, dropout ----------------------------------------------------------------
-
-
-def test_bases_are_called_and_keep_their_own_gradients():
-    """Quantised, hooked, and one that trains: whatever a base computes is what is adapted."""
+def test_bases_are_called_and_can_train():
+    """A quantised base, a base with a hook, and a base that trains."""
     layer = make_ffn(adapter_dtype="float64")
-    twin = copy.deepcopy(layer)
+    plain = copy.deepcopy(layer)
     layer.gate_proj = PackedLinear(layer.gate_proj)
     packed = layer.gate_proj
     with torch.no_grad():
-        twin.gate_proj.weight.copy_(packed.dequantised())
-        twin.up_proj.weight.mul_(2)
-        twin.up_proj.bias.mul_(2)
+        plain.gate_proj.weight.copy_(packed.dequantised())
+        plain.up_proj.weight.mul_(2)
+        plain.up_proj.bias.mul_(2)
     layer.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
-    for each in (layer, twin):
-        each.down_proj.requires_grad_(True)
+    for module in (layer, plain):
+        module.down_proj.requires_grad_(True)
     x, dy = inputs(3, 4)
-    found, truth = training_step(layer, x, dy), step_of_loop(twin, x, dy)
-    assert "down_proj.bias" in found
-    assert found.keys() == truth.keys()
-    assert_same(found, truth, rtol=1e-10, atol=1e-10)
+    actual, truth = training_step(layer, x, dy), step_of_loop(plain, x, dy)
+    assert "down_proj.bias" in actual
+    assert actual.keys() == truth.keys()
+    assert_same(actual, truth, rtol=1e-10, atol=1e-10)
 
 
 class Scaled(nn.Module):
-    """An activation of one's own, with a parameter that stays frozen."""
+    """An activation that a user wrote, with a parameter that stays frozen."""
 
     def __init__(self):
         super().__init__()
@@ -258,9 +253,10 @@ def test_activations(activation):
 
 
 @pytest.mark.parametrize("per_expert", (True, False))
-def test_dropout_on_the_way_into_a(per_expert):
-    """Masks of x by token, of the activations by pair, each expert's own or one for all; the frozen
-    products see neither.
+def test_dropout_of_the_inputs_of_a(per_expert):
+    """x has a mask per token, the activations per pair; experts have their own or a shared mask.
+
+    The frozen products read x and the activations without dropout.
     """
     layer = make_ffn(dropout=0.4, dropout_mask="per_expert" if per_expert else "shared")
     x, dy = inputs(5)
@@ -288,15 +284,15 @@ def test_dropout_on_the_way_into_a(per_expert):
         y.append(weights[t, k] * linear("down", e, a, kept))
     y = torch.stack(y).view(5, 2, HIDDEN).sum(dim=1)
     trained = {n: q for n, q in p.items() if q.requires_grad}
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
     grads = torch.autograd.grad(y, trained.values(), dy)
-    torch.testing.assert_close(found["y"], y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual["y"], y, rtol=1e-11, atol=1e-11)
     for name, gradient in zip(trained, grads, strict=True):
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_activations_run_without_autocast():
-    """Backward makes them anew and cannot know what autocast forward had."""
+    """Backward computes the activations again, and does not know the autocast of the forward."""
     seen = []
 
     def activation(z):
@@ -312,7 +308,7 @@ def test_activations_run_without_autocast():
 @pytest.mark.parametrize("backward_inside", (True, False))
 @pytest.mark.parametrize("options", ({}, dict(router="mlp"), dict(dropout=0.2)), ids=str)
 def test_autocast(options, backward_inside):
-    """float32 weights under bfloat16 autocast: bfloat16 y, float32 gradients near the true."""
+    """float32 weights under bfloat16 autocast: y is bfloat16, the gradients are float32."""
     layer = make_ffn(torch.float32, **options)
     x, dy = inputs(2, 8, dtype=torch.float32)
     truth = training_step(layer, x, dy)
@@ -327,15 +323,13 @@ def test_autocast(options, backward_inside):
     if not backward_inside:
         grads = torch.autograd.grad(y, (leaf, *trained.values()), dy.bfloat16())
     assert y.dtype == torch.bfloat16
-    found = {"y": y.detach().float(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+    actual = {"y": y.detach().float(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
     for name, expected in truth.items():
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         # A handful of bfloat16 roundings (2^-9 each) through three products.
-        error = (found[name] - expected).norm() / expected.norm()
+        error = (actual[name] - expected).norm() / expected.norm()
         assert error < 0.03, f"{name}: {error}"
 
-
-# --- errors -------------------------------------------------------------------------------------
 
 BAD = [
     (dict(share="A", rank=2), ValueError, "share: 'A' is not supported for whole-FFN"),
@@ -351,7 +345,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[str(b[0]) for b in BAD])
-def test_options_without_a_meaning_are_named(options, error, message):
+def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         make_ffn(**options)
 

@@ -1,4 +1,4 @@
-"""replace_ffns on whole models: Llama, Qwen2 and Mistral, tasks, warmup, and MLPs it refuses."""
+"""replace_ffns on Llama, Qwen2 and Mistral: names, training, tasks, warmup, errors."""
 
 import copy
 
@@ -44,7 +44,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 
 
 def test_a_model_starts_as_its_base_and_keeps_its_names(model):
-    """Checkpoints of the base still fit: its linears are where they were."""
+    """The linears keep their names, so checkpoints of the base still load."""
     before = model.state_dict().keys()
     with torch.no_grad():
         expected = model(IDS, attention_mask=MASK).logits
@@ -52,20 +52,20 @@ def test_a_model_starts_as_its_base_and_keeps_its_names(model):
     assert replace_ffns(model, MIXLORA) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert len(replace_linears(model, MoeLoraConfig.preset("lora", rank=2), ATTENTION)) == 8
     with torch.no_grad():
-        found = model(IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for layer, base in zip(model.model.layers, bases, strict=True):
         assert type(layer.mlp) is MoeLoraFFN
         assert layer.mlp.up_proj is base
         assert not layer.mlp.training
     assert {n for n in before if "mlp" in n} <= model.state_dict().keys()
     assert len(adapter_parameters(model)) == 2 * (7 + 4 * 2)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(IDS).logits, model(IDS).logits)
 
 
 def train(model, recompute):
-    """Three steps of Adam with the balance loss; the losses, and the gradients of the last."""
+    """Return the losses of three steps of Adam with the balance loss, and the last gradients."""
     torch.manual_seed(3)
     model = copy.deepcopy(model).train()
     replace_ffns(model, MIXLORA)
@@ -90,15 +90,15 @@ def train(model, recompute):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_model_trains_with_the_same_bits_under_checkpointing(model):
     losses, grads = train(model, False)
-    again, recomputed = train(model, True)
-    assert losses == again
+    recomputed_losses, recomputed = train(model, True)
+    assert losses == recomputed_losses
     assert losses[-1] < losses[0]
     for a, b in zip(grads, recomputed, strict=True):
         assert torch.isfinite(a).all()
         assert torch.equal(a, b)
 
 
-def test_a_saved_adapter_fits_the_next_model(model, tmp_path):
+def test_a_saved_adapter_loads_into_another_model(model, tmp_path):
     """Whole-FFN experts and the LoRA on attention in one file."""
     source, target = copy.deepcopy(model), copy.deepcopy(model)
     for each in (source, target):
@@ -120,43 +120,43 @@ def without(name):
     return mlp
 
 
-def hooked():
+def with_hook():
     mlp = GatedMlp()
     mlp.register_forward_hook(lambda *_: None)
     return mlp
 
 
-def of_other_size():
+def other_size():
     mlp = GatedMlp()
     mlp.down_proj = nn.Linear(INNER, HIDDEN + 1)
     return mlp
 
 
-def adapted_linear():
+def with_adapted_linear():
     mlp = GatedMlp()
     mlp.up_proj = MoeLoraLinear.from_linear(mlp.up_proj, num_experts=4)
     return mlp
 
 
-def normed():
+def with_norm():
     mlp = GatedMlp()
     mlp.up_proj = nn.LayerNorm(HIDDEN)
     return mlp
 
 
-NO_FFN = [
+REFUSED = [
     (lambda: without("up_proj"), "Mlp, expected a gated MLP with up_proj"),
     (lambda: without("act_fn"), "Mlp, expected a gated MLP with act_fn"),
-    (normed, "whose up_proj has in_features, got LayerNorm"),
-    (of_other_size, r"got \(in_features, out_features\)"),
-    (hooked, "has hooks or a patched forward"),
-    (adapted_linear, "its up_proj has experts already"),
+    (with_norm, "whose up_proj has in_features, got LayerNorm"),
+    (other_size, r"got \(in_features, out_features\)"),
+    (with_hook, "has hooks or a patched forward"),
+    (with_adapted_linear, "its up_proj has experts already"),
     (lambda: MoeLoraFFN.from_mlp(GatedMlp(), MIXLORA), "it has whole-FFN experts already"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), NO_FFN, ids=[m[1] for m in NO_FFN])
-def test_what_is_no_mlp_is_named_and_nothing_is_replaced(make, message):
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[m[1] for m in REFUSED])
+def test_a_module_that_is_not_a_gated_mlp_is_named_and_nothing_is_replaced(make, message):
     model = blocks(GatedMlp(), make())
     with pytest.raises(TypeError, match=rf"target_modules: 1\.mlp: .*{message}"):
         replace_ffns(model, MIXLORA)
@@ -177,7 +177,7 @@ def test_bad_targets_and_options_are_named():
     assert type(model[0]["mlp"]) is GatedMlp
 
 
-def test_tied_mlps_stay_tied_and_linears_inside_are_left_alone():
+def test_tied_mlps_stay_tied_and_their_linears_cannot_be_replaced():
     shared = GatedMlp()
     model = blocks(shared, shared, GatedMlp())
     assert replace_ffns(model, MIXLORA, ["mlp"]) == ["0.mlp", "1.mlp", "2.mlp"]
@@ -188,7 +188,7 @@ def test_tied_mlps_stay_tied_and_linears_inside_are_left_alone():
 
 
 def test_tasks_and_gates_reach_ffns_and_linears():
-    """One task gate for the model, whatever its layers are; external gates as well."""
+    """FFNs and linears share one task gate; external gates reach both."""
     for config, tasks in (
         (MoeLoraConfig.preset("moelora", num_tasks=3, num_experts=4, dropout=0.0), [3, 1]),
         (MoeLoraConfig(num_experts=4, rank=2, router="external"), torch.rand(2, 4)),
@@ -209,7 +209,7 @@ def test_tasks_and_gates_reach_ffns_and_linears():
             assert not torch.equal(layer(x), y)
 
 
-def test_warmup_runs_ffns_and_leaves_no_trace():
+def test_warmup_runs_ffns_and_changes_no_state():
     model = blocks(GatedMlp())
     replace_ffns(model, MIXLORA)
     calls = []

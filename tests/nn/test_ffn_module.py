@@ -26,38 +26,38 @@ from support.ffns import HIDDEN, INNER, inputs, make_ffn
 from support.formulas.aux_loss import switch_loss
 from support.selection import exhaustive
 
-LIVES = [{}, dict(router="mlp"), dict(router="task", num_tasks=3), dict(recompute=True)]
+OPTIONS = [{}, dict(router="mlp"), dict(router="task", num_tasks=3), dict(recompute=True)]
 
 
-def ready(layer):
+def with_tasks(layer):
     if layer.config.router == "task":
         set_tasks(layer, [2, 1])
     return layer.eval()
 
 
 @pytest.mark.parametrize("copier", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "save"))
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_copies_compute_the_same(options, copier):
-    """deepcopy for references, pickle for worker processes; also after a forward."""
-    layer, (x, _) = ready(make_ffn(**options)), inputs(2, 3)
+    """Copies after a forward, by deepcopy, pickle and torch.save."""
+    layer, (x, _) = with_tasks(make_ffn(**options)), inputs(2, 3)
     y = layer(x)
     if copier == "save":
         buffer = io.BytesIO()
         torch.save(layer, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+        clone = torch.load(buffer, weights_only=False)
     else:
-        twin = copier(layer)
-    assert torch.equal(twin(x), y)
+        clone = copier(layer)
+    assert torch.equal(clone(x), y)
     with torch.no_grad():
-        twin.down_lora_B.zero_()
+        clone.down_lora_B.zero_()
     assert torch.equal(layer(x), y)
 
 
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_state_dict_meta_and_dtype(options):
-    """Built on meta, filled from a state dict, cast: what a large model goes through."""
-    source, (x, _) = ready(make_ffn(**options)), inputs(2, 3)
+    """A layer is built on meta, filled from a state dict, and cast, like a large model."""
+    source, (x, _) = with_tasks(make_ffn(**options)), inputs(2, 3)
     with torch.device("meta"):
         layer = MoeLoraFFN(
             HIDDEN, INNER, True, config=source.config, dtype=torch.float64,
@@ -67,11 +67,11 @@ def test_state_dict_meta_and_dtype(options):
             assert layer(x.to("meta")).shape == x.shape
     assert {q.device.type for q in layer.parameters()} == {"meta"}
     layer.to_empty(device="cpu").load_state_dict(source.state_dict(), strict=True)
-    assert torch.equal(ready(layer)(x), source(x))
+    assert torch.equal(with_tasks(layer)(x), source(x))
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_names_and_shapes_of_what_trains():
+def test_names_and_shapes_of_trained_parameters():
     layer = make_ffn(bias=False)
     trained = {n: [*q.shape] for n, q in layer.named_parameters() if q.requires_grad}
     assert trained == {
@@ -88,7 +88,7 @@ def test_names_and_shapes_of_what_trains():
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_a_new_layer_is_its_base(dtype):
-    """B = 0 and weights of sum 1: the frozen MLP, up to the rounding of the weighted sum."""
+    """B = 0 and the weights sum to 1: y is the MLP, up to the rounding of the weighted sum."""
     torch.manual_seed(0)
     layer = MoeLoraFFN(HIDDEN, INNER, True, num_experts=4, rank=2, top_k=2, dtype=dtype)
     x, _ = inputs(7, dtype=dtype)
@@ -111,7 +111,7 @@ COMPILED = [
     "options", (COMPILED[0], pytest.param(COMPILED[1], marks=exhaustive)), ids=str
 )
 def test_compile_without_graph_breaks_or_recompiles(options):
-    """fullgraph=True, gradients as eager, and one graph for every number of tokens."""
+    """fullgraph=True, the gradients of eager, and one graph for all numbers of tokens."""
     layer = make_ffn(**options)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     if TORCH < (2, 13):
@@ -141,7 +141,7 @@ def test_checkpointing_gives_the_same_bits(options, use_reentrant):
 
 @pytest.mark.parametrize("options", ({}, dict(top_k=1), dict(router="mlp"), dict(impl="reference")))
 def test_the_auxiliary_loss_and_its_gradient(options):
-    """The balance of the routing, through the router's own Function and beside it."""
+    """Gradients of the router and of x, of a loss on y plus the balance loss."""
     layer = make_ffn(aux={"load_balance": 0.5}, **options)
     x = inputs(9)[0].requires_grad_()
     trained = [x, *layer.router.parameters()]
@@ -149,16 +149,16 @@ def test_the_auxiliary_loss_and_its_gradient(options):
     loss = collect_aux_loss(layer)
     expected = 0.5 * switch_loss(layer.router(x), layer.config.top_k)
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-11)
-    found = torch.autograd.grad(y + loss, trained)
-    of_y = torch.autograd.grad(layer(x).square().sum(), trained)
-    of_aux = torch.autograd.grad(expected, trained)
-    for g, a, b in zip(found, of_y, of_aux, strict=True):
+    actual = torch.autograd.grad(y + loss, trained)
+    y_grads = torch.autograd.grad(layer(x).square().sum(), trained)
+    aux_grads = torch.autograd.grad(expected, trained)
+    for g, a, b in zip(actual, y_grads, aux_grads, strict=True):
         torch.testing.assert_close(g, a + b, rtol=1e-10, atol=1e-10)
         assert b.abs().max() > 1e-4
 
 
 def test_adapters_on_disk(tmp_path):
-    """The six matrices and the router, bitwise back; what does not fit is named."""
+    """The six matrices and the router come back bit by bit; a wrong layer raises an error."""
     source, target = make_ffn(seed=1), make_ffn(seed=2)
     save_adapter(source, tmp_path / "a.safetensors")
     load_adapter(target, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""LoRAs that exist already as frozen experts, and their prototypes."""
+"""MoeLoraLinear.from_loras: existing LoRAs become frozen experts, and give prototypes."""
 
 import pytest
 import torch
@@ -23,34 +23,34 @@ from support.formulas.family import (
 
 
 class Calls(TorchDispatchMode):
-    """The ops that run, by name, with their arguments."""
+    """Records the ops that run: their names and arguments."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.ops = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append((func.name(), args))
+        self.ops.append((func.name(), args))
         return func(*args, **(kwargs or {}))
 
 
-def test_frozen_experts_cost_no_gradient_of_theirs():
-    """dx and the classifier's gradient without dA and dB, and no state of an optimizer."""
+def test_frozen_experts_compute_no_gradient_of_a_and_b():
+    """Backward computes dx and the gradient of the gates, but neither dA nor dB."""
     model = Model("xlora", (2, 3), torch.float32)
     x = torch.randn(2, 3, IN, requires_grad=True)
     optimizer = torch.optim.AdamW(model.parameters())
     y = model(x)
     with Calls() as calls:
         y.sum().backward()
-    backward = [args for name, args in calls.seen if name.endswith("::wide_backward")]
+    backward = [args for name, args in calls.ops if name.endswith("::wide_backward")]
     assert [args[-1] for args in backward] == [False]
     optimizer.step()
     assert {id(q) for q in optimizer.state} == {id(q) for q in model.classifier.parameters()}
     assert x.grad.abs().max() > 0
 
 
-def test_what_trains():
-    """FlyLoRA draws A and leaves it; X-LoRA and Arrow leave both, and Arrow has nothing else."""
+def test_trained_parameters():
+    """FlyLoRA freezes A; X-LoRA and Arrow freeze A and B, and have no other parameter."""
 
     def trained(layer):
         return {n for n, q in layer.named_parameters() if q.requires_grad}
@@ -61,7 +61,7 @@ def test_what_trains():
 
 
 def test_from_loras_is_the_sum_of_peft_loras():
-    """alpha / r and alpha / sqrt(r) of each; gates of 1 add them all up."""
+    """y = W x + sum_e scale_e B_e A_e x, with scale alpha / r or alpha / sqrt(r)."""
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT)
     loras = [(torch.randn(r, IN), torch.randn(OUT, r), alpha) for r, alpha in LORAS]
@@ -101,22 +101,22 @@ def test_loras_that_do_not_fit_are_named(name, loras, options):
 
 @pytest.mark.parametrize("ranks", ((2, 5, 3), (1,), (20, 4)), ids=str)
 def test_prototypes_are_the_first_right_singular_vectors(ranks):
-    """Up to their sign, from r x r only, also where r is above I and O."""
+    """Equal up to the sign; also if r is larger than I and O."""
     torch.manual_seed(0)
     a, b = torch.randn(sum(ranks), IN), torch.randn(OUT, sum(ranks))
-    found = lora_prototypes(a, b, ranks)
+    actual = lora_prototypes(a, b, ranks)
     start = 0
-    for v, rank in zip(found, ranks, strict=True):
-        own = slice(start, start + rank)
+    for v, rank in zip(actual, ranks, strict=True):
+        block = slice(start, start + rank)
         start += rank
-        truth = torch.linalg.svd(b[:, own].double() @ a[own].double()).Vh[0]
-        # float32 rounds each of 12 components.
+        truth = torch.linalg.svd(b[:, block].double() @ a[block].double()).Vh[0]
+        # float32 rounds each of the 12 components.
         assert abs(float(v.double() @ truth)) == pytest.approx(1.0, abs=1e-6)
-    assert found.dtype == a.dtype
+    assert actual.dtype == a.dtype
 
 
-def test_a_new_expert_has_no_direction():
-    """B = 0: no direction, rather than one that the decomposition happens to give."""
+def test_the_prototype_of_a_new_expert_is_zero():
+    """If B = 0, the prototype is zero, not an arbitrary singular vector."""
     assert not lora_prototypes(torch.randn(4, IN), torch.zeros(OUT, 4), (2, 2)).any()
     layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset("arrow"))
     x = torch.randn(3, IN)
@@ -124,18 +124,18 @@ def test_a_new_expert_has_no_direction():
 
 
 def test_prototypes_of_experts_that_share_a():
-    """B_e A of one A: the directions differ by B_e."""
+    """The prototype of expert e comes from B_e A, with one A for all."""
     layer = MoeLoraLinear(IN, OUT, num_experts=3, rank=2, router="prototype", share="A")
     torch.nn.init.normal_(layer.lora_B)
     set_prototypes(layer)
-    for e, found in enumerate(layer.router.prototypes):
+    for e, actual in enumerate(layer.router.prototypes):
         delta = layer.lora_B[:, 2 * e : 2 * e + 2] @ layer.lora_A
         expected = torch.linalg.svd(delta).Vh[0]
         # Its sign is arbitrary.
-        torch.testing.assert_close((found @ expected).abs(), torch.ones(()))
+        torch.testing.assert_close((actual @ expected).abs(), torch.ones(()))
 
 
-def test_prototypes_follow_the_experts_when_told_to():
+def test_set_prototypes_updates_the_prototypes():
     model = Model("arrow", (2, 3), torch.float64)
     before = model.layer.router.prototypes.clone()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""MoeLoraLinear on the GPU: streams, devices, layouts, autocast, torch.compile, launches."""
+"""MoeLoraLinear on a GPU: streams, devices, strides, autocast, torch.compile, launches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def backward_of(dy: Tensor) -> Callable[[Tensor], object]:
     return lambda y: y.backward(dy.to(y.dtype))
 
 
-# name -> [rows, columns] at some strides. Narrowed: its rows start at no multiple of 16 bytes.
+# name -> (rows, columns, dtype) -> a tensor [rows, columns]. The rows of "narrowed" are not aligned
+# to 16 bytes.
 LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "transposed": lambda rows, columns, dtype: draw(columns, rows, dtype=dtype).t(),
     "narrowed": lambda rows, columns, dtype: draw(rows, columns + 11, dtype=dtype)[:, 3:-8],
@@ -47,7 +48,7 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
 @each_half
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_x_and_dy_of_any_strides(layout: str, dtype: torch.dtype) -> None:
-    """Kernels read rows at a stride, cuBLAS matrices in two layouts: all else must be copied."""
+    """Kernels read rows at a stride, cuBLAS reads two layouts; other tensors must be copied."""
     layer = make_layer(I, O, dtype, top_k=2)
     x, dy = LAYOUTS[layout](T, I, dtype), LAYOUTS[layout](T, O, dtype)
     assert_module_within_budget(layer, x, backward_of(dy), dtype)
@@ -55,26 +56,26 @@ def test_x_and_dy_of_any_strides(layout: str, dtype: torch.dtype) -> None:
 
 @each_half
 def test_the_gradient_of_a_sum(dtype: torch.dtype) -> None:
-    """dy is one number at strides 0 and 0."""
+    """dy is one number, expanded with strides 0 and 0."""
     layer = make_layer(I, O, dtype, top_k=2)
     assert_module_within_budget(layer, draw(T, I, dtype=dtype), lambda y: y.sum().backward(), dtype)
 
 
 @pytest.mark.parametrize("shape", ((I,), (7, I), (3, 100, I), (2, 3, 5, I)), ids=str)
 def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
-    """A vector, a matrix, a batch of sequences: y and dx in the shape of x."""
+    """y and dx have the leading dimensions of x."""
     layer = make_layer(I, O, top_k=2)
     dy = draw(*shape[:-1], O)
     assert_module_within_budget(layer, draw(*shape), backward_of(dy), torch.bfloat16)
 
 
 def test_no_token() -> None:
-    """Nothing is launched over an empty grid, and gradients are zero, not None."""
+    """No kernel is launched over an empty grid, and the gradients are zero, not None."""
     layer = make_layer(I, O, top_k=2)
-    found = module_step(layer, draw(0, I), lambda y: y.sum().backward())
-    assert found["y"].shape == (0, O)
-    assert found["dx"].shape == (0, I)
-    for name, gradient in found.items():
+    actual = module_step(layer, draw(0, I), lambda y: y.sum().backward())
+    assert actual["y"].shape == (0, O)
+    assert actual["dx"].shape == (0, I)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert gradient.count_nonzero() == 0, name
 
@@ -84,27 +85,27 @@ def test_no_token() -> None:
     "options",
     (
         dict(top_k=2, router_bias=True),
-        # Not in the shrink: the router's own products must stay float32 under autocast.
+        # This router is not fused: its products must stay float32 under autocast.
         dict(router="mlp", top_k=2),
         dict(rank=(4, 8, 16, 4, 4, 4, 4, 4), top_k=2),
     ),
     ids=str,
 )
 def test_autocast_with_float32_parameters(options: dict, dtype: torch.dtype) -> None:
-    """Computed in autocast's dtype, gradients returned in each parameter's."""
-    # Drawn in 16 bits: what the cast of a weight costs is no error of the layer.
+    """The layer computes in autocast's dtype. A gradient has the dtype of its parameter."""
+    # The values fit 16 bits, so the cast of a weight rounds nothing.
     layer = make_layer(I, O, dtype, **options).float()
     x, dy = draw(T, I, dtype=dtype).float(), draw(T, O)
     assert_module_within_budget(layer, x, backward_of(dy), dtype, autocast=True)
     with torch.autocast(DEVICE.type, dtype):
-        found = module_step(layer, x, backward_of(dy))
-    assert found.pop("y").dtype == dtype
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        actual = module_step(layer, x, backward_of(dy))
+    assert actual.pop("y").dtype == dtype
+    assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
 
 
 @each_step
 def test_another_stream(form: str) -> None:
-    """Launches on the current stream: on any other they would read the inputs of the last step."""
+    """Kernels run on the current stream. On another they would read the previous inputs."""
     step = STEPS[form](64)
     step.redraw(1)
     expected = step.train()
@@ -114,23 +115,23 @@ def test_another_stream(form: str) -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         step.redraw(1)
-        found = step.train()
+        actual = step.train()
     stream.synchronize()
-    assert_equal(found, expected)
+    assert_equal(actual, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_device_that_is_not_the_current_one() -> None:
-    """Launches on x's device, with tables and tiles of that device."""
+def test_a_device_that_is_not_current() -> None:
+    """Kernels run on the device of x, with the tiles of that device."""
     layer = make_layer(I, O, top_k=2)
     x, dy = draw(T, I), draw(T, O)
     expected = module_step(layer, x, backward_of(dy))
     other = torch.device("cuda", 1)
     assert torch.cuda.current_device() != other.index
-    found = module_step(layer.to(other), x.to(other), backward_of(dy.to(other)))
-    assert {tensor.device for tensor in found.values()} == {other}
+    actual = module_step(layer.to(other), x.to(other), backward_of(dy.to(other)))
+    assert {tensor.device for tensor in actual.values()} == {other}
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
-        assert_equal([t.to(DEVICE) for t in found.values()], [*expected.values()])
+        assert_equal([t.to(DEVICE) for t in actual.values()], [*expected.values()])
 
 
 @each_step
@@ -157,7 +158,7 @@ def device_kernels(work: Callable[[], object]) -> list[str]:
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert names, "the profiler saw no kernel: is CUPTI there?"
-    # cuBLAS clears a workspace, or adds the parts of a product that it split, in a launch more.
+    # cuBLAS may clear a workspace or add partial products with launches of its own.
     return [n for n in names if "splitk" not in n.lower() and not n.startswith("Mem")]
 
 
@@ -168,7 +169,7 @@ def device_kernels(work: Callable[[], object]) -> list[str]:
 def test_launches_of_a_layer() -> None:
     """3 forward: shrink, expand, base. 5 backward: shrink, dx twice, weight_grad and its reduction.
 
-    A cast, a copy or a fill on the way would be one more.
+    A cast, a copy or a fill would add a launch.
     """
     with unpoisoned():
         layer = make_layer(4096, 4096, bias=False, top_k=2)
@@ -181,8 +182,8 @@ def test_launches_of_a_layer() -> None:
         y = layer(x)
         backward = device_kernels(lambda: torch.autograd.grad(y, trained, dy, retain_graph=True))
         assert len(backward) == 5, backward
-        for own in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
-            assert any(name.startswith(f"{own}_kernel") for name in backward), backward
+        for kernel in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
+            assert any(name.startswith(f"{kernel}_kernel") for name in backward), backward
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_launches_of_a_layer() -> None:
     ids=str,
 )
 def test_compiled(options: dict) -> None:
-    """One graph for every number of tokens; it calls the same kernels, so the same bits."""
+    """One graph for all numbers of tokens. It calls the kernels of eager, so the bits are equal."""
     layer = make_layer(I, O, **options)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -209,11 +210,11 @@ def test_compiled(options: dict) -> None:
     for tokens, recompiles in ((40, True), (300, False), (1000, False)):
         x, dy = draw(2, tokens, I), draw(2, tokens, O)
         with torch._dynamo.config.patch(error_on_recompile=not recompiles):
-            found = step(compiled, x, dy)
-        assert_equal(found, step(layer, x, dy))
+            actual = step(compiled, x, dy)
+        assert_equal(actual, step(layer, x, dy))
 
 
-def test_the_layer_on_its_own_device_argument() -> None:
-    """device= and dtype= of the constructor reach base, adapters and router."""
+def test_device_and_dtype_of_the_constructor() -> None:
+    """The arguments device and dtype of the constructor reach base, adapters and router."""
     layer = MoeLoraLinear(64, 32, device=DEVICE, dtype=torch.float16, router="mlp", top_k=2)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("cuda", torch.float16)}

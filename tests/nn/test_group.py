@@ -1,4 +1,4 @@
-"""MoeLoraGroup: siblings together are what they are alone."""
+"""MoeLoraGroup: siblings give the same outputs and gradients together and one by one."""
 
 import copy
 
@@ -63,29 +63,29 @@ def random_dy(x):
 
 @pytest.mark.parametrize("shape", ((2, 3), (2, 1), (2, 0)), ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_group_is_its_siblings_alone(name, shape):
-    """One pass over x must not mix columns, experts or gates of different siblings."""
+def test_a_group_equals_its_siblings_alone(name, shape):
+    """One pass over x does not mix the columns, experts or gates of siblings."""
     siblings = make_siblings(**OPTIONS[name])
     group = MoeLoraGroup(**siblings)
     x = torch.randn(*shape, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     expected = training_step_of_siblings(
         lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
     )
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", ("top-k", "unnormalized top-k", "task", "shared A", "sequence"))
 def test_a_group_in_low_precision(name, dtype):
-    """Against the siblings in float64, with the reference in the same dtype as yardstick."""
+    """The error against float64 is within the budget, which the reference in the dtype sets."""
     siblings = make_siblings(dtype, **OPTIONS[name])
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 5, IN, dtype=dtype)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     exact = copy.deepcopy(group).double()
     alone = list(exact.children())
     truth = training_step_of_siblings(
@@ -95,45 +95,45 @@ def test_a_group_in_low_precision(name, dtype):
     for layer in by_reference.children():
         layer.config = layer.config.replace(impl="reference")
     assert_within_budget(
-        found, truth, training_step_of_siblings(by_reference, by_reference, x, dys), dtype
+        actual, truth, training_step_of_siblings(by_reference, by_reference, x, dys), dtype
     )
 
 
 @pytest.mark.parametrize("name", ("top-k", "task", "shared A"))
-def test_an_output_nobody_uses(name):
-    """A loss on v alone: the others' adapters get zeros, not garbage and not None."""
+def test_an_output_without_a_loss(name):
+    """With a loss on v only, the adapters of q and k get gradients of zero, not None."""
     siblings = make_siblings(**OPTIONS[name])
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = [None, None, random_dy(x)[2]]
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     layer = siblings["v_proj"]
     expected = training_step_of_siblings(lambda leaf: [layer(leaf)], layer, x, dys[2:])
-    torch.testing.assert_close(found["dx"], expected["dx"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual["dx"], expected["dx"], rtol=1e-11, atol=1e-11)
     for key in ("lora_A", "lora_B"):
         torch.testing.assert_close(
-            found[f"v_proj.{key}"], expected[key], rtol=1e-11, atol=1e-11, msg=key
+            actual[f"v_proj.{key}"], expected[key], rtol=1e-11, atol=1e-11, msg=key
         )
-        assert not found[f"q_proj.{key}"].any()
-        assert not found[f"k_proj.{key}"].any()
+        assert not actual[f"q_proj.{key}"].any()
+        assert not actual[f"k_proj.{key}"].any()
 
 
 def test_external_gates_by_argument():
-    """One gate tensor serves all siblings, and its gradient is the sum of theirs."""
+    """All siblings use one tensor of gates. Its gradient is the sum over the siblings."""
     siblings = make_siblings(router="external")
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     gates = torch.rand(2, 4, dtype=torch.float64, requires_grad=True)
     dys = random_dy(x)
-    (found,) = torch.autograd.grad(group(x, gates), gates, dys)
+    (actual,) = torch.autograd.grad(group(x, gates), gates, dys)
     (expected,) = torch.autograd.grad([s(x, gates) for s in siblings.values()], gates, dys)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="gates: only router='external'"):
         MoeLoraGroup(**make_siblings())(x, gates)
 
 
 def test_external_gates_of_each_sibling():
-    """set_tasks on one sibling only changes that one."""
+    """set_tasks on one sibling changes no other sibling."""
     siblings = make_siblings(router="external")
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 def test_the_state_dict_is_that_of_ungrouped_siblings():
-    """Checkpoints do not depend on whether a model runs its projections as a group."""
+    """A group and separate layers have the same state-dict keys."""
     group = MoeLoraGroup(**make_siblings(top_k=2))
     torch.manual_seed(5)
     other = Attention(make_siblings(top_k=2))
@@ -168,8 +168,8 @@ def test_the_state_dict_is_that_of_ungrouped_siblings():
 
 
 @pytest.mark.parametrize("mask", ("shared", "per_expert"))
-def test_dropout_draws_one_mask_for_all_siblings(mask):
-    """x is dropped once for the group: each sibling alone with that seed gives the same."""
+def test_siblings_share_a_dropout_mask(mask):
+    """A group has one dropout mask: that of each sibling alone with the same seed."""
     siblings = make_siblings(dropout=0.4, dropout_mask=mask, top_k=2)
     group = MoeLoraGroup(**siblings).train()
     x = torch.randn(2, 3, IN, dtype=torch.float64)
@@ -184,9 +184,9 @@ def test_dropout_draws_one_mask_for_all_siblings(mask):
 
     expected = training_step_of_siblings(alone, group, x, dys)
     torch.manual_seed(4)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
     torch.manual_seed(4)
     seed = torch.randint(0, 2**62, (1,))
     assert not torch.equal(reference.dropout(x.view(6, IN), 0.4, seed), x.view(6, IN))
@@ -195,22 +195,22 @@ def test_dropout_draws_one_mask_for_all_siblings(mask):
 
 
 def test_a_called_base_among_read_ones():
-    """One of the siblings is quantised or hooked: it is called, the others are read."""
+    """A base with a hook is called; the weights of the other bases are read."""
     siblings = make_siblings(top_k=2)
     siblings["k_proj"].base_layer.register_forward_hook(lambda module, args, y: 2.0 * y)
     group = MoeLoraGroup(**siblings)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
-    found = training_step_of_siblings(group, group, x, dys)
+    actual = training_step_of_siblings(group, group, x, dys)
     expected = training_step_of_siblings(
         lambda leaf: [layer(leaf) for layer in siblings.values()], group, x, dys
     )
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
-def test_a_hook_on_one_routers_is_called():
-    """The siblings' routers are fused only where all of them are plain."""
+def test_a_hook_on_a_router_is_called():
+    """The routers of the siblings are fused only if all of them are plain linears."""
     siblings = make_siblings(top_k=2)
     calls = []
     siblings["v_proj"].router.register_forward_hook(lambda m, args, out: calls.append(1))
@@ -237,13 +237,13 @@ def test_group_compiles_without_graph_breaks():
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dys = random_dy(x)
     expected = training_step_of_siblings(group, group, x, dys)
-    found = training_step_of_siblings(compiled, group, x, dys)
+    actual = training_step_of_siblings(compiled, group, x, dys)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)
 
 
-def test_siblings_that_do_not_belong_together():
-    """Each message names the sibling, because a model has hundreds of them."""
+def test_siblings_that_do_not_match_are_named():
+    """Each message names the sibling."""
     good = make_siblings(top_k=2)
     with pytest.raises(ValueError, match="siblings: expected at least one"):
         MoeLoraGroup()
@@ -261,7 +261,7 @@ def test_siblings_that_do_not_belong_together():
 
 
 def test_one_sibling_and_one_sibling_twice():
-    """A group of one is the layer; the same layer under two names gives two outputs."""
+    """A group of one equals the layer. The same layer under two names gives two outputs."""
     layer = make_siblings(top_k=2)["q_proj"]
     x = torch.randn(3, IN, dtype=torch.float64)
     (y,) = MoeLoraGroup(q_proj=layer)(x)

@@ -1,4 +1,4 @@
-"""MoeLoraLinear as a drop-in for nn.Linear: which inputs and dtypes it takes."""
+"""Which inputs and dtypes does MoeLoraLinear take, compared with nn.Linear?"""
 
 import copy
 
@@ -8,8 +8,6 @@ import torch
 from moelora_kernels import MoeLoraConfig, record_routing, set_tasks
 from support.compare import assert_same, training_step
 from support.linears import IN, OUT, formulations, make_layer
-
-# --- the input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
@@ -44,15 +42,15 @@ def test_an_empty_batch_has_zero_gradients(shape, impl, options):
     x = torch.randn(*shape, IN, dtype=torch.float64)
     if options.get("router") == "external":
         set_tasks(layer, torch.rand(1, 4, dtype=torch.float64))
-    found = training_step(layer, x)
-    assert found["y"].shape == (*shape, OUT)
-    for name, gradient in found.items():
+    actual = training_step(layer, x)
+    assert actual["y"].shape == (*shape, OUT)
+    for name, gradient in actual.items():
         assert gradient is not None, name
         assert not gradient.any(), name
 
 
-def test_a_strided_x_and_a_strided_dy():
-    """x cut from a wider tensor, dy from a sum (stride 0) and a transpose: views, not copies."""
+def test_strides_of_x_and_dy():
+    """x is a slice of a wider tensor. dy is expanded, transposed or a slice."""
     layer = make_layer()
     wide = torch.randn(4, 2 * IN, dtype=torch.float64)
     strided = wide[:, ::2]
@@ -71,8 +69,8 @@ def test_a_strided_x_and_a_strided_dy():
         torch.testing.assert_close(y, expected["y"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(dwide[:, ::2], expected["dx"], rtol=1e-12, atol=1e-12)
         assert not dwide[:, 1::2].any()
-        for g, want in zip(grads, list(expected.values())[2:], strict=True):
-            torch.testing.assert_close(g, want, rtol=1e-12, atol=1e-12)
+        for g, e in zip(grads, list(expected.values())[2:], strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
 
 
 def test_a_bad_x_is_named():
@@ -86,22 +84,24 @@ def test_a_bad_x_is_named():
 
 
 @pytest.mark.parametrize("options", ({}, dict(router="mlp")), ids=str)
-@pytest.mark.parametrize("given", (torch.float64, torch.bfloat16), ids=str)
-def test_an_x_of_another_dtype_than_the_base_is_named(given, options):
-    """nn.Linear refuses it too, with "mat1 and mat2"; autocast is what converts."""
+@pytest.mark.parametrize("x_dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_an_x_of_another_dtype_than_the_base_is_named(x_dtype, options):
+    """nn.Linear raises too, without the name of the argument. Autocast converts x."""
     layer = make_layer(torch.float32, **options)
-    x = torch.randn(3, IN, dtype=given)
-    with pytest.raises(TypeError, match=f"x: expected the base's dtype torch.float32, got {given}"):
+    x = torch.randn(3, IN, dtype=x_dtype)
+    with pytest.raises(
+        TypeError, match=f"x: expected the base's dtype torch.float32, got {x_dtype}"
+    ):
         layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        if given != torch.float64:
+        if x_dtype != torch.float64:
             assert layer(x).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="x: expected the base's device cpu, got meta"):
         layer(torch.randn(3, IN, device="meta"))
 
 
 def test_a_nan_token_reaches_only_its_own_output():
-    """One overflowed sequence of a batch must not poison the others' activations."""
+    """A NaN in one sequence of a batch does not reach the outputs of the others."""
     layer = make_layer(dropout=0.3)
     for training in (True, False):
         layer.train(training)
@@ -117,7 +117,7 @@ def test_a_nan_token_reaches_only_its_own_output():
         torch.testing.assert_close(y[~poisoned], expected[~poisoned], rtol=1e-12, atol=1e-12)
 
 
-UNROUTED = [
+GATES = [
     {},
     dict(normalize="none"),
     dict(router="mlp"),
@@ -130,7 +130,7 @@ UNROUTED = [
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 @pytest.mark.parametrize("poison", ("A", "B"))
-@pytest.mark.parametrize(("impl", "options"), formulations(UNROUTED), ids=str)
+@pytest.mark.parametrize(("impl", "options"), formulations(GATES), ids=str)
 def test_an_unrouted_expert_that_is_not_finite(impl, options, poison, value):
     """An expert without tokens changes no output and no gradient of another parameter.
 
@@ -149,28 +149,25 @@ def test_an_unrouted_expert_that_is_not_finite(impl, options, poison, value):
         block = broken.lora_A[columns] if poison == "A" else broken.lora_B[:, columns]
         block.fill_(value)
     x = torch.randn(2, 40, IN, dtype=torch.float64)
-    expected, found = training_step(layer, x), training_step(broken, x)
+    expected, actual = training_step(layer, x), training_step(broken, x)
     reached = {"dx" if poison == "A" else "y"} if impl == "wide" else set()
     for name in expected.keys() - reached:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
-    assert not found["lora_A"][columns].any()
-    assert not found["lora_B"][:, columns].any()
-
-
-# --- dtypes -------------------------------------------------------------------------------------
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+    assert not actual["lora_A"][columns].any()
+    assert not actual["lora_B"][:, columns].any()
 
 
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=str)
 def test_float32_adapters_under_a_low_precision_base(low):
-    """Compute in the base's dtype, gradients in the parameters': PEFT's autocast_adapter_dtype."""
+    """y has the base's dtype, a gradient that of its parameter, like PEFT's default expects."""
     layer = make_layer(low, adapter_dtype="float32")
-    found = training_step(layer, torch.randn(5, IN, dtype=low))
-    assert found["y"].dtype == found["dx"].dtype == low
+    actual = training_step(layer, torch.randn(5, IN, dtype=low))
+    assert actual["y"].dtype == actual["dx"].dtype == low
     for name in ("lora_A", "lora_B", "router.weight", "router.bias"):
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         if "router" in name:
-            # Router gradients are float32 all the way: more than x's 8 or 11 bits survive.
-            assert not torch.equal(found[name], found[name].to(low).float()), name
+            # A router gradient is computed in float32, so it has more bits than x.
+            assert not torch.equal(actual[name], actual[name].to(low).float()), name
 
 
 AUTOCAST = [
@@ -187,10 +184,10 @@ AUTOCAST = [
 @pytest.mark.parametrize("backward_inside", (True, False))
 @pytest.mark.parametrize("options", AUTOCAST, ids=str)
 def test_autocast(options, backward_inside):
-    """float32 weights under bfloat16 autocast: bfloat16 y, float32 gradients near the true."""
+    """float32 weights under bfloat16 autocast: y is bfloat16, the gradients are float32."""
     layer = make_layer(torch.float32, **options)
     x = torch.randn(2, 8, IN)
-    # x and dy that bfloat16 holds exactly: what differs is the arithmetic, not the data.
+    # bfloat16 represents x and dy exactly, so only the arithmetic differs.
     x = x.bfloat16().float()
     dy = torch.randn(2, 8, OUT).bfloat16()
     truth = training_step(layer, x, dy.float())
@@ -204,12 +201,12 @@ def test_autocast(options, backward_inside):
     if not backward_inside:
         grads = torch.autograd.grad(y, (leaf, *trained.values()), dy)
     assert y.dtype == torch.bfloat16
-    found = {"y": y.detach().float(), "dx": grads[0]}
-    found.update(zip(trained, grads[1:], strict=True))
+    actual = {"y": y.detach().float(), "dx": grads[0]}
+    actual.update(zip(trained, grads[1:], strict=True))
     for name, expected in truth.items():
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         # A handful of bfloat16 roundings (2^-9 each) on sums of IN = 12 or 16 tokens' terms.
-        error = (found[name] - expected).norm() / expected.norm()
+        error = (actual[name] - expected).norm() / expected.norm()
         assert error < 0.02, f"{name}: {error}"
 
 
@@ -219,7 +216,7 @@ def test_autocast(options, backward_inside):
     ids=str,
 )
 def test_router_logits_are_float32_under_autocast(options):
-    """bfloat16 logits flip the choice of experts: autocast must not reach into the router."""
+    """Autocast does not change the router: bfloat16 logits would select other experts."""
     layer = make_layer(torch.float32, **options)
     if options.get("router") == "task":
         set_tasks(layer, [1, 3])
@@ -229,29 +226,29 @@ def test_router_logits_are_float32_under_autocast(options):
         expected = layer.record.logits
         with torch.autocast("cpu", torch.bfloat16):
             layer(x)
-        found = layer.record.logits
-    assert found.dtype == torch.float32
+        actual = layer.record.logits
+    assert actual.dtype == torch.float32
     tolerance = dict(rtol=1e-5, atol=1e-5)
     if options.get("granularity") == "sequence":
-        # The mean over positions is taken of bfloat16 tokens and rounded to bfloat16 once.
+        # The mean of the tokens is rounded to bfloat16 once.
         tolerance = dict(rtol=0, atol=2**-8)
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 @pytest.mark.parametrize("options", ({}, dict(router="mlp")), ids=str)
 def test_float32_routers_under_a_bfloat16_base_give_float32_logits(options):
-    """x is bfloat16, the router float32: its logits are those of float32 arithmetic."""
+    """x is bfloat16 and the router float32: the logits are computed in float32."""
     layer = make_layer(torch.bfloat16, adapter_dtype="float32", **options)
     x = torch.randn(9, IN).bfloat16()
     with record_routing(layer):
         layer(x)
-        found = layer.record.logits
+        actual = layer.record.logits
     router = copy.deepcopy(layer.router).double()
-    torch.testing.assert_close(found.double(), router(x.double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), router(x.double()), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_leaves_float64_alone():
-    """autocast does not touch float64: neither does the layer."""
+    """Autocast does not change float64 products, and the layer follows it."""
     layer = make_layer()
     x = torch.randn(4, IN, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -259,11 +256,8 @@ def test_autocast_leaves_float64_alone():
     torch.testing.assert_close(y, layer(x), rtol=1e-12, atol=1e-12)
 
 
-# --- the formulation ----------------------------------------------------------------------------
-
-
-def test_an_explicit_formulation_is_taken_or_refused():
-    """impl="reference" is the specification; what this version lacks raises when asked for."""
+def test_an_explicit_formulation_runs_or_raises():
+    """impl="reference" gives the same values; a formulation that does not exist raises."""
     layer = make_layer()
     specification = make_layer(impl="reference")
     x = torch.randn(4, IN, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""MoeLoraLinear over any base: plain, hooked, patched, subclassed, packed."""
+"""MoeLoraLinear over a base: plain, or with hooks, a patched forward, a subclass, packed codes."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from support.linears import IN, MING, OUT, PackedLinear, make_layer
     "dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str
 )
 def test_a_new_layer_is_its_base(dtype, bias):
-    """B = 0: training starts from the frozen model, whatever A and the router hold."""
+    """B = 0, so training starts from the frozen model, for any A and router."""
     torch.manual_seed(0)
     layer = MoeLoraLinear(IN, OUT, bias, dtype=dtype, **MING)
     x = torch.randn(7, IN, dtype=dtype)
     expected = nn.functional.linear(x.double(), layer.weight.double(), None)
     expected = expected + layer.bias.double() if bias else expected
-    # One rounding more than one of the result: the sum may pass through y's dtype twice.
+    # Two roundings: the sum may be rounded to the dtype of y twice.
     band = 2 * torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=band)
     assert (layer.bias is None) == (not bias)
@@ -28,8 +28,8 @@ def test_a_new_layer_is_its_base(dtype, bias):
 
 
 @pytest.mark.parametrize("training", (True, False))
-def test_from_linear_keeps_the_very_module(training):
-    """Tied weights, offload hooks and quantisation state hang on the module's identity."""
+def test_from_linear_keeps_the_module(training):
+    """Tied weights, offload hooks and quantisation state belong to the module object."""
     base = nn.Linear(IN, OUT).train(training)
     layer = MoeLoraLinear.from_linear(base, **MING)
     assert layer.base_layer is base
@@ -40,32 +40,32 @@ def test_from_linear_keeps_the_very_module(training):
     assert names == ["lora_A", "lora_B", "router.weight", "router.bias"]
 
 
-def test_from_linear_wants_a_linear():
+def test_from_linear_needs_a_linear():
     with pytest.raises(TypeError, match=r"linear: .*in_features.*LayerNorm"):
         MoeLoraLinear.from_linear(nn.LayerNorm(4), **MING)
 
 
 @pytest.mark.parametrize("config", ("ming", dict(rank=4)), ids=str)
-def test_a_config_that_is_none_is_named(config):
+def test_a_bad_config_is_named(config):
     with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got "):
         MoeLoraLinear(IN, OUT, config=config)
 
 
 class Doubling(nn.Linear):
-    """A subclass with a forward of its own: reading its weight would miss the factor."""
+    """A subclass with another forward. A product with its weight would miss the factor 2."""
 
     def forward(self, x):
         return 2.0 * super().forward(x)
 
 
-def hooked(kind):
+def changed_base(kind):
     base = nn.Linear(IN, OUT, dtype=torch.float64)
     if kind == "forward":
         base.register_forward_hook(lambda module, args, y: 2.0 * y)
     elif kind == "pre":
         base.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
     elif kind == "patched":
-        # What accelerate's hooks and some LoRA tools do: forward replaced on the instance.
+        # accelerate and some LoRA tools replace forward on the instance.
         plain = base.forward
         base.forward = lambda x: 2.0 * plain(x)
     elif kind == "parametrized":
@@ -86,31 +86,31 @@ class Twice(nn.Module):
     "kind", ("forward", "pre", "patched", "parametrized", "subclass", "packed")
 )
 def test_a_base_that_is_more_than_a_weight_is_called(kind):
-    """Whatever the base computes is what lies under the experts, forward and backward."""
-    base = hooked(kind)
+    """The layer adds its experts to the base's output, and their dx to the base's dx."""
+    base = changed_base(kind)
     layer = make_layer(base=base, adapter_dtype="float64")
     bare = make_layer(base=nn.Linear(IN, OUT, dtype=torch.float64))
-    bare.load_state_dict({**bare.state_dict(), **adapter_of(layer)})
+    bare.load_state_dict({**bare.state_dict(), **adapter_state(layer)})
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     dy = torch.randn(2, 3, OUT, dtype=torch.float64)
-    found = training_step(layer, x, dy)
+    actual = training_step(layer, x, dy)
 
     leaf = x.clone().requires_grad_()
-    of_base = base(leaf)
-    (dx_of_base,) = torch.autograd.grad(of_base, leaf, dy)
+    base_y = base(leaf)
+    (base_dx,) = torch.autograd.grad(base_y, leaf, dy)
     without = training_step(bare, x, dy)
     plain = nn.functional.linear(x, bare.weight, bare.bias)
-    expected = dict(without, y=without["y"] - plain + of_base.detach())
-    expected["dx"] = without["dx"] - dy @ bare.weight + dx_of_base
-    assert_same(found, expected, rtol=1e-12, atol=1e-12)
+    expected = dict(without, y=without["y"] - plain + base_y.detach())
+    expected["dx"] = without["dx"] - dy @ bare.weight + base_dx
+    assert_same(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def adapter_of(layer):
+def adapter_state(layer):
     return {k: v for k, v in layer.state_dict().items() if not k.startswith("base_layer.")}
 
 
 def test_adapters_over_a_packed_base_are_float32():
-    """int8 codes are no dtype for A and B; the output keeps the dtype that the base returns."""
+    """A and B cannot be int8. y has the dtype that the base returns."""
     base = PackedLinear(nn.Linear(IN, OUT)).to(torch.bfloat16)
     layer = MoeLoraLinear.from_linear(base, **MING)
     assert {q.dtype for q in adapter_parameters(layer)} == {torch.float32}
@@ -119,8 +119,8 @@ def test_adapters_over_a_packed_base_are_float32():
 
 
 def test_a_called_base_compiles():
-    """A quantised or subclassed base is traced through its own forward."""
-    layer = make_layer(base=hooked("packed"), adapter_dtype="float64")
+    """torch.compile traces the forward of the base."""
+    layer = make_layer(base=changed_base("packed"), adapter_dtype="float64")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN, dtype=torch.float64)
     assert_same(

@@ -1,4 +1,4 @@
-"""MoeLoraLinear under torch.compile: no graph breaks, no recompiles, the values of eager."""
+"""MoeLoraLinear under torch.compile: no graph break, no recompile, the values of eager."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ COMPILED = [
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_compile_without_graph_breaks_or_recompiles(options):
-    """fullgraph=True, gradients as eager, and one graph for every number of tokens."""
+    """fullgraph=True, the gradients of eager, and one graph for all numbers of tokens."""
     torch._dynamo.reset()
     layer = make_layer(**options)
     if layer.config.router == "task":
@@ -30,8 +30,8 @@ def test_compile_without_graph_breaks_or_recompiles(options):
     for sequence in (20, 12, 65, 150):
         x = torch.randn(2, sequence, IN, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=sequence != 20):
-            found = training_step(layer, x, forward=compiled)
-        assert_same(found, training_step(layer, x), rtol=1e-11, atol=1e-11)
+            actual = training_step(layer, x, forward=compiled)
+        assert_same(actual, training_step(layer, x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
@@ -44,7 +44,7 @@ def test_a_frozen_layer_compiles(impl):
 
 
 def test_new_tasks_do_not_recompile():
-    """Serving changes the tasks of every batch: they are data to the graph, not constants."""
+    """The tasks are inputs of the graph, not constants, so each batch can have others."""
     layer = make_layer(router="task", num_tasks=3).eval()
     set_tasks(layer, [1, 2])
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -58,22 +58,22 @@ def test_new_tasks_do_not_recompile():
 
 @pytest.mark.parametrize("options", ({}, dict(router="mlp", noise=0.1)), ids=str)
 def test_compile_under_autocast(options):
-    """The graph is that of eager autocast: the same bits."""
+    """The compiled layer gives the bits of eager autocast."""
     layer = make_layer(torch.float32, **options)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(1)
-        found = compiled(x)
+        actual = compiled(x)
         torch.manual_seed(1)
         expected = layer(x)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dropout_mask", ("shared", "per_expert"))
 def test_training_with_dropout_compiles(dropout_mask):
-    """Every step draws a seed of its own inside the graph; backward regenerates its mask."""
+    """Every step draws a new seed in the graph; backward computes the mask from the seed."""
     torch._dynamo.reset()
     layer = make_layer(dropout=0.5, dropout_mask=dropout_mask)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -81,15 +81,15 @@ def test_training_with_dropout_compiles(dropout_mask):
     torch.manual_seed(1)
     first, second = compiled(x), compiled(x)
     assert not torch.equal(first, second)
-    # y is linear in x where the gate is held: the Jacobian of the same mask, by seed.
+    # The same seed gives the same mask.
     torch.manual_seed(1)
     eager = layer(x)
     torch.testing.assert_close(first, eager, rtol=1e-11, atol=1e-11)
     dy = torch.randn(6, OUT, dtype=torch.float64)
     trained = (x, layer.lora_A, layer.lora_B, layer.router.weight)
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(first, trained, dy),
         torch.autograd.grad(eager, trained, dy),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

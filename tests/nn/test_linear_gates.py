@@ -1,4 +1,4 @@
-"""MoeLoraLinear under every kind of gate: external, any router, per sequence, shared expert."""
+"""MoeLoraLinear with each kind of gate: external, any router, per sequence, shared expert."""
 
 import pytest
 import torch
@@ -12,46 +12,46 @@ from support.linears import IN, OUT, Prototype, make_layer
 
 @pytest.mark.parametrize("rows", ("one", "sequence", "token"))
 def test_external_gates_by_argument_and_by_set_tasks(rows):
-    """Both ways, one row for all, per sequence or per token; and the gates have gradients."""
+    """The gate has one row for all tokens, per sequence or per token, and a gradient."""
     layer = make_layer(router="external")
     x = torch.randn(3, 4, IN, dtype=torch.float64)
     shape = {"one": (1, 4), "sequence": (3, 4), "token": (3, 4, 4)}[rows]
     gates = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(3, 4, OUT, dtype=torch.float64)
     y = layer(x, gates)
-    (found,) = torch.autograd.grad(y, gates, dy)
+    (actual,) = torch.autograd.grad(y, gates, dy)
 
     by_token = {"one": gates[0], "sequence": gates[:, None], "token": gates}[rows]
     expected = layer.base_layer(x)
     for e in range(4):
-        own = slice(3 * e, 3 * e + 3)
-        delta = (x @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+        columns = slice(3 * e, 3 * e + 3)
+        delta = (x @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
         expected = expected + 2.0 * by_token.expand(3, 4, 4)[..., e : e + 1] * delta
-    (wanted,) = torch.autograd.grad(expected, gates, dy)
+    (expected_grad,) = torch.autograd.grad(expected, gates, dy)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected_grad, rtol=1e-12, atol=1e-12)
 
     set_tasks(layer, gates.detach())
     assert torch.equal(layer(x), y)
-    # The argument comes first, and only for its own forward.
+    # The argument replaces the gates of set_tasks for one forward.
     other = torch.rand(1, 4, dtype=torch.float64)
     assert not torch.equal(layer(x, other), y)
     assert torch.equal(layer(x), y)
 
 
-def test_a_gate_that_starts_at_zero_has_its_gradient():
-    """A gate of exactly zero contributes nothing and still learns: d y / d gate = s B A x."""
+def test_a_gate_of_zero_has_a_gradient():
+    """A gate of exactly zero adds nothing to y, and dy/dgate = s B A x."""
     layer = make_layer(router="external")
     x = torch.randn(5, IN, dtype=torch.float64)
     gates = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
     layer(x, gates).sum().backward()
     for e in range(4):
-        own = slice(3 * e, 3 * e + 3)
-        delta = 2.0 * (x @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+        columns = slice(3 * e, 3 * e + 3)
+        delta = 2.0 * (x @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
         torch.testing.assert_close(gates.grad[:, e], delta.sum(dim=1), rtol=1e-12, atol=1e-12)
 
 
-def test_gates_that_do_not_fit_raise():
+def test_gates_of_a_wrong_shape_raise():
     layer = make_layer(router="external")
     x = torch.randn(3, 4, IN, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"gates: router='external' needs them"):
@@ -67,7 +67,7 @@ def test_gates_that_do_not_fit_raise():
         make_layer()(x, torch.rand(3, 4))
 
 
-def test_tasks_of_another_batch_are_not_taken_for_tokens():
+def test_tasks_of_another_batch_raise():
     layer = make_layer(router="task", num_tasks=7)
     set_tasks(layer, [1, 2, 3, 4, 5, 6])
     with pytest.raises(ValueError, match=r"set_tasks: 6 gate rows for x \[2, 3, 12\]"):
@@ -76,7 +76,7 @@ def test_tasks_of_another_batch_are_not_taken_for_tokens():
 
 
 def test_any_module_can_be_the_router():
-    """y and all gradients, the router's among them, as autograd of the plain formula has them."""
+    """y and all gradients equal those of the formula in plain PyTorch."""
     layer = make_layer(router=Prototype(4), router_bias=False, normalize="none", top_k=2)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
 
@@ -85,18 +85,18 @@ def test_any_module_can_be_the_router():
         kept = torch.zeros_like(p).scatter(2, p.topk(2).indices, 1.0)
         y = layer.base_layer(leaf)
         for e in range(4):
-            own = slice(3 * e, 3 * e + 3)
-            delta = (leaf @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+            columns = slice(3 * e, 3 * e + 3)
+            delta = (leaf @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
             y = y + 2.0 * (p * kept)[..., e : e + 1] * delta
         return y
 
-    found = training_step(layer, x)
-    assert found["router.prototypes"].abs().max() > 0
-    assert_same(found, training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
+    actual = training_step(layer, x)
+    assert actual["router.prototypes"].abs().max() > 0
+    assert_same(actual, training_step(layer, x, forward=plain), rtol=1e-11, atol=1e-11)
 
 
 def test_a_router_with_the_wrong_shape_is_named():
-    """A linear when the layer is built; of another module only the forward can tell."""
+    """A linear router raises at construction, another module in the forward."""
     with pytest.raises(ValueError, match=r"router: expected a weight \[4, 12\], got \[3, 12\]"):
         make_layer(router=nn.Linear(IN, 3))
     layer = make_layer(router=Prototype(3), router_bias=False)
@@ -104,18 +104,18 @@ def test_a_router_with_the_wrong_shape_is_named():
         layer(torch.randn(5, IN, dtype=torch.float64))
 
 
-def test_a_hooked_router_is_called():
-    """A hook that steers the routing (bias update, logging) must see and change the logits."""
+def test_a_router_with_a_hook_is_called():
+    """A router with a hook is called, so the hook can read and change the logits."""
     layer = make_layer()
-    seen = []
-    layer.router.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    shapes = []
+    layer.router.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     layer(torch.randn(2, 3, IN, dtype=torch.float64))
-    assert seen == [(6, 4)]
+    assert shapes == [(6, 4)]
 
 
 @pytest.mark.parametrize("shape", ((5,), (2, 5), (2, 3, 5)), ids=str)
-def test_a_sequence_gate_sees_the_mean_of_its_sequence(shape):
-    """2-D x is one sequence; with more dimensions the first counts the sequences."""
+def test_a_sequence_gate_reads_the_mean_of_its_sequence(shape):
+    """A 2-D x is one sequence. Otherwise the first dimension of x is the batch."""
     layer = make_layer(granularity="sequence")
     x = torch.randn(*shape, IN, dtype=torch.float64)
     batch = x[None] if x.dim() == 2 else x.flatten(1, -2)
@@ -137,26 +137,26 @@ def test_an_mlp_router_trains():
     layer = make_layer(router="mlp", router_hidden=5)
     assert isinstance(layer.router, MlpRouter)
     assert layer.router.fc1.weight.shape == (5, IN)
-    found = training_step(layer, torch.randn(4, IN, dtype=torch.float64))
+    actual = training_step(layer, torch.randn(4, IN, dtype=torch.float64))
     for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-        assert found[f"router.{name}"].abs().max() > 0, name
+        assert actual[f"router.{name}"].abs().max() > 0, name
 
 
 def test_noise_is_for_training_only():
-    """Two training forwards differ, two in eval mode are the same bits and those without noise."""
+    """Training forwards differ. Evaluation gives the output of a layer without noise."""
     layer = make_layer(noise=1.0)
     x = torch.randn(4, IN, dtype=torch.float64)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    quiet = make_layer()
+    noiseless = make_layer()
     assert torch.equal(layer(x), layer(x))
-    torch.testing.assert_close(layer(x), quiet.eval()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), noiseless.eval()(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared_expert", ("always", "complement"))
 @pytest.mark.parametrize("top_k", (None, 2))
-def test_a_shared_expert_is_on_for_every_token(shared_expert, top_k):
-    """Weight 1, or 1 - max(gate) (MoCLE), outside the softmax of the routed experts."""
+def test_every_token_uses_the_shared_expert(shared_expert, top_k):
+    """Its gate is 1, or 1 - max(gate) like in MoCLE, outside the softmax of the others."""
     layer = make_layer(
         shared_expert=shared_expert, shared_rank=2, top_k=top_k, normalize="none", alpha=4.0
     )
@@ -167,10 +167,10 @@ def test_a_shared_expert_is_on_for_every_token(shared_expert, top_k):
     def plain(leaf):
         p = layer.router(leaf).softmax(dim=1)
         p = torch.zeros_like(p).scatter(1, p.topk(top_k or 4).indices, 1.0) * p
-        own = torch.ones(5, 1).double()
+        shared = torch.ones(5, 1).double()
         if shared_expert == "complement":
-            own = 1 - p.max(dim=1, keepdim=True).values
-        gate = torch.cat([p * 4.0 / 3.0, own * 4.0 / 2.0], dim=1)
+            shared = 1 - p.max(dim=1, keepdim=True).values
+        gate = torch.cat([p * 4.0 / 3.0, shared * 4.0 / 2.0], dim=1)
         gate = gate.repeat_interleave(torch.tensor([3, 3, 3, 3, 2]), dim=1)
         return layer.base_layer(leaf) + (gate * (leaf @ layer.lora_A.t())) @ layer.lora_B.t()
 
@@ -179,8 +179,8 @@ def test_a_shared_expert_is_on_for_every_token(shared_expert, top_k):
     )
 
 
-def test_record_routing_holds_only_within():
-    """Each token's experts and weights, for monitoring; nothing is kept alive outside."""
+def test_record_routing_records_only_inside_the_context():
+    """The record has the experts and weights of each token. After the context it is empty."""
     layer = make_layer()
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     layer(x)
@@ -192,4 +192,8 @@ def test_record_routing_holds_only_within():
         assert torch.equal(record.indices.long(), indices)
         torch.testing.assert_close(record.weights, values.softmax(1), rtol=1e-12, atol=1e-12)
         assert not record.weights.requires_grad
-    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (None, None, False)
+    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (
+        None,
+        None,
+        False,
+    )

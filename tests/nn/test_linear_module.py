@@ -12,7 +12,7 @@ from moelora_kernels import MoeLoraFFN, MoeLoraLinear, set_tasks
 from support.compare import assert_same, backward_step, training_step
 from support.linears import IN, OUT, Prototype, make_layer
 
-LIVES = [
+OPTIONS = [
     {},
     dict(router="mlp"),
     dict(router="task", num_tasks=3, dropout=0.1),
@@ -21,7 +21,7 @@ LIVES = [
 ]
 
 
-def ready(layer):
+def with_tasks(layer):
     if layer.config.router == "task":
         set_tasks(layer, [2, 1])
     elif layer.config.router == "external":
@@ -30,56 +30,56 @@ def ready(layer):
 
 
 @pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_copies_compute_the_same(options, copier):
-    """deepcopy for EMA and for references, pickle for worker processes; also after a forward."""
-    layer = ready(make_layer(**options))
+    """Copies after a forward, by deepcopy, pickle and torch.save."""
+    layer = with_tasks(make_layer(**options))
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     y = layer(x)
     if copier == "deepcopy":
-        twin = copy.deepcopy(layer)
+        clone = copy.deepcopy(layer)
     elif copier == "pickle":
-        twin = pickle.loads(pickle.dumps(layer))
+        clone = pickle.loads(pickle.dumps(layer))
     else:
         buffer = io.BytesIO()
         torch.save(layer, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(twin(x), y)
-    assert twin.config == layer.config
+        clone = torch.load(buffer, weights_only=False)
+    assert torch.equal(clone(x), y)
+    assert clone.config == layer.config
     with torch.no_grad():
-        twin.lora_A.zero_()
+        clone.lora_A.zero_()
     assert torch.equal(layer(x), y)
 
 
 TOKEN_TASK = dict(router="token_task", score="identity", normalize="softmax", task_embedding_dim=4)
-HOLDERS = [
+LAYERS_WITH_GATES = [
     make_layer(router="external"),
     make_layer(**TOKEN_TASK),
     MoeLoraFFN(IN, OUT, num_experts=4, rank=3, router="external", dtype=torch.float64),
 ]
 
 
-@pytest.mark.parametrize("layer", HOLDERS, ids=("gates", "vectors", "ffn"))
-def test_copies_of_layers_that_hold_a_graph(layer):
-    """An average of the weights is copied in mid-training, after tasks of an encoder were set."""
+@pytest.mark.parametrize("layer", LAYERS_WITH_GATES, ids=("gates", "vectors", "ffn"))
+def test_copies_of_layers_whose_gates_have_a_graph(layer):
+    """A layer is copied in training, and its gates have a graph. The copy has none."""
     encoder = torch.rand(2, 4, dtype=torch.float64, requires_grad=True)
     set_tasks(layer, encoder * 0.5)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     y = layer(x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), y)
-        (found,) = torch.autograd.grad(twin(x).sum(), encoder, allow_unused=True)
-        assert found is None
-    # The layer itself keeps the graph.
-    (found,) = torch.autograd.grad(y.sum(), encoder)
-    assert found.shape == encoder.shape
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(clone(x), y)
+        (actual,) = torch.autograd.grad(clone(x).sum(), encoder, allow_unused=True)
+        assert actual is None
+    # The layer keeps its graph.
+    (actual,) = torch.autograd.grad(y.sum(), encoder)
+    assert actual.shape == encoder.shape
 
 
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_state_dict_round_trip(options):
-    """Strict, and without anything that is set per batch."""
-    layer, other = ready(make_layer(**options)), ready(make_layer(seed=1, **options))
+    """Loading is strict. The state dict has no tasks and no gates."""
+    layer, other = with_tasks(make_layer(**options)), with_tasks(make_layer(seed=1, **options))
     assert not any("task_ids" in key or "gates" in key for key in layer.state_dict())
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     assert not torch.equal(layer(x), other(x))
@@ -88,19 +88,19 @@ def test_state_dict_round_trip(options):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_to_dtype(options, dtype):
-    """`model.to(dtype)` after the swap is what people write: ids stay integers, gates follow."""
-    layer = ready(make_layer(**options)).to(dtype)
+    """layer.to(dtype) casts parameters and gates, but not the task ids."""
+    layer = with_tasks(make_layer(**options)).to(dtype)
     y = layer(torch.randn(2, 3, IN, dtype=dtype))
     assert y.dtype == dtype
     assert {q.dtype for q in layer.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("options", LIVES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_meta_device(options):
-    """Large models are built on meta: no values, only shapes; then to_empty and load."""
-    source = ready(make_layer(**options))
+    """A layer is built on meta, then gets memory and a state dict."""
+    source = with_tasks(make_layer(**options))
     with torch.device("meta"):
         layer = MoeLoraLinear(IN, OUT, config=source.config, dtype=torch.float64)
     if not isinstance(source.config.router, str) or source.config.router not in (
@@ -111,17 +111,17 @@ def test_meta_device(options):
     assert {q.device.type for q in layer.parameters()} == {"meta"}
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
     x = torch.randn(2, 3, IN, dtype=torch.float64)
-    assert torch.equal(ready(layer)(x), source(x))
+    assert torch.equal(with_tasks(layer)(x), source(x))
 
 
-def test_repr_tells_layers_apart():
+def test_repr_names_the_options():
     text = repr(make_layer())
     for part in ("in_features=12", "out_features=10", "num_experts=4", "rank=3", "top_k=2"):
         assert part in text
     assert "router=Prototype" in repr(make_layer(router=Prototype(4), router_bias=False))
 
 
-def test_reset_parameters_starts_anew():
+def test_reset_parameters():
     layer = make_layer()
     x = torch.randn(3, IN, dtype=torch.float64)
     layer.reset_parameters()
@@ -130,26 +130,24 @@ def test_reset_parameters_starts_anew():
 
 
 def test_frozen_adapters_and_an_unfrozen_base():
-    """Staged training: only the router; or the base as well, whose gradients are a linear's."""
+    """Only the router trains; or the base as well, with the gradients of nn.Linear."""
     layer = make_layer()
     x = torch.randn(4, IN, dtype=torch.float64)
-    everything = training_step(layer, x)
+    all_grads = training_step(layer, x)
     layer.lora_A.requires_grad_(False)
     layer.lora_B.requires_grad_(False)
     only_router = training_step(layer, x)
     assert set(only_router) == {"y", "dx", "router.weight", "router.bias"}
     for name, value in only_router.items():
-        torch.testing.assert_close(value, everything[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(value, all_grads[name], rtol=1e-12, atol=1e-12)
     layer.base_layer.requires_grad_(True)
-    found = training_step(layer, x)
+    actual = training_step(layer, x)
     dy = torch.linspace(-1, 1, 4 * OUT, dtype=torch.float64).view(4, OUT)
-    torch.testing.assert_close(found["base_layer.weight"], dy.t() @ x, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["base_layer.bias"], dy.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual["base_layer.weight"], dy.t() @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual["base_layer.bias"], dy.sum(0), rtol=1e-12, atol=1e-12)
 
 
-# --- activation checkpointing -------------------------------------------------------------------
-
-DROPPING = [
+CHECKPOINTED = [
     dict(dropout=0.4),
     dict(dropout=0.4, dropout_mask="per_expert"),
     dict(dropout=0.4, noise=0.5),
@@ -160,9 +158,9 @@ DROPPING = [
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False))
-@pytest.mark.parametrize("options", DROPPING, ids=str)
+@pytest.mark.parametrize("options", CHECKPOINTED, ids=str)
 def test_checkpointing_gives_the_same_bits(options, use_reentrant):
-    """The recomputed forward must draw the mask, and the noise, of the first one."""
+    """The recomputed forward draws the same dropout mask and noise as the first one."""
     layer = make_layer(**options)
     if layer.config.router == "task":
         set_tasks(layer, [3, 1])
@@ -174,7 +172,7 @@ def test_checkpointing_gives_the_same_bits(options, use_reentrant):
 
 
 def test_dropout_follows_torch_manual_seed():
-    """Reproducible where the seed is set, different from step to step where it is not."""
+    """The same seed gives the same mask. Without it two forwards have different masks."""
     layer = make_layer(dropout=0.5)
     x = torch.randn(4, IN, dtype=torch.float64)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Is a layer the reference, for every gate, dtype and base, in both formulations?"""
+"""Does a layer match the reference, for every gate, dtype and base, in both formulations?"""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ FORMS = {
 }
 
 
-def twin_of(layer):
-    """The same layer, computed by the reference."""
-    twin = copy.deepcopy(layer)
-    for module in (twin, *twin.modules()):
+def reference_copy(layer):
+    """Return a copy of the layer with impl="reference"."""
+    plain = copy.deepcopy(layer)
+    for module in (plain, *plain.modules()):
         if hasattr(module, "config"):
             module.config = module.config.replace(impl="reference")
-    return twin
+    return plain
 
 
 def keep_apart(layer, x, least=0.05):
-    """x without tokens whose choice of experts hangs on the last bits of a 16-bit router."""
+    """Return the tokens of x whose logits differ by more than `least`.
+
+    The other tokens could get other experts by the rounding of a 16-bit router.
+    """
     with torch.no_grad():
         logits = copy.deepcopy(layer).double().router(x.double())
     gaps = logits.sort(dim=1).values.diff(dim=1).amin(dim=1)
@@ -56,16 +59,16 @@ def keep_apart(layer, x, least=0.05):
 
 
 def assert_layer(layer, x, dtype, autocast=False):
-    """Outputs and gradients against the float64 reference, within the budget of `dtype`."""
-    x, plain = keep_apart(layer, x), twin_of(layer)
+    """Assert that y and the gradients match the float64 reference within the budget of dtype."""
+    x, plain = keep_apart(layer, x), reference_copy(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, yardstick = training_step(layer, x), training_step(plain, x)
+        actual, baseline = training_step(layer, x), training_step(plain, x)
     truth = training_step(plain.double(), x.double())
     low = torch.bfloat16 if autocast else dtype
-    assert_within_budget(found, truth, yardstick, low)
+    assert_within_budget(actual, truth, baseline, low)
 
 
-def draw(dtype, tokens=80):
+def random_x(dtype, tokens=80):
     return torch.randn(tokens, IN).bfloat16().to(dtype)
 
 
@@ -85,7 +88,7 @@ def layer_in(form, **options):
 @pytest.mark.parametrize("name", GATES)
 def test_every_gate_is_the_reference(name, form, impl):
     layer = layer_in(form, impl=impl, **GATES[name])
-    assert_layer(layer, draw(FORMS[form][0]), FORMS[form][0], FORMS[form][2])
+    assert_layer(layer, random_x(FORMS[form][0]), FORMS[form][0], FORMS[form][2])
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
@@ -95,7 +98,7 @@ def test_a_called_base(form, impl):
     layer = layer_in(form, impl=impl)
     calls = []
     layer.base_layer.register_forward_hook(lambda *arguments: calls.append(1))
-    assert_layer(layer, draw(FORMS[form][0]), FORMS[form][0], FORMS[form][2])
+    assert_layer(layer, random_x(FORMS[form][0]), FORMS[form][0], FORMS[form][2])
     assert calls
 
 
@@ -108,9 +111,9 @@ def test_three_siblings_of_different_widths(dtype, bias, impl):
     for seed, (name, width) in enumerate({"q": 10, "k": 3, "v": 17}.items()):
         base = torch.nn.Linear(IN, width, bias=bias, dtype=dtype)
         layers[name] = make_layer(base=base, seed=seed, impl=impl)
-    group, x = MoeLoraGroup(**layers), draw(dtype)
-    together = training_step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
-    plain = twin_of(group)
+    group, x = MoeLoraGroup(**layers), random_x(dtype)
+    y_all = training_step(group, x, forward=lambda leaf: torch.cat(group(leaf), dim=1))
+    plain = reference_copy(group)
     truth = copy.deepcopy(plain).double()
     for layer in layers.values():
         x = keep_apart(layer, x, 0.01)
@@ -119,14 +122,14 @@ def test_three_siblings_of_different_widths(dtype, bias, impl):
         for g, d in ((group, dtype), (truth, torch.float64), (plain, dtype))
     ]
     assert_within_budget(*steps, dtype)
-    assert together["y"].shape == (80, 30)
+    assert y_all["y"].shape == (80, 30)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("name", ("linear", "mlp", "ranks that differ", "softmax before top-k"))
 def test_every_gate_on_a_gpu(name, dtype):
-    """Forward and backward against float64; graphs and syncs are with the other GPU tests."""
+    """y and the gradients match float64."""
     from support.gpu_cases import assert_module_within_budget, make_layer
 
     layer = make_layer(dtype=dtype, impl="grouped", **{"top_k": 2, "rank": 16, **widths(name)})
@@ -136,6 +139,6 @@ def test_every_gate_on_a_gpu(name, dtype):
 
 
 def widths(name):
-    """The options of a gate of GATES for eight experts."""
+    """Return the options of a gate of GATES for eight experts."""
     options = dict(GATES[name])
     return options | ({"rank": (16, 4) * 4} if "rank" in options else {})

@@ -1,4 +1,4 @@
-"""Siblings of a model run together: same outputs, gradients and state dict as one by one."""
+"""link_siblings: linked siblings run together and give what they give one by one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def models():
-    """The same model linked and not, in float64 with B drawn."""
+    """Return a model and a linked copy, in float64 and with a random B."""
     model = nn.Sequential(Attention(), nn.Linear(24, 12), Attention()).double()
     replace_linears(model, MoeLoraConfig.preset("ming", rank=2), ["q_proj", "k_proj", "v_proj"])
     for name, parameter in model.named_parameters():
@@ -40,22 +40,22 @@ def models():
     return model, linked
 
 
-def calls(monkeypatch):
-    """The number of siblings of each pass from here on."""
-    counted = []
+def count_passes(monkeypatch):
+    """Return a list that gets the number of siblings of each coming pass."""
+    passes = []
     from moelora_kernels.nn import group
 
-    def counting(layers, x, gates=None):
-        counted.append(len(layers))
+    def counting_forward(layers, x, gates=None):
+        passes.append(len(layers))
         return forward.forward_siblings(layers, x, gates)
 
-    monkeypatch.setattr(group, "forward_siblings", counting)
-    return counted
+    monkeypatch.setattr(group, "forward_siblings", counting_forward)
+    return passes
 
 
 def test_outputs_gradients_and_state_dict(models, monkeypatch):
     model, linked = models
-    passes = calls(monkeypatch)
+    passes = count_passes(monkeypatch)
     x = torch.randn(3, 5, 12, dtype=torch.float64)
     torch.testing.assert_close(linked(x), model(x))
     assert passes == [3, 3]
@@ -74,8 +74,8 @@ def test_activation_checkpointing(models, reentrant):
     assert_same(recomputed, backward_step(model, x), **FLOAT64)
 
 
-def test_every_way_of_calling_gives_the_same(models):
-    # Other x per sibling, one sibling twice, x changed in place, grad mode and training switched.
+def test_the_order_of_calls_does_not_matter(models):
+    # Siblings get different x, one is called twice, x changes in place, the grad mode changes.
     model, linked = (m[0] for m in models)
     x, other = torch.randn(2, 4, 12, dtype=torch.float64)
     for name, value in (("q_proj", x), ("k_proj", other), ("k_proj", other), ("v_proj", x)):
@@ -92,7 +92,7 @@ def test_every_way_of_calling_gives_the_same(models):
 
 
 def test_autocast_or_evaluation_between_siblings(models):
-    """The output that is waiting was made in another dtype, or with dropout."""
+    """A sibling's output from an earlier call has another dtype or dropout: it is not used."""
     linked = models[1][0].float()
     x = torch.randn(5, 12)
     with torch.autocast("cpu", torch.bfloat16):
@@ -106,12 +106,12 @@ def test_autocast_or_evaluation_between_siblings(models):
     link_siblings(layers)
     layers["q_proj"](x)
     layers.eval()
-    found = layers["k_proj"](x)
-    assert torch.equal(found, layers["k_proj"](x.clone()))
+    actual = layers["k_proj"](x)
+    assert torch.equal(actual, layers["k_proj"](x.clone()))
 
 
 def test_inference_mode(models):
-    """Its tensors have no version counter."""
+    """Tensors of inference mode have no version counter."""
     model, linked = models
     with torch.inference_mode():
         x = torch.randn(4, 12, dtype=torch.float64)
@@ -137,14 +137,14 @@ def test_new_tasks_between_siblings(router):
         torch.testing.assert_close(getattr(model[0], name)(x), getattr(plain[0], name)(x))
 
 
-def test_copies_and_pickles_are_linked_among_themselves(models):
+def test_copies_are_linked_to_each_other(models):
     linked = models[1]
     x = torch.randn(4, 12, dtype=torch.float64)
     linked[0].q_proj(x)
-    for twin in (copy.deepcopy(linked), pickle.loads(pickle.dumps(linked))):
-        assert twin[0].q_proj.link is twin[0].k_proj.link is not linked[0].q_proj.link
-        assert twin[0].q_proj.link.layers[1] is twin[0].k_proj
-        torch.testing.assert_close(twin(x), linked(x))
+    for clone in (copy.deepcopy(linked), pickle.loads(pickle.dumps(linked))):
+        assert clone[0].q_proj.link is clone[0].k_proj.link is not linked[0].q_proj.link
+        assert clone[0].q_proj.link.layers[1] is clone[0].k_proj
+        torch.testing.assert_close(clone(x), linked(x))
 
 
 def test_compiles(models):

@@ -1,4 +1,4 @@
-"""Does a merge add the delta of its formula to the weight, and does unmerge restore the bits?"""
+"""merge adds the delta of a task's formula to the weight; unmerge restores every bit."""
 
 import pytest
 import torch
@@ -21,22 +21,22 @@ def softmax(logits):
     return [p / sum(powers) for p in powers]
 
 
-def kept(scores, experts):
+def selected(scores, experts):
     return [s if e in experts else 0.0 for e, s in enumerate(scores)]
 
 
 def two_largest(logits):
     p = softmax(logits)
     order = sorted(range(len(p)), key=lambda e: -p[e])[:2]
-    return [s / sum(p[e] for e in order) for s in kept(p, order)]
+    return [s / sum(p[e] for e in order) for s in selected(p, order)]
 
 
-def from_a_quarter(logits):
+def at_least_a_quarter(logits):
     p = softmax(logits)
-    return kept(p, [e for e in range(len(p)) if p[e] >= 0.25])
+    return selected(p, [e for e in range(len(p)) if p[e] >= 0.25])
 
 
-# name -> options, and the gate made of the task's logits, by its formula in plain Python.
+# name -> options, and the formula of the gate in plain Python: the task's logits -> the gate.
 GATES = {
     "softmax": ({}, softmax),
     "temperature": ({"temperature": 2.0}, lambda g: softmax([v / 2 for v in g])),
@@ -45,7 +45,10 @@ GATES = {
         lambda g: [1 / (1 + 2.718281828459045**-v) for v in g],
     ),
     "topk": ({"top_k": 2}, two_largest),
-    "threshold": ({"select": "threshold", "threshold": 0.25, "normalize": "none"}, from_a_quarter),
+    "threshold": (
+        {"select": "threshold", "threshold": 0.25, "normalize": "none"},
+        at_least_a_quarter,
+    ),
     "always": ({"shared_expert": "always"}, lambda g: [*softmax(g), 1.0]),
     "complement": (
         {"shared_expert": "complement"},
@@ -58,12 +61,12 @@ GATES = {
 
 
 def expected_delta(layer, gate):
-    """sum_e scale_e gate_e B_e A_e, expert by expert."""
+    """Return sum_e scale_e gate_e B_e A_e, expert by expert."""
     config, delta, start = layer.config, torch.zeros(OUT, IN, dtype=torch.float64), 0
     for rank, scale, weight in zip(config.ranks(), config.scales(IN), gate, strict=True):
-        own = slice(start, start + rank)
-        a = layer.lora_A if config.share == "A" else layer.lora_A[own]
-        delta += scale * weight * (layer.lora_B[:, own].double() @ a.double())
+        columns = slice(start, start + rank)
+        a = layer.lora_A if config.share == "A" else layer.lora_A[columns]
+        delta += scale * weight * (layer.lora_B[:, columns].double() @ a.double())
         start += rank
     return delta.detach()
 
@@ -76,8 +79,8 @@ def logits_of(layer, task):
 
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("name", GATES)
-def test_the_delta_is_that_of_the_formula(name, training):
-    """Every kind of task gate, in training mode too: noise and dropout are no part of a weight."""
+def test_the_delta_matches_the_formula(name, training):
+    """For every kind of task gate. In training, too, the weight has no noise and no dropout."""
     options, formula = GATES[name]
     layer = task_layer(**options).train(training)
     for task in (1, 2, TASKS):
@@ -91,8 +94,8 @@ def test_the_delta_is_that_of_the_formula(name, training):
 
 
 @pytest.mark.parametrize("experts", (1, 3))
-def test_without_a_router_every_gate_is_1(experts):
-    """Plain LoRA, one expert or several; it is the same for every task, so that none is needed."""
+def test_without_a_router_every_gate_is_one(experts):
+    """Plain LoRA with one or several experts needs no task."""
     layer = make_layer(router=None, num_experts=experts, router_bias=False)
     expected = expected_delta(layer, [1.0] * experts)
     for task in (None, 5):
@@ -100,7 +103,7 @@ def test_without_a_router_every_gate_is_1(experts):
 
 
 @pytest.mark.parametrize("shape", ((4,), (1, 4)), ids=str)
-def test_an_external_gate_is_the_task(shape):
+def test_an_external_gate_is_merged(shape):
     layer = make_layer(router="external", router_bias=False).eval()
     gate = torch.rand(shape, dtype=torch.float64)
     x = torch.randn(5, IN, dtype=torch.float64)
@@ -114,10 +117,10 @@ def test_an_external_gate_is_the_task(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_sixteen_tasks_within_one_rounding(dtype):
-    """W + delta W is rounded once, and y is as good as that of the unmerged layer."""
+    """W + delta W is rounded once, and the error of y is within the unmerged layer's budget."""
     layer = task_layer(dtype, nn.Linear(IN, OUT, dtype=dtype))
     x = torch.randn(9, IN).to(dtype)
-    seen = []
+    weights = []
     for task in range(1, TASKS + 1):
         set_tasks(layer, [task])
         unmerged = layer(x).detach()
@@ -126,21 +129,20 @@ def test_all_sixteen_tasks_within_one_rounding(dtype):
         torch.testing.assert_close(gate, by_formula, rtol=1e-5, atol=0)
         exact = layer.base_layer.weight.double() + expected_delta(layer, gate.tolist())
         layer.merge(task)
-        # Half a unit in the last place; the sums in float64, and the step through float32 on the
-        # way to 16 bits, add little to it.
+        # Half a unit in the last place. The float64 sums and the cast through float32 add little.
         band = torch.finfo(dtype).eps / 2 * exact.abs() * (1 + 1e-3)
         band += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         assert ((layer.weight.double() - exact).abs() <= band).all(), task
         truth = x.double() @ exact.t() + layer.bias.double()
         assert_within_budget({"y": layer(x)}, {"y": truth}, {"y": unmerged}, dtype)
-        seen.append(layer.weight.clone())
+        weights.append(layer.weight.clone())
         layer.unmerge()
-    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unmerge_gives_the_bits_back_and_merge_repeats(dtype):
-    """A subtracted delta would leave roundings behind, task after task."""
+def test_unmerge_restores_the_bits_and_merge_repeats_them(dtype):
+    """A subtraction of the delta would not restore the bits."""
     layer = task_layer(dtype, nn.Linear(IN, OUT, dtype=dtype))
     x = torch.randn(4, IN).to(dtype)
     before = {n: t.clone() for n, t in layer.state_dict().items()}
@@ -159,8 +161,8 @@ def test_unmerge_gives_the_bits_back_and_merge_repeats(dtype):
     assert torch.equal(layer(x), y)
 
 
-def test_an_expert_that_is_off_adds_nothing_whatever_it_holds():
-    """A gate of zero is a select: NaN * 0 would be NaN in the whole weight."""
+def test_an_expert_with_gate_zero_adds_nothing():
+    """A gate of zero selects nothing: NaN * 0 would put NaN into the whole weight."""
     layer = task_layer(top_k=2)
     gate = gate_of_task(layer, 3)
     expected = delta_weight(layer, 3)
@@ -176,7 +178,7 @@ def test_an_expert_that_is_off_adds_nothing_whatever_it_holds():
 
 
 def test_svd_segments_merge_into_the_reduced_base():
-    """Its experts and its base belong together, so that there is a weight but no LoRA."""
+    """The base was reduced for its experts: the layer has a merged weight, but no LoRA."""
     options = dict(TASK, init="svd_segments", rank=2)
     base = nn.Linear(IN, OUT, dtype=torch.float64)
     layer = MoeLoraLinear.from_linear(base, num_experts=4, **options).eval()

@@ -1,4 +1,4 @@
-"""A whole model with one task in its weights: as a whole or not at all, and unloaded."""
+"""merge_adapter, unmerge_adapter and merge_and_unload on whole models."""
 
 import weakref
 
@@ -30,7 +30,7 @@ def two_kinds(config=MOELORA):
 
 
 def test_a_model_merges_and_unmerges():
-    """Plain LoRA on attention next to task gates: one task for those, and the same for these."""
+    """Layers with plain LoRA merge together with layers with a task gate."""
     model = two_kinds()
     x = torch.randn(5, 6, dtype=torch.float64)
     for task in (1, 2, 3):
@@ -54,7 +54,7 @@ def test_a_model_merges_as_a_whole_or_not_at_all():
 
 
 @pytest.mark.parametrize("call", (merge_adapter, merge_and_unload))
-def test_every_layer_that_is_in_the_way_is_named(call):
+def test_every_layer_that_cannot_be_merged_is_named(call):
     model = two_kinds(MoeLoraConfig.preset("ming", num_experts=4, rank=2))
     model.mlp = make_ffn()
     model[0][2].merge()
@@ -73,7 +73,7 @@ def test_every_layer_that_is_in_the_way_is_named(call):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_task_that_nobody_reads_and_a_model_without_layers():
+def test_a_task_without_a_task_gate_and_a_model_without_layers():
     model = nn.Sequential(nn.Linear(6, 6))
     with pytest.raises(
         ValueError, match="model: expected a model with MoeLoraLinear layers, got none"
@@ -85,8 +85,8 @@ def test_a_task_that_nobody_reads_and_a_model_without_layers():
     merge_adapter(model)
 
 
-def test_unloaded_it_is_the_plain_model():
-    """nn.Linear of the same names, frozen, in the mode and with the bias they had."""
+def test_merge_and_unload_returns_the_plain_model():
+    """Each layer becomes an nn.Linear of the same name, frozen, with its mode and bias."""
     model = two_kinds()
     x = torch.randn(5, 6, dtype=torch.float64)
     set_tasks(model, [2])
@@ -110,8 +110,8 @@ def test_unloaded_it_is_the_plain_model():
     assert torch.equal(plain(x), model(x))
 
 
-def test_unloading_frees_one_layer_before_it_takes_the_next():
-    """A model that just fits must not be there twice; the error keeps what the call still held."""
+def test_unloading_frees_each_layer_before_the_next():
+    """Two copies of a model may not fit into memory: the first base weight is freed already."""
     model = two_kinds()
     model[1][2].lora_B.data.fill_(torch.inf)
     old = weakref.ref(model[0][0].base_layer.weight)
@@ -122,7 +122,7 @@ def test_unloading_frees_one_layer_before_it_takes_the_next():
     assert error.tb is not None
 
 
-def test_a_layer_of_its_own_is_unloaded_as_a_linear():
+def test_a_single_layer_is_unloaded_to_a_linear():
     layer = task_layer()
     x = torch.randn(5, IN, dtype=torch.float64)
     set_tasks(layer, [2])
@@ -132,7 +132,7 @@ def test_a_layer_of_its_own_is_unloaded_as_a_linear():
 
 
 def test_tied_weights_and_shared_layers():
-    """An embedding that shares the weight keeps it; a layer of two names becomes one linear."""
+    """A tied embedding keeps its weight. A layer with two names becomes one linear."""
     model = nn.Module()
     model.embedding = nn.Embedding(8, 6, dtype=torch.float64)
     model.head = nn.Linear(6, 8, bias=False, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_tied_weights_and_shared_layers():
     assert model.again is model.head
 
 
-def test_siblings_of_a_group_stay():
+def test_siblings_of_a_group_cannot_be_unloaded():
     group = MoeLoraGroup(q=make_layer(router=None, router_bias=False))
     with pytest.raises(
         ValueError, match=r"model: a MoeLoraGroup cannot run plain linears; .*: group$"

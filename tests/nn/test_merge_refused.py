@@ -1,4 +1,4 @@
-"""Which merges are refused, and does the error say why?"""
+"""Layers that cannot be merged raise an error that says why, and stay unmerged."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_merging_twice_or_unmerging_nothing_raises():
     ),
     ids=str,
 )
-def test_a_task_that_is_none_is_named(task, match):
-    """0 is padding: the original has an embedding for it that was never trained."""
+def test_a_task_out_of_range_is_named(task, match):
+    """0 is padding. The original has an embedding for it that never trains."""
     layer = task_layer()
     set_tasks(layer, [5])
     for call in (layer.merge, layer.export_lora):
@@ -47,7 +47,7 @@ def test_a_task_that_is_none_is_named(task, match):
 
 @pytest.mark.parametrize("router", ("task", "external"))
 @pytest.mark.parametrize("task", ("ner", {3}, 2**70), ids=str)
-def test_what_is_no_task_at_all_is_named(router, task):
+def test_a_task_of_a_wrong_type_is_named(router, task):
     layer = task_layer() if router == "task" else make_layer(router=router, router_bias=False)
     with pytest.raises(TypeError, match="task: expected a task id, or a gate of floats, got "):
         layer.merge(task)
@@ -55,7 +55,7 @@ def test_what_is_no_task_at_all_is_named(router, task):
 
 
 def test_adapters_without_values_are_named():
-    """The base is there and its experts are not: a merge that was never loaded."""
+    """The adapters are still on the meta device, because no adapter file was loaded."""
     layer = task_layer()
     for name in ("lora_A", "lora_B"):
         setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta")))
@@ -64,7 +64,7 @@ def test_adapters_without_values_are_named():
     assert not layer.merged
 
 
-def test_an_external_gate_that_does_not_fit_is_named():
+def test_an_external_gate_of_a_wrong_shape_is_named():
     layer = make_layer(router="external", router_bias=False)
     for task, match in (
         (None, r"task: router='external' needs the gate to merge, floats \[4\]"),
@@ -86,28 +86,28 @@ def test_an_external_gate_that_does_not_fit_is_named():
     ),
     ids=str,
 )
-def test_gates_that_depend_on_x_refuse_with_the_reason(options, match):
+def test_gates_that_depend_on_x_raise(options, match):
     layer = make_layer(**options)
     for call in (layer.merge, layer.export_lora):
         with pytest.raises(ValueError, match=f"task: its gate depends on x .{match}.*no single"):
             call(3)
 
 
-def test_a_gate_that_is_drawn_has_no_weight():
-    """Experts sampled in evaluation: one draw would be frozen into the weight."""
+def test_a_gate_with_sampled_experts_raises():
+    """The experts are sampled in every forward, so there is no single weight."""
     layer = task_layer(top_k=2, select="sampling")
     with pytest.raises(ValueError, match="task: its experts are sampled in every forward"):
         layer.merge(3)
 
 
 class Activated(MoeLoraLinear):
-    """A layer whose experts are not linear: what it inherits would serve another function."""
+    """A layer with a ReLU after the experts, so that W + delta W is not its weight."""
 
     def forward(self, x, gates=None):
         return super().forward(x, gates).relu()
 
 
-def test_a_layer_with_a_forward_of_its_own_refuses():
+def test_a_layer_that_overrides_forward_raises():
     layer = Activated.from_linear(nn.Linear(IN, OUT), num_experts=4, **TASK)
     for call in (layer.merge, layer.export_lora):
         with pytest.raises(ValueError, match="layer: Activated overrides forward"):
@@ -123,11 +123,11 @@ def refused_bases():
     eight_bits.weight = nn.Parameter(
         eight_bits.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
     )
-    gathered = nn.Linear(IN, OUT)
-    gathered.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    empty = nn.Linear(IN, OUT)
+    empty.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     return {
-        # What ZeRO-3 leaves of a weight outside of its forward.
-        "gathered": (gathered, "a Linear with a weight of Parameter"),
+        # ZeRO-3 empties a weight outside its forward.
+        "empty": (empty, "a Linear with a weight of Parameter"),
         "packed": (PackedLinear(nn.Linear(IN, OUT)), "a PackedLinear with .*int8"),
         "hooked": (hooked, "hooked .*a Linear with a weight of Parameter, torch.float32"),
         "float8": (eight_bits, "a Linear with .*float8"),
@@ -137,8 +137,8 @@ def refused_bases():
 
 
 @pytest.mark.parametrize("name", refused_bases())
-def test_a_base_that_is_no_plain_weight_refuses(name):
-    """Nothing can be added to codes or under a hook; the LoRA of a task does not need the base."""
+def test_a_base_without_a_plain_weight_raises(name):
+    """A delta cannot be added to codes or under a hook. export_lora does not read the base."""
     base, match = refused_bases()[name]
     options = {**TASK, "adapter_dtype": "float32"}
     layer = MoeLoraLinear.from_linear(base, num_experts=4, **options)

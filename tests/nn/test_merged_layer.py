@@ -1,4 +1,4 @@
-"""How does a merged layer behave: state dicts, copies, tasks, training, compile, siblings?"""
+"""A merged layer: its state dict, copies, tasks, training, compile and siblings."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from support.linears import IN, OUT, make_layer, task_layer
 
 
 def test_a_merged_layer_is_one_linear():
-    """No adapter in its forward: x has the gradient of W + delta W, A and B have none."""
+    """dx is dy (W + delta W); A and B have no gradient."""
     layer = task_layer()
     layer.merge(3)
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
@@ -32,8 +32,8 @@ def test_a_merged_layer_is_one_linear():
     assert "merged_task=3" in repr(layer)
 
 
-def test_a_state_dict_never_counts_an_adapter_twice():
-    """Saved while merged, the base is the base; nothing is loaded under an old merged weight."""
+def test_a_state_dict_has_the_unmerged_base():
+    """The state dict has the base weight. Loading into a merged layer raises."""
     layer = task_layer()
     before = {n: t.clone() for n, t in layer.state_dict().items()}
     layer.merge(3)
@@ -66,8 +66,8 @@ def test_copies_and_casts_of_a_merged_layer(copied):
     assert torch.equal(layer.weight, other.weight.bfloat16())
 
 
-def test_tasks_set_to_others_raise_instead_of_being_served_wrong():
-    """A merged layer has one task: whatever is set for the batch, it would answer with its own."""
+def test_other_tasks_than_the_merged_one_raise():
+    """A merged layer computes its own task only, so other tasks raise."""
     layer = task_layer()
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     set_tasks(layer, [5, 3])
@@ -83,8 +83,8 @@ def test_tasks_set_to_others_raise_instead_of_being_served_wrong():
     set_tasks(layer, [5, 3])
 
 
-def test_merged_layers_of_others_take_no_part():
-    """PEFT's LoRA layers have a `merged` of their own, and no task."""
+def test_other_modules_with_an_attribute_merged_are_ignored():
+    """PEFT's LoRA layers have an attribute `merged`, too, but no task."""
     model = nn.ModuleDict({"own": task_layer(), "plain": make_layer(router=None)})
     model["other"] = nn.Linear(IN, OUT)
     model["other"].merged = True
@@ -95,7 +95,7 @@ def test_merged_layers_of_others_take_no_part():
 
 
 def test_gates_are_not_compared_with_a_merged_task():
-    """Set for another layer of the same model, and ids beside a merged gate just so."""
+    """Gates are for layers with external gates, ids for layers with task gates."""
     gated = make_layer(router="external", router_bias=False)
     model = nn.ModuleList([task_layer(), gated]).eval()
     gates = torch.rand(2, 4)
@@ -109,7 +109,7 @@ def test_gates_are_not_compared_with_a_merged_task():
 
 
 def test_several_tasks_of_one_sequence_are_one_gate():
-    """The mean of their embeddings; in any order, and whatever padding stands between them."""
+    """The gate is that of the mean of the embeddings; order and padding do not matter."""
     layer = task_layer()
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     set_tasks(layer, [[5, 3, 0], [3, 5, 0]])
@@ -125,7 +125,7 @@ def test_several_tasks_of_one_sequence_are_one_gate():
     set_tasks(layer, [[3, 0], [0, 3]])
 
 
-def test_gates_other_than_the_merged_raise():
+def test_other_gates_than_the_merged_one_raise():
     layer = make_layer(router="external", router_bias=False).eval()
     gate = torch.tensor([0.5, 0.25, 0.0, 2.0])
     x = torch.randn(2, 3, IN, dtype=torch.float64)
@@ -138,22 +138,22 @@ def test_gates_other_than_the_merged_raise():
 
 
 @pytest.mark.parametrize("kind", ("gate", "task"))
-def test_what_the_caller_writes_later_is_not_the_merged_task(kind):
-    """A buffer of gates that is filled anew for every batch."""
+def test_later_writes_of_the_caller_do_not_change_the_merged_task(kind):
+    """A caller may fill the same buffer of gates for every batch."""
     if kind == "gate":
         layer = make_layer(router="external", router_bias=False).eval()
-        held, other = torch.tensor([0.5, 0.25, 0.0, 2.0]), 1.0
+        values, other = torch.tensor([0.5, 0.25, 0.0, 2.0]), 1.0
     else:
-        layer, held, other = task_layer(), [3, 0], 5
-    first = held.clone() if kind == "gate" else [*held]
-    layer.merge(held)
-    held[0] = other
+        layer, values, other = task_layer(), [3, 0], 5
+    first = values.clone() if kind == "gate" else [*values]
+    layer.merge(values)
+    values[0] = other
     set_tasks(layer, torch.as_tensor(first)[None])
     with pytest.raises(ValueError, match="tasks: the layer is merged"):
-        set_tasks(layer, torch.as_tensor(held)[None])
+        set_tasks(layer, torch.as_tensor(values)[None])
 
 
-def test_a_base_that_is_hooked_after_the_merge_is_not_left_out():
+def test_a_hook_on_the_base_after_the_merge_raises():
     layer = task_layer().eval()
     layer.merge(3)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_a_base_that_is_hooked_after_the_merge_is_not_left_out():
 
 
 def test_a_merged_layer_does_not_train():
-    """Its experts have no part in y: a step would look fine and teach nothing."""
+    """y does not depend on the adapters, so a training step would change nothing."""
     layer = task_layer()
     layer.merge(3)
     x = torch.randn(4, IN, dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_under_autocast_and_compiled():
 
 @pytest.mark.parametrize("linked", (True, False))
 def test_a_sibling_can_be_merged_and_the_others_not(linked):
-    """Linked siblings compute each other's outputs: those kept from before a merge are old."""
+    """A linked sibling must not return an output from before the merge."""
     siblings = {n: task_layer(seed=i) for i, n in enumerate(("q_proj", "k_proj"))}
     siblings["k_proj"].router = siblings["q_proj"].router
     block = nn.Module()

@@ -1,4 +1,4 @@
-"""A whole model: the swap in place, tasks for a batch, and a Hugging Face Qwen2 end to end."""
+"""replace_linears, set_tasks and adapter_parameters on a whole model."""
 
 import copy
 
@@ -23,16 +23,13 @@ MOELORA = MoeLoraConfig.preset("moelora", num_experts=4, num_tasks=3, task_embed
 EXTERNAL = MoeLoraConfig(num_experts=4, rank=2, router="external")
 
 
-# --- replace_linears ----------------------------------------------------------------------------
-
-
 def test_names_match_whole_components():
-    """A name is a module's name or its last part, not a substring: my_up_proj stays."""
+    """A target is a module's name or its last part, not a substring: my_up_proj stays."""
     model = mlp_blocks()
     replaced = replace_linears(model, MING, ["up_proj", "layers.1.down_proj"])
     assert replaced == ["layers.0.up_proj", "layers.1.up_proj", "layers.1.down_proj"]
-    found = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
-    assert found == replaced
+    actual = [n for n, m in model.named_modules() if isinstance(m, MoeLoraLinear)]
+    assert actual == replaced
     assert type(model.get_submodule("layers.0.my_up_proj")) is nn.Linear
     assert type(model.get_submodule("layers.0.down_proj")) is nn.Linear
 
@@ -52,8 +49,8 @@ def test_a_regular_expression_matches_whole_names():
 @pytest.mark.parametrize(
     "targets", ("up_proj", ["gate_proj"], [], ["up_proj", "gate_proj"]), ids=str
 )
-def test_what_matches_nothing_raises_and_changes_nothing(targets):
-    """A typo in one of seven names must not leave a seventh of the model frozen in silence."""
+def test_a_target_without_a_match_raises_and_changes_nothing(targets):
+    """One wrong name among several raises as well."""
     model = mlp_blocks()
     with pytest.raises(ValueError, match="target_modules: no module matches") as error:
         replace_linears(model, MING, targets)
@@ -64,7 +61,7 @@ def test_what_matches_nothing_raises_and_changes_nothing(targets):
     assert all(q.requires_grad for q in model.parameters())
 
 
-def test_a_target_that_is_no_linear_raises_and_changes_nothing():
+def test_a_target_that_is_not_a_linear_raises_and_changes_nothing():
     model = mlp_blocks()
     with pytest.raises(TypeError, match=r"target_modules: layers\.0\.norm is a .*LayerNorm"):
         replace_linears(model, MING, ["up_proj", "norm"])
@@ -81,21 +78,21 @@ def test_a_target_that_is_no_linear_raises_and_changes_nothing():
     ids=("attention", "encoder", "decoder"),
 )
 def test_a_linear_whose_weight_is_read_without_a_call_is_refused(module, target):
-    """Their experts would be left out without a word, of an encoder layer only in evaluation."""
+    """Such a module does not call its linear, so the experts would have no effect."""
     model = nn.Sequential(nn.Linear(6, 6), module)
     with pytest.raises(TypeError, match=rf"target_modules: 1.*{target} is part of a .*no effect"):
         replace_linears(model, MING, ["0", target])
     assert type(model[0]) is nn.Linear
 
 
-def test_a_config_or_pattern_that_is_none_is_named():
+def test_a_bad_config_or_pattern_is_named():
     with pytest.raises(TypeError, match="config: expected a MoeLoraConfig, got 'ming'"):
         replace_linears(mlp_blocks(), "ming", ["up_proj"])
     with pytest.raises(ValueError, match=r"target_modules: bad pattern '\('"):
         replace_linears(mlp_blocks(), MING, "(")
 
 
-def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
+def test_bases_are_kept_and_frozen_and_other_modules_do_not_change():
     model = mlp_blocks()
     bases = {n: m for n, m in model.named_modules() if n.endswith(".up_proj")}
     x = torch.randn(2, 3, 6)
@@ -110,7 +107,7 @@ def test_bases_are_kept_and_frozen_and_nothing_else_is_touched():
 
 
 def test_tied_modules_stay_tied():
-    """One module under two names becomes one layer under two names, with one adapter."""
+    """A module with two names becomes one layer with two names and one adapter."""
     model = mlp_blocks()
     model["layers"][1].up_proj = model["layers"][0].up_proj
     assert len(replace_linears(model, MING, ["up_proj"])) == 2
@@ -120,8 +117,8 @@ def test_tied_modules_stay_tied():
     assert len(adapter_parameters(model)) == 4
 
 
-def test_what_is_replaced_is_not_replaced_again():
-    """A second call adds other targets; the layers inside and tied names do not match any more."""
+def test_a_layer_is_not_replaced_again():
+    """A second call can replace other linears. Layers and their parts do not match again."""
     model = mlp_blocks()
     model["layers"][1].up_proj = model["layers"][0].up_proj
     replace_linears(model, MING, ["up_proj"])
@@ -151,9 +148,6 @@ def test_dtype_and_options_of_every_layer():
     assert model["layers"](torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# --- tasks --------------------------------------------------------------------------------------
-
-
 def moelora_model():
     model = mlp_blocks()
     replace_linears(model, MOELORA, ["up_proj", "down_proj"])
@@ -161,20 +155,20 @@ def moelora_model():
 
 
 def test_a_shared_task_gate_is_one_module():
-    """MOELoRA has one gate for the model: one set of parameters, one call of set_tasks."""
+    """All layers share one task gate, and so do the layers of a copy."""
     model = moelora_model()
     layers = [m for m in model.modules() if isinstance(m, MoeLoraLinear)]
     assert len(layers) == 4
     assert len({id(layer.router) for layer in layers}) == 1
     assert len(adapter_parameters(model)) == 2 * 4 + 2
-    twin = copy.deepcopy(model)
-    routers = {id(m.router) for m in twin.modules() if isinstance(m, MoeLoraLinear)}
+    clone = copy.deepcopy(model)
+    routers = {id(m.router) for m in clone.modules() if isinstance(m, MoeLoraLinear)}
     assert len(routers) == 1
     assert routers != {id(layers[0].router)}
 
 
 def test_two_calls_share_a_gate_of_the_same_sizes():
-    """Attention and MLP with different ranks are still one MOELoRA: the gate is the model's."""
+    """Layers with other ranks share the gate if num_tasks, num_experts and the dim are equal."""
     model = mlp_blocks()
     replace_linears(model, MOELORA, ["up_proj"])
     replace_linears(model, MOELORA.replace(rank=3, dropout=0.0), ["down_proj"])
@@ -188,7 +182,7 @@ def test_two_calls_share_a_gate_of_the_same_sizes():
     "sizes", (dict(num_tasks=4), dict(num_experts=5), dict(task_embedding_dim=6)), ids=str
 )
 def test_two_calls_with_different_sizes_have_a_gate_each(sizes):
-    """And one call of set_tasks sets both, or neither where one of them refuses the ids."""
+    """set_tasks sets both gates. If one of them refuses the ids, it sets none."""
     model = mlp_blocks()
     replace_linears(model, MOELORA.replace(**sizes), ["up_proj"])
     replace_linears(model, MOELORA, ["down_proj"])
@@ -218,8 +212,8 @@ def test_tasks_hold_until_the_next_call():
     torch.testing.assert_close(model["layers"](x)[1], first[1], rtol=1e-5, atol=1e-6)
 
 
-def test_tasks_that_do_not_fit_raise():
-    """Id 0 is padding in the original, an id past the end an index error on the GPU."""
+def test_bad_tasks_raise():
+    """Id 0 is padding in the original. An id that is too large would fail on a GPU."""
     model = moelora_model()
     x = torch.randn(2, 3, 6)
     with pytest.raises(RuntimeError, match="call set_tasks"):
@@ -261,15 +255,15 @@ def test_external_gates_reach_every_layer():
     model["layers"](x).square().sum().backward()
     assert gates.grad.abs().min() > 0
     set_tasks(model, [[0.0] * 4])
-    silent = model["layers"](x)
+    y_without_experts = model["layers"](x)
     bare = mlp_blocks()
-    torch.testing.assert_close(silent, bare["layers"](x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y_without_experts, bare["layers"](x), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="no layer with router='task' takes task ids"):
         set_tasks(model, [1, 2])
 
 
-def test_external_gates_follow_the_layers_device():
-    """Gates from a tokenizer's output are on the CPU, the layers wherever the model is."""
+def test_external_gates_move_to_the_device_of_the_layers():
+    """set_tasks moves the gates to the device of the layers."""
     model = mlp_blocks()
     replace_linears(model, EXTERNAL, ["up_proj"])
     model = model.to("meta")
@@ -280,7 +274,7 @@ def test_external_gates_follow_the_layers_device():
 @pytest.mark.parametrize("use_reentrant", (True, False))
 @pytest.mark.parametrize("config", (MOELORA, EXTERNAL), ids=("task", "external"))
 def test_tasks_survive_activation_checkpointing(config, use_reentrant):
-    """The recompute runs outside the model's forward: the tasks must still be there."""
+    """The recompute in backward uses the same tasks."""
     model = mlp_blocks()
     replace_linears(model, config, ["up_proj", "down_proj"])
     randomise(model)
@@ -296,16 +290,16 @@ def test_tasks_survive_activation_checkpointing(config, use_reentrant):
     assert_same(backward_step(model, x, forward=recompute), expected)
 
 
-def test_adapter_parameters_are_what_trains():
-    """Each once, shared gates included, nothing of the base: the list for the optimiser."""
+def test_adapter_parameters():
+    """The list has every adapter parameter once, with shared gates, and none of the base."""
     model = moelora_model()
-    found = adapter_parameters(model)
-    assert len({id(q) for q in found}) == len(found)
+    actual = adapter_parameters(model)
+    assert len({id(q) for q in actual}) == len(actual)
     for q in model.parameters():
         q.requires_grad_(False)
-    for q in found:
+    for q in actual:
         q.requires_grad_(True)
     names = [n for n, q in model.named_parameters() if q.requires_grad]
-    assert len(names) == len(found) == 10
+    assert len(names) == len(actual) == 10
     assert all("lora_" in n or "router" in n for n in names)
     assert adapter_parameters(mlp_blocks()) == []

@@ -1,4 +1,4 @@
-"""init="svd_segments": what GOAT's layers start from, and that no weight but theirs changes."""
+"""init="svd_segments": GOAT's layers start from segments of the singular values of W."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ from moelora_kernels import (
 from support.formulas.presets import check, make_layer
 
 IN, OUT, EXPERTS = 20, 16, 4
-# Sums of a few dozen float64 terms of size 1, and a decomposition of a small matrix.
+# Sums of a few dozen float64 terms of size 1, and the SVD of a small matrix.
 TIGHT = dict(rtol=1e-10, atol=1e-12)
 GOAT = dict(num_experts=EXPERTS, rank=3, dropout=0.0)
 
@@ -34,7 +34,7 @@ def goat(base, **options):
 
 
 def deltas_of(layer):
-    """s_e B_e A_e of every expert, [O, I] each."""
+    """Return s_e B_e A_e [O, I] of every expert."""
     blocks = zip(
         layer.lora_A.detach().chunk(EXPERTS),
         layer.lora_B.detach().chunk(EXPERTS, dim=1),
@@ -47,7 +47,10 @@ def deltas_of(layer):
 @pytest.mark.parametrize("rho", (None, 2.5))
 @pytest.mark.parametrize("outputs", (16, 23))
 def test_experts_are_segments_of_the_singular_values(outputs, rho):
-    """Expert e has r values from e min(I, O) / E on, over rho; their mean leaves the base."""
+    """Expert e has r singular values from e min(I, O) / E on, divided by rho.
+
+    The base weight is reduced by the mean of the experts.
+    """
     base = linear(outputs=outputs)
     original = base.weight.detach().clone()
     layer = goat(base, svd_rho=rho)
@@ -59,14 +62,14 @@ def test_experts_are_segments_of_the_singular_values(outputs, rho):
         torch.testing.assert_close(delta, expected, **TIGHT)
         total += delta / EXPERTS
     torch.testing.assert_close(layer.weight, original - total, **TIGHT)
-    # Balanced between A and B: singular values sqrt(sigma / (s rho)) on either side.
-    weight_grad_a, gram_b = layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
-    torch.testing.assert_close(weight_grad_a, gram_b, **TIGHT)
+    # A and B both have the singular values sqrt(sigma / (s rho)).
+    gram_a, gram_b = layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
+    torch.testing.assert_close(gram_a, gram_b, **TIGHT)
     assert layer.lora_B.abs().min() > 0
 
 
 def test_the_scale_of_goat():
-    """sqrt(3 eta I / r) of each expert, with alpha as eta; it cancels out of the initial delta."""
+    """scale = sqrt(3 alpha I / r) for each expert. The initial delta does not depend on it."""
     config = MoeLoraConfig.preset("goat", num_experts=2, rank=(1, 4), alpha=0.5)
     expected = (math.sqrt(3 * 0.5 * 48), math.sqrt(3 * 0.5 * 12))
     assert config.scales(48) == pytest.approx(expected, rel=1e-15)
@@ -79,38 +82,39 @@ def test_the_scale_of_goat():
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_equal_gates_start_as_the_base(dtype):
-    """Gates of 1/E are what the base was reduced for: the layer is the base, within rounding."""
+    """With all gates 1/E, the new layer is its base, up to rounding."""
     base = linear(dtype)
     x = torch.randn(9, IN, dtype=dtype)
     expected = base(x).double()
     layer = goat(base, top_k=None, select="all", aux=(), svd_rho=1.0)
     with torch.no_grad():
         layer.router.weight.zero_()
-        found = layer(x).double()
+        actual = layer(x).double()
     # The reduced weight, A and B are rounded to dtype once, and so is y.
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=4 * eps)
-    # And it is not the reduced base alone that does it.
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=4 * eps)
+    # The reduced base alone gives another output.
     with torch.no_grad():
         assert (layer.base_layer(x).double() - expected).abs().max() > 10 * eps
 
 
 @pytest.mark.parametrize("top_k", (1, 2, 3))
-def test_top_k_starts_as_the_base_in_the_mean_over_balanced_routings(top_k):
-    """A single routing is off by its own experts; all choices of K experts together are not."""
+def test_the_mean_over_all_choices_of_experts_starts_as_the_base(top_k):
+    """y differs from the base for one choice of K experts; the mean over all choices does not."""
     base = linear()
     x = torch.randn(5, IN, dtype=torch.float64)
     expected = base(x)
     layer = goat(base, top_k=top_k)
-    # A router that chooses one set of experts after the other.
     total, routings = 0.0, list(itertools.combinations(range(EXPERTS), top_k))
     for routing in routings:
         layer.router = _constant_router(routing)
         y = layer(x)
         gates = torch.zeros(EXPERTS, dtype=torch.float64)
         gates[list(routing)] = 1 / top_k
-        own = sum((g - 1 / EXPERTS) * d for g, d in zip(gates, deltas_of(layer), strict=True))
-        torch.testing.assert_close(y, expected + x @ own.t(), **TIGHT)
+        routing_delta = sum(
+            (g - 1 / EXPERTS) * d for g, d in zip(gates, deltas_of(layer), strict=True)
+        )
+        torch.testing.assert_close(y, expected + x @ routing_delta.t(), **TIGHT)
         assert (y - expected).abs().max() > 1e-3
         total = total + y / len(routings)
     torch.testing.assert_close(total, expected, **TIGHT)
@@ -125,8 +129,8 @@ def _constant_router(experts):
     return router
 
 
-def test_one_expert_without_a_router_is_exactly_its_base():
-    """Every gate is 1, and so is the mean: PiSSA's first segment, divided by rho."""
+def test_one_expert_without_a_router_starts_as_its_base():
+    """The gate is 1, so the expert has the part of W that the base lost, like in PiSSA."""
     base = linear()
     x = torch.randn(5, IN, dtype=torch.float64)
     expected = base(x)
@@ -138,8 +142,8 @@ def test_one_expert_without_a_router_is_exactly_its_base():
 
 
 @pytest.mark.parametrize("rank", (1, 3, (1, 4, 2, 3)))
-def test_goat_trains_by_its_formula_over_the_reduced_base(rank):
-    """From the start it has, not from random A and B: the gradients of both are not zero."""
+def test_goat_matches_its_formula_over_the_reduced_base(rank):
+    """The gradients of A and B are not zero at the start."""
     layer = goat(linear(), rank=rank).eval()
     if isinstance(rank, int):
         assert layer.lora_A.shape == (EXPERTS * rank, IN)
@@ -150,7 +154,7 @@ def test_goat_trains_by_its_formula_over_the_reduced_base(rank):
     check("goat", small, torch.randn(2, 3, 12, dtype=torch.float64))
 
 
-def test_a_shared_expert_is_no_segment():
+def test_a_shared_expert_has_no_segment():
     base = linear()
     original = base.weight.detach().clone()
     layer = goat(base, shared_expert="always", shared_rank=2)
@@ -162,20 +166,20 @@ def test_a_shared_expert_is_no_segment():
     torch.testing.assert_close(layer.weight, plain.weight, **TIGHT)
 
 
-def test_only_the_layer_s_weight_changes():
-    """The linear that was given, and the embedding tied to it, keep the model's weights."""
+def test_only_the_weight_of_the_layer_changes():
+    """The original linear and the embedding tied to it keep their weight."""
     model = nn.ModuleDict({"embed": nn.Embedding(OUT, IN), "head": nn.Linear(IN, OUT)})
     model["head"].weight = model["embed"].weight
-    given = model["head"]
-    original = given.weight.detach().clone()
+    original_linear = model["head"]
+    original = original_linear.weight.detach().clone()
     replace_linears(model, MoeLoraConfig.preset("goat", **GOAT), ["head"])
     assert torch.equal(model["embed"].weight, original)
-    assert torch.equal(given.weight, original)
+    assert torch.equal(original_linear.weight, original)
     assert not torch.equal(model["head"].weight, original)
-    assert model["head"].bias is given.bias
+    assert model["head"].bias is original_linear.bias
     assert not any(q.requires_grad for q in model["head"].base_layer.parameters())
     # A second layer over the same linear starts from the original, too.
-    assert torch.equal(goat(given).weight, goat(given).weight)
+    assert torch.equal(goat(original_linear).weight, goat(original_linear).weight)
 
 
 def test_a_linear_under_two_names_is_reduced_once():
@@ -187,8 +191,8 @@ def test_a_linear_under_two_names_is_reduced_once():
     torch.testing.assert_close(model["a"].weight, goat(shared).weight, **TIGHT)
 
 
-def test_an_adapter_fits_a_layer_made_anew_over_the_original(tmp_path):
-    """The file holds A, B and router; the reduced base follows from the original weight."""
+def test_an_adapter_loads_into_a_new_layer_over_the_original(tmp_path):
+    """The file has A, B and the router. The reduced base comes from the original weight."""
     trained = goat(linear())
     with torch.no_grad():
         for q in (trained.lora_A, trained.lora_B, trained.router.weight):
@@ -201,8 +205,8 @@ def test_an_adapter_fits_a_layer_made_anew_over_the_original(tmp_path):
     torch.testing.assert_close(loaded(x), trained(x), **TIGHT)
 
 
-def test_a_state_dict_fits_a_layer_over_any_base():
-    """The reduced weight is in it: nothing is reduced again."""
+def test_a_state_dict_loads_into_a_layer_over_any_base():
+    """The state dict has the reduced weight, which is not reduced again."""
     trained, other = goat(linear()), goat(linear(seed=3))
     other.load_state_dict(trained.state_dict())
     x = torch.randn(6, IN, dtype=torch.float64)
@@ -212,13 +216,13 @@ def test_a_state_dict_fits_a_layer_over_any_base():
 
 def test_a_base_is_reduced_once():
     layer = goat(linear())
-    for again in (layer.reset_parameters, lambda: goat(layer.base_layer)):
+    for call in (layer.reset_parameters, lambda: goat(layer.base_layer)):
         with pytest.raises(RuntimeError, match="init: 'svd_segments' has reduced this base"):
-            again()
+            call()
 
 
-def test_on_the_meta_device_until_the_base_has_its_values():
-    """Built without values, filled from the original, then started: as if built over it."""
+def test_a_layer_on_the_meta_device_starts_when_the_base_has_values():
+    """A layer is built on meta, gets the base's values, and then its initial A and B."""
     base = linear()
     with torch.device("meta"):
         layer = goat(nn.Linear(IN, OUT, dtype=torch.float64))
@@ -233,7 +237,7 @@ def test_on_the_meta_device_until_the_base_has_its_values():
 
 
 class Quantised(nn.Module):
-    """int8 rows with a scale each; in_features and out_features as nn.Linear."""
+    """A quantised linear with int8 rows."""
 
     def __init__(self):
         super().__init__()
@@ -242,10 +246,10 @@ class Quantised(nn.Module):
 
 
 class Subclass(nn.Linear):
-    """Its forward may not be x Wt + b."""
+    """A subclass of nn.Linear, whose forward may differ."""
 
 
-def hooked():
+def with_hook():
     base = linear()
     base.register_forward_hook(lambda *_: None)
     return base
@@ -257,9 +261,9 @@ def float8():
     return base
 
 
-@pytest.mark.parametrize("base", (Quantised, float8, lambda: Subclass(IN, OUT), hooked))
+@pytest.mark.parametrize("base", (Quantised, float8, lambda: Subclass(IN, OUT), with_hook))
 def test_a_base_that_cannot_be_reduced_is_refused(base):
-    """A quantised weight minus a delta is no quantised weight: not silently, and by name."""
+    """A delta cannot be subtracted from quantised codes."""
     with pytest.raises(ValueError, match=r"^init: 'svd_segments' .* plain nn.Linear"):
         goat(base())
 
@@ -271,7 +275,7 @@ def test_a_base_that_is_too_small_is_refused(device):
 
 
 def test_cluster_gates_start_from_segments_too():
-    """Any gate that sums to 1: equal ones of a cluster's embedding of zero."""
+    """Task gates sum to 1, too: with equal gates the layer starts as its base."""
     base = linear()
     options = dict(router="task", num_tasks=3, top_k=None, select="all", aux=())
     x = torch.randn(2, 3, IN, dtype=torch.float64)

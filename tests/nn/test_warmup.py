@@ -1,4 +1,4 @@
-"""warmup runs every layer as the model would, and leaves no trace."""
+"""warmup runs every layer like the model does, and changes no state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.linears import IN, make_layer
 
 @pytest.fixture
 def runs(monkeypatch):
-    """(tokens, siblings) of every forward, and the same of every backward."""
+    """Return two lists: (tokens, siblings) of every forward, and of every backward."""
     forward, backward = [], []
     originals = ops.wide, ops.wide_backward
 
@@ -62,7 +62,7 @@ def test_siblings_run_together_and_every_layer_runs(runs):
     assert sorted(runs[1]) == sorted(runs[0])
 
 
-def test_no_trace_is_left():
+def test_warmup_changes_no_state():
     model = make_layer(torch.float32, dropout=0.5)
     with record_routing(model):
         model(torch.randn(4, IN))
@@ -73,7 +73,7 @@ def test_no_trace_is_left():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_task_gates_run_with_the_tasks_that_are_set(runs):
+def test_task_gates_use_the_current_tasks(runs):
     model = nn.Sequential(nn.Linear(8, 8))
     replace_linears(model, MoeLoraConfig.preset("moelora", rank=8, num_tasks=3), ["0"])
     with pytest.raises(RuntimeError, match="set_tasks"):
@@ -97,8 +97,8 @@ def test_bad_arguments_are_named(arguments, named):
         warmup(**arguments)
 
 
-def test_sequence_first_layers_see_the_batch_they_are_told(runs):
-    """One gate row per sequence: x is [tokens, batch, I] where batch_dim is 1."""
+def test_sequence_first_layers_run_with_the_batch_size(runs):
+    """With batch_dim=1, x is [tokens, batch, I] and there is one gate row per sequence."""
     task = MoeLoraLinear(8, 8, num_experts=3, rank=2, router="task", num_tasks=2, batch_dim=1)
     set_tasks(task, [1, 2, 1])
     warmup(task, tokens=(5,), batch=3)

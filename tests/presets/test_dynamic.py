@@ -65,16 +65,19 @@ def test_a_token_that_no_expert_passes_for_is_the_base():
     """A gate of 0 and its gradients, not 0 / 0; the other tokens do not notice."""
     layer = spread("adamole", max_threshold=0.95)
     x = torch.randn(40, IN, dtype=torch.float64)
-    nobody = (adamole_margins(x, parameters_of(layer), layer.config) < 0).all(dim=1)
-    assert 0 < nobody.sum() < 40
-    check("adamole", layer, x[~nobody])
+    unrouted = (adamole_margins(x, parameters_of(layer), layer.config) < 0).all(dim=1)
+    assert 0 < unrouted.sum() < 40
+    check("adamole", layer, x[~unrouted])
     dy = torch.randn(40, OUT, dtype=torch.float64)
-    found = training_step(layer, x[nobody], dy[nobody])
-    assert torch.equal(found.pop("y"), layer.base_layer(x[nobody]))
-    torch.testing.assert_close(found.pop("dx"), dy[nobody] @ layer.weight, **TIGHT)
-    assert all(not g.any() for g in found.values())
-    together, others = training_step(layer, x, dy), training_step(layer, x[~nobody], dy[~nobody])
-    for name in found:
+    actual = training_step(layer, x[unrouted], dy[unrouted])
+    assert torch.equal(actual.pop("y"), layer.base_layer(x[unrouted]))
+    torch.testing.assert_close(actual.pop("dx"), dy[unrouted] @ layer.weight, **TIGHT)
+    assert all(not g.any() for g in actual.values())
+    together, others = (
+        training_step(layer, x, dy),
+        training_step(layer, x[~unrouted], dy[~unrouted]),
+    )
+    for name in actual:
         torch.testing.assert_close(together[name], others[name], **TIGHT)
 
 
@@ -105,9 +108,9 @@ def test_a_threshold_met_exactly_has_finite_gradients(dtype):
         layer.router.threshold.weight.zero_()
         layer.router.threshold.bias.fill_(1e4)
     x = torch.randn(6, IN, dtype=dtype)
-    found = training_step(layer, x, torch.randn(6, OUT, dtype=dtype))
-    torch.testing.assert_close(found["y"], layer.base_layer(x), rtol=1e-5, atol=1e-5)
-    for name, g in found.items():
+    actual = training_step(layer, x, torch.randn(6, OUT, dtype=dtype))
+    torch.testing.assert_close(actual["y"], layer.base_layer(x), rtol=1e-5, atol=1e-5)
+    for name, g in actual.items():
         # Not the 1e38 of a division by the smallest number there is.
         assert g.abs().max() < 1e4, name
 
@@ -119,13 +122,13 @@ def test_learned_thresholds_over_other_routers(options):
     x = torch.randn(4, 3, IN, dtype=torch.float64)
     with record_routing(layer):
         layer(x)
-        found = layer.record.weights
+        actual = layer.record.weights
     seen = x.mean(1) if "granularity" in options else x.view(12, IN)
     router = layer.router
     tau = router.threshold(seen).sigmoid() / 8
     kept = ((router.gate(seen)).softmax(1) - tau).clamp_min(0)
-    torch.testing.assert_close(found, kept / kept.sum(1, keepdim=True), **TIGHT)
-    assert len((found > 0).sum(1).unique()) > 1
+    torch.testing.assert_close(actual, kept / kept.sum(1, keepdim=True), **TIGHT)
+    assert len((actual > 0).sum(1).unique()) > 1
 
 
 def test_a_module_of_your_own_is_shared_and_its_threshold_is_not():
@@ -161,12 +164,12 @@ def test_siblings_of_a_group_keep_their_own_gates(preset):
     x = torch.randn(7, IN, dtype=torch.float64)
     alone = [layer(x) for layer in siblings.values()]
     group = MoeLoraGroup(**siblings)
-    for found, expected in zip(group(x), alone, strict=True):
-        torch.testing.assert_close(found, expected, **TIGHT)
-    of_group = collect_aux_loss(group)
+    for actual, expected in zip(group(x), alone, strict=True):
+        torch.testing.assert_close(actual, expected, **TIGHT)
+    group_loss = collect_aux_loss(group)
     for layer in siblings.values():
         layer(x)
-    torch.testing.assert_close(of_group, collect_aux_loss(group), **TIGHT)
+    torch.testing.assert_close(group_loss, collect_aux_loss(group), **TIGHT)
 
 
 @pytest.mark.parametrize("masked", (False, True))
@@ -176,15 +179,18 @@ def test_adamole_balances_what_is_left_over_the_threshold(masked):
     x = torch.randn(3, 7, IN, dtype=torch.float64)
     mask = torch.rand(3, 7) > 0.4 if masked else torch.ones(3, 7, dtype=torch.bool)
     layer(x)
-    found = collect_aux_loss(layer, mask if masked else None)
+    actual = collect_aux_loss(layer, mask if masked else None)
     p = dict(layer.named_parameters())
     margins = adamole_margins(x[mask], p, layer.config)
     counts = (margins > 0).double().sum(dim=0)
     assert 0 < counts.sum() < margins.numel()
     expected = 0.3 * 8 * (counts / counts.sum() * margins.mean(dim=0)).sum()
-    torch.testing.assert_close(found, expected, **TIGHT)
-    own = list(layer.router.parameters())
-    grads = torch.autograd.grad(found, own), torch.autograd.grad(expected, own)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    router_parameters = list(layer.router.parameters())
+    grads = (
+        torch.autograd.grad(actual, router_parameters),
+        torch.autograd.grad(expected, router_parameters),
+    )
     for g, e in zip(*grads, strict=True):
         torch.testing.assert_close(g, e, **TIGHT)
         assert e.abs().max() > 1e-4
@@ -209,8 +215,8 @@ ENTROPIES = (1.0, 1.1, 0.5, 2.0)
 def test_normalized_entropy(q):
     """From 0 for one certain expert to 1 for equals; masked experts have no say in either."""
     logits = torch.randn(5, 6, dtype=torch.float64) * 2
-    found = normalized_entropy(logits, q)
-    for value, p in zip(found.tolist(), logits.softmax(1).tolist(), strict=True):
+    actual = normalized_entropy(logits, q)
+    for value, p in zip(actual.tolist(), logits.softmax(1).tolist(), strict=True):
         shannon = -sum(v * math.log(v) for v in p) / math.log(6)
         assert value == pytest.approx(shannon if q == 1.0 else tsallis(p, q), rel=1e-11)
     certain = torch.tensor([[-math.inf, 0.0, -math.inf], [-900.0, 0.0, -800.0]]).requires_grad_()
@@ -229,15 +235,15 @@ def test_entropy_loss(q, masked):
     x = torch.randn(2, 6, IN, dtype=torch.float64)
     mask = torch.rand(2, 6) > 0.4 if masked else torch.ones(2, 6, dtype=torch.bool)
     layer(x)
-    found = collect_aux_loss(layer, mask if masked else None)
+    actual = collect_aux_loss(layer, mask if masked else None)
     p = (layer.router(x[mask]) / 0.8).softmax(dim=1)
     if q == 1.0:
         expected = -(p * p.log()).sum(dim=1) / math.log(6)
     else:
         expected = (1 - (p**q).sum(dim=1)) / (1 - 6 ** (1 - q))
     expected = 0.7 * expected.mean()
-    torch.testing.assert_close(found, expected, **TIGHT)
-    (g,) = torch.autograd.grad(found, layer.router.weight)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    (g,) = torch.autograd.grad(actual, layer.router.weight)
     (e,) = torch.autograd.grad(expected, layer.router.weight)
     torch.testing.assert_close(g, e, **TIGHT)
     assert e.abs().max() > 1e-3
@@ -248,14 +254,14 @@ def test_losses_of_dynmole_have_its_weights():
     layer = spread("dynmole")
     x = torch.randn(20, IN, dtype=torch.float64)
     layer(x)
-    found = collect_aux_loss(layer)
+    actual = collect_aux_loss(layer)
     probabilities = layer.router(x).softmax(dim=1).detach()
     counts = torch.zeros(6, dtype=torch.float64)
     for p in probabilities:
         counts[dynmole_kept(p, layer.config)[0]] += 1
     entropy = sum(tsallis(p, 1.1) for p in probabilities.tolist()) / 20
     balance = 6 * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
-    torch.testing.assert_close(found.detach(), 0.01 * entropy + 0.001 * balance, **TIGHT)
+    torch.testing.assert_close(actual.detach(), 0.01 * entropy + 0.001 * balance, **TIGHT)
 
 
 def test_mocle_draws_its_noise_in_training_only():
@@ -273,7 +279,7 @@ def test_mocle_draws_its_noise_in_training_only():
     assert noise.std() > 0.5
     torch.manual_seed(5)
     with record_routing(layer):
-        found = layer(x)
+        actual = layer(x)
         weights = layer.record.weights
     logits = layer.router.embedding.weight[clusters] @ layer.router.gate.weight.t()
     gate = ((logits + 0.1 * noise) / 0.5).softmax(1)
@@ -289,7 +295,7 @@ def test_mocle_draws_its_noise_in_training_only():
         [xb @ sum(g * m for g, m in zip(w, blocks, strict=True)).t()
          for xb, w in zip(x, weights, strict=True)]
     )  # fmt: skip
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 def test_one_cluster_gate_serves_a_model():

@@ -45,11 +45,11 @@ SHAPES = [(1, 5), (4, 3), (6, 1), (3, 3)]
 def test_preset_is_its_originals_formula(preset, shape):
     model = Model(preset, shape, torch.float64)
     x, dy = draw(preset, shape, torch.float64)
-    found = training_step(model, x, dy, unused_as_zero=True)
+    actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
-    assert found.keys() == truth.keys()
+    assert actual.keys() == truth.keys()
     for name in truth:
-        torch.testing.assert_close(found[name], truth[name], **TIGHT, msg=name)
+        torch.testing.assert_close(actual[name], truth[name], **TIGHT, msg=name)
         # No gradient of this formula is zero by accident of the test.
         assert truth[name].abs().max() > 1e-6, name
 
@@ -71,21 +71,21 @@ def test_sparse_gates_in_every_formulation(preset, impl):
 def test_preset_in_low_precision(preset, dtype):
     """It may cost what the reference in that dtype costs, twice, and not more."""
     model = Model(preset, (4, 6), dtype)
-    twin = copy.deepcopy(model)
+    by_reference = copy.deepcopy(model)
     x, dy = draw(preset, (4, 6), dtype)
-    found = training_step(model, x, dy, unused_as_zero=True)
+    actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
     if preset == "pesc":
         # An adapter has no reference but its formula.
-        yardstick = step_of_loop(preset, model, x, dy, dtype)
+        baseline = step_of_loop(preset, model, x, dy, dtype)
     else:
-        twin.layer.config = model.layer.config.replace(impl="reference")
-        yardstick = training_step(twin, x, dy, unused_as_zero=True)
+        by_reference.layer.config = model.layer.config.replace(impl="reference")
+        baseline = training_step(by_reference, x, dy, unused_as_zero=True)
     for name in [n for n in truth if truth[n].numel() == 1]:
         # A single number may happen to cancel; its parity is that of float64.
-        for values in (found, truth, yardstick):
+        for values in (actual, truth, baseline):
             values.pop(name)
-    assert_within_budget(found, truth, yardstick, dtype)
+    assert_within_budget(actual, truth, baseline, dtype)
 
 
 def test_octavius_does_not_scale():
@@ -138,15 +138,15 @@ def test_a_model_trains_and_its_adapter_comes_back(preset):
         assert (layer.lora_A.grad is not None) == (config.freeze == "none")
         assert (layer.lora_B.grad is not None) == (config.freeze != "AB")
     state = adapter_state_dict(model)
-    has = {"arrow": "0.router.prototypes", "smora": "0.router.balance.bias"}
-    assert has.get(preset, "0.lora_A") in state
-    for base, own in ((0, "0."), (2, "2.")):
+    expected_keys = {"arrow": "0.router.prototypes", "smora": "0.router.balance.bias"}
+    assert expected_keys.get(preset, "0.lora_A") in state
+    for base, prefix in ((0, "0."), (2, "2.")):
         other[base].base_layer.load_state_dict(model[base].base_layer.state_dict())
-        assert any(key.startswith(own) for key in state)
+        assert any(key.startswith(prefix) for key in state)
     load_adapter_state_dict(other, {k: v.detach().clone() for k, v in state.items()})
     torch.manual_seed(5)
-    prepare_of = {"octavius", "xlora", "hmora"}
-    if preset in prepare_of:
+    prepared = {"octavius", "xlora", "hmora"}
+    if preset in prepared:
         for m in (model, other):
             torch.manual_seed(5)
             prepare(m, preset)
@@ -186,8 +186,8 @@ def test_compiles_without_graph_breaks(preset):
     x = torch.randn(2, 3, IN, requires_grad=True)
     expected = torch.autograd.grad(model(x).sum(), x)[0]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(x).sum(), x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = torch.autograd.grad(compiled(x).sum(), x)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sequence_gate_leaves_padding_out_if_told_to():
@@ -195,11 +195,11 @@ def test_sequence_gate_leaves_padding_out_if_told_to():
     gate = SequenceGate(IN, 5, top_k=2)
     embeddings = torch.randn(2, 4, IN)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    found = gate(embeddings, mask)
-    assert torch.allclose(found[:1], gate(embeddings[:1]))
-    assert torch.allclose(found[1:], gate(embeddings[1:, :2]))
-    assert ((found != 0).sum(dim=1) == 2).all()
-    assert torch.allclose(found.sum(dim=1), torch.ones(2))
+    actual = gate(embeddings, mask)
+    assert torch.allclose(actual[:1], gate(embeddings[:1]))
+    assert torch.allclose(actual[1:], gate(embeddings[1:, :2]))
+    assert ((actual != 0).sum(dim=1) == 2).all()
+    assert torch.allclose(actual.sum(dim=1), torch.ones(2))
     with pytest.raises(ValueError, match=r"^mask: expected"):
         gate(embeddings, mask[:1])
 

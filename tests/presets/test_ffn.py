@@ -50,7 +50,7 @@ def loop_mixlora(x, p, c):
     LoRA j in W1, W2, W3; every expert runs the frozen products for itself: six per token.
     """
     tokens = x.reshape(-1, HIDDEN)
-    weights, chosen = (tokens @ p["router.weight"].t()).softmax(dim=1).topk(c.top_k, dim=1)
+    weights, expert_ids = (tokens @ p["router.weight"].t()).softmax(dim=1).topk(c.top_k, dim=1)
     weights = weights / weights.sum(dim=1, keepdim=True)
     experts = {name: experts_of(p, name, c.num_experts) for name in ("gate", "up", "down")}
     y = torch.zeros_like(tokens)
@@ -63,7 +63,7 @@ def loop_mixlora(x, p, c):
         return frozen(p, name, rows) + c.alpha / c.rank * ((rows @ a.t()) @ b.t())
 
     for e in range(c.num_experts):
-        token, slot = (chosen == e).nonzero(as_tuple=True)
+        token, slot = (expert_ids == e).nonzero(as_tuple=True)
         rows = tokens[token]
         inner = nn.functional.silu(adapted("gate", e, rows)) * adapted("up", e, rows)
         y = y.index_add(0, token, weights[token, slot][:, None] * adapted("down", e, inner))
@@ -76,13 +76,13 @@ def loop_llava_mole(x, p, c):
     same i for all three, not scaled by the gate.
     """
     logits = nn.functional.linear(x, p["router.weight"], p["router.bias"])
-    chosen = logits.softmax(dim=-1).argmax(dim=-1)
+    expert_ids = logits.softmax(dim=-1).argmax(dim=-1)
 
     def adapted(name, rows):
         delta = torch.zeros_like(frozen(p, name, rows))
         for e, (a, b) in enumerate(experts_of(p, name, c.num_experts)):
-            own = (chosen == e)[..., None]
-            delta = delta + own * (c.alpha / c.rank * (rows @ a.t()) @ b.t())
+            routed = (expert_ids == e)[..., None]
+            delta = delta + routed * (c.alpha / c.rank * (rows @ a.t()) @ b.t())
         return frozen(p, name, rows) + delta
 
     return adapted("down", nn.functional.silu(adapted("gate", x)) * adapted("up", x))
@@ -133,11 +133,11 @@ def test_llava_moles_router_learns_from_the_balance_alone():
         weights = layer.token_slots(x, x).weights
         assert (weights == 1).all()
         y = layer(x)
-        (of_y,) = torch.autograd.grad(y.square().sum(), layer.router.weight)
-        assert not of_y.any()
+        (y_grad,) = torch.autograd.grad(y.square().sum(), layer.router.weight)
+        assert not y_grad.any()
         layer(x)
-        (of_balance,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
-        assert of_balance.any()
+        (balance_grad,) = torch.autograd.grad(collect_aux_loss(layer), layer.router.weight)
+        assert balance_grad.any()
 
 
 def test_one_expert_per_token_is_an_ffn_of_linears():

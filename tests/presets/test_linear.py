@@ -108,9 +108,9 @@ def test_active_dropout_draws_one_mask_per_expert(preset):
     assert not torch.equal(masks[0], masks[1])
     formula = formula_of(preset, layer, tasks, lambda leaf: [leaf * m for m in masks])
     truth = formula_step(formula, layer, x, dy)
-    found = training_step(layer, x, dy, seed=11)
+    actual = training_step(layer, x, dy, seed=11)
     for name in truth:
-        torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(actual[name], truth[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_hydralora_draws_one_mask_for_all_heads():
@@ -121,13 +121,13 @@ def test_hydralora_draws_one_mask_for_all_heads():
     seed = torch.randint(0, 2**62, (1,))
     mask = reference.dropout(torch.ones_like(x), 0.4, seed)
     torch.manual_seed(11)
-    found = layer(x)
+    actual = layer(x)
     c, w = layer.config, (x @ layer.router.weight.t()).softmax(dim=-1)
     expected = layer.base_layer(x)
     for e, b in enumerate(layer.lora_B.chunk(c.num_experts, dim=1)):
         h = (x * mask) @ layer.lora_A.t()
         expected = expected + c.alpha / c.rank * w[:, e : e + 1] * (h @ b.t())
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 4))

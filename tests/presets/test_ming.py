@@ -48,9 +48,9 @@ def test_experts_are_drawn_without_replacement_from_the_softmax():
     p = logits.softmax(dim=0)
     for i, j in itertools.permutations(range(4), 2):
         expected = p[i] * p[j] / (1 - p[i])
-        found = ((indices[:, 0] == i) & (indices[:, 1] == j)).double().mean()
+        actual = ((indices[:, 0] == i) & (indices[:, 1] == j)).double().mean()
         # Five standard deviations of a share of that many draws.
-        assert (found - expected).abs() < 5 * (expected * (1 - expected) / draws) ** 0.5, (i, j)
+        assert (actual - expected).abs() < 5 * (expected * (1 - expected) / draws) ** 0.5, (i, j)
 
 
 def test_temperature_is_that_of_the_draw_and_of_the_weights():
@@ -95,9 +95,9 @@ def test_outputs_and_gradients_are_those_of_the_drawn_experts(training):
     """The formula with the draw held fixed; the draw itself has no gradient. Eval draws as well."""
     layer = make_layer(**SAMPLING).train(training)
     x = torch.randn(3, 5, IN, dtype=torch.float64)
-    y, indices, found = step(layer, x, 1)
-    again = step(layer, x, 1)
-    assert torch.equal(y, again[0])
+    y, indices, actual = step(layer, x, 1)
+    repeated = step(layer, x, 1)
+    assert torch.equal(y, repeated[0])
     assert not torch.equal(indices, step(layer, x, 2)[1])
     top = layer.router(x.reshape(-1, IN)).topk(2).indices
     assert (indices.long().sort().values != top.sort().values).any()
@@ -109,14 +109,16 @@ def test_outputs_and_gradients_are_those_of_the_drawn_experts(training):
         w = torch.stack([g[e] for e in chosen]).softmax(dim=0)
         total = layer.base_layer(token)
         for j, e in enumerate(chosen):
-            own = slice(3 * e, 3 * e + 3)
-            total = total + 2.0 * w[j] * (layer.lora_B[:, own] @ (layer.lora_A[own] @ token))
+            columns = slice(3 * e, 3 * e + 3)
+            total = total + 2.0 * w[j] * (
+                layer.lora_B[:, columns] @ (layer.lora_A[columns] @ token)
+            )
         out.append(total)
     expected = torch.stack(out).view(3, 5, -1)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     trained = [q for q in layer.parameters() if q.requires_grad]
-    wanted = torch.autograd.grad(expected.square().sum(), (leaf, *trained))
-    for a, b in zip(found, wanted, strict=True):
+    expected_grads = torch.autograd.grad(expected.square().sum(), (leaf, *trained))
+    for a, b in zip(actual, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -129,9 +131,9 @@ def test_sampling_compiles_once():
         for tokens in (3, 7):
             x = torch.randn(2, tokens, IN, dtype=torch.float64)
             torch.manual_seed(1)
-            found = compiled(x)
+            actual = compiled(x)
             torch.manual_seed(1)
-            torch.testing.assert_close(found, layer(x), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(actual, layer(x), rtol=1e-12, atol=1e-12)
 
 
 def test_grouped_and_wide_serve_the_same_draw():
@@ -176,8 +178,8 @@ def test_all_experts_and_shared_experts_with_sampling():
     """K = E takes every expert; a shared expert stands beside those that are drawn."""
     layer = make_layer(**{**SAMPLING, "top_k": 4})
     x = torch.randn(5, IN, dtype=torch.float64)
-    twin = make_layer(**{**SAMPLING, "select": "all", "top_k": None})
-    torch.testing.assert_close(layer(x), twin(x), rtol=1e-12, atol=1e-12)
+    clone = make_layer(**{**SAMPLING, "select": "all", "top_k": None})
+    torch.testing.assert_close(layer(x), clone(x), rtol=1e-12, atol=1e-12)
     shared = make_layer(**SAMPLING, shared_expert="always")
     with record_routing(shared):
         shared(x)
@@ -241,11 +243,11 @@ def test_the_load_balance_of_ming_is_ours_with_a_factor():
         h = layer(h)
     expected = coefficient * sum(losses) / len(losses)
     model(x)
-    found = collect_aux_loss(model)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    actual = collect_aux_loss(model)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     # Of the last layers also through what the first ones add to x.
     routers = [layer.router.weight for layer in model]
-    gradients = (torch.autograd.grad(loss, routers) for loss in (found, expected))
+    gradients = (torch.autograd.grad(loss, routers) for loss in (actual, expected))
     for a, b in zip(*gradients, strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)

@@ -25,9 +25,9 @@ TASK = dict(
 
 def batch_first(layer):
     """The same layer for x [B, S, I]."""
-    twin = copy.deepcopy(layer)
-    twin.config = layer.config.replace(batch_dim=0)
-    return twin
+    clone = copy.deepcopy(layer)
+    clone.config = layer.config.replace(batch_dim=0)
+    return clone
 
 
 def test_the_total_rank_is_split_and_scaled_as_a_whole():
@@ -55,13 +55,13 @@ def test_sequence_first_is_batch_first_transposed(gate, shape):
         set_tasks(layer, [1, 5, 2][: shape[1]])
     elif gate == "external":
         set_tasks(layer, torch.rand(shape[1], 4))
-    twin = batch_first(layer)
-    y, expected = layer(x), twin(x.transpose(0, 1).contiguous()).transpose(0, 1)
+    clone = batch_first(layer)
+    y, expected = layer(x), clone(x.transpose(0, 1).contiguous()).transpose(0, 1)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(y)
-    found = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)
-    wanted = torch.autograd.grad(expected, (x, twin.lora_A, twin.lora_B), dy)
-    for a, b in zip(found, wanted, strict=True):
+    actual = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)
+    expected_grads = torch.autograd.grad(expected, (x, clone.lora_A, clone.lora_B), dy)
+    for a, b in zip(actual, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -91,11 +91,11 @@ def test_the_other_order_raises_where_sizes_tell(batch_dim):
 
 def test_whole_ffn_experts_read_the_same_order():
     ffn = make_ffn(router="external", top_k=None, batch_dim=1)
-    twin = batch_first(ffn)
+    clone = batch_first(ffn)
     for shape in ((5, 2), (2, 2), (1, 2), (5, 1), (4, 2, 3), (0, 2)):
         x = torch.randn(*shape, HIDDEN, dtype=torch.float64)
         gates = torch.rand(shape[1], 4)
-        expected = twin(x.transpose(0, 1).contiguous(), gates).transpose(0, 1)
+        expected = clone(x.transpose(0, 1).contiguous(), gates).transpose(0, 1)
         torch.testing.assert_close(ffn(x, gates), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -104,13 +104,13 @@ def test_the_mask_of_the_aux_loss_is_batch_by_sequence_in_either_order(granulari
     """What the tokenizer gives, whatever the order of x."""
     options = dict(granularity=granularity, aux={"load_balance": 1.0, "z": 0.1})
     layer = make_layer(batch_dim=1, **options)
-    twin = batch_first(layer)
+    clone = batch_first(layer)
     x = torch.randn(5, 3, IN, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     layer(x)
-    twin(x.transpose(0, 1).contiguous())
-    found, expected = collect_aux_loss(layer, mask), collect_aux_loss(twin, mask)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    clone(x.transpose(0, 1).contiguous())
+    actual, expected = collect_aux_loss(layer, mask), collect_aux_loss(clone, mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     layer(x)
     assert not torch.allclose(collect_aux_loss(layer, torch.ones(3, 5)), expected)
 
@@ -132,17 +132,19 @@ def test_several_tasks_are_the_mean_of_their_embeddings():
         tasks = [t for t in row if t != 0]
         w = (gate @ (sum(table[t] for t in tasks) / len(tasks))).softmax(dim=0)
         for e in range(4):
-            own = slice(2 * e, 2 * e + 2)
-            delta = 2.0 * w[e] * (x[b] @ layer.lora_A[own].t()) @ layer.lora_B[:, own].t()
+            columns = slice(2 * e, 2 * e + 2)
+            delta = 2.0 * w[e] * (x[b] @ layer.lora_A[columns].t()) @ layer.lora_B[:, columns].t()
             expected = expected + torch.nn.functional.pad(delta[None], (0, 0, 0, 0, b, 2 - b))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(y)
     for q in (table, gate):
-        found, wanted = (torch.autograd.grad(o, q, dy, retain_graph=True)[0] for o in (y, expected))
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    (found,) = torch.autograd.grad(y, table, dy)
+        actual, expected_grads = (
+            torch.autograd.grad(o, q, dy, retain_graph=True)[0] for o in (y, expected)
+        )
+        torch.testing.assert_close(actual, expected_grads, rtol=1e-10, atol=1e-12)
+    (actual,) = torch.autograd.grad(y, table, dy)
     # Row 0 is padding.
-    assert not found[0].any()
+    assert not actual[0].any()
 
 
 def test_one_task_in_a_row_is_that_task():

@@ -104,12 +104,12 @@ def test_delete_the_active_adapter():
 def test_each_adapter_has_a_task_gate_of_its_own():
     """Also where the sizes of both are the same: training one leaves the other as it was."""
     model = two_adapters(TASKS, TASKS)
-    of = {
+    routers = {
         name: {layer.moelora_experts[name].router for layer in tuner_layers(model)}
         for name in ("default", "other")
     }
-    assert [len(gates) for gates in of.values()] == [1, 1]
-    assert not of["default"] & of["other"]
+    assert [len(gates) for gates in routers.values()] == [1, 1]
+    assert not routers["default"] & routers["other"]
 
 
 def test_a_deleted_task_gate_is_not_taken_again():
@@ -130,9 +130,9 @@ def test_a_deleted_task_gate_is_not_taken_again():
 
 def test_set_requires_grad():
     model = two_adapters()
-    own = {n: p for n, p in model.named_parameters() if n in parameter_names(model, "other")}
+    parameters = {n: p for n, p in model.named_parameters() if n in parameter_names(model, "other")}
     model.base_model.set_requires_grad("other")
-    assert all(p.requires_grad for p in own.values())
+    assert all(p.requires_grad for p in parameters.values())
     model.base_model.set_requires_grad(["other", "default"], requires_grad=False)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -167,8 +167,8 @@ def test_a_second_adapter_of_the_same_name_takes_the_place_of_the_first(second):
         k: v.shape for k, v in keys.items()
     }
     peft.set_peft_model_state_dict(again, keys)
-    for one in (again, new):
-        one.eval()
+    for m in (again, new):
+        m.eval()
         if second["preset"] == "moelora":
-            set_tasks(one, [4, second["num_tasks"]])
+            set_tasks(m, [4, second["num_tasks"]])
     assert torch.equal(again(x), new(x))

@@ -233,10 +233,10 @@ def test_several_adapters_have_a_folder_each(tmp_path):
     loaded = peft.PeftModel.from_pretrained(net(), tmp_path)
     loaded.load_adapter(tmp_path / "other", "other")
     for active in (["default"], ["other"], ["default", "other"]):
-        for one in (model, loaded):
-            one.base_model.set_adapter(active)
-            set_tasks(one, [4, 2])
-            one.eval()
+        for m in (model, loaded):
+            m.base_model.set_adapter(active)
+            set_tasks(m, [4, 2])
+            m.eval()
         assert torch.equal(loaded(x), model(x))
 
 
@@ -256,11 +256,11 @@ def test_adapters_over_different_layers_load_one_after_another(tmp_path):
         loaded.load_adapter(tmp_path, "default", **options)
         loaded.load_adapter(tmp_path / "top", "top", **options)
         for active in (["default"], ["ming"], ["top"], ["ming", "default", "top"]):
-            for one in (model, loaded):
-                one.base_model.set_adapter(active)
+            for m in (model, loaded):
+                m.base_model.set_adapter(active)
                 if active != ["ming"]:
-                    set_tasks(one, [4, 2])
-                one.eval()
+                    set_tasks(m, [4, 2])
+                m.eval()
             assert torch.equal(loaded(x), model(x))
 
 

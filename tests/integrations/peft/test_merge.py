@@ -46,8 +46,8 @@ def bits(model):
     return [m.base_layer.weight.detach().clone() for m in tuner_layers(model)]
 
 
-def assert_bits(found, expected):
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+def assert_bits(actual, expected):
+    assert all(torch.equal(f, e) for f, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("task", (1, 2, 3, 4))

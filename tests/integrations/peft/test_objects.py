@@ -50,20 +50,20 @@ def test_copies_compute_the_same_and_are_apart(options, copier):
     model, x = adapted(options), inputs()
     y = model(x)
     if copier == "deepcopy":
-        twin = copy.deepcopy(model)
+        clone = copy.deepcopy(model)
     elif copier == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
+        clone = pickle.loads(pickle.dumps(model))
     else:
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(twin(x), y)
-    randomise(twin, seed=5)
+        clone = torch.load(buffer, weights_only=False)
+    assert torch.equal(clone(x), y)
+    randomise(clone, seed=5)
     with torch.no_grad():
-        twin.base_model.model.layers[0].up.base_layer.weight.zero_()
+        clone.base_model.model.layers[0].up.base_layer.weight.zero_()
     assert torch.equal(model(x), y)
-    assert not torch.allclose(give_gates(twin, options)(x), y)
+    assert not torch.allclose(give_gates(clone, options)(x), y)
 
 
 def test_state_dict_has_each_tensor_once():

@@ -87,10 +87,10 @@ def test_gradients_of_several_active_adapters_are_those_of_the_sum():
             base = base + (alone(x) - layer.base_layer(x))
         return base
 
-    found = torch.autograd.grad(layer(x).square().sum(), tensors)
+    actual = torch.autograd.grad(layer(x).square().sum(), tensors)
     expected = torch.autograd.grad(parts().square().sum(), tensors)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for g, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)

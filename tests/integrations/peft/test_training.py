@@ -99,17 +99,17 @@ def test_one_expert_is_the_lora_of_peft(dtype):
         net(dtype), peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS)
     )
     randomise(ours)
-    own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    parameters, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     pairs = {
         n: n.replace("moelora_experts.default.", "").replace(m, f"{m}.default.weight")
-        for n in own
+        for n in parameters
         for m in ("lora_A", "lora_B")
         if n.endswith(m)
     }
     assert len(pairs) == 8
     with torch.no_grad():
-        for name, twin in pairs.items():
-            other[twin].copy_(own[name])
+        for name, other_name in pairs.items():
+            other[other_name].copy_(parameters[name])
     x = inputs(dtype=dtype)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     y, expected = ours(leaves[0]), theirs(leaves[1])
@@ -119,8 +119,10 @@ def test_one_expert_is_the_lora_of_peft(dtype):
     y.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, **tolerance)
-    for name, twin in pairs.items():
-        torch.testing.assert_close(own[name].grad, other[twin].grad, **tolerance, msg=name)
+    for name, other_name in pairs.items():
+        torch.testing.assert_close(
+            parameters[name].grad, other[other_name].grad, **tolerance, msg=name
+        )
 
 
 # --- dtypes -------------------------------------------------------------------------------------
@@ -136,8 +138,10 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
         new_adapter(options, net(dtype), autocast_adapter_dtype=autocast_adapter_dtype)
     )
     give_gates(model, options)
-    own = {n: p for n, p in model.named_parameters() if "moelora_" in n}
-    assert {p.dtype for p in own.values()} == {torch.float32 if autocast_adapter_dtype else dtype}
+    parameters = {n: p for n, p in model.named_parameters() if "moelora_" in n}
+    assert {p.dtype for p in parameters.values()} == {
+        torch.float32 if autocast_adapter_dtype else dtype
+    }
     low = torch.bfloat16 if autocast else dtype
     layer = model.base_model.model.layers[0].up
     experts = layer.moelora_experts["default"]
@@ -152,11 +156,11 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
         assert y.dtype == layer.base_layer(x).dtype == low
         out = model(x)
     assert torch.equal(y, expected)
-    found = torch.autograd.grad(y.float().square().sum(), trained)
-    wanted = torch.autograd.grad(expected.float().square().sum(), trained)
-    assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
+    actual = torch.autograd.grad(y.float().square().sum(), trained)
+    expected_grads = torch.autograd.grad(expected.float().square().sum(), trained)
+    assert all(torch.equal(g, w) for g, w in zip(actual, expected_grads, strict=True))
     out.float().sum().backward()
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         assert parameter.grad.dtype == parameter.dtype, name
         assert torch.isfinite(parameter.grad).all(), name
 
@@ -222,13 +226,13 @@ def test_gradient_checkpointing(options, use_reentrant):
         return loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     loss, expected = gradients(False)
-    again, found = gradients(True)
-    assert torch.equal(loss, again)
-    assert set(found) == set(expected)
+    recomputed, actual = gradients(True)
+    assert torch.equal(loss, recomputed)
+    assert set(actual) == set(expected)
     for name in expected:
-        assert found[name].any(), name
+        assert actual[name].any(), name
         # Gradients of x come together in another order.
-        torch.testing.assert_close(found[name], expected[name], msg=name)
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
 @pytest.mark.parametrize("options", (MING, TASKS), ids=("ming", "tasks"))
@@ -238,7 +242,7 @@ def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
     if options is TASKS:
         set_tasks(model, [4, 1])
     ids = torch.arange(8).view(2, 4)
-    found = model.generate(
+    actual = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
@@ -247,7 +251,7 @@ def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
         with torch.no_grad():
             following = model(input_ids=expected).logits[:, -1].argmax(dim=-1, keepdim=True)
         expected = torch.cat([expected, following], dim=1)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_a_base_that_is_called_not_read():

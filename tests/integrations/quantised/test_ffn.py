@@ -28,16 +28,16 @@ def test_ffn_over_a_quantised_mlp(kind):
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.3)
     x, dy = inputs(6, out_features=HIDDEN)
-    found = training_step(layer, x, dy.half() if kind == "gptq_fp16" else dy)
+    actual = training_step(layer, x, dy.half() if kind == "gptq_fp16" else dy)
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     # Called on the weighted sum, the base rounds (and the 8-bit one quantises) another tensor than
     # expert by expert: bf16, fp16 and int8 steps of the activations, float32 sums elsewhere.
     steps = {"bnb_4bit_bf16": 2**-8, "gptq_fp16": 2**-9, "bnb_8bit": 2**-6}
-    for name, want in expected.items():
-        largest = want.abs().max().item()
+    for name, tensor in expected.items():
+        largest = tensor.abs().max().item()
         limit = (4 * steps[kind] if kind in steps else 2e-5) * max(largest, 1.0)
-        torch.testing.assert_close(found[name].float(), want, rtol=0, atol=limit, msg=name)
+        torch.testing.assert_close(actual[name].float(), tensor, rtol=0, atol=limit, msg=name)
 
 
 def test_an_ffn_computes_in_the_dtype_of_x():
@@ -51,7 +51,7 @@ def test_an_ffn_computes_in_the_dtype_of_x():
         for parameter in adapter_parameters(layer):
             parameter.normal_(std=0.1)
     x, dy = inputs(5, out_features=HIDDEN)
-    found = training_step(layer, x, dy)["y"]
+    actual = training_step(layer, x, dy)["y"]
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))["y"]
     # float32 sums of at most 96 terms; one rounding to fp16 would be 5e-4 of the largest.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -42,13 +42,15 @@ def test_y_and_gradients_are_those_of_the_formula(kind, dtype, impl):
     returned = layer.base_layer(torch.zeros(1, IN, dtype=dtype)).dtype
     assert returned == (torch.float16 if kind == "gptq_fp16" else dtype)
     x, dy = inputs(2, 5, dtype=dtype, dy_dtype=returned)
-    found, twin = training_step(layer, x, dy), copy.deepcopy(layer)
-    assert found["y"].dtype == returned
-    assert found["dx"].dtype == dtype
-    assert {found[name].dtype for name in trained_parameters(layer)} == {torch.float32}
-    twin.config = layer.config.replace(impl="reference")
+    actual, clone = training_step(layer, x, dy), copy.deepcopy(layer)
+    assert actual["y"].dtype == returned
+    assert actual["dx"].dtype == dtype
+    assert {actual[name].dtype for name in trained_parameters(layer)} == {torch.float32}
+    clone.config = layer.config.replace(impl="reference")
     coarsest = max((dtype, returned), key=lambda d: torch.finfo(d).eps)
-    assert_within_budget(found, linear_formula(layer, x, dy), training_step(twin, x, dy), coarsest)
+    assert_within_budget(
+        actual, linear_formula(layer, x, dy), training_step(clone, x, dy), coarsest
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,30 +123,30 @@ def test_no_weight_is_made_or_kept(kind):
     layer = make_layer(base=make_base(kind, features, features))
     x = torch.randn(tokens, features, requires_grad=True)
 
-    of_base, own = [], {}
+    saved_by_base, saved = [], {}
     inside = []
     layer.base_layer.register_forward_pre_hook(lambda *_: inside.append(True))
     layer.base_layer.register_forward_hook(lambda *_: inside.clear())
 
     def keep(tensor):
         if inside:
-            of_base.append(tensor)
+            saved_by_base.append(tensor)
         else:
-            own[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = layer(x)
-    of_base = [t for t in of_base if type(t) in (torch.Tensor, nn.Parameter)]
-    for tensor in (x, *adapter_parameters(layer), *of_base):
-        own.pop(tensor.untyped_storage().data_ptr(), None)
-    held = sum(t.untyped_storage().nbytes() for t in own.values())
+    saved_by_base = [t for t in saved_by_base if type(t) in (torch.Tensor, nn.Parameter)]
+    for tensor in (x, *adapter_parameters(layer), *saved_by_base):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    saved_bytes = sum(t.untyped_storage().nbytes() for t in saved.values())
     assert y.requires_grad
-    assert own
+    assert saved
     # h, gates and logits at most in float32, indices and routing of K slots, with room for tiles.
     total_rank, experts = sum(layer.config.ranks()), layer.config.num_experts
-    assert held <= 4 * tokens * (total_rank + 8 * experts) + 1024
-    assert not [t for t in own.values() if features in t.shape]
+    assert saved_bytes <= 4 * tokens * (total_rank + 8 * experts) + 1024
+    assert not [t for t in saved.values() if features in t.shape]
     assert layer.state_dict().keys() - trained_parameters(layer).keys() == {
         f"base_layer.{n}" for n in layer.base_layer.state_dict()
     }
@@ -156,10 +158,10 @@ def test_copies_and_files(kind, tmp_path):
     layer = make_layer(base=make_base(kind))
     x = torch.randn(4, IN)
     y = layer(x)
-    twin = copy.deepcopy(layer)
-    assert_same({"y": twin(x)}, {"y": y})
+    clone = copy.deepcopy(layer)
+    assert_same({"y": clone(x)}, {"y": y})
     with torch.no_grad():
-        twin.lora_B.zero_()
+        clone.lora_B.zero_()
     assert_same({"y": layer(x)}, {"y": y})
     save_adapter(layer, tmp_path / "adapter.safetensors")
     other = make_layer(base=copy.deepcopy(layer.base_layer), seed=1)
@@ -187,8 +189,8 @@ def test_a_called_base_compiles(kind):
     for tokens in (5, 9):
         x, dy = inputs(tokens)
         # Fused sums of float32 in another order.
-        found = training_step(layer, x, dy, forward=compiled)
-        assert_same(found, training_step(layer, x, dy), rtol=1e-4, atol=1e-5)
+        actual = training_step(layer, x, dy, forward=compiled)
+        assert_same(actual, training_step(layer, x, dy), rtol=1e-4, atol=1e-5)
 
 
 @library
@@ -201,10 +203,10 @@ def test_four_bits_in_evaluation():
     x, dy = inputs(5)
     y = layer(x).detach()
     with torch.inference_mode():
-        found = layer.eval()(x)
+        actual = layer.eval()(x)
     # That kernel computes in bf16: 64 products of size 1.
-    torch.testing.assert_close(found, y, rtol=0, atol=64 * 2**-8)
-    assert not torch.equal(found, layer.base_layer(x))
+    torch.testing.assert_close(actual, y, rtol=0, atol=64 * 2**-8)
+    assert not torch.equal(actual, layer.base_layer(x))
 
     # Reading its state unpacks it again.
     layer.train().state_dict()

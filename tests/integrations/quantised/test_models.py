@@ -64,18 +64,18 @@ def test_siblings_quantised_and_dense(kind, linked):
         assert link_siblings(model, [("q_proj", "k_proj")]) == ["{q_proj,k_proj}"]
     group = MoeLoraGroup(q_proj=model.q_proj, k_proj=model.k_proj)
 
-    def run(model, together):
+    def run(model, forward):
         leaf = x.clone().requires_grad_()
-        ys = together(leaf) if together else (model.q_proj(leaf), model.k_proj(leaf))
+        ys = forward(leaf) if forward else (model.q_proj(leaf), model.k_proj(leaf))
         torch.autograd.backward(ys, [g.to(y.dtype) for g, y in zip(dy, ys, strict=True)])
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         return {"q": ys[0].detach(), "k": ys[1].detach(), "dx": leaf.grad, **grads}
 
-    found, expected = run(model, None if linked else group), run(alone, None)
-    assert found["q"].dtype == expected["q"].dtype
+    actual, expected = run(model, None if linked else group), run(alone, None)
+    assert actual["q"].dtype == expected["q"].dtype
     # Sums of the same terms in another order; of fp16 outputs, one rounding of values up to 4.
     tolerance = 4e-3 if kind == "gptq_fp16" else 2e-5
-    assert_same(found, expected, rtol=1e-4, atol=tolerance)
+    assert_same(actual, expected, rtol=1e-4, atol=tolerance)
 
 
 @library
@@ -113,11 +113,11 @@ def test_a_model_that_transformers_quantised(bits, tmp_path):
     sizes = dict(hidden_size=64, intermediate_size=128, vocab_size=32, num_hidden_layers=2)
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    how = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4"
     )
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=how, device_map="cpu", dtype=torch.bfloat16
+        tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
     ).train()
     tokens = torch.randint(0, 32, (2, 7))
     base = model(tokens).logits

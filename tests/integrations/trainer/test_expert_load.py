@@ -55,10 +55,10 @@ class Watch(TrainerCallback):
     """A callback of the user's, such as one that reports to a service."""
 
     def __init__(self):
-        self.seen = []
+        self.logs = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.seen.append(dict(logs))
+        self.logs.append(dict(logs))
 
 
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora", "mocle"))
@@ -68,8 +68,8 @@ def test_logs_the_expert_load(preset, tmp_path):
     if preset == "mocle":
         options = dict(num_tasks=5, aux=(), noise=0.0)
     model, watch = make_model(preset, **options), Watch()
-    still = dict(learning_rate=0.0, logging_steps=2)
-    trainer = make_trainer(model, tmp_path, make_samples(8), False, [watch], **still)
+    no_training = dict(learning_rate=0.0, logging_steps=2)
+    trainer = make_trainer(model, tmp_path, make_samples(8), False, [watch], **no_training)
     callback = attach(trainer)
     trainer.train()
     batches = batches_of(trainer)
@@ -88,10 +88,10 @@ def test_logs_the_expert_load(preset, tmp_path):
     assert logs[1]["experts_unused"] == sum(s.count(0.0) for s in expected.values())
     assert logs[0]["expert_load_max"] != logs[1]["expert_load_max"]
     # The other callbacks and the history see the same, and no other log gets it.
-    assert [s for s in watch.seen if "loss" in s] == [
+    assert [s for s in watch.logs if "loss" in s] == [
         {k: v for k, v in entry.items() if k != "step"} for entry in logs
     ]
-    assert not any("expert_load_max" in s for s in watch.seen if "loss" not in s)
+    assert not any("expert_load_max" in s for s in watch.logs if "loss" not in s)
     if preset != "mixlora":
         assert ("aux_loss" in logs[0]) == (preset == "ming")
         return
@@ -119,8 +119,8 @@ def test_weights_of_the_experts():
     # As many times as a sequence has tokens.
     mask = torch.tensor([[True, True, False], [False, False, True]])
     assert expert_weights(sequences, 2, mask).tolist() == [1.5, 1.5]
-    one = call_of([[0.25, 0.75]])
-    assert expert_weights(one, 2, mask).tolist() == [0.75, 2.25]
+    one_gate = call_of([[0.25, 0.75]])
+    assert expert_weights(one_gate, 2, mask).tolist() == [0.75, 2.25]
     with pytest.raises(
         ValueError, match=r"attention_mask: expected a multiple of 4 .*got \[2, 3\]"
     ):

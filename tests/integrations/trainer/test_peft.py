@@ -69,7 +69,7 @@ def test_an_adapter_that_is_not_active_asks_for_no_tasks(tmp_path):
     samples = make_samples()
     bare = [{k: v for k, v in s.items() if k != "task_ids"} for s in samples]
     found = []
-    for given in (samples, bare):
+    for rows in (samples, bare):
         torch.manual_seed(0)
         model = peft.get_peft_model(
             transformers.Qwen2ForCausalLM(make_model("ming").config),
@@ -82,7 +82,7 @@ def test_an_adapter_that_is_not_active_asks_for_no_tasks(tmp_path):
             model,
             arguments(tmp_path),
             data_collator=Padding(),
-            train_dataset=datasets.Dataset.from_list(given),
+            train_dataset=datasets.Dataset.from_list(rows),
         )
         callback = attach(trainer)
         trainer.train()

@@ -49,7 +49,7 @@ def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     """TRL computes the loss from log-probabilities of its own, not from the model's loss."""
     trl = pytest.importorskip("trl")
     model = make_model(preset)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     trainer = trl.SFTTrainer(
         model=model,
         args=arguments(
@@ -69,10 +69,10 @@ def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     trainer.data_collator = Kept(trainer.data_collator)
     trainer.train()
     batches = trainer.data_collator.batches[:5]
-    losses, _ = loop(twin, in_steps(batches, accumulation))
+    losses, _ = loop(clone, in_steps(batches, accumulation))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
-    assert_same_adapters(model, twin, **CLOSE)
+    assert_same_adapters(model, clone, **CLOSE)
     assert all("expert_load_max" in entry for entry in logs)
     assert len(callback.load) == 4
 
@@ -124,13 +124,13 @@ def test_two_processes_train_what_one_loop_trains(tmp_path):
             rank[preset] for rank in ranks
         )
         assert all(torch.equal(state[name], other[name]) for name in state)
-        twin = make_model(preset, **options)
+        clone = make_model(preset, **options)
         steps = [list(pair) for pair in zip(batches, other_batches, strict=True)]
-        losses, auxiliary = loop(twin, steps)
+        losses, auxiliary = loop(clone, steps)
         assert len(losses) == 3
         trained = make_model(preset, **options)
         trained.load_state_dict(state)
-        assert_same_adapters(trained, twin, **CLOSE)
+        assert_same_adapters(trained, clone, **CLOSE)
         assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
         if preset == "ming":
             assert [entry["aux_loss"] for entry in logs] == pytest.approx(auxiliary, rel=1e-4)

@@ -40,7 +40,7 @@ from support.trainers import (  # noqa: E402
 def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     """Auxiliary losses, tasks and padding included; with 2, the last step has one micro-batch."""
     model = make_model(preset)
-    twin, frozen = copy.deepcopy(model), copy.deepcopy(model).state_dict()
+    clone, frozen = copy.deepcopy(model), copy.deepcopy(model).state_dict()
     trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=accumulation)
     trainer.train()
     optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -49,7 +49,7 @@ def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, frozen[name]) == (id(parameter) not in trained), name
 
-    losses, auxiliary = loop(twin, in_steps(batches_of(trainer), accumulation))
+    losses, auxiliary = loop(clone, in_steps(batches_of(trainer), accumulation))
     assert len(losses) == math.ceil(5 / accumulation)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-5)
@@ -57,20 +57,20 @@ def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
         logged = [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert logged == pytest.approx(auxiliary, rel=1e-5)
         assert min(auxiliary) > 0.1
-    assert_same_adapters(model, twin, **CLOSE)
+    assert_same_adapters(model, clone, **CLOSE)
 
 
 def test_accumulating_is_a_larger_batch(tmp_path):
     """Per token, however they fall into micro-batches: without auxiliary losses the same step."""
-    found = []
+    actual = []
     for size, accumulation in ((4, 1), (2, 2)):
         model = make_model("ming", aux=())
         sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
         trainer = make_trainer(model, tmp_path, samples=make_samples(4), **sizes)
         trainer.train()
         assert len(batches_of(trainer)) == accumulation
-        found.append((trainer.state.log_history[0]["loss"], model))
-    (loss, model), (other_loss, other) = found
+        actual.append((trainer.state.log_history[0]["loss"], model))
+    (loss, model), (other_loss, other) = actual
     assert loss == pytest.approx(other_loss, rel=1e-6)
     assert_same_adapters(model, other, **CLOSE)
 
@@ -78,7 +78,7 @@ def test_accumulating_is_a_larger_batch(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora"))
 def test_recomputed_activations_train_the_same(preset, tmp_path):
     """The same bits, with dropout and batches fetched ahead; the load is counted once."""
-    found = []
+    actual = []
     for recompute in (False, True):
         model = make_model(preset, dropout=0.2)
         extra = dict(gradient_checkpointing_kwargs={"use_reentrant": False}) if recompute else {}
@@ -90,8 +90,8 @@ def test_recomputed_activations_train_the_same(preset, tmp_path):
             **extra,
         )
         trainer.train()
-        found.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
-    (model, logs), (other, other_logs) = found
+        actual.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
+    (model, logs), (other, other_logs) = actual
     assert logs == other_logs
     assert_same_adapters(model, other, rtol=0, atol=0)
 
@@ -112,7 +112,7 @@ def test_evaluates_and_predicts_with_the_tasks_and_without_auxiliary_losses(pres
     model = make_model(preset)
     trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=3)
     samples = datasets.Dataset.from_list(make_samples(7))
-    found = trainer.evaluate(samples)["eval_loss"]
+    actual = trainer.evaluate(samples)["eval_loss"]
     batches = batches_of(trainer)
     losses = []
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_evaluates_and_predicts_with_the_tasks_and_without_auxiliary_losses(pres
                 set_tasks(model, tasks_of(batch))
             losses.append((len(batch["labels"]), model(**batch).loss.item()))
     assert [count for count, _ in losses] == [3, 3, 1]
-    assert found == pytest.approx(sum(n * loss for n, loss in losses) / 7, rel=1e-5)
+    assert actual == pytest.approx(sum(n * loss for n, loss in losses) / 7, rel=1e-5)
     # Without labels the trainer calls the model itself.
     trainer.data_collator = Unlabelled(trainer.data_collator)
     logits = torch.from_numpy(trainer.predict(samples.select(range(3))).predictions)
@@ -154,13 +154,13 @@ def test_collating_sets_nothing():
     assert router.task_ids.tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("kept", (True, False))
-def test_a_sample_without_a_task_is_named(kept, tmp_path):
+@pytest.mark.parametrize("keep_columns", (True, False))
+def test_a_sample_without_a_task_is_named(keep_columns, tmp_path):
     samples = [
         {k: v for k, v in s.items() if k not in ("task_ids", "text")} for s in make_samples()
     ]
     trainer = make_trainer(
-        make_model("moelora"), tmp_path, samples=samples, remove_unused_columns=kept
+        make_model("moelora"), tmp_path, samples=samples, remove_unused_columns=keep_columns
     )
     with pytest.raises(ValueError, match=r"task_ids: .* in every sample, got one with input_ids"):
         trainer.train()
@@ -176,7 +176,7 @@ def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
 
 
 def test_the_column_of_the_tasks_has_the_name_that_was_given(tmp_path):
-    found = []
+    actual = []
     for column in ("task_ids", "job"):
         samples = [{**s, "text": ""} for s in make_samples()]
         for sample in samples:
@@ -185,8 +185,8 @@ def test_the_column_of_the_tasks_has_the_name_that_was_given(tmp_path):
         trainer = make_trainer(model, tmp_path, samples=samples, attached=False)
         attach(trainer, task_column=column)
         trainer.train()
-        found.append(model)
-    assert_same_adapters(*found, rtol=0, atol=0)
+        actual.append(model)
+    assert_same_adapters(*actual, rtol=0, atol=0)
 
 
 def test_samples_with_several_tasks(tmp_path):
@@ -208,7 +208,7 @@ def test_samples_with_several_tasks(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
     """Layers that share a router are saved, and a run that was stopped ends at the same bits."""
-    found = []
+    actual = []
     for resumed in (False, True):
         model = make_model(preset, tie, dropout=0.1)
         trainer = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
@@ -219,8 +219,8 @@ def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
                 for parameter in model.parameters():
                     parameter.zero_()
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        found.append(model)
-    for (name, p), q in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
+        actual.append(model)
+    for (name, p), q in zip(actual[0].named_parameters(), actual[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
@@ -237,10 +237,10 @@ def test_whatever_the_loss_the_auxiliary_losses_are_in_it(smoothing, tmp_path):
     expected = plain.compute_loss(model, dict(batch), num_items_in_batch=items)
     aux = collect_aux_loss(model, batch["attention_mask"])
     assert aux > 0.1
-    found = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
-    torch.testing.assert_close(found, expected + aux / 2)
-    found, outputs = trainer.compute_loss(model, dict(batch), True, num_items_in_batch=items)
-    torch.testing.assert_close(found, expected + aux / 2)
+    actual = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+    torch.testing.assert_close(actual, expected + aux / 2)
+    actual, outputs = trainer.compute_loss(model, dict(batch), True, num_items_in_batch=items)
+    torch.testing.assert_close(actual, expected + aux / 2)
     assert outputs["logits"].shape[:2] == batch["labels"].shape
     # Without a count of the items the trainer divides what this returns.
     expected = plain.compute_loss(model, dict(batch))
@@ -308,7 +308,7 @@ def test_a_trainer_that_makes_its_model(tmp_path):
     callback = attach(trainer)
     trainer.train()
     assert trainer.model is not first
-    twin = make_model("moelora")
-    loop(twin, in_steps(batches_of(trainer), 1))
-    assert_same_adapters(trainer.model, twin, **CLOSE)
+    clone = make_model("moelora")
+    loop(clone, in_steps(batches_of(trainer), 1))
+    assert_same_adapters(trainer.model, clone, **CLOSE)
     assert len(callback.load) == 4

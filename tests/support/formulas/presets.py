@@ -31,9 +31,9 @@ def loop_moelora(x, p, c, tasks, xs=None):
     w = (p["router.embedding.weight"][tasks] @ p["router.gate.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
-        of_batch = w[:, e].reshape(-1, *[1] * (x.dim() - 1))
-        own = x if xs is None else xs[e]
-        y = y + c.alpha / (c.rank * c.num_experts) * of_batch * ((own @ a.t()) @ b.t())
+        weights_e = w[:, e].reshape(-1, *[1] * (x.dim() - 1))
+        x_e = x if xs is None else xs[e]
+        y = y + c.alpha / (c.rank * c.num_experts) * weights_e * ((x_e @ a.t()) @ b.t())
     return y
 
 
@@ -58,8 +58,8 @@ def loop_loramoe(x, p, c, _tasks, xs=None):
     w = (x @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
-        own = x if xs is None else xs[e]
-        y = y + c.alpha / c.rank * w[..., e : e + 1] * ((own @ a.t()) @ b.t())
+        x_e = x if xs is None else xs[e]
+        y = y + c.alpha / c.rank * w[..., e : e + 1] * ((x_e @ a.t()) @ b.t())
     return y
 
 

@@ -59,8 +59,8 @@ def loop_adamole(x, p, c, _tasks, xs=None):
 
 def tsallis(p, q):
     """(1 - sum p^q) / (q - 1) over its value for equal p."""
-    of_equals = (1 - len(p) * len(p) ** -q) / (q - 1)
-    return (1 - sum(value**q for value in p)) / (q - 1) / of_equals
+    maximum = (1 - len(p) * len(p) ** -q) / (q - 1)
+    return (1 - sum(value**q for value in p)) / (q - 1) / maximum
 
 
 def dynmole_kept(probabilities, c):
