@@ -10,7 +10,6 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_weight, merged_with
 
-
 PEFT_MODEL = (
     "a PeftModel is merged and exported by PEFT. To merge one task: set_tasks(peft_model, [task]), "
     "then peft_model.merge_and_unload() or peft_model.merge_adapter(). To export one task: "

@@ -187,7 +187,9 @@ def test_gates_that_read_x():
 @pytest.mark.parametrize("function", (merge_adapter, merge_and_unload, export_lora))
 def test_functions_for_models_without_peft_say_what_to_call(function, tmp_path):
     arguments = (tmp_path / "out",) if function is export_lora else ()
-    message = r"model: a PeftModel is merged and exported by PEFT. .*merge_and_unload\(\).*FOLDER OUT"
+    message = (
+        r"model: a PeftModel is merged and exported by PEFT. .*merge_and_unload\(\).*FOLDER OUT"
+    )
     with pytest.raises(ValueError, match=message):
         function(mergeable(TASKS), *arguments, task=2)
 
