@@ -28,6 +28,7 @@ from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, record_routing
 from moelora_kernels.nn.tasks import set_tasks
+from moelora_kernels.nn.wrappers import named_modules
 
 
 def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallback:
@@ -93,7 +94,7 @@ def attach(trainer: Trainer, *, task_column: str = "task_ids") -> MoeLoraCallbac
         )
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, MoeLoraCallback) for callback in callbacks):
-        raise ValueError("trainer: attach was called on it before")
+        raise ValueError("trainer: attach was already called on it")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"trainer: nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported, because "
@@ -172,7 +173,7 @@ class MoeLoraCallback(TrainerCallback):
             return
         self._model = model
         layers = {id(layer) for layer in mixture_layers(model)}
-        self._layers = {name: m for name, m in model.named_modules() if id(m) in layers}
+        self._layers = {name: m for name, m in named_modules(model) if id(m) in layers}
         model.register_forward_pre_hook(self._set_tasks, with_kwargs=True)
         if isinstance(model, PreTrainedModel):
             declare_shared(model)
@@ -210,7 +211,7 @@ class MoeLoraCallback(TrainerCallback):
     def _micro_batches(self, num_items_in_batch: Tensor | int | None) -> int:
         """Return the number of micro-batches of the step, or 1 if the trainer divides by it."""
         trainer = self._trainer
-        # Newer versions of transformers have this attribute; the rule below is that of the others.
+        # Newer versions of transformers have this attribute. The rule below is that of older ones.
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
             per_item = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -265,7 +266,7 @@ def expert_weights(call: RoutedCall, num_experts: int, mask: Tensor | None = Non
     weights = call.weights.float().abs()
     if call.experts is not None:
         experts = torch.arange(num_experts, device=weights.device)
-        # A select, not a product: the weight of a slot that is not routed can be NaN.
+        # `where` and not a product, because the weight of a slot that is not routed can be NaN.
         routed = call.experts[:, :, None] == experts
         weights = torch.where(routed, weights[:, :, None], 0).sum(dim=1)
     # A shared expert is the last column.

@@ -30,6 +30,7 @@ Tensor call(const char* op, const char* overload, const Arguments&... arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Returns left right.
 inline Tensor mm(const Tensor& left, const Tensor& right) {
   return call("aten::mm", "", left, right);
 }
@@ -56,6 +57,7 @@ inline Tensor view(const Tensor& matrix, std::array<int64_t, 2> sizes,
   return Tensor(handle);
 }
 
+// `columns` and `rows` return a view of `count` columns or rows from `begin` on.
 inline Tensor columns(const Tensor& matrix, int64_t begin, int64_t count) {
   const int64_t row = matrix.stride(0);
   const int64_t column = matrix.stride(1);

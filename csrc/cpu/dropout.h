@@ -1,7 +1,7 @@
 // Dropout: element n (row-major) is 0 if it is dropped, else x[n] / (1 - p). It is dropped if lane
-// n % 4 of Philox-4x32-10 with counter n / 4 is below p 2^32. The seed is the key, and a stream
-// number tells several masks of one seed apart. No mask is stored: each thread computes the part
-// that it applies.
+// n % 4 of Philox-4x32-10 with counter n / 4 is below p 2^32, rounded. The seed is the key, and a
+// stream number tells several masks of one seed apart. No mask is stored: each thread computes the
+// part that it applies.
 #pragma once
 
 #include <algorithm>

@@ -270,7 +270,7 @@ MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& 
     top_k(score, E, K, scratch.keys.data(), experts);
   }
   if (options.renormalize) {
-    // The softmax of the K scores alone; their scores are kept in the space of the powers.
+    // The softmax over the K scores alone. `powers` holds these scores.
     for (int64_t k = 0; k < K; ++k) powers[k] = score[experts[k]];
     const C sum = exponentials(powers, K, weights);
     for (int64_t k = 0; k < K; ++k) weights[k] /= sum;
@@ -280,12 +280,13 @@ MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& 
   }
 }
 
-// Computes dlogits [E] of one row from dweights [K], with mean = sum_k weights_k dweights_k.
+// Computes dlogits [E] of one row from dweights [K].
 //
-//     renormalize    dlogits[experts_k] = weights_k (dweights_k - mean) / temperature, else 0
-//     otherwise      dlogits[e] = p_e (dp_e - mean) / temperature,  dp[experts_k] = dweights_k,
-//     else 0
+//     mean = sum_k weights_k dweights_k
+//     dlogits[e] = p_e (dp_e - mean) / temperature                     without renormalize
+//     dlogits[experts_k] = weights_k (dweights_k - mean) / temperature    with renormalize
 //
+// dp[experts_k] is dweights_k. All other entries of dp, and of dlogits with renormalize, are 0.
 // expert_of_slot(k) returns the expert of slot k. `logits` is read only without renormalize.
 template <class C, class ExpertOfSlot>
 MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
@@ -306,6 +307,8 @@ MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
     }
     return;
   }
+
+  // dlogits holds dp until the last loop, which needs p again.
   for (int64_t k = 0; k < K; ++k) {
     const int64_t expert = expert_of_slot(k);
     if (expert >= 0 && expert < E) dlogits[expert] = dweights[k];

@@ -91,8 +91,12 @@ grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias
                                      scaling, dropout_p, dropout_per_expert, seed);
   for (int64_t i = 0; i < siblings; ++i) {
     if (base_output.empty()) {
-      grouped_expand_in_place(outputs[i], u, {lora_b[i]}, order, offsets, ranks, i, 0.0, false,
-                              std::nullopt, std::nullopt, std::nullopt);
+      grouped_expand_in_place(outputs[i], {.u = u,
+                                           .matrices = {lora_b[i]},
+                                           .order = order,
+                                           .offsets = offsets,
+                                           .ranks = ranks,
+                                           .first_sibling = i});
     } else {
       outputs.push_back(grouped_expand(u, {lora_b[i]}, base_output[i], order, offsets, tiles,
                                        chunks, ranks, 0.0, false, std::nullopt, T, i, false));
@@ -169,9 +173,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
   if (needs_x && !base_weight.empty()) {
     if (router_dlogits && !slot_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
-    grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
-                            dropout_per_expert, seed, slot_dlogits,
-                            slot_dlogits ? router : std::nullopt);
+    grouped_expand_in_place(dx, {.u = dh,
+                                 .matrices = transposed_a,
+                                 .order = order,
+                                 .offsets = offsets,
+                                 .ranks = ranks,
+                                 .dropout_p = dropout_p,
+                                 .dropout_per_expert = dropout_per_expert,
+                                 .seed = seed,
+                                 .coefficients = slot_dlogits,
+                                 .expert_rows = slot_dlogits ? router : std::nullopt});
   } else if (needs_x) {
     dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, chunks, ranks,
                         dropout_p, dropout_per_expert, seed, T, 0, false);

@@ -105,12 +105,15 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
 }
 
 // Computes `grouped_expand`. With in_place_y [T, O] in u's dtype, y is that tensor.
-Tensor expand_to(std::optional<Tensor> in_place_y, Tensor u, std::vector<Tensor> matrices,
-                 std::optional<Tensor> start, const Tensor& order, const Tensor& offsets,
-                 const std::vector<int64_t>& ranks, int64_t tokens, int64_t first_sibling,
-                 bool per_pair, double dropout_p, bool dropout_per_expert,
-                 const std::optional<Tensor>& seed, std::optional<Tensor> coefficients,
-                 std::optional<Tensor> expert_rows) {
+Tensor expand_to(const std::optional<Tensor>& in_place_y, const ExpandArguments& arguments,
+                 std::optional<Tensor> start, int64_t tokens, bool per_pair) {
+  Tensor u = arguments.u;
+  std::vector<Tensor> matrices = arguments.matrices;
+  std::optional<Tensor> coefficients = arguments.coefficients;
+  std::optional<Tensor> expert_rows = arguments.expert_rows;
+  const std::vector<int64_t>& ranks = arguments.ranks;
+  const int64_t first_sibling = arguments.first_sibling;
+
   // Check the arguments.
   check_floating(u, "u");
   const Blocks blocks(ranks);
@@ -118,7 +121,7 @@ Tensor expand_to(std::optional<Tensor> in_place_y, Tensor u, std::vector<Tensor>
   const auto num_matrices = int64_t(matrices.size());
   STD_TORCH_CHECK(num_matrices > 0, "matrices: expected a tensor for each sibling, got none");
   const ScalarType dtype = u.scalar_type();
-  const Routing routing(order, offsets, offsets.numel() - 1);
+  const Routing routing(arguments.order, arguments.offsets, arguments.offsets.numel() - 1);
   STD_TORCH_CHECK(first_sibling >= 0 && (first_sibling + num_matrices) * E <= routing.num_experts(),
                   "first_sibling: expected matrices of at most ", routing.num_experts() / E,
                   " siblings, got siblings ", first_sibling, " to ",
@@ -129,7 +132,7 @@ Tensor expand_to(std::optional<Tensor> in_place_y, Tensor u, std::vector<Tensor>
   const auto [pairs, width] = shape<2>(u, "u");
   check_size(pairs, routing.num_pairs(), "u, pairs");
   check_size(width, *std::max_element(ranks.begin(), ranks.end()), "u, ranks");
-  const Mask mask(dropout_p, dropout_per_expert, seed);
+  const Mask mask(arguments.dropout_p, arguments.dropout_per_expert, arguments.seed);
 
   // Either the features of all matrices are dense (A, transposed), or the ranks of all (B).
   bool dense_features = true;
@@ -210,20 +213,24 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
                       std::vector<int64_t> ranks, double dropout_p, bool dropout_per_expert,
                       std::optional<Tensor> seed, int64_t tokens, int64_t first_sibling,
                       bool per_pair) {
-  return expand_to(std::nullopt, u, matrices, start, order, offsets, ranks, tokens, first_sibling,
-                   per_pair, dropout_p, dropout_per_expert, seed, std::nullopt, std::nullopt);
+  const ExpandArguments arguments{.u = u,
+                                  .matrices = matrices,
+                                  .order = order,
+                                  .offsets = offsets,
+                                  .ranks = ranks,
+                                  .first_sibling = first_sibling,
+                                  .dropout_p = dropout_p,
+                                  .dropout_per_expert = dropout_per_expert,
+                                  .seed = seed};
+  return expand_to(std::nullopt, arguments, start, tokens, per_pair);
 }
 
-void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
-                             Tensor offsets, std::vector<int64_t> ranks, int64_t first_sibling,
-                             double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
-                             std::optional<Tensor> coefficients,
-                             std::optional<Tensor> expert_rows) {
-  STD_TORCH_CHECK(y.is_contiguous() && y.scalar_type() == u.scalar_type(),
-                  "y: expected a contiguous tensor of u's dtype ", u.scalar_type(), ", got ",
+void grouped_expand_in_place(const Tensor& y, const ExpandArguments& arguments) {
+  const ScalarType dtype = arguments.u.scalar_type();
+  STD_TORCH_CHECK(y.is_contiguous(), "y: expected a contiguous tensor");
+  STD_TORCH_CHECK(y.scalar_type() == dtype, "y: expected the dtype of u, ", dtype, ", got ",
                   y.scalar_type());
-  expand_to(y, u, matrices, y, order, offsets, ranks, y.size(0), first_sibling, false, dropout_p,
-            dropout_per_expert, seed, coefficients, expert_rows);
+  expand_to(y, arguments, y, y.size(0), false);
 }
 
 }  // namespace moelora

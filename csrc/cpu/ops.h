@@ -76,13 +76,25 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
                       std::optional<Tensor> seed, int64_t tokens, int64_t first_sibling,
                       bool per_pair);
 
-// Adds the terms of `grouped_expand` to y [T, O]. With coefficients [P], each pair also adds its
-// coefficient times the row of its expert in expert_rows [n E, O]; dropout does not reach that
-// term.
-void grouped_expand_in_place(const Tensor& y, Tensor u, std::vector<Tensor> matrices, Tensor order,
-                             Tensor offsets, std::vector<int64_t> ranks, int64_t first_sibling,
-                             double dropout_p, bool dropout_per_expert, std::optional<Tensor> seed,
-                             std::optional<Tensor> coefficients, std::optional<Tensor> expert_rows);
+// The arguments of `grouped_expand_in_place`.
+struct ExpandArguments {
+  Tensor u;
+  std::vector<Tensor> matrices;
+  Tensor order;
+  Tensor offsets;
+  std::vector<int64_t> ranks;
+  int64_t first_sibling = 0;
+  double dropout_p = 0.0;
+  bool dropout_per_expert = false;
+  std::optional<Tensor> seed = std::nullopt;
+  // With coefficients [P], each pair also adds its coefficient times the row of its expert in
+  // expert_rows [n E, O]. Dropout does not reach that term.
+  std::optional<Tensor> coefficients = std::nullopt;
+  std::optional<Tensor> expert_rows = std::nullopt;
+};
+
+// Adds the terms of `grouped_expand` to y [T, O], which has u's dtype.
+void grouped_expand_in_place(const Tensor& y, const ExpandArguments& arguments);
 
 // Returns dA [n R, I] and n x dB [O, R].
 std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(

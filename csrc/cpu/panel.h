@@ -1,7 +1,7 @@
 // Small matrix products in registers, for one thread.
 //
 //     dot_tokens    sums [tokens, N] += x weight^T       both are read along the summed dimension
-//     panel         out [rows, columns] += left right    both have units, see Operand
+//     panel         out [rows, columns] += left right    both are read in units, see Operand
 //
 // Numbers are widened before they are multiplied, and sums are in the compute dtype. bfloat16 is
 // multiplied in pairs instead if the vector level can do that.
@@ -18,6 +18,7 @@ namespace moelora {
 // 16 vectors of sums with AVX-512, or 8 with narrower vectors.
 constexpr int64_t PANEL = 16;
 
+// Returns `count`, rounded up to a multiple of PANEL.
 constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 template <class S, class C>
@@ -34,7 +35,7 @@ MOELORA_INLINE void widen_rows(const S* rows, int64_t stride, int64_t num_rows, 
   }
 }
 
-// Returns the sum of all lanes: the upper half is added to the lower half, again and again.
+// Returns the sum of all lanes. It adds the upper half to the lower half until 16 bytes are left.
 template <class C, int BYTES, class V>
 MOELORA_INLINE C sum_lanes(const V& vector) {
   if constexpr (BYTES == 16) {

@@ -28,12 +28,12 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
         model: a model whose layers have `aux` in their config.
         mask: [batch, sequence] (also with batch_dim=1), or one entry per token in the order of x;
             nonzero if a token counts. For per-sequence or per-task gates, a sequence counts if any
-            of its tokens does; a mask with one entry per gate row is also accepted.
+            of its tokens counts; a mask with one entry per gate row is also accepted.
 
     Raises:
-        RuntimeError: there was no forward since the last call, or it ran without a graph (reentrant
-            activation checkpointing does: use use_reentrant=False). A forward without autograd
-            between the training forward and this call changes nothing.
+        RuntimeError: there was no forward since the last call, or it ran without a graph. (Under
+            activation checkpointing use use_reentrant=False.) A forward without autograd between
+            the training forward and this call does not matter.
         ValueError: the mask does not fit the tokens or the gate rows.
 
     Example:
@@ -52,7 +52,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
         follow_forwards(model)
     calls = {layer: _recorded_calls(layer) for layer in layers}
     if layers and all(layer_calls is None for layer_calls in calls.values()):
-        raise RuntimeError("no routing to compute a loss from: run a forward first")
+        raise RuntimeError("no routing is recorded: run a forward first")
     losses = [
         _aux_loss(layer, layer_calls, mask) for layer, layer_calls in calls.items() if layer_calls
     ]
@@ -67,7 +67,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 def _recorded_calls(layer: MixtureLayer) -> list[RoutedCall] | None:
     """Return the calls of a layer in the last forward; None if no forward was recorded.
 
-    Raises RuntimeError if a loss of them would not train the router.
+    Raises RuntimeError if a loss of these calls would not train the router.
     """
     record = layer.record
     calls = record.calls()
@@ -98,7 +98,7 @@ def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask: Tensor | N
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
-        # Not a matrix product, which autocast would compute in bfloat16.
+        # A sum and not a matrix product, which autocast would compute in bfloat16.
         return (counts[:, None] * values).sum(dim=0) / total
 
     loss = logits.new_zeros(())

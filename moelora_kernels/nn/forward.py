@@ -58,7 +58,7 @@ def forward_siblings(
     outputs, gate = run_layer(
         mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
     )
-    if any(layer.record.wanted for layer in layers):
+    if any(layer.record.is_on for layer in layers):
         keep_routing(layers, gate, x.shape[:-1])
     return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 

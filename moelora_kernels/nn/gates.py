@@ -88,7 +88,7 @@ def gate_of_logits(
         weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
         # If no expert passes the threshold, the gate is 0 and not 0 / 0. If the kept scores are
-        # exactly 0, the gradient stays finite.
+        # exactly 0, the gradient is finite.
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
     # Select last: the gradient of the weight of an expert that is not kept may be NaN,
@@ -183,7 +183,7 @@ def gate_from(
     training: bool = False,
     device: torch.device | None = None,
 ) -> Gate:
-    """Return the gate that `config` makes of logits, of external gates, or of neither.
+    """Return the gate of a layer, from logits, from external gates, or from neither.
 
         router=None        weights 1 for every expert, one row for all tokens
         router="external"  weights = external
@@ -193,7 +193,7 @@ def gate_from(
 
     Args:
         config: the options of the layer.
-        logits: [G, E] ([G, E + 1] with a learned threshold), if a router made them.
+        logits: [G, E] ([G, E + 1] with a learned threshold) from a router, or None.
         external: [..., E], for router="external".
         router: the layer's router, whose balance bias and counts selection uses.
         training: whether noise is added and the selection is counted.

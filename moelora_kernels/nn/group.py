@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
 
 
@@ -143,7 +144,7 @@ def link_siblings(
         ['{gate_proj,up_proj}']
     """
     linked = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for group in groups:
             children = {child: getattr(module, child, None) for child in group}
             if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):

@@ -123,8 +123,8 @@ class LoraLayer(MixtureLayer):
 
     Attributes:
         mixture: the static options that `run_layer` needs.
-        fused_mixture: the same for a forward whose logits come from the shrink kernel; None if the
-            options rule that out.
+        fused_mixture: the same with top_k, for a forward in which the op computes the logits; None
+            if the options do not allow that.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
@@ -191,9 +191,9 @@ class LoraLayer(MixtureLayer):
         return self.base_layer.bias
 
     def fuses_router(self) -> bool:
-        """Return whether the shrink kernel can compute the logits in the coming forward.
+        """Return whether the op can compute the router's logits in the next forward.
 
-        It can if the gate is a top-k gate of tokens and the router a plain dense nn.Linear, and no
+        It can if the gate is a top-k gate per token, the router is a plain dense nn.Linear, and no
         noise is added to the logits.
         """
         return (

@@ -43,7 +43,7 @@ def stack_loras(
             )
     if config.init == "svd_segments":
         raise ValueError(
-            "init: 'svd_segments' is not supported with from_loras, it would replace the LoRAs"
+            "init: 'svd_segments' is not supported with from_loras: it would replace the LoRAs"
         )
     ranks, scales = [], []
     for i, (a, b, alpha) in enumerate(loras):

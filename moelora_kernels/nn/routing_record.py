@@ -25,35 +25,35 @@ class RoutingRecord:
     """The routing of the calls of a layer in the last forward of the model.
 
     A forward of the model drops the routing of the forward before it, also in layers that it does
-    not reach. A layer that it calls several times has one entry for each call. A forward without
-    autograd (evaluation, a reference model) does not drop what a forward with autograd left: the
-    auxiliary loss of the training forward stays available. The repeated forward of activation
-    checkpointing is not recorded.
+    not call. If it calls a layer several times, the record has one entry for each call. A forward
+    without autograd (evaluation, a reference model) does not drop the routing of a forward with
+    autograd, so the auxiliary loss of the training forward stays available. Activation
+    checkpointing repeats a forward; the repeated forward is not recorded.
 
-    `follow_forwards` tells the records where a forward of the model begins. In a model that it does
-    not know, each call of a layer is a forward of its own.
+    `follow_forwards` adds hooks to a model, so that the records know when a forward of the model
+    begins. Without these hooks each call of a layer counts as one forward.
 
     Copies of a layer start with an empty record.
 
     Attributes:
-        weights: [T, K] with `indices`; else dense [G, E]. Detached. None without a call. Several
-            calls are concatenated.
+        weights: [T, K] with `indices`; else dense [G, E]. Detached. None if the layer was not
+            called. The rows of several calls are concatenated.
         indices: [T, K], the expert of each slot; None for dense gates.
         logits: [G, E] in float32 ([G, E + 1] with a learned threshold, whose logit is the last
             column), attached to the graph; None without a router.
         always: whether the layer has auxiliary losses, which need a record of every forward.
-        wanted: whether the layer records: `always`, or inside `record_routing`.
+        is_on: whether calls are recorded: if `always`, or inside `record_routing`.
         model: the model whose forward is running, or None.
     """
 
     def __init__(self, always: bool = False) -> None:
-        self.always = self.wanted = always
+        self.always = self.is_on = always
         self.model: nn.Module | None = None
         self.clear()
 
     def clear(self) -> None:
         """Drop the routing of all forwards."""
-        # None: no such forward since the last `clear`. []: a forward that did not reach the layer.
+        # None: there was no forward since the last `clear`. []: the forward did not call the layer.
         self.with_graph: list[RoutedCall] | None = None
         self.without_graph: list[RoutedCall] | None = None
         self.last: list[RoutedCall] = []
@@ -81,9 +81,10 @@ class RoutingRecord:
         self.last.append(RoutedCall(weights.detach(), experts, logits, tuple(shape)))
 
     def calls(self) -> list[RoutedCall] | None:
-        """Return the calls of the last forward in the present grad mode; None if there was none.
+        """Return the calls of the last forward; None if there was none.
 
-        Without autograd it is the last forward without autograd, else the last one with it.
+        If autograd is on, it is the last forward with autograd. Otherwise it is the last forward
+        without autograd, or, if there was none, the last one with autograd.
         """
         if torch.is_grad_enabled() or self.without_graph is None:
             return self.with_graph
@@ -106,7 +107,7 @@ class RoutingRecord:
 
 
 def is_backward() -> bool:
-    """Return whether backward is running, outside of compiled graphs."""
+    """Return whether backward is running. False in compiled graphs."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -119,16 +120,16 @@ def _concat(tensors: list[Tensor | None]) -> Tensor | None:
 class ForwardHooks:
     """The hooks of a model that begin and end a forward in the records of its layers.
 
-    Only layers that record are in `records`. The hooks of a part of the model do nothing inside a
-    forward of the whole.
+    `records` has only records that are on. During a forward of the whole model, the hooks of its
+    submodules do nothing.
     """
 
     def __init__(self) -> None:
         self.records: list[RoutingRecord] | None = None
 
     def find_records(self, model: nn.Module) -> None:
-        """Look for the layers of `model` that record."""
-        self.records = [record for record in _records(model) if record.wanted]
+        """Find the records of `model` that are on."""
+        self.records = [record for record in _records(model) if record.is_on]
 
     def before(self, model: nn.Module, args: tuple) -> None:
         """Begin a forward of `model`."""
@@ -147,20 +148,21 @@ class ForwardHooks:
                 record.model = None
 
     def __reduce__(self):
-        # Copies and pickles of a model have other records.
+        # A copy of a model has other records, so it must find them again.
         return ForwardHooks, ()
 
 
 def follow_forwards(model: nn.Module) -> None:
-    """Let the records of the layers in `model` belong to one forward of `model` each.
+    """Add the hooks that begin and end a forward in the records of the layers of `model`.
 
-    Adds two hooks to the model without its wrappers, once. Call it again after layers were added.
+    The two hooks are added once, to the model inside its wrappers. Call the function again after
+    you add layers.
     """
     model = unwrap(model)
     hooks = model.__dict__.get("_moelora_forward_hooks")
     if hooks is None:
         is_layer = hasattr(model, "record")
-        if is_layer or not any(record.wanted for record in _records(model)):
+        if is_layer or not any(record.is_on for record in _records(model)):
             return
         hooks = model._moelora_forward_hooks = ForwardHooks()
         model.register_forward_pre_hook(hooks.before)
@@ -169,8 +171,8 @@ def follow_forwards(model: nn.Module) -> None:
 
 
 def _records(model: nn.Module) -> list[RoutingRecord]:
-    found = [getattr(module, "record", None) for module in model.modules()]
-    return [record for record in found if isinstance(record, RoutingRecord)]
+    records = [getattr(module, "record", None) for module in model.modules()]
+    return [record for record in records if isinstance(record, RoutingRecord)]
 
 
 @contextlib.contextmanager
@@ -190,12 +192,12 @@ def record_routing(model: nn.Module) -> Iterator[None]:
     """
     records = _records(model)
     for record in records:
-        record.wanted = True
+        record.is_on = True
     follow_forwards(model)
     try:
         yield
     finally:
         for record in records:
-            record.wanted = record.always
+            record.is_on = record.always
             record.clear()
         follow_forwards(model)

@@ -1,4 +1,4 @@
-"""set_tasks: the tasks or the external gates of the coming forwards of a model."""
+"""set_tasks: set the tasks or the external gates for the next forwards of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moelora_kernels.nn.routers import TokenTaskRouter
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
-    """Set the tasks, or the gates, of the coming forwards of `model`, until the next call.
+    """Set the tasks, or the gates, for all forwards of `model` until the next call.
 
     Args:
         model: a model with task gates, external gates or TokenTaskRouters.
@@ -55,7 +55,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             )
         if layers and task_routers:
             raise ValueError(
-                "model: it uses both gates and task vectors; call set_tasks on its parts instead"
+                "model: it uses both gates and task vectors; call set_tasks on submodules instead"
             )
         for router in task_routers:
             router.check_tasks(tasks)

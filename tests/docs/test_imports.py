@@ -1,4 +1,4 @@
-"""The package imports and works with torch alone: no Triton, no native library."""
+"""The package works with torch alone: without Triton and without the native library."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ print("works")
 
 
 def run(program: str, **environment: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_works_without_triton_and_without_the_native_library():
     assert run(PROGRAM).strip() == "works"
 
 
-def test_importing_loads_torch_and_nothing_heavy():
+def test_the_import_loads_no_large_package_but_torch():
     loaded = run(
         "import sys, torch; before = set(sys.modules); import moelora_kernels;"
         "print(*{m.split('.')[0] for m in set(sys.modules) - before})"

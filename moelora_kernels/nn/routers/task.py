@@ -10,7 +10,7 @@ from moelora_kernels.nn.routers.logits import router_logits, wide_linear
 from moelora_kernels.nn.routers.token import MlpRouter
 
 
-def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Move a tensor to the device of a parameter, unless the parameter is on the meta device."""
     return tensor if parameter.is_meta else tensor.to(parameter.device)
 
@@ -66,7 +66,7 @@ class TaskRouter(nn.Module):
 
     def hold_tasks(self, ids: Tensor) -> None:
         """Store ids that passed `check_tasks` for the coming forwards."""
-        self.task_ids = _beside(ids, self.gate.weight)
+        self.task_ids = _on_device_of(ids, self.gate.weight)
 
     def forward(self) -> Tensor:
         """Return the logits [B, E] of the stored tasks in float32."""
@@ -153,7 +153,7 @@ class TokenTaskRouter(nn.Module):
 
     def hold_tasks(self, vectors: Tensor) -> None:
         """Store vectors [B, D] that passed `check_tasks` for the coming forwards."""
-        self.task_vectors = _beside(vectors, self.mixture["share"])
+        self.task_vectors = _on_device_of(vectors, self.mixture["share"])
 
     def check_batch(self, sequences: int) -> None:
         """Raise ValueError unless there is one task vector per sequence, or one for all."""
