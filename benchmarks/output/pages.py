@@ -24,12 +24,12 @@ class Selection(NamedTuple):
 
     def rows(self, rows: list[dict]) -> list[dict]:
         """Return the selected rows."""
-        wanted = (("case", self.cases), ("mode", self.modes), ("provider", self.providers))
+        selected = (("case", self.cases), ("mode", self.modes), ("provider", self.providers))
         return [
             row
             for row in rows
             if all(
-                values is None or row.get(field, values[0]) in values for field, values in wanted
+                values is None or row.get(field, values[0]) in values for field, values in selected
             )
         ]
 
@@ -39,10 +39,10 @@ EVERYTHING = Selection()
 
 def all_tables(result: dict, names: list[str] | None = None) -> list[tables.Table]:
     """Return the tables of a result file; names: those of the suite `grouped` to return."""
-    found = tables.of_rows(result["rows"], names)
+    result_tables = tables.make_tables(result["rows"], names)
     if names is None or "crossover" in names:
-        found += thresholds.crossover_tables(result)
-    return found
+        result_tables += thresholds.crossover_tables(result)
+    return result_tables
 
 
 def markdown(result: dict, selection: Selection = EVERYTHING) -> str:

@@ -303,7 +303,7 @@ def is_machine(rows: list[dict]) -> bool:
     return bool(rows) and "measurement" in rows[0]
 
 
-def of_rows(rows: list[dict], names: list[str] | None = None) -> list[Table]:
+def make_tables(rows: list[dict], names: list[str] | None = None) -> list[Table]:
     """Return every table of the rows of one suite.
 
     names: the tables of the suite `grouped` to return; None: all.

@@ -215,7 +215,7 @@ def gate_partials_kernel(
 ):
     """The outputs of `shrink_gate_kernel` from its partial sums, which are added in their order.
 
-    The arguments are those of `shrink_gate_kernel`. If A_ROWS < R, all experts share the rows of A:
+    The arguments are as in `shrink_gate_kernel`. If A_ROWS < R, all experts share the rows of A:
     column c of u reads column c % A_ROWS of h. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n

@@ -182,7 +182,7 @@ def gate_partials_backward_kernel(
 ):
     """The outputs of `shrink_gate_backward_kernel` from its partial sums, added in their order.
 
-    The arguments are those of `shrink_gate_backward_kernel`. If A_ROWS < R, all experts share the
+    The arguments are as in `shrink_gate_backward_kernel`. If A_ROWS < R, all experts share the
     rows of A, and dh is a sum over the experts. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n

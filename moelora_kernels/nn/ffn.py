@@ -77,7 +77,7 @@ class MoeLoraFFN(MixtureLayer):
         config: a MoeLoraConfig; None means the defaults. rank, scaling and dropout apply to each of
             the three linears. In training gate and up share the dropout mask of x.
         recompute: recompute the experts' activations in backward. The results do not change.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError, TypeError: an option is not valid or not supported for whole-FFN experts.
@@ -135,7 +135,7 @@ class MoeLoraFFN(MixtureLayer):
                 Qwen2, Mistral and Gemma.
             config: a MoeLoraConfig; None means the defaults.
             recompute: as in MoeLoraFFN.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         Raises:
             TypeError: `mlp` is not a gated MLP, has experts already, or has hooks.
@@ -282,14 +282,14 @@ class MoeLoraFFN(MixtureLayer):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
         """
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        gate_rows(gate.weights, x.shape, x.device, source, config)
+        rows = gate_rows(gate.weights, x.shape, x.device, source, config)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)

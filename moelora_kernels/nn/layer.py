@@ -74,7 +74,7 @@ class MixtureLayer(nn.Module):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else

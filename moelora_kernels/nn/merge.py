@@ -132,7 +132,7 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
 def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
     """Return sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
 
-    The arguments and errors are those of `lora_of_task`.
+    The arguments and errors are as in `lora_of_task`.
     """
     a, b = lora_of_task(layer, task)
     return b @ a

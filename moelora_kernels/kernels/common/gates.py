@@ -161,7 +161,7 @@ def store_topk(
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store what `topk_gate` returned: weights [T, n K] and experts [T, n K] int32, by slot.
+    """Store the results of `topk_gate` by slot: weights [T, n K] and experts [T, n K] int32.
 
     experts_ptr is None if K = E: slot k is then expert k.
     """

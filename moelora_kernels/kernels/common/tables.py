@@ -59,7 +59,7 @@ def scaling_table(scaling: tuple[float, ...], device: torch.device) -> Tensor:
 def column_tile_table(ranks: tuple[int, ...], n: int, width: int, device: torch.device) -> Tensor:
     """Return column tiles of up to `width` columns that each lie within one expert.
 
-    [tiles, 4] int32: first column, end, expert, sibling. Columns count those of all n siblings.
+    [tiles, 4] int32: first column, end, expert, sibling. Columns count over all n siblings.
     """
     require_no_capture("the table of column tiles", device)
     total = sum(ranks)

@@ -25,7 +25,7 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def router_logits(router: nn.Module, x: Tensor) -> Tensor:
-    """Return the logits of a router that reads x; those of an nn.Linear are in float32."""
+    """Return the logits of a router that reads x. If it is an nn.Linear, they are in float32."""
     if dense_weight(router) is not None:
         return wide_linear(x, router)
     weight = float_weight(router) if isinstance(router, nn.Linear) else None
