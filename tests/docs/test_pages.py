@@ -155,7 +155,7 @@ def test_the_factors_of_the_readme_were_measured() -> None:
     assert factor == factors["moelora"]
 
 
-def measured(file: str, **cell: Any) -> dict[str, str]:
+def measured(file: str, **cell: str | int) -> dict[str, str]:
     """Provider -> its time over that of the frozen layer, in one cell of a result file."""
     path = ROOT / f"benchmarks/results/amd-epyc-2-cores/{file}.json"
     rows = [row for row in json.loads(path.read_text())["rows"] if cell.items() <= row.items()]
