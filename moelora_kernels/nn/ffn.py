@@ -290,7 +290,7 @@ class MoeLoraFFN(MixtureLayer):
         source = "set_tasks" if gates is None else "gates"
         rows = gate_rows(gate.weights, x.shape, x.device, source, config, self.samples)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)

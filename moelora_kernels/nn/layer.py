@@ -45,12 +45,14 @@ class MixtureLayer(nn.Module):
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
             PeftModel can be switched off.
+        is_peft_adapter: whether the layer is an adapter of a PeftModel, which PEFT merges.
     """
 
     config: MoeLoraConfig
     router: nn.Module | None
     is_selected: bool = True
     is_running: bool = True
+    is_peft_adapter: bool = False
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -70,6 +72,10 @@ class MixtureLayer(nn.Module):
     def router_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
         return layer_logits(self, x, tokens)
+
+    def current_task_ids(self) -> Tensor | None:
+        """Return the task ids [B] or [B, L] of the coming forward, for router="task"."""
+        return self.task_ids if self.router.layers_have_ids else self.router.task_ids
 
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
         """Return the gate of this layer for one forward, without `rows`.

@@ -81,7 +81,7 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     config, router = layer.config, layer.router
     if config.router == "task":
         # All layers share the router, also if the model is spread over several devices.
-        return router(layer.task_ids if router.layers_have_ids else None).to(x.device)
+        return router(layer.current_task_ids()).to(x.device)
     if config.router == "self":
         return wide_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
