@@ -287,9 +287,9 @@ class MoeLoraFFN(MixtureLayer):
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        gate_rows(gate.weights, x.shape, x.device, source, config)
+        rows = gate_rows(gate.weights, x.shape, x.device, source, config)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)

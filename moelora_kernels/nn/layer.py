@@ -42,12 +42,14 @@ class MixtureLayer(nn.Module):
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
             PeftModel can be switched off.
+        is_peft_adapter: whether the layer is an adapter of a PeftModel, which PEFT merges.
     """
 
     config: MoeLoraConfig
     router: nn.Module | None
     is_selected: bool = True
     is_running: bool = True
+    is_peft_adapter: bool = False
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:

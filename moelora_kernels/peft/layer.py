@@ -26,6 +26,8 @@ class MoeLoraExperts(LoraLayer):
     as a child. So each tensor has one name in the state dict.
     """
 
+    is_peft_adapter = True
+
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
     ) -> None:

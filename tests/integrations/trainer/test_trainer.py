@@ -278,22 +278,35 @@ def test_trainers_that_attach_refuses(tmp_path):
         make_trainer(plain, tmp_path)
 
 
-def test_a_mask_of_a_wrong_shape_is_named(tmp_path):
-    model = make_model("ming", aux=())
+@pytest.mark.parametrize(
+    "mask", (torch.ones(1, 1, 5, 5), torch.ones(2, 7), None), ids=("4-D", "another length", "none")
+)
+def test_a_mask_that_is_no_token_mask_counts_every_token(mask, tmp_path):
+    """It never stops a training: a 4-D mask, a mask with other tokens, packed samples."""
+    model = make_model("ming")
+    model.forward = without_mask(model.forward)
     trainer = make_trainer(model, tmp_path)
     batch = Padding()([{k: s[k] for k in ("input_ids", "labels")} for s in make_samples(2)])
     model.train()
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, sequence\], got \[1"):
-        trainer.compute_loss(model, batch | {"attention_mask": torch.ones(1, 1, 5, 5)})
-    # Without a mask, for example with packed samples, every token counts.
     del batch["attention_mask"]
-    trainer.compute_loss(model, batch)
+    loss = trainer.compute_loss(model, batch | ({} if mask is None else {"attention_mask": mask}))
+    plain = model(**batch).loss
+    torch.testing.assert_close(loss, plain + collect_aux_loss(model))
     callback = trainer.callback_handler.callbacks[0]
     logs = {"loss": 0.0}
     trainer.state.log_history.append({})
     callback.on_log(trainer.args, trainer.state, None, logs)
     assert all(s.sum().item() == pytest.approx(1) for s in callback.load.values())
     assert logs["expert_load_max"] > 1 / EXPERTS
+
+
+def without_mask(forward):
+    """Return a forward that takes a mask and attends to all tokens."""
+
+    def call(input_ids=None, attention_mask=None, labels=None, **options):
+        return forward(input_ids=input_ids, labels=labels)
+
+    return call
 
 
 def test_a_trainer_with_model_init(tmp_path):
