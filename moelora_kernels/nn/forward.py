@@ -103,7 +103,8 @@ def siblings_gate(
     """
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
-    rows = gate_rows(gate.weights, x.shape, x.device, source, layers[0].config)
+    first = layers[0]
+    rows = gate_rows(gate.weights, x.shape, x.device, source, first.config, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 

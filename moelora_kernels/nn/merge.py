@@ -98,12 +98,7 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    saved_ids = router.task_ids
-    try:
-        router.hold_tasks(ids)
-        return router()
-    finally:
-        router.task_ids = saved_ids
+    return router(ids)
 
 
 @torch.no_grad()

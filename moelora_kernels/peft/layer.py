@@ -71,7 +71,7 @@ class MoeLoraExperts(LoraLayer):
         if self.config.router is None:
             return None
         external = self.config.router == "external"
-        rows = self.external_gates if external else self.router.task_ids
+        rows = self.external_gates if external else self.current_task_ids()
         if rows is None:
             raise RuntimeError("no task is set: call set_tasks(model, [task]) before a merge")
         if not (rows == rows[:1]).all():
