@@ -236,14 +236,11 @@ class MoeLoraLinear(LoraLayer):
         """Return why the layer is not a sum of linear experts; None if it is one."""
         if type(self).forward is MoeLoraLinear.forward:
             return None
-        return super().linear_problem()
+        return f"{type(self).__name__} overrides forward, so no single weight or LoRA equals it"
 
     def _check_linear(self) -> None:
-        if self.linear_problem():
-            raise ValueError(
-                f"layer: {type(self).__name__} overrides forward, so no single weight or LoRA "
-                "equals it"
-            )
+        if problem := self.linear_problem():
+            raise ValueError(f"layer: {problem}")
 
     @torch.no_grad()
     def export_lora(self, task: Task | None = None) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,14 @@ class MoeLoraExperts(LoraLayer):
         # this module too.
         object.__setattr__(self, "router", router)
 
+    def owner_problem(self) -> str:
+        """Return how to merge and export the adapter."""
+        return (
+            "is an adapter of PEFT. To merge it, call set_tasks(peft_model, [task]), then "
+            "peft_model.merge_and_unload(). To export it, call peft_model.save_pretrained(folder), "
+            "then `python -m moelora_kernels.export --task N folder out`"
+        )
+
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates as in MoeLoraLinear."""
         return forward_siblings((self,), x, gates)[0]
