@@ -100,8 +100,8 @@ class MoeLoraConfig:
     X-LoRA).
     "prototype": |x v_e|, with one vector v_e per expert from `set_prototypes` (Arrow).
     "self": A x, for experts of rank 1. No gradient flows through these logits (FlyLoRA).
-    "token_task": returns probabilities instead of logits: those of the token mixed with those of a
-    task vector from `set_tasks` (HMoRA; see `TokenTaskRouter`).
+    "token_task": returns probabilities instead of logits. It mixes the probabilities of the token
+    with the probabilities of a task vector from `set_tasks` (HMoRA; see `TokenTaskRouter`).
     An nn.Module: x [T, I] -> logits [T, E]. It is not copied: all layers of this config share it.
     None: every gate is 1 (plain LoRA)."""
 

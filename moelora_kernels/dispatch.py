@@ -83,7 +83,7 @@ def choose_impl(
 ) -> str:
     """Return the formulation that impl="auto" takes: "wide" or "grouped".
 
-    The arguments are those of `explain_choice`. Layers call this function because it works in a
+    The arguments are as in `explain_choice`. Layers call this function because it works in a
     compiled graph: the graph depends only on whether T is below the threshold. `explain_choice`
     writes T into a text, so the graph would be compiled again for every T.
     """

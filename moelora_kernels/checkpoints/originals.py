@@ -52,7 +52,7 @@ class _Layout(NamedTuple):
 def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MOELoRA-peft into the layers of `model`.
 
-    First replace the linears; the options are those of the training run:
+    First replace the linears, with the options of the training run:
 
         replace_linears(model, MoeLoraConfig.preset("moelora"), ["query_key_value", "dense", ...])
         load_moelora_peft(model, "path/to/adapter_model.bin")
@@ -106,7 +106,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
 
     Args:
         model: as in `load_moelora_peft`.
-        like: None, or a checkpoint of the layout. With None the keys are those of the original's
+        like: None, or a checkpoint of the layout. With None the keys are as in the original's
             adapter_model.bin: with "base_model.model.", without the name of an adapter, with
             aliases, and without the keys that the original never reads. With a checkpoint they
             are its keys, and tensors that the model does not have are copied from it.
@@ -134,7 +134,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
 def load_ming(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MING-MOE into the layers of `model`.
 
-    First replace the linears; the options are those of the training run:
+    First replace the linears, with the options of the training run:
 
         mixture = MoeLoraConfig.preset("ming")
         replace_linears(model, mixture, ["gate_proj", "up_proj", "down_proj"])
@@ -171,7 +171,7 @@ def load_ming(model: nn.Module, state_dict: State) -> None:
 def export_ming(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
     """Return the adapters of `model` in the layout that `load_ming` reads.
 
-    The arguments and errors are those of `export_moelora_peft`. The original reads the keys of
+    The arguments and errors are as in `export_moelora_peft`. The original reads the keys of
     attention (P.lora_A.weight, P.lora_B.weight) from adapter_model.bin, and all other keys from
     non_lora_trainables.bin.
 
@@ -275,8 +275,10 @@ def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]
             empty = False
             yield f"{name}." if name else "", layer
         elif isinstance(layer, MixtureLayer):
-            problem = layer.owner_problem() or f"is a {type(layer).__name__}"
-            raise ValueError(f"{name}: the layout of {layout} cannot store it: it {problem}")
+            kind = "an adapter of a PeftModel" if layer.is_peft_adapter else type(layer).__name__
+            raise ValueError(
+                f"{name}: the layout of {layout} stores MoeLoraLinear layers, got {kind}"
+            )
     if empty:
         raise ValueError("model: expected MoeLoraLinear layers, got none")
 

@@ -39,7 +39,7 @@ class MoeLoraAdapter(LoraLayer):
         hidden_size: I.
         config: a MoeLoraConfig with a `rank_activation`. With adapter_dtype=None, A and B are
             float32 unless the base has a float `weight`.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError: an option is not supported. Forward raises it if the base changes the shape.

@@ -23,6 +23,7 @@ from moelora_kernels.nn.base_linear import (
 from moelora_kernels.nn.gates import gate_rows
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
@@ -77,7 +78,7 @@ class MoeLoraFFN(MixtureLayer):
         config: a MoeLoraConfig; None means the defaults. rank, scaling and dropout apply to each of
             the three linears. In training gate and up share the dropout mask of x.
         recompute: recompute the experts' activations in backward. The results do not change.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError, TypeError: an option is not valid or not supported for whole-FFN experts.
@@ -139,7 +140,7 @@ class MoeLoraFFN(MixtureLayer):
                 Qwen2, Mistral and Gemma.
             config: a MoeLoraConfig; None means the defaults.
             recompute: as in MoeLoraFFN.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         Raises:
             TypeError: `mlp` is not a gated MLP, has experts already, or has hooks.
@@ -286,18 +287,20 @@ class MoeLoraFFN(MixtureLayer):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
         """
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        gate_rows(gate.weights, x.shape, x.device, source, config)
+        rows = gate_rows(gate.weights, x.shape, x.device, source, config, self.samples)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)
         weights = weights.to(compute_dtype(tokens))
+        if rows is not None and isinstance(self.samples, Samples):
+            return Gate(_rows_of_tokens(weights, rows), experts[rows.clamp_min(0).long()])
         steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
         return Gate(*(_expand_rows(t, tokens.shape[0], steps) for t in (weights, experts)))
 
@@ -329,6 +332,16 @@ def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor
         # Expert -1 is "not routed". The kernels skip it, but compute an expert of weight zero.
         experts = torch.where(weights != 0, experts, -1)
     return weights, experts
+
+
+def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weights[rows], [T, K]; zero for rows below 0.
+
+    A sum instead of an index, whose backward has no fixed order on a GPU.
+    """
+    samples = torch.arange(weights.shape[0], device=weights.device)
+    is_row = (rows[:, None] == samples)[:, :, None]  # [T, G, 1]
+    return torch.where(is_row, weights, 0).sum(dim=1)
 
 
 def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:

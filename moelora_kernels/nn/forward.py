@@ -27,7 +27,7 @@ def forward_siblings(
     Args:
         layers: n layers with the same in_features and config; the caller has checked it.
         x: [..., I].
-        gates: external gates [..., E] for router="external"; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Returns:
         y_i [..., O_i] of every layer, in x's dtype (under autocast: autocast's).
@@ -96,14 +96,15 @@ def siblings_gate(
         layers: n layers with the same config.
         x: [..., I], the input of the layers.
         tokens: [T, I], x in the dtype the layers compute in.
-        gates: external gates [..., E]; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Raises:
         ValueError: the number of gate rows does not fit x.
     """
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
-    rows = gate_rows(gate.weights, x.shape, x.device, source, layers[0].config)
+    first = layers[0]
+    rows = gate_rows(gate.weights, x.shape, x.device, source, first.config, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 
@@ -118,4 +119,4 @@ def keep_routing(layers: Sequence[MixtureLayer], gate: Gate, shape: Sequence[int
         for tensor in (gate.weights, gate.experts, gate.logits)
     ]
     for layer, weights, experts, logits in zip(layers, *columns, strict=True):
-        layer.record.keep(weights, experts, logits, shape)
+        layer.record.keep(weights, experts, logits, shape, gate.rows)

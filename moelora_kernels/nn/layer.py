@@ -27,6 +27,7 @@ from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.types import Gate, Mixture
 
 
@@ -39,10 +40,13 @@ class MixtureLayer(nn.Module):
         record: the RoutingRecord of the last forward of the model. It is filled inside
             `record_routing`, and always if the config has auxiliary losses.
         external_gates: the gates that `set_tasks` set for router="external", or None.
+        task_ids: the task ids that `set_tasks` set for router="task", or None.
+        samples: which sample each token belongs to; see `set_samples`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
             PeftModel can be switched off.
+        is_peft_adapter: whether the layer is an adapter of a PeftModel, which PEFT merges.
     """
 
     config: MoeLoraConfig
@@ -51,6 +55,7 @@ class MixtureLayer(nn.Module):
     tensor_names: tuple[str, ...] = ()
     is_selected: bool = True
     is_running: bool = True
+    is_peft_adapter: bool = False
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -61,6 +66,8 @@ class MixtureLayer(nn.Module):
         self._set_router(build_router(self.config, in_features, device, dtype))
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
+        self.task_ids: Tensor | None = None
+        self.samples: Samples | str | None = None
 
     def _set_router(self, router: nn.Module | None) -> None:
         self.router = router
@@ -69,13 +76,17 @@ class MixtureLayer(nn.Module):
         """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
         return layer_logits(self, x, tokens)
 
+    def current_task_ids(self) -> Tensor | None:
+        """Return the task ids [B] or [B, L] of the coming forward, for router="task"."""
+        return self.task_ids if self.router.layers_have_ids else self.router.task_ids
+
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
         """Return the gate of this layer for one forward, without `rows`.
 
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
@@ -94,10 +105,6 @@ class MixtureLayer(nn.Module):
     def first_tensor(self) -> Tensor:
         """Return A, for its dtype and device."""
         return getattr(self, self.tensor_names[0])
-
-    def owner_problem(self) -> str | None:
-        """Return how to merge and export the layer if another library does it; None otherwise."""
-        return None
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""

@@ -50,7 +50,7 @@ class MoeLoraLinear(LoraLayer):
         out_features: O.
         bias, device, dtype: of the base, as in nn.Linear.
         config: a MoeLoraConfig; None means the defaults.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
@@ -93,7 +93,7 @@ class MoeLoraLinear(LoraLayer):
         Args:
             linear: any module with in_features and out_features.
             config: a MoeLoraConfig; None means the defaults.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         Raises:
             TypeError: `linear` has no in_features or no out_features.
@@ -129,7 +129,7 @@ class MoeLoraLinear(LoraLayer):
                 differ.
             config: a MoeLoraConfig with scaling "alpha/r" or "alpha/sqrt(r)". Its num_experts, rank
                 and scaling are replaced by those of `loras`.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         If the router is "prototype", its prototypes are computed from the LoRAs.
 

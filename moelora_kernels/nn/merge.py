@@ -99,12 +99,7 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    saved_ids = router.task_ids
-    try:
-        router.hold_tasks(ids)
-        return router()
-    finally:
-        router.task_ids = saved_ids
+    return router(ids)
 
 
 @torch.no_grad()
@@ -136,7 +131,7 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
 def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
     """Return sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
 
-    The arguments and errors are those of `lora_of_task`.
+    The arguments and errors are as in `lora_of_task`.
     """
     a, b = lora_of_task(layer, task)
     return b @ a

@@ -13,6 +13,12 @@ from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_w
 from moelora_kernels.nn.sharding import check_dense
 from moelora_kernels.nn.wrappers import named_modules, places, unwrap
 
+PEFT_MODEL = (
+    "a PeftModel is merged and exported by PEFT. To merge one task: set_tasks(peft_model, [task]), "
+    "then peft_model.merge_and_unload() or peft_model.merge_adapter(). To export one task: "
+    "peft_model.save_pretrained(FOLDER), then python -m moelora_kernels.export --task N FOLDER OUT"
+)
+
 
 def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
     """Merge one task into every layer of `model`; see `MoeLoraLinear.merge`.
@@ -132,8 +138,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
     `nn.wrappers`).
 
     Raises:
-        ValueError: the model has no layer; `task` is passed and no layer has a task gate; an
-            adapter belongs to PEFT; or a tensor is sharded.
+        ValueError: the model has no layer or is a PeftModel; `task` is passed and no layer has a
+            task gate; or a tensor is sharded.
     """
     candidates = [
         (name, layer)
@@ -142,9 +148,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
     ]
     if not candidates:
         raise ValueError("model: expected a model with MoeLoraLinear layers, got none")
-    for name, layer in candidates:
-        if owner := layer.owner_problem():
-            raise ValueError(f"model: {name} {owner}")
+    if any(layer.is_peft_adapter for _, layer in candidates):
+        raise ValueError(f"model: {PEFT_MODEL}")
     check_dense({key: tensor.direct for key, tensor in layer_tensors(model).items()})
     if task is not None and all(layer.config.router is None for _, layer in candidates):
         raise ValueError("task: no layer of the model has a task gate; leave it out")

@@ -62,6 +62,7 @@ def replace_linears(
     for name in names:
         parent, child = place_of[name]
         check_target(name, parent._modules[child], parent)
+        check_layout(name, modules, config)
 
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
@@ -91,6 +92,33 @@ def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
             f"target_modules: {name} is part of a {type(parent)}, which reads its weight without "
             "calling it, so the experts would have no effect"
         )
+
+
+def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig) -> None:
+    """Raise ValueError if a gate per sample would count samples along the wrong dimension of x.
+
+    PyTorch's own modules say with `batch_first` whether they get [batch, sequence, features].
+
+    modules: as `named_modules` yields them.
+    """
+    per_sample = config.router in ("task", "external", "token_task")
+    if config.batch_dim != 0 or not (per_sample or config.granularity == "sequence"):
+        return
+    path = name.split(".")
+    for depth in range(len(path)):
+        module = modules[".".join(path[:depth])]
+        is_of_torch = type(module).__module__.startswith("torch.nn.")
+        if is_of_torch and _is_sequence_first(module):
+            raise ValueError(
+                f"batch_dim: {name} is part of a {type(module).__name__} with batch_first=False, "
+                "whose x is [sequence, batch, features]; use batch_dim=1"
+            )
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    """Return whether a module of torch.nn, or the attention in it, has batch_first=False."""
+    modules = (module, getattr(module, "self_attn", None))
+    return any(getattr(m, "batch_first", None) is False for m in modules)
 
 
 def replace_ffns(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ class RoutedCall(NamedTuple):
     experts: Tensor | None  # [T, K], the expert of each slot
     logits: Tensor | None  # [G, E] float32, attached to the graph; None without a router
     shape: tuple[int, ...]  # the shape of x without the features: T is its product
+    rows: Tensor | None = None  # int32 [T], the gate row of each token; None if G is T or 1
+    mask: Tensor | None = None  # the token mask of the layer's part of the model; see token_masks
 
 
 class RoutingRecord:
@@ -44,11 +46,15 @@ class RoutingRecord:
         always: whether the layer has auxiliary losses, which need a record of every forward.
         is_on: whether calls are recorded: if `always`, or inside `record_routing`.
         model: the model whose forward is running, or None.
+        mask: the token mask that the next calls store, or None; see `follow_masks`.
+        on_call: a function that gets every stored call, or None; see `count_routing`.
     """
 
     def __init__(self, always: bool = False) -> None:
         self.always = self.is_on = always
         self.model: nn.Module | None = None
+        self.mask: Tensor | None = None
+        self.on_call: Callable[[RoutedCall], None] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -72,13 +78,17 @@ class RoutingRecord:
         experts: Tensor | None,
         logits: Tensor | None,
         shape: Sequence[int],
+        rows: Tensor | None = None,
     ) -> None:
         """Store the routing of a call, unless backward is running: it repeats a forward."""
         if is_backward():
             return
         if self.model is None:
             self.begin()
-        self.last.append(RoutedCall(weights.detach(), experts, logits, tuple(shape)))
+        call = RoutedCall(weights.detach(), experts, logits, tuple(shape), rows, self.mask)
+        self.last.append(call)
+        if self.on_call is not None:
+            self.on_call(call)
 
     def calls(self) -> list[RoutedCall] | None:
         """Return the calls of the last forward; None if there was none.
@@ -179,7 +189,7 @@ def _records(model: nn.Module) -> list[RoutingRecord]:
 def record_routing(model: nn.Module) -> Iterator[None]:
     """Keep the routing of the last forward of `model` in `layer.record` inside the context.
 
-    Leaving the context clears all records, so read them inside.
+    Leaving the context clears all records, so read them inside. Contexts can be nested.
 
     Example:
         >>> import torch
@@ -191,13 +201,14 @@ def record_routing(model: nn.Module) -> Iterator[None]:
         torch.Size([3, 2]) torch.Size([3, 2])
     """
     records = _records(model)
+    was_on = [record.is_on for record in records]
     for record in records:
         record.is_on = True
     follow_forwards(model)
     try:
         yield
     finally:
-        for record in records:
-            record.is_on = record.always
+        for record, is_on in zip(records, was_on, strict=True):
+            record.is_on = is_on
             record.clear()
         follow_forwards(model)

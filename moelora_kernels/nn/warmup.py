@@ -58,18 +58,18 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
 
 def _groups(model: nn.Module) -> Iterator[tuple[MixtureLayer, ...]]:
     """Yield the layers that run together: the siblings of a group or a link, else one layer."""
-    seen: set[nn.Module] = set()
+    yielded: set[nn.Module] = set()
     modules = list(model.modules())
     for module in modules:
         if isinstance(module, MoeLoraGroup):
             siblings = tuple(module.children())
-            seen.update(siblings)
+            yielded.update(siblings)
             yield siblings
     for layer in modules:
-        if isinstance(layer, MixtureLayer) and layer.is_running and layer not in seen:
+        if isinstance(layer, MixtureLayer) and layer.is_running and layer not in yielded:
             link = getattr(layer, "link", None)
             siblings = (layer,) if link is None else link.layers
-            seen.update(siblings)
+            yielded.update(siblings)
             yield siblings
 
 

@@ -93,16 +93,24 @@ def named_modules(
         remove_duplicate: whether a module that has several names is listed under the first only.
         unwrap: the function that removes the wrappers around a module.
     """
-    listed: set[nn.Module] = set()
+    return _walk("", model, set() if remove_duplicate else None, unwrap)
 
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if remove_duplicate and module in listed:
+
+# Not a nested function: if it called itself, it would be in a reference cycle with `listed`, and
+# replaced modules would stay in memory until the garbage collector runs.
+def _walk(
+    name: str,
+    module: nn.Module,
+    listed: set[nn.Module] | None,
+    unwrap: Callable[[nn.Module], nn.Module],
+) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap(module)
+    if listed is not None:
+        if module in listed:
             return
         listed.add(module)
-        yield name, module
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from walk(f"{name}.{child_name}" if name else child_name, child)
-
-    return walk("", model)
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            child_name = f"{name}.{child_name}" if name else child_name
+            yield from _walk(child_name, child, listed, unwrap)

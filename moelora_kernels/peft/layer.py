@@ -26,6 +26,8 @@ class MoeLoraExperts(LoraLayer):
     as a child. So each tensor has one name in the state dict.
     """
 
+    is_peft_adapter = True
+
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
     ) -> None:
@@ -41,14 +43,6 @@ class MoeLoraExperts(LoraLayer):
         # The router is a child of the tuner layer. nn.Module.__setattr__ would make it a child of
         # this module too.
         object.__setattr__(self, "router", router)
-
-    def owner_problem(self) -> str:
-        """Return how to merge and export the adapter."""
-        return (
-            "is an adapter of PEFT. To merge it, call set_tasks(peft_model, [task]), then "
-            "peft_model.merge_and_unload(). To export it, call peft_model.save_pretrained(folder), "
-            "then `python -m moelora_kernels.export --task N folder out`"
-        )
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates as in MoeLoraLinear."""
@@ -77,7 +71,7 @@ class MoeLoraExperts(LoraLayer):
         if self.config.router is None:
             return None
         external = self.config.router == "external"
-        rows = self.external_gates if external else self.router.task_ids
+        rows = self.external_gates if external else self.current_task_ids()
         if rows is None:
             raise RuntimeError("no task is set: call set_tasks(model, [task]) before a merge")
         if not (rows == rows[:1]).all():

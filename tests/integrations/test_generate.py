@@ -75,12 +75,12 @@ def test_a_batch_generates_the_tokens_of_its_prompts(family, preset):
 def test_each_task_generates_other_tokens(family):
     """Each task generates other tokens, so the tests here can tell a wrong task."""
     model = generating_model(family, "moelora")
-    actual = set()
+    generated = set()
     for task in TASKS:
         set_tasks(model, [task])
         tokens = model.generate(IDS[:1], attention_mask=ATTENTION[:1], max_new_tokens=NEW)
-        actual.add(tuple(tokens[0].tolist()))
-    assert len(actual) == len(TASKS)
+        generated.add(tuple(tokens[0].tolist()))
+    assert len(generated) == len(TASKS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

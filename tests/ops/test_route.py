@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import native, ops, reference
 from moelora_kernels.types import CHUNK, TILE
-from support.op_cases import REQUIRED, needs_library
+from support.backends import REQUIRED, needs_library
 from support.route_cases import CASES, NAMES, adversarial, check_properties, drawn
 
 each_case = pytest.mark.parametrize("name", CASES)

@@ -46,7 +46,7 @@ def frozen(p, name, rows):
 
 
 def loop_mixlora(x, p, c):
-    """y = sum_j p_j FFN_j(x), with p the two largest of softmax(W_g x), divided by their sum.
+    """Return y = sum_j p_j FFN_j(x), p the two largest of softmax(W_g x) over their sum.
 
     FFN_j has LoRA j in all three linears. Each expert computes the frozen products itself.
     """
@@ -73,7 +73,7 @@ def loop_mixlora(x, p, c):
 
 
 def loop_llava_mole(x, p, c):
-    """Each linear of the FFN is W v + b + alpha/r B_i A_i v, with i = argmax(W_g x + b_g).
+    """Return y of the FFN whose linears are W v + b + alpha/r B_i A_i v, i = argmax(W_g x + b_g).
 
     The gate does not scale the expert.
     """

@@ -18,7 +18,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """One launch: enough to compile its kernel, and to count the bytes that it moves."""
+    """A recorded launch, with everything to compile its kernel and to count the bytes it moves."""
 
     kernel: Any
     programs: int
@@ -32,7 +32,7 @@ _records: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of the block. On tensors of the meta device they are only recorded."""
+    """Record the launches in the context. With tensors of the meta device no kernel runs."""
     global _records
     outer, _records = _records, []
     try:
@@ -74,7 +74,7 @@ def _guard(device: torch.device) -> Iterator[None]:
     hook = runtime.jit_cache_hook
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            # Triton calls this hook when a kernel is not among the compiled ones.
+            # Triton calls this hook before it compiles a kernel.
             runtime.jit_cache_hook = lambda **_: require_no_capture("kernels", device)
         try:
             yield
@@ -82,11 +82,11 @@ def _guard(device: torch.device) -> Iterator[None]:
             runtime.jit_cache_hook = hook
 
 
-def require_no_capture(what: str, device: torch.device) -> None:
+def require_no_capture(name: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is being captured on `device`."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{what} must exist before a CUDA graph is captured: "
+            f"{name} must exist before a CUDA graph is captured: "
             "run the same shapes once before, or moelora_kernels.warmup(model, tokens)"
         )
 

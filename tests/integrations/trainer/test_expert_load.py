@@ -13,8 +13,7 @@ for name in ("transformers", "datasets", "accelerate"):
 from transformers import TrainerCallback  # noqa: E402
 
 from moelora_kernels import collect_aux_loss, record_routing, set_tasks  # noqa: E402
-from moelora_kernels.nn.routing_record import RoutedCall  # noqa: E402
-from moelora_kernels.trainer import attach, expert_weights  # noqa: E402
+from moelora_kernels.trainer import attach  # noqa: E402
 from support.trainers import EXPERTS, batches_of, make_model, make_samples, make_trainer, tasks_of  # noqa: E402
 
 
@@ -103,31 +102,6 @@ def test_logs_the_expert_load(preset, tmp_path):
         model(batch["input_ids"], attention_mask=batch["attention_mask"])
         aux.append(collect_aux_loss(model, batch["attention_mask"].bool()).item())
     assert logs[1]["aux_loss"] == pytest.approx(sum(aux) / 2, rel=1e-5)
-
-
-def call_of(weights, experts=None) -> RoutedCall:
-    experts = None if experts is None else torch.tensor(experts)
-    return RoutedCall(torch.tensor(weights), experts, None, (len(weights),))
-
-
-def test_weights_of_the_experts():
-    """Slots that are not routed, a shared expert in the last column, negative gates."""
-    nan = float("nan")
-    slots = call_of([[0.5, 0.25], [1.0, nan], [2.0, -3.0]], [[0, 2], [1, -1], [0, 3]])
-    assert expert_weights(slots, 3).tolist() == [2.5, 1.0, 0.25]
-    mask = torch.tensor([[1, 0, 1]])
-    assert expert_weights(slots, 3, mask).tolist() == [2.5, 0.0, 0.25]
-    sequences = call_of([[0.25, -0.75, 9.0], [1.0, 0.0, 9.0]])
-    assert expert_weights(sequences, 2).tolist() == [1.25, 0.75]
-    # The gate of a sequence counts once for each of its tokens.
-    mask = torch.tensor([[True, True, False], [False, False, True]])
-    assert expert_weights(sequences, 2, mask).tolist() == [1.5, 1.5]
-    one_gate = call_of([[0.25, 0.75]])
-    assert expert_weights(one_gate, 2, mask).tolist() == [0.75, 2.25]
-    with pytest.raises(
-        ValueError, match=r"attention_mask: expected a multiple of 4 .*got \[2, 3\]"
-    ):
-        expert_weights(call_of([[1.0, 0.0]] * 4), 2, mask)
 
 
 def test_unused_experts_are_counted(tmp_path):

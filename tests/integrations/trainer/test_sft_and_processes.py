@@ -84,14 +84,14 @@ def run_process(rank: int, port: int, folder) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     for preset, options in PARALLEL.items():
         model = make_model(preset, **options)
         trainer = make_trainer(model, folder, ddp_backend="gloo", ddp_find_unused_parameters=False)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         callback = trainer.callback_handler.callbacks[0]
-        found[preset] = model.state_dict(), batches_of(trainer), logs, callback.load
+        results[preset] = model.state_dict(), batches_of(trainer), logs, callback.load
     model = make_model("moelora").eval()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     ids = torch.arange(3, 15).view(2, 6)
@@ -99,8 +99,8 @@ def run_process(rank: int, port: int, folder) -> None:
     for called in (parallel, parallel, model):
         set_tasks(model, [1 + rank, 3 + rank])
         outputs.append(called(ids).logits.detach())
-    found["by hand"] = outputs
-    torch.save(found, folder / f"{rank}.pt")
+    results["by hand"] = outputs
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -62,15 +62,15 @@ def test_trains_like_a_loop(preset, accumulation, tmp_path):
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
     """The loss is per token, so two micro-batches give the step of one batch."""
-    actual = []
+    runs = []
     for size, accumulation in ((4, 1), (2, 2)):
         model = make_model("ming", aux=())
         sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
         trainer = make_trainer(model, tmp_path, samples=make_samples(4), **sizes)
         trainer.train()
         assert len(batches_of(trainer)) == accumulation
-        actual.append((trainer.state.log_history[0]["loss"], model))
-    (loss, model), (other_loss, other) = actual
+        runs.append((trainer.state.log_history[0]["loss"], model))
+    (loss, model), (other_loss, other) = runs
     assert loss == pytest.approx(other_loss, rel=1e-6)
     assert_same_adapters(model, other, **CLOSE)
 
@@ -78,7 +78,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora"))
 def test_recomputed_activations_train_the_same(preset, tmp_path):
     """The bits and the logs are equal with and without checkpointing, also with dropout."""
-    actual = []
+    runs = []
     for recompute in (False, True):
         model = make_model(preset, dropout=0.2)
         extra = dict(gradient_checkpointing_kwargs={"use_reentrant": False}) if recompute else {}
@@ -90,8 +90,8 @@ def test_recomputed_activations_train_the_same(preset, tmp_path):
             **extra,
         )
         trainer.train()
-        actual.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
-    (model, logs), (other, other_logs) = actual
+        runs.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
+    (model, logs), (other, other_logs) = runs
     assert logs == other_logs
     assert_same_adapters(model, other, rtol=0, atol=0)
 
@@ -176,7 +176,7 @@ def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
 
 
 def test_the_name_of_the_task_column(tmp_path):
-    actual = []
+    models = []
     for column in ("task_ids", "job"):
         samples = [{**s, "text": ""} for s in make_samples()]
         for sample in samples:
@@ -185,8 +185,8 @@ def test_the_name_of_the_task_column(tmp_path):
         trainer = make_trainer(model, tmp_path, samples=samples, attached=False)
         attach(trainer, task_column=column)
         trainer.train()
-        actual.append(model)
-    assert_same_adapters(*actual, rtol=0, atol=0)
+        models.append(model)
+    assert_same_adapters(*models, rtol=0, atol=0)
 
 
 def test_samples_with_several_tasks(tmp_path):
@@ -208,7 +208,7 @@ def test_samples_with_several_tasks(tmp_path):
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
     """A resumed run ends with the bits of a full run, also if layers share a router."""
-    actual = []
+    models = []
     for resumed in (False, True):
         model = make_model(preset, tie, dropout=0.1)
         trainer = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
@@ -219,8 +219,8 @@ def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
                 for parameter in model.parameters():
                     parameter.zero_()
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        actual.append(model)
-    for (name, p), q in zip(actual[0].named_parameters(), actual[1].parameters(), strict=True):
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
@@ -278,22 +278,35 @@ def test_trainers_that_attach_refuses(tmp_path):
         make_trainer(plain, tmp_path)
 
 
-def test_a_mask_of_a_wrong_shape_is_named(tmp_path):
-    model = make_model("ming", aux=())
+@pytest.mark.parametrize(
+    "mask", (torch.ones(1, 1, 5, 5), torch.ones(2, 7), None), ids=("4-D", "another length", "none")
+)
+def test_a_mask_that_is_no_token_mask_counts_every_token(mask, tmp_path):
+    """It never stops a training: a 4-D mask, a mask with other tokens, packed samples."""
+    model = make_model("ming")
+    model.forward = without_mask(model.forward)
     trainer = make_trainer(model, tmp_path)
     batch = Padding()([{k: s[k] for k in ("input_ids", "labels")} for s in make_samples(2)])
     model.train()
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, sequence\], got \[1"):
-        trainer.compute_loss(model, batch | {"attention_mask": torch.ones(1, 1, 5, 5)})
-    # Without a mask, for example with packed samples, every token counts.
     del batch["attention_mask"]
-    trainer.compute_loss(model, batch)
+    loss = trainer.compute_loss(model, batch | ({} if mask is None else {"attention_mask": mask}))
+    plain = model(**batch).loss
+    torch.testing.assert_close(loss, plain + collect_aux_loss(model))
     callback = trainer.callback_handler.callbacks[0]
     logs = {"loss": 0.0}
     trainer.state.log_history.append({})
     callback.on_log(trainer.args, trainer.state, None, logs)
     assert all(s.sum().item() == pytest.approx(1) for s in callback.load.values())
     assert logs["expert_load_max"] > 1 / EXPERTS
+
+
+def without_mask(forward):
+    """Return a forward that takes a mask and attends to all tokens."""
+
+    def call(input_ids=None, attention_mask=None, labels=None, **options):
+        return forward(input_ids=input_ids, labels=labels)
+
+    return call
 
 
 def test_a_trainer_with_model_init(tmp_path):

@@ -26,12 +26,12 @@ ELSEWHERE = (
 
 
 def loop_lora(x, p, c, _tasks, xs=None):
-    """y = W x + b + alpha/r B A x"""
+    """Return y = W x + b + alpha/r B A x."""
     return frozen(x, p) + c.alpha / c.rank * (x @ p["lora_A"].t()) @ p["lora_B"].t()
 
 
 def loop_moelora(x, p, c, tasks, xs=None):
-    """y = W x + b + sum_e alpha/r_total w_e B_e A_e dropout_e(x), w = softmax(W_g emb[task])."""
+    """Return y = W x + b + sum_e alpha/r_total w_e B_e A_e x_e, w = softmax(W_g emb[task])."""
     w = (p["router.embedding.weight"][tasks] @ p["router.gate.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
@@ -42,7 +42,10 @@ def loop_moelora(x, p, c, tasks, xs=None):
 
 
 def loop_ming(x, p, c, _tasks, xs=None):
-    """g = W_s x + b_s; idx = topk(g); y = W x + b + sum_j softmax(g[idx])_j alpha/r B_j A_j x."""
+    """Return y = W x + b + sum_j softmax(g[idx])_j alpha/r B_j A_j x.
+
+    g = W_s x + b_s; idx = topk(g).
+    """
     tokens = x.reshape(-1, x.shape[-1])
     experts = list(blocks_of(p, c.num_experts))
     logits = tokens @ p["router.weight"].t() + p["router.bias"]
@@ -58,7 +61,7 @@ def loop_ming(x, p, c, _tasks, xs=None):
 
 
 def loop_loramoe(x, p, c, _tasks, xs=None):
-    """y = W x + sum_e softmax(W_g x)_e alpha/r B_e A_e x"""
+    """Return y = W x + sum_e softmax(W_g x)_e alpha/r B_e A_e x_e."""
     w = (x @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
@@ -68,7 +71,7 @@ def loop_loramoe(x, p, c, _tasks, xs=None):
 
 
 def loop_hydralora(x, p, c, _tasks, xs=None):
-    """y = W x + sum_e softmax(W_g x)_e alpha/r B_e A x, one A for all heads."""
+    """Return y = W x + sum_e softmax(W_g x)_e alpha/r B_e A x, with one A for all heads."""
     w = (x @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, b in enumerate(p["lora_B"].chunk(c.num_experts, dim=1)):
@@ -77,7 +80,10 @@ def loop_hydralora(x, p, c, _tasks, xs=None):
 
 
 def loop_mola(x, p, c, _tasks, xs=None, scale=None):
-    """p = softmax(W_g x); idx = topk(p); y = W x + sum_j p_j / (sum p[idx]) alpha/r B_j A_j x."""
+    """Return y = W x + sum_j p_j / (sum p[idx]) alpha/r B_j A_j x.
+
+    p = softmax(W_g x); idx = topk(p).
+    """
     scale = c.alpha / c.rank if scale is None else scale
     tokens = x.reshape(-1, x.shape[-1])
     probabilities = (tokens @ p["router.weight"].t()).softmax(dim=-1)
@@ -95,7 +101,10 @@ def loop_mola(x, p, c, _tasks, xs=None, scale=None):
 
 
 def loop_goat(x, p, c, _tasks, xs=None):
-    """y = W_reduced x + sum_j p_j / (sum p[idx]) sqrt(3 eta I / r) B_j A_j x, MoLA's gate."""
+    """Return y = W_reduced x + sum_j p_j / (sum p[idx]) sqrt(3 alpha I / r) B_j A_j x.
+
+    The gate is that of MoLA.
+    """
     return loop_mola(x, p, c, _tasks, xs, scale=(3 * c.alpha * x.shape[-1] / c.rank) ** 0.5)
 
 
