@@ -236,11 +236,14 @@ class MoeLoraLinear(LoraLayer):
         """Return why the layer is not a sum of linear experts; None if it is one."""
         if type(self).forward is MoeLoraLinear.forward:
             return None
-        return f"{type(self).__name__} overrides forward, so no single weight or LoRA equals it"
+        return super().linear_problem()
 
     def _check_linear(self) -> None:
-        if problem := self.linear_problem():
-            raise ValueError(f"layer: {problem}")
+        if self.linear_problem():
+            raise ValueError(
+                f"layer: {type(self).__name__} overrides forward, so no single weight or LoRA "
+                "equals it"
+            )
 
     @torch.no_grad()
     def export_lora(self, task: Task | None = None) -> tuple[Tensor, Tensor]:

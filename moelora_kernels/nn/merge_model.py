@@ -116,8 +116,8 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
     names_by_layer: dict[int, list[str]] = {}
     for name, layer in layers.items():
         names_by_layer.setdefault(id(layer), []).append(name)
+    place_of = {name: place for name, place in places(model).items() if name in layers}
     del layers, layer
-    place_of = places(model)
     for names in names_by_layer.values():
         if "" in names:
             layer = unwrap(model)
