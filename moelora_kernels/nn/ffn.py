@@ -93,6 +93,10 @@ class MoeLoraFFN(MixtureLayer):
     Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 with weight 1).
     """
 
+    tensor_names = (
+        "gate_lora_A", "gate_lora_B", "up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B"
+    )  # fmt: skip
+
     def __init__(
         self,
         hidden_size: int,

@@ -67,7 +67,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for router in task_routers:
             router.hold_tasks(tasks)
         for layer in layers:
-            layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
+            layer.external_gates = tasks.to(layer.first_tensor().device)
         return
     task_layers = [layer for layer in _selected(model) if layer.config.router == "task"]
     if not task_layers:
