@@ -1,6 +1,6 @@
 """Fine-tune a language model on many tasks at once with a mixture of LoRA experts.
 
-    python examples/finetune_multitask.py --preset ming --data ../shared/data/promptcblue
+    python examples/finetune_multitask.py --preset ming --data FOLDER # train.jsonl, dev.jsonl
     python examples/finetune_multitask.py --preset moelora            # generated toy tasks
     python examples/finetune_multitask.py --preset ming --aux load_balance --trainer
 

@@ -22,6 +22,7 @@ from moelora_kernels.nn.routers import (
 from moelora_kernels.nn.routing_plot import plot_routing
 from moelora_kernels.nn.routing_record import record_routing
 from moelora_kernels.nn.routing_report import count_routing, routing_report
+from moelora_kernels.nn.samples import set_samples
 from moelora_kernels.nn.tasks import set_tasks
 from moelora_kernels.nn.warmup import warmup
 
@@ -50,6 +51,7 @@ __all__ = [
     "replace_linears",
     "routing_report",
     "set_prototypes",
+    "set_samples",
     "set_tasks",
     "unmerge_adapter",
     "update_balance",

@@ -20,9 +20,10 @@ from moelora_kernels.nn.base_linear import (
     float_weight,
     missing_size,
 )
-from moelora_kernels.nn.gates import gate_rows
+from moelora_kernels.nn.gates import row_of_tokens
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
@@ -91,6 +92,10 @@ class MoeLoraFFN(MixtureLayer):
 
     Source: arXiv 2404.15159 (MixLoRA), arXiv 2401.16160 (LLaVA-MoLE: top-1 with weight 1).
     """
+
+    tensor_names = (
+        "gate_lora_A", "gate_lora_B", "up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -287,13 +292,15 @@ class MoeLoraFFN(MixtureLayer):
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        rows = gate_rows(gate.weights, x.shape, x.device, source, config)
+        rows = row_of_tokens(gate.weights, x.shape, x.device, source, config, self.samples)
         if self.record.is_on:
             self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)
         weights = weights.to(compute_dtype(tokens))
+        if rows is not None and isinstance(self.samples, Samples):
+            return Gate(_rows_of_tokens(weights, rows), experts[rows.clamp_min(0).long()])
         steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
         return Gate(*(_expand_rows(t, tokens.shape[0], steps) for t in (weights, experts)))
 
@@ -327,10 +334,20 @@ def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor
     return weights, experts
 
 
+def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weights[rows], [T, K]; zero for rows below 0.
+
+    A sum instead of an index, whose backward has no fixed order on a GPU.
+    """
+    samples = torch.arange(weights.shape[0], device=weights.device)
+    is_row = (rows[:, None] == samples)[:, :, None]  # [T, G, 1]
+    return torch.where(is_row, weights, 0).sum(dim=1)
+
+
 def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
     """Return one row per token, [T, K], from one row per token, per sequence, or for all tokens.
 
-    steps: 1 if the tokens of a sequence are contiguous; the sequence length S for x [S, B, I].
+    steps: 1 if the tokens of a sequence are contiguous; the sequence length L for x [L, B, I].
     """
     count, slots = rows.shape
     if count == tokens:

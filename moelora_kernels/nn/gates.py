@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.routers import wide_linear
+from moelora_kernels.nn.routers import float32_linear
+from moelora_kernels.nn.samples import Samples, sample_of_tokens
 from moelora_kernels.types import Gate
 
 
@@ -245,43 +246,35 @@ def concat_gates(gates: Sequence[Gate]) -> Gate:
     )
 
 
-def gate_rows(
-    weights: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
+def row_of_tokens(
+    weights: Tensor,
+    x_shape: Sequence[int],
+    device: torch.device,
+    name: str,
+    config: MoeLoraConfig,
+    samples: Samples | str | None = None,
 ) -> Tensor | None:
-    """Return the gate row of each token, [T] int32, if there is one gate row per sequence.
+    """Return the gate row of each token, [T] int32, if there is one gate row per sample.
 
     Returns None for one row per token and for one row for all tokens, like `moe_lora_linear`.
 
     Args:
         weights: [G, ...], the rows of the gate.
-        x_shape: [B, S, I], or [S, B, I] with batch_dim=1; also [T, I].
+        x_shape: [B, L, I], or [L, B, I] with batch_dim=1; also [T, I].
         device: device of the result.
         name: the argument that the error names: "gates" or "set_tasks".
         config: the options of the layer.
+        samples: which sample each token belongs to; see `set_samples`.
 
     Raises:
-        ValueError: G is neither 1, nor the number of sequences, nor T. Task gates may not have one
-            row per token unless every sequence is one token: the tasks of another batch could have
-            that number by chance.
+        ValueError: G is neither 1, nor T, nor the number of samples. The gates of tasks and of
+            sequences have one row per sample, also if there are T of them by chance.
     """
-    tokens, inner = 1, 1
-    for dim, size in enumerate(x_shape[:-1]):
-        tokens *= size
-        inner *= size if dim > config.batch_dim else 1
     count = weights.shape[0]
-    sequences = x_shape[config.batch_dim] if len(x_shape) > 2 else tokens
-    by_token = count == tokens and (config.router != "task" or count == sequences)
-    if count == 1 or by_token:
+    per_sample = config.router == "task" or config.granularity == "sequence"
+    if count == 1 or (count == math.prod(x_shape[:-1]) and not per_sample):
         return None
-    if count != sequences:
-        one_per_token = "" if config.router == "task" else "one per token, "
-        raise ValueError(
-            f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, {one_per_token}"
-            f"or one per sequence (dimension {config.batch_dim} of x: batch_dim="
-            f"{config.batch_dim}); if generate makes n sequences of each prompt (beams, "
-            "samples), set_tasks takes ids.repeat_interleave(n)"
-        )
-    return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count
+    return sample_of_tokens(x_shape, count, config.batch_dim, samples, device, name)
 
 
 class SequenceGate(nn.Module):
@@ -316,9 +309,9 @@ class SequenceGate(nn.Module):
         self.linear = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return gates [B, E] in float32 for embeddings [B, S, I].
+        """Return gates [B, E] in float32 for embeddings [B, L, I].
 
-        mask: [B, S], nonzero at the positions that count; None counts padding too, like the
+        mask: [B, L], nonzero at the positions that count; None counts padding too, like the
         original.
         """
         if mask is None:
@@ -328,5 +321,5 @@ class SequenceGate(nn.Module):
                 raise ValueError(f"mask: expected {[*embeddings.shape[:2]]}, got {[*mask.shape]}")
             counts = (mask != 0).to(embeddings.dtype)[..., None]
             mean = (counts * embeddings).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
-        gates, _ = gate_of_logits(wide_linear(mean, self.linear), self.config, self.training)
+        gates, _ = gate_of_logits(float32_linear(mean, self.linear), self.config, self.training)
         return gates

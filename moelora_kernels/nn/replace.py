@@ -14,7 +14,7 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
-from moelora_kernels.nn.wrappers import named_modules, portable_name
+from moelora_kernels.nn.wrappers import named_modules, places, portable_name
 
 # Modules that read the weights of their linears instead of calling them: the first always, the
 # second in evaluation without gradients.
@@ -57,16 +57,18 @@ def replace_linears(
     config = MoeLoraConfig.of(config, {})
     modules = dict(named_modules(model, remove_duplicate=False))
     adapted = [name for name, module in modules.items() if isinstance(module, MixtureLayer)]
-    names = _matching(model, modules, target_modules, adapted)
+    place_of = places(model)
+    names = _matching(model, place_of, target_modules, adapted)
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         check_target(name, parent._modules[child], parent)
+        check_layout(name, modules, config)
 
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         module = parent._modules[child]
         if id(module) not in replaced:
             layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
@@ -90,6 +92,33 @@ def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
             f"target_modules: {name} is part of a {type(parent)}, which reads its weight without "
             "calling it, so the experts would have no effect"
         )
+
+
+def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig) -> None:
+    """Raise ValueError if a gate per sample would count samples along the wrong dimension of x.
+
+    PyTorch's own modules say with `batch_first` whether they get [batch, sequence, features].
+
+    modules: as `named_modules` yields them.
+    """
+    per_sample = config.router in ("task", "external", "token_task")
+    if config.batch_dim != 0 or not (per_sample or config.granularity == "sequence"):
+        return
+    path = name.split(".")
+    for depth in range(len(path)):
+        module = modules[".".join(path[:depth])]
+        is_of_torch = type(module).__module__.startswith("torch.nn.")
+        if is_of_torch and _is_sequence_first(module):
+            raise ValueError(
+                f"batch_dim: {name} is part of a {type(module).__name__} with batch_first=False, "
+                "whose x is [sequence, batch, features]; use batch_dim=1"
+            )
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    """Return whether a module of torch.nn, or the attention in it, has batch_first=False."""
+    modules = (module, getattr(module, "self_attn", None))
+    return any(getattr(m, "batch_first", None) is False for m in modules)
 
 
 def replace_ffns(
@@ -135,16 +164,16 @@ def replace_ffns(
         ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
-    modules = dict(named_modules(model, remove_duplicate=False))
-    names = _matching(model, modules, target_modules, ())
+    place_of = places(model)
+    names = _matching(model, place_of, target_modules, ())
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         if problem := ffn_problem(parent._modules[child]):
             raise TypeError(f"target_modules: {name}: {problem}")
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         module = parent._modules[child]
         if module not in replaced:
             layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
@@ -174,10 +203,9 @@ def _matching(
             re.compile(target_modules)
         except re.error as error:
             raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
-    names = {name: {name} for name in modules if name}
     names = {
-        name: spellings
-        for name, spellings in names.items()
+        name: {name}
+        for name in modules
         if not any(name == a or name.startswith(f"{a}.") for a in adapted)
     }
     for spelling, _ in model.named_modules(remove_duplicate=False):
@@ -192,15 +220,6 @@ def _matching(
     if unmatched or not targets:
         raise ValueError(f"target_modules: no module matches {unmatched or targets}")
     return [name for name in names if any(matches(name, target) for target in targets)]
-
-
-def _place(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, str]:
-    """Return the parent of a module and the child's name in it; a wrapper around it is the child.
-
-    modules: as `named_modules` yields them.
-    """
-    parent, _, child = name.rpartition(".")
-    return modules[parent], child
 
 
 def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:

@@ -141,7 +141,7 @@ def call_sums(layer: MixtureLayer, call: RoutedCall) -> Tensor:
     weights = torch.where(counts[:, None] > 0, counts[:, None] * weights, 0)
     if config.router != "task":
         return weights.sum(dim=0, keepdim=True)
-    ids = layer.router.task_ids.to(weights.device)
+    ids = layer.current_task_ids().to(weights.device)
     ids = ids[:, None] if ids.dim() == 1 else ids
     tasks = torch.arange(_rows(layer), device=weights.device)
     # Row t of `share`: the part of each gate row that belongs to task t. Id 0 is padding.

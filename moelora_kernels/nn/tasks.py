@@ -16,11 +16,16 @@ from moelora_kernels.nn.routers import TokenTaskRouter
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """Set the tasks, or the gates, for all forwards of `model` until the next call.
 
+    Row b of x [B, L, I] uses entry b; for an x of another shape call `set_samples`. `model` may be
+    a part of a model that gets another number of rows: the decoder of a model that generates with
+    n beams takes ids.repeat_interleave(n), a model that gets chosen and rejected answers takes
+    ids.repeat(2). Layers outside of the part keep their tasks.
+
     Args:
         model: a model with task gates, external gates or TokenTaskRouters.
         tasks: one of
             task ids [batch], 1 to num_tasks, for router="task";
-            task ids [batch, L] if a sequence has several tasks: the gate uses the mean of their
+            task ids [batch, J] if a sequence has several tasks: the gate uses the mean of their
             embeddings, 0 is padding;
             float gates [batch, E], [1, E] or [T, E] for router="external";
             float task vectors [batch, D] for a TokenTaskRouter.
@@ -62,15 +67,20 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for router in task_routers:
             router.hold_tasks(tasks)
         for layer in layers:
-            layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
+            layer.external_gates = tasks.to(layer.first_tensor().device)
         return
-    routers = {layer.router for layer in _selected(model) if layer.config.router == "task"}
-    if not routers:
+    task_layers = [layer for layer in _selected(model) if layer.config.router == "task"]
+    if not task_layers:
         raise ValueError("model: no layer with router='task' takes task ids")
+    routers = {layer.router for layer in task_layers}
     for router in routers:
         router.check_tasks(tasks)
     for router in routers:
         router.hold_tasks(tasks)
+    for layer in task_layers:
+        # The router moved the ids to its device. Layers outside of `model` keep their own.
+        layer.task_ids = layer.router.task_ids
+        layer.router.layers_have_ids = True
 
 
 def _selected(model: nn.Module) -> list[MixtureLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # The module that defines a wrapper, its class, and the name of the child that it wraps.
 WRAPPERS = (
@@ -43,6 +43,30 @@ def wrapped_child(module: nn.Module) -> str | None:
     return None
 
 
+def without_wrapped(name: str) -> str:
+    """Return a dotted name of a file without every part that is the name of a wrapped child."""
+    wrapped = {child for _, _, child in WRAPPERS}
+    return ".".join(part for part in name.split(".") if part not in wrapped)
+
+
+def places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return name -> (parent, child) for every module inside `model`, by its portable name.
+
+    `parent._modules[child]` is the module, or the wrapper around it.
+    """
+    modules = dict(named_modules(model, remove_duplicate=False))
+    split = {name: name.rpartition(".") for name in modules if name}
+    return {name: (modules[parent], child) for name, (parent, _, child) in split.items()}
+
+
+def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the Parameters and buffers of `model.state_dict()` by their portable names."""
+    state: dict[str, Tensor] = {}
+    for name, module in named_modules(model, remove_duplicate=False):
+        module._save_to_state_dict(state, f"{name}." if name else "", True)
+    return state
+
+
 def portable_name(model: nn.Module, name: str) -> str:
     """Return a dotted name of a module or tensor in `model` without the children of wrappers."""
     parts = []
@@ -69,16 +93,24 @@ def named_modules(
         remove_duplicate: whether a module that has several names is listed under the first only.
         unwrap: the function that removes the wrappers around a module.
     """
-    listed: set[nn.Module] = set()
+    return _walk("", model, set() if remove_duplicate else None, unwrap)
 
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if remove_duplicate and module in listed:
+
+# Not a nested function: if it called itself, it would be in a reference cycle with `listed`, and
+# replaced modules would stay in memory until the garbage collector runs.
+def _walk(
+    name: str,
+    module: nn.Module,
+    listed: set[nn.Module] | None,
+    unwrap: Callable[[nn.Module], nn.Module],
+) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap(module)
+    if listed is not None:
+        if module in listed:
             return
         listed.add(module)
-        yield name, module
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from walk(f"{name}.{child_name}" if name else child_name, child)
-
-    return walk("", model)
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            child_name = f"{name}.{child_name}" if name else child_name
+            yield from _walk(child_name, child, listed, unwrap)

@@ -26,6 +26,8 @@ class MoeLoraExperts(LoraLayer):
     as a child. So each tensor has one name in the state dict.
     """
 
+    is_peft_adapter = True
+
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
     ) -> None:
@@ -69,7 +71,7 @@ class MoeLoraExperts(LoraLayer):
         if self.config.router is None:
             return None
         external = self.config.router == "external"
-        rows = self.external_gates if external else self.router.task_ids
+        rows = self.external_gates if external else self.current_task_ids()
         if rows is None:
             raise RuntimeError("no task is set: call set_tasks(model, [task]) before a merge")
         if not (rows == rows[:1]).all():

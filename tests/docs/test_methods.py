@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from moelora_kernels import MoeLoraConfig, config_rules
+from moelora_kernels import MoeLoraConfig, MoeLoraLinear, config_rules
+from moelora_kernels.nn.merge import task_gate_problem
 from moelora_kernels.options_page import PAGE, START, fill_page
-from moelora_kernels.presets import PRESETS
+from moelora_kernels.presets import FFN_PRESETS, PRESETS
 
 METHODS = PAGE.read_text(encoding="utf-8")
 
@@ -24,6 +25,19 @@ def rows(title: str) -> list[list[str]]:
 
 def test_the_table_of_presets_names_every_preset():
     assert [row[0].strip(" `") for row in rows("Presets")] == list(PRESETS)
+
+
+def test_the_table_of_presets_says_what_can_be_merged():
+    for name, _, _, merge, _ in rows("Presets"):
+        config = MoeLoraConfig.preset(name.strip(" `"))
+        is_linear = name.strip(" `") not in FFN_PRESETS and config.rank_activation is None
+        expected = {None: "yes", "task": "one task", "external": "one gate"}.get(
+            config.router, "no"
+        )
+        assert merge.strip() == (expected if is_linear else "no"), name
+        if is_linear:
+            problem = task_gate_problem(MoeLoraLinear(64, 64, config=config))
+            assert (problem is None) == (expected != "no"), name
 
 
 def test_every_preset_belongs_to_a_published_method():

@@ -163,6 +163,16 @@ def peft_has_loaded_the_preset(names) -> None:
     assert names["peft_model"].peft_config["default"].num_experts == 8
 
 
+@before("moelora_kernels/peft/README.md#load-it-in-a-new-process")
+def an_adapter_of_peft() -> dict[str, Any]:
+    get_peft_model = pytest.importorskip("peft").get_peft_model
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    config = MoeLoraPeftConfig(preset="moelora", target_modules=["q_proj", "v_proj"])
+    get_peft_model(frozen_model(), config).save_pretrained("adapter")
+    return {}
+
+
 @before("moelora_kernels/nn/README.md#whole-ffn-experts")
 def a_llama() -> dict[str, Any]:
     return {"model": frozen_model("Llama")}
@@ -233,6 +243,7 @@ def ming_is_exported_with_the_loaded_bits(names) -> None:
     assert_same(names["state"], torch.load("non_lora_trainables.bin", weights_only=True))
 
 
+@after("moelora_kernels/peft/README.md#train-with-the-hugging-face-trainer")
 @after("examples/README.md#with-the-hugging-face-trainer")
 def the_trainer_did_two_steps(names) -> None:
     assert names["trainer"].state.global_step == 2

@@ -78,6 +78,7 @@ SIGNATURES = {
     "moelora_kernels:routing_report": "(model, *, all_ranks=True)",
     "moelora_kernels:save_adapter": "(model, path)",
     "moelora_kernels:set_prototypes": "(model)",
+    "moelora_kernels:set_samples": "(model, samples)",
     "moelora_kernels:set_tasks": "(model, tasks)",
     "moelora_kernels:unmerge_adapter": "(model)",
     "moelora_kernels:update_balance": "(model)",

@@ -113,12 +113,12 @@ def test_a_router_with_a_hook_is_called():
     assert shapes == [(6, 4)]
 
 
-@pytest.mark.parametrize("shape", ((5,), (2, 5), (2, 3, 5)), ids=str)
+@pytest.mark.parametrize("shape", ((1, 5), (2, 5), (2, 3, 5)), ids=str)
 def test_a_sequence_gate_reads_the_mean_of_its_sequence(shape):
-    """A 2-D x is one sequence. Otherwise the first dimension of x is the batch."""
+    """The first dimension of x is the batch."""
     layer = make_layer(granularity="sequence")
     x = torch.randn(*shape, IN, dtype=torch.float64)
-    batch = x[None] if x.dim() == 2 else x.flatten(1, -2)
+    batch = x.flatten(1, -2)
     means = batch.mean(dim=1)
     with record_routing(layer):
         y = layer(x)

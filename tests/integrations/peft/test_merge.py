@@ -6,7 +6,15 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from moelora_kernels import MoeLoraLinear, set_tasks  # noqa: E402
+from moelora_kernels import (  # noqa: E402
+    MoeLoraLinear,
+    export,
+    merge_adapter,
+    merge_and_unload,
+    save_adapter,
+    set_tasks,
+)
+from moelora_kernels.export import export_lora  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig, MoeLoraTunerLinear  # noqa: E402
 from support.linears import PackedLinear  # noqa: E402
 from support.peft_models import (  # noqa: E402
@@ -173,6 +181,31 @@ def test_gates_that_depend_on_x_are_refused():
     set_tasks(model, [1])
     model.base_model.set_adapter(["default", "other"])
     assert_refused(model, RuntimeError, r"'other' cannot be merged")
+
+
+@pytest.mark.parametrize("function", (merge_adapter, merge_and_unload, export_lora))
+def test_functions_for_models_without_peft_say_what_to_call(function, tmp_path):
+    arguments = (tmp_path / "out",) if function is export_lora else ()
+    message = (
+        r"model: a PeftModel is merged and exported by PEFT. .*merge_and_unload\(\).*FOLDER OUT"
+    )
+    with pytest.raises(ValueError, match=message):
+        function(mergeable(TASKS), *arguments, task=2)
+
+
+def test_a_file_of_save_adapter_is_not_exported_but_a_folder_is(tmp_path, capsys):
+    model = mergeable(TASKS)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    task = ["--task", "2"]
+    with pytest.raises(SystemExit):
+        export.main([*task, str(tmp_path / "adapter.safetensors"), str(tmp_path / "out")])
+    assert "peft_model.save_pretrained(FOLDER) and export FOLDER" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "folder")
+    export.main([*task, str(tmp_path / "folder"), str(tmp_path / "out")])
+    set_tasks(model, [2])
+    x = inputs()[:1]
+    loaded = peft.PeftModel.from_pretrained(net(), tmp_path / "out")
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_no_task_and_several_tasks_are_refused():
