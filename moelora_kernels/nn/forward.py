@@ -119,4 +119,5 @@ def keep_routing(layers: Sequence[MixtureLayer], gate: Gate, shape: Sequence[int
         for tensor in (gate.weights, gate.experts, gate.logits)
     ]
     for layer, weights, experts, logits in zip(layers, *columns, strict=True):
-        layer.record.keep(weights, experts, logits, shape, gate.rows)
+        part = Gate(weights, experts, gate.rows, logits)
+        layer.record.keep(part, shape, layer.current_task_ids())

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
 # Modules that read the encoder's output, and their linears that do (k, v).
@@ -59,6 +61,14 @@ def token_mask(mask: Tensor | None, shape: tuple[int, ...], batch_dim: int = 0) 
         inner = (1,) * (len(shape) - 2)
         return mask.reshape(*mask.shape, *inner).expand(shape).reshape(-1)
     return mask.reshape(-1) if shape == (mask.numel(),) else None
+
+
+def call_mask(layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
+    """Return which tokens of a call of `layer` count, [T] bool; None if all do."""
+    # `set_samples` with one number for each token: their order is not that of the mask.
+    if isinstance(layer.samples, Samples) and layer.samples.ids.dim() == 1 and len(call.shape) == 1:
+        return None
+    return token_mask(call.mask, call.shape, layer.config.batch_dim)
 
 
 def tokens_per_row(call: RoutedCall, mask: Tensor | None = None) -> Tensor:
