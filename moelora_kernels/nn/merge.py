@@ -90,7 +90,7 @@ def _external_gate(task: Task | None, experts: int) -> Tensor:
 
 
 def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
-    """Return the logits [1, E] of a task; the tasks that `set_tasks` set do not change."""
+    """Return the logits [1, E] of a task. It does not change the tasks that `set_tasks` set."""
     if task is None:
         raise ValueError(f"task: router='task' needs a task id, 1 to {router.num_tasks}")
     ids = _tensor(task)
@@ -98,12 +98,7 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    saved_ids = router.task_ids
-    try:
-        router.hold_tasks(ids)
-        return router()
-    finally:
-        router.task_ids = saved_ids
+    return router.logits(ids)
 
 
 @torch.no_grad()

@@ -72,8 +72,12 @@ class TaskRouter(nn.Module):
         """Return the logits [B, E] of the stored tasks in float32."""
         if self.task_ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
+        return self.logits(self.task_ids)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits [B, E] in float32 of ids [B] or [B, L] that passed `check_tasks`."""
         # The router may have moved to another device since `hold_tasks`.
-        ids = self.task_ids.to(self.gate.weight.device)
+        ids = ids.to(self.gate.weight.device)
         tasks = self.embedding(ids)
         if ids.dim() == 2:
             tasks = tasks.to(torch.promote_types(tasks.dtype, torch.float32))
