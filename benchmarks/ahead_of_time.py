@@ -3,11 +3,11 @@
     python benchmarks/ahead_of_time.py                       exit 1 if a kernel must not ship
     python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time
 
-Runs the launchers on tensors of the meta device at the sizes of models and records their launches.
-Compiles each kernel with the arguments, constants and tiles of its launch for each architecture.
-The machine code shows registers, spills, shared memory, tensor core instructions and the width of
-every load and store. `model/traffic.py` counts the bytes that the programs of a launch load and
-store. Nothing is timed.
+The command runs the launchers on tensors of the meta device, with sizes of real models, and records
+their launches. It compiles each kernel with the arguments, constants and tiles of its launch, for
+each architecture. The machine code shows registers, spills, shared memory, tensor core instructions
+and the width of every load and store. `model/traffic.py` counts the bytes that the programs of a
+launch load and store. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
 def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
-    """Return signature, constants and alignment of a launch, specialised like Triton does."""
+    """Return signature, constants and alignment of a launch, specialised as in Triton."""
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
         torch.int32: "i32", torch.int64: "i64",
@@ -54,7 +54,7 @@ def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
         if isinstance(value, tuple):
             return tuple(type_of(each, (*path, i), specialize) for i, each in enumerate(value))
         if isinstance(value, Tensor):
-            # Views into a workspace begin at multiples of 64 bytes, everything else at 256.
+            # Views into a workspace begin at multiples of 64 bytes, other tensors at 256.
             aligned[path] = [["tt.divisibility", 16]]
             return "*" + names[value.dtype]
         if value is None or (value == 1 and isinstance(value, int) and specialize):
@@ -119,7 +119,7 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     """Return registers, spills, shared memory, instructions and bytes of a launch."""
     compiled = compile_launch(launch, architecture)
     usage, sass = machine_code(compiled.asm["cubin"])
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     accesses = Counter((kind, width(suffix)) for kind, suffix in MEMORY.findall(sass))
     read, written = traffic.moved(launch)
     return {
@@ -127,9 +127,9 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
         "programs": launch.programs,
         "tile": list(launch.config[:4]),
         "qualified": launch.config.qualified,
-        "registers": int(found["REG"]),
+        "registers": int(resources["REG"]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "stack": int(found["STACK"]),
+        "stack": int(resources["STACK"]),
         "shared": compiled.metadata.shared,
         "tensor_core": dict(Counter(TENSOR_CORE.findall(sass))),
         "accesses": {f"{kind}.{size}": n for (kind, size), n in sorted(accesses.items())},
@@ -139,7 +139,7 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     }
 
 
-# The rows of a tile of the large products: what fills the 64 rows of a wgmma.
+# Kernel -> the constant with the rows of a tile in its large product. A wgmma has 64 rows.
 WGMMA_ROWS = {
     "shrink_gate_kernel": "BLOCK_T",
     "shrink_gate_backward_kernel": "BLOCK_T",
@@ -159,17 +159,17 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
     s = traffic.Sizes(launch)
     name = launch.kernel.fn.__name__
     if name == "shrink_gate_kernel":
-        found = [
+        loads = [
             (s.BLOCK_T * s.BLOCK_I, s.I, s.size("x_ptr")),
             (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
         ]
         router = (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs"))
-        return [*found, router] if s.ROUTER_COLUMNS else found
+        return [*loads, router] if s.ROUTER_COLUMNS else loads
     if name == "shrink_gate_backward_kernel":
         wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.R, s.size("b_ptrs"))]
     if name == "shrink_dx_kernel":
-        found = [
+        loads = [
             (s.BLOCK_T * s.BLOCK_R, s.A_ROWS, s.size("dh_ptr")),
             (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
         ]
@@ -177,14 +177,14 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
             (s.BLOCK_T * s.BLOCK_E, s.E, 4),
             (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs")),
         ]
-        return found if s.router_ptrs is None else found + router
+        return loads if s.router_ptrs is None else loads + router
     if name == "weight_grad_kernel":
-        found = [
+        loads = [
             (s.BLOCK_T * s.BLOCK_W, s.I, s.size("x_ptr")),
             (s.BLOCK_T * s.BLOCK_A, s.H, s.size("dh_ptr")),
             (s.BLOCK_T * s.BLOCK_B, s.R, s.size("u_ptr")),
         ]
-        return [*found, (s.BLOCK_T * s.BLOCK_L, s.L, 4)] if s.L else found
+        return [*loads, (s.BLOCK_T * s.BLOCK_L, s.L, 4)] if s.L else loads
     return _operands_of_grouped(name, s)
 
 
@@ -213,7 +213,7 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
         ]
     if name == "grouped_weight_grad_kernel":
         wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
-        # The order of places is on the way as well: 4 bytes each, for a row of wide.
+        # `order` is loaded too: 4 bytes for each row of wide.
         order = (s.BLOCK_P, 1, 4)
         return [*wide, (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("narrow_ptr")), order]
     return []
@@ -226,16 +226,16 @@ def natural_widths(launch: Launch) -> set[int]:
     fewer than 16 bytes for each thread.
     """
     threads = 32 * launch.config.warps
-    found = {
+    widths = {
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
     }
     wide = launch.arguments.get("x_ptr", launch.arguments.get("wide_ptrs", (None,))[0])
     if launch.kernel.fn.__name__.endswith("grad_kernel") and wide.dtype == torch.float32:
-        # TF32 tensor cores want both operands contiguous along the tokens: the small one is
-        # transposed on its way into shared memory, element by element.
-        found.add(4)
-    return found
+        # TF32 tensor cores need both operands contiguous along the tokens, so the small operand is
+        # transposed element by element when it is copied into shared memory.
+        widths.add(4)
+    return widths
 
 
 def complaints(
@@ -243,42 +243,42 @@ def complaints(
 ) -> list[str]:
     """Return the reasons why a compiled launch must not ship; empty if it may.
 
-    oversized: the layer has more experts than the tiles are made for, and may spill.
+    oversized: the layer has more experts than the tiles support without spills, so it may spill.
     """
-    found = []
+    reasons = []
     if (row["spills"] or row["stack"]) and not oversized:
-        found.append(f"{row['spills']} spilling instructions, {row['stack']} bytes of stack")
+        reasons.append(f"{row['spills']} spilling instructions, {row['stack']} bytes of stack")
     limit = configs.SHARED[architecture]
     if row["shared"] > limit:
-        found.append(f"{row['shared']} bytes of shared memory of {limit}")
+        reasons.append(f"{row['shared']} bytes of shared memory of {limit}")
     rows = launch.constants.get(WGMMA_ROWS.get(row["kernel"]), 0)
     if architecture == "sm_90" and rows >= 64 and not row["tensor_core"].get("HGMMA"):
-        found.append(f"no wgmma for a tile of {rows} rows")
+        reasons.append(f"no wgmma for a tile of {rows} rows")
     allowed = natural_widths(launch)
     for access in row["accesses"]:
         kind, size = access.split(".")
         # Only loads of operands are asynchronous copies. The other loads are gates and tables of a
         # few bytes per token or expert.
         if kind == "LDGSTS" and int(size) not in allowed:
-            found.append(f"loads of {size} bytes where operands allow {sorted(allowed)}")
-    return found
+            reasons.append(f"loads of {size} bytes where operands allow {sorted(allowed)}")
+    return reasons
 
 
 def key_of(launch: Launch) -> str:
-    """What tells two compiled launches apart; the grid does not."""
+    """Return a key of the compiled code of a launch. It does not depend on the grid."""
     return str((launch.kernel.fn.__name__, arguments_of(launch), launch.config[:4]))
 
 
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:
     """Return (layer, index of the launch in it, architecture) of every distinct launch."""
-    seen, found = set(), []
+    keys, launches = set(), []
     with configs.assume(architecture):
         for layer in layers:
             for number, launch in enumerate(record(layer)):
-                if key_of(launch) not in seen:
-                    seen.add(key_of(launch))
-                    found.append((layer.name, number, architecture))
-    return found
+                if key_of(launch) not in keys:
+                    keys.add(key_of(launch))
+                    launches.append((layer.name, number, architecture))
+    return launches
 
 
 def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
@@ -294,12 +294,12 @@ def compile_one(work: tuple[str, int, str]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     """Return a page with a table per architecture."""
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Kernels compiled ahead of time",
         "",
         f"Made by `python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time` with "
-        f"{said}; nothing here was timed.",
+        f"{installed}; nothing here was timed.",
         "Tile: tokens, step, warps, stages. Moved: MiB that all programs ask for, re-reads "
         "included; compulsory: every tensor once. What several layers share is listed once.",
     ]
@@ -338,27 +338,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--architectures", type=lambda text: text.split(","), default=ARCHITECTURES)
     parser.add_argument("--layers", help="compile only layers whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    given = parser.parse_args(arguments)
-    unknown = set(given.architectures) - set(ARCHITECTURES)
+    args = parser.parse_args(arguments)
+    unknown = set(args.architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"--architectures: expected some of {ARCHITECTURES}, got {sorted(unknown)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
-    layers = [layer for layer in LAYERS if (given.layers or "") in layer.name]
-    work = [one for each in given.architectures for one in unique_launches(layers, each)]
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+    layers = [layer for layer in LAYERS if (args.layers or "") in layer.name]
+    work = [one for each in args.architectures for one in unique_launches(layers, each)]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, work, chunksize=4))
     wrong = [row for row in rows if row["wrong"]]
     for row in wrong:
         place = f"{row['architecture']} {row['layer']}: {row['kernel']} {tuple(row['tile'])}"
         print(f"{place}: {'; '.join(row['wrong'])}")
     print(f"{len(rows)} launches compiled, {len(wrong)} of them bad")
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
         result = {"schema": 1, "commit": environment.git_commit(), **versions, "rows": rows}
-        (given.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-        (given.out / "kernels.md").write_text(markdown(rows, versions))
+        (args.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "kernels.md").write_text(markdown(rows, versions))
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""Measure what a mixture of LoRA experts costs over the frozen linear under it.
+"""Measure the cost of a mixture of LoRA experts, compared with the frozen linear under it.
 
     python benchmarks/bench_grouped.py                    a table of each suite, in a few minutes
     python benchmarks/bench_grouped.py --full             all cells, tens of minutes
@@ -47,7 +47,7 @@ from benchmarks.suites.shapes import linear_case, select_cases
 from benchmarks.suites.sizes import MODES, RUN_SIZES, RunSizes
 from moelora_kernels.testing import ROUTINGS
 
-# Both formulations are measured beside impl="auto" in the suite that asks which one is faster.
+# Besides impl="auto", the suite `grouped` measures both formulations, to find the faster one.
 EXPLICIT = ("moelora_wide", "moelora_grouped")
 
 # Compiling it takes longer than the rest of a quick run, and on a CPU longer than a cell.
@@ -60,15 +60,15 @@ BUSY = 0.5
 DEFAULT_MIXTURE = cells.Mixture(experts=8, rank=16, top_k=2)
 
 
-def names(known, what: str) -> Callable[[str], list[str]]:
-    """Return a parser of comma-separated names out of `known`."""
+def names(known, kind: str) -> Callable[[str], list[str]]:
+    """Return a parser of comma-separated names, all from `known`. `kind` is for the error."""
 
     def parse(text: str) -> list[str]:
         values = text.split(",")
         if unknown := [value for value in values if value not in known]:
             expected = ", ".join(known)
             raise argparse.ArgumentTypeError(
-                f"expected {what} out of {expected}, got {', '.join(unknown)}"
+                f"expected {kind} out of {expected}, got {', '.join(unknown)}"
             )
         return values
 
@@ -149,19 +149,20 @@ def run_sizes(arguments: argparse.Namespace) -> RunSizes:
     return RUN_SIZES[device_type(arguments), extent]
 
 
-def given_mixture(arguments: argparse.Namespace) -> cells.Mixture | None:
-    """Return the mixture of --experts, --rank, --top-k; None if none of them is given."""
-    given = (arguments.experts, arguments.rank, arguments.top_k)
-    if given == (None, None, None):
+def mixture_argument(arguments: argparse.Namespace) -> cells.Mixture | None:
+    """Return the mixture of --experts, --rank, --top-k; None if none of them is passed."""
+    sizes = (arguments.experts, arguments.rank, arguments.top_k)
+    if sizes == (None, None, None):
         return None
-    pairs = zip(given, DEFAULT_MIXTURE, strict=True)
+    pairs = zip(sizes, DEFAULT_MIXTURE, strict=True)
     return cells.Mixture(*(default if value is None else value for value, default in pairs))
 
 
 def select_providers(arguments: argparse.Namespace, suite: str) -> tuple[list[str], dict[str, str]]:
     """Return the providers of a suite to measure, and those that are left out, with reasons.
 
-    frozen always runs: every ratio needs it. A provider that was not asked for is in neither.
+    frozen always runs, because every ratio needs it. A provider that --providers does not name is
+    in neither of the two.
     """
     known = list(SUITES[suite].providers)
     if arguments.providers:
@@ -181,7 +182,7 @@ def make_options(arguments: argparse.Namespace, suite: str = "linear") -> Option
     sizes = run_sizes(arguments)
     suite_sizes = getattr(sizes, suite)
     providers, left_out = select_providers(arguments, suite)
-    experts, rank, top_k = given_mixture(arguments) or DEFAULT_MIXTURE
+    experts, rank, top_k = mixture_argument(arguments) or DEFAULT_MIXTURE
     tokens = [] if suite == "grouped" else suite_sizes.tokens
     return Options(
         device=torch.device(device_type(arguments)),
@@ -224,7 +225,7 @@ def make_jobs(suite: str, arguments: argparse.Namespace, clock) -> list[Job]:
     chosen = cells.grouped_cells(
         suite_sizes,
         arguments.tables,
-        given_mixture(arguments),
+        mixture_argument(arguments),
         arguments.routing,
         arguments.tokens,
     )
@@ -269,7 +270,7 @@ def run_suite(suite: str, jobs: list[Job], result: dict, folder: Path, progress:
         write_json(result, path)
         # A cell of the suite `grouped` is only one line of its tables.
         if suite != "grouped":
-            for table in tables.of_rows(rows):
+            for table in tables.make_tables(rows):
                 progress.say(tables.text(table) + "\n")
     if not result["rows"]:
         return 0
@@ -283,7 +284,7 @@ def run_suite(suite: str, jobs: list[Job], result: dict, folder: Path, progress:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Exit with a message if the arguments do not go together."""
+    """Exit with a message if the arguments do not work together."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"argument --device: torch {torch.__version__} finds no CUDA device")
     if arguments.suite == "machine" and (arguments.cases or arguments.tokens):

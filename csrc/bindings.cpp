@@ -1,5 +1,5 @@
-// The Python module: what was built, for bug reports. The ops register themselves with the
-// dispatcher when the library is loaded (STABLE_TORCH_LIBRARY_IMPL in each op's file).
+// The Python module `_C`: build information, for bug reports. The ops register themselves with the
+// dispatcher when the library is loaded (STABLE_TORCH_LIBRARY_IMPL in the file of each op).
 #include <torch/csrc/stable/version.h>
 #include <torch/headeronly/version.h>
 
@@ -9,7 +9,7 @@
 #include "cuda/architectures.h"
 
 #if !defined(TORCH_TARGET_VERSION)
-#error "build with -DTORCH_TARGET_VERSION: one library then serves several torch releases"
+#error "build with -DTORCH_TARGET_VERSION: then one library works with several torch releases"
 #endif
 
 namespace {
@@ -18,8 +18,8 @@ constexpr uint64_t ABI_TARGET = TORCH_TARGET_VERSION;
 
 }  // namespace
 
-// Torch bundles pybind11 with a guard that refuses this macro (2.11 does), though nothing of torch
-// is used through it here.
+// The pybind11 that torch 2.11 bundles refuses this macro. This file uses no function of torch
+// through pybind11, so the macro does not matter.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
@@ -50,7 +50,8 @@ pybind11::dict build_info() {
       "grouped_weight_grad", "grouped_shrink", "grouped_shrink_backward", "route", "router_grad",
       "router_logits", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
       "topk_gate_backward", "wide", "wide_backward");
-  // Ops on CUDA tensors, and the GPUs they are compiled for; both empty without csrc/cuda.
+  // The ops on CUDA tensors, and the GPUs that they are compiled for. Both are empty without
+  // csrc/cuda.
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;
 #if defined(MOELORA_CUDA)
@@ -66,6 +67,6 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native operators of moelora_kernels; loading the module registers them.";
-  m.def("build_info", &build_info, "What this library was built with, and the vectors it uses.");
+  m.doc() = "Native ops of moelora_kernels; loading the module registers them.";
+  m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
 }

@@ -1,4 +1,5 @@
-// What every op asks of its tensors before it takes a pointer: a shape is checked by unpacking it.
+// Checks of shapes and dtypes, for every op. An op checks its tensors before it takes a pointer. A
+// failed check raises RuntimeError: "name: expected X, got Y".
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +15,8 @@ namespace moelora {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The sizes of a tensor with exactly N dimensions: `const auto [T, I] = shape<2>(x, "x");`
+// Returns the sizes of a tensor that must have N dimensions:
+//     const auto [T, I] = shape<2>(x, "x");
 template <size_t N>
 std::array<int64_t, N> shape(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == int64_t{N}, name, ": expected ", N, " dimensions, got ",
@@ -24,11 +26,11 @@ std::array<int64_t, N> shape(const Tensor& tensor, const char* name) {
   return sizes;
 }
 
-inline void check_size(int64_t given, int64_t expected, const char* name) {
-  STD_TORCH_CHECK(given == expected, name, ": expected size ", expected, ", got ", given);
+inline void check_size(int64_t size, int64_t expected, const char* name) {
+  STD_TORCH_CHECK(size == expected, name, ": expected size ", expected, ", got ", size);
 }
 
-// One tensor for each sibling, or none at all.
+// Checks that a list has one tensor for each sibling, or is empty.
 inline void check_count(const std::vector<Tensor>& tensors, int64_t siblings, const char* name) {
   if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
 }
@@ -40,10 +42,10 @@ inline bool is_floating(ScalarType dtype) {
 
 inline void check_floating(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(is_floating(tensor.scalar_type()), name,
-                  ": expected float16, bfloat16, float32 or float64");
+                  ": expected float16, bfloat16, float32 or float64, got ", tensor.scalar_type());
 }
 
-// The dtype that sums are kept in: float32, or float64 for float64 tensors.
+// Returns the dtype of sums: float64 for float64 tensors, else float32.
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

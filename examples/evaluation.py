@@ -175,8 +175,8 @@ def plot_expert_load(
 ) -> None:
     """Plot the mean gate weight as a heat map, task x expert.
 
-    The first map is the mean over the layers. If every layer has its own router, expert 3 of one
-    layer is unrelated to expert 3 of the next, and the mean hides the differences; a second map
+    The first map is the mean over the layers. If every layer has a separate router, expert 3 of one
+    layer is unrelated to expert 3 of another layer, so the mean hides differences. A second map
     then shows the layer in which the tasks differ most.
 
     load: [task, layer, expert], as `expert_load` returns it.

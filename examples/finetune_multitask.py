@@ -1,6 +1,6 @@
 """Fine-tune a language model on many tasks at once with a mixture of LoRA experts.
 
-    python examples/finetune_multitask.py --preset ming --data ../shared/data/promptcblue
+    python examples/finetune_multitask.py --preset ming --data FOLDER # train.jsonl, dev.jsonl
     python examples/finetune_multitask.py --preset moelora            # generated toy tasks
     python examples/finetune_multitask.py --preset ming --aux load_balance --trainer
 
@@ -245,7 +245,7 @@ def check_reload(model, plan: list[Placement], path: Path, base_path, args, batc
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the example and return what metrics.json holds."""
+    """Run the example and return the content of metrics.json."""
     args = parse_arguments(argv, sorted(PLANS))
     # fit shows its own progress bar.
     disable_progress_bar()

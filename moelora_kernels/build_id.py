@@ -1,7 +1,7 @@
-"""The build id: which sources in csrc/ a native library was built from.
+"""The build id: a hash of the sources in csrc/ from which a native library was built.
 
 `setup.py` passes it to the linker, which writes it into the library. In a checkout, `native` loads
-a library only if it carries the build id of csrc/. This file imports the standard library alone,
+a library only if it contains the build id of csrc/. This file imports only the standard library,
 because `setup.py` runs it before the package can be imported.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-# Exists in a checkout, and not beside an installed package.
+# This folder exists only in a checkout.
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 _SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
@@ -28,12 +28,12 @@ def build_id() -> bytes:
 
 
 def link_flags() -> list[str]:
-    """Return the linker's flags that write the build id into a library; Linux alone knows them."""
+    """Return the linker flags that write the build id into a library; [] except on Linux."""
     return [f"-Wl,--build-id=0x{build_id().hex()}"] if sys.platform == "linux" else []
 
 
 def is_current(library: Path) -> bool:
-    """Return whether a library carries the build id of csrc/; True if there is nothing to check."""
+    """Return whether a library contains the build id of csrc/; True if there is no build id."""
     if not CSRC.is_dir() or sys.platform != "linux":
         return True
     return build_id() in library.read_bytes()

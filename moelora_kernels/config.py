@@ -48,8 +48,8 @@ class MoeLoraConfig:
     """The numerator in `scaling`. Unused if `scaling` is a number or a list of numbers."""
 
     scaling: str | float | tuple[float, ...] = "alpha/r"
-    """The scale of every expert's output. One number, or one number per expert, the shared expert
-    last, or a rule: "alpha/r" (r of each expert), "alpha/R", "alpha/sqrt(r)" (rsLoRA), or
+    """The scale of every expert's output: one number; one number per expert, with the shared expert
+    last; or a rule: "alpha/r" (r of each expert), "alpha/R", "alpha/sqrt(r)" (rsLoRA), or
     "sqrt(3*alpha*I/r)" (GOAT, whose eta is alpha)."""
 
     share: str = "none"
@@ -70,8 +70,8 @@ class MoeLoraConfig:
     "sparse": K/E of the entries of each row are normal with standard deviation 1/R, the others are
     zero (FlyLoRA).
     "svd_segments": A and B of expert e start from segment e of the base weight's singular values,
-    and the base weight is reduced by the experts' mean, so that the layer starts as the base in the
-    mean over balanced routings (GOAT; see `nn.initialization`)."""
+    and the base weight is reduced by the experts' mean. So, on average over balanced routings, a
+    new layer returns the output of the base (GOAT; see `nn.initialization`)."""
 
     svd_rho: float | None = None
     """For init="svd_segments": divides the singular values. None: 10."""
@@ -100,8 +100,8 @@ class MoeLoraConfig:
     X-LoRA).
     "prototype": |x v_e|, with one vector v_e per expert from `set_prototypes` (Arrow).
     "self": A x, for experts of rank 1. No gradient flows through these logits (FlyLoRA).
-    "token_task": returns probabilities instead of logits: those of the token mixed with those of a
-    task vector from `set_tasks` (HMoRA; see `TokenTaskRouter`).
+    "token_task": returns probabilities instead of logits. It mixes the probabilities of the token
+    with the probabilities of a task vector from `set_tasks` (HMoRA; see `TokenTaskRouter`).
     An nn.Module: x [T, I] -> logits [T, E]. It is not copied: all layers of this config share it.
     None: every gate is 1 (plain LoRA)."""
 
@@ -126,8 +126,8 @@ class MoeLoraConfig:
     if there is one gate per sequence or task, or one external gate row per sequence."""
 
     granularity: str | None = None
-    """What shares one gate: "token", "sequence" (the router reads the mean of x over the positions)
-    or "task". None: "task" for router="task", else "token"."""
+    """There is one gate per "token", per "sequence" (the router reads the mean of x over the
+    positions) or per "task". None: "task" for router="task", else "token"."""
 
     # From logits to the gate.
 
@@ -177,13 +177,14 @@ class MoeLoraConfig:
 
     balance_rate: float | None = None
     """For select="topk": the experts are selected by score(logits + bias), one bias per expert.
-    `update_balance` moves the bias by +-balance_rate against the load. The bias has no gradient and
-    does not change the gate of a selected expert (SMoRA, FlyLoRA). None: no bias."""
+    `update_balance` lowers the bias by balance_rate if the expert has more than the mean load, and
+    raises it if the expert has less. The bias has no gradient and does not change the gate of a
+    selected expert (SMoRA, FlyLoRA). None: no bias."""
 
     normalize: str = "sum"
-    """What happens to the scores of the kept experts. "none": they stay as they are. "sum": they
-    are divided by their sum. "softmax": softmax over them. "one": every kept expert has the gate
-    1 (FlyLoRA)."""
+    """How the scores of the kept experts become their gates. "none": the gates are the scores.
+    "sum": the scores are divided by their sum. "softmax": softmax over the scores. "one": every
+    kept expert has the gate 1 (FlyLoRA)."""
 
     # Training.
 
@@ -224,7 +225,7 @@ class MoeLoraConfig:
     def replace(self, **options: Any) -> MoeLoraConfig:
         """Return a copy with some options changed.
 
-        `select` and `granularity` are derived again if they followed from an option that changes.
+        `select` and `granularity` are derived again if they were derived from a changed option.
         """
         if "top_k" in options and self.select in ("all", "topk"):
             options = {"select": None, **options}
@@ -308,7 +309,7 @@ class MoeLoraConfig:
             return tuple(rules[self.scaling])
         if in_features is None:
             raise ValueError(
-                f"scaling: {goat_rule!r} depends on the width of the layer: give in_features"
+                f"scaling: {goat_rule!r} depends on the width of the layer: pass in_features"
             )
         if self.alpha < 0:
             raise ValueError(
@@ -340,7 +341,7 @@ class MoeLoraConfig:
     def renormalize(self) -> bool:
         """Return whether `topk_gate` divides the kept probabilities by their sum.
 
-        True for gates that `topk_gate` does not compute.
+        It is True if `topk_gate` does not compute the gate.
         """
         return not (self.is_topk_gate() and self.normalize == "none" and self.select == "topk")
 

@@ -1,6 +1,6 @@
 """The values of every option of MoeLoraConfig, and the options that do not work together.
 
-The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, GOES_WITH,
+The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, WORKS_ONLY_WITH,
 CONFLICTS. `options_page` writes the same tables into METHODS.md.
 """
 
@@ -41,7 +41,7 @@ VALUES: dict[str, tuple] = {
 
 
 class Interval(NamedTuple):
-    """The numbers that an option can be, in words and as a test."""
+    """The allowed numbers of an option: a text for messages, and a test."""
 
     text: str
     contains: Callable[[float], bool]
@@ -55,8 +55,8 @@ POSITIVE = Interval("a number above 0", lambda n: n > 0)
 BELOW_ONE = Interval("a number in [0, 1)", lambda n: 0 <= n < 1)
 UP_TO_ONE = Interval("a number in (0, 1]", lambda n: 0 < n <= 1)
 
-# Option -> its numbers. An option whose default is None can also be None. `rank` can also be a
-# tuple of numbers.
+# Option -> its allowed numbers. An option whose default is None can also be None. `rank` can also
+# be a tuple of numbers.
 NUMBERS: dict[str, Interval] = {
     **dict.fromkeys(("num_experts", "rank", "shared_rank", "router_hidden", "num_tasks"), COUNT),
     **dict.fromkeys(("task_embedding_dim", "top_k", "keep_min"), COUNT),
@@ -78,9 +78,9 @@ NEEDS = {
     ("router", "task"): "num_tasks",
 }
 
-# Option -> another option, and the values of that one with which the option can be changed from its
-# default.
-GOES_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+# Option -> (other option, its values). The option can differ from its default only if the other
+# option has one of these values.
+WORKS_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "top_k": ("select", ("topk", "sampling")),
     "top_p": ("select", ("topp",)),
     "threshold": ("select", ("threshold",)),
@@ -93,56 +93,63 @@ GOES_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class Other(NamedTuple):
-    """In CONFLICTS: any value but this one."""
+class AnyExcept(NamedTuple):
+    """A condition in CONFLICTS: any value except this one."""
 
     value: Any
 
 
-class Where(NamedTuple):
-    """In CONFLICTS: a value that passes a test. The test takes the whole config."""
+class Test(NamedTuple):
+    """A condition in CONFLICTS: a text for the page, and a test of the whole config."""
 
     text: str
-    holds: Callable[[MoeLoraConfig], bool]
+    is_true: Callable[[MoeLoraConfig], bool]
 
 
-SET = Other(None)
-ANY_LOSS = Other(())
-LOAD_BALANCE = Where("with load_balance", lambda c: dict(c.aux).get("load_balance", 0) != 0)
-ENTROPY = Where("with entropy", lambda c: "entropy" in dict(c.aux))
-NO_ENTROPY = Where("without entropy", lambda c: "entropy" not in dict(c.aux))
-UNEQUAL_RANKS = Where("not the same for all experts", lambda c: len(set(c.ranks())) > 1)
-RANK_ABOVE_ONE = Where("above 1", lambda c: max(c.ranks()) > 1)
-ALL_EXPERTS = Where("equal to num_experts", lambda c: c.top_k == c.num_experts)
-SCALE_NOT_POSITIVE = Where("0 or negative", lambda c: not min(c.scales(in_features=1)) > 0)
-NO_UNIT_SUM = Where(
+SET = AnyExcept(None)
+ANY_LOSS = AnyExcept(())
+LOAD_BALANCE = Test("with load_balance", lambda c: dict(c.aux).get("load_balance", 0) != 0)
+ENTROPY = Test("with entropy", lambda c: "entropy" in dict(c.aux))
+NO_ENTROPY = Test("without entropy", lambda c: "entropy" not in dict(c.aux))
+UNEQUAL_RANKS = Test("not the same for all experts", lambda c: len(set(c.ranks())) > 1)
+RANK_ABOVE_ONE = Test("above 1", lambda c: max(c.ranks()) > 1)
+ALL_EXPERTS = Test("equal to num_experts", lambda c: c.top_k == c.num_experts)
+SCALE_NOT_POSITIVE = Test("0 or negative", lambda c: not min(c.scales(in_features=1)) > 0)
+NO_UNIT_SUM = Test(
     '`"none"` (unless `score="softmax"` and `select="all"`)',
     lambda c: c.normalize == "none" and (c.score, c.select) != ("softmax", "all"),
 )
-# Gates that are passed in, or no gates.
+# The routers that compute no logits: the gates are passed by the caller, or all are 1.
 NO_LOGITS = (None, "external")
 NEEDS_LOGITS = "it needs logits, but this router returns probabilities"
 SUM_TO_ONE = "the base is reduced by the mean gate 1 / E, so the gates must sum to 1"
 
-# (when: option -> one value, a tuple of values, Other or Where; why not). The error names the first
-# option of `when`. The first conflict from the top is the one that is reported.
+# (conditions, reason). A condition is an option -> one value, a tuple of values, AnyExcept or Test.
+# If all conditions are true, `check` raises an error that begins with the first option. If several
+# conflicts are true, the first one of the list is reported.
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
-    ({"select": Other("all"), "router": NO_LOGITS}, "the gates are used unchanged"),
+    ({"select": AnyExcept("all"), "router": NO_LOGITS}, "the gates are used unchanged"),
     ({"aux": ANY_LOSS, "router": NO_LOGITS}, "there are no logits to compute a loss from"),
     ({"top_p": SET, "score": "identity"}, "raw logits can be negative; use another score"),
-    ({"granularity": "task", "router": Other("task")}, "only router='task' has tasks"),
-    ({"granularity": Other("task"), "router": "task"}, "the gate depends on the task alone"),
+    ({"granularity": "task", "router": AnyExcept("task")}, "only router='task' has tasks"),
+    ({"granularity": AnyExcept("task"), "router": "task"}, "the gate depends only on the task"),
     (
         {"normalize": "sum", "score": "identity"},
         "the sum of raw logits can be 0; use 'softmax' or 'none'",
     ),
     ({"rank": UNEQUAL_RANKS, "share": "A"}, "experts that share A have the same rank"),
-    ({"dropout_mask": "per_expert", "dropout": Other(0), "share": "A"}, "one A has one mask"),
+    (
+        {"dropout_mask": "per_expert", "dropout": AnyExcept(0), "share": "A"},
+        "experts that share A share the dropout mask",
+    ),
     (
         {"aux": LOAD_BALANCE, "select": "all"},
         "the load-balance loss is constant if all experts are used",
     ),
-    ({"select": "learned_threshold", "router": "task"}, "the threshold is computed from x"),
+    (
+        {"select": "learned_threshold", "router": "task"},
+        "the threshold is computed from x, which a task router does not read",
+    ),
     (
         {"normalize": "softmax", "select": "learned_threshold"},
         "a softmax cancels the threshold; use 'sum' or 'none'",
@@ -150,82 +157,97 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"entropy_threshold": SET, "num_experts": 1}, "the entropy of one expert is 0"),
     ({"aux": ENTROPY, "num_experts": 1}, "the entropy of one expert is 0"),
     (
-        {"entropy_index": Other(1.0), "entropy_threshold": None, "aux": NO_ENTROPY},
+        {"entropy_index": AnyExcept(1.0), "entropy_threshold": None, "aux": NO_ENTROPY},
         "no entropy is computed",
     ),
     (
         {"aux": ANY_LOSS, "router": ("prototype", "self")},
         "this router has no parameters that a loss could train",
     ),
-    ({"rank": RANK_ABOVE_ONE, "router": "self"}, "the logit of an expert is its A x: one number"),
-    ({"share": "A", "router": "self"}, "the logits of the experts come from different rows of A"),
     (
-        {"shared_expert": Other("none"), "router": "self"},
-        "every row of A belongs to a routed expert",
+        {"rank": RANK_ABOVE_ONE, "router": "self"},
+        "the logit of an expert is A x, which is one number only for rank 1",
     ),
-    ({"granularity": Other("token"), "router": "self"}, "A x is computed for every token"),
-    ({"select": "learned_threshold", "router": "self"}, "A x has no entry for the threshold"),
+    ({"share": "A", "router": "self"}, "each expert needs a separate row of A for its logit"),
     (
-        {"score": Other("identity"), "router": "token_task"},
+        {"shared_expert": AnyExcept("none"), "router": "self"},
+        "the logits A x would include the shared expert",
+    ),
+    (
+        {"granularity": AnyExcept("token"), "router": "self"},
+        "the logits A x belong to single tokens",
+    ),
+    (
+        {"select": "learned_threshold", "router": "self"},
+        "the threshold needs one logit more than A x has",
+    ),
+    (
+        {"score": AnyExcept("identity"), "router": "token_task"},
         "this router returns probabilities; use score='identity'",
     ),
     ({"aux": ANY_LOSS, "router": "token_task"}, NEEDS_LOGITS),
-    ({"noise": Other(0), "router": "token_task"}, NEEDS_LOGITS),
+    ({"noise": AnyExcept(0), "router": "token_task"}, NEEDS_LOGITS),
     ({"entropy_threshold": SET, "router": "token_task"}, NEEDS_LOGITS),
     ({"select": "sampling", "router": "token_task"}, NEEDS_LOGITS),
     (
-        {"batch_dim": Other(0), "router": "token_task"},
+        {"batch_dim": AnyExcept(0), "router": "token_task"},
         "this router takes x [batch, sequence, I] only",
     ),
     ({"normalize": "one", "select": "all"}, "every gate would be 1; use router=None"),
-    ({"shared_expert": "complement", "normalize": "one"}, "1 - max(gate) is always 0"),
-    ({"balance_rate": SET, "top_k": ALL_EXPERTS}, "all experts have the same load"),
+    (
+        {"shared_expert": "complement", "normalize": "one"},
+        "the gate of the shared expert, 1 - max(gate), would always be 0",
+    ),
+    ({"balance_rate": SET, "top_k": ALL_EXPERTS}, "all experts always have the same load"),
     (
         {"balance_rate": SET, "router": "task"},
         "the bias belongs to one layer, but all layers can share a task router",
     ),
-    ({"init": "sparse", "top_k": None}, "A keeps top_k / num_experts of its entries"),
+    ({"init": "sparse", "top_k": None}, "top_k / num_experts of the entries of A are not zero"),
     ({"grad_gate": "sqrt", "router": NO_LOGITS}, "the layer has no router"),
     (
         {"grad_gate": "sqrt", "freeze": "AB"},
         "it changes the gradients of A and B, which are frozen",
     ),
-    ({"grad_gate": "sqrt", "normalize": "one"}, "the square root of 1 is 1"),
+    ({"grad_gate": "sqrt", "normalize": "one"}, "every gate is 1, and so is its square root"),
     (
         {"grad_gate": "sqrt", "score": "identity", "normalize": "none"},
         "raw logits can be negative and then have no square root",
     ),
-    ({"grad_gate": "sqrt", "shared_expert": Other("none")}, "this is not supported"),
-    ({"init": "svd_segments", "share": "A"}, "every expert gets the A of its own segment"),
+    (
+        {"grad_gate": "sqrt", "shared_expert": AnyExcept("none")},
+        "the gradients of a shared expert are not supported",
+    ),
+    ({"init": "svd_segments", "share": "A"}, "every expert gets the A of a different segment"),
     (
         {"scaling": SCALE_NOT_POSITIVE, "init": "svd_segments"},
-        "A and B are divided by its square root",
+        "A and B are divided by the square root of the scale",
     ),
     ({"init": "svd_segments", "router": "external"}, SUM_TO_ONE),
-    ({"init": "svd_segments", "router": Other(None), "normalize": NO_UNIT_SUM}, SUM_TO_ONE),
+    ({"init": "svd_segments", "router": AnyExcept(None), "normalize": NO_UNIT_SUM}, SUM_TO_ONE),
 ]
 
 
 def check(config: MoeLoraConfig) -> None:
-    """Raise ValueError or TypeError, naming the option, if a value or a combination is refused."""
+    """Raise ValueError or TypeError if an option or a combination of options is not allowed."""
     _check_values(config)
     _check_numbers(config)
-    # Raises for a bad `scaling`. The check needs no layer: any in_features has the same result.
+    # Raises if `scaling` is not valid. Whether it is valid does not depend on in_features.
     config.scales(in_features=1)
     for (option, value), needed in NEEDS.items():
         if getattr(config, option) == value and getattr(config, needed) is None:
             raise ValueError(f"{needed}: expected a value with {option}={value!r}, got None")
-    for option, (other, values) in GOES_WITH.items():
+    for option, (other, values) in WORKS_ONLY_WITH.items():
         value, default = getattr(config, option), getattr(type(config), option)
         if value != default and getattr(config, other) not in values:
             raise ValueError(
                 f"{option}: {value!r} works only with {other}={' or '.join(map(repr, values))}, "
                 f"got {other}={getattr(config, other)!r}"
             )
-    for when, reason in CONFLICTS:
-        if all(_matches(config, *condition) for condition in when.items()):
-            option = next(iter(when))
-            others = [f"{name}={_shown(config, name)}" for name in when if name != option]
+    for conditions, reason in CONFLICTS:
+        if all(_is_true(config, *condition) for condition in conditions.items()):
+            option = next(iter(conditions))
+            others = [f"{name}={_shown(config, name)}" for name in conditions if name != option]
             raise ValueError(
                 f"{option}: {_shown(config, option)} cannot be combined with "
                 f"{' and '.join(others)}: {reason}"
@@ -260,19 +282,19 @@ def _check_numbers(config: MoeLoraConfig) -> None:
             check_number(option, number, interval)
     if isinstance(config.rank, tuple) and len(config.rank) != config.num_experts:
         raise ValueError(
-            f"rank: expected one rank, or num_experts = {config.num_experts} of them, "
-            f"got {len(config.rank)}"
+            f"rank: expected one rank, or a list of num_experts = {config.num_experts} ranks, "
+            f"got {len(config.rank)} ranks"
         )
 
 
-def _matches(config: MoeLoraConfig, option: str, expected: Any) -> bool:
-    """Return whether an option has the value that a conflict expects of it."""
+def _is_true(config: MoeLoraConfig, option: str, condition: Any) -> bool:
+    """Return whether a condition of CONFLICTS is true for an option."""
     value = getattr(config, option)
-    if isinstance(expected, Where):
-        return expected.holds(config)
-    if isinstance(expected, Other):
-        return value != expected.value
-    return value in expected if isinstance(expected, tuple) else value == expected
+    if isinstance(condition, Test):
+        return condition.is_true(config)
+    if isinstance(condition, AnyExcept):
+        return value != condition.value
+    return value in condition if isinstance(condition, tuple) else value == condition
 
 
 def _shown(config: MoeLoraConfig, option: str) -> str:
@@ -282,7 +304,7 @@ def _shown(config: MoeLoraConfig, option: str) -> str:
 
 def check_one_of(name: str, value: Any, values: tuple) -> None:
     """Raise ValueError if value is not one of values."""
-    # True == 1 and 1.0 == 1, but neither is a dimension.
+    # `in` alone would accept True and 1.0 for 1.
     is_plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
     if not (is_plain and value in values):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")

@@ -52,10 +52,10 @@ def lora_of_model(model: nn.Module, task: Task | None = None) -> PlainLora:
             problems.append(f"{name}: {REDUCED_BASE}")
         if names.setdefault(layer, name) != name:
             problems.append(
-                f"{name}: the same layer as {names[layer]}, and PEFT adapts only one of the two"
+                f"{name}: the same layer as {names[layer]}, but PEFT would adapt only one of them"
             )
     if problems:
-        raise ValueError("model: it is not a plain LoRA:\n  " + "\n  ".join(problems))
+        raise ValueError("model: not a plain LoRA:\n  " + "\n  ".join(problems))
     return {name: layer.export_lora(task) for name, layer in layers.items()}
 
 
@@ -111,7 +111,7 @@ def export_lora(
         The config that was written.
 
     Raises:
-        ValueError: as `lora_of_model`; or A or B is not finite in the adapter's dtype, or is on
+        ValueError: `lora_of_model` raises; or A or B is not finite in the adapter's dtype, or is on
             the meta device.
         FileExistsError: `path` exists.
 

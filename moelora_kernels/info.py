@@ -25,7 +25,7 @@ PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
 
 
 def version(package: str) -> str | None:
-    """Return the installed version of a package, None if it is not installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -38,7 +38,7 @@ def implementations() -> dict[str, dict[str, str]]:
     It is "native" (C++ or CUDA C++), "triton", "reference" (plain PyTorch) or "composite" (calls
     the other ops and ATen's matrix products).
     """
-    built, cuda_built = (set(native.build_info().get(name, ())) for name in ("ops", "cuda_ops"))
+    cpu_ops, cuda_ops = (set(native.build_info().get(name, ())) for name in ("ops", "cuda_ops"))
     names = sorted([*ops.__all__, "topk_gate_backward"])
     table = {}
     for name in names:
@@ -46,25 +46,30 @@ def implementations() -> dict[str, dict[str, str]]:
         default = "composite" if whole_layer else "reference"
         on_gpu = "triton" if name in registration.KERNELS else default
         table[name] = {
-            "cpu": "native" if name in built else default,
-            "cuda": "native" if name in cuda_built else on_gpu,
+            "cpu": "native" if name in cpu_ops else default,
+            "cuda": "native" if name in cuda_ops else on_gpu,
         }
     return table
 
 
 def tiles() -> dict[str, str]:
     """Return architecture -> how many entries of its tile table are qualified on hardware."""
-    return {
-        name: f"{sum(bool(tile.qualified) for tile in table.values())} of {len(table)} qualified"
+    counts = {
+        name: (sum(bool(tile.qualified) for tile in table.values()), len(table))
         for name, table in configs.TILE_CONFIGS.items()
     }
+    return {name: f"{n} of {total} tiles are qualified" for name, (n, total) in counts.items()}
+
+
+def _kernels_found(gpus: list[str]) -> str:
+    return "available" if gpus else "available, but torch finds no GPU to run them"
 
 
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return everything that `main` prints as values that JSON can hold.
+    """Return everything that `main` prints, in values that JSON can hold.
 
-    sizes: tokens, in_features, out_features, num_experts, rank, top_k, of the layer for which the
-    choice of impl="auto" on `device` is explained.
+    sizes: tokens, in_features, out_features, num_experts, rank and top_k of a layer. The report
+    says which formulation impl="auto" takes for this layer on `device`, and why.
     """
     choice = dispatch.explain_choice(device, **sizes)
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -88,7 +93,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             "reason": native.reason(),
             **native.build_info(),
         },
-        "triton kernels": registration.kernels_problem() or "available",
+        "triton kernels": registration.kernels_problem() or _kernels_found(cuda),
         "tiles": tiles(),
         "implementations": implementations(),
         "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},

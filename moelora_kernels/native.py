@@ -1,21 +1,22 @@
 """Load the native library `moelora_kernels._C`: C++ implementations of the ops for CPU tensors.
 
-If torch and the build had CUDA, some ops have an implementation in CUDA C++ too. Loading the
-library needs no GPU.
+If it was built with CUDA, it contains some ops in CUDA C++ too. Loading the library does not need a
+GPU.
 
 Importing this module loads the library, and the library registers its ops with torch's dispatcher.
-If it is missing, the reference computes the same ops. The library is searched for
+If it is missing, the reference computes the same ops. The library is searched in this order:
 
-    beside this file            in an installed package and in an editable install
-    in each folder of sys.path  if this file lies in a checkout (csrc/ is beside the package): the
-                                library that `pip install .` built lies in site-packages
+    1. Beside this file. It is there in an installed package and in an editable install.
+    2. In each folder of sys.path, if this file is in a checkout (csrc/ is beside the package).
+       `pip install .` puts the library into site-packages.
 
-In a checkout, a library that was built from other sources than csrc/ is not loaded: it is named in
-a warning and in `reason()`. (The linker writes the build id on Linux; elsewhere it is not checked.)
+In a checkout, a library is not loaded if it was built from sources that differ from csrc/. A
+warning and `reason()` then name it. (Only the linker of Linux writes the build id that this check
+needs; other systems load the library without the check.)
 
 Environment variables:
-    MOELORA_NATIVE=0                              does not load the library (to compare the two)
-    MOELORA_SIMD=portable|avx2|avx512|avx512bf16  limits the vector instructions that it uses
+    MOELORA_NATIVE=0                              do not load the library, to run the reference
+    MOELORA_SIMD=portable|avx2|avx512|avx512bf16  limit the vector instructions that it uses
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the one that links to them)
+import torch  # noqa: F401  (the native library links to torch's libraries)
 
 from moelora_kernels.build_id import CSRC, is_current
 
 _NAME = "moelora_kernels._C"
 _PACKAGE = Path(__file__).resolve().parent
-_BUILD = "`pip install --no-build-isolation .` builds it"
+_BUILD = "`MOELORA_NATIVE=1 pip install --no-build-isolation .` builds it"
 
 
 def _built_libraries() -> list[Path]:
@@ -97,7 +98,7 @@ def path() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what the library was built with: torch, compiler, vector widths, ops, GPUs ("cuda").
+    """Return the facts of the build: torch, compiler, vector widths, ops, GPUs ("cuda").
 
     The dictionary is empty if the library is not loaded.
     """

@@ -21,7 +21,7 @@ from moelora_kernels.config import MoeLoraConfig
 PAGE = Path(__file__).with_name("METHODS.md")
 START, END = "<!-- options -->", "<!-- end of options -->"
 
-# The values of options that are neither a choice nor a number.
+# The values of options that are not in the tables VALUES and NUMBERS.
 OTHER_VALUES = {
     "scaling": '`"alpha/r"`, `"alpha/R"`, `"alpha/sqrt(r)"`, `"sqrt(3*alpha*I/r)"`, a finite '
     "number, or one per expert",
@@ -29,8 +29,8 @@ OTHER_VALUES = {
     "aux": "names, or weights by name: " + ", ".join(f'`"{n}"`' for n in rules.AUX_WEIGHTS),
     "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES if not dispatch.IMPLS.get(impl)),
 }
-# What an option can be besides the values in the tables.
-EXTRA_VALUES = {"router": ", or an `nn.Module`", "rank": ", or a list of num_experts of them"}
+# Allowed values of an option besides the values in VALUES and NUMBERS.
+EXTRA_VALUES = {"router": ", or an `nn.Module`", "rank": ", or a list of num_experts ranks"}
 
 
 def options_markdown() -> str:
@@ -41,16 +41,16 @@ def options_markdown() -> str:
     ]
     works_only_with = [
         (f"`{option}`", _setting(other, allowed), _needed_for(option))
-        for option, (other, allowed) in rules.GOES_WITH.items()
+        for option, (other, allowed) in rules.WORKS_ONLY_WITH.items()
     ]
     works_only_with += [
         (f"`{option}`", "", _needed_for(option))
         for option in dict.fromkeys(rules.NEEDS.values())
-        if option not in rules.GOES_WITH
+        if option not in rules.WORKS_ONLY_WITH
     ]
     conflicts = []
-    for when, reason in rules.CONFLICTS:
-        first, *others = (_setting(option, expected) for option, expected in when.items())
+    for conditions, reason in rules.CONFLICTS:
+        first, *others = (_setting(option, expected) for option, expected in conditions.items())
         conflicts.append((first, " and ".join(others), reason))
     return "\n".join(
         [
@@ -88,17 +88,17 @@ def _values(option: str) -> str:
 
 
 def _needed_for(option: str) -> str:
-    conditions = [where for where, needed in rules.NEEDS.items() if needed == option]
-    if not conditions:
+    settings = [setting for setting, needed in rules.NEEDS.items() if needed == option]
+    if not settings:
         return ""
-    return _setting(conditions[0][0], tuple(value for _, value in conditions))
+    return _setting(settings[0][0], tuple(value for _, value in settings))
 
 
 def _setting(option: str, expected: Any) -> str:
-    """Return an option with the value or values that a rule expects, as Markdown."""
-    if isinstance(expected, rules.Where):
+    """Return the Markdown of an option and the values that a rule expects."""
+    if isinstance(expected, rules.Test):
         return f"`{option}` {expected.text}"
-    if isinstance(expected, rules.Other):
+    if isinstance(expected, rules.AnyExcept):
         if expected.value in (None, ()) and option != "router":
             return f"any `{option}`"
         return f"`{option}` other than `{_code(expected.value)}`"
@@ -107,7 +107,7 @@ def _setting(option: str, expected: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Return a value as Python code, with the quotes that the page uses."""
+    """Return a value as Python code, with double quotes."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 

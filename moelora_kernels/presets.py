@@ -231,7 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "softmax",
     },
     # SMoRA (arXiv 2501.15103). Every rank of one LoRA is an expert. Eight are selected, with a bias
-    # that balances their load. There is no public code. We read the paper so that the gate is the
+    # that balances their load. There is no public code. In our reading of the paper the gate is the
     # softmax over the selected logits.
     "smora": {
         "num_experts": 64,

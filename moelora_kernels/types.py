@@ -54,6 +54,7 @@ class Gate(NamedTuple):
     outside [0, E) means "not routed": the slot adds nothing and its gradient is zero.
     """
 
+    # Any float dtype: [G, n E] of a dense gate, [T, n K] of a sparse one.
     weights: Tensor
     # [T, n K] int32 or int64, or None.
     experts: Tensor | None = None
@@ -185,6 +186,7 @@ class LayerForward(NamedTuple):
     weights: Tensor
     experts: Tensor
     logits: Tensor
+    # The fields of `Routing`; None from `wide`.
     order: Tensor | None = None
     offsets: Tensor | None = None
     tiles: Tensor | None = None

@@ -32,7 +32,7 @@ class FeedForward(Layer):
 
     @property
     def routers(self) -> list[tuple[Tensor, Tensor]]:
-        """The router. It has no bias: zeros stand in its place."""
+        """The router. It has no bias, so the bias is zeros."""
         return [(self.router_weight, self.router_weight.new_zeros(self.experts))]
 
     def label(self, index: int, tensor: str) -> str:
@@ -163,7 +163,7 @@ class MoeLora(nn.Module):
 
     def __init__(self, layer: FeedForward):
         super().__init__()
-        # Imported late: the other providers also run if the package cannot be imported.
+        # Imported here, so that the other providers run if the package cannot be imported.
         from moelora_kernels import MoeLoraConfig, MoeLoraFFN
 
         config = MoeLoraConfig.preset(

@@ -65,7 +65,7 @@ class PlainLora(nn.Module):
 
 
 class ActiveLora(PlainLora):
-    """A LoRA of rank K r: the columns of the mixture that one token uses."""
+    """A LoRA of rank K r, the number of columns of the mixture that one token uses."""
 
     def columns(self, layer: Layer) -> int:
         return layer.top_k * layer.rank
@@ -234,7 +234,7 @@ class MoeLora(nn.Module):
 
     def __init__(self, layer: Layer, impl: str = "auto"):
         super().__init__()
-        # Imported late: the other providers also run if the package cannot be imported.
+        # Imported here, so that the other providers run if the package cannot be imported.
         from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear, dispatch
 
         self.layer, self.impl, self.choose = layer, impl, dispatch.explain_choice
@@ -264,7 +264,7 @@ class MoeLora(nn.Module):
         return (self.module(x),) if self.single else self.module(x)
 
     def implementation(self, x: Tensor) -> str:
-        """Return the formulation: the one asked for, or the choice of "auto" for these sizes."""
+        """Return the formulation: the explicit `impl`, or the choice of "auto" for these sizes."""
         if self.impl != "auto":
             return self.impl
         return self.choose(
@@ -331,7 +331,7 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def why_left_out(name: str, layer: Layer, tokens: int) -> str:
+def skip_reason(name: str, layer: Layer, tokens: int) -> str:
     """Return why a provider is not measured on a layer at T, or an empty string."""
     adapter, R = layer.adapters[0], layer.experts * layer.rank
     size, widest = adapter.weight.itemsize, WIDEST * min(*adapter.weight.shape)

@@ -169,9 +169,9 @@ class Checker:
         error  = ||tensor - float64|| / ||float64||      for the router's gradients: `router_scale`
         budget = 2 * error of the baseline in the same dtype + u + 16 u32
 
-    The baseline is the eager provider `masked`. So the budget is what plain PyTorch needs at this
-    shape. u is the unit roundoff of the dtype. 16 u32, a millionth, stands for the order in which
-    fp32 sums are added up; it matters only for fp32.
+    The baseline is the eager provider `masked`, so the budget follows the error of plain PyTorch at
+    this shape. u is the unit roundoff of the dtype. 16 u32, a millionth, stands for the order in
+    which fp32 sums are added up; it matters only for fp32.
     The baseline itself has an absolute limit: 2 %, in fp32 0.1 %. Rounding stays far below it; a
     wrong expert or a lost term exceeds it. Raises ArithmeticError if the baseline exceeds it.
     """

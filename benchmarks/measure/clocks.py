@@ -11,12 +11,12 @@ from torch import nn
 
 
 def load() -> float | None:
-    """Return the mean number of processes that wanted a CPU over the last minute, if known."""
+    """Return the mean number of runnable processes over the last minute; None if unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def last_level_cache() -> int:
-    """Return the bytes of the processor's last level cache, or 32 MiB if the system is silent."""
+    """Return the bytes of the processor's last level cache; 32 MiB if the system does not say."""
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     text = size.read_text().strip() if size.exists() else "32768K"
     unit = {"K": 2**10, "M": 2**20}[text[-1]]

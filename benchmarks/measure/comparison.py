@@ -27,7 +27,7 @@ Samples = dict[str, list[float]]
 
 
 class DeviceClock:
-    """A clock for the device alone: everything that a call reads is cold."""
+    """A clock for the device alone. All data that a call reads is cold."""
 
     leads_in = False
 

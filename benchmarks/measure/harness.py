@@ -1,7 +1,8 @@
 """Check the providers of a cell, then time them: a row for each, in the schema of the results.
 
 A cell is one (case, T, mode). The providers of a cell are sampled in turn: one sample of each,
-then the next round. So a clock that drifts, or another process on the machine, hits all alike.
+then the next round. So a clock that drifts, or another process on the machine, affects all
+providers equally.
 """
 
 import math
@@ -50,13 +51,13 @@ class Options:
 class Suite:
     """The providers that a suite times, and how it draws and checks its layers.
 
-    why_left_out: (provider, layer, T) -> why the provider is not measured there, or "".
+    skip_reason: (provider, layer, T) -> why the provider is not measured there, or "".
     """
 
     providers: dict[str, Provider]
     make_layer: Callable = make_layer
     make_checker: Callable = Checker
-    why_left_out: Callable[..., str] = lambda name, layer, tokens: ""
+    skip_reason: Callable[..., str] = lambda name, layer, tokens: ""
 
 
 class Timed:
@@ -215,7 +216,7 @@ def run_cell(
         if name not in options.providers and name not in options.left_out:
             continue
         row = rows[name] = empty_row(layer.case, len(x), mode, name, options)
-        reason = options.left_out.get(name) or suite.why_left_out(name, layer, len(x))
+        reason = options.left_out.get(name) or suite.skip_reason(name, layer, len(x))
         if reason:
             row |= {"status": "left out", "reason": reason}
             continue

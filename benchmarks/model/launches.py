@@ -124,11 +124,11 @@ def record(layer: Layer) -> list[Launch]:
     mixture = Mixture(ranks, (2.0,) * E, layer.share_a, top_k, layer.renormalize)
     dropout = Dropout(layer.dropout, layer.per_expert, seed)
     with launcher.recording() as launches:
-        h, u, *made = shrink_gate.launch(
+        h, u, *router_gate = shrink_gate.launch(
             x, lora_a, router, gate or Gate(*NO_GATE), mixture, dropout
         )
         if gate is None:
-            gate = mixture.router_gate(*made)
+            gate = mixture.router_gate(*router_gate)
         dh, u, dgate = shrink_gate_backward.launch(dy, lora_b, h, gate, None, mixture)
         dlogits = dgate if top_k else None
         shrink_dx.launch(dh, dlogits, lora_a, router.weight, ranks, dropout)

@@ -16,7 +16,7 @@ from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 
 
 def _size(value) -> int:
-    """Bytes of an element; of the first of a tuple; 0 for what is absent."""
+    """Return the bytes of an element; of a tuple, of its first tensor; of None, 0."""
     if isinstance(value, tuple):
         value = value[0]
     return 0 if value is None else value.dtype.itemsize

@@ -24,12 +24,12 @@ class Selection(NamedTuple):
 
     def rows(self, rows: list[dict]) -> list[dict]:
         """Return the selected rows."""
-        wanted = (("case", self.cases), ("mode", self.modes), ("provider", self.providers))
+        selected = (("case", self.cases), ("mode", self.modes), ("provider", self.providers))
         return [
             row
             for row in rows
             if all(
-                values is None or row.get(field, values[0]) in values for field, values in wanted
+                values is None or row.get(field, values[0]) in values for field, values in selected
             )
         ]
 
@@ -39,10 +39,10 @@ EVERYTHING = Selection()
 
 def all_tables(result: dict, names: list[str] | None = None) -> list[tables.Table]:
     """Return the tables of a result file; names: those of the suite `grouped` to return."""
-    found = tables.of_rows(result["rows"], names)
+    result_tables = tables.make_tables(result["rows"], names)
     if names is None or "crossover" in names:
-        found += thresholds.crossover_tables(result)
-    return found
+        result_tables += thresholds.crossover_tables(result)
+    return result_tables
 
 
 def markdown(result: dict, selection: Selection = EVERYTHING) -> str:
@@ -50,7 +50,9 @@ def markdown(result: dict, selection: Selection = EVERYTHING) -> str:
     machine, rows = result["machine"], selection.rows(result["rows"])
     caches = machine["cold_kind"] if machine["cold_mib"] > 0 else "warm-cache samples"
     ratios = "The factors are ratios to the frozen layer."
-    last = [f"Extra memory: {machine['memory_kind']}."]
+    # A table shows the null of the file as "-".
+    memory_kind = machine["memory_kind"].replace("null in fwd", '"-" in forward')
+    last = [f"Extra memory: {memory_kind}."]
     if tables.is_machine(rows):
         ratios = "`predicted` is the prediction of a model; it is not measured."
         last = ["`host` is warm: calls follow one another, and the host does not wait for them."]
@@ -58,6 +60,10 @@ def markdown(result: dict, selection: Selection = EVERYTHING) -> str:
         last = []
     source = f"Measured on {tables.provenance(result)}: `{result['command']}`."
     source += f" Medians ({caches}). {ratios}"
+    if not tables.is_machine(rows):
+        source += f" {tables.spread(rows)}"
+    if (load := machine.get("load_at_start")) is not None:
+        source += f" Load at the start: {load} (1-minute average; {machine['cpus']} CPUs)."
     shown = all_tables(result | {"rows": rows}, selection.tables)
     return "\n\n".join([source, *map(tables.markdown, shown), *last]) + "\n"
 

@@ -92,6 +92,22 @@ def ratios(rows: list[dict]) -> dict[tuple[int, str], float]:
     }
 
 
+def spread(rows: list[dict]) -> str:
+    """Return a sentence on how far the samples of an entry lie apart: (p90 - p10) / median.
+
+    Empty if no row has a time.
+    """
+    timed = [row for row in rows if row["median_us"]]
+    shares = sorted((row["p90_us"] - row["p10_us"]) / row["median_us"] for row in timed)
+    if not shares:
+        return ""
+    middle, largest = shares[len(shares) // 2], shares[-1]
+    return (
+        f"Spread, from p10 to p90: {100 * middle:.0f} % of the median in the middle entry, "
+        f"{100 * largest:.0f} % in the widest."
+    )
+
+
 def mixture(row: dict) -> str:
     """Return the mixture of a row in words."""
     return f"{row['experts']} experts of rank {row['rank']}, top-{row['top_k']}"
@@ -287,7 +303,7 @@ def is_machine(rows: list[dict]) -> bool:
     return bool(rows) and "measurement" in rows[0]
 
 
-def of_rows(rows: list[dict], names: list[str] | None = None) -> list[Table]:
+def make_tables(rows: list[dict], names: list[str] | None = None) -> list[Table]:
     """Return every table of the rows of one suite.
 
     names: the tables of the suite `grouped` to return; None: all.

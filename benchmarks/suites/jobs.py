@@ -6,18 +6,18 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks.baselines import ffn
-from benchmarks.baselines.linear import GROUPED_PROVIDERS, PROVIDERS, why_left_out
+from benchmarks.baselines.linear import GROUPED_PROVIDERS, PROVIDERS, skip_reason
 from benchmarks.measure.check_ffn import FeedForwardChecker
 from benchmarks.measure.harness import Options, Progress, Suite, run_case
 from benchmarks.measure.inputs import check_mixture
 from benchmarks.suites.cells import Cell
 from benchmarks.suites.shapes import Case
 
-# The suites that measure layers. The suite `machine` is a file of its own.
+# The suites that measure layers. The suite `machine` is in machine.py.
 SUITES = {
-    "linear": Suite(PROVIDERS, why_left_out=why_left_out),
-    "group": Suite(PROVIDERS, why_left_out=why_left_out),
-    "grouped": Suite(GROUPED_PROVIDERS, why_left_out=why_left_out),
+    "linear": Suite(PROVIDERS, skip_reason=skip_reason),
+    "group": Suite(PROVIDERS, skip_reason=skip_reason),
+    "grouped": Suite(GROUPED_PROVIDERS, skip_reason=skip_reason),
     "ffn": Suite(ffn.PROVIDERS, ffn.make_feed_forward, FeedForwardChecker),
 }
 

@@ -1,4 +1,5 @@
-// ATen through the dispatcher: the large products stay in oneDNN and MKL.
+// Tensors and matrix products through libtorch's stable ABI. Large products go to ATen, which
+// computes them with oneDNN or MKL.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -12,14 +13,16 @@
 
 namespace moelora {
 
-// Work below this many multiply-adds, some 5 us, is not worth waking a second thread.
+// A thread must get at least this many multiply-adds, about 5 us. Less work does not pay for waking
+// a second thread.
 constexpr int64_t WORK_PER_THREAD = 1 << 19;
 
-// The smallest number of rows that a thread should get when one row costs `work` multiply-adds.
+// Returns how many rows a thread must get at least, if one row costs `work` multiply-adds.
 inline int64_t grain(int64_t work) {
   return std::max<int64_t>(1, WORK_PER_THREAD / std::max<int64_t>(work, 1));
 }
 
+// Calls an op through the dispatcher, and returns its only result.
 template <class... Arguments>
 Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
@@ -27,32 +30,34 @@ Tensor call(const char* op, const char* overload, const Arguments&... arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Returns left right.
 inline Tensor mm(const Tensor& left, const Tensor& right) {
   return call("aten::mm", "", left, right);
 }
 
-// Into `out`, any strides.
+// Writes left right into `out`, which may have any strides.
 inline void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
   call("aten::mm", "out", left, right, out);
 }
 
-// to = start + left right, in one product; `start` may be `to`, or a vector for all rows.
-inline void addmm_out(const Tensor& to, const Tensor& start, const Tensor& left,
+// out = start + left right, in one product. `start` may be `out`, or one vector for all rows.
+inline void addmm_out(const Tensor& out, const Tensor& start, const Tensor& left,
                       const Tensor& right) {
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(to.get(), start.get(), left.get(), right.get(), 1.0, 1.0));
+      aoti_torch_cpu_addmm_out(out.get(), start.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
-// A view of a matrix; straight from the C shim, several times cheaper than through the dispatcher.
+// Returns a view of a matrix. The C shim makes it, at a fraction of the cost of the dispatcher.
 inline Tensor view(const Tensor& matrix, std::array<int64_t, 2> sizes,
                    std::array<int64_t, 2> strides, int64_t offset) {
   AtenTensorHandle handle = nullptr;
-  // The offset counts from the first element of `matrix`, not of its storage.
+  // The offset counts from the first element of `matrix`, and not from its storage.
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(),
                                                         strides.data(), offset, &handle));
   return Tensor(handle);
 }
 
+// `columns` and `rows` return a view of `count` columns or rows from `begin` on.
 inline Tensor columns(const Tensor& matrix, int64_t begin, int64_t count) {
   const int64_t row = matrix.stride(0);
   const int64_t column = matrix.stride(1);
@@ -76,7 +81,7 @@ inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// An uninitialised matrix on the CPU.
+// Returns an uninitialised matrix on the CPU.
 inline Tensor empty(int64_t num_rows, int64_t num_columns, ScalarType dtype) {
   const std::array<int64_t, 2> sizes{num_rows, num_columns};
   const std::array<int64_t, 2> strides{std::max<int64_t>(num_columns, 1), 1};
@@ -87,7 +92,7 @@ inline Tensor empty(int64_t num_rows, int64_t num_columns, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// An uninitialised vector on the CPU.
+// Returns an uninitialised vector on the CPU.
 inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   const int64_t stride = 1;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -97,7 +102,8 @@ inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// A matrix in `dtype` whose rows are dense, at any distance.
+// Returns a matrix in `dtype` whose rows are dense; the stride of its rows may be larger than a
+// row.
 inline Tensor dense_rows(const Tensor& tensor, ScalarType dtype) {
   const Tensor matrix = cast(tensor, dtype);
   const bool dense =
@@ -105,34 +111,37 @@ inline Tensor dense_rows(const Tensor& tensor, ScalarType dtype) {
   return dense ? matrix : row_major(matrix);
 }
 
-// The matrices of `parts`, all of one dtype, side by side, or below one another.
-inline Tensor stacked(const std::vector<Tensor>& parts, bool by_column) {
-  if (parts.size() == 1) return parts[0];
+// Returns matrices of one dtype in one matrix: side by side if `by_column`, else one below the
+// other.
+inline Tensor stacked(const std::vector<Tensor>& matrices, bool by_column) {
+  if (matrices.size() == 1) return matrices[0];
   int64_t total = 0;
-  for (const Tensor& part : parts) total += part.size(by_column ? 1 : 0);
-  const Tensor all = by_column ? empty(parts[0].size(0), total, parts[0].scalar_type())
-                               : empty(total, parts[0].size(1), parts[0].scalar_type());
+  for (const Tensor& matrix : matrices) total += matrix.size(by_column ? 1 : 0);
+  const Tensor stack = by_column ? empty(matrices[0].size(0), total, matrices[0].scalar_type())
+                                 : empty(total, matrices[0].size(1), matrices[0].scalar_type());
   int64_t begin = 0;
-  for (const Tensor& part : parts) {
-    const int64_t count = part.size(by_column ? 1 : 0);
-    Tensor to = by_column ? columns(all, begin, count) : rows(all, begin, count);
-    torch::stable::copy_(to, part);
+  for (const Tensor& matrix : matrices) {
+    const int64_t count = matrix.size(by_column ? 1 : 0);
+    Tensor block = by_column ? columns(stack, begin, count) : rows(stack, begin, count);
+    torch::stable::copy_(block, matrix);
     begin += count;
   }
-  return all;
+  return stack;
 }
 
-// The value of an output that this call does not have: a tensor of size [0].
+// Returns the value of an output that a call does not compute: a tensor of size [0].
 inline Tensor absent(ScalarType dtype) { return empty_vector(0, dtype); }
 
-// The dtype that products of a storage dtype are computed in. ATen has no blocked float16 product
-// for most processors: 335 ms against 12 ms in float32 for [2048, 2048] x [2048, 128] on a Zen 5.
+// Returns the dtype in which ATen multiplies matrices of a storage dtype. float16 is multiplied in
+// float32, because ATen has no blocked float16 product for most processors: [2048, 2048] x
+// [2048, 128] took 335 ms in float16 and 12 ms in float32 on a Zen 5.
 inline ScalarType product_dtype(ScalarType dtype) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
-// A gradient or parameter of any strides and dtype as a matrix for `mm`: rounded to the storage
-// dtype, then in the product dtype; copied only where neither rows nor columns are dense.
+// Returns a gradient or parameter, with any strides and dtype, as a matrix for `mm`: rounded to the
+// storage dtype, then cast to the product dtype. It is copied only if neither its rows nor its
+// columns are dense.
 inline Tensor product_operand(const Tensor& tensor, ScalarType dtype) {
   const Tensor operand = cast(cast(tensor, dtype), product_dtype(dtype));
   const int64_t row = operand.stride(0);

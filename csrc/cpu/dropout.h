@@ -1,4 +1,7 @@
-// Dropout whose mask is a pure function of (seed, stream, position), as in the reference.
+// Dropout: element n (row-major) is 0 if it is dropped, else x[n] / (1 - p). It is dropped if lane
+// n % 4 of Philox-4x32-10 with counter n / 4 is below p 2^32, rounded. The seed is the key, and a
+// stream number tells several masks of one seed apart. No mask is stored: each thread computes the
+// part that it applies.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +18,8 @@ struct Philox {
   uint32_t stream;
 };
 
-// Philox-4x32-10: random[4 c + lane] of COUNTERS counters from `first` on.
+// Fills random [4 COUNTERS] with the numbers of Philox-4x32-10 for the counters from `first` on:
+// lane `lane` of counter first + c is random[4 c + lane].
 template <int64_t COUNTERS>
 MOELORA_INLINE void philox(Philox state, int64_t first, uint32_t* random) {
   constexpr int ROUNDS = 10;
@@ -47,30 +51,32 @@ MOELORA_INLINE void philox(Philox state, int64_t first, uint32_t* random) {
   }
 }
 
-// The mask of one seed, for values that are widened already.
+// The masks of one seed, applied to values in the compute dtype.
 struct Mask {
   Philox state{};
-  // Random numbers below it drop; 2^32 p does not fit 32 bits for p near 1.
+  // An element is dropped if its random number is below this. It has 64 bits because 2^32 p does
+  // not fit 32 bits if p is near 1.
   uint64_t threshold = 0;
-  double kept = 1.0;
+  double keep_probability = 1.0;
   bool per_expert = false;
 
   Mask() = default;
-  Mask(double p, bool of_each_expert, const std::optional<Tensor>& seed);
+  Mask(double p, bool mask_per_expert, const std::optional<Tensor>& seed);
 
   bool active() const { return threshold > 0; }
 
-  // values[j] of element n + j: scaled, or dropped; `expert` picks the stream where it matters.
+  // Scales or drops values [count], which are the elements n to n + count. `expert` names the
+  // stream if every expert has a mask.
   template <class C>
   MOELORA_INLINE void apply(C* values, int64_t n, int64_t count, int64_t expert) const {
     constexpr int64_t COUNTERS = 16;
     alignas(64) uint32_t random[4 * COUNTERS];
-    Philox own = state;
-    own.stream = per_expert ? uint32_t(expert) : 0;
+    Philox stream_state = state;
+    stream_state.stream = per_expert ? uint32_t(expert) : 0;
     const auto last_dropped = uint32_t(threshold - 1);
-    const C divisor = C(kept);
+    const C divisor = C(keep_probability);
     for (int64_t first = n - n % 4; first < n + count; first += 4 * COUNTERS) {
-      philox<COUNTERS>(own, first / 4, random);
+      philox<COUNTERS>(stream_state, first / 4, random);
       const int64_t begin = std::max(first, n);
       const int64_t end = std::min(first + 4 * COUNTERS, n + count);
 #pragma omp simd
@@ -81,19 +87,21 @@ struct Mask {
   }
 };
 
-// What of a row an expert sees: `from` itself, or a copy in `to` with elements n + j dropped.
+// Returns a row [count] after the dropout that an expert sees: `row` without dropout, else `out`.
+// The row starts at element n of the matrix. `scratch` has `count` numbers.
 template <class S>
-MOELORA_INLINE const S* dropped(const Mask& mask, const S* from, int64_t n, int64_t count,
-                                int64_t expert, Compute<S>* scratch, S* to) {
-  if (!mask.active()) return from;
+MOELORA_INLINE const S* drop_row(const Mask& mask, const S* row, int64_t n, int64_t count,
+                                 int64_t expert, Compute<S>* scratch, S* out) {
+  if (!mask.active()) return row;
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) scratch[j] = widen(from[j]);
+  for (int64_t j = 0; j < count; ++j) scratch[j] = widen(row[j]);
   mask.apply(scratch, n, count, expert);
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = narrow<S>(scratch[j]);
-  return to;
+  for (int64_t j = 0; j < count; ++j) out[j] = narrow<S>(scratch[j]);
+  return out;
 }
 
+// Returns dropout(x) in x's dtype: the mask of one stream, over all elements of x (row-major).
 Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream);
 
 }  // namespace moelora

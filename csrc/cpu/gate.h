@@ -1,4 +1,5 @@
-// The gate of one token and sibling, and the softmax and top-k that make it.
+// The gate of one token and sibling, and the softmax and top-k that make it from logits. Also: the
+// blocks of rank space.
 #pragma once
 
 #include <cmath>
@@ -10,155 +11,163 @@
 
 namespace moelora {
 
-// An int32 or int64 tensor read as int64, or nothing. 2^40 must not wrap into a valid expert.
-class Index {
+// An int32 or int64 tensor whose elements are read as int64, or no tensor. An id such as 2^40 must
+// not be cut to 32 bits: it could become a valid expert.
+class IntegerTensor {
  public:
-  Index() = default;
+  IntegerTensor() = default;
 
-  Index(const std::optional<Tensor>& tensor, const char* name) {
+  IntegerTensor(const std::optional<Tensor>& tensor, const char* name) {
     if (!tensor) return;
     storage_ = row_major(*tensor);
     const ScalarType dtype = storage_->scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, name,
-                    ": expected int32 or int64");
+                    ": expected int32 or int64, got ", dtype);
     if (dtype == ScalarType::Int) {
-      narrow_ = storage_->const_data_ptr<int32_t>();
+      int32_data_ = storage_->const_data_ptr<int32_t>();
     } else {
-      wide_ = storage_->const_data_ptr<int64_t>();
+      int64_data_ = storage_->const_data_ptr<int64_t>();
     }
   }
 
-  bool given() const { return storage_.has_value(); }
+  bool has_value() const { return storage_.has_value(); }
   int64_t numel() const { return storage_->numel(); }
-  MOELORA_INLINE int64_t operator[](int64_t n) const { return wide_ ? wide_[n] : narrow_[n]; }
+  MOELORA_INLINE int64_t operator[](int64_t n) const {
+    return int64_data_ ? int64_data_[n] : int32_data_[n];
+  }
 
  private:
   std::optional<Tensor> storage_;
-  const int32_t* narrow_ = nullptr;
-  const int64_t* wide_ = nullptr;
+  const int32_t* int32_data_ = nullptr;
+  const int64_t* int64_data_ = nullptr;
 };
 
-// Dense gates [G, n E] with rows [T] or without (G == T or one row for all), or sparse weights
-// [T, n K] with indices [T, n K]. See dense_gate in reference.py.
+// The gate of n siblings (Gate in moelora_kernels/types.py), in the compute dtype C.
+//
+//     dense     weights [G, n E]; rows [T], or G is T or 1 without `rows`
+//     sparse    weights [T, n K] and experts [T, n K]
 template <class C>
 class Gate {
  public:
-  Gate(const Tensor& gates, const std::optional<Tensor>& indices, const std::optional<Tensor>& rows,
-       int64_t T, int64_t siblings, int64_t experts)
-      : storage_(row_major(cast(gates, compute_dtype_of<C>()))),
-        values_(storage_.const_data_ptr<C>()),
-        indices_(indices, "experts"),
+  Gate(const Tensor& weights, const std::optional<Tensor>& experts,
+       const std::optional<Tensor>& rows, int64_t T, int64_t siblings, int64_t num_experts)
+      : storage_(row_major(cast(weights, DTYPE))),
+        weights_(storage_.const_data_ptr<C>()),
+        experts_(experts, "experts"),
         rows_(rows, "rows"),
         siblings_(siblings),
-        experts_(experts) {
-    const auto [G, width] = shape<2>(storage_, "gates");
+        num_experts_(num_experts) {
+    const auto [G, width] = shape<2>(storage_, "gate_weights");
     gate_rows_ = G;
-    if (indices_.given()) {
-      check_size(G, T, "gates, tokens");
-      check_size(indices_.numel(), G * width, "experts");
-      STD_TORCH_CHECK(width % siblings == 0, "gates: ", width, " columns for ", siblings,
-                      " siblings");
+    if (experts_.has_value()) {
+      check_size(G, T, "gate_weights, tokens");
+      check_size(experts_.numel(), G * width, "experts");
+      STD_TORCH_CHECK(width % siblings == 0,
+                      "gate_weights: expected the same number of columns for each of ", siblings,
+                      " siblings, got ", width, " columns");
       slots_ = width / siblings;
       return;
     }
-    check_size(width, siblings * experts, "gates, columns");
-    if (rows_.given()) {
+    check_size(width, siblings * num_experts, "gate_weights, columns");
+    if (rows_.has_value()) {
       check_size(rows_.numel(), T, "rows");
     } else if (G != 1) {
-      check_size(G, T, "gates, rows");
+      check_size(G, T, "gate_weights, rows");
     }
   }
 
-  bool sparse() const { return indices_.given(); }
-  bool by_row() const { return rows_.given(); }
+  bool is_sparse() const { return experts_.has_value(); }
+  bool has_rows() const { return rows_.has_value(); }
   int64_t gate_rows() const { return gate_rows_; }
+  // K of a sparse gate.
   int64_t slots() const { return slots_; }
-  const C* values() const { return values_; }
-  MOELORA_INLINE int64_t expert_of(int64_t slot) const { return indices_[slot]; }
+  const C* weights() const { return weights_; }
+  // The expert of a pair t n K + k of a sparse gate.
+  MOELORA_INLINE int64_t expert(int64_t pair) const { return experts_[pair]; }
 
-  // The gate row of token t; -1 for none.
-  MOELORA_INLINE int64_t row_of(int64_t t) const {
-    if (!rows_.given()) return gate_rows_ == 1 ? 0 : t;
+  // Returns the gate row of token t; -1 if the token has no gate row.
+  MOELORA_INLINE int64_t row_of_token(int64_t t) const {
+    if (!rows_.has_value()) return gate_rows_ == 1 ? 0 : t;
     const int64_t row = rows_[t];
     return row >= 0 && row < gate_rows_ ? row : -1;
   }
 
-  // gate[e] = scaling[e] * gate of expert e, for sibling i of token t.
-  MOELORA_INLINE void load_scaled(int64_t t, int64_t i, const C* scaling, C* gate) const {
-    const int64_t E = experts_;
-    if (indices_.given()) {
-      std::fill_n(gate, E, C{0});
+  // Fills scaled_gate [E] with scale * gate of every expert, for sibling i of token t.
+  MOELORA_INLINE void load_scaled(int64_t t, int64_t i, const C* scaling, C* scaled_gate) const {
+    const int64_t E = num_experts_;
+    if (experts_.has_value()) {
+      std::fill_n(scaled_gate, E, C{0});
       const int64_t first = (t * siblings_ + i) * slots_;
-      for (int64_t slot = first; slot < first + slots_; ++slot) {
-        const int64_t expert = indices_[slot];
-        if (expert >= 0 && expert < E) gate[expert] += values_[slot];
+      for (int64_t pair = first; pair < first + slots_; ++pair) {
+        const int64_t expert = experts_[pair];
+        if (expert >= 0 && expert < E) scaled_gate[expert] += weights_[pair];
       }
     } else {
-      const int64_t row = row_of(t);
+      const int64_t row = row_of_token(t);
       if (row < 0) {
-        std::fill_n(gate, E, C{0});
+        std::fill_n(scaled_gate, E, C{0});
         return;
       }
-      std::copy_n(values_ + (row * siblings_ + i) * E, E, gate);
+      std::copy_n(weights_ + (row * siblings_ + i) * E, E, scaled_gate);
     }
-    for (int64_t e = 0; e < E; ++e) gate[e] *= scaling[e];
+    for (int64_t e = 0; e < E; ++e) scaled_gate[e] *= scaling[e];
   }
 
  private:
-  template <class Number>
-  static ScalarType compute_dtype_of() {
-    return std::is_same_v<Number, double> ? ScalarType::Double : ScalarType::Float;
-  }
+  static constexpr ScalarType DTYPE =
+      std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float;
 
   Tensor storage_;
-  const C* values_;
-  Index indices_;
-  Index rows_;
+  const C* weights_;
+  IntegerTensor experts_;
+  IntegerTensor rows_;
   int64_t gate_rows_ = 0;
   int64_t siblings_;
-  int64_t experts_;
+  int64_t num_experts_;
   int64_t slots_ = 0;
 };
 
-// The blocks of rank space: expert e owns `ranks[e]` columns from `begin[e]` on.
+// The blocks of rank space: expert e has the ranks[e] columns from begin[e] on. `total` is R.
 struct Blocks {
   std::vector<int64_t> ranks;
   std::vector<int64_t> begin;
   int64_t total = 0;
 
-  explicit Blocks(std::vector<int64_t> of_experts) : ranks(std::move(of_experts)) {
-    STD_TORCH_CHECK(!ranks.empty(), "ranks: expected one per expert");
+  explicit Blocks(std::vector<int64_t> expert_ranks) : ranks(std::move(expert_ranks)) {
+    STD_TORCH_CHECK(!ranks.empty(), "ranks: expected a rank for each expert, got none");
     for (int64_t rank : ranks) {
-      STD_TORCH_CHECK(rank >= 0, "ranks: expected numbers from 0, got ", rank);
+      STD_TORCH_CHECK(rank >= 0, "ranks: expected ranks of at least 0, got ", rank);
       begin.push_back(total);
       total += rank;
     }
   }
 
-  int64_t experts() const { return int64_t(ranks.size()); }
+  int64_t num_experts() const { return int64_t(ranks.size()); }
 
-  // With one A for all experts every expert reads the same columns of h.
+  // Checks that all ranks are equal: experts that share A read the same columns of h.
   void check_shared() const {
-    for (int64_t rank : ranks) check_size(rank, ranks[0], "ranks with share_a");
+    for (int64_t rank : ranks) check_size(rank, ranks[0], "ranks, with share_a");
   }
 };
 
+// Returns numbers in the compute dtype C.
 template <class C>
 std::vector<C> to_compute(const std::vector<double>& numbers) {
   return std::vector<C>(numbers.begin(), numbers.end());
 }
 
-// NaN counts as the largest number, as in torch.sort.
+// Returns whether `left` comes before `right` by falling score. NaN counts as the largest number,
+// like in torch.sort.
 template <class C>
 MOELORA_INLINE bool before(C left, C right) {
   return left > right || (left != left && right == right);
 }
 
-// The first K experts by falling score, the lower expert first among equals; `keys` holds E
-// numbers.
+// Fills experts [K] with the K experts of the largest scores [E], by falling score. Of equal scores
+// the lower expert comes first. keys [E] is scratch space.
 MOELORA_INLINE void top_k(const float* score, int64_t E, int64_t K, int64_t* keys,
-                          int32_t* indices) {
-  // One integer orders (score, expert): K maxima without a branch on data.
+                          int32_t* experts) {
+  // A key is one integer that orders (score, expert). K maxima of the keys need no branch on data.
   constexpr int32_t NAN_KEY = 0x7FC00000;
 #pragma omp simd
   for (int64_t e = 0; e < E; ++e) {
@@ -172,31 +181,35 @@ MOELORA_INLINE void top_k(const float* score, int64_t E, int64_t K, int64_t* key
 #pragma omp simd reduction(max : largest)
     for (int64_t e = 0; e < E; ++e) largest = std::max(largest, keys[e]);
     const int64_t expert = 0x7FFFFFFF - (largest & 0xFFFFFFFF);
-    indices[k] = int32_t(expert);
+    experts[k] = int32_t(expert);
     keys[expert] = INT64_MIN;
   }
 }
 
-MOELORA_INLINE void top_k(const double* score, int64_t E, int64_t K, int64_t*, int32_t* indices) {
-  int64_t found = 0;
+MOELORA_INLINE void top_k(const double* score, int64_t E, int64_t K, int64_t*, int32_t* experts) {
+  // Insert every expert into the sorted list of the best experts so far.
+  int64_t count = 0;
   for (int64_t e = 0; e < E; ++e) {
-    if (found == K && !before(score[e], score[indices[K - 1]])) continue;
-    int64_t at = found < K ? found++ : K - 1;
-    for (; at > 0 && before(score[e], score[indices[at - 1]]); --at) indices[at] = indices[at - 1];
-    indices[at] = int32_t(e);
+    if (count == K && !before(score[e], score[experts[K - 1]])) continue;
+    int64_t k = count < K ? count++ : K - 1;
+    for (; k > 0 && before(score[e], score[experts[k - 1]]); --k) experts[k] = experts[k - 1];
+    experts[k] = int32_t(e);
   }
 }
 
-// exp of a number that is not positive, to 2 units in the last place; free of calls and branches.
+// Returns exp(power) for a power of at most 0, with an error of at most 2 units in the last place.
+// It has no calls and no branches, so that the compiler vectorises loops over it.
 MOELORA_INLINE float exponential(float power) {
-  // Below this exp leaves the normal numbers and counts as zero. NaN compares false and stays.
+  // Below this power the result is not a normal number, and counts as zero. NaN compares false, so
+  // it stays NaN.
   constexpr float SMALLEST = -87.0f;
   const float clamped = power < SMALLEST ? SMALLEST : power;
-  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the low bits then hold.
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   const float shifted = clamped * 0x1.715476p0f + 0x1.8p23f;
   const float twos = shifted - 0x1.8p23f;
   const float rest = (clamped - twos * 0x1.62e400p-1f) - twos * 0x1.7f7d1cp-20f;
-  float sum = 0x1.6c16c2p-10f;  // 1 / 6!, then Taylor downwards: |rest| <= ln 2 / 2
+  // The Taylor series of exp(rest), from 1 / 6! on; |rest| is at most ln 2 / 2.
+  float sum = 0x1.6c16c2p-10f;
   sum = sum * rest + 0x1.111112p-7f;
   sum = sum * rest + 0x1.555556p-5f;
   sum = sum * rest + 0x1.555556p-3f;
@@ -209,16 +222,16 @@ MOELORA_INLINE float exponential(float power) {
 
 MOELORA_INLINE double exponential(double power) { return std::exp(power); }
 
-// exp(score - largest) into `out`; returns their sum.
+// Fills powers [count] with exp(score - largest score), and returns their sum.
 template <class C>
-MOELORA_INLINE C exponentials(const C* score, int64_t count, C* out) {
+MOELORA_INLINE C exponentials(const C* score, int64_t count, C* powers) {
   C largest = score[0];
   for (int64_t e = 1; e < count; ++e) largest = std::max(largest, score[e]);
   C sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t e = 0; e < count; ++e) {
-    out[e] = exponential(score[e] - largest);
-    sum += out[e];
+    powers[e] = exponential(score[e] - largest);
+    sum += powers[e];
   }
   return sum;
 }
@@ -229,7 +242,7 @@ struct TopkOptions {
   double temperature;
 };
 
-// What the rows of one thread need between them.
+// Scratch space of one thread, for all its rows.
 template <class C>
 struct TopkScratch {
   explicit TopkScratch(int64_t E) : score(E), powers(E), keys(E) {}
@@ -238,36 +251,48 @@ struct TopkScratch {
   std::vector<int64_t> keys;
 };
 
-// Weights [K] and indices [K] of one row of logits [E].
+// Computes the gate of one row of logits [E].
+//
+//     p = softmax(logits / temperature)
+//     weights_k = p[experts_k]     or, with renormalize, p[experts_k] / sum_j p[experts_j]
+//
+// experts [K] are the K largest p. With K = E they are 0 to E - 1.
 template <class C>
 MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& options,
-                                 TopkScratch<C>& scratch, C* weights, int32_t* indices) {
+                                 TopkScratch<C>& scratch, C* weights, int32_t* experts) {
   const int64_t K = options.K;
   C* score = scratch.score.data();
-  C* chosen = scratch.powers.data();
+  C* powers = scratch.powers.data();
   for (int64_t e = 0; e < E; ++e) score[e] = logits[e] / C(options.temperature);
   if (K == E) {
-    for (int64_t k = 0; k < K; ++k) indices[k] = int32_t(k);
+    for (int64_t k = 0; k < K; ++k) experts[k] = int32_t(k);
   } else {
-    top_k(score, E, K, scratch.keys.data(), indices);
+    top_k(score, E, K, scratch.keys.data(), experts);
   }
   if (options.renormalize) {
-    for (int64_t k = 0; k < K; ++k) chosen[k] = score[indices[k]];
-    const C sum = exponentials(chosen, K, weights);
+    // The softmax over the K scores alone. `powers` holds these scores.
+    for (int64_t k = 0; k < K; ++k) powers[k] = score[experts[k]];
+    const C sum = exponentials(powers, K, weights);
     for (int64_t k = 0; k < K; ++k) weights[k] /= sum;
   } else {
-    const C sum = exponentials(score, E, chosen);
-    for (int64_t k = 0; k < K; ++k) weights[k] = chosen[indices[k]] / sum;
+    const C sum = exponentials(score, E, powers);
+    for (int64_t k = 0; k < K; ++k) weights[k] = powers[experts[k]] / sum;
   }
 }
 
-// dlogits [E] of one row from dweights [K]; indices null: K == E in the experts' own order.
-// `logits` is read only without renormalize.
-template <class C, class IndexOf>
+// Computes dlogits [E] of one row from dweights [K].
+//
+//     mean = sum_k weights_k dweights_k
+//     dlogits[e] = p_e (dp_e - mean) / temperature                     without renormalize
+//     dlogits[experts_k] = weights_k (dweights_k - mean) / temperature    with renormalize
+//
+// dp[experts_k] is dweights_k. All other entries of dp, and of dlogits with renormalize, are 0.
+// expert_of_slot(k) returns the expert of slot k. `logits` is read only without renormalize.
+template <class C, class ExpertOfSlot>
 MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
-                                          const IndexOf& index_of, const C* logits, int64_t E,
-                                          const TopkOptions& options, TopkScratch<C>& scratch,
-                                          C* dlogits) {
+                                          const ExpertOfSlot& expert_of_slot, const C* logits,
+                                          int64_t E, const TopkOptions& options,
+                                          TopkScratch<C>& scratch, C* dlogits) {
   const int64_t K = options.K;
   const C temperature = C(options.temperature);
   C mean = 0;
@@ -275,15 +300,17 @@ MOELORA_INLINE void topk_softmax_backward(const C* dweights, const C* weights,
   std::fill_n(dlogits, E, C{0});
   if (options.renormalize) {
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t expert = index_of(k);
+      const int64_t expert = expert_of_slot(k);
       if (expert >= 0 && expert < E) {
         dlogits[expert] = weights[k] * (dweights[k] - mean) / temperature;
       }
     }
     return;
   }
+
+  // dlogits holds dp until the last loop, which needs p again.
   for (int64_t k = 0; k < K; ++k) {
-    const int64_t expert = index_of(k);
+    const int64_t expert = expert_of_slot(k);
     if (expert >= 0 && expert < E) dlogits[expert] = dweights[k];
   }
   C* score = scratch.score.data();

@@ -1,5 +1,6 @@
-// A whole layer in the grouped formulation, forward and backward. On a CPU the base product comes
-// first and the experts add to it in place: y is then in the cache, and no product reads it back.
+// The ops `grouped` and `grouped_backward`: a whole layer of n siblings in the grouped form, and
+// all its gradients. They call the other grouped ops, and ATen for the base products. The base
+// product comes first, and the experts add to y in place.
 #include <torch/csrc/stable/library.h>
 
 #include "aten.h"
@@ -10,27 +11,31 @@
 namespace moelora {
 namespace {
 
-// moelora_kernels/types.py has the same: the maps are not read on a CPU, but returned.
+// The same as in moelora_kernels/types.py. On a CPU no op reads tiles and chunks; they are
+// returned.
 constexpr int64_t TILE = 64;
 constexpr int64_t CHUNK = 1024;
 
+// Returns a view of a contiguous matrix with other sizes.
 Tensor reshaped(const Tensor& matrix, int64_t num_rows, int64_t num_columns) {
   return view(matrix, {num_rows, num_columns}, {std::max<int64_t>(num_columns, 1), 1}, 0);
 }
 
-// The gradients of the logits of the chosen experts: dlogits [T n, E] at indices [T n, K].
-Tensor dlogits_of_slots(const Tensor& dlogits, const Tensor& indices) {
-  const auto [rows, K] = shape<2>(indices, "experts");
+// Returns the entries of dlogits [T n, E] at experts [T n, K]: [T n, K].
+Tensor gather_dlogits(const Tensor& dlogits, const Tensor& experts) {
+  const auto [rows, K] = shape<2>(experts, "experts");
   const int64_t E = dlogits.size(1);
-  const Tensor chosen = empty(rows, K, dlogits.scalar_type());
+  const Tensor slot_dlogits = empty(rows, K, dlogits.scalar_type());
   for_dtype(dlogits.scalar_type(), [&, rows = rows, K = K](auto type) {
     using C = typename decltype(type)::type;
-    const C* from = dlogits.const_data_ptr<C>();
-    const int32_t* expert = indices.const_data_ptr<int32_t>();
-    C* to = chosen.mutable_data_ptr<C>();
-    for (int64_t n = 0; n < rows * K; ++n) to[n] = from[n / K * E + expert[n]];
+    const C* dlogits_data = dlogits.const_data_ptr<C>();
+    const int32_t* experts_data = experts.const_data_ptr<int32_t>();
+    C* slots_data = slot_dlogits.mutable_data_ptr<C>();
+    for (int64_t n = 0; n < rows * K; ++n) {
+      slots_data[n] = dlogits_data[n / K * E + experts_data[n]];
+    }
   });
-  return chosen;
+  return slot_dlogits;
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -42,18 +47,20 @@ grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias
         std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
         bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
         std::optional<Tensor> seed) {
+  // Check the arguments.
   const auto siblings = int64_t(lora_a.size());
   const auto E = int64_t(ranks.size());
   const auto [T, I] = shape<2>(x, "x");
   const ScalarType dtype = x.scalar_type();
-  const ScalarType sums = compute_dtype(dtype);
+  const ScalarType sum_dtype = compute_dtype(dtype);
   check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
   check_count(base_weight, siblings, "base_weight, siblings");
   check_count(base_bias, siblings, "base_bias, siblings");
   check_count(base_output, siblings, "base_output, siblings");
   STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
-                  "base_weight: needed without base_output");
+                  "base_weight: expected either base_weight or base_output, got both or neither");
 
+  // The base product x Wt + b of every sibling.
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < base_weight.size(); ++i) {
     const Tensor y = empty(T, base_weight[i].size(0), dtype);
@@ -64,7 +71,10 @@ grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias
     }
     outputs.push_back(y);
   }
-  Tensor logits = absent(sums), weights = absent(sums), top_experts = absent(ScalarType::Int);
+
+  // The gate of the routers; empty tensors without routers.
+  Tensor logits = absent(sum_dtype), weights = absent(sum_dtype);
+  Tensor top_experts = absent(ScalarType::Int);
   if (!router_weight.empty()) {
     logits = router_logits(x, router_weight, router_bias);
     std::tie(weights, top_experts) =
@@ -72,14 +82,21 @@ grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias
     gate_weights = weights = reshaped(weights, T, siblings * top_k);
     experts = top_experts = reshaped(top_experts, T, siblings * top_k);
   }
-  STD_TORCH_CHECK(gate_weights && experts, "experts: needed without a router");
+  STD_TORCH_CHECK(gate_weights && experts,
+                  "gate_weights, experts: expected tensors if there is no router, got none");
+
+  // Sort the pairs by expert, shrink, and add the experts to y.
   const auto [order, offsets, tiles, chunks] = route(*experts, E, siblings, TILE, CHUNK);
   const auto [h, u] = grouped_shrink(x, lora_a, gate_weights, order, offsets, tiles, chunks, ranks,
                                      scaling, dropout_p, dropout_per_expert, seed);
   for (int64_t i = 0; i < siblings; ++i) {
     if (base_output.empty()) {
-      grouped_expand_in_place(outputs[i], u, {lora_b[i]}, order, offsets, ranks, i, 0.0, false,
-                              std::nullopt, std::nullopt, std::nullopt);
+      grouped_expand_in_place(outputs[i], {.u = u,
+                                           .matrices = {lora_b[i]},
+                                           .order = order,
+                                           .offsets = offsets,
+                                           .ranks = ranks,
+                                           .first_sibling = i});
     } else {
       outputs.push_back(grouped_expand(u, {lora_b[i]}, base_output[i], order, offsets, tiles,
                                        chunks, ranks, 0.0, false, std::nullopt, T, i, false));
@@ -98,60 +115,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
     std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
     bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
     std::optional<Tensor> seed, bool needs_x, bool needs_adapters) {
-  STD_TORCH_CHECK(gate_weights && experts, "experts: needed in backward");
+  // Check the arguments.
+  STD_TORCH_CHECK(gate_weights && experts, "gate_weights, experts: expected tensors, got none");
   const ScalarType dtype = x.scalar_type();
   const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
   const auto siblings = int64_t(dy.size());
   const auto E = int64_t(ranks.size());
   const int64_t T = x.size(0);
   check_count(base_weight, siblings, "base_weight, siblings");
+  // Three products read dy, so it is converted once.
   for (Tensor& dy_i : dy) dy_i = dense_rows(dy_i, dtype);
+
+  // The base part of dx.
   Tensor dx = absent(dtype);
   if (needs_x && !base_weight.empty()) {
     dx = empty(T, x.size(1), dtype);
     mm_out(dx, dy[0], base_weight[0]);
     for (int64_t i = 1; i < siblings; ++i) addmm_out(dx, dx, dy[i], base_weight[i]);
   }
+
+  // The rank space of every pair, and the gradient of the gate's weights.
   auto [dh, u, dgate] = grouped_shrink_backward(dy, lora_b, h, gate_weights, order, offsets, tiles,
                                                 chunks, ranks, scaling);
-  // The gradient of the logits, [T, n E]; [T n, K] of the chosen experts where it has no other.
+
+  // The gradient of the logits: router_dlogits [T, n E]. If all entries are zero except those of
+  // the routed experts, slot_dlogits [T n, K] holds these, and dWr and dx read them instead.
   std::optional<Tensor> router_dlogits, slot_dlogits, router;
   if (!router_weight.empty()) {
-    const Tensor like = renormalize ? empty(T * siblings, E, dgate.scalar_type())
-                                    : reshaped(row_major(*logits), T * siblings, E);
+    // With renormalize, only the shape of the logits is read.
+    const Tensor logits_rows = renormalize ? empty(T * siblings, E, dgate.scalar_type())
+                                           : reshaped(row_major(*logits), T * siblings, E);
     dgate = topk_gate_backward(
         reshaped(dgate, T * siblings, top_k), reshaped(*gate_weights, T * siblings, top_k),
-        reshaped(*experts, T * siblings, top_k), like, renormalize, temperature);
+        reshaped(*experts, T * siblings, top_k), logits_rows, renormalize, temperature);
     if (renormalize && !dlogits) {
-      slot_dlogits = dlogits_of_slots(dgate, reshaped(*experts, T * siblings, top_k));
+      slot_dlogits = gather_dlogits(dgate, reshaped(*experts, T * siblings, top_k));
     }
     dgate = reshaped(dgate, T, siblings * E);
     if (dlogits) {
-      const Tensor more = row_major(cast(*dlogits, dgate.scalar_type()));
-      check_size(more.numel(), dgate.numel(), "dlogits");
+      // Add the gradient that reaches the logits on another way.
+      const Tensor dense_dlogits = row_major(cast(*dlogits, dgate.scalar_type()));
+      check_size(dense_dlogits.numel(), dgate.numel(), "dlogits");
       for_dtype(dgate.scalar_type(), [&](auto type) {
         using C = typename decltype(type)::type;
-        C* to = dgate.mutable_data_ptr<C>();
-        const C* from = more.const_data_ptr<C>();
-        for (int64_t n = 0; n < dgate.numel(); ++n) to[n] += from[n];
+        C* dgate_data = dgate.mutable_data_ptr<C>();
+        const C* dlogits_data = dense_dlogits.const_data_ptr<C>();
+        for (int64_t n = 0; n < dgate.numel(); ++n) dgate_data[n] += dlogits_data[n];
       });
     }
     router_dlogits = dgate;
     for (Tensor& weight : router_weight) weight = cast(weight, dtype);
     router = stacked(router_weight, false);
   }
+
+  // dx += dropout(dh A) + dlogits Wr.
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
   if (needs_x && !base_weight.empty()) {
     if (router_dlogits && !slot_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
-    grouped_expand_in_place(dx, dh, transposed_a, order, offsets, ranks, 0, dropout_p,
-                            dropout_per_expert, seed, slot_dlogits,
-                            slot_dlogits ? router : std::nullopt);
+    grouped_expand_in_place(dx, {.u = dh,
+                                 .matrices = transposed_a,
+                                 .order = order,
+                                 .offsets = offsets,
+                                 .ranks = ranks,
+                                 .dropout_p = dropout_p,
+                                 .dropout_per_expert = dropout_per_expert,
+                                 .seed = seed,
+                                 .coefficients = slot_dlogits,
+                                 .expert_rows = slot_dlogits ? router : std::nullopt});
   } else if (needs_x) {
     dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, chunks, ranks,
                         dropout_p, dropout_per_expert, seed, T, 0, false);
     if (router_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
   }
+
+  // The gradients of A, B and the routers.
   const ScalarType lora_dtype = lora_a[0].scalar_type();
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);
   std::vector<Tensor> db;

@@ -1,4 +1,9 @@
-// The rows of every expert, shrunk to its ranks and gated there: forward, and backward.
+// The ops `grouped_shrink` and `grouped_shrink_backward`: from features to the ranks of each pair's
+// expert. For pair p of expert e:
+//     forward     h_p = dropout(x_p) At_e        u_p = scale_e * weight_p * h_p
+//     backward    P_p = dy_p B_e                 dh_p = scale_e * weight_p * P_p
+//                 dweight_p = scale_e <P_p, h_p>; and u_p again, for dB
+// Threads split the tiles. A tile is a range of sorted positions of one expert.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -10,15 +15,16 @@
 namespace moelora {
 namespace {
 
-// Forward: places of a tile, a multiple of the three tokens that share a load of A; and columns of
-// x and A at a time: sums of lanes are added up once for each.
+// Forward. Positions of a tile: a multiple of the three rows that share a load of A. Columns of a
+// block of x and A: the lanes of a sum are added up once for each block.
 constexpr int64_t TILE = 96;
 constexpr int64_t COLUMNS = 2048;
-// Backward: 64 x 256 of dy, and 256 x r of B: some 64 KiB of float32, or 32 KiB of pairs, each.
+// Backward. A block of dy is 64 x 256, a block of B is 256 x r: about 64 KiB of float32 each, or
+// 32 KiB of bfloat16 pairs.
 constexpr int64_t TILE_BACKWARD = 64;
 constexpr int64_t COLUMNS_BACKWARD = 256;
 
-// h and u of one place: what is beyond the rank stays zero.
+// Writes h and u [width] of one position. Columns beyond the rank are zero.
 template <class S, class C>
 MOELORA_INLINE void gate_row(const C* sums, int64_t rank, int64_t width, C scale, S* h, S* u) {
   std::fill_n(h, width, S(0.0f));
@@ -30,60 +36,68 @@ MOELORA_INLINE void gate_row(const C* sums, int64_t rank, int64_t width, C scale
   }
 }
 
+// The forward of one tile.
 template <class S, class C>
 struct Shrink {
-  const Places& places;
+  const Routing& routing;
   const Blocks& blocks;
   const C* scaling;
   const PairWeights<C>& weights;
   const Mask& mask;
   Rows<S> x;
   int64_t I;
-  std::vector<const S*> lora_a;
-  int64_t width;
+  std::vector<const S*> lora_a;  // n x [R, I]
+  int64_t width;                 // the largest rank
   S* h;
   S* u;
 
-  // sums [TILE, width], of_a [width, COLUMNS], of_x and kept [3, COLUMNS].
+  // Computes h and u of one tile. Scratch space: sums [TILE, width], wide_a [width, COLUMNS],
+  // wide_x [3, COLUMNS] and dropped_x [3, COLUMNS].
   template <class Level>
-  MOELORA_INLINE void tile(const Tile& tile, C* sums, C* of_a, C* of_x, S* kept) const {
-    using P = Operand<S, Level::pairs>;
+  MOELORA_INLINE void run(const Tile& tile, C* sums, C* wide_a, C* wide_x, S* dropped_x) const {
+    using P = Operand<S, Level::bf16_pairs>;
     using Q = typename P::Element;
     constexpr int BYTES = Level{}();
-    const int64_t E = blocks.experts();
+    const int64_t E = blocks.num_experts();
     const int64_t e = tile.expert % E;
     const int64_t rank = blocks.ranks[e];
     const S* a = lora_a[tile.expert / E] + blocks.begin[e] * I;
-    const int64_t count = tile.last - tile.first;
+    const int64_t count = tile.end - tile.begin;
+
+    // sums = dropout(x) At, one block of columns after the other.
     std::fill_n(sums, count * rank, C{0});
     for (int64_t column = 0; column < I; column += COLUMNS) {
       const int64_t columns = std::min(COLUMNS, I - column);
-      if (!P::direct) widen_rows(a + column, I, rank, columns, of_a, COLUMNS);
+      if (!P::in_place) widen_rows(a + column, I, rank, columns, wide_a, COLUMNS);
       for (int64_t t = 0; t < count; t += 3) {
         const int64_t tokens = std::min<int64_t>(3, count - t);
-        const Q* of_tokens[3] = {};
+        const Q* token_rows[3] = {};
         for (int64_t k = 0; k < tokens; ++k) {
-          const int64_t row = x.of_place[tile.first + t + k];
-          const S* from = dropped(mask, x.row(row) + column, row * I + column, columns, e,
-                                  of_x + k * COLUMNS, kept + k * COLUMNS);
-          if constexpr (P::direct) {
-            of_tokens[k] = from;
+          const int64_t row = x.row_of_position[tile.begin + t + k];
+          const S* x_row = drop_row(mask, x.row(row) + column, row * I + column, columns, e,
+                                    wide_x + k * COLUMNS, dropped_x + k * COLUMNS);
+          if constexpr (P::in_place) {
+            token_rows[k] = x_row;
           } else {
-            widen_row(from, columns, of_x + k * COLUMNS);
-            of_tokens[k] = of_x + k * COLUMNS;
+            widen_row(x_row, columns, wide_x + k * COLUMNS);
+            token_rows[k] = wide_x + k * COLUMNS;
           }
         }
-        if constexpr (P::direct) {
-          dot_tokens<BYTES>(tokens, of_tokens, a + column, I, columns, rank, sums + t * rank, rank);
+        if constexpr (P::in_place) {
+          dot_tokens<BYTES>(tokens, token_rows, a + column, I, columns, rank, sums + t * rank,
+                            rank);
         } else {
-          dot_tokens<BYTES>(tokens, of_tokens, of_a, COLUMNS, columns, rank, sums + t * rank, rank);
+          dot_tokens<BYTES>(tokens, token_rows, wide_a, COLUMNS, columns, rank, sums + t * rank,
+                            rank);
         }
       }
     }
+
+    // Round to h, and gate.
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t place = tile.first + t;
-      const C scale = scaling[e] * weights[places.pair(place)];
-      gate_row(sums + t * rank, rank, width, scale, h + place * width, u + place * width);
+      const int64_t position = tile.begin + t;
+      const C scale = scaling[e] * weights[routing.pair(position)];
+      gate_row(sums + t * rank, rank, width, scale, h + position * width, u + position * width);
     }
   }
 };
@@ -97,124 +111,130 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                                           double dropout_p, bool dropout_per_expert,
                                           std::optional<Tensor> seed) {
   check_floating(x, "x");
-  const auto [rows, I] = shape<2>(x, "x");
+  const auto [x_rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
   const auto siblings = int64_t(lora_a.size());
-  check_size(int64_t(scaling.size()), blocks.experts(), "scaling");
+  check_size(int64_t(scaling.size()), blocks.num_experts(), "scaling");
   const ScalarType dtype = x.scalar_type();
-  const Places places(order, offsets, siblings * blocks.experts());
+  const Routing routing(order, offsets, siblings * blocks.num_experts());
   const Mask mask(dropout_p, dropout_per_expert, seed);
   x = row_major(x);
   for (Tensor& a : lora_a) {
     a = row_major(cast(a, dtype));
-    const auto [R, inputs] = shape<2>(a, "lora_a");
+    const auto [R, in_features] = shape<2>(a, "lora_a");
     check_size(R, blocks.total, "lora_a, ranks");
-    check_size(inputs, I, "lora_a, in_features");
+    check_size(in_features, I, "lora_a, in_features");
   }
   const int64_t width = *std::max_element(ranks.begin(), ranks.end());
-  const Tensor h = empty(places.pairs(), width, dtype);
-  const Tensor u = empty(places.pairs(), width, dtype);
-  const std::vector<int32_t> row_of_place = places.rows_of(x, "x");
+  const Tensor h = empty(routing.num_pairs(), width, dtype);
+  const Tensor u = empty(routing.num_pairs(), width, dtype);
+  const std::vector<int32_t> row_of_position = routing.rows_of_positions(x, "x");
   for_dtype(dtype, [&, I = I](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
-    const std::vector<C> factors = to_compute<C>(scaling);
-    const PairWeights<C> of_pairs(weights, places, compute_dtype(dtype));
-    Shrink<S, C> shrink{.places = places,
+    const std::vector<C> scales = to_compute<C>(scaling);
+    const PairWeights<C> pair_weights(weights, routing, compute_dtype(dtype));
+    Shrink<S, C> shrink{.routing = routing,
                         .blocks = blocks,
-                        .scaling = factors.data(),
-                        .weights = of_pairs,
+                        .scaling = scales.data(),
+                        .weights = pair_weights,
                         .mask = mask,
-                        .x = {x.const_data_ptr<S>(), I, row_of_place.data()},
+                        .x = {x.const_data_ptr<S>(), I, row_of_position.data()},
                         .I = I,
                         .lora_a = {},
                         .width = width,
                         .h = h.mutable_data_ptr<S>(),
                         .u = u.mutable_data_ptr<S>()};
     for (const Tensor& a : lora_a) shrink.lora_a.push_back(a.const_data_ptr<S>());
-    const std::vector<Tile> tiles = tiles_of(places, TILE);
+    const std::vector<Tile> tiles = split_into_tiles(routing, TILE);
     torch::stable::parallel_for(
         0, int64_t(tiles.size()), grain(TILE * width * I), [&](int64_t begin, int64_t end) {
           std::vector<C> buffer(TILE * width + (width + 3) * COLUMNS);
-          std::vector<S> kept(mask.active() ? 3 * COLUMNS : 0);
-          C* of_a = buffer.data() + TILE * width;
+          std::vector<S> dropped_x(mask.active() ? 3 * COLUMNS : 0);
+          C* wide_a = buffer.data() + TILE * width;
           vectorised([&](auto level) {
             for (int64_t n = begin; n < end; ++n) {
-              shrink.template tile<decltype(level)>(tiles[n], buffer.data(), of_a,
-                                                    of_a + width * COLUMNS, kept.data());
+              shrink.template run<decltype(level)>(tiles[n], buffer.data(), wide_a,
+                                                   wide_a + width * COLUMNS, dropped_x.data());
             }
           });
         });
-    clear_rows<S>(h, places.routed());
-    clear_rows<S>(u, places.routed());
+    clear_rows<S>(h, routing.num_routed());
+    clear_rows<S>(u, routing.num_routed());
   });
   return {h, u};
 }
 
 namespace {
 
+// The backward of one tile.
 template <class S, class C>
 struct ShrinkBackward {
-  const Places& places;
+  const Routing& routing;
   const Blocks& blocks;
   const C* scaling;
   const PairWeights<C>& weights;
   std::vector<Rows<S>> dy;
-  std::vector<Rows<S>> lora_b;
+  std::vector<Rows<S>> lora_b;  // n x [O, R]
   std::vector<int64_t> O;
-  int64_t width;
+  int64_t width;  // the largest rank
   const S* h;
   S* dh;
   S* u;
-  C* dweights;
+  C* dweights;  // [pairs], or null if there are no weights
 
-  // sums [TILE, w], of_b [COLUMNS, w], of_dy [TILE, COLUMNS], w the padded width.
+  // Computes dh, u and dweights of one tile. Scratch space: sums [TILE_BACKWARD, w], b_units
+  // [COLUMNS_BACKWARD, w] and dy_units [TILE_BACKWARD, COLUMNS_BACKWARD], w the padded rank.
   template <class Level, class Unit>
-  MOELORA_INLINE void tile(const Tile& tile, C* sums, Unit* of_b, Unit* of_dy) const {
-    using P = Operand<S, Level::pairs>;
-    const int64_t E = blocks.experts();
+  MOELORA_INLINE void run(const Tile& tile, C* sums, Unit* b_units, Unit* dy_units) const {
+    using P = Operand<S, Level::bf16_pairs>;
+    const int64_t E = blocks.num_experts();
     const int64_t i = tile.expert / E;
     const int64_t e = tile.expert % E;
     const int64_t rank = blocks.ranks[e];
-    const int64_t columns = padded(rank);
-    const int64_t count = tile.last - tile.first;
-    std::fill_n(sums, TILE_BACKWARD * columns, C{0});
+    const int64_t w = padded(rank);
+    const int64_t count = tile.end - tile.begin;
+
+    // sums = dy B, one block of out_features after the other.
+    std::fill_n(sums, TILE_BACKWARD * w, C{0});
     for (int64_t first = 0; first < O[i]; first += COLUMNS_BACKWARD) {
       const int64_t steps = std::min(COLUMNS_BACKWARD, O[i] - first);
-      for (int64_t o = 0; o < steps; o += P::PER) {
-        const S* of_row = lora_b[i].row(first + o) + blocks.begin[e];
-        P::across(of_row, o + 1 < steps ? of_row + lora_b[i].stride : nullptr, rank,
-                  of_b + o / P::PER * columns);
+      for (int64_t o = 0; o < steps; o += P::PER_UNIT) {
+        const S* b_row = lora_b[i].row(first + o) + blocks.begin[e];
+        P::interleave(b_row, o + 1 < steps ? b_row + lora_b[i].stride : nullptr, rank,
+                      b_units + o / P::PER_UNIT * w);
       }
       for (int64_t t = 0; t < count; ++t) {
-        const S* from = dy[i].row(dy[i].of_place[tile.first + t]) + first;
-        // The next piece of the row, while this one is multiplied.
+        const S* dy_row = dy[i].row(dy[i].row_of_position[tile.begin + t]) + first;
+        // Fetch the next block of the row while this one is multiplied.
         const int64_t ahead = std::min(steps, O[i] - first - steps);
         for (int64_t o = 0; o < ahead; o += 64 / int64_t(sizeof(S))) {
-          __builtin_prefetch(from + steps + o);
+          __builtin_prefetch(dy_row + steps + o);
         }
-        P::along(from, steps, of_dy + t * COLUMNS_BACKWARD);
+        P::pack_row(dy_row, steps, dy_units + t * COLUMNS_BACKWARD);
       }
-      panel<Level{}()>(padded(count), columns, Factors<Unit>{of_dy, COLUMNS_BACKWARD, 1}, of_b,
-                       columns, P::units(steps), sums, columns);
+      panel<Level{}()>(padded(count), w, Factors<Unit>{dy_units, COLUMNS_BACKWARD, 1}, b_units, w,
+                       P::units(steps), sums, w);
     }
+
+    // Gate the sums, and multiply them with h.
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t place = tile.first + t;
-      const int64_t pair = places.pair(place);
+      const int64_t position = tile.begin + t;
+      const int64_t pair = routing.pair(position);
       const C scale = scaling[e] * weights[pair];
-      const C* product = sums + t * columns;
-      const S* of_h = h + place * width;
-      S* to_dh = dh + place * width;
-      S* to_u = u + place * width;
-      std::fill_n(to_dh, width, S(0.0f));
-      std::fill_n(to_u, width, S(0.0f));
-      C inner = 0;
+      const C* product = sums + t * w;
+      const S* h_row = h + position * width;
+      S* dh_row = dh + position * width;
+      S* u_row = u + position * width;
+      std::fill_n(dh_row, width, S(0.0f));
+      std::fill_n(u_row, width, S(0.0f));
+      C inner = 0;  // <P, h>
 #pragma omp simd reduction(+ : inner)
       for (int64_t j = 0; j < rank; ++j) {
-        const C value = C(widen(of_h[j]));
-        to_dh[j] = narrow<S>(scale == 0 ? C{0} : scale * product[j]);
-        to_u[j] = narrow<S>(scale == 0 ? C{0} : scale * value);
-        inner += product[j] * value;
+        const C h_j = C(widen(h_row[j]));
+        dh_row[j] = narrow<S>(scale == 0 ? C{0} : scale * product[j]);
+        u_row[j] = narrow<S>(scale == 0 ? C{0} : scale * h_j);
+        inner += product[j] * h_j;
       }
       if (dweights) dweights[pair] = scaling[e] * inner;
     }
@@ -231,17 +251,17 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
   const Blocks blocks(ranks);
   const auto siblings = int64_t(dy.size());
   check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_size(int64_t(scaling.size()), blocks.experts(), "scaling");
+  check_size(int64_t(scaling.size()), blocks.num_experts(), "scaling");
   const ScalarType dtype = h.scalar_type();
-  const ScalarType sums = compute_dtype(dtype);
-  const Places places(order, offsets, siblings * blocks.experts());
+  const ScalarType sum_dtype = compute_dtype(dtype);
+  const Routing routing(order, offsets, siblings * blocks.num_experts());
   const int64_t width = *std::max_element(ranks.begin(), ranks.end());
   h = row_major(h);
-  const auto [pairs, columns] = shape<2>(h, "h");
-  check_size(pairs, places.pairs(), "h, pairs");
-  check_size(columns, width, "h, ranks");
+  const auto [pairs, h_columns] = shape<2>(h, "h");
+  check_size(pairs, routing.num_pairs(), "h, pairs");
+  check_size(h_columns, width, "h, ranks");
   std::vector<int64_t> O;
-  const std::vector<int32_t> row_of_place = places.rows_of(dy[0], "dy");
+  const std::vector<int32_t> row_of_position = routing.rows_of_positions(dy[0], "dy");
   for (int64_t i = 0; i < siblings; ++i) {
     check_size(dy[i].size(0), dy[0].size(0), "dy, rows");
     dy[i] = dense_rows(dy[i], dtype);
@@ -252,16 +272,17 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
   }
   const Tensor dh = empty(pairs, width, dtype);
   const Tensor u = empty(pairs, width, dtype);
-  const Tensor dweights = weights ? empty(weights->size(0), weights->size(1), sums) : absent(sums);
+  const Tensor dweights =
+      weights ? empty(weights->size(0), weights->size(1), sum_dtype) : absent(sum_dtype);
   for_dtype(dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
-    const std::vector<C> factors = to_compute<C>(scaling);
-    const PairWeights<C> of_pairs(weights, places, sums);
-    ShrinkBackward<S, C> shrink{.places = places,
+    const std::vector<C> scales = to_compute<C>(scaling);
+    const PairWeights<C> pair_weights(weights, routing, sum_dtype);
+    ShrinkBackward<S, C> shrink{.routing = routing,
                                 .blocks = blocks,
-                                .scaling = factors.data(),
-                                .weights = of_pairs,
+                                .scaling = scales.data(),
+                                .weights = pair_weights,
                                 .dy = {},
                                 .lora_b = {},
                                 .O = O,
@@ -271,10 +292,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
                                 .u = u.mutable_data_ptr<S>(),
                                 .dweights = weights ? dweights.mutable_data_ptr<C>() : nullptr};
     for (int64_t i = 0; i < siblings; ++i) {
-      shrink.dy.push_back({dy[i].const_data_ptr<S>(), dy[i].stride(0), row_of_place.data()});
+      shrink.dy.push_back({dy[i].const_data_ptr<S>(), dy[i].stride(0), row_of_position.data()});
       shrink.lora_b.push_back({lora_b[i].const_data_ptr<S>(), lora_b[i].stride(0), nullptr});
     }
-    const std::vector<Tile> tiles = tiles_of(places, TILE_BACKWARD);
+    const std::vector<Tile> tiles = split_into_tiles(routing, TILE_BACKWARD);
     const int64_t w = padded(width);
     torch::stable::parallel_for(
         0, int64_t(tiles.size()), grain(TILE_BACKWARD * width * O[0]),
@@ -282,19 +303,21 @@ std::tuple<Tensor, Tensor, Tensor> grouped_shrink_backward(
           std::vector<C> buffer((TILE_BACKWARD + COLUMNS_BACKWARD) * w +
                                 TILE_BACKWARD * COLUMNS_BACKWARD);
           vectorised([&](auto level) {
-            using Unit = typename Operand<S, decltype(level)::pairs>::Unit;
-            auto* of_b = reinterpret_cast<Unit*>(buffer.data() + TILE_BACKWARD * w);
+            using Unit = typename Operand<S, decltype(level)::bf16_pairs>::Unit;
+            auto* b_units = reinterpret_cast<Unit*>(buffer.data() + TILE_BACKWARD * w);
             for (int64_t n = begin; n < end; ++n) {
-              shrink.template tile<decltype(level)>(tiles[n], buffer.data(), of_b,
-                                                    of_b + COLUMNS_BACKWARD * w);
+              shrink.template run<decltype(level)>(tiles[n], buffer.data(), b_units,
+                                                   b_units + COLUMNS_BACKWARD * w);
             }
           });
         });
-    clear_rows<S>(dh, places.routed());
-    clear_rows<S>(u, places.routed());
+    clear_rows<S>(dh, routing.num_routed());
+    clear_rows<S>(u, routing.num_routed());
     if (weights) {
-      C* of_nobody = dweights.mutable_data_ptr<C>();
-      for (int64_t n = places.routed(); n < pairs; ++n) of_nobody[places.pair(n)] = C{0};
+      C* dweights_data = dweights.mutable_data_ptr<C>();
+      for (int64_t position = routing.num_routed(); position < pairs; ++position) {
+        dweights_data[routing.pair(position)] = C{0};
+      }
     }
   });
   return {dh, u, dweights};

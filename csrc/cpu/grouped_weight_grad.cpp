@@ -1,5 +1,6 @@
-// The gradients of A and B: sums over the pairs of each expert, in the order of their places. A
-// task is one expert on a strip of columns, and strips come first, so that one expert with all
+// The op `grouped_weight_grad`, with sums over the pairs p of expert e in the order of positions:
+//     dA_e = sum_p dh_p^T dropout(x_p)        dB_e = sum_p dy_p^T u_p
+// Threads split the tasks. A task is one expert on one strip of columns, so an expert that has all
 // tokens still occupies every thread.
 #include <torch/csrc/stable/library.h>
 
@@ -12,156 +13,188 @@
 namespace moelora {
 namespace {
 
-// Columns of a strip and places per step: 64 KiB of widened rows, or 32 KiB of pairs. Narrower
-// strips read each row in pieces that no prefetcher sees coming.
+// Columns of a strip, and positions of a step: 64 KiB of widened rows, or 32 KiB of bfloat16 pairs.
+// Narrower strips read short pieces of each row, which the prefetcher does not predict.
 constexpr int64_t STRIP = 256;
 constexpr int64_t STEP = 64;
-// Places of one running sum: a longer one would lose bits.
-constexpr int64_t LONGEST = 256;
+// Positions of a partial sum: a longer sum would lose bits.
+constexpr int64_t MAX_TERMS = 256;
 
+// The gradient of one expert on one strip. L is the dtype of the gradients.
 template <class S, class L, class C>
 struct WeightGrad {
-  const Places& places;
+  const Routing& routing;
   const Blocks& blocks;
   const Mask& mask;
-  int64_t width;
+  int64_t width;  // the largest rank
 
-  // The sum over the places of `expert` of coefficients^T rows, columns from `strip` on:
-  // sums [w, STRIP] with ranks first, else [STRIP, w], w the padded rank.
+  // Computes sum_p coefficients_p^T rows_p of an expert, for the columns from `strip` on. `matrix`
+  // holds the rows, coefficients [P, width] are dh or u, and w is the padded rank. With RANKS_FIRST
+  // (dA), sums is [w, STRIP] and dropout applies to the rows; else (dB) sums is [STRIP, w].
   template <class Level, bool RANKS_FIRST>
   MOELORA_INLINE void sum(int64_t expert, const Rows<S>& matrix, int64_t features, int64_t strip,
-                          const S* coefficients, C* sums, C* buffer, S* kept) const {
-    using P = Operand<S, Level::pairs>;
+                          const S* coefficients, C* sums, C* buffer, S* dropped_rows) const {
+    using P = Operand<S, Level::bf16_pairs>;
     using Unit = typename P::Unit;
     constexpr int BYTES = Level{}();
-    const int64_t e = expert % blocks.experts();
+    const int64_t e = expert % blocks.num_experts();
     const int64_t rank = blocks.ranks[e];
     const int64_t w = padded(rank);
     const int64_t columns = std::min(STRIP, features - strip);
+
+    // Divide the buffer: scratch [STRIP], row_units [STEP, STRIP], rank_units [STEP, w], and a
+    // partial sum if there are more than MAX_TERMS positions.
     C* scratch = buffer;
-    auto* of_rows = reinterpret_cast<Unit*>(buffer + STRIP);
-    Unit* of_ranks = of_rows + STEP * STRIP;
-    const bool in_parts = places.last(expert) - places.first(expert) > LONGEST;
-    C* part = in_parts ? buffer + STRIP + STEP * (STRIP + w) : sums;
+    auto* row_units = reinterpret_cast<Unit*>(buffer + STRIP);
+    Unit* rank_units = row_units + STEP * STRIP;
+    const bool has_partials = routing.end(expert) - routing.begin(expert) > MAX_TERMS;
+    C* partial = has_partials ? buffer + STRIP + STEP * (STRIP + w) : sums;
     std::fill_n(sums, w * STRIP, C{0});
-    if (in_parts) std::fill_n(part, w * STRIP, C{0});
-    const auto read = [&](int64_t place, S* to) MOELORA_INLINE_LAMBDA {
-      const int64_t row = matrix.of_place[place];
-      const S* from = matrix.row(row) + strip;
-      if constexpr (!RANKS_FIRST) return from;
-      return dropped(mask, from, row * features + strip, columns, e, scratch, to);
+    if (has_partials) std::fill_n(partial, w * STRIP, C{0});
+
+    // Returns the columns of a position's row, after dropout.
+    const auto read_row = [&](int64_t position, S* dropped_row) MOELORA_INLINE_LAMBDA {
+      const int64_t row = matrix.row_of_position[position];
+      const S* columns_of_row = matrix.row(row) + strip;
+      if constexpr (!RANKS_FIRST) return columns_of_row;
+      return drop_row(mask, columns_of_row, row * features + strip, columns, e, scratch,
+                      dropped_row);
     };
-    for (int64_t first = places.first(expert); first < places.last(expert); first += STEP) {
-      const int64_t count = std::min(STEP, places.last(expert) - first);
-      // Places go on with the next expert, which is the next task.
-      const int64_t ahead = std::min(STEP, places.routed() - first - count);
+
+    for (int64_t first = routing.begin(expert); first < routing.end(expert); first += STEP) {
+      const int64_t count = std::min(STEP, routing.end(expert) - first);
+      // Fetch the rows of the next step. After the last step these are rows of the next expert,
+      // which is the next task.
+      const int64_t ahead = std::min(STEP, routing.num_routed() - first - count);
       for (int64_t k = 0; k < ahead; ++k) {
-        const S* next = matrix.row(matrix.of_place[first + count + k]) + strip;
-        for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + j);
+        const S* next_row = matrix.row(matrix.row_of_position[first + count + k]) + strip;
+        for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(S))) {
+          __builtin_prefetch(next_row + j);
+        }
       }
-      for (int64_t k = 0; k < count; k += P::PER) {
-        const bool second = P::PER > 1 && k + 1 < count;
-        const int64_t place = first + k;
-        P::across(read(place, kept), second ? read(place + 1, kept + STRIP) : nullptr, columns,
-                  of_rows + k / P::PER * STRIP);
-        const S* of_place = coefficients + place * width;
-        P::across(of_place, second ? of_place + width : nullptr, rank, of_ranks + k / P::PER * w);
+
+      // Pack the rows and the coefficients.
+      for (int64_t k = 0; k < count; k += P::PER_UNIT) {
+        const bool has_second = P::PER_UNIT > 1 && k + 1 < count;
+        const int64_t position = first + k;
+        P::interleave(read_row(position, dropped_rows),
+                      has_second ? read_row(position + 1, dropped_rows + STRIP) : nullptr, columns,
+                      row_units + k / P::PER_UNIT * STRIP);
+        const S* coefficient_row = coefficients + position * width;
+        P::interleave(coefficient_row, has_second ? coefficient_row + width : nullptr, rank,
+                      rank_units + k / P::PER_UNIT * w);
       }
+
+      // Multiply them.
       const int64_t steps = P::units(count);
       if (RANKS_FIRST) {
-        panel<BYTES>(w, STRIP, Factors<Unit>{of_ranks, 1, w}, of_rows, STRIP, steps, part, STRIP);
+        panel<BYTES>(w, STRIP, Factors<Unit>{rank_units, 1, w}, row_units, STRIP, steps, partial,
+                     STRIP);
       } else {
-        panel<BYTES>(STRIP, w, Factors<Unit>{of_rows, 1, STRIP}, of_ranks, w, steps, part, w);
+        panel<BYTES>(STRIP, w, Factors<Unit>{row_units, 1, STRIP}, rank_units, w, steps, partial,
+                     w);
       }
+
+      // Add the partial sum to the sums if it is full, or if this is the last step.
       const int64_t next = first + STEP;
-      const bool full = (next - places.first(expert)) % LONGEST == 0;
-      if (!in_parts || (next < places.last(expert) && !full)) continue;
+      const bool is_full = (next - routing.begin(expert)) % MAX_TERMS == 0;
+      if (!has_partials || (next < routing.end(expert) && !is_full)) continue;
 #pragma omp simd
       for (int64_t j = 0; j < w * STRIP; ++j) {
-        sums[j] += part[j];
-        part[j] = 0;
+        sums[j] += partial[j];
+        partial[j] = 0;
       }
     }
   }
 
-  // dA_e [rank, I], rows from `begin` on of da [n R, I].
+  // Writes dA_e [rank, columns of the strip] to its rows of da [n R, I].
   template <class Level>
-  MOELORA_INLINE void of_a(int64_t expert, const Rows<S>& x, int64_t I, int64_t strip, const S* dh,
-                           C* sums, C* buffer, S* kept, L* da) const {
-    sum<Level, true>(expert, x, I, strip, dh, sums, buffer, kept);
-    const int64_t e = expert % blocks.experts();
-    const int64_t begin = expert / blocks.experts() * blocks.total + blocks.begin[e];
+  MOELORA_INLINE void compute_da(int64_t expert, const Rows<S>& x, int64_t I, int64_t strip,
+                                 const S* dh, C* sums, C* buffer, S* dropped_rows, L* da) const {
+    sum<Level, true>(expert, x, I, strip, dh, sums, buffer, dropped_rows);
+    const int64_t e = expert % blocks.num_experts();
+    const int64_t begin = expert / blocks.num_experts() * blocks.total + blocks.begin[e];
     const int64_t columns = std::min(STRIP, I - strip);
     for (int64_t j = 0; j < blocks.ranks[e]; ++j) {
-      L* to = da + (begin + j) * I + strip;
+      L* da_row = da + (begin + j) * I + strip;
 #pragma omp simd
-      for (int64_t k = 0; k < columns; ++k) to[k] = narrow<L>(sums[j * STRIP + k]);
+      for (int64_t k = 0; k < columns; ++k) da_row[k] = narrow<L>(sums[j * STRIP + k]);
     }
   }
 
-  // dB_e [O, rank], columns of db [O, R].
+  // Writes dB_e [rows of the strip, rank] to its columns of db [O, R].
   template <class Level>
-  MOELORA_INLINE void of_b(int64_t expert, const Rows<S>& dy, int64_t O, int64_t strip, const S* u,
-                           C* sums, C* buffer, S* kept, L* db) const {
-    sum<Level, false>(expert, dy, O, strip, u, sums, buffer, kept);
-    const int64_t e = expert % blocks.experts();
+  MOELORA_INLINE void compute_db(int64_t expert, const Rows<S>& dy, int64_t O, int64_t strip,
+                                 const S* u, C* sums, C* buffer, S* dropped_rows, L* db) const {
+    sum<Level, false>(expert, dy, O, strip, u, sums, buffer, dropped_rows);
+    const int64_t e = expert % blocks.num_experts();
     const int64_t w = padded(blocks.ranks[e]);
     for (int64_t o = strip; o < std::min(strip + STRIP, O); ++o) {
-      L* to = db + o * blocks.total + blocks.begin[e];
-      const C* from = sums + (o - strip) * w;
+      L* db_row = db + o * blocks.total + blocks.begin[e];
+      const C* sums_row = sums + (o - strip) * w;
 #pragma omp simd
-      for (int64_t j = 0; j < blocks.ranks[e]; ++j) to[j] = narrow<L>(from[j]);
+      for (int64_t j = 0; j < blocks.ranks[e]; ++j) db_row[j] = narrow<L>(sums_row[j]);
     }
   }
 };
 
-int64_t strips_of(int64_t features) { return (features + STRIP - 1) / STRIP; }
+int64_t num_strips(int64_t features) { return (features + STRIP - 1) / STRIP; }
 
+// Computes da [n R, I] and db n x [O_i, R], both in L.
 template <class S, class L>
-void run(const Places& places, const Blocks& blocks, const Mask& mask, const Tensor& x,
+void run(const Routing& routing, const Blocks& blocks, const Mask& mask, const Tensor& x,
          const Tensor& dh, const std::vector<Tensor>& dy, const Tensor& u, const Tensor& da,
          const std::vector<Tensor>& db) {
   using C = Compute<S>;
   const int64_t width = u.size(1);
-  const WeightGrad<S, L, C> weight_grad{places, blocks, mask, width};
+  const WeightGrad<S, L, C> weight_grad{routing, blocks, mask, width};
   const int64_t w = padded(width);
-  const int64_t work = places.pairs() * w * STRIP / std::max<int64_t>(places.experts(), 1);
-  const auto tasks = [&](int64_t strips, int64_t experts, const auto& task) {
-    torch::stable::parallel_for(0, strips * experts, grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<C> buffer((2 * w + 1) * STRIP + STEP * (STRIP + w));
-      std::vector<S> kept(mask.active() ? 2 * STRIP : 0);
-      vectorised([&](auto level) {
-        for (int64_t n = begin; n < end; ++n) {
-          task(level, n % experts, n / experts * STRIP, buffer.data(), buffer.data() + w * STRIP,
-               kept.data());
-        }
-      });
-    });
+  const int64_t work =
+      routing.num_pairs() * w * STRIP / std::max<int64_t>(routing.num_experts(), 1);
+
+  // Calls task(level, expert, strip, sums, buffer, dropped_rows) for every expert of every strip.
+  const auto for_tasks = [&](int64_t strips, int64_t num_experts, const auto& task) {
+    torch::stable::parallel_for(
+        0, strips * num_experts, grain(work), [&](int64_t begin, int64_t end) {
+          std::vector<C> buffer((2 * w + 1) * STRIP + STEP * (STRIP + w));
+          std::vector<S> dropped_rows(mask.active() ? 2 * STRIP : 0);
+          vectorised([&](auto level) {
+            for (int64_t n = begin; n < end; ++n) {
+              task(level, n % num_experts, n / num_experts * STRIP, buffer.data(),
+                   buffer.data() + w * STRIP, dropped_rows.data());
+            }
+          });
+        });
   };
+
+  // dA of all experts.
   const int64_t I = x.size(1);
-  const std::vector<int32_t> row_of_x = places.rows_of(x, "x");
-  const std::vector<int32_t> row_of_dy = places.rows_of(dy[0], "dy");
-  const Rows<S> of_x{x.const_data_ptr<S>(), I, row_of_x.data()};
-  const S* of_dh = dh.const_data_ptr<S>();
-  L* to_a = da.mutable_data_ptr<L>();
-  tasks(strips_of(I), places.experts(),
-        [&](auto level, int64_t expert, int64_t strip, C* sums, C* rest, S* kept)
-            MOELORA_INLINE_LAMBDA {
-              weight_grad.template of_a<decltype(level)>(expert, of_x, I, strip, of_dh, sums, rest,
-                                                         kept, to_a);
-            });
-  const S* of_u = u.const_data_ptr<S>();
-  const int64_t E = blocks.experts();
+  const std::vector<int32_t> x_row_of_position = routing.rows_of_positions(x, "x");
+  const std::vector<int32_t> dy_row_of_position = routing.rows_of_positions(dy[0], "dy");
+  const Rows<S> x_rows{x.const_data_ptr<S>(), I, x_row_of_position.data()};
+  const S* dh_data = dh.const_data_ptr<S>();
+  L* da_data = da.mutable_data_ptr<L>();
+  for_tasks(num_strips(I), routing.num_experts(),
+            [&](auto level, int64_t expert, int64_t strip, C* sums, C* buffer, S* dropped_rows)
+                MOELORA_INLINE_LAMBDA {
+                  weight_grad.template compute_da<decltype(level)>(
+                      expert, x_rows, I, strip, dh_data, sums, buffer, dropped_rows, da_data);
+                });
+
+  // dB of each sibling's experts.
+  const S* u_data = u.const_data_ptr<S>();
+  const int64_t E = blocks.num_experts();
   for (size_t i = 0; i < dy.size(); ++i) {
-    const Rows<S> of_dy{dy[i].const_data_ptr<S>(), dy[i].stride(0), row_of_dy.data()};
+    const Rows<S> dy_rows{dy[i].const_data_ptr<S>(), dy[i].stride(0), dy_row_of_position.data()};
     const int64_t O = dy[i].size(1);
-    L* to_b = db[i].mutable_data_ptr<L>();
-    tasks(strips_of(O), E,
-          [&](auto level, int64_t e, int64_t strip, C* sums, C* rest, S* kept)
-              MOELORA_INLINE_LAMBDA {
-                weight_grad.template of_b<decltype(level)>(int64_t(i) * E + e, of_dy, O, strip,
-                                                           of_u, sums, rest, kept, to_b);
-              });
+    L* db_data = db[i].mutable_data_ptr<L>();
+    for_tasks(num_strips(O), E,
+              [&](auto level, int64_t e, int64_t strip, C* sums, C* buffer, S* dropped_rows)
+                  MOELORA_INLINE_LAMBDA {
+                    weight_grad.template compute_db<decltype(level)>(int64_t(i) * E + e, dy_rows, O,
+                                                                     strip, u_data, sums, buffer,
+                                                                     dropped_rows, db_data);
+                  });
   }
 }
 
@@ -172,39 +205,39 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
     Tensor /*tiles*/, Tensor /*chunks*/, std::vector<int64_t> ranks, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype) {
   check_floating(x, "x");
-  const auto [rows, I] = shape<2>(x, "x");
+  const auto [x_rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
   const auto siblings = int64_t(dy.size());
-  STD_TORCH_CHECK(siblings > 0, "dy: expected one per sibling, got none");
+  STD_TORCH_CHECK(siblings > 0, "dy: expected a tensor for each sibling, got none");
   const ScalarType dtype = x.scalar_type();
-  const Places places(order, offsets, siblings * blocks.experts());
+  const Routing routing(order, offsets, siblings * blocks.num_experts());
   const Mask mask(dropout_p, dropout_per_expert, seed);
   const int64_t width = *std::max_element(ranks.begin(), ranks.end());
   x = row_major(x);
   dh = row_major(cast(dh, dtype));
   u = row_major(cast(u, dtype));
-  for (const Tensor& of_ranks : {dh, u}) {
-    check_size(of_ranks.size(0), places.pairs(), "dh, u, pairs");
-    check_size(of_ranks.size(1), width, "dh, u, ranks");
+  for (const Tensor& coefficients : {dh, u}) {
+    check_size(coefficients.size(0), routing.num_pairs(), "dh, u, pairs");
+    check_size(coefficients.size(1), width, "dh, u, ranks");
   }
-  // float64, or the dtype of x, or float32: what adapters may have.
-  const ScalarType direct = lora_dtype == dtype ? dtype : compute_dtype(dtype);
-  const Tensor da = empty(siblings * blocks.total, I, direct);
+  // The kernels write x's dtype or the compute dtype. Any other dtype is cast at the end.
+  const ScalarType grad_dtype = lora_dtype == dtype ? dtype : compute_dtype(dtype);
+  const Tensor da = empty(siblings * blocks.total, I, grad_dtype);
   std::vector<Tensor> db;
-  for (Tensor& g : dy) {
-    check_size(g.size(0), dy[0].size(0), "dy, rows");
-    g = dense_rows(g, dtype);
-    db.push_back(empty(g.size(1), blocks.total, direct));
+  for (Tensor& dy_i : dy) {
+    check_size(dy_i.size(0), dy[0].size(0), "dy, rows");
+    dy_i = dense_rows(dy_i, dtype);
+    db.push_back(empty(dy_i.size(1), blocks.total, grad_dtype));
   }
   for_dtype(dtype, [&](auto type) {
     using S = typename decltype(type)::type;
-    if (direct == dtype) {
-      run<S, S>(places, blocks, mask, x, dh, dy, u, da, db);
+    if (grad_dtype == dtype) {
+      run<S, S>(routing, blocks, mask, x, dh, dy, u, da, db);
     } else {
-      run<S, Compute<S>>(places, blocks, mask, x, dh, dy, u, da, db);
+      run<S, Compute<S>>(routing, blocks, mask, x, dh, dy, u, da, db);
     }
   });
-  for (Tensor& of_sibling : db) of_sibling = cast(of_sibling, lora_dtype);
+  for (Tensor& db_i : db) db_i = cast(db_i, lora_dtype);
   return {cast(da, lora_dtype), db};
 }
 

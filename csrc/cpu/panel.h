@@ -1,4 +1,10 @@
-// Products of small panels in registers and L1: rows widened once, sums kept in the compute dtype.
+// Small matrix products in registers, for one thread.
+//
+//     dot_tokens    sums [tokens, N] += x weight^T       both are read along the summed dimension
+//     panel         out [rows, columns] += left right    both are read in units, see Operand
+//
+// Numbers are widened before they are multiplied, and sums are in the compute dtype. bfloat16 is
+// multiplied in pairs instead if the vector level can do that.
 #pragma once
 
 #include <algorithm>
@@ -8,27 +14,28 @@
 
 namespace moelora {
 
-// Panels are padded to a multiple of this many rows and columns: 16 sums of AVX-512 vectors, or 8
-// of AVX2, in every shape of `panel`.
+// `panel` computes a multiple of this many rows and columns. Then every block that it works on has
+// 16 vectors of sums with AVX-512, or 8 with narrower vectors.
 constexpr int64_t PANEL = 16;
 
+// Returns `count`, rounded up to a multiple of PANEL.
 constexpr int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 template <class S, class C>
-MOELORA_INLINE void widen_row(const S* from, int64_t count, C* to) {
+MOELORA_INLINE void widen_row(const S* row, int64_t count, C* widened) {
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
+  for (int64_t j = 0; j < count; ++j) widened[j] = widen(row[j]);
 }
 
 template <class S, class C>
-MOELORA_INLINE void widen_rows(const S* from, int64_t stride, int64_t num_rows, int64_t count,
-                               C* to, int64_t to_stride) {
+MOELORA_INLINE void widen_rows(const S* rows, int64_t stride, int64_t num_rows, int64_t count,
+                               C* widened, int64_t widened_stride) {
   for (int64_t row = 0; row < num_rows; ++row) {
-    widen_row(from + row * stride, count, to + row * to_stride);
+    widen_row(rows + row * stride, count, widened + row * widened_stride);
   }
 }
 
-// The sum of a vector's lanes, by halving.
+// Returns the sum of all lanes. It adds the upper half to the lower half until 16 bytes are left.
 template <class C, int BYTES, class V>
 MOELORA_INLINE C sum_lanes(const V& vector) {
   if constexpr (BYTES == 16) {
@@ -42,15 +49,15 @@ MOELORA_INLINE C sum_lanes(const V& vector) {
   }
 }
 
-// sum + left * right, lane by lane.
+// Returns sum + left * right, lane by lane.
 template <class V>
 MOELORA_INLINE V multiply_add(V sum, V left, V right) {
   return sum + left * right;
 }
 
 #if MOELORA_X86
-// The same for bfloat16 pairs, one pair to a lane of 32 bits: both products are added to its sum.
-// By value: a sum that is an operand in place is kept on the stack.
+// The same for bfloat16 pairs: a lane of 32 bits holds a pair, and both products are added to its
+// sum. It returns a value, because a sum that is changed in place stays on the stack.
 MOELORA_INLINE Vector<float, 64>::type multiply_add(Vector<float, 64>::type sum,
                                                     Vector<uint32_t, 64>::type left,
                                                     Vector<uint32_t, 64>::type right) {
@@ -59,49 +66,54 @@ MOELORA_INLINE Vector<float, 64>::type multiply_add(Vector<float, 64>::type sum,
 }
 #endif
 
-// How numbers of type S enter a product: widened, or as pairs of bfloat16 where `PAIRS` has them.
-// A unit holds what one lane multiplies: PER neighbours in the direction that is summed over.
-template <class S, bool PAIRS>
+// How numbers of type S enter a product: widened, or in pairs if S is bfloat16 and BF16_PAIRS.
+// A unit holds the numbers that one lane multiplies: PER_UNIT neighbours along the summed
+// dimension.
+template <class S, bool BF16_PAIRS>
 struct Operand {
-  static constexpr bool pairs = PAIRS && std::is_same_v<S, BFloat16>;
-  static constexpr int64_t PER = pairs ? 2 : 1;
-  using Unit = std::conditional_t<pairs, uint32_t, Compute<S>>;
-  // Whether rows of S can be read as they are by `dot_tokens`, and what it reads.
-  static constexpr bool direct = pairs || std::is_same_v<S, Compute<S>>;
-  using Element = std::conditional_t<pairs, S, Compute<S>>;
+  static constexpr bool bf16_pairs = BF16_PAIRS && std::is_same_v<S, BFloat16>;
+  static constexpr int64_t PER_UNIT = bf16_pairs ? 2 : 1;
+  using Unit = std::conditional_t<bf16_pairs, uint32_t, Compute<S>>;
+  // Whether `dot_tokens` reads rows of S in place; otherwise they are widened first.
+  static constexpr bool in_place = bf16_pairs || std::is_same_v<S, Compute<S>>;
+  // The elements that `dot_tokens` reads.
+  using Element = std::conditional_t<bf16_pairs, S, Compute<S>>;
 
-  static constexpr int64_t units(int64_t count) { return (count + PER - 1) / PER; }
+  // Returns how many units hold `count` numbers.
+  static constexpr int64_t units(int64_t count) { return (count + PER_UNIT - 1) / PER_UNIT; }
 
-  // A row whose own elements are summed over.
-  static MOELORA_INLINE void along(const S* from, int64_t count, Unit* to) {
-    if constexpr (pairs) {
-      std::memcpy(to, from, count / 2 * sizeof(Unit));
-      if (count % 2) to[count / 2] = from[count - 1].x;
+  // Packs one row whose elements are summed over: units(count) units.
+  static MOELORA_INLINE void pack_row(const S* row, int64_t count, Unit* packed) {
+    if constexpr (bf16_pairs) {
+      std::memcpy(packed, row, count / 2 * sizeof(Unit));
+      if (count % 2) packed[count / 2] = row[count - 1].x;
     } else {
-      widen_row(from, count, to);
+      widen_row(row, count, packed);
     }
   }
 
-  // Up to PER rows that are summed over, side by side; a missing second row is zero.
-  static MOELORA_INLINE void across(const S* first, const S* second, int64_t count, Unit* to) {
-    if constexpr (pairs) {
+  // Packs up to PER_UNIT rows that are summed over: `count` units. `second` may be null, which
+  // stands for zeros.
+  static MOELORA_INLINE void interleave(const S* first, const S* second, int64_t count,
+                                        Unit* packed) {
+    if constexpr (bf16_pairs) {
       if (second == nullptr) {
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) to[j] = first[j].x;
+        for (int64_t j = 0; j < count; ++j) packed[j] = first[j].x;
       } else {
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
-          to[j] = uint32_t{first[j].x} | uint32_t{second[j].x} << 16;
+          packed[j] = uint32_t{first[j].x} | uint32_t{second[j].x} << 16;
         }
       }
     } else {
-      widen_row(first, count, to);
+      widen_row(first, count, packed);
     }
   }
 };
 
-// sums[t, row] += <x[t], weight[row]> for TOKENS x ROWS pairs, all in registers. Q is a compute
-// dtype, or BFloat16 where its pairs can be multiplied.
+// sums[t, row] += <x[t], weight[row]> for TOKENS tokens and ROWS rows, all in registers. Q is a
+// compute dtype, or BFloat16 if the level multiplies pairs of it.
 template <int BYTES, int TOKENS, int ROWS, class Q, class C>
 MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight_stride,
                               int64_t count, C* sums, int64_t sums_stride) {
@@ -115,31 +127,32 @@ MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight
   }
   int64_t j = 0;
   for (; j + ELEMENTS <= count; j += ELEMENTS) {
-    U of_x[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) of_x[t] = load<Unit, BYTES>(x[t] + j);
+    U x_vectors[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) x_vectors[t] = load<Unit, BYTES>(x[t] + j);
     for (int row = 0; row < ROWS; ++row) {
-      const U of_weight = load<Unit, BYTES>(weight + row * weight_stride + j);
+      const U weight_vector = load<Unit, BYTES>(weight + row * weight_stride + j);
       for (int t = 0; t < TOKENS; ++t) {
-        sum[t][row] = multiply_add(sum[t][row], of_x[t], of_weight);
+        sum[t][row] = multiply_add(sum[t][row], x_vectors[t], weight_vector);
       }
     }
   }
   for (int t = 0; t < TOKENS; ++t) {
     for (int row = 0; row < ROWS; ++row) {
-      C rest = 0;
+      C tail = 0;
       for (int64_t k = j; k < count; ++k) {
-        rest += widen(x[t][k]) * widen(weight[row * weight_stride + k]);
+        tail += widen(x[t][k]) * widen(weight[row * weight_stride + k]);
       }
-      sums[t * sums_stride + row] += sum_lanes<C, BYTES>(sum[t][row]) + rest;
+      sums[t * sums_stride + row] += sum_lanes<C, BYTES>(sum[t][row]) + tail;
     }
   }
 }
 
-// sums[t, row] += <x[t], weight[row]> for TOKENS tokens and N rows.
+// sums[t, row] += <x[t], weight[row]> for TOKENS tokens and N rows of the weight.
 template <int BYTES, int TOKENS, class Q, class C>
 MOELORA_INLINE void dot_rows(const Q* const* x, const Q* weight, int64_t weight_stride,
                              int64_t count, int64_t N, C* sums, int64_t sums_stride) {
-  // 3 x 8 sums fill the 32 registers of AVX-512, 3 x 4 the 16 of everything narrower.
+  // 3 x 8 sums, and the operands, fill the 32 registers of AVX-512. 3 x 4 sums fill the 16
+  // registers of narrower vectors.
   constexpr int ROWS = BYTES == 64 ? 8 : 4;
   int64_t row = 0;
   for (; row + ROWS <= N; row += ROWS) {
@@ -170,15 +183,17 @@ MOELORA_INLINE void dot_tokens(int64_t tokens, const Q* const* x, const Q* weigh
   }
 }
 
-// A matrix that is read one unit at a time: element (j, n) at data[j * row + n * step].
+// A matrix of which `panel` reads one unit at a time: unit (row, n) is
+// data[row * row_stride + n * step_stride].
 template <class Unit>
 struct Factors {
   const Unit* data;
-  int64_t row;
-  int64_t step;
+  int64_t row_stride;
+  int64_t step_stride;
 };
 
-// out[row][column] += sum_n left(row, n) * right[n, column] for ROWS x VECTORS vectors.
+// out[row][column] += sum_n left(row, n) * right[n, column] for ROWS rows of VECTORS vectors, all
+// in registers.
 template <int BYTES, int ROWS, int VECTORS, class Unit, class C>
 MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, int64_t right_stride,
                                 int64_t steps, C* const* out) {
@@ -186,22 +201,23 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
   using U = typename Vector<Unit, BYTES>::type;
   constexpr int64_t LANES = Vector<C, BYTES>::LANES;
   static_assert(sizeof(Unit) == sizeof(C));
-  // A pair may be two numbers of a row of bfloat16.
-  typedef Unit anywhere __attribute__((may_alias, aligned(2)));
+  // A unit may be two numbers in a row of bfloat16, at any even address.
+  typedef Unit unaligned __attribute__((may_alias, aligned(2)));
   V sum[ROWS][VECTORS];
   for (int row = 0; row < ROWS; ++row) {
     for (int v = 0; v < VECTORS; ++v) sum[row][v] = load<C, BYTES>(out[row] + v * LANES);
   }
   for (int64_t n = 0; n < steps; ++n) {
-    U of_right[VECTORS];
+    U right_vectors[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
-      of_right[v] = load<Unit, BYTES>(right + n * right_stride + v * LANES);
+      right_vectors[v] = load<Unit, BYTES>(right + n * right_stride + v * LANES);
     }
-    const Unit* factor = left.data + n * left.step;
+    const Unit* factor = left.data + n * left.step_stride;
     for (int row = 0; row < ROWS; ++row) {
-      const U of_left = U{} + *reinterpret_cast<const anywhere*>(factor + row * left.row);
+      const U left_vector =
+          U{} + *reinterpret_cast<const unaligned*>(factor + row * left.row_stride);
       for (int v = 0; v < VECTORS; ++v) {
-        sum[row][v] = multiply_add(sum[row][v], of_left, of_right[v]);
+        sum[row][v] = multiply_add(sum[row][v], left_vector, right_vectors[v]);
       }
     }
   }
@@ -210,20 +226,23 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
   }
 }
 
+// `panel_block` for a multiple of ROWS rows.
 template <int BYTES, int VECTORS, class Unit, class C>
 MOELORA_INLINE void panel_rows(int64_t rows, const Factors<Unit>& left, const Unit* right,
                                int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
   constexpr int SUMS = BYTES == 64 ? 16 : 8;
   constexpr int ROWS = SUMS / VECTORS;
   for (int64_t row = 0; row < rows; row += ROWS) {
-    const Factors<Unit> of_rows{left.data + row * left.row, left.row, left.step};
-    C* to[ROWS];
-    for (int64_t k = 0; k < ROWS; ++k) to[k] = out + (row + k) * out_stride;
-    panel_block<BYTES, ROWS, VECTORS>(of_rows, right, right_stride, steps, to);
+    const Factors<Unit> left_rows{left.data + row * left.row_stride, left.row_stride,
+                                  left.step_stride};
+    C* out_rows[ROWS];
+    for (int64_t k = 0; k < ROWS; ++k) out_rows[k] = out + (row + k) * out_stride;
+    panel_block<BYTES, ROWS, VECTORS>(left_rows, right, right_stride, steps, out_rows);
   }
 }
 
-// out[row, column] += sum_n left(row, n) * right[n, column]; rows and columns multiples of PANEL.
+// out[row, column] += sum_n left(row, n) * right[n, column]. Rows and columns are multiples of
+// PANEL; n counts `steps` units.
 template <int BYTES, class Unit, class C>
 MOELORA_INLINE void panel(int64_t rows, int64_t columns, const Factors<Unit>& left,
                           const Unit* right, int64_t right_stride, int64_t steps, C* out,

@@ -1,4 +1,5 @@
-// The two products of a linear router, in the compute dtype whatever dtype x has.
+// Linear routers of n siblings: the logits x Wrt + br, and the gradients of Wr and br. Sums are in
+// the compute dtype, whatever dtype x has.
 #pragma once
 
 #include <optional>
@@ -8,27 +9,30 @@
 
 namespace moelora {
 
-// The rows and biases of all siblings' routers, in the compute dtype.
+// The weights and biases of n routers, stacked. N = n E.
 struct Router {
-  Tensor weight;  // [N, I], N = n E
-  // The same as it was given, where all is bfloat16: its pairs with those of x are exact.
-  std::optional<Tensor> pairs;
-  // And those transposed, one row of N for each two columns, where N fills vectors.
-  std::vector<uint32_t> by_column;
-  std::optional<Tensor> bias;  // [1, N]
+  Tensor weight;  // [N, I] in the compute dtype
+  // [N, I] bfloat16, if x and all weights are bfloat16 and the processor multiplies bfloat16 pairs:
+  // these products are exact.
+  std::optional<Tensor> bf16_weight;
+  // [I / 2, N]: `bf16_weight` transposed, a pair of columns in each number. Empty if N is not a
+  // multiple of PANEL, or I is odd.
+  std::vector<uint32_t> bf16_pairs;
+  std::optional<Tensor> bias;  // [1, N] in the compute dtype
 
-  // weight n x [E, I]; bias n x [E] or none. The compute dtype is that of `x`.
+  // weights n x [E, I]; biases n x [E], or empty. `x` names the compute dtype.
   Router(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 
-  // logits [T, N] = x Wt + b of the tokens [begin, end); x [T, I] row-major. For use in a thread.
-  void logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& to) const;
+  // Fills rows [begin, end) of out [T, N] with the logits; x [T, I] row-major. Threads call it for
+  // their tokens.
+  void logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& out) const;
 };
 
-// dlogits^T x, summed over the tokens in their order: [N, I] in the compute dtype.
+// Returns dWr = dlogits^T x, [N, I] in the compute dtype. The tokens are summed in their order.
 Tensor router_weight_grad(const Tensor& dlogits, const Tensor& x);
 
-// The sum of dlogits [T, N] over the tokens, in their order and in double: a float would lose bits
-// that a long product keeps. [1, N] in the compute dtype.
+// Returns dbr, the sum of dlogits [T, N] over the tokens: [1, N] in the compute dtype. The tokens
+// are summed in their order and in double, because a long sum in float loses bits.
 Tensor sum_over_tokens(const Tensor& dlogits);
 
 }  // namespace moelora

@@ -1,4 +1,6 @@
-// h = dropout(x) At, the router's logits and gate, and u = scale * gate (.) h.
+// The op `shrink_gate`: h = dropout(x) At and u = scale * gate (.) h for n siblings, and the gate
+// of their linear routers. ATen computes the products. Threads split the tokens for logits, top-k
+// and gate.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,8 +13,8 @@
 namespace moelora {
 namespace {
 
-// Rounds the products of sibling i to h and gates them: raw [T, width] -> h [T, n width], u [T, n
-// R].
+// Rounds the products to h and gates them: n x [T, width] -> h [T, n width], u [T, n R]. `width` is
+// R, or r if the experts share A.
 template <class S, class P, class C>
 struct GateRows {
   const Gate<C>& gate;
@@ -21,31 +23,34 @@ struct GateRows {
   bool share_a;
   int64_t siblings;
   int64_t width;
-  std::vector<const P*> raw;
+  // dropout(x) At of every sibling; null if h holds it already.
+  std::vector<const P*> products;
   S* h;
   S* u;
 
-  MOELORA_INLINE void operator()(int64_t begin, int64_t end, C* scaled) const {
-    const int64_t E = blocks.experts();
+  // Computes the tokens [begin, end). scaled_gate [E] is scratch space.
+  MOELORA_INLINE void operator()(int64_t begin, int64_t end, C* scaled_gate) const {
+    const int64_t E = blocks.num_experts();
     const int64_t R = blocks.total;
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < siblings; ++i) {
-        gate.load_scaled(t, i, scaling, scaled);
-        S* of_h = h + (t * siblings + i) * width;
-        if (raw[i] != nullptr) {
-          const P* product = raw[i] + t * width;
+        gate.load_scaled(t, i, scaling, scaled_gate);
+        S* h_row = h + (t * siblings + i) * width;
+        if (products[i] != nullptr) {
+          const P* product = products[i] + t * width;
 #pragma omp simd
-          for (int64_t j = 0; j < width; ++j) of_h[j] = narrow<S>(C(widen(product[j])));
+          for (int64_t j = 0; j < width; ++j) h_row[j] = narrow<S>(C(widen(product[j])));
         }
-        S* of_u = u + (t * siblings + i) * R;
+        S* u_row = u + (t * siblings + i) * R;
         for (int64_t e = 0; e < E; ++e) {
           const int64_t rank = blocks.ranks[e];
-          const S* from = of_h + (share_a ? 0 : blocks.begin[e]);
-          S* to = of_u + blocks.begin[e];
-          const C factor = scaled[e];
+          const S* expert_h = h_row + (share_a ? 0 : blocks.begin[e]);
+          S* expert_u = u_row + blocks.begin[e];
+          const C factor = scaled_gate[e];
+          // A factor of zero selects zero, so that it also hides a NaN of h.
 #pragma omp simd
           for (int64_t j = 0; j < rank; ++j) {
-            to[j] = narrow<S>(factor == 0 ? C{0} : factor * C(widen(from[j])));
+            expert_u[j] = narrow<S>(factor == 0 ? C{0} : factor * C(widen(expert_h[j])));
           }
         }
       }
@@ -53,31 +58,31 @@ struct GateRows {
   }
 };
 
-// The product dropout(x) At of each sibling, [T, width], in the product dtype.
-std::vector<Tensor> products(const Tensor& x, const std::vector<Tensor>& lora_a,
-                             const Blocks& blocks, double p, bool per_expert,
-                             const std::optional<Tensor>& seed) {
+// Returns dropout(x) At of every sibling, n x [T, width] in the product dtype.
+std::vector<Tensor> shrink_products(const Tensor& x, const std::vector<Tensor>& lora_a,
+                                    const Blocks& blocks, double p, bool per_expert,
+                                    const std::optional<Tensor>& seed) {
   const ScalarType dtype = product_dtype(x.scalar_type());
-  std::vector<Tensor> right;
+  std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) {
-    right.push_back(transposed(cast(cast(a, x.scalar_type()), dtype)));
+    transposed_a.push_back(transposed(cast(cast(a, x.scalar_type()), dtype)));
   }
-  std::vector<Tensor> out;
+  std::vector<Tensor> products;
   if (p > 0.0 && per_expert) {
     const int64_t T = x.size(0);
-    for (size_t i = 0; i < lora_a.size(); ++i) out.push_back(empty(T, blocks.total, dtype));
-    for (int64_t e = 0; e < blocks.experts(); ++e) {
+    for (size_t i = 0; i < lora_a.size(); ++i) products.push_back(empty(T, blocks.total, dtype));
+    for (int64_t e = 0; e < blocks.num_experts(); ++e) {
       const Tensor dropped = cast(dropout(x, p, *seed, e), dtype);
       for (size_t i = 0; i < lora_a.size(); ++i) {
-        mm_out(columns(out[i], blocks.begin[e], blocks.ranks[e]), dropped,
-               columns(right[i], blocks.begin[e], blocks.ranks[e]));
+        mm_out(columns(products[i], blocks.begin[e], blocks.ranks[e]), dropped,
+               columns(transposed_a[i], blocks.begin[e], blocks.ranks[e]));
       }
     }
-    return out;
+    return products;
   }
-  const Tensor left = cast(p > 0.0 ? dropout(x, p, *seed, 0) : x, dtype);
-  for (const Tensor& of_sibling : right) out.push_back(mm(left, of_sibling));
-  return out;
+  const Tensor dropped = cast(p > 0.0 ? dropout(x, p, *seed, 0) : x, dtype);
+  for (const Tensor& at : transposed_a) products.push_back(mm(dropped, at));
+  return products;
 }
 
 }  // namespace
@@ -89,32 +94,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     std::vector<int64_t> ranks, std::vector<double> scaling, bool share_a, int64_t top_k,
     bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
     std::optional<Tensor> seed) {
+  // Check the arguments.
   check_floating(x, "x");
   const auto [T, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
-  const int64_t E = blocks.experts();
+  const int64_t E = blocks.num_experts();
   const auto siblings = int64_t(lora_a.size());
-  STD_TORCH_CHECK(siblings > 0, "lora_a: expected one per sibling, got none");
+  STD_TORCH_CHECK(siblings > 0, "lora_a: expected a tensor for each sibling, got none");
   check_size(int64_t(scaling.size()), E, "scaling");
   if (share_a) blocks.check_shared();
-  STD_TORCH_CHECK(!(share_a && dropout_per_expert && dropout_p > 0.0),
-                  "dropout_per_expert: experts that share A share its input");
-  STD_TORCH_CHECK(dropout_p == 0.0 || seed.has_value(), "seed: needed for dropout");
+  STD_TORCH_CHECK(
+      !(share_a && dropout_per_expert && dropout_p > 0.0),
+      "dropout_per_expert: expected False with share_a, got True: experts that share A read "
+      "the same x");
+  STD_TORCH_CHECK(dropout_p == 0.0 || seed.has_value(),
+                  "seed: expected a seed if dropout is above 0, got none");
   const int64_t width = share_a ? blocks.ranks[0] : blocks.total;
   for (const Tensor& a : lora_a) {
-    const auto [rank, inputs] = shape<2>(a, "lora_a");
+    const auto [rank, in_features] = shape<2>(a, "lora_a");
     check_size(rank, width, "lora_a, ranks");
-    check_size(inputs, I, "lora_a, in_features");
+    check_size(in_features, I, "lora_a, in_features");
   }
   x = row_major(x);
   const ScalarType dtype = x.scalar_type();
 
+  // Allocate the results of the routers; they are empty without routers.
   Tensor weights = absent(compute_dtype(dtype));
   Tensor logits = absent(compute_dtype(dtype));
   Tensor top_experts = absent(ScalarType::Int);
   std::optional<Router> router;
   if (router_weight.empty()) {
-    STD_TORCH_CHECK(gate_weights.has_value(), "gate_weights: needed without a router");
+    STD_TORCH_CHECK(gate_weights.has_value(),
+                    "gate_weights: expected a tensor if there is no router, got none");
   } else {
     check_size(int64_t(router_weight.size()), siblings, "router_weight, siblings");
     if (!router_bias.empty()) check_size(int64_t(router_bias.size()), siblings, "router_bias");
@@ -126,12 +137,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     if (top_k < E) top_experts = empty(T, siblings * top_k, ScalarType::Int);
   }
 
-  const std::vector<Tensor> raw = products(x, lora_a, blocks, dropout_p, dropout_per_expert, seed);
-  // One sibling's product in x.dtype is h already.
-  const bool in_place = siblings == 1 && raw[0].scalar_type() == dtype;
-  Tensor h = in_place ? raw[0] : empty(T, siblings * width, dtype);
+  // Shrink.
+  const std::vector<Tensor> products =
+      shrink_products(x, lora_a, blocks, dropout_p, dropout_per_expert, seed);
+  // The product of one sibling is h already if it has x's dtype.
+  const bool in_place = siblings == 1 && products[0].scalar_type() == dtype;
+  Tensor h = in_place ? products[0] : empty(T, siblings * width, dtype);
   Tensor u = empty(T, siblings * blocks.total, dtype);
 
+  // Make the gate of the routers, and gate h.
   for_dtype(dtype, [&, T = T, I = I](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
@@ -142,37 +156,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
       rows = std::nullopt;
     }
     const Gate<C> gate(*gate_weights, experts, rows, T, siblings, E);
-    const std::vector<C> factors = to_compute<C>(scaling);
+    const std::vector<C> scales = to_compute<C>(scaling);
     GateRows<S, P, C> gate_rows{.gate = gate,
                                 .blocks = blocks,
-                                .scaling = factors.data(),
+                                .scaling = scales.data(),
                                 .share_a = share_a,
                                 .siblings = siblings,
                                 .width = width,
-                                .raw = {},
+                                .products = {},
                                 .h = h.mutable_data_ptr<S>(),
                                 .u = u.mutable_data_ptr<S>()};
-    for (const Tensor& product : raw) {
-      gate_rows.raw.push_back(in_place ? nullptr : product.const_data_ptr<P>());
+    for (const Tensor& product : products) {
+      gate_rows.products.push_back(in_place ? nullptr : product.const_data_ptr<P>());
     }
     const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
-    const C* of_logits = logits.const_data_ptr<C>();
-    C* to_weights = weights.mutable_data_ptr<C>();
-    int32_t* to_indices = top_experts.mutable_data_ptr<int32_t>();
+    const C* logits_data = logits.const_data_ptr<C>();
+    C* weights_data = weights.mutable_data_ptr<C>();
+    int32_t* experts_data = top_experts.mutable_data_ptr<int32_t>();
     const int64_t work = siblings * (blocks.total + 8 * E + (router ? E * (I + 32) : 0));
     torch::stable::parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
       if (router) router->logits(x, begin, end, logits);
-      std::vector<C> scaled(E);
-      std::vector<int32_t> own_order(E);
+      std::vector<C> scaled_gate(E);
+      // Takes the experts of a row if K = E: they are 0 to E - 1, and are not returned.
+      std::vector<int32_t> unused_experts(E);
       TopkScratch<C> scratch(E);
       vectorised([&](auto) {
         if (router) {
           for (int64_t n = begin * siblings; n < end * siblings; ++n) {
-            topk_softmax(of_logits + n * E, E, options, scratch, to_weights + n * top_k,
-                         top_k < E ? to_indices + n * top_k : own_order.data());
+            topk_softmax(logits_data + n * E, E, options, scratch, weights_data + n * top_k,
+                         top_k < E ? experts_data + n * top_k : unused_experts.data());
           }
         }
-        gate_rows(begin, end, scaled.data());
+        gate_rows(begin, end, scaled_gate.data());
       });
     });
   });

@@ -1,3 +1,5 @@
+// Chooses the vector level of this process: the highest level of the processor, or MOELORA_SIMD if
+// that is lower. simd.h describes the levels.
 #include "simd.h"
 
 #include <algorithm>
@@ -6,7 +8,8 @@
 namespace moelora {
 namespace {
 
-Level detect() {
+// Returns the highest level of the processor.
+Level processor_level() {
 #if MOELORA_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -21,11 +24,12 @@ Level detect() {
 #endif
 }
 
-Level allowed() {
-  const char* asked = std::getenv("MOELORA_SIMD");
-  if (asked == nullptr) return Level::avx512bf16;
+// Returns the level that MOELORA_SIMD names; the highest level if it is not set or unknown.
+Level requested_level() {
+  const char* name = std::getenv("MOELORA_SIMD");
+  if (name == nullptr) return Level::avx512bf16;
   for (Level level : {Level::portable, Level::avx2, Level::avx512, Level::avx512bf16}) {
-    if (std::strcmp(asked, simd_level_name(level)) == 0) return level;
+    if (std::strcmp(name, simd_level_name(level)) == 0) return level;
   }
   return Level::avx512bf16;
 }
@@ -33,7 +37,7 @@ Level allowed() {
 }  // namespace
 
 Level simd_level() {
-  static const Level level = std::min(detect(), allowed());
+  static const Level level = std::min(processor_level(), requested_level());
   return level;
 }
 

@@ -1,8 +1,10 @@
-// One kernel, compiled once per vector width; the widest that the processor has runs.
+// Vector levels: a kernel is compiled once for each level, and the highest level that the processor
+// has runs. Also: vectors, and the conversion of storage dtypes.
 //
-// A kernel is a template over the width in bytes, called through
+// A kernel is a template over the width of a vector in bytes. It is called like this:
 //     vectorised([&](auto width) { kernel<width()>(...); });
-// Everything it calls must be MOELORA_INLINE: only inlined code is compiled for the wider level.
+// Every function that a kernel calls must be MOELORA_INLINE. A function that is not inlined is
+// compiled for the portable level only.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,7 +17,7 @@
 #include "check.h"
 
 #define MOELORA_INLINE inline __attribute__((always_inline))
-// The same for a lambda, after its parameters.
+// The same for a lambda; it stands after the parameters.
 #define MOELORA_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__)
@@ -44,14 +46,16 @@ using Half = c10::Half;
 
 enum class Level : int { portable, avx2, avx512, avx512bf16 };
 
-// The level of this process: what the processor has, or less where MOELORA_SIMD asks for less.
+// Returns the level of this process: the highest level of the processor, or MOELORA_SIMD if that is
+// lower.
 Level simd_level();
 const char* simd_level_name(Level level);
 
-// The width of vectors, and whether there are sums of products of bfloat16 pairs.
-template <int BYTES, bool PAIRS = false>
+// The width of a vector. BF16_PAIRS: the level has an instruction that multiplies pairs of bfloat16
+// and adds both products to a float32.
+template <int BYTES, bool BF16_PAIRS = false>
 struct Width {
-  static constexpr bool pairs = PAIRS;
+  static constexpr bool bf16_pairs = BF16_PAIRS;
   constexpr int operator()() const { return BYTES; }
 };
 
@@ -70,6 +74,7 @@ MOELORA_AVX2 void on_avx2(const Function& function) {
   function(Width<32>{});
 }
 
+// Calls function(Width{}) for the level of this process, compiled for that level.
 template <class Function>
 void vectorised(const Function& function) {
 #if MOELORA_X86
@@ -87,7 +92,8 @@ void vectorised(const Function& function) {
   function(Width<16>{});
 }
 
-// Calls function(Width{}) for the level that `vectorised` will take, without compiling it for that.
+// Calls function(Width{}) for the level of this process, compiled for the portable level. The
+// function calls `vectorised` itself.
 template <class Function>
 void vectorised_level(const Function& function) {
 #if MOELORA_X86
@@ -105,35 +111,38 @@ void vectorised_level(const Function& function) {
   function(Width<16>{});
 }
 
-// LANES numbers of type C side by side, as the compiler's own vector type.
+// A vector of LANES numbers of type C, in the vector type of the compiler.
 template <class C, int BYTES>
 struct Vector {
   typedef C type __attribute__((vector_size(BYTES)));
-  // The same anywhere in memory, whatever is stored there.
-  typedef C anywhere __attribute__((vector_size(BYTES), aligned(1), may_alias));
+  // The same at any address; the memory may hold another type.
+  typedef C unaligned __attribute__((vector_size(BYTES), aligned(1), may_alias));
   static constexpr int64_t LANES = BYTES / sizeof(C);
 };
 
-// BYTES from memory as a vector of C. By value: a vector filled through memcpy stays on the stack.
+// Loads BYTES from memory as a vector of C. It returns a value, because a vector that memcpy fills
+// stays on the stack.
 template <class C, int BYTES>
-MOELORA_INLINE typename Vector<C, BYTES>::type load(const void* from) {
-  return *static_cast<const typename Vector<C, BYTES>::anywhere*>(from);
+MOELORA_INLINE typename Vector<C, BYTES>::type load(const void* source) {
+  return *static_cast<const typename Vector<C, BYTES>::unaligned*>(source);
 }
 
 template <class C, int BYTES>
-MOELORA_INLINE void store(void* to, const typename Vector<C, BYTES>::type& vector) {
-  *static_cast<typename Vector<C, BYTES>::anywhere*>(to) = vector;
+MOELORA_INLINE void store(void* target, const typename Vector<C, BYTES>::type& vector) {
+  *static_cast<typename Vector<C, BYTES>::unaligned*>(target) = vector;
 }
 
+// Returns the bits of a number as another type of the same size.
 template <class To, class From>
-MOELORA_INLINE To bits(From from) {
+MOELORA_INLINE To bits(From number) {
   static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
+  To result;
+  std::memcpy(&result, &number, sizeof(To));
+  return result;
 }
 
-// Storage to compute dtype and back, free of branches so that loops over them vectorise.
+// `widen` converts from the storage dtype to the compute dtype, `narrow` converts back. Both are
+// free of branches, so that the compiler vectorises loops over them.
 MOELORA_INLINE float widen(float value) { return value; }
 MOELORA_INLINE double widen(double value) { return value; }
 
@@ -142,7 +151,7 @@ MOELORA_INLINE float widen(BFloat16 value) { return bits<float>(uint32_t{value.x
 MOELORA_INLINE float widen(Half value) {
   const uint32_t magnitude = uint32_t(value.x & 0x7FFF) << 13;
   const uint32_t sign = uint32_t(value.x & 0x8000) << 16;
-  // 2^112 moves the exponent bias from 15 to 127, subnormal numbers included.
+  // 2^112 moves the exponent bias from 15 to 127, for subnormal numbers too.
   const uint32_t finite = bits<uint32_t>(bits<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7F800000;
   return bits<float>(sign | (magnitude >= 0x0F800000 ? special : finite));
@@ -156,7 +165,7 @@ MOELORA_INLINE S narrow(C value) {
     return BFloat16((word & 0x7FFFFFFF) > 0x7F800000 ? uint16_t{0x7FC0} : uint16_t(rounded),
                     BFloat16::from_bits());
   } else if constexpr (std::is_same_v<S, Half>) {
-    // Round to nearest even by adding a power of two that pushes the spare bits out.
+    // Round to nearest even: add a power of two that shifts the extra bits out.
     const uint32_t word = bits<uint32_t>(float(value));
     const uint32_t doubled = word + word;
     const float scaled = (bits<float>(word & 0x7FFFFFFF) * 0x1p112f) * 0x1p-110f;
@@ -171,6 +180,7 @@ MOELORA_INLINE S narrow(C value) {
   }
 }
 
+// The C++ type of the compute dtype of S.
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -192,7 +202,7 @@ void for_dtype(ScalarType dtype, const Function& function) {
     case ScalarType::Half:
       return function(Type<Half>{});
     default:
-      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+      STD_TORCH_CHECK(false, "dtype: expected float16, bfloat16, float32 or float64, got ", dtype);
   }
 }
 

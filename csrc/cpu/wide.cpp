@@ -1,5 +1,6 @@
-// A whole layer, forward and backward: the ops of the wide path and the base products around them,
-// in one call each. At few tokens the way from Python to an op costs as much as a skinny product.
+// The ops `wide` and `wide_backward`: a whole layer of n siblings, y_i = x Wt_i + b_i + u_i Bt_i,
+// and all its gradients. They call the ops of the wide form, and ATen for the products. With few
+// tokens a call from Python to an op costs as much as a skinny product, so a layer is one call.
 #include <torch/csrc/stable/library.h>
 
 #include "aten.h"
@@ -9,7 +10,7 @@
 namespace moelora {
 namespace {
 
-// Column block i of the siblings' u.
+// Returns u of sibling i, [T, R], from u [T, n R].
 Tensor sibling_columns(const Tensor& u, int64_t i, int64_t siblings) {
   if (siblings == 1) return u;
   const int64_t R = u.size(1) / siblings;
@@ -30,8 +31,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> wide(
   check_count(base_bias, siblings, "base_bias, siblings");
   check_count(base_output, siblings, "base_output, siblings");
   STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
-                  "base_weight: needed without base_output");
-  const auto [h, u, made_weights, made_experts, made_logits] = shrink_gate(
+                  "base_weight: expected either base_weight or base_output, got both or neither");
+  const auto [h, u, router_weights, router_experts, router_logits] = shrink_gate(
       x, lora_a, router_weight, router_bias, gate_weights, experts, rows, logits, ranks, scaling,
       share_a, top_k, renormalize, temperature, dropout_p, dropout_per_expert, seed);
 
@@ -39,24 +40,24 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> wide(
   std::vector<Tensor> outputs;
   for (int64_t i = 0; i < siblings; ++i) {
     const ScalarType dtype = base_output.empty() ? x.scalar_type() : base_output[i].scalar_type();
-    const Tensor gated = cast(sibling_columns(u, i, siblings), dtype);
-    const Tensor expand = transposed(cast(lora_b[i], dtype));
+    const Tensor u_i = cast(sibling_columns(u, i, siblings), dtype);
+    const Tensor bt = transposed(cast(lora_b[i], dtype));
     const Tensor y = empty(T, lora_b[i].size(0), dtype);
     if (!base_output.empty()) {
-      addmm_out(y, base_output[i], gated, expand);
+      addmm_out(y, base_output[i], u_i, bt);
     } else {
-      // Expand first, base product last and in place: each writes y once, and the large one is
-      // rounded once together with the small one.
+      // First u Bt + b, then the base product in place. Each writes y once, and both products are
+      // rounded together.
       if (base_bias.empty()) {
-        mm_out(y, gated, expand);
+        mm_out(y, u_i, bt);
       } else {
-        addmm_out(y, base_bias[i], gated, expand);
+        addmm_out(y, base_bias[i], u_i, bt);
       }
       addmm_out(y, y, x, transposed(base_weight[i]));
     }
     outputs.push_back(y);
   }
-  return {outputs, h, made_weights, made_experts, made_logits};
+  return {outputs, h, router_weights, router_experts, router_logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_backward(
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_bac
     bool dropout_per_expert, std::optional<Tensor> seed, bool needs_x, bool needs_adapters) {
   const ScalarType dtype = x.scalar_type();
   check_count(base_weight, int64_t(dy.size()), "base_weight, siblings");
-  // Once for the three products that read it.
+  // Three products read dy, so it is converted once.
   for (Tensor& dy_i : dy) dy_i = dense_rows(dy_i, dtype);
   const auto [dh, u, dgate] =
       shrink_gate_backward(dy, lora_b, h, gate_weights, experts, rows, logits, dlogits, ranks,
@@ -78,12 +79,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> wide_bac
   const std::optional<Tensor> router_dlogits =
       router_weight.empty() ? std::nullopt : std::optional<Tensor>(dgate);
 
+  // dx, with the base products added in place.
   Tensor dx = absent(dtype);
   if (needs_x) {
     dx = shrink_dx(dh, router_dlogits, lora_a, router_weight, ranks, dropout_p, dropout_per_expert,
                    seed);
     for (size_t i = 0; i < base_weight.size(); ++i) addmm_out(dx, dx, dy[i], base_weight[i]);
   }
+
+  // The gradients of A, B and the routers.
   const ScalarType lora_dtype = lora_a[0].scalar_type();
   const ScalarType router_dtype = router_weight.empty() ? dtype : router_weight[0].scalar_type();
   Tensor da = absent(lora_dtype), drouter = absent(router_dtype), dbias = absent(router_dtype);

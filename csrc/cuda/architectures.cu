@@ -1,4 +1,4 @@
-// The GPU architectures that this file, and with it csrc/cuda, was compiled for.
+// The GPU architectures of csrc/cuda: all files are compiled for those of this file.
 #include "architectures.h"
 
 namespace moelora {

@@ -1,4 +1,4 @@
-// What a launcher needs from torch: the device and stream of its tensors, memory, a launch check.
+// Helpers of CUDA launchers: the device and stream of a tensor, memory, and the check of a launch.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -12,19 +12,19 @@
 namespace moelora {
 namespace {
 
-template <class Id>
 // Launches one block per slot and two more. The counters are in shared memory if they fit.
-void launch(const RouteArguments& arguments, const Tensor& indices) {
-  const Device device(indices);
+template <class Id>
+void launch(const RouteArguments& arguments, const Tensor& experts) {
+  const Device device(experts);
   const auto [warps, shared] = route_plan(arguments.P, arguments.N, arguments.E);
   const auto blocks = static_cast<unsigned>(arguments.S + 2);
-  const Id* ids = indices.const_data_ptr<Id>();
+  const Id* ids = experts.const_data_ptr<Id>();
   if (shared > 0) {
     route_kernel<Id, true>
         <<<blocks, warps * WARP, shared, device.stream()>>>(arguments, ids, nullptr);
   } else {
     const int64_t counters = route_counters(arguments.N, arguments.E, warps);
-    const Tensor scratch = empty_on(indices, {blocks * counters}, ScalarType::Int);
+    const Tensor scratch = empty_on(experts, {blocks * counters}, ScalarType::Int);
     route_kernel<Id, false><<<blocks, warps * WARP, 0, device.stream()>>>(
         arguments, ids, scratch.mutable_data_ptr<int>());
   }
@@ -32,29 +32,29 @@ void launch(const RouteArguments& arguments, const Tensor& indices) {
 }
 
 // Returns order, offsets, tiles and chunks: see Routing in types.py.
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_experts,
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor experts, int64_t num_experts,
                                                  int64_t siblings, int64_t tile, int64_t chunk) {
-  const RoutingSizes sizes(indices, num_experts, siblings, tile, chunk);
+  const RoutingSizes sizes(experts, num_experts, siblings, tile, chunk);
   const auto [T, S, E, n, P, N] = sizes;
-  const ScalarType dtype = indices.scalar_type();
+  const ScalarType dtype = experts.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long,
-                  "experts: expected int32 or int64");
+                  "experts: expected int32 or int64, got ", dtype);
   const int64_t num_tiles = count_tiles(P, N, tile);
   const int64_t num_chunks = count_tiles(P, N, chunk);
-  Tensor order = empty_on(indices, {P}, ScalarType::Int);
-  Tensor offsets = empty_on(indices, {N + 1}, ScalarType::Int);
-  Tensor tiles = empty_on(indices, {num_tiles, 2}, ScalarType::Int);
-  Tensor chunks = empty_on(indices, {num_chunks, 2}, ScalarType::Int);
+  Tensor order = empty_on(experts, {P}, ScalarType::Int);
+  Tensor offsets = empty_on(experts, {N + 1}, ScalarType::Int);
+  Tensor tiles = empty_on(experts, {num_tiles, 2}, ScalarType::Int);
+  Tensor chunks = empty_on(experts, {num_chunks, 2}, ScalarType::Int);
   const RouteArguments arguments{
-      // Without pairs, no block has to sort any.
+      // Without pairs there is no slot, so no block sorts.
       .T = P > 0 ? T : 0,
       .S = P > 0 ? S : 0,
       .K = S / n,
       .E = static_cast<int>(E),
       .N = static_cast<int>(N),
       .P = P,
-      .stride_token = indices.stride(0),
-      .stride_slot = indices.stride(1),
+      .stride_token = experts.stride(0),
+      .stride_slot = experts.stride(1),
       .tile = tile,
       .chunk = chunk,
       .num_tiles = num_tiles,
@@ -65,9 +65,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor indices, int64_t num_exp
       .chunks = chunks.mutable_data_ptr<int32_t>(),
   };
   if (dtype == ScalarType::Int) {
-    launch<int32_t>(arguments, indices);
+    launch<int32_t>(arguments, experts);
   } else {
-    launch<int64_t>(arguments, indices);
+    launch<int64_t>(arguments, experts);
   }
   return {order, offsets, tiles, chunks};
 }

@@ -179,7 +179,7 @@ def _gated_product(activation: Activation, z_gate: Tensor, z_up: Tensor) -> Tens
 
 
 def _gated_product_backward(activation: Activation, z_gate: Tensor, z_up: Tensor):
-    """Return act(z_gate) * z_up, and a function: its gradient -> those of z_gate and z_up."""
+    """Return a = act(z_gate) * z_up, and the function da -> (dz_gate, dz_up)."""
 
     def product(z_gate, z_up):
         return _gated_product(activation, z_gate, z_up)

@@ -72,11 +72,17 @@ def build(description: dict[str, Any]) -> nn.Module:
 
     Raises:
         ValueError: a layer cannot be a plain LoRA without its base: whole-FFN experts, a custom
-            module as router, or init="svd_segments". The message names every such layer.
+            module as router, or init="svd_segments". The message names every such layer. Or the
+            layers are adapters of a PeftModel.
     """
     model = nn.Module()
     layers: dict[str, MoeLoraLinear] = {}
     problems = []
+    if any(entry["type"] == "MoeLoraExperts" for entry in description["layers"]):
+        raise ValueError(
+            "save_adapter wrote this file from a PeftModel, and such a file cannot be exported. "
+            "Call peft_model.save_pretrained(FOLDER) and export FOLDER"
+        )
     for entry in description["layers"]:
         name, options = entry["names"][0], description["configs"][entry["config"]]
         if problem := _export_problem(entry["type"], options):

@@ -65,7 +65,9 @@ def _describe_peft(
     for key, tensor in state.items():
         match = _PEFT_KEY.match(key)
         if match is None:
-            raise ValueError(f"{key}: expected a tensor of an adapter layer; a LoRA cannot hold it")
+            raise ValueError(
+                f"{key}: expected a tensor of an adapter layer; a LoRA cannot store other tensors"
+            )
         name, part, path, leaf = match.groups()
         if part == "router":
             routed.append(name)
@@ -84,7 +86,7 @@ def _describe_peft(
 def _describe_original(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the description of a folder of MOELoRA-peft.
 
-    Its r is the sum of the ranks of all experts. Its task ids go from 1 to task_num.
+    In its config r is the sum of the ranks of all experts. Task ids go from 1 to task_num.
     """
     # Linear -> the A and B of its first expert.
     first_experts: dict[str, dict[str, Tensor]] = {}
@@ -123,7 +125,7 @@ def _description(
     """Return the description of layers that have one config.
 
     pairs:  linear -> (A, B), for the sizes and the dtype.
-    routed: the linears whose router is in the file. The others use the router of the first.
+    routed: the linears that have a router in the file. The others use the router of the first.
     """
     owners = dict.fromkeys(routed)
     # The layer that owns a shared router comes first, as in `adapter_state_dict`.

@@ -49,7 +49,7 @@ class _Layout(NamedTuple):
 def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MOELoRA-peft into the layers of `model`.
 
-    First replace the linears; the options are those of the training run:
+    First replace the linears, with the options of the training run:
 
         replace_linears(model, MoeLoraConfig.preset("moelora"), ["query_key_value", "dense", ...])
         load_moelora_peft(model, "path/to/adapter_model.bin")
@@ -103,7 +103,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
 
     Args:
         model: as in `load_moelora_peft`.
-        like: None, or a checkpoint of the layout. With None the keys are those of the original's
+        like: None, or a checkpoint of the layout. With None the keys are as in the original's
             adapter_model.bin: with "base_model.model.", without the name of an adapter, with
             aliases, and without the keys that the original never reads. With a checkpoint they
             are its keys, and tensors that the model does not have are copied from it.
@@ -131,7 +131,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
 def load_ming(model: nn.Module, state_dict: State) -> None:
     """Copy a checkpoint of MING-MOE into the layers of `model`.
 
-    First replace the linears; the options are those of the training run:
+    First replace the linears, with the options of the training run:
 
         mixture = MoeLoraConfig.preset("ming")
         replace_linears(model, mixture, ["gate_proj", "up_proj", "down_proj"])
@@ -168,7 +168,7 @@ def load_ming(model: nn.Module, state_dict: State) -> None:
 def export_ming(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
     """Return the adapters of `model` in the layout that `load_ming` reads.
 
-    The arguments and errors are those of `export_moelora_peft`. The original reads the keys of
+    The arguments and errors are as in `export_moelora_peft`. The original reads the keys of
     attention (P.lora_A.weight, P.lora_B.weight) from adapter_model.bin, and all other keys from
     non_lora_trainables.bin.
 

@@ -1,17 +1,18 @@
-"""Triton kernels: one file per op, and in `common/` what several of them share.
+"""Triton kernels: one file per op. `common/` has the code that several kernels share.
 
 A file holds the kernels first and the launcher last. `<op>.launch` takes the arguments of the op
-and returns its results; it computes nothing itself. Triton is imported with the first file here,
-which is when an op first runs on a GPU.
+and returns its results; it only launches kernels. Triton is imported when an op first runs on a
+GPU.
 
 With TRITON_INTERPRET=1 in the environment before the import, the launchers run on CPU tensors.
 
 Kernels share these conventions.
 
-    Names     T, I, O, E, K, R, n, P, N and the words around them are explained in `types`.
+    Names     `types` explains T, I, O, E, K, R, n, P, N.
     Masks     `tokens_in`, `columns_in`, ... [BLOCK]: which elements of `tokens`, `columns` exist.
               `in_bounds` [BLOCK, BLOCK] is the mask of a tile.
-    Grid      all programs lie on grid.x. The first line of a kernel takes its number apart.
+    Grid      all programs are on grid.x. The first line of a kernel computes the indices of its
+              tiles from the number of the program.
     Sums      accumulators are float32. A long sum can be split: each split writes a partial sum,
               and a second launch adds the partial sums in a fixed order, without atomics.
     UPCAST    True in the interpreter, which computes products of 16-bit tiles wrongly.

@@ -46,7 +46,7 @@ def keep_tile(
 
     `first` and BLOCK_I are multiples of 4. ALIGNED: I is a multiple of 4, so that the four words of
     a counter belong to neighbours in one row. Otherwise every element computes all four words and
-    takes its own.
+    selects one.
     """
     stream = tl.full((), 0, tl.int32) + stream
     if ALIGNED:

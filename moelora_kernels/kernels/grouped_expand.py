@@ -1,4 +1,4 @@
-"""Map each expert's rank-space rows to the output width: one launch for every slot of a token."""
+"""Map each expert's rank-space rows to the output width: one launch per slot of a token."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def grouped_expand_kernel(
     o = first_o + tl.arange(0, BLOCK_O)
     expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // o_tiles, M, P)
 
-    # Most tiles hold no pair of the slot: leave early.
+    # Most tiles have no pair of this slot. Their programs return early.
     has_work = first < end
     if not PER_PAIR:
         # The positions of an expert are sorted by slot.

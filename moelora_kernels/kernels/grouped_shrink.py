@@ -1,4 +1,4 @@
-"""Shrink the rows that each expert works on to its ranks, and gate them: h and u by position."""
+"""Shrink the rows of each expert to rank space and gate them: h and u by sorted position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P = dy B on the rows of each expert and its gate: dh, the gradient of the weights, u once more.
+"""P = dy B on the rows of each expert, gated: dh, the gradient of the weights, and u again.
 
 Backward needs u for dB. It recomputes u from h instead of saving it.
 """

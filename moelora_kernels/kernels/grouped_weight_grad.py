@@ -219,7 +219,7 @@ def reduce_chunks_kernel(
 ):
     """out_e = the partial sums of expert e, added in their order, if it has several.
 
-    The arguments are those of `grouped_weight_grad_kernel`. Programs: (chunk, tile of W, column
+    The arguments are as in `grouped_weight_grad_kernel`. Programs: (chunk, tile of W, column
     tile), the last fastest. Only the programs of an expert's first chunk work.
     """
     chunk = tl.program_id(0) // TILES

@@ -1,4 +1,4 @@
-"""Linear routers without experts beside them: logits in float32 precision, and their backward."""
+"""Linear routers without experts: logits in float32 precision, and their backward."""
 
 from __future__ import annotations
 

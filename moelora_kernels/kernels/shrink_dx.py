@@ -86,8 +86,8 @@ def shrink_dx_kernel(
     dx           [T, I]
 
     Dropout multiplies the kept elements by dropout_scale = 1 / (1 - p). PER_EXPERT: every expert
-    has its own mask. Programs: (token tile, tile of I), the last fastest, so that dh is read from
-    L2.
+    has a separate mask. Programs: (token tile, tile of I), the last fastest, so that dh is read
+    from L2.
     """
     i_tiles = tl.cdiv(I, BLOCK_I)
     first_i = tl.program_id(0) % i_tiles * BLOCK_I

@@ -1,4 +1,4 @@
-"""Shrink x to rank space, compute the gate from the router's logits of the same read, and apply it.
+"""Shrink x to rank space, compute the gate from logits of the same read of x, and apply it.
 
 If all columns of rank space fit into one program, one launch does everything. Otherwise, or if the
 sum over I is split, the first launch stores partial sums of the products, and the second adds them
@@ -163,7 +163,7 @@ def shrink_gate_kernel(
         expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
         column_gate = gate_per_column(gate, expert_columns, UPCAST)  # [BLOCK_T, BLOCK_R]
 
-        # Store h rounded, and u of the rounded h: backward knows the rounded one only.
+        # Compute u from the rounded h, because backward has only the rounded h.
         h = h.to(h_ptr.dtype.element_ty)
         in_bounds = tokens_in[:, None] & columns_in[None, :]
         offsets = tokens[:, None] * (n * R) + sibling * R + columns[None, :]
@@ -215,7 +215,7 @@ def gate_partials_kernel(
 ):
     """The outputs of `shrink_gate_kernel` from its partial sums, which are added in their order.
 
-    The arguments are those of `shrink_gate_kernel`. If A_ROWS < R, all experts share the rows of A:
+    The arguments are as in `shrink_gate_kernel`. If A_ROWS < R, all experts share the rows of A:
     column c of u reads column c % A_ROWS of h. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n
@@ -271,7 +271,7 @@ def launch(
     *,
     split: int | None = None,
 ):
-    """Return h, u and the gate that the router made, like `reference.shrink_gate`.
+    """Return h, u and the gate of the routers, like `reference.shrink_gate`.
 
     split: number of parts that I is cut into; None fills the GPU.
     """

@@ -1,8 +1,8 @@
-"""P = dy B and its gate: dh, the gradient of the gate or of the router's logits, and u once more.
+"""P = dy B, gated: dh, the gradient of the gate or of the router's logits, and u again.
 
 Backward needs u for dB. It recomputes u from h instead of saving it. Like in `shrink_gate`, one
 launch does everything if the columns of rank space fit into one program and the sum over O is not
-split; otherwise the first launch stores partial sums of P, and the second does the rest.
+split. Otherwise the first launch stores partial sums of P, and the second computes the results.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def shrink_gate_backward_kernel(
     dlogits        [T, n E] float32, added to the gradient of the logits; None: nothing to add
     expert_columns [E, R] bfloat16, scaling [E] float32
     dh, u          [T, n A_ROWS] and [T, n R], in the dtype of h
-    dgate          float32; `store_dgate` says its gradient of what
+    dgate          float32, see `store_dgate`
     partials       [SPLIT, T, n R] float32, stored unless FUSED
 
     FUSED: computes all outputs. Not FUSED: stores P to `partials` only. Programs: (token tile,
@@ -182,7 +182,7 @@ def gate_partials_backward_kernel(
 ):
     """The outputs of `shrink_gate_backward_kernel` from its partial sums, added in their order.
 
-    The arguments are those of `shrink_gate_backward_kernel`. If A_ROWS < R, all experts share the
+    The arguments are as in `shrink_gate_backward_kernel`. If A_ROWS < R, all experts share the
     rows of A, and dh is a sum over the experts. Programs: (token tile, sibling), the last fastest.
     """
     sibling = tl.program_id(0) % n

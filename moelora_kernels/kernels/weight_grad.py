@@ -185,7 +185,7 @@ def weight_grad_kernel(
     Programs: (split of T, tile of a wide side, column tile), the last fastest. The wide sides are
     I, with A_TILES column tiles, and then O of every sibling, with B_TILES column tiles.
     """
-    # Take the number of the program apart.
+    # Compute the split, the tile of a wide side and the column tile from the program's number.
     pid = tl.program_id(0)
     x_tiles = tl.cdiv(I, BLOCK_W) * A_TILES
     tiles = x_tiles

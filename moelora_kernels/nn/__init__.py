@@ -19,7 +19,10 @@ from moelora_kernels.nn.routers import (
     ThresholdRouter,
     TokenTaskRouter,
 )
+from moelora_kernels.nn.routing_plot import plot_routing
 from moelora_kernels.nn.routing_record import record_routing
+from moelora_kernels.nn.routing_report import count_routing, routing_report
+from moelora_kernels.nn.samples import set_samples
 from moelora_kernels.nn.tasks import set_tasks
 from moelora_kernels.nn.warmup import warmup
 
@@ -37,14 +40,18 @@ __all__ = [
     "TokenTaskRouter",
     "adapter_parameters",
     "collect_aux_loss",
+    "count_routing",
     "link_siblings",
     "lora_prototypes",
     "merge_adapter",
     "merge_and_unload",
+    "plot_routing",
     "record_routing",
     "replace_ffns",
     "replace_linears",
+    "routing_report",
     "set_prototypes",
+    "set_samples",
     "set_tasks",
     "unmerge_adapter",
     "update_balance",

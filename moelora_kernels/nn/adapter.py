@@ -28,8 +28,8 @@ class MoeLoraAdapter(LoraLayer):
 
     The parameters are those of MoeLoraLinear: `lora_A` [R, I], `lora_B` [I, R] (zero at the start)
     and `router`. Checkpoints, `set_tasks` and auxiliary losses work in the same way. The layer
-    calls the base and does not freeze it: freeze it yourself, or train LoRA inside it, which must
-    be there before the adapter is (`replace_linears` does not enter a mixture layer).
+    calls the base and does not freeze it: freeze it yourself. To train LoRA inside the base, call
+    `replace_linears` before you add the adapter, because it does not enter a mixture layer.
 
     The forward is plain PyTorch and computes all experts for every token. Besides z and the
     parameters, backward saves rank-space tensors only.
@@ -39,7 +39,7 @@ class MoeLoraAdapter(LoraLayer):
         hidden_size: I.
         config: a MoeLoraConfig with a `rank_activation`. With adapter_dtype=None, A and B are
             float32 unless the base has a float `weight`.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError: an option is not supported. Forward raises it if the base changes the shape.
@@ -73,8 +73,8 @@ class MoeLoraAdapter(LoraLayer):
     def _check_config(cls, config: MoeLoraConfig) -> None:
         if config.rank_activation is None:
             raise ValueError(
-                "rank_activation: expected an activation; without it, put the experts on the "
-                "linears of the FFN (MoeLoraLinear)"
+                "rank_activation: expected an activation, got None; for experts without an "
+                "activation use MoeLoraLinear on the linears of the FFN"
             )
         if config.router in (None, "task", "prototype", "self"):
             raise ValueError(f"router: {config.router!r} is not supported by MoeLoraAdapter")
@@ -91,7 +91,7 @@ class MoeLoraAdapter(LoraLayer):
                 )
         if config.init == "svd_segments":
             raise ValueError(
-                "init: 'svd_segments' splits the weight of a linear; an adapter has no weight"
+                "init: 'svd_segments' needs the weight of a base linear, and an adapter has none"
             )
 
     def input_like(self) -> tuple[int, torch.dtype]:
@@ -103,8 +103,8 @@ class MoeLoraAdapter(LoraLayer):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Return y [..., I] for x [..., I].
 
-        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
-        `set_tasks`.
+        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
+        `set_tasks` set.
         """
         config = self.config
         check_input(x, self.in_features, gates, config.router)
@@ -121,6 +121,6 @@ class MoeLoraAdapter(LoraLayer):
         flat = z.reshape(-1, self.in_features)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
         activated = ACTIVATIONS[config.rank_activation](h.to(factors.dtype))
-        # A select, not a product: a NaN in an expert that no token selects does not spread.
+        # `where` and not a product alone, so that a NaN of an expert with gate 0 does not spread.
         u = torch.where(factors == 0, 0, factors * activated).to(flat.dtype)
         return torch.addmm(flat, u, self.lora_B.to(flat.dtype).t()).view(z.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards
+from moelora_kernels.nn.token_masks import token_mask, tokens_per_row
+
+# The layer, and one of its calls -> which rows of the logits count, [G]; None if all do.
+MaskOfCall = Callable[[MixtureLayer, RoutedCall], Tensor | None]
 
 
 def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
@@ -28,12 +32,12 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
         model: a model whose layers have `aux` in their config.
         mask: [batch, sequence] (also with batch_dim=1), or one entry per token in the order of x;
             nonzero if a token counts. For per-sequence or per-task gates, a sequence counts if any
-            of its tokens does; a mask with one entry per gate row is also accepted.
+            of its tokens counts; a mask with one entry per gate row is also accepted.
 
     Raises:
-        RuntimeError: there was no forward since the last call, or it ran without a graph (reentrant
-            activation checkpointing does: use use_reentrant=False). A forward without autograd
-            between the training forward and this call changes nothing.
+        RuntimeError: there was no forward since the last call, or it ran without a graph. (Under
+            activation checkpointing use use_reentrant=False.) A forward without autograd between
+            the training forward and this call does not matter.
         ValueError: the mask does not fit the tokens or the gate rows.
 
     Example:
@@ -47,15 +51,27 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z), arXiv 2504.00661 (entropy),
     arXiv 2405.00361 (load balance with a learned threshold).
     """
+    return _collect(model, lambda layer, call: _given_mask(mask, layer, call))
+
+
+def collect_aux_loss_of_parts(model: nn.Module) -> Tensor:
+    """Return the same as `collect_aux_loss`, with the mask that `follow_masks` stored in each call.
+
+    A mask that does not fit the tokens of a call is not used: all of them count. The loss is zero
+    if there was no forward since the last call.
+    """
+    return _collect(model, _part_mask, needs_forward=False)
+
+
+def _collect(model: nn.Module, mask_of: MaskOfCall, needs_forward: bool = True) -> Tensor:
     layers = [layer for layer in mixture_layers(model) if layer.config.aux and layer.is_running]
     if layers:
         follow_forwards(model)
     calls = {layer: _recorded_calls(layer) for layer in layers}
-    if layers and all(layer_calls is None for layer_calls in calls.values()):
-        raise RuntimeError("no routing to compute a loss from: run a forward first")
-    losses = [
-        _aux_loss(layer, layer_calls, mask) for layer, layer_calls in calls.items() if layer_calls
-    ]
+    was_run = any(layer_calls is not None for layer_calls in calls.values())
+    if layers and needs_forward and not was_run:
+        raise RuntimeError("no routing is recorded: run a forward first")
+    losses = [_aux_loss(layer, c, mask_of) for layer, c in calls.items() if c]
     for layer in layers:
         layer.record.clear()
     if losses:
@@ -67,7 +83,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
 def _recorded_calls(layer: MixtureLayer) -> list[RoutedCall] | None:
     """Return the calls of a layer in the last forward; None if no forward was recorded.
 
-    Raises RuntimeError if a loss of them would not train the router.
+    Raises RuntimeError if a loss of these calls would not train the router.
     """
     record = layer.record
     calls = record.calls()
@@ -82,23 +98,38 @@ def _recorded_calls(layer: MixtureLayer) -> list[RoutedCall] | None:
     return calls
 
 
-def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask: Tensor | None) -> Tensor:
+def _given_mask(mask: Tensor | None, layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
+    """Return which rows of the logits count, [G], from the mask of `collect_aux_loss`."""
+    if mask is None:
+        return None
+    config = layer.config
+    if config.batch_dim == 1 and config.granularity == "token" and mask.dim() > 1:
+        # The tokens of x [sequence, batch, I] are in the order [sequence, batch].
+        mask = mask.transpose(0, 1)
+    return _row_mask(mask, call.logits.shape[0], config.granularity)
+
+
+def _part_mask(layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
+    """Return which rows of the logits count, [G], from the mask stored in the call."""
+    mask = token_mask(call.mask, call.shape, layer.config.batch_dim)
+    return None if mask is None else tokens_per_row(call, mask) > 0
+
+
+def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask_of: MaskOfCall) -> Tensor:
     """Return the weighted sum of one layer's auxiliary losses over all tokens of its calls."""
     config = layer.config
     logits = torch.cat([call.logits for call in calls]) if len(calls) > 1 else calls[0].logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, tau = split_threshold(logits, config)
     counts = torch.ones_like(logits[:, 0])
-    if mask is not None:
-        if config.batch_dim == 1 and config.granularity == "token" and mask.dim() > 1:
-            # The tokens of x [sequence, batch, I] are in the order [sequence, batch].
-            mask = mask.transpose(0, 1)
-        masks = [_row_mask(mask, call.logits.shape[0], config.granularity) for call in calls]
-        counts = torch.cat(masks).to(counts)
+    masks = [mask_of(layer, call) for call in calls]
+    if any(mask is not None for mask in masks):
+        rows = counts.split([call.logits.shape[0] for call in calls])
+        counts = torch.cat([n if m is None else m.to(n) for n, m in zip(rows, masks, strict=True)])
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
-        # Not a matrix product, which autocast would compute in bfloat16.
+        # A sum and not a matrix product, which autocast would compute in bfloat16.
         return (counts[:, None] * values).sum(dim=0) / total
 
     loss = logits.new_zeros(())

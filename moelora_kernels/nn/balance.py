@@ -11,14 +11,14 @@ from moelora_kernels.nn.routers import Balance, BalancedRouter
 
 @torch.no_grad()
 def update_balance(model: nn.Module) -> None:
-    """Move the selection bias of every expert of `model` against its load, and reset the loads.
+    """Update the selection bias of every expert of `model` from its load, and reset the loads.
 
         bias_e += balance_rate * sign(mean load - load_e)
 
     load_e counts how often e was selected in the training forwards since the last call. Call it
-    once per optimizer step, next to `optimizer.step()`; gradient accumulation and activation
-    checkpointing are handled. With data parallelism every rank counts its local tokens, so sum the
-    loads first:
+    once per optimizer step, next to `optimizer.step()`. It works with gradient accumulation and
+    with activation checkpointing. With data parallelism every rank counts its local tokens, so sum
+    the loads first:
 
         for balance in balances(model):
             torch.distributed.all_reduce(balance.load)

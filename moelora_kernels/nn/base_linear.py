@@ -45,8 +45,8 @@ def adapter_device_dtype(
 ) -> tuple[torch.device, torch.dtype]:
     """Return the device and the dtype of A, B and the router over `base`.
 
-    The dtype is config.adapter_dtype; if that is None, the dtype of the base's weight; for
-    quantised bases float32.
+    The dtype is config.adapter_dtype. If that is None, it is the dtype of the base's weight, or
+    float32 for a quantised base.
     """
     tensors = [*base.parameters(), *base.buffers()]
     device = tensors[0].device if tensors else torch.get_default_device()
@@ -93,7 +93,7 @@ def dense_weight(base: nn.Module) -> Tensor | None:
 def check_input(
     x: Tensor, features: int, gates: Tensor | None, router: str | nn.Module | None
 ) -> None:
-    """Raise unless x is a float tensor [..., features], and gates are None or allowed."""
+    """Raise unless x is a float tensor [..., features] and gates are None or allowed."""
     if x.dim() < 1 or x.shape[-1] != features:
         raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}")
     if not x.is_floating_point():

@@ -23,6 +23,7 @@ from moelora_kernels.nn.base_linear import (
 from moelora_kernels.nn.gates import gate_rows
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
@@ -53,10 +54,11 @@ class MoeLoraFFN(MixtureLayer):
         down_lora_A: [R, F].
         down_lora_B: [I, R].
     Children:
-        gate_proj, up_proj, down_proj: the frozen linears under their own names, so that checkpoints
-            of the base fit. They are called, never read, so quantised and hooked modules with
-            in_features and out_features work. `down_proj` must be affine, with its offset in
-            `down_proj.bias`: the call adds bd once, and the layer adds bd (sum_k w_tk - 1).
+        gate_proj, up_proj, down_proj: the frozen linears under the names they have in the base, so
+            that checkpoints of the base fit. The layer calls them and does not read their weights,
+            so quantised and hooked modules with in_features and out_features work. `down_proj` must
+            be affine, with its offset in `down_proj.bias`: the call adds bd once, and the layer
+            adds bd (sum_k w_tk - 1).
         router: the module that computes the logits; absent if the gate needs none.
 
     An expert that a token does not select has no effect on the token's y and gradients. Dense gates
@@ -76,7 +78,7 @@ class MoeLoraFFN(MixtureLayer):
         config: a MoeLoraConfig; None means the defaults. rank, scaling and dropout apply to each of
             the three linears. In training gate and up share the dropout mask of x.
         recompute: recompute the experts' activations in backward. The results do not change.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError, TypeError: an option is not valid or not supported for whole-FFN experts.
@@ -134,7 +136,7 @@ class MoeLoraFFN(MixtureLayer):
                 Qwen2, Mistral and Gemma.
             config: a MoeLoraConfig; None means the defaults.
             recompute: as in MoeLoraFFN.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         Raises:
             TypeError: `mlp` is not a gated MLP, has experts already, or has hooks.
@@ -182,7 +184,7 @@ class MoeLoraFFN(MixtureLayer):
         if config.shared_expert == "always":
             raise ValueError(
                 "shared_expert: 'always' would add the frozen FFN a second time; use 'complement', "
-                "which gives the shared expert the weight that is left"
+                "which gives the shared expert the remaining weight"
             )
 
     def _attach(self, bases, act_fn, config, options: dict, recompute: bool) -> None:
@@ -192,7 +194,7 @@ class MoeLoraFFN(MixtureLayer):
             raise TypeError(f"activation: expected a module or a function, got {type(act_fn)}")
         if getattr(act_fn, "inplace", False):
             raise ValueError(
-                "activation: expected one that leaves its input unchanged (not inplace)"
+                "activation: expected one that does not change its input, got inplace=True"
             )
         gate_proj = bases[0]
         self.hidden_size, self.intermediate_size = gate_proj.in_features, gate_proj.out_features
@@ -235,8 +237,8 @@ class MoeLoraFFN(MixtureLayer):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Return y [..., I] for x [..., I].
 
-        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
-        `set_tasks`.
+        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
+        `set_tasks` set.
         """
         config, dtype = self.config, active_dtype(x)
         check_input(x, self.hidden_size, gates, config.router)
@@ -281,18 +283,20 @@ class MoeLoraFFN(MixtureLayer):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
         """
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        gate_rows(gate.weights, x.shape, x.device, source, config)
-        if self.record.wanted:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1])
+        rows = gate_rows(gate.weights, x.shape, x.device, source, config, self.samples)
+        if self.record.is_on:
+            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)
         weights = weights.to(compute_dtype(tokens))
+        if rows is not None and isinstance(self.samples, Samples):
+            return Gate(_rows_of_tokens(weights, rows), experts[rows.clamp_min(0).long()])
         steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
         return Gate(*(_expand_rows(t, tokens.shape[0], steps) for t in (weights, experts)))
 
@@ -321,9 +325,19 @@ def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor
         return weights.gather(1, experts), experts
     experts = torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
     if config.select != "all":
-        # Expert -1 is "not routed". Unlike a weight of zero it costs the kernels nothing.
+        # Expert -1 is "not routed". The kernels skip it, but compute an expert of weight zero.
         experts = torch.where(weights != 0, experts, -1)
     return weights, experts
+
+
+def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weights[rows], [T, K]; zero for rows below 0.
+
+    A sum instead of an index, whose backward has no fixed order on a GPU.
+    """
+    samples = torch.arange(weights.shape[0], device=weights.device)
+    is_row = (rows[:, None] == samples)[:, :, None]  # [T, G, 1]
+    return torch.where(is_row, weights, 0).sum(dim=1)
 
 
 def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
@@ -344,7 +358,7 @@ def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     if bias is None:
         return None
     if bias.is_meta and not weights.is_meta:
-        # Offloaded: the bias has values only inside a call, and down_proj(0) is the bias.
+        # An offloaded bias has values only during a call of down_proj. down_proj(0) is the bias.
         bias = down(weights.new_zeros((1, down.in_features), dtype=bias.dtype))
     return (weights.sum(dim=1, keepdim=True) - 1.0) * bias
 

@@ -27,7 +27,7 @@ def forward_siblings(
     Args:
         layers: n layers with the same in_features and config; the caller has checked it.
         x: [..., I].
-        gates: external gates [..., E] for router="external"; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Returns:
         y_i [..., O_i] of every layer, in x's dtype (under autocast: autocast's).
@@ -110,14 +110,15 @@ def siblings_gate(
         layers: n layers with the same config.
         x: [..., I], the input of the layers.
         tokens: [T, I], x in the dtype the layers compute in.
-        gates: external gates [..., E]; None means those of `set_tasks`.
+        gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
     Raises:
         ValueError: the number of gate rows does not fit x.
     """
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
-    rows = gate_rows(gate.weights, x.shape, x.device, source, layers[0].config)
+    first = layers[0]
+    rows = gate_rows(gate.weights, x.shape, x.device, source, first.config, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 
@@ -130,10 +131,10 @@ def keep_routing(
         stored.
     shape: the shape of x without the features.
     """
-    if gate is None or not layer.record.wanted:
+    if gate is None or not layer.record.is_on:
         return
     weights, experts, logits = (
         tensor if tensor is None or n == 1 else tensor.chunk(n, dim=1)[sibling]
         for tensor in (gate.weights, gate.experts, gate.logits)
     )
-    layer.record.keep(weights, experts, logits, shape)
+    layer.record.keep(weights, experts, logits, shape, gate.rows)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.routers import wide_linear
+from moelora_kernels.nn.samples import Samples, sample_of_tokens
 from moelora_kernels.types import Gate
 
 
@@ -88,7 +89,7 @@ def gate_of_logits(
         weights = torch.where(keep, scores, 0)
     if config.normalize == "sum":
         # If no expert passes the threshold, the gate is 0 and not 0 / 0. If the kept scores are
-        # exactly 0, the gradient stays finite.
+        # exactly 0, the gradient is finite.
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
     # Select last: the gradient of the weight of an expert that is not kept may be NaN,
@@ -183,7 +184,7 @@ def gate_from(
     training: bool = False,
     device: torch.device | None = None,
 ) -> Gate:
-    """Return the gate that `config` makes of logits, of external gates, or of neither.
+    """Return the gate of a layer, from logits, from external gates, or from neither.
 
         router=None        weights 1 for every expert, one row for all tokens
         router="external"  weights = external
@@ -193,7 +194,7 @@ def gate_from(
 
     Args:
         config: the options of the layer.
-        logits: [G, E] ([G, E + 1] with a learned threshold), if a router made them.
+        logits: [G, E] ([G, E + 1] with a learned threshold) from a router, or None.
         external: [..., E], for router="external".
         router: the layer's router, whose balance bias and counts selection uses.
         training: whether noise is added and the selection is counted.
@@ -246,9 +247,14 @@ def concat_gates(gates: Sequence[Gate]) -> Gate:
 
 
 def gate_rows(
-    weights: Tensor, x_shape: Sequence[int], device: torch.device, name: str, config: MoeLoraConfig
+    weights: Tensor,
+    x_shape: Sequence[int],
+    device: torch.device,
+    name: str,
+    config: MoeLoraConfig,
+    samples: Samples | str | None = None,
 ) -> Tensor | None:
-    """Return the gate row of each token, [T] int32, if there is one gate row per sequence.
+    """Return the gate row of each token, [T] int32, if there is one gate row per sample.
 
     Returns None for one row per token and for one row for all tokens, like `moe_lora_linear`.
 
@@ -258,30 +264,17 @@ def gate_rows(
         device: device of the result.
         name: the argument that the error names: "gates" or "set_tasks".
         config: the options of the layer.
+        samples: which sample each token belongs to; see `set_samples`.
 
     Raises:
-        ValueError: G is neither 1, nor the number of sequences, nor T. Task gates may not have one
-            row per token unless every sequence is one token: the tasks of another batch could have
-            that number by chance.
+        ValueError: G is neither 1, nor T, nor the number of samples. The gates of tasks and of
+            sequences have one row per sample, also if there are T of them by chance.
     """
-    tokens, inner = 1, 1
-    for dim, size in enumerate(x_shape[:-1]):
-        tokens *= size
-        inner *= size if dim > config.batch_dim else 1
     count = weights.shape[0]
-    sequences = x_shape[config.batch_dim] if len(x_shape) > 2 else tokens
-    by_token = count == tokens and (config.router != "task" or count == sequences)
-    if count == 1 or by_token:
+    per_sample = config.router == "task" or config.granularity == "sequence"
+    if count == 1 or (count == math.prod(x_shape[:-1]) and not per_sample):
         return None
-    if count != sequences:
-        one_per_token = "" if config.router == "task" else "one per token, "
-        raise ValueError(
-            f"{name}: {count} gate rows for x {[*x_shape]}; expected one for all, {one_per_token}"
-            f"or one per sequence (dimension {config.batch_dim} of x: batch_dim="
-            f"{config.batch_dim}); if generate makes n sequences of each prompt (beams, "
-            "samples), set_tasks takes ids.repeat_interleave(n)"
-        )
-    return torch.arange(tokens, device=device, dtype=torch.int32) // inner % count
+    return sample_of_tokens(x_shape, count, config.batch_dim, samples, device, name)
 
 
 class SequenceGate(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.types import Gate
 
@@ -114,7 +115,7 @@ class SiblingLink:
         y = last.outputs.pop(i)
         if not last.outputs:
             stored.last = None
-        if layer.record.wanted:
+        if layer.record.is_on:
             keep_routing(layer, last.gate, x.shape[:-1], i, len(layers))
         return y
 
@@ -210,7 +211,7 @@ def link_siblings(
         ['{gate_proj,up_proj}']
     """
     linked = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for group in groups:
             children = {child: getattr(module, child, None) for child in group}
             if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import is_plain_linear, linear_with
 
-# What svd_rho=None means.
+# The value of svd_rho=None.
 RHO = 10.0
 
 
@@ -46,15 +46,16 @@ def start_from_svd(
         W_reduced = W - c sum_e s_e B_e A_e               c = 1 / E, the mean gate of an expert
                                                           (c = 1 if router=None: all gates are 1)
 
-    If every gate is c, the layer starts as the base. Top-k gates start as the base on average over
-    balanced routings: E[gate_e] = 1 / E, so E[y] = x Wt + b. A single routing differs from the base
-    by sum_e (gate_e - c) s_e B_e A_e x. A shared expert has no segment; its B is zero.
+    If every gate is c, a new layer returns the output of the base. With top-k gates this is true on
+    average over balanced routings: E[gate_e] = 1 / E, so E[y] = x Wt + b. A single routing differs
+    from the base by sum_e (gate_e - c) s_e B_e A_e x. A shared expert has no segment; its B is
+    zero.
 
-    The reduced weight is a new tensor: the given module, and other modules that share its weight (a
-    tied embedding), do not change. The reduced weight depends only on the weight and the options.
-    So an adapter that `save_adapter` wrote without the base fits a new layer over the same weight
-    in the same dtype. On the meta device nothing is reduced: call the layer's `reset_parameters`
-    after the base has its values and before you load an adapter.
+    The reduced weight is a new tensor: `base`, and other modules that share its weight (a tied
+    embedding), do not change. The reduced weight depends only on the weight and the options. So an
+    adapter that `save_adapter` wrote without the base fits a new layer over the same weight in the
+    same dtype. On the meta device nothing is reduced: call the layer's `reset_parameters` after the
+    base has its values and before you load an adapter.
 
     Args:
         base: a plain dense nn.Linear, weight [O, I].
@@ -103,7 +104,7 @@ def start_from_svd(
         segments_a, segments_b = lora_a[: len(selected)], lora_b[:, : len(selected)]
         segments_a.copy_(root[:, None] * right[index])
         segments_b.copy_(left[:, index] * root)
-        # Use the stored (rounded) A and B, so that their rounding error stays in the base.
+        # Subtract the product of the rounded A and B, so that their rounding error cancels.
         mean_gate = 1.0 if config.router is None else 1 / experts
         delta = (segments_b.double() * (mean_gate * scales)) @ segments_a.double()
         reduced = linear_with(base, (weight.double() - delta).to(weight.dtype))

@@ -26,6 +26,7 @@ from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.types import Gate, Mixture
 
 
@@ -38,16 +39,20 @@ class MixtureLayer(nn.Module):
         record: the RoutingRecord of the last forward of the model. It is filled inside
             `record_routing`, and always if the config has auxiliary losses.
         external_gates: the gates that `set_tasks` set for router="external", or None.
+        task_ids: the task ids that `set_tasks` set for router="task", or None.
+        samples: which sample each token belongs to; see `set_samples`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
             PeftModel can be switched off.
+        is_peft_adapter: whether the layer is an adapter of a PeftModel, which PEFT merges.
     """
 
     config: MoeLoraConfig
     router: nn.Module | None
     is_selected: bool = True
     is_running: bool = True
+    is_peft_adapter: bool = False
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -58,6 +63,8 @@ class MixtureLayer(nn.Module):
         self._set_router(build_router(self.config, in_features, device, dtype))
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
+        self.task_ids: Tensor | None = None
+        self.samples: Samples | str | None = None
 
     def _set_router(self, router: nn.Module | None) -> None:
         self.router = router
@@ -66,13 +73,17 @@ class MixtureLayer(nn.Module):
         """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
         return layer_logits(self, x, tokens)
 
+    def current_task_ids(self) -> Tensor | None:
+        """Return the task ids [B] or [B, L] of the coming forward, for router="task"."""
+        return self.task_ids if self.router.layers_have_ids else self.router.task_ids
+
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
         """Return the gate of this layer for one forward, without `rows`.
 
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means those that `set_tasks` set.
+            gates: external gates [..., E]; None means the gates that `set_tasks` set.
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
@@ -121,8 +132,8 @@ class LoraLayer(MixtureLayer):
 
     Attributes:
         mixture: the static options that `run_layer` needs.
-        fused_mixture: the same for a forward whose logits come from the shrink kernel; None if the
-            options rule that out.
+        fused_mixture: the same with top_k, for a forward in which the op computes the logits; None
+            if the options do not allow that.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
@@ -189,9 +200,9 @@ class LoraLayer(MixtureLayer):
         return self.base_layer.bias
 
     def fuses_router(self) -> bool:
-        """Return whether the shrink kernel can compute the logits in the coming forward.
+        """Return whether the op can compute the router's logits in the next forward.
 
-        It can if the gate is a top-k gate of tokens and the router a plain dense nn.Linear, and no
+        It can if the gate is a top-k gate per token, the router is a plain dense nn.Linear, and no
         noise is added to the logits.
         """
         return (

@@ -34,22 +34,23 @@ class MoeLoraLinear(LoraLayer):
         lora_B: [O, R], zero at the start, so that a new layer returns the base's output (except
             with init="svd_segments").
     Children:
-        base_layer: the frozen base. A plain dense nn.Linear in x's dtype is read: its product and
-            those of the experts are computed together. Any other module with in_features and
-            out_features (quantised, hooked, cast by autocast) is called once per forward.
+        base_layer: the frozen base. If it is a plain dense nn.Linear in x's dtype, the layer reads
+            its weight, and one op computes the base and the experts. Any other module with
+            in_features and out_features (quantised, hooked, cast by autocast) is called once per
+            forward.
         router: the module that computes the logits; absent if the gate needs none.
 
-    An expert that a token does not select adds exactly nothing to the token's y, as long as A and
-    B are finite. impl="wide" multiplies all experts, so a NaN in an expert's B reaches the y of
-    every token, and a NaN in its A the dx of every token. With impl="grouped" the NaN reaches only
-    the tokens that select the expert.
+    An expert that a token does not select adds exactly zero to the token's y, as long as A and B
+    are finite. impl="wide" multiplies all experts, so a NaN in an expert's B reaches the y of every
+    token, and a NaN in its A reaches the dx of every token. With impl="grouped" the NaN reaches
+    only the tokens that select the expert.
 
     Args:
         in_features: I.
         out_features: O.
         bias, device, dtype: of the base, as in nn.Linear.
         config: a MoeLoraConfig; None means the defaults.
-        **options: fields of MoeLoraConfig that replace those of `config`.
+        **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
         ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
@@ -92,7 +93,7 @@ class MoeLoraLinear(LoraLayer):
         Args:
             linear: any module with in_features and out_features.
             config: a MoeLoraConfig; None means the defaults.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         Raises:
             TypeError: `linear` has no in_features or no out_features.
@@ -128,7 +129,7 @@ class MoeLoraLinear(LoraLayer):
                 differ.
             config: a MoeLoraConfig with scaling "alpha/r" or "alpha/sqrt(r)". Its num_experts, rank
                 and scaling are replaced by those of `loras`.
-            **options: fields of MoeLoraConfig that replace those of `config`.
+            **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
         If the router is "prototype", its prototypes are computed from the LoRAs.
 
@@ -170,7 +171,7 @@ class MoeLoraLinear(LoraLayer):
     def reset_parameters(self) -> None:
         """Draw A again and set B to zero; the router keeps its values.
 
-        With init="svd_segments" A and B come from the base's weight, which is reduced in exchange.
+        With init="svd_segments" A and B are computed from the base's weight, which is then reduced.
 
         Raises:
             RuntimeError: init="svd_segments" has reduced the base already.
@@ -187,7 +188,7 @@ class MoeLoraLinear(LoraLayer):
 
         The gate is the one of evaluation, without noise and dropout. The sum is computed in float64
         and rounded once. The base, the adapters and the state dict do not change: a merged layer
-        holds a second weight. A merged layer serves the merged task only. It raises ValueError for
+        has a second weight. A merged layer computes only the merged task. It raises ValueError for
         gates or other tasks, and RuntimeError for a forward that trains.
 
         Args:
@@ -259,8 +260,9 @@ class MoeLoraLinear(LoraLayer):
 
         Raises:
             ValueError: the gate depends on x; the task is missing or out of range; or
-                init="svd_segments", whose LoRA fits the reduced base only. The base may be of any
-                kind.
+                init="svd_segments", because the LoRA would fit only the reduced base.
+
+        The base can be of any kind.
 
         Example:
             >>> from moelora_kernels import MoeLoraLinear
@@ -288,8 +290,8 @@ class MoeLoraLinear(LoraLayer):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Return y [..., O] for x [..., I].
 
-        gates: [T, E], [B, E] or [1, E]; only for router="external", None means those of
-        `set_tasks`.
+        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
+        `set_tasks` set.
         """
         # A SiblingLink needs the version counter of x, which a compiled graph does not have.
         if self.link is not None and not torch.compiler.is_compiling():

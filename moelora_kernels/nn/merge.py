@@ -90,7 +90,7 @@ def _external_gate(task: Task | None, experts: int) -> Tensor:
 
 
 def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
-    """Return the logits [1, E] of a task. It does not change the tasks that `set_tasks` set."""
+    """Return the logits [1, E] of a task; the tasks that `set_tasks` set do not change."""
     if task is None:
         raise ValueError(f"task: router='task' needs a task id, 1 to {router.num_tasks}")
     ids = _tensor(task)
@@ -98,7 +98,7 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    return router.logits(ids)
+    return router(ids)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
 def delta_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
     """Return sum_e scale_e gate_e B_e A_e of a task, [O, I] in float64 on the adapter's device.
 
-    The arguments and errors are those of `lora_of_task`.
+    The arguments and errors are as in `lora_of_task`.
     """
     a, b = lora_of_task(layer, task)
     return b @ a

@@ -10,6 +10,12 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_weight, merged_with
 
+PEFT_MODEL = (
+    "a PeftModel is merged and exported by PEFT. To merge one task: set_tasks(peft_model, [task]), "
+    "then peft_model.merge_and_unload() or peft_model.merge_adapter(). To export one task: "
+    "peft_model.save_pretrained(FOLDER), then python -m moelora_kernels.export --task N FOLDER OUT"
+)
+
 
 def merge_adapter(model: nn.Module, task: Task | None = None) -> None:
     """Merge one task into every layer of `model`; see `MoeLoraLinear.merge`.
@@ -125,7 +131,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
     A layer that has several names is listed under every name.
 
     Raises:
-        ValueError: the model has no layer, or `task` is passed and no layer has a task gate.
+        ValueError: the model has no layer or is a PeftModel, or `task` is passed and no layer has
+            a task gate.
     """
     candidates = [
         (name, layer)
@@ -134,6 +141,8 @@ def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraL
     ]
     if not candidates:
         raise ValueError("model: expected a model with MoeLoraLinear layers, got none")
+    if any(layer.is_peft_adapter for _, layer in candidates):
+        raise ValueError(f"model: {PEFT_MODEL}")
     if task is not None and all(layer.config.router is None for _, layer in candidates):
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []

@@ -25,7 +25,7 @@ def stack_loras(
 ) -> tuple[MoeLoraConfig, Tensor, Tensor]:
     """Return the config, A [R, I] and B [O, R] of a layer whose experts are `loras`.
 
-    The arguments and errors are those of `MoeLoraLinear.from_loras`.
+    The arguments and errors are as in `MoeLoraLinear.from_loras`.
     """
     loras = list(loras)
     if not loras:
@@ -43,7 +43,7 @@ def stack_loras(
             )
     if config.init == "svd_segments":
         raise ValueError(
-            "init: 'svd_segments' is not supported with from_loras, it would replace the LoRAs"
+            "init: 'svd_segments' is not supported with from_loras: it would replace the LoRAs"
         )
     ranks, scales = [], []
     for i, (a, b, alpha) in enumerate(loras):

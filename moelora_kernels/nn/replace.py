@@ -14,6 +14,7 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
+from moelora_kernels.nn.wrappers import named_modules, portable_name
 
 # Modules that read the weights of their linears instead of calling them: the first always, the
 # second in evaluation without gradients.
@@ -36,7 +37,7 @@ def replace_linears(
             module's name or end it after a dot ("q_proj", "mlp.up_proj").
 
     Returns:
-        The names of the replaced modules.
+        The names of the replaced modules, as in the model without wrappers (torch.compile, DDP).
 
     Raises:
         ValueError: no module matches, or one of the names matches none.
@@ -54,44 +55,69 @@ def replace_linears(
         torch.Size([3, 4])
     """
     config = MoeLoraConfig.of(config, {})
-    adapted = [
-        name
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, MixtureLayer)
-    ]
-    names = _matching(model, target_modules, adapted)
+    modules = dict(named_modules(model, remove_duplicate=False))
+    adapted = [name for name, module in modules.items() if isinstance(module, MixtureLayer)]
+    names = _matching(model, modules, target_modules, adapted)
     for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        check_target(name, model.get_submodule(name), parent)
+        parent, child = _place(modules, name)
+        check_target(name, parent._modules[child], parent)
+        check_layout(name, modules, config)
 
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
     for name in names:
-        parent_name, _, child = name.rpartition(".")
-        module = model.get_submodule(name)
+        parent, child = _place(modules, name)
+        module = parent._modules[child]
         if id(module) not in replaced:
             layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
             if config.shares_gate():
                 shared = shared or layer.router
                 layer.router = shared
-        setattr(model.get_submodule(parent_name), child, replaced[id(module)])
+        setattr(parent, child, replaced[id(module)])
     if config.aux:
         follow_forwards(model)
     return names
 
 
 def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise TypeError if experts cannot be put over `module`, which target_modules names."""
+    """Raise TypeError if experts cannot be put over `module`, which target_modules matches."""
     if missing := missing_size(module):
         raise TypeError(
-            f"target_modules: {name} is a {type(module)} without {missing}, expected a linear"
+            f"target_modules: {name} is a {type(module)} without {missing}; expected a linear"
         )
     if isinstance(parent, WEIGHT_READERS):
         raise TypeError(
             f"target_modules: {name} is part of a {type(parent)}, which reads its weight without "
             "calling it, so the experts would have no effect"
         )
+
+
+def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig) -> None:
+    """Raise ValueError if a gate per sample would count samples along the wrong dimension of x.
+
+    PyTorch's own modules say with `batch_first` whether they get [batch, sequence, features].
+
+    modules: as `named_modules` yields them.
+    """
+    per_sample = config.router in ("task", "external", "token_task")
+    if config.batch_dim != 0 or not (per_sample or config.granularity == "sequence"):
+        return
+    path = name.split(".")
+    for depth in range(len(path)):
+        module = modules[".".join(path[:depth])]
+        is_of_torch = type(module).__module__.startswith("torch.nn.")
+        if is_of_torch and _is_sequence_first(module):
+            raise ValueError(
+                f"batch_dim: {name} is part of a {type(module).__name__} with batch_first=False, "
+                "whose x is [sequence, batch, features]; use batch_dim=1"
+            )
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    """Return whether a module of torch.nn, or the attention in it, has batch_first=False."""
+    modules = (module, getattr(module, "self_attn", None))
+    return any(getattr(m, "batch_first", None) is False for m in modules)
 
 
 def replace_ffns(
@@ -123,8 +149,8 @@ def replace_ffns(
     Raises:
         ValueError: no module matches, one of the names matches none, or an option is not supported
             for whole-FFN experts.
-        TypeError: a matching module is not a gated MLP, or has experts already. Nothing is replaced
-            then.
+        TypeError: a matching module is not a gated MLP, or has experts already. The model is then
+            unchanged.
 
     Example:
         >>> from torch import nn
@@ -137,30 +163,38 @@ def replace_ffns(
         ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
-    names = _matching(model, target_modules, ())
+    modules = dict(named_modules(model, remove_duplicate=False))
+    names = _matching(model, modules, target_modules, ())
     for name in names:
-        if problem := ffn_problem(model.get_submodule(name)):
+        parent, child = _place(modules, name)
+        if problem := ffn_problem(parent._modules[child]):
             raise TypeError(f"target_modules: {name}: {problem}")
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     for name in names:
-        parent_name, _, child = name.rpartition(".")
-        module = model.get_submodule(name)
+        parent, child = _place(modules, name)
+        module = parent._modules[child]
         if module not in replaced:
             layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
             if config.shares_gate():
                 shared = shared or layer.router
                 layer.router = shared
-        setattr(model.get_submodule(parent_name), child, replaced[module])
+        setattr(parent, child, replaced[module])
     if config.aux:
         follow_forwards(model)
     return names
 
 
 def _matching(
-    model: nn.Module, target_modules: str | Iterable[str], adapted: Iterable[str]
+    model: nn.Module,
+    modules: Iterable[str],
+    target_modules: str | Iterable[str],
+    adapted: Iterable[str],
 ) -> list[str]:
-    """Return the names of the matching modules, except the `adapted` modules and their children."""
+    """Return the matching names of `modules`, except the `adapted` modules and their children.
+
+    A target may also be written with the children that wrappers add ("_orig_mod.q_proj").
+    """
     by_pattern = isinstance(target_modules, str)
     targets = [target_modules] if by_pattern else list(target_modules)
     if by_pattern:
@@ -168,18 +202,33 @@ def _matching(
             re.compile(target_modules)
         except re.error as error:
             raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    names = [n for n in names if not any(n == a or n.startswith(f"{a}.") for a in adapted)]
+    names = {name: {name} for name in modules if name}
+    names = {
+        name: spellings
+        for name, spellings in names.items()
+        if not any(name == a or name.startswith(f"{a}.") for a in adapted)
+    }
+    for spelling, _ in model.named_modules(remove_duplicate=False):
+        names.get(portable_name(model, spelling), set()).add(spelling)
 
     def matches(name: str, target: str) -> bool:
         if by_pattern:
-            return re.fullmatch(target, name) is not None
-        return name == target or name.endswith(f".{target}")
+            return any(re.fullmatch(target, spelling) for spelling in names[name])
+        return any(s == target or s.endswith(f".{target}") for s in names[name])
 
     unmatched = [t for t in targets if not any(matches(name, t) for name in names)]
     if unmatched or not targets:
         raise ValueError(f"target_modules: no module matches {unmatched or targets}")
     return [name for name in names if any(matches(name, target) for target in targets)]
+
+
+def _place(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    """Return the parent of a module and the child's name in it; a wrapper around it is the child.
+
+    modules: as `named_modules` yields them.
+    """
+    parent, _, child = name.rpartition(".")
+    return modules[parent], child
 
 
 def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,41 +19,47 @@ class RoutedCall(NamedTuple):
     experts: Tensor | None  # [T, K], the expert of each slot
     logits: Tensor | None  # [G, E] float32, attached to the graph; None without a router
     shape: tuple[int, ...]  # the shape of x without the features: T is its product
+    rows: Tensor | None = None  # int32 [T], the gate row of each token; None if G is T or 1
+    mask: Tensor | None = None  # the token mask of the layer's part of the model; see token_masks
 
 
 class RoutingRecord:
     """The routing of the calls of a layer in the last forward of the model.
 
     A forward of the model drops the routing of the forward before it, also in layers that it does
-    not reach. A layer that it calls several times has one entry for each call. A forward without
-    autograd (evaluation, a reference model) does not drop what a forward with autograd left: the
-    auxiliary loss of the training forward stays available. The repeated forward of activation
-    checkpointing is not recorded.
+    not call. If it calls a layer several times, the record has one entry for each call. A forward
+    without autograd (evaluation, a reference model) does not drop the routing of a forward with
+    autograd, so the auxiliary loss of the training forward stays available. Activation
+    checkpointing repeats a forward; the repeated forward is not recorded.
 
-    `follow_forwards` tells the records where a forward of the model begins. In a model that it does
-    not know, each call of a layer is a forward of its own.
+    `follow_forwards` adds hooks to a model, so that the records know when a forward of the model
+    begins. Without these hooks each call of a layer counts as one forward.
 
     Copies of a layer start with an empty record.
 
     Attributes:
-        weights: [T, K] with `indices`; else dense [G, E]. Detached. None without a call. Several
-            calls are concatenated.
+        weights: [T, K] with `indices`; else dense [G, E]. Detached. None if the layer was not
+            called. The rows of several calls are concatenated.
         indices: [T, K], the expert of each slot; None for dense gates.
         logits: [G, E] in float32 ([G, E + 1] with a learned threshold, whose logit is the last
             column), attached to the graph; None without a router.
         always: whether the layer has auxiliary losses, which need a record of every forward.
-        wanted: whether the layer records: `always`, or inside `record_routing`.
+        is_on: whether calls are recorded: if `always`, or inside `record_routing`.
         model: the model whose forward is running, or None.
+        mask: the token mask that the next calls store, or None; see `follow_masks`.
+        on_call: a function that gets every stored call, or None; see `count_routing`.
     """
 
     def __init__(self, always: bool = False) -> None:
-        self.always = self.wanted = always
+        self.always = self.is_on = always
         self.model: nn.Module | None = None
+        self.mask: Tensor | None = None
+        self.on_call: Callable[[RoutedCall], None] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Drop the routing of all forwards."""
-        # None: no such forward since the last `clear`. []: a forward that did not reach the layer.
+        # None: there was no forward since the last `clear`. []: the forward did not call the layer.
         self.with_graph: list[RoutedCall] | None = None
         self.without_graph: list[RoutedCall] | None = None
         self.last: list[RoutedCall] = []
@@ -72,18 +78,23 @@ class RoutingRecord:
         experts: Tensor | None,
         logits: Tensor | None,
         shape: Sequence[int],
+        rows: Tensor | None = None,
     ) -> None:
         """Store the routing of a call, unless backward is running: it repeats a forward."""
         if is_backward():
             return
         if self.model is None:
             self.begin()
-        self.last.append(RoutedCall(weights.detach(), experts, logits, tuple(shape)))
+        call = RoutedCall(weights.detach(), experts, logits, tuple(shape), rows, self.mask)
+        self.last.append(call)
+        if self.on_call is not None:
+            self.on_call(call)
 
     def calls(self) -> list[RoutedCall] | None:
-        """Return the calls of the last forward in the present grad mode; None if there was none.
+        """Return the calls of the last forward; None if there was none.
 
-        Without autograd it is the last forward without autograd, else the last one with it.
+        If autograd is on, it is the last forward with autograd. Otherwise it is the last forward
+        without autograd, or, if there was none, the last one with autograd.
         """
         if torch.is_grad_enabled() or self.without_graph is None:
             return self.with_graph
@@ -106,7 +117,7 @@ class RoutingRecord:
 
 
 def is_backward() -> bool:
-    """Return whether backward is running, outside of compiled graphs."""
+    """Return whether backward is running. False in compiled graphs."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -119,16 +130,16 @@ def _concat(tensors: list[Tensor | None]) -> Tensor | None:
 class ForwardHooks:
     """The hooks of a model that begin and end a forward in the records of its layers.
 
-    Only layers that record are in `records`. The hooks of a part of the model do nothing inside a
-    forward of the whole.
+    `records` has only records that are on. During a forward of the whole model, the hooks of its
+    submodules do nothing.
     """
 
     def __init__(self) -> None:
         self.records: list[RoutingRecord] | None = None
 
     def find_records(self, model: nn.Module) -> None:
-        """Look for the layers of `model` that record."""
-        self.records = [record for record in _records(model) if record.wanted]
+        """Find the records of `model` that are on."""
+        self.records = [record for record in _records(model) if record.is_on]
 
     def before(self, model: nn.Module, args: tuple) -> None:
         """Begin a forward of `model`."""
@@ -147,20 +158,21 @@ class ForwardHooks:
                 record.model = None
 
     def __reduce__(self):
-        # Copies and pickles of a model have other records.
+        # A copy of a model has other records, so it must find them again.
         return ForwardHooks, ()
 
 
 def follow_forwards(model: nn.Module) -> None:
-    """Let the records of the layers in `model` belong to one forward of `model` each.
+    """Add the hooks that begin and end a forward in the records of the layers of `model`.
 
-    Adds two hooks to the model without its wrappers, once. Call it again after layers were added.
+    The two hooks are added once, to the model inside its wrappers. Call the function again after
+    you add layers.
     """
     model = unwrap(model)
     hooks = model.__dict__.get("_moelora_forward_hooks")
     if hooks is None:
         is_layer = hasattr(model, "record")
-        if is_layer or not any(record.wanted for record in _records(model)):
+        if is_layer or not any(record.is_on for record in _records(model)):
             return
         hooks = model._moelora_forward_hooks = ForwardHooks()
         model.register_forward_pre_hook(hooks.before)
@@ -169,15 +181,15 @@ def follow_forwards(model: nn.Module) -> None:
 
 
 def _records(model: nn.Module) -> list[RoutingRecord]:
-    found = [getattr(module, "record", None) for module in model.modules()]
-    return [record for record in found if isinstance(record, RoutingRecord)]
+    records = [getattr(module, "record", None) for module in model.modules()]
+    return [record for record in records if isinstance(record, RoutingRecord)]
 
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[None]:
     """Keep the routing of the last forward of `model` in `layer.record` inside the context.
 
-    Leaving the context clears all records, so read them inside.
+    Leaving the context clears all records, so read them inside. Contexts can be nested.
 
     Example:
         >>> import torch
@@ -189,13 +201,14 @@ def record_routing(model: nn.Module) -> Iterator[None]:
         torch.Size([3, 2]) torch.Size([3, 2])
     """
     records = _records(model)
+    was_on = [record.is_on for record in records]
     for record in records:
-        record.wanted = True
+        record.is_on = True
     follow_forwards(model)
     try:
         yield
     finally:
-        for record in records:
-            record.wanted = record.always
+        for record, is_on in zip(records, was_on, strict=True):
+            record.is_on = is_on
             record.clear()
         follow_forwards(model)

@@ -1,4 +1,4 @@
-"""set_tasks: the tasks or the external gates of the coming forwards of a model."""
+"""set_tasks: set the tasks or the external gates for the next forwards of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from moelora_kernels.nn.routers import TokenTaskRouter
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
-    """Set the tasks, or the gates, of the coming forwards of `model`, until the next call.
+    """Set the tasks, or the gates, for all forwards of `model` until the next call.
+
+    Row b of x [B, S, I] uses entry b; for an x of another shape call `set_samples`. `model` may be
+    a part of a model that gets another number of rows: the decoder of a model that generates with
+    n beams takes ids.repeat_interleave(n), a model that gets chosen and rejected answers takes
+    ids.repeat(2). Layers outside of the part keep their tasks.
 
     Args:
         model: a model with task gates, external gates or TokenTaskRouters.
@@ -55,7 +60,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             )
         if layers and task_routers:
             raise ValueError(
-                "model: it uses both gates and task vectors; call set_tasks on its parts instead"
+                "model: it uses both gates and task vectors; call set_tasks on submodules instead"
             )
         for router in task_routers:
             router.check_tasks(tasks)
@@ -64,13 +69,18 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for layer in layers:
             layer.external_gates = tasks.to(next(layer.parameters(recurse=False)).device)
         return
-    routers = {layer.router for layer in _selected(model) if layer.config.router == "task"}
-    if not routers:
+    task_layers = [layer for layer in _selected(model) if layer.config.router == "task"]
+    if not task_layers:
         raise ValueError("model: no layer with router='task' takes task ids")
+    routers = {layer.router for layer in task_layers}
     for router in routers:
         router.check_tasks(tasks)
     for router in routers:
         router.hold_tasks(tasks)
+    for layer in task_layers:
+        # The router moved the ids to its device. Layers outside of `model` keep their own.
+        layer.task_ids = layer.router.task_ids
+        layer.router.layers_have_ids = True
 
 
 def _selected(model: nn.Module) -> list[MixtureLayer]:

@@ -40,7 +40,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
         raise ValueError(f"tokens: expected counts from 1, got {tokens} with batch {batch}")
     groups = list(_groups(model))
     if not groups:
-        raise ValueError("model: no MoeLoraLinear and no MoeLoraFFN in it")
+        raise ValueError("model: expected a model with mixture layers, got none")
     layers = [layer for group in groups for layer in group]
     records = [(layer.record, vars(layer.record).copy()) for layer in layers]
     loads = [(balance, balance.load) for balance in balances(model)]
@@ -58,18 +58,18 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
 
 def _groups(model: nn.Module) -> Iterator[tuple[MixtureLayer, ...]]:
     """Yield the layers that run together: the siblings of a group or a link, else one layer."""
-    seen: set[nn.Module] = set()
+    yielded: set[nn.Module] = set()
     modules = list(model.modules())
     for module in modules:
         if isinstance(module, MoeLoraGroup):
             siblings = tuple(module.children())
-            seen.update(siblings)
+            yielded.update(siblings)
             yield siblings
     for layer in modules:
-        if isinstance(layer, MixtureLayer) and layer.is_running and layer not in seen:
+        if isinstance(layer, MixtureLayer) and layer.is_running and layer not in yielded:
             link = getattr(layer, "link", None)
             siblings = (layer,) if link is None else link.layers
-            seen.update(siblings)
+            yielded.update(siblings)
             yield siblings
 
 
@@ -78,7 +78,7 @@ def _run(group: tuple[MixtureLayer, ...], batch: int, tokens: int) -> None:
     first = group[0]
     features, dtype = first.input_like()
     sizes = (tokens, batch) if first.config.batch_dim == 1 else (batch, tokens)
-    # On the device of A: the weight of an offloaded base may be elsewhere.
+    # Zeros on the device of A, because the weight of an offloaded base may be on another device.
     device = next(first.parameters(recurse=False)).device
     x = torch.zeros(*sizes, features, dtype=dtype, device=device)
     with torch.enable_grad():

@@ -1,28 +1,92 @@
-"""Wrappers of a model: torch.compile, data parallelism, FSDP."""
+"""Wrappers of modules (torch.compile, DDP, FSDP1, ...), and names that do not depend on them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
+# The module that defines a wrapper, its class, and the name of the child that it wraps.
+WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+    ("deepspeed", "DeepSpeedEngine", "module"),
+)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile's module, DataParallel, DDP and FSDP1.
+    """Return the module inside all wrappers around `model`; see `WRAPPERS`.
 
-    FSDP2 (`fully_shard`) changes the class of a model in place and wraps nothing.
+    FSDP2 (`fully_shard`) and `model.compile()` change a model in place, so they are not wrappers.
     """
-    while (inner := _wrapped(model)) is not None:
-        model = inner
+    while (child := wrapped_child(model)) is not None:
+        model = model._modules[child]
     return model
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    """Return the module that `model` wraps, or None if it is no wrapper."""
-    if "_orig_mod" in model._modules:
-        return model._modules["_orig_mod"]
-    wrappers: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    # A model that FSDP wraps has imported it.
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-        wrappers += (fsdp.FullyShardedDataParallel,)
-    return model.module if isinstance(model, wrappers) else None
+def wrapped_child(module: nn.Module) -> str | None:
+    """Return the name of the child that `module` wraps; None if it is not a wrapper."""
+    for source, name, child in WRAPPERS:
+        # If the module that defines the class is not imported, no instance exists.
+        kind = getattr(sys.modules.get(source), name, None)
+        if kind is not None and isinstance(module, kind):
+            return child
+    return None
+
+
+def portable_name(model: nn.Module, name: str) -> str:
+    """Return a dotted name of a module or tensor in `model` without the children of wrappers."""
+    parts = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if module is None or part != wrapped_child(module):
+            parts.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
+
+
+def named_modules(
+    model: nn.Module,
+    remove_duplicate: bool = True,
+    unwrap: Callable[[nn.Module], nn.Module] = unwrap,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) like `nn.Module.named_modules`, as if no module were wrapped.
+
+    Wrappers are left out, and names do not contain their children: the module
+    `_orig_mod.layers.0._checkpoint_wrapped_module.q_proj` has the name "layers.0.q_proj".
+
+    Args:
+        model: any module.
+        remove_duplicate: whether a module that has several names is listed under the first only.
+        unwrap: the function that removes the wrappers around a module.
+    """
+    return _walk("", model, set() if remove_duplicate else None, unwrap)
+
+
+# Not a nested function: if it called itself, it would be in a reference cycle with `listed`, and
+# replaced modules would stay in memory until the garbage collector runs.
+def _walk(
+    name: str,
+    module: nn.Module,
+    listed: set[nn.Module] | None,
+    unwrap: Callable[[nn.Module], nn.Module],
+) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap(module)
+    if listed is not None:
+        if module in listed:
+            return
+        listed.add(module)
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            child_name = f"{name}.{child_name}" if name else child_name
+            yield from _walk(child_name, child, listed, unwrap)

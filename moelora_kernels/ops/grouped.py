@@ -1,7 +1,7 @@
 """A whole layer in one op: every expert computes only the tokens that are routed to it.
 
 On a GPU the op calls the other ops and ATen's products, in x's dtype. On a CPU the native library
-computes the same in one call. The arguments are those of `wide`.
+computes the same in one call. The arguments are as in `wide`.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def grouped_backward(
 ) -> LayerGrads:
     """Compute the gradients of a layer that `grouped` computed.
 
-    Arguments and results are those of `wide_backward`, with the routing that `grouped` returned.
+    Arguments and results are as in `wide_backward`, with the routing that `grouped` returned.
     """
     return LayerGrads(
         *_op_backward(

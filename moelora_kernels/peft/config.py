@@ -24,7 +24,7 @@ _Options = dataclasses.make_dataclass(
 def _add_peft_type(name: str) -> PeftType:
     """Return the member `name` of PEFT's enum of methods. Add it if it does not exist."""
     if name not in PeftType.__members__:
-        # Python offers no way to add a member to an enum.
+        # Python has no public way to add a member to an enum.
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member

@@ -20,11 +20,13 @@ from moelora_kernels.nn.routers import TaskRouter
 class MoeLoraExperts(LoraLayer):
     """One adapter of a `MoeLoraTunerLinear`: A, B, the router and the routing record.
 
-    Its base is the frozen linear or, if several adapters are active, the adapter before it; so the
-    outputs of all active adapters add up. The base and the router are not children of this module:
-    the tuner layer holds them. Only the first layer of an adapter holds the shared task gate. So
-    each tensor has one name in the state dict.
+    Its base is the frozen linear. If several adapters are active, its base is the adapter before
+    it, so the outputs of all active adapters are added. The base and the router are not children of
+    this module, but of the tuner layer. Only the first layer of an adapter has the shared task gate
+    as a child. So each tensor has one name in the state dict.
     """
+
+    is_peft_adapter = True
 
     def __init__(
         self, layer: MoeLoraTunerLinear, name: str, config: MoeLoraConfig, router: TaskRouter | None
@@ -38,8 +40,8 @@ class MoeLoraExperts(LoraLayer):
             self._set_router(router)
 
     def _set_router(self, router: nn.Module | None) -> None:
-        # The tuner layer holds the router. nn.Module.__setattr__ would make it a child of this
-        # module too.
+        # The router is a child of the tuner layer. nn.Module.__setattr__ would make it a child of
+        # this module too.
         object.__setattr__(self, "router", router)
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -69,12 +71,12 @@ class MoeLoraExperts(LoraLayer):
         if self.config.router is None:
             return None
         external = self.config.router == "external"
-        rows = self.external_gates if external else self.router.task_ids
+        rows = self.external_gates if external else self.current_task_ids()
         if rows is None:
-            raise RuntimeError("no task is set to merge for: call set_tasks(model, [task]) first")
+            raise RuntimeError("no task is set: call set_tasks(model, [task]) before a merge")
         if not (rows == rows[:1]).all():
             raise RuntimeError(
-                "a merge is for one task, and the last set_tasks got different ones: call "
+                "a merge needs one task, but the last set_tasks got different ones: call "
                 "set_tasks(model, [task]) first"
             )
         return rows[0] if external else rows[0].tolist()
@@ -139,7 +141,7 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let adapters train or not. The tensors that their `freeze` names never train."""
+        """Set whether adapters train. The tensors that their `freeze` names never train."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_frozen()
 
@@ -244,7 +246,7 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         }
         tensors = [(f"{key}.{n}", t) for key, p in parts.items() for n, t in p.state_dict().items()]
         if missing := [name for name, tensor in tensors if tensor.is_meta]:
-            # A product with a meta tensor gives wrong values and no error.
+            # A product with a meta tensor would give wrong values without an error.
             raise RuntimeError(
                 f"adapter {adapter_name!r}: the file has no values for {', '.join(missing)} of a "
                 f"linear {self.in_features} to {self.out_features}, and low_cpu_mem_usage gives "

@@ -1,4 +1,4 @@
-"""The tuner: it puts adapters into a model, and answers PEFT for all adapters together."""
+"""The tuner: it puts adapters into a model, and implements PEFT's methods for the whole model."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class MoeLoraModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
-                f"adapter_names: expected names out of {sorted(self.peft_config)}, got {unknown}"
+                f"adapter_names: expected names from {sorted(self.peft_config)}, got {unknown}"
             )
         for module in self.model.modules():
             if isinstance(module, MoeLoraTunerLinear):

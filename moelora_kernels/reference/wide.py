@@ -196,7 +196,7 @@ def shrink_dx(
     """Compute dropout(dh A) + dlogits Wr, summed over the n siblings.
 
     dh [T, n R]; dlogits [T, n E] or None; lora_a n x [R, I]; router_weight n x [E, I] or empty.
-    The dropout masks are those of the forward. Returns [T, I] in dh's dtype.
+    The dropout masks are the same as in the forward. Returns [T, I] in dh's dtype.
     """
     dtype = compute_dtype(dh)
     pairs = [

@@ -164,7 +164,9 @@ def test_quick_run_on_a_gpu(tmp_path):
 
 def test_tables_show_predictions_apart(interpreted_run):
     _, measured = interpreted_run
-    text = "\n\n".join(tables.text(table) for rows in measured for table in tables.of_rows(rows))
+    text = "\n\n".join(
+        tables.text(table) for rows in measured for table in tables.make_tables(rows)
+    )
     header = next(line for line in text.splitlines() if "measured / predicted" in line)
     assert header.split()[:7] == [
         "case",

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import bench_grouped, crossover, report
 from benchmarks.baselines import ffn
-from benchmarks.baselines.linear import GROUPED_PROVIDERS, why_left_out
+from benchmarks.baselines.linear import GROUPED_PROVIDERS, skip_reason
 from benchmarks.measure import inputs
 from benchmarks.measure.check import Checker
 from benchmarks.measure.check_ffn import FeedForwardChecker
@@ -79,8 +79,8 @@ def test_arguments_replace_the_sizes():
     ]
     assert all(cell.tables == ("mixtures", "tokens") for cell in cells)
     parsed = bench_grouped.make_parser().parse_args(["--rank", "64"])
-    assert bench_grouped.given_mixture(parsed) == Mixture(8, 64, 2)
-    assert bench_grouped.given_mixture(bench_grouped.make_parser().parse_args([])) is None
+    assert bench_grouped.mixture_argument(parsed) == Mixture(8, 64, 2)
+    assert bench_grouped.mixture_argument(bench_grouped.make_parser().parse_args([])) is None
 
 
 def test_inputs_that_route_otherwise_are_refused():
@@ -114,7 +114,7 @@ def test_plain_lora_has_the_columns_of_one_token():
 def test_what_is_left_out_says_why(monkeypatch):
     def why(name: str, experts: int, rank: int, top_k: int, dtype=torch.bfloat16) -> str:
         layer = make_layer(LINEAR, experts, rank, top_k, dtype, CPU)
-        return why_left_out(name, layer, tokens=64)
+        return skip_reason(name, layer, tokens=64)
 
     assert why("masked", 8, 18, 2) == ""
     assert "R = 152 columns, above 144" in why("masked", 8, 19, 2)

@@ -6,22 +6,12 @@ import pytest
 import torch
 
 from benchmarks.model import traffic
-from moelora_kernels import reference
-from moelora_kernels.kernels import (
-    grouped_expand,
-    grouped_shrink,
-    grouped_shrink_backward,
-    grouped_weight_grad,
-    router,
-    shrink_dx,
-    shrink_gate,
-    shrink_gate_backward,
-    topk_gate,
-    weight_grad,
-)
 from moelora_kernels.kernels.common import launcher
-from support import grouped_cases
-from support.op_cases import CASES, Case, Inputs, forward_of
+from support import arguments
+from support.backends import SPLIT, in_parts, op_launcher
+from support.cases import GROUPED, WIDE, Case
+from support.inputs import Inputs
+from support.op_checks import GROUPED_OPS, WIDE_OPS
 from support.selection import default_cases
 
 pytestmark = pytest.mark.skipif(not launcher.INTERPRET, reason="needs Triton's interpreter")
@@ -51,19 +41,17 @@ def counted(monkeypatch):
 
 
 def launches(case: Case, split: int) -> list:
-    """The launches of every op of a case, one after the other."""
+    """The launches of every op of a case in the wide form, one after the other."""
     inputs = Inputs(case, torch.float16)
     if inputs.rows is not None:
         # A token without a gate row loads none: that depends on the data, and is not counted.
-        inputs.rows.clamp_(0, len(inputs.gates) - 1)
-    forward = forward_of(inputs)
-    back = reference.shrink_gate_backward(*inputs.backward(forward))
-    with launcher.recording() as found:
-        shrink_gate.launch(*inputs.shrink(), split=split)
-        shrink_gate_backward.launch(*inputs.backward(forward), split=split)
-        shrink_dx.launch(*inputs.shrink_dx(back))
-        weight_grad.launch(*inputs.weight_grad(forward, back), split=split)
-    return found
+        inputs.rows.clamp_(0, len(inputs.gate_weights) - 1)
+    calls = {op: arguments.calls(op, inputs)[0] for op in WIDE_OPS}
+    with launcher.recording() as recorded:
+        for op, args in calls.items():
+            launch = op_launcher(op)
+            (in_parts(launch, split) if op in SPLIT else launch)(*args)
+    return recorded
 
 
 def check_moved(found: list, counted: list) -> None:
@@ -98,19 +86,8 @@ def check_moved(found: list, counted: list) -> None:
     ),
 )
 def test_moved_is_what_kernels_load_and_store(name: str, split: int, counted) -> None:
-    case = {**CASES, "wide_rank": Case(ranks=(40, 100, 60), bias=True, chained=True)}[name]
+    case = {**WIDE, "wide_rank": Case(ranks=(40, 100, 60), router_bias=True, aux=True)}[name]
     check_moved(launches(case, split), counted)
-
-
-# Launchers of the grouped formulation, whose arguments `grouped_cases` makes.
-GROUPED = {
-    "router_logits": router.launch_logits,
-    "grouped_shrink": grouped_shrink.launch,
-    "grouped_shrink_backward": grouped_shrink_backward.launch,
-    "grouped_expand": grouped_expand.launch,
-    "grouped_weight_grad": grouped_weight_grad.launch,
-    "router_grad": router.launch_grad,
-}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +103,7 @@ GROUPED = {
             "large_ranks",
             "three_siblings",
             "unweighted",
-            "by_pair",
+            "per_pair",
             "float32_start",
             "dropout_per_expert",
             "float32_adapters",
@@ -138,30 +115,30 @@ GROUPED = {
         "empty",
     ),
 )
-@pytest.mark.parametrize("op", GROUPED)
+@pytest.mark.parametrize("op", [op for op in GROUPED_OPS if op != "route"])
 def test_moved_is_what_grouped_kernels_load_and_store(op: str, name: str, counted) -> None:
-    inputs = grouped_cases.Inputs(grouped_cases.CASES[name], torch.float16)
-    calls = inputs.calls(op)
-    with launcher.recording() as found:
-        for arguments in calls:
-            GROUPED[op](*arguments)
-    check_moved(found, counted)
+    calls = arguments.calls(op, Inputs(GROUPED[name], torch.float16))
+    with launcher.recording() as recorded:
+        for args in calls:
+            op_launcher(op)(*args)
+    check_moved(recorded, counted)
 
 
 @pytest.mark.parametrize("renormalize", (True, False))
 def test_moved_is_what_the_gate_loads_and_stores(renormalize: bool, counted) -> None:
     logits, dweights = torch.randn(35, 7).half(), torch.randn(35, 3)
-    with launcher.recording() as found:
-        weights, indices = topk_gate.launch(logits, 3, renormalize, 1.0)
-        topk_gate.launch_backward(dweights, weights, indices, logits, renormalize, 1.0)
-    check_moved(found, counted)
+    with launcher.recording() as recorded:
+        weights, experts = op_launcher("topk_gate")(logits, 3, renormalize, 1.0)
+        args = dweights, weights, experts, logits, renormalize, 1.0
+        op_launcher("topk_gate_backward")(*args)
+    check_moved(recorded, counted)
 
 
 def test_compulsory_is_every_tensor_once() -> None:
-    found = launches(CASES["plain"], 1)
-    case = CASES["plain"]
+    case = WIDE["plain"]
+    recorded = launches(case, 1)
     T, I, R, E = case.T, case.I, sum(case.ranks), len(case.ranks)  # noqa: E741
     table = E * R * 2 + E * 4
-    routing = T * (E * 4 + 2 * case.top_k * 4)
+    routing = T * (E * 4 + 2 * case.K * 4)
     expected = 2 * (T * I + R * I + E * I + 2 * T * R) + table + routing
-    assert traffic.compulsory(found[0]) == expected
+    assert traffic.compulsory(recorded[0]) == expected

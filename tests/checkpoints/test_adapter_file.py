@@ -111,7 +111,7 @@ def test_every_key_that_does_not_fit_is_named():
 
 
 def test_values_that_cannot_be_copied_leave_the_model_unchanged():
-    """A load that stops at such a tensor would leave a model with half an adapter."""
+    """A load that stops at one of these tensors would leave half an adapter in the model."""
     model = make_model(CONFIGS["ming"])
     before = snapshot(model)
     good = {k: torch.zeros_like(v) for k, v in adapter_state_dict(model).items()}

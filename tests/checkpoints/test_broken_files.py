@@ -1,6 +1,6 @@
-"""A checkpoint file that is broken, empty or not made of tensors: an error with its name.
+"""Files that are broken, empty or hold other objects than tensors: an error names the file.
 
-No code in a file runs, and the model stays as it was.
+No code in a file runs, and the model does not change.
 """
 
 import pickle
@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from support.compare import assert_same
-from support.layouts import ming, moelora_peft
+from support.layouts import LAYOUTS
 from support.originals import snapshot, state_of
-
-LAYOUTS = {"ming": ming, "moelora_peft": moelora_peft}
 
 
 class Code:
@@ -76,8 +74,8 @@ def test_a_broken_file_is_named_and_changes_nothing(layout, write, name, message
     assert_same(snapshot(model), before)
 
 
-def test_the_code_of_these_files_would_run(tmp_path):
-    """torch.load without weights_only runs it, so the test above can fail."""
+def test_torch_load_would_run_the_code(tmp_path):
+    """Without weights_only the marker appears: the test above can fail."""
     write_code(tmp_path / "a.bin", {})
     torch.load(tmp_path / "a.bin", weights_only=False)
     assert (tmp_path / "marker").exists()

@@ -220,7 +220,7 @@ def test_an_option_that_is_newer_than_the_file_has_its_default(tmp_path):
 
 
 def test_an_adapter_of_whole_ffn_experts_still_loads(tmp_path):
-    """Such a file cannot be exported, but load_adapter does not read the description in it."""
+    """The file cannot be exported, but load_adapter does not read its description."""
     model = language_model()
     replace_ffns(model, MoeLoraConfig.preset("mixlora", num_experts=2, rank=2))
     save_adapter(randomise(model), tmp_path / "adapter.safetensors")

@@ -104,7 +104,7 @@ def test_a_file_that_is_not_an_adapter_is_named(path, out, capsys):
 
 @pytest.mark.parametrize("metadata", (None, {"format": "moelora_kernels"}), ids=str)
 def test_a_file_without_a_description_is_loaded_but_not_exported(metadata, path, out, capsys):
-    """The first versions of save_adapter wrote such files."""
+    """The first versions of save_adapter wrote no description."""
     model = make_model(MOELORA)
     state = {key: tensor.detach() for key, tensor in adapter_state_dict(model).items()}
     save_file(state, path, metadata=metadata)

@@ -1,6 +1,6 @@
-"""Both layouts of original checkpoints: the original's values, gradients, keys and bits.
+"""Both layouts of original checkpoints: values, gradients, keys and bits are the original's.
 
-A checkpoint that does not fit is an error with its keys, and the model stays as it was.
+A checkpoint that does not fit raises an error that names its keys, and the model does not change.
 `support.layouts` has the two layouts, `support.originals` the formulas of the originals.
 """
 
@@ -17,10 +17,8 @@ from torch import nn
 from moelora_kernels import MoeLoraConfig, MoeLoraFFN, MoeLoraLinear, adapter_parameters
 from moelora_kernels.testing import assert_within_budget
 from support.compare import assert_same
-from support.layouts import ming, moelora_peft
+from support.layouts import LAYOUTS
 from support.originals import gradient_model, snapshot, state_of
-
-LAYOUTS = {"ming": ming, "moelora_peft": moelora_peft}
 
 
 def each(*tables):

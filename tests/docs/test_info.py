@@ -1,4 +1,4 @@
-"""`python -m moelora_kernels.info` says what is there, in words and in JSON."""
+"""`python -m moelora_kernels.info` reports versions, ops and choices, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ def test_json_report(capsys):
         assert devices["cuda"] == ("native" if op in built_cuda else plain), op
     assert {"shrink_gate", "weight_grad", "shrink_dx", "dropout"} <= registration.KERNELS
     if native.available():
-        # No op of this package is left to the reference on a CPU.
-        served = {devices["cpu"] for devices in report["implementations"].values()}
-        assert "reference" not in served
+        # The native library has every op on a CPU.
+        implementations = {devices["cpu"] for devices in report["implementations"].values()}
+        assert "reference" not in implementations
+    found = report["triton kernels"]
+    if found.startswith("available"):
+        assert found.endswith("no GPU to run them") != torch.cuda.is_available()
     assert set(report["tiles"]) == {"sm_80", "sm_89", "sm_90", "sm_100"}
     assert all(text.endswith("qualified") for text in report["tiles"].values())
     auto = report["auto"]
@@ -46,21 +49,21 @@ def test_text_report(capsys):
     assert re.search(r"impl: (wide|grouped)\n  reason: [RT] = \d+", out)
 
 
-def test_more_experts_change_what_auto_takes(capsys):
+def test_more_experts_change_the_choice_of_auto(capsys):
     columns = dispatch.THRESHOLDS["cpu"].columns
     for experts, expected in ((2, "wide"), (int(columns), "grouped")):
         sizes = ["--device", "cpu", "--tokens", "8192", "--rank", "2", "--top-k", "1"]
         info.main(["--json", "--experts", str(experts), *sizes])
         auto = json.loads(capsys.readouterr().out)["auto"]
-        taken = expected if native.available() else "wide"
-        assert auto["impl"] == taken
+        expected = expected if native.available() else "wide"
+        assert auto["impl"] == expected
         assert f"R = {2 * experts}" in auto["reason"]
 
 
 @pytest.mark.parametrize(
     "arguments", (["--rank", "0"], ["--tokens", "-1"], ["--top-k", "9"], ["--top-k", "-1"]), ids=str
 )
-def test_sizes_of_no_layer_are_refused(arguments, capsys):
+def test_impossible_sizes_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         info.main(arguments)
     assert arguments[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err

@@ -9,7 +9,8 @@ import torch
 
 from moelora_kernels import MoeLoraConfig, dispatch, native, ops
 from moelora_kernels.dispatch import THRESHOLDS, choose_impl, explain_choice
-from support.layers import assert_case, make_case
+from support.cases import layer_case
+from support.inputs import Inputs, assert_layer_within_budget
 from support.linears import make_layer
 
 SIZES = dict(in_features=64, out_features=64, num_experts=8, rank=1)
@@ -131,8 +132,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", AROUND)
 def test_auto_runs_what_it_says(name, calls):
     total, tokens, expected = AROUND[name]
-    case = make_case(tokens=tokens, ranks=ranks_of(total)).to(torch.float32)
-    case.run("auto")
+    Inputs(layer_case(T=tokens, ranks=ranks_of(total)), torch.float32).step("auto")
     assert calls() == {expected: 1, f"{expected}_backward": 1}
 
 
@@ -141,31 +141,31 @@ def test_auto_runs_what_it_says(name, calls):
 def test_formulations_agree_around_the_threshold(name, dtype):
     """A step more or fewer tokens must not show in a loss curve."""
     total, tokens, _ = AROUND[name]
-    case = make_case(tokens=tokens, ranks=ranks_of(total), aux=True)
+    inputs = Inputs(layer_case(T=tokens, ranks=ranks_of(total), aux=True), dtype)
     for impl in ("wide", "grouped", "auto"):
-        assert_case(case, dtype, impl=impl)
+        assert_layer_within_budget(inputs, impl)
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
 def test_an_explicit_choice_is_followed(impl, calls):
     """On either side of the thresholds, in the functional form and in a layer."""
     for tokens, ranks in ((3, (1, 1, 1)), (CPU.tokens, ranks_of(math.floor(CPU.columns * 2) + 1))):
-        make_case(tokens=tokens, ranks=ranks).to(torch.float32).run(impl)
+        Inputs(layer_case(T=tokens, ranks=ranks), torch.float32).step(impl)
     assert calls() == {impl: 2, f"{impl}_backward": 2}
     make_layer(torch.float32, impl=impl)(torch.randn(3, 12)).sum().backward()
     assert calls() == {impl: 3, f"{impl}_backward": 3}
 
 
 def test_the_reference_calls_no_op_of_a_layer(calls):
-    make_case().to(torch.float32).run("reference")
+    Inputs(layer_case(), torch.float32).step("reference")
     assert not calls()
 
 
-@pytest.mark.parametrize("gate", ({"gate": "dense"}, {"top_k": 4}, {"share_a": True}), ids=str)
+@pytest.mark.parametrize("gate", ({"gate": "dense"}, {"K": 4}, {"share_a": True}), ids=str)
 def test_grouped_is_refused_with_the_reason(gate):
-    case = make_case(**gate)
+    inputs = Inputs(layer_case(**gate), torch.float64)
     with pytest.raises(ValueError, match=r"^impl: 'grouped' is not supported for this layer: .+"):
-        case.forward(case.x, impl="grouped")
+        inputs.forward(impl="grouped")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
     threshold = CPU._replace(tokens=4)
     monkeypatch.setitem(dispatch.THRESHOLDS, "cpu", threshold)
     ranks = ranks_of(math.floor(CPU.columns * 2) + 1)
-    case = make_case(tokens=1, ranks=ranks, in_features=8, out_features=(8,)).to(torch.float32)
+    inputs = Inputs(layer_case(T=1, ranks=ranks, I=8, O=8), torch.float32)
     compiled = torch.compile(
-        lambda x: case.forward(x)[0][0],
+        lambda x: inputs.forward(x)[0][0],
         backend="aot_eager", fullgraph=True, dynamic=True,
     )  # fmt: skip
     seen = set()
@@ -205,4 +205,4 @@ def test_auto_compiles_once_on_each_side_of_the_threshold(monkeypatch):
         with torch._dynamo.config.patch(error_on_recompile=side in seen):
             found = compiled(x)
         seen.add(side)
-        torch.testing.assert_close(found, case.forward(x)[0][0])
+        torch.testing.assert_close(found, inputs.forward(x)[0][0])

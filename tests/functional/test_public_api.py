@@ -24,7 +24,7 @@ SIGNATURES = {
     "moelora_kernels.export:export_lora": (
         "(model, path, task=None, *, base_model=None, task_type=None)"
     ),
-    "moelora_kernels.trainer:attach": "(trainer, *, task_column='task_ids')",
+    "moelora_kernels.trainer:attach": "(trainer, *, task_column='task_ids', set_tasks=None)",
     "moelora_kernels:MoeLoraAdapter": "(base, hidden_size, config=None, **options)",
     "moelora_kernels:MoeLoraConfig": (
         "(*, num_experts=8, rank=16, alpha=32.0, scaling='alpha/r', share='none', "
@@ -57,6 +57,7 @@ SIGNATURES = {
     "moelora_kernels:adapter_parameters": "(model)",
     "moelora_kernels:adapter_state_dict": "(model)",
     "moelora_kernels:collect_aux_loss": "(model, mask=None)",
+    "moelora_kernels:count_routing": "(model)",
     "moelora_kernels:link_siblings": (
         "(model, groups=(('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')))"
     ),
@@ -68,13 +69,16 @@ SIGNATURES = {
         "(x, weight, bias, lora_a, lora_b, gates, indices=None, *, ranks, scaling, rows=None,"
         " dropout=0.0, seed=None, impl='auto')"
     ),
+    "moelora_kernels:plot_routing": "(report, folder)",
     "moelora_kernels:record_routing": "(model)",
     "moelora_kernels:replace_ffns": (
         r"(model, config, target_modules='.*\\.mlp', *, recompute=False)"
     ),
     "moelora_kernels:replace_linears": "(model, config, target_modules)",
+    "moelora_kernels:routing_report": "(model, *, all_ranks=True)",
     "moelora_kernels:save_adapter": "(model, path)",
     "moelora_kernels:set_prototypes": "(model)",
+    "moelora_kernels:set_samples": "(model, samples)",
     "moelora_kernels:set_tasks": "(model, tasks)",
     "moelora_kernels:unmerge_adapter": "(model)",
     "moelora_kernels:update_balance": "(model)",

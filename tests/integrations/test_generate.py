@@ -1,4 +1,4 @@
-"""model.generate over mixture layers: batches, caches, beams, samples, for every kind of gate."""
+"""model.generate with mixture layers: batches, caches, beams and samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 FAMILIES = ("Qwen2", "Llama")
 EXPERTS = 4
-# Padded on the left, as generation asks for.
+# Padded on the left, which generation needs.
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 4, 5, 3, 4]])
 ATTENTION = (IDS != 0).long()
 TASKS = [1, 2, 3]
@@ -34,7 +34,7 @@ def generating_model(family: str, preset: str, dtype=torch.float64):
 
 
 def generate(model, preset, rows, repeats=1, **options):
-    """The new tokens for some of the prompts, with their tasks."""
+    """Return the new tokens of the prompts `rows`, generated with their tasks."""
     if preset == "moelora":
         set_tasks(model, torch.tensor([TASKS[row] for row in rows]).repeat_interleave(repeats))
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
@@ -42,8 +42,8 @@ def generate(model, preset, rows, repeats=1, **options):
     return tokens[:, IDS.shape[1] :]
 
 
-def by_hand(model, preset, row):
-    """Greedy decoding of one prompt without padding or cache, argmax after argmax."""
+def greedy_decoding(model, preset, row):
+    """Return the greedy decoding of one prompt, without padding and cache."""
     ids = IDS[row][ATTENTION[row].bool()][None]
     if preset == "moelora":
         set_tasks(model, [TASKS[row]])
@@ -60,33 +60,33 @@ PRESETS = ("ming", "moelora", "mixlora")
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_generates_what_its_prompts_do(family, preset):
-    """With a cache and without; each prompt as by hand."""
+def test_a_batch_generates_the_tokens_of_its_prompts(family, preset):
+    """With and without a cache, a batch generates the tokens of each prompt alone."""
     model = generating_model(family, preset)
     batch = generate(model, preset, [0, 1, 2])
     assert batch.shape == (3, NEW)
     assert torch.equal(generate(model, preset, [0, 1, 2], use_cache=False), batch)
     for row in range(3):
-        assert torch.equal(by_hand(model, preset, row), batch[row]), row
+        assert torch.equal(greedy_decoding(model, preset, row), batch[row]), row
         assert torch.equal(generate(model, preset, [row])[0], batch[row]), row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tasks_show_in_what_is_generated(family):
-    """Else the tests here would pass with the gates of any task."""
+def test_each_task_generates_other_tokens(family):
+    """Each task generates other tokens, so the tests here can tell a wrong task."""
     model = generating_model(family, "moelora")
-    actual = set()
+    generated = set()
     for task in TASKS:
         set_tasks(model, [task])
         tokens = model.generate(IDS[:1], attention_mask=ATTENTION[:1], max_new_tokens=NEW)
-        actual.add(tuple(tokens[0].tolist()))
-    assert len(actual) == len(TASKS)
+        generated.add(tuple(tokens[0].tolist()))
+    assert len(generated) == len(TASKS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
-    """The batch of the model is that of the prompts times the beams: tasks are repeated."""
+def test_beams_of_a_batch_equal_those_of_its_prompts(family, preset):
+    """The model's batch is prompts times beams, so the tasks are repeated."""
     model = generating_model(family, preset)
     options = dict(num_beams=3, num_return_sequences=2)
     batch = generate(model, preset, [0, 1, 2], repeats=3, **options)
@@ -94,7 +94,7 @@ def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
     greedy = generate(model, preset, [0, 1, 2])
     assert not torch.equal(batch[::2], greedy), "beams found nothing else: a weak test"
     for row in range(3):
-        # One task is that of all beams.
+        # A single task applies to all beams.
         assert torch.equal(generate(model, preset, [row], **options), batch[2 * row :][:2]), row
 
 
@@ -102,7 +102,7 @@ def test_beams_of_a_batch_are_those_of_its_prompts(family, preset):
     "options", (dict(num_beams=2), dict(do_sample=True, num_return_sequences=2))
 )
 def test_tasks_that_are_not_repeated_are_refused(options):
-    """Three tasks for a batch of six: an error that says what to do, never another's gate."""
+    """Three tasks for a batch of six raise an error that says what to do."""
     model = generating_model("Qwen2", "moelora")
     with pytest.raises(ValueError, match=r"3 gate rows for x \[6, 5, 16\].*repeat_interleave"):
         generate(model, "moelora", [0, 1, 2], **options)
@@ -110,7 +110,7 @@ def test_tasks_that_are_not_repeated_are_refused(options):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_samples_of_a_prompt(preset):
-    """Drawn with its task: the probabilities are those of the prompt alone, repeated."""
+    """Each sample of a prompt has the scores of the prompt alone, with its task."""
     model = generating_model("Llama", preset)
     options = dict(
         do_sample=True, num_return_sequences=2, top_k=0, output_scores=True,
@@ -130,8 +130,8 @@ def test_samples_of_a_prompt(preset):
             torch.testing.assert_close(sample, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_training_before_and_after_leaves_generation_as_it_is():
-    """The mode is that of the model: no dropout, whatever was trained with it."""
+def test_a_training_step_does_not_change_generation():
+    """A training step with dropout does not change generation in evaluation."""
     model = generating_model("Qwen2", "ming")
     before = generate(model, "ming", [0, 1, 2])
     model.train()
@@ -139,8 +139,8 @@ def test_training_before_and_after_leaves_generation_as_it_is():
     assert torch.equal(generate(model.eval(), "ming", [0, 1, 2]), before)
 
 
-def test_low_precision():
-    """bfloat16 with adapters of its own dtype runs prefill and decoding of a batch."""
+def test_bfloat16():
+    """A bfloat16 model with bfloat16 adapters generates a batch."""
     for preset in PRESETS:
         model = generating_model("Qwen2", preset, torch.bfloat16)
         assert generate(model, preset, [0, 1, 2]).shape == (3, NEW)

@@ -1,4 +1,4 @@
-"""A Hugging Face Qwen2 under the presets: starts as its base, generates, trains."""
+"""A Hugging Face Qwen2 with presets starts as its base, generates and trains."""
 
 import copy
 
@@ -20,7 +20,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @pytest.fixture(scope="module")
 def qwen():
-    """A Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
+    """Return a Qwen2 of 2 layers, 16 wide, with grouped-query attention."""
     return language_model(attn_implementation="eager")
 
 
@@ -57,7 +57,7 @@ def test_qwen_starts_as_its_base(qwen, name):
 
 @pytest.mark.parametrize("name", ("ming", "moelora"))
 def test_qwen_generates_a_batch_with_a_cache(qwen, name):
-    """Batched decoding (N = 1, batch > 1), where MING asserts: the tokens of one by one."""
+    """A batch decodes the tokens of each prompt alone. The code of MING raises for a batch."""
     model = randomise(adapted(qwen, configs()[name])).eval()
     options = dict(max_new_tokens=4, do_sample=False)
 
@@ -78,7 +78,7 @@ def test_qwen_generates_a_batch_with_a_cache(qwen, name):
 
 
 def train(qwen, name, recompute):
-    """The losses of three steps of Adam, and the gradients of the last."""
+    """Return the losses of three steps of Adam, and the gradients of the last step."""
     torch.manual_seed(3)
     model = adapted(qwen, configs()[name]).train()
     parameters = adapter_parameters(model)
@@ -104,7 +104,7 @@ def train(qwen, name, recompute):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ("ming", "moelora"))
 def test_qwen_trains(qwen, name):
-    """Every adapter parameter and nothing else; the same bits with recomputed activations."""
+    """Only the adapters train, with the same bits under activation checkpointing."""
     losses, grads = train(qwen, name, False)
     recomputed_losses, recomputed = train(qwen, name, True)
     assert losses == recomputed_losses

@@ -1,4 +1,4 @@
-"""Layers over wrapped bases: offloaded, sharded, reparametrised, fake-quantised, with LoRA."""
+"""Layers over bases of other tools: offloaded, sharded, reparametrised, fake-quantised, LoRA."""
 
 import copy
 
@@ -27,8 +27,8 @@ PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 
 
 def adapt(model, ffn):
-    """Experts over the MLP of `model`, the same for the same modules."""
-    # Weights that do not sum to 1 show the bias of the down projection.
+    """Add experts to the MLP of `model`, with fixed values. Return the model."""
+    # The gate weights must not sum to 1, else the bias of down_proj is not tested.
     config = MoeLoraConfig(**MING, normalize="none")
     if ffn:
         replace_ffns(model, config, ["0"])
@@ -51,7 +51,7 @@ def offload(model, where, folder):
 @pytest.mark.parametrize("ffn", (False, True), ids=("linears", "ffn"))
 @pytest.mark.parametrize("where", ("cpu", "disk"))
 def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
-    """Weights are on the meta device but within a call; adapters are where the calls run."""
+    """Weights are on the meta device outside a call. Adapters are on the CPU, where calls run."""
     model = nn.Sequential(GatedMlp(IN, 12)).double()
     expected = adapt(copy.deepcopy(model), ffn)
     offload(model, where, tmp_path)
@@ -60,13 +60,13 @@ def test_experts_over_an_offloaded_model(where, ffn, tmp_path):
     assert {p.device for p in adapter_parameters(model)} == {CPU}
     assert model[0].down_proj.weight.device.type == "meta"
     x = torch.randn(2, 3, IN, dtype=torch.float64)
-    # The base's products are no longer one with the experts': the same sums in another order.
+    # An offloaded base is called, so the sums have another order.
     assert_same(training_step(model, x), training_step(expected, x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("layers", ("linears", "linked", "ffn"))
-def test_experts_that_are_offloaded_with_their_model(layers, tmp_path):
-    """Each layer's tensors come for its own call, so that linked siblings run one by one."""
+def test_experts_offloaded_with_their_model(layers, tmp_path):
+    """A layer's tensors are loaded for its call only, so linked siblings run one by one."""
     model = adapt(nn.Sequential(GatedMlp(IN, 12)).double(), layers == "ffn")
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     expected = model(x)
@@ -77,8 +77,8 @@ def test_experts_that_are_offloaded_with_their_model(layers, tmp_path):
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_group_says_that_its_adapters_are_elsewhere(tmp_path):
-    """A group calls no sibling, so that nothing brings their tensors: y would be noise."""
+def test_a_group_with_offloaded_adapters_raises(tmp_path):
+    """A group does not call its siblings, so their tensors are not loaded: it raises."""
     q, k = (MoeLoraLinear(IN, OUT, **MING) for _ in range(2))
     group = nn.Sequential(MoeLoraGroup(q=q, k=k))
     offload(group, "cpu", tmp_path)
@@ -90,8 +90,8 @@ def test_a_group_says_that_its_adapters_are_elsewhere(tmp_path):
         ffn(torch.randn(3, IN))
 
 
-def test_several_hooks_and_none():
-    """accelerate chains hooks; a meta base without any is a model made on the meta device."""
+def test_several_hooks_and_no_hook():
+    """accelerate can chain hooks. Without a hook, a meta base has adapters on meta."""
     from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 
     base = nn.Linear(IN, OUT)
@@ -135,21 +135,21 @@ WRAPPED = {
 
 
 class Sized(nn.Sequential):
-    """Any callable with the two sizes is a base."""
+    """A sequence of modules with in_features and out_features can be a base."""
 
     in_features, out_features = IN, OUT
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("wrapped", WRAPPED)
-def test_a_wrapped_base_is_called_once_as_it_is(wrapped):
-    """y = base(x) + delta, dx through both, and nothing of the base trains, its own LoRA included.
+def test_a_wrapped_base_is_called_once(wrapped):
+    """y = base(x) + delta, and dx is the sum of both gradients. The base does not train.
 
-    delta is that of the same adapters over a base of zero.
+    delta is the output of the same adapters over a base of zero.
     """
     base = WRAPPED[wrapped]()
     if wrapped == "fake_quantised":
-        # Its observers follow what they see; from here on they stay.
+        # Its observers change with every input until they are disabled.
         base(torch.randn(4, IN))
         base.apply(torch.ao.quantization.disable_observer)
     calls = []
@@ -181,7 +181,7 @@ def test_a_wrapped_base_is_called_once_as_it_is(wrapped):
 
 @pytest.fixture
 def mesh():
-    """A process group of one, on the CPU."""
+    """Return the device mesh of a process group of one CPU process."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -192,7 +192,7 @@ def mesh():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_bases_of_distributed_tensors(mesh):
-    """Tensor parallelism hooks the base, FSDP2 shards all: both give what the plain layer gives."""
+    """Tensor parallelism of the base, and FSDP2 of all, give the values of the plain layer."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -215,7 +215,7 @@ def test_bases_of_distributed_tensors(mesh):
     link_siblings(pair, [("q_proj", "k_proj")])
     for layer in (pair.q_proj, pair.k_proj):
         fully_shard(layer)
-    # Each is gathered for its own call, so that they run one by one.
+    # FSDP2 gathers a layer for its call only, so the siblings run one by one.
     assert_same({"y": pair.k_proj(x).detach()}, {"y": expected["y"]}, rtol=1e-5, atol=1e-5)
 
     for parts in ([], ["base_layer", "router"]):

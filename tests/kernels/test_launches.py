@@ -1,50 +1,149 @@
-"""A whole layer on the kernels: right in the interpreter, and its launches counted."""
+"""Whole layers on the Triton kernels: right in the interpreter, and their launches counted."""
 
 from __future__ import annotations
 
 import importlib
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import ops
-from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
-from moelora_kernels.kernels.common import launcher, tables
-from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import NO_DROPOUT, NO_GATE, Gate, Mixture, Needs, SiblingTensors
-from support.gpu_cases import layer_of
-from support.op_cases import CASES, Inputs, composed_forward
+from moelora_kernels.kernels.common import configs, launcher, tables
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    TILE,
+    Gate,
+    LayerForward,
+    Mixture,
+    Needs,
+    Routing,
+    SiblingTensors,
+)
+from support.arguments import calls
+from support.backends import KERNEL_DEVICE, op_launcher
+from support.cases import GROUPED, WIDE, Case
+from support.inputs import Inputs, assert_layer_within_budget, moved
+from support.op_checks import GROUPED_OPS, WIDE_OPS
 
-KERNELS = {
-    "shrink_gate": shrink_gate,
-    "shrink_gate_backward": shrink_gate_backward,
-    "shrink_dx": shrink_dx,
-    "weight_grad": weight_grad,
-}
+# `route` has no Triton kernel.
+GROUPED_KERNELS = [op for op in GROUPED_OPS if op != "route"]
+KERNELS = {"wide": [*WIDE_OPS], "grouped": GROUPED_KERNELS}
 
 
-@pytest.fixture
-def wide(monkeypatch):
-    """The module of the op `wide`, made of kernels as it is on a GPU."""
-    module = importlib.import_module("moelora_kernels.ops.wide")
-    for name, kernel in KERNELS.items():
-        monkeypatch.setattr(module, name, kernel.launch)
+def use_kernels(impl: str, monkeypatch) -> ModuleType:
+    """Return the module of the op `wide` or `grouped`, which calls the kernels as on a GPU."""
+    module = importlib.import_module(f"moelora_kernels.ops.{impl}")
+    for op in KERNELS[impl]:
+        monkeypatch.setattr(module, op, op_launcher(op))
     return module
 
 
-@pytest.mark.skipif(not launcher.INTERPRET, reason="on a GPU tests/nn/test_gpu_layers.py does this")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("fp32", "fp16"))
-@pytest.mark.parametrize("name", ("plain", "siblings", "rows", "share_a", "dropout_per_expert"))
+def with_op_signature(forward: Callable) -> Callable:
+    """Return the composition behind `ops.wide` or `ops.grouped` with the signature of the op."""
+
+    def call(x, tensors, gate, mixture, dropout):
+        return LayerForward(*forward(x, tensors, gate or Gate(*NO_GATE), mixture, dropout))
+
+    return call
+
+
+@pytest.mark.skipif(
+    not launcher.INTERPRET, reason="on a GPU tests/autograd/test_gpu_linear.py does this"
+)
+@pytest.mark.parametrize(
+    ("impl", "name", "dtype"),
+    [
+        pytest.param(impl, name, dtype, id=f"{name}-{impl}-{str(dtype).removeprefix('torch.')}")
+        for impl, names, dtypes in (
+            (
+                "wide",
+                ("plain", "siblings", "rows", "share_a", "dropout_per_expert"),
+                (torch.float32, torch.float16),
+            ),
+            (
+                "grouped",
+                ("plain", "siblings", "sparse_int64", "dropout_per_expert"),
+                (torch.float16,),
+            ),
+        )
+        for name in names
+        for dtype in dtypes
+    ],
+)
 def test_a_layer_on_kernels_is_the_reference(
-    name: str, dtype: torch.dtype, wide, monkeypatch
+    impl: str, name: str, dtype: torch.dtype, monkeypatch
 ) -> None:
     """Through the autograd Function, whose ops are made of kernels here."""
-    monkeypatch.setattr(ops, "wide", composed_forward(wide._forward))
-    monkeypatch.setattr(ops, "wide_backward", wide._backward)
-    layer = layer_of(Inputs(CASES[name], dtype))
-    truth = layer.to(torch.float64).reference()
-    assert_within_budget(layer.run(), truth, layer.reference(), dtype)
+    module = use_kernels(impl, monkeypatch)
+    monkeypatch.setattr(ops, impl, with_op_signature(module._forward))
+    monkeypatch.setattr(ops, f"{impl}_backward", module._backward)
+    assert_layer_within_budget(Inputs(WIDE[name], dtype), impl)
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, Case(T=131, gate=name), id=f"{op}-{name}")
+        for op in WIDE_OPS
+        for name in ("router", "sparse", "dense", "rows", "one_row")
+    ]
+    + [
+        pytest.param(op, GROUPED[name], id=f"{op}-{name}")
+        for op in GROUPED_KERNELS
+        for name in ("plain", "mixed_ranks", "siblings", "mostly_one")
+    ],
+)
+def test_launches_follow_from_shapes_alone(op: str, case: Case) -> None:
+    """The same kernels, grids and workspaces on tensors without data."""
+
+    def launches(arguments: list) -> list:
+        with launcher.recording() as recorded:
+            op_launcher(op)(*arguments)
+        return [
+            (
+                launch.kernel.fn.__name__,
+                launch.programs,
+                launch.constants,
+                {name: getattr(a, "shape", None) for name, a in launch.arguments.items()},
+            )
+            for launch in recorded
+        ]
+
+    for arguments in calls(op, Inputs(case, torch.float16).to(KERNEL_DEVICE)):
+        assert launches(arguments) == launches(moved(arguments, "meta"))
+
+
+@pytest.mark.parametrize("architecture", configs.TILE_CONFIGS)
+def test_programs_of_grouped_kernels_take_whole_tiles(architecture: str) -> None:
+    for (kernel, _, _), config in configs.TILE_CONFIGS[architecture].items():
+        if kernel in ("grouped_shrink", "grouped_shrink_backward", "grouped_expand"):
+            assert config.tokens >= TILE, kernel
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a tensor without data: grids, metadata and workspaces come from shapes alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def empty_layer(T: int, n: int, R: int, E: int, router: bool = True) -> tuple:
+    """Return x, dy and the tensors of n siblings with 4096 features."""
+
+    def siblings(*shape: int) -> list[Tensor]:
+        return [empty(*shape) for _ in range(n)]
+
+    a, b = siblings(R, 4096), siblings(4096, R)
+    routers = siblings(E, 4096) if router else []
+    tensors = SiblingTensors(siblings(4096, 4096), [], [], a, b, routers, [])
+    return empty(T, 4096), siblings(T, 4096), tensors
 
 
 class CountLaunches(TorchDispatchMode):
@@ -64,44 +163,105 @@ class CountLaunches(TorchDispatchMode):
 # case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill an
 # H200; at 1024 its inner dimension is cut into parts, which one more launch adds up. The tiles of
 # the gradients fill it alone for R = 256 or three siblings; T = 1 is not worth a cut.
-LAUNCHES = {
-    "T=8192": (dict(tokens=8192), 3, 5),
-    "T=1024": (dict(tokens=1024), 4, 6),
-    "T=1": (dict(tokens=1), 4, 5),
-    "T=8192 qkv": (dict(tokens=8192, siblings=3), 1 + 2 * 3, 1 + 1 + 3 + 1),
-    "T=8192 R=256": (dict(tokens=8192, rank=32), 4, 5),
-    "T=8192 task gates": (dict(tokens=8192, router=False), 3, 5 + 2),
+WIDE_LAUNCHES = {
+    "T=8192": (dict(T=8192), 3, 5),
+    "T=1024": (dict(T=1024), 4, 6),
+    "T=1": (dict(T=1), 4, 5),
+    "T=8192 qkv": (dict(T=8192, n=3), 1 + 2 * 3, 1 + 1 + 3 + 1),
+    "T=8192 R=256": (dict(T=8192, rank=32), 4, 5),
+    "T=8192 task gates": (dict(T=8192, router=False), 3, 5 + 2),
 }
 
 
-@pytest.mark.parametrize(("sizes", "forward", "backward"), LAUNCHES.values(), ids=LAUNCHES)
-def test_launches_are_counted(sizes: dict, forward: int, backward: int, wide) -> None:
-    """On tensors without data: grids, metadata and workspaces come from shapes alone."""
-    T, n, router = sizes["tokens"], sizes.get("siblings", 1), sizes.get("router", True)
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"), WIDE_LAUNCHES.values(), ids=WIDE_LAUNCHES
+)
+def test_launches_of_wide_are_counted(
+    sizes: dict, forward: int, backward: int, monkeypatch
+) -> None:
+    wide = use_kernels("wide", monkeypatch)
+    T, n, router = sizes["T"], sizes.get("n", 1), sizes.get("router", True)
     ranks = (sizes.get("rank", 16),) * 8
-
-    def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     mixture = Mixture(ranks, (2.0,) * 8, top_k=2 if router else 0)
-    x, dy = empty(T, 4096), [empty(T, 4096) for _ in range(n)]
-    weight = [empty(4096, 4096) for _ in range(n)]
-    a, b = ([empty(*shape) for _ in range(n)] for shape in ((sum(ranks), 4096), (4096, sum(ranks))))
-    routers = [empty(8, 4096) for _ in range(n)] if router else []
-    tensors = SiblingTensors(weight, [], [], a, b, routers, [])
-    gate = None
+    x, dy, tensors = empty_layer(T, n, sum(ranks), 8, router)
+    gate = Gate(*NO_GATE)
     if not router:
-        weights = empty(5, n * 8, dtype=torch.float32)
-        gate = Gate(weights, rows=empty(T, dtype=torch.int32))
+        gate = Gate(empty(5, n * 8, dtype=torch.float32), rows=empty(T, dtype=torch.int32))
     # These are copied to the device once.
     tables.expert_columns(ranks, x.device)
     tables.scaling_table(mixture.scaling, x.device)
     with launcher.recording() as launches, CountLaunches() as aten:
-        forward_arguments = (x, tensors, gate or Gate(*NO_GATE), mixture, NO_DROPOUT)
-        _, h, *made = wide._forward(*forward_arguments)
+        _, h, *router_gate = wide._forward(x, tensors, gate, mixture, NO_DROPOUT)
     assert (len(launches) + len(aten.ops), aten.ops) == (forward, ["mm", "addmm_"] * n)
     if router:
-        gate = mixture.router_gate(*made)
+        gate = mixture.router_gate(*router_gate)
     with launcher.recording() as launches, CountLaunches() as aten:
         wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, Needs(True, True))
     assert (len(launches) + len(aten.ops), aten.ops) == (backward, ["addmm_"] * n)
+
+
+# case -> sizes, kernels forward, kernels backward; products of ATen and `route` are not counted.
+GROUPED_LAUNCHES = {
+    "E=64 r=64 K=4": (
+        dict(E=64, rank=64, K=4),
+        {"router_logits": 1, "grouped_shrink": 1, "grouped_expand": 4},
+        {
+            "grouped_shrink_backward": 1,
+            "grouped_expand": 4,
+            "grouped_weight_grad": 2,
+            "reduce_chunks": 2,
+            "router_grad": 1,
+            "reduce_partials": 1,
+        },
+    ),
+    # No expert can have two whole chunks: nothing to add up.
+    "T=512": (
+        dict(E=64, rank=64, K=2, T=512),
+        {"router_logits": 1, "reduce_partials": 1, "grouped_shrink": 1, "grouped_expand": 2},
+        {
+            "grouped_shrink_backward": 1,
+            "grouped_expand": 2,
+            "grouped_weight_grad": 2,
+            "router_grad": 1,
+            "reduce_partials": 1,
+        },
+    ),
+    "qkv": (
+        dict(E=8, rank=16, K=2, n=3),
+        {"router_logits": 1, "grouped_shrink": 1, "grouped_expand": 3 * 2},
+        {
+            "grouped_shrink_backward": 1,
+            "grouped_expand": 3 * 2,
+            "grouped_weight_grad": 2,
+            "reduce_chunks": 2,
+            "router_grad": 1,
+            "reduce_partials": 1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"), GROUPED_LAUNCHES.values(), ids=GROUPED_LAUNCHES
+)
+def test_launches_of_grouped_are_counted(
+    sizes: dict, forward: dict, backward: dict, monkeypatch
+) -> None:
+    grouped = use_kernels("grouped", monkeypatch)
+    monkeypatch.setattr(grouped, "route", grouped.route_fake)
+    E, rank, T, n = sizes["E"], sizes["rank"], sizes.get("T", 8192), sizes.get("n", 1)
+    mixture = Mixture((rank,) * E, (2.0,) * E, top_k=sizes["K"])
+    x, dy, tensors = empty_layer(T, n, E * rank, E)
+
+    def counts(launches) -> dict:
+        return dict(Counter(x.kernel.fn.__name__.removesuffix("_kernel") for x in launches))
+
+    with launcher.recording() as launches:
+        result = grouped._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+    assert counts(launches) == forward
+    gate, routing = mixture.router_gate(*result[2:5]), Routing(*result[5:])
+    with launcher.recording() as launches:
+        grouped._backward(
+            dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, Needs(True, True)
+        )
+    assert counts(launches) == backward

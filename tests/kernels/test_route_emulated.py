@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.types import CHUNK, TILE, count_tiles
-from support.op_cases import REQUIRED
+from support.backends import REQUIRED
 from support.route_cases import CASES, NAMES, drawn
 from support.selection import default_cases
 

@@ -14,7 +14,7 @@ import pytest
 
 import moelora_kernels
 from moelora_kernels import native
-from support.op_cases import needs_library
+from support.backends import needs_library
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the build id is checked on Linux")
 LIBRARY = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"

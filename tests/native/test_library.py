@@ -13,7 +13,7 @@ import pytest
 
 import moelora_kernels
 from moelora_kernels import native
-from support.op_cases import REQUIRED, needs_library
+from support.backends import REQUIRED, needs_library
 from support.selection import exhaustive
 
 
@@ -45,10 +45,11 @@ def run(
 def test_every_vector_width(level: str, request) -> None:
     if level not in native.build_info()["simd"]:
         pytest.skip(f"this library has no {level} code")
-    ops = Path(__file__).resolve().parents[1] / "ops" / "test_native.py"
+    folder = Path(__file__).resolve().parents[1] / "ops"
+    files = [str(folder / f"test_{name}.py") for name in ("wide_ops", "topk_gate", "dropout")]
     chosen = ["--exhaustive"] if request.config.option.exhaustive else []
     result = run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, str(ops)],
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, "-k", "native", *files],
         MOELORA_SIMD=level,
         PYTEST_ADDOPTS="",
     )

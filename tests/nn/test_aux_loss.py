@@ -162,12 +162,11 @@ def test_one_task_for_all_sequences_counts_if_one_token_counts(tokens):
     torch.testing.assert_close(collect_aux_loss(layer, mask), expected, **TIGHT)
 
 
-def test_a_sequence_of_one_row_and_2d_x():
-    """A 2-D x is one sequence, with one row of logits."""
+def test_one_sequence_has_one_row_of_logits():
     layer = make_layer(granularity="sequence", aux={"load_balance": 1.0})
-    x = torch.randn(7, IN, dtype=torch.float64)
+    x = torch.randn(1, 7, IN, dtype=torch.float64)
     layer(x)
-    expected = switch_loss(layer.router(x.mean(0, keepdim=True)), 2)
+    expected = switch_loss(layer.router(x.mean(dim=1)), 2)
     torch.testing.assert_close(collect_aux_loss(layer), expected, **TIGHT)
     layer(x)
     torch.testing.assert_close(

@@ -9,19 +9,20 @@ from moelora_kernels import (
     MoeLoraFFN,
     MoeLoraLinear,
     record_routing,
-    reference,
     update_balance,
 )
 from moelora_kernels.nn import (
     BalancedRouter,
 )
+from support.backends import TRITON
+from support.cases import Case
 from support.formulas.family import (
     IN,
     OUT,
     TIGHT,
     balanced_layer,
 )
-from support.op_cases import KERNEL_DEVICE, Case, Inputs, compare, forward_of
+from support.op_checks import check
 
 
 def selected(layer, x):
@@ -120,23 +121,9 @@ def test_a_model_without_balance_rate_raises():
 def test_gates_of_single_ranks_on_kernels(dtype):
     """64 experts of rank 1 with a dense gate; in Triton's interpreter if there is no GPU."""
     pytest.importorskip("triton")
-    from moelora_kernels.kernels import shrink_gate, shrink_gate_backward
-
-    inputs = Inputs(Case(T=31, ranks=(1,) * 64, gate="dense"), dtype).to(KERNEL_DEVICE)
-    compare(
-        "h u weights indices logits",
-        shrink_gate.launch,
-        reference.shrink_gate,
-        inputs.shrink(),
-        dtype,
-    )
-    compare(
-        "dh u dgate",
-        shrink_gate_backward.launch,
-        reference.shrink_gate_backward,
-        inputs.backward(forward_of(inputs)),
-        dtype,
-    )
+    case = Case(T=31, ranks=(1,) * 64, gate="dense")
+    for op in ("shrink_gate", "shrink_gate_backward"):
+        check(op, TRITON.implementation(op), TRITON.inputs(case, dtype))
 
 
 def test_sparse_random_a():

@@ -68,9 +68,9 @@ def dense_gate(x, p, layer):
     sequence = layer.config.granularity == "sequence"
     rows = x.mean(dim=1) if sequence else x.reshape(-1, x.shape[-1])
     logits = nn.functional.linear(rows, p["router.weight"])
-    weights, indices = gate_of_logits(logits, layer.config, layer.training)
-    if indices is not None:
-        weights = torch.zeros_like(logits).scatter(1, indices.long(), weights)
+    weights, experts = gate_of_logits(logits, layer.config, layer.training)
+    if experts is not None:
+        weights = torch.zeros_like(logits).scatter(1, experts.long(), weights)
     if layer.config.shared_expert == "complement":
         weights = torch.cat([weights, 1 - weights.amax(dim=1, keepdim=True)], dim=1)
     return weights.repeat_interleave(x.shape[1], dim=0) if sequence else weights
@@ -97,8 +97,8 @@ def test_other_gates(name):
 def test_a_sequence_gate_keeps_its_slots():
     """A top-k gate of a sequence computes K experts for each token, not E."""
     layer, x = make_ffn(granularity="sequence"), inputs(3, 4)[0]
-    weights, indices, *_ = layer.token_slots(x, x.view(12, HIDDEN))
-    assert weights.shape == indices.shape == (12, 2)
+    weights, experts, *_ = layer.token_slots(x, x.view(12, HIDDEN))
+    assert weights.shape == experts.shape == (12, 2)
     assert (weights > 0).all()
 
 
@@ -260,7 +260,7 @@ def test_dropout_of_the_inputs_of_a(per_expert):
     """
     layer = make_ffn(dropout=0.4, dropout_mask="per_expert" if per_expert else "shared")
     x, dy = inputs(5)
-    weights, indices, *_ = layer.token_slots(x, x)
+    weights, experts, *_ = layer.token_slots(x, x)
     torch.manual_seed(3)
     seeds = [torch.randint(0, 2**62, (1,)) for _ in range(2)]
 
@@ -277,7 +277,7 @@ def test_dropout_of_the_inputs_of_a(per_expert):
 
     y = []
     for t, k in itertools.product(range(5), range(2)):
-        e = int(indices[t, k])
+        e = int(experts[t, k])
         seen = x[t] * mask(5, HIDDEN, seeds[0], e)[t]
         a = layer.act_fn(linear("gate", e, x[t], seen)) * linear("up", e, x[t], seen)
         kept = a * mask(10, INNER, seeds[1], e)[2 * t + k]
@@ -339,7 +339,11 @@ BAD = [
     (dict(shared_expert="always"), ValueError, "shared_expert: 'always' would add the frozen FFN"),
     (dict(activation="swish"), ValueError, "activation: expected one of silu.*got 'swish'"),
     (dict(activation=3), TypeError, "activation: expected a module or a function, got"),
-    (dict(activation=nn.ReLU(inplace=True)), ValueError, "activation: .* leaves its input"),
+    (
+        dict(activation=nn.ReLU(inplace=True)),
+        ValueError,
+        "activation: .* does not change its input",
+    ),
     (dict(config="mixlora"), TypeError, "config: expected a MoeLoraConfig"),
 ]
 

@@ -31,7 +31,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def backward_of(dy: Tensor) -> Callable[[Tensor], object]:
-    """A backward from `dy`, with its strides, in the dtype of y."""
+    """Return a function that runs backward from `dy`, with its strides, in the dtype of y."""
     return lambda y: y.backward(dy.to(y.dtype))
 
 
@@ -149,7 +149,7 @@ def test_nothing_waits_for_the_gpu(form: str) -> None:
 
 
 def device_kernels(work: Callable[[], object]) -> list[str]:
-    """Names of the kernels that `work` launches; its first run is not recorded."""
+    """Return the names of the kernels that the second run of `work` launches."""
     work()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -150,9 +150,13 @@ def test_an_unrouted_expert_that_is_not_finite(impl, options, poison, value):
         block.fill_(value)
     x = torch.randn(2, 40, IN, dtype=torch.float64)
     expected, actual = training_step(layer, x), training_step(broken, x)
+    # The grouped products do not read the expert, so there every bit is equal.
     reached = {"dx" if poison == "A" else "y"} if impl == "wide" else set()
+    tolerance = 1e-12 if impl == "wide" else 0
     for name in expected.keys() - reached:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=tolerance, atol=tolerance, msg=name
+        )
     assert not actual["lora_A"][columns].any()
     assert not actual["lora_B"][:, columns].any()
 

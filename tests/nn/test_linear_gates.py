@@ -113,12 +113,12 @@ def test_a_router_with_a_hook_is_called():
     assert shapes == [(6, 4)]
 
 
-@pytest.mark.parametrize("shape", ((5,), (2, 5), (2, 3, 5)), ids=str)
+@pytest.mark.parametrize("shape", ((1, 5), (2, 5), (2, 3, 5)), ids=str)
 def test_a_sequence_gate_reads_the_mean_of_its_sequence(shape):
-    """A 2-D x is one sequence. Otherwise the first dimension of x is the batch."""
+    """The first dimension of x is the batch."""
     layer = make_layer(granularity="sequence")
     x = torch.randn(*shape, IN, dtype=torch.float64)
-    batch = x[None] if x.dim() == 2 else x.flatten(1, -2)
+    batch = x.flatten(1, -2)
     means = batch.mean(dim=1)
     with record_routing(layer):
         y = layer(x)
@@ -126,8 +126,8 @@ def test_a_sequence_gate_reads_the_mean_of_its_sequence(shape):
     torch.testing.assert_close(logits, layer.router(means), rtol=1e-12, atol=1e-12)
     external = make_layer(router="external")
     external.load_state_dict({k: v for k, v in layer.state_dict().items() if "router" not in k})
-    values, indices = logits.detach().topk(2)
-    gates = torch.zeros_like(logits).scatter(1, indices, values.softmax(dim=1))
+    values, experts = logits.detach().topk(2)
+    gates = torch.zeros_like(logits).scatter(1, experts, values.softmax(dim=1))
     torch.testing.assert_close(
         y.view(*batch.shape[:2], OUT), external(batch, gates), rtol=1e-12, atol=1e-12
     )
@@ -188,11 +188,11 @@ def test_record_routing_records_only_inside_the_context():
     with record_routing(nn.Sequential(layer)):
         layer(x)
         record = layer.record
-        values, indices = layer.router(x.reshape(6, IN)).topk(2)
-        assert torch.equal(record.indices.long(), indices)
+        values, experts = layer.router(x.reshape(6, IN)).topk(2)
+        assert torch.equal(record.indices.long(), experts)
         torch.testing.assert_close(record.weights, values.softmax(1), rtol=1e-12, atol=1e-12)
         assert not record.weights.requires_grad
-    assert (layer.record.weights, layer.record.logits, layer.record.wanted) == (
+    assert (layer.record.weights, layer.record.logits, layer.record.is_on) == (
         None,
         None,
         False,

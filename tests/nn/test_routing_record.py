@@ -21,7 +21,7 @@ AUX = dict(num_experts=4, rank=2, top_k=2, aux={"load_balance": 1.0, "z": 0.1})
 
 
 class Branches(nn.Module):
-    """Layers a, b, c; a forward calls those whose names it is given, in that order."""
+    """Layers a, b and c. A forward calls the layers whose names are in `path`, in that order."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def tokens(count=5, seed=1):
 
 
 def loss_of(model, *inputs):
-    """The auxiliary losses of single layers, each on the inputs that it got."""
+    """Return the sum of the auxiliary losses of single layers; inputs: pairs (name, x)."""
     total = torch.zeros((), dtype=torch.float64)
     for name, x in inputs:
         layer = getattr(model, name)
@@ -177,15 +177,15 @@ def test_activation_checkpointing_counts_once(whole):
 
 
 @pytest.mark.parametrize("copied", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
-def test_a_copy_has_records_of_its_own(copied):
+def test_a_copy_has_its_own_records(copied):
     model, x = branches(), tokens()
     model(x)
-    twin = copied(model)
+    clone = copied(model)
     with pytest.raises(RuntimeError, match="run a forward first"):
-        collect_aux_loss(twin)
-    twin(x)
-    twin(x, "a")
-    torch.testing.assert_close(collect_aux_loss(twin), loss_of(twin, ("a", x)))
+        collect_aux_loss(clone)
+    clone(x)
+    clone(x, "a")
+    torch.testing.assert_close(collect_aux_loss(clone), loss_of(clone, ("a", x)))
     assert [call.shape for call in model.b.record.last] == [(5,)]
 
 

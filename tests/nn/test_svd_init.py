@@ -73,7 +73,7 @@ def test_the_scale_of_goat():
     config = MoeLoraConfig.preset("goat", num_experts=2, rank=(1, 4), alpha=0.5)
     expected = (math.sqrt(3 * 0.5 * 48), math.sqrt(3 * 0.5 * 12))
     assert config.scales(48) == pytest.approx(expected, rel=1e-15)
-    with pytest.raises(ValueError, match=r"scaling: .* give in_features"):
+    with pytest.raises(ValueError, match=r"scaling: .* pass in_features"):
         config.scales()
     first, second = goat(linear()), goat(linear(), alpha=0.03)
     torch.testing.assert_close(sum(deltas_of(first)), sum(deltas_of(second)), **TIGHT)

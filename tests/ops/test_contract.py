@@ -7,9 +7,12 @@ import torch
 
 from moelora_kernels import ops, reference
 from moelora_kernels.autograd.linear import siblings_of
-from moelora_kernels.types import NO_GATE, Gate, Needs, RouterTensors
-from support.layers import make_case
-from support.op_cases import opcheck
+from moelora_kernels.types import CHUNK, TILE, Needs, Routing
+from support.arguments import calls, shrink_gate_backward
+from support.backends import KERNEL_DEVICE
+from support.cases import GROUPED, WIDE, Case, layer_case
+from support.inputs import Inputs
+from support.op_checks import GROUPED_OPS, WIDE_OPS, opcheck
 
 OPCHECKS = (
     "test_schema",
@@ -17,117 +20,117 @@ OPCHECKS = (
     "test_faketensor",
     "test_aot_dispatch_dynamic",
 )
-CASES = {
-    "router": {"out_features": (13, 5)},
-    "router, all experts": {"top_k": 4, "renormalize": False},
-    "sparse": {"gate": "sparse"},
-    "dense rows": {"gate": "rows", "out_features": (13, 5)},
-    "dropout": {"gate": "dense", "dropout": 0.3},
-    "shared A": {"share_a": True},
+WIDE_CASES = {
+    "router": layer_case(n=2, O=(13, 5), aux=True),
+    "router_all_experts": layer_case(K=4, renormalize=False, aux=True),
+    "sparse": layer_case(gate="sparse"),
+    "rows": layer_case(gate="rows", n=2, O=(13, 5)),
+    "dropout": layer_case(gate="dense", dropout=0.3),
+    "share_a": layer_case(share_a=True, aux=True),
 }
+GROUPED_CASES = {
+    "siblings": layer_case(T=9, gate="sparse", n=2, O=(13, 5), tile=TILE, chunk=CHUNK),
+    "mixed_ranks": layer_case(T=9, gate="sparse", ranks=(1, 4, 3, 2)),
+    "per_pair": layer_case(T=9, gate="sparse", ranks=(1, 4, 3, 2), per_pair=True),
+    "base": layer_case(T=9, gate="sparse", start="base"),
+    "no_start": layer_case(T=9, gate="sparse", start=""),
+    "dropout": layer_case(T=9, gate="sparse", dropout=0.3, per_expert=True),
+}
+# The op of a whole layer, with its gate from routers and from outside.
+LAYER_CASES = {
+    "router": layer_case(T=9, n=2, O=(13, 5), renormalize=False),
+    "sparse": layer_case(T=9, gate="sparse", ranks=(1, 4, 3, 2)),
+    "dropout": layer_case(T=9, gate="sparse", dropout=0.3, per_expert=True),
+}
+NEEDS = (Needs(True, True), Needs(False, True), Needs(True, False))
+each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 
 
-def routers(case) -> RouterTensors:
-    return RouterTensors(
-        [s.router_weight for s in case.linears if s.router_weight is not None],
-        [s.router_bias for s in case.linears if s.router_bias is not None],
-    )
+@each_dtype
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES)
+@pytest.mark.parametrize("op", WIDE_OPS)
+def test_opcheck_of_wide_ops(op: str, case: Case, dtype: torch.dtype) -> None:
+    for arguments in calls(op, Inputs(case, dtype)):
+        opcheck(op, arguments, test_utils=OPCHECKS)
 
 
-def shrink_arguments(case) -> list:
-    lora_a = [s.lora_a for s in case.linears]
-    return [case.x, lora_a, routers(case), case.gate or Gate(*NO_GATE), case.mixture, case.dropout]
+@each_dtype
+@pytest.mark.parametrize("case", GROUPED_CASES.values(), ids=GROUPED_CASES)
+@pytest.mark.parametrize("op", GROUPED_OPS)
+def test_opcheck_of_grouped_ops(op: str, case: Case, dtype: torch.dtype) -> None:
+    for arguments in calls(op, Inputs(case, dtype)):
+        opcheck(op, arguments, test_utils=OPCHECKS)
 
 
-def backward_arguments(case) -> list:
-    h, _, *made = reference.shrink_gate(*shrink_arguments(case))
-    gate, dlogits = case.gate, None
-    if gate is None:
-        gate = case.mixture.router_gate(*made)
-        dlogits = torch.randn_like(gate.logits)
-    return [case.dy, [s.lora_b for s in case.linears], h, gate, dlogits, case.mixture]
-
-
-def dx_arguments(case, dh, dgate) -> list:
-    dlogits = dgate if case.mixture.top_k else None
-    lora_a = [s.lora_a for s in case.linears]
-    return [dh, dlogits, lora_a, routers(case).weight, case.mixture.ranks, case.dropout]
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck(name, dtype):
-    case = make_case(**CASES[name]).to(dtype)
-    opcheck("shrink_gate", shrink_arguments(case), test_utils=OPCHECKS)
-    arguments = backward_arguments(case)
-    opcheck("shrink_gate_backward", arguments, test_utils=OPCHECKS)
-    dh, u, dgate = reference.shrink_gate_backward(*arguments)
-    dlogits, ranks = dgate if case.mixture.top_k else None, case.mixture.ranks
-    arguments = [case.x, dh, dlogits, case.dy, u, ranks, case.dropout, torch.float32, dtype]
-    opcheck("weight_grad", arguments, test_utils=OPCHECKS)
-
-
-@pytest.mark.parametrize("called", (False, True))
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck_of_the_whole_layer(name, called):
-    case = make_case(**CASES[name]).to(torch.float32)
-    if called:
-        case.linears = [
-            s._replace(weight=None, bias=None, base_output=torch.randn_like(g))
-            for s, g in zip(case.linears, case.dy, strict=True)
+@pytest.mark.parametrize("base", ("read", "called"))
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES)
+def test_opcheck_of_wide(case: Case, base: str) -> None:
+    inputs = Inputs(case, torch.float32)
+    linears, mixture, dropout = inputs.linears, inputs.mixture, inputs.dropout
+    if base == "called":
+        linears = [
+            s._replace(weight=None, bias=None, base_output=torch.randn_like(dy))
+            for s, dy in zip(linears, inputs.dy, strict=True)
         ]
-    tensors = siblings_of(case.linears)
-    gate = case.gate or Gate(*NO_GATE)
-    opcheck("wide", [case.x, tensors, gate, case.mixture, case.dropout], test_utils=OPCHECKS)
-    dy, _, h, gate, dlogits, mixture = backward_arguments(case)
-    for needs in ((True, True), (False, True), (True, False)):
-        arguments = [dy, case.x, tensors, h, gate, dlogits, mixture, case.dropout, Needs(*needs)]
+    tensors = siblings_of(linears)
+    opcheck("wide", [inputs.x, tensors, inputs.gate, mixture, dropout], test_utils=OPCHECKS)
+    dy, _, h, gate, dlogits, _ = shrink_gate_backward(inputs)
+    for needs in NEEDS:
+        arguments = [dy, inputs.x, tensors, h, gate, dlogits, mixture, dropout, needs]
         opcheck("wide_backward", arguments, test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("tokens", (5, 90))
-def test_shrink_dx_equals_its_reference(name, tokens):
-    # Fewer and more tokens than rows of A: the products are chained, or one.
-    case = make_case(**CASES[name], tokens=tokens)
-    dh, _, dgate = reference.shrink_gate_backward(*backward_arguments(case))
-    arguments = dx_arguments(case, dh, dgate)
-    torch.testing.assert_close(ops.shrink_dx(*arguments), reference.shrink_dx(*arguments))
-    opcheck("shrink_dx", arguments, test_utils=OPCHECKS)
+@each_dtype
+@pytest.mark.parametrize("case", LAYER_CASES.values(), ids=LAYER_CASES)
+def test_opcheck_of_grouped(case: Case, dtype: torch.dtype) -> None:
+    inputs = Inputs(case, dtype)
+    tensors, mixture, dropout = siblings_of(inputs.linears), inputs.mixture, inputs.dropout
+    arguments = [inputs.x, tensors, inputs.gate, mixture, dropout]
+    opcheck("grouped", arguments, test_utils=OPCHECKS)
+    result = ops.grouped(*arguments)
+    gate, routing = inputs.gate, Routing(*result[5:])
+    if inputs.has_router:
+        gate = mixture.router_gate(*result[2:5])
+    for needs in NEEDS:
+        arguments = [
+            inputs.dy, inputs.x, tensors, result.h, gate, None, routing, mixture, dropout, needs
+        ]  # fmt: skip
+        opcheck("grouped_backward", arguments, test_utils=OPCHECKS)
 
 
-def test_opcheck_of_the_gate_and_dropout():
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, cases[name], id=f"{op}-{name}")
+        for names_of_ops, cases, names in (
+            (WIDE_OPS, WIDE, ("plain", "siblings", "all_experts", "rows_int64", "dropout")),
+            (GROUPED_OPS, GROUPED, ("plain", "siblings", "per_pair", "dropout", "mixed_ranks")),
+        )
+        for op in names_of_ops
+        for name in names
+    ],
+)
+def test_opcheck_of_kernels_on_a_gpu(op: str, case: Case) -> None:
+    """Schema and fake hold for the kernels: no input changed, no alias, sizes and strides."""
+    inputs = Inputs(case, torch.bfloat16).to(KERNEL_DEVICE)
+    for arguments in calls(op, inputs):
+        opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES)
+@pytest.mark.parametrize("T", (5, 90))
+def test_shrink_dx_with_fewer_and_more_tokens_than_rows_of_a(T: int, case: Case) -> None:
+    """The products are chained, or one."""
+    for arguments in calls("shrink_dx", Inputs(case._replace(T=T), torch.float64)):
+        torch.testing.assert_close(ops.shrink_dx(*arguments), reference.shrink_dx(*arguments))
+        opcheck("shrink_dx", arguments, test_utils=OPCHECKS)
+
+
+def test_opcheck_of_topk_gate_and_dropout() -> None:
     logits = torch.randn(7, 5)
-    forward, backward = torch.ops.moelora.topk_gate, torch.ops.moelora.topk_gate_backward
-    torch.library.opcheck(forward, (logits, 2, True, 0.7), test_utils=OPCHECKS)
-    weights, indices = reference.topk_gate(logits, 2, True)
-    arguments = (torch.randn(7, 2), weights, indices, logits, False, 0.7)
-    torch.library.opcheck(backward, arguments, test_utils=OPCHECKS)
-    arguments = (torch.randn(6, 5), 0.3, torch.tensor([4]), 1)
-    opcheck("dropout", [*arguments], test_utils=OPCHECKS)
-
-
-@pytest.mark.parametrize("renormalize", (True, False))
-@pytest.mark.parametrize("top_k", (1, 2, 5))
-def test_topk_gate_gradient(top_k, renormalize):
-    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-
-    def weights(logits):
-        return ops.topk_gate(logits, top_k, renormalize, 0.8)[0]
-
-    assert torch.autograd.gradcheck(weights, (logits,))
-    if top_k == 1 and renormalize:
-        assert torch.equal(weights(logits), torch.ones(6, 1).double())
-
-
-def test_topk_gate_names_bad_arguments():
-    logits = torch.randn(3, 4)
-    for arguments, name in (
-        ((logits[0], 1), "logits"),
-        ((logits.int(), 1), "logits"),
-        ((logits, 5), "top_k"),
-        ((logits, 0), "top_k"),
-        ((logits, 1, True, 0.0), "temperature"),
-    ):
-        with pytest.raises(ValueError, match=f"^{name}"):
-            ops.topk_gate(*arguments)
+    opcheck("topk_gate", [logits, 2, True, 0.7], test_utils=OPCHECKS)
+    weights, experts = reference.topk_gate(logits, 2, True)
+    arguments = [torch.randn(7, 2), weights, experts, logits, False, 0.7]
+    opcheck("topk_gate_backward", arguments, test_utils=OPCHECKS)
+    opcheck("dropout", [torch.randn(6, 5), 0.3, torch.tensor([4]), 1], test_utils=OPCHECKS)

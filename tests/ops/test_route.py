@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels import native, ops, reference
 from moelora_kernels.types import CHUNK, TILE
-from support.op_cases import REQUIRED, needs_library
+from support.backends import REQUIRED, needs_library
 from support.route_cases import CASES, NAMES, adversarial, check_properties, drawn
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -118,13 +118,16 @@ PAIR = torch.zeros(1, 1, dtype=torch.int32)
     ("arguments", "named"),
     (
         ((torch.zeros(4, dtype=torch.int32), 3, 1, 1, 1), "experts: expected 2 dimensions, got 1"),
-        ((torch.zeros(4, 2), 3, 1, 1, 1), "experts: expected int32 or int64"),
-        ((torch.zeros(4, 5, dtype=torch.int32), 3, 2, 1, 1), "experts: 5 columns for 2 siblings"),
+        ((torch.zeros(4, 2), 3, 1, 1, 1), "experts: expected int32 or int64, got Float"),
+        (
+            (torch.zeros(4, 5, dtype=torch.int32), 3, 2, 1, 1),
+            "experts: expected the same number of columns for each of 2 siblings, got 5",
+        ),
         ((PAIR, 0, 1, 1, 1), "num_experts: expected at least 1, got 0"),
         ((PAIR, 1, 0, 1, 1), "siblings: expected at least 1, got 0"),
         ((PAIR, 1, 1, 0, 1), "tile: expected at least 1, got 0"),
         ((PAIR, 1, 1, 1, -1), "chunk: expected at least 1, got -1"),
-        ((PAIR, 2**31 - 1, 1, 1, 1), "num_experts: expected 1 siblings to have less than 2.31"),
+        ((PAIR, 2**31 - 1, 1, 1, 1), "num_experts: expected less than 2.31 experts of all"),
         ((PAIR.expand(2**30, 2), 1, 1, 64, 64), "experts: expected less than 2.31 pairs, got"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Gates that differ from token to token: learned thresholds, top-p with entropy, clusters."""
+"""Presets whose gate selects a different number of experts per token or sequence."""
 
 import copy
 import math
@@ -23,14 +23,14 @@ from moelora_kernels import (
 from moelora_kernels.nn.gates import normalized_entropy
 from support.compare import formula_step, training_step
 from support.formulas.presets import IN, OUT, check, formula_of, make_layer
-from support.formulas.token_gates import adamole_margins, dynmole_kept, tsallis
+from support.formulas.token_gates import adamole_margins, dynmole_experts, tsallis
 
 # float64 sums of a few dozen terms, in another order.
 TIGHT = dict(rtol=1e-11, atol=1e-12)
 
 
-def spread(preset, dtype=torch.float64, factor=4.0, **options):
-    """A layer whose router is so sharp that tokens differ in the number of their experts."""
+def sharp_layer(preset, dtype=torch.float64, factor=4.0, **options):
+    """Return a layer with a sharp router, so that tokens use different numbers of experts."""
     layer = make_layer(preset, dtype, **options)
     with torch.no_grad():
         for q in layer.router.parameters():
@@ -39,7 +39,7 @@ def spread(preset, dtype=torch.float64, factor=4.0, **options):
 
 
 def certain_to_uncertain(tokens, dtype=torch.float64):
-    """Tokens from large to nearly zero: their routers are certain of one expert to undecided."""
+    """Return tokens from large to nearly zero, whose routing goes from certain to undecided."""
     return (torch.randn(tokens, IN) * torch.linspace(1.0, 0.02, tokens)[:, None]).to(dtype)
 
 
@@ -48,9 +48,9 @@ def parameters_of(layer):
 
 
 @pytest.mark.parametrize("max_threshold", (None, 0.4))
-def test_adamole_keeps_what_passes_the_threshold(max_threshold):
-    """From one expert to many: p - tau over its sum, with a gradient for what tau is made of."""
-    layer = spread("adamole", max_threshold=max_threshold)
+def test_adamole_selects_the_experts_above_the_threshold(max_threshold):
+    """The gate is p - tau, divided by its sum. The threshold's parameters have gradients."""
+    layer = sharp_layer("adamole", max_threshold=max_threshold)
     x = torch.randn(40, IN, dtype=torch.float64)
     counts = (adamole_margins(x, parameters_of(layer), layer.config) >= 0).sum(dim=1)
     x = x[counts > 0]
@@ -61,9 +61,9 @@ def test_adamole_keeps_what_passes_the_threshold(max_threshold):
     assert grads["router.threshold.bias"].abs().max() > 1e-3
 
 
-def test_a_token_that_no_expert_passes_for_is_the_base():
-    """A gate of 0 and its gradients, not 0 / 0; the other tokens do not notice."""
-    layer = spread("adamole", max_threshold=0.95)
+def test_a_token_without_an_expert_gets_the_base():
+    """The gate of a token without experts is 0, not 0 / 0. Other tokens do not change."""
+    layer = sharp_layer("adamole", max_threshold=0.95)
     x = torch.randn(40, IN, dtype=torch.float64)
     unrouted = (adamole_margins(x, parameters_of(layer), layer.config) < 0).all(dim=1)
     assert 0 < unrouted.sum() < 40
@@ -82,7 +82,7 @@ def test_a_token_that_no_expert_passes_for_is_the_base():
 
 
 def test_the_default_threshold_is_at_most_one_over_e():
-    """1/E of the number of experts there are, also of a changed preset."""
+    """The default of max_threshold is 1/E, also if num_experts is changed."""
     for experts in (4, 8):
         layer = make_layer("adamole", torch.float64, num_experts=experts)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_the_default_threshold_is_at_most_one_over_e():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_a_threshold_met_exactly_has_finite_gradients(dtype):
-    """p = tau = 1/E for every expert: the weights sum to 0 although all of them are kept."""
+    """p = tau = 1/E for every expert: all are selected, and their weights sum to 0."""
     layer = make_layer("adamole", dtype)
     with torch.no_grad():
         layer.router.gate.weight.zero_()
@@ -111,14 +111,14 @@ def test_a_threshold_met_exactly_has_finite_gradients(dtype):
     actual = training_step(layer, x, torch.randn(6, OUT, dtype=dtype))
     torch.testing.assert_close(actual["y"], layer.base_layer(x), rtol=1e-5, atol=1e-5)
     for name, g in actual.items():
-        # Not the 1e38 of a division by the smallest number there is.
+        # A division by the smallest float would give 1e38.
         assert g.abs().max() < 1e4, name
 
 
 @pytest.mark.parametrize("options", (dict(router="mlp"), dict(granularity="sequence")), ids=str)
 def test_learned_thresholds_over_other_routers(options):
-    """The gate under the threshold is any router; what it sees, the threshold sees."""
-    layer = spread("adamole", **options)
+    """Any router can be the gate under a threshold. Both read the same input."""
+    layer = sharp_layer("adamole", **options)
     x = torch.randn(4, 3, IN, dtype=torch.float64)
     with record_routing(layer):
         layer(x)
@@ -131,7 +131,7 @@ def test_learned_thresholds_over_other_routers(options):
     assert len((actual > 0).sum(1).unique()) > 1
 
 
-def test_a_module_of_your_own_is_shared_and_its_threshold_is_not():
+def test_layers_can_share_a_router_but_not_its_threshold():
     router = nn.Linear(IN, 8, dtype=torch.float64)
     first, second = (make_layer("adamole", torch.float64, router=router) for _ in range(2))
     assert first.router.gate is second.router.gate is router
@@ -140,8 +140,8 @@ def test_a_module_of_your_own_is_shared_and_its_threshold_is_not():
 
 
 def test_the_threshold_is_saved_copied_and_trained(tmp_path):
-    """A threshold left out of a checkpoint would change the experts of every token."""
-    source, target = spread("adamole"), spread("adamole", seed=1)
+    """The threshold is in adapter files and copies, and it trains."""
+    source, target = sharp_layer("adamole"), sharp_layer("adamole", seed=1)
     x = torch.randn(9, IN, dtype=torch.float64)
     assert (source(x) - target(x)).abs().max() > 0.1
     target.base_layer.load_state_dict(source.base_layer.state_dict())
@@ -160,7 +160,7 @@ def test_the_threshold_is_saved_copied_and_trained(tmp_path):
 
 @pytest.mark.parametrize("preset", ("adamole", "dynmole"))
 def test_siblings_of_a_group_keep_their_own_gates(preset):
-    siblings = {n: spread(preset, seed=i) for i, n in enumerate(("q", "k", "v"))}
+    siblings = {n: sharp_layer(preset, seed=i) for i, n in enumerate(("q", "k", "v"))}
     x = torch.randn(7, IN, dtype=torch.float64)
     alone = [layer(x) for layer in siblings.values()]
     group = MoeLoraGroup(**siblings)
@@ -173,9 +173,9 @@ def test_siblings_of_a_group_keep_their_own_gates(preset):
 
 
 @pytest.mark.parametrize("masked", (False, True))
-def test_adamole_balances_what_is_left_over_the_threshold(masked):
-    """E sum_e f_e mean(p_e - tau): also the threshold learns from it."""
-    layer = spread("adamole", max_threshold=0.5, aux={"load_balance": 0.3})
+def test_the_load_balance_of_adamole(masked):
+    """The loss is E sum_e f_e mean(p_e - tau), and the threshold has a gradient from it."""
+    layer = sharp_layer("adamole", max_threshold=0.5, aux={"load_balance": 0.3})
     x = torch.randn(3, 7, IN, dtype=torch.float64)
     mask = torch.rand(3, 7) > 0.4 if masked else torch.ones(3, 7, dtype=torch.bool)
     layer(x)
@@ -197,12 +197,12 @@ def test_adamole_balances_what_is_left_over_the_threshold(masked):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-def test_dynmole_decides_for_each_token(dtype):
-    """Tokens of all three rules in one batch: top-p, at least two, all where it is uncertain."""
-    layer = spread("dynmole", dtype, factor=6.0)
+def test_dynmole_selects_for_each_token(dtype):
+    """A batch has tokens of all three rules: top-p, keep_min, and all experts by entropy."""
+    layer = sharp_layer("dynmole", dtype, factor=6.0)
     x = certain_to_uncertain(60, dtype)
     logits = x.double() @ layer.router.weight.detach().double().t()
-    kept, rules = zip(*(dynmole_kept(p, layer.config) for p in logits.softmax(1)), strict=True)
+    kept, rules = zip(*(dynmole_experts(p, layer.config) for p in logits.softmax(1)), strict=True)
     assert all(rules.count(rule) >= 4 for rule in ("top_p", "keep_min", "entropy"))
     assert {len(k) for k in kept} >= {2, 3, 6}
     check("dynmole", layer, x)
@@ -213,7 +213,7 @@ ENTROPIES = (1.0, 1.1, 0.5, 2.0)
 
 @pytest.mark.parametrize("q", ENTROPIES)
 def test_normalized_entropy(q):
-    """From 0 for one certain expert to 1 for equals; masked experts have no say in either."""
+    """The entropy is 0 for one certain expert and 1 for equal ones. Masked experts do not count."""
     logits = torch.randn(5, 6, dtype=torch.float64) * 2
     actual = normalized_entropy(logits, q)
     for value, p in zip(actual.tolist(), logits.softmax(1).tolist(), strict=True):
@@ -230,8 +230,8 @@ def test_normalized_entropy(q):
 @pytest.mark.parametrize("q", ENTROPIES)
 @pytest.mark.parametrize("masked", (False, True))
 def test_entropy_loss(q, masked):
-    """The mean over the tokens that count, with the gradient that makes the router certain."""
-    layer = spread("dynmole", aux={"entropy": 0.7}, entropy_index=q, temperature=0.8)
+    """The loss is the mean entropy of the tokens in the mask; its gradient matches the formula."""
+    layer = sharp_layer("dynmole", aux={"entropy": 0.7}, entropy_index=q, temperature=0.8)
     x = torch.randn(2, 6, IN, dtype=torch.float64)
     mask = torch.rand(2, 6) > 0.4 if masked else torch.ones(2, 6, dtype=torch.bool)
     layer(x)
@@ -249,30 +249,30 @@ def test_entropy_loss(q, masked):
     assert e.abs().max() > 1e-3
 
 
-def test_losses_of_dynmole_have_its_weights():
-    """0.01 of the Tsallis entropy of q = 1.1 and 0.001 of the load balance."""
-    layer = spread("dynmole")
+def test_the_weights_of_dynmoles_losses():
+    """loss = 0.01 * Tsallis entropy (q = 1.1) + 0.001 * load balance."""
+    layer = sharp_layer("dynmole")
     x = torch.randn(20, IN, dtype=torch.float64)
     layer(x)
     actual = collect_aux_loss(layer)
     probabilities = layer.router(x).softmax(dim=1).detach()
     counts = torch.zeros(6, dtype=torch.float64)
     for p in probabilities:
-        counts[dynmole_kept(p, layer.config)[0]] += 1
+        counts[dynmole_experts(p, layer.config)[0]] += 1
     entropy = sum(tsallis(p, 1.1) for p in probabilities.tolist()) / 20
     balance = 6 * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
     torch.testing.assert_close(actual.detach(), 0.01 * entropy + 0.001 * balance, **TIGHT)
 
 
-def test_mocle_draws_its_noise_in_training_only():
-    """g = softmax((W emb[cluster] + 0.1 N(0, 1)) / temperature), one gate for a sequence."""
+def test_mocle_has_noise_in_training_only():
+    """gate = softmax((W emb[cluster] + 0.1 N(0, 1)) / temperature), one per sequence."""
     layer = make_layer("mocle", torch.float64, temperature=0.5)
     clusters = torch.tensor([3, 64, 3, 1])
     x = torch.randn(4, 3, IN, dtype=torch.float64)
     set_tasks(layer, clusters)
     with record_routing(layer):
         layer(x)
-        calm = layer.record.weights
+        weights_without_noise = layer.record.weights
     layer.train()
     torch.manual_seed(5)
     noise = torch.randn(4, 4, dtype=torch.float64)
@@ -287,7 +287,7 @@ def test_mocle_draws_its_noise_in_training_only():
     torch.testing.assert_close(weights.amax(1)[best > 0.5], best[best > 0.5], **TIGHT)
     torch.testing.assert_close(weights[:, 4], 1 - best, **TIGHT)
     assert ((weights[:, :4] > 0).sum(1) == 1).all()
-    assert torch.equal(calm[0], calm[2])
+    assert torch.equal(weights_without_noise[0], weights_without_noise[2])
     assert not torch.equal(weights[0], weights[2])
     p = parameters_of(layer)
     blocks = [layer.lora_B[:, 8 * e : 8 * e + 8] @ p["lora_A"][8 * e : 8 * e + 8] for e in range(5)]
@@ -308,7 +308,7 @@ def test_one_cluster_gate_serves_a_model():
     assert model(torch.randn(2, 3, IN)).shape == (2, 3, IN)
 
 
-PUBLISHED = {
+PUBLISHED_SIZES = {
     "mole": (8, 32, 16 / 4),
     "adamole": (8, 32, 16 / 4),
     "dynmole": (6, 144, 48 / 24),
@@ -317,27 +317,27 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.parametrize("preset", PUBLISHED_SIZES)
 def test_sizes_of_the_presets(preset):
-    """Experts, total rank and factor at 4096 inputs; AdaMoLE and GOAT split 32 over the experts."""
+    """num_experts, total rank and scale at in_features = 4096, as published."""
     config = MoeLoraConfig.preset(preset)
     scales = config.scales(4096)
-    assert (config.num_experts, sum(config.ranks()), scales[0]) == PUBLISHED[preset]
+    assert (config.num_experts, sum(config.ranks()), scales[0]) == PUBLISHED_SIZES[preset]
     assert len(set(scales)) == 1
 
 
 @pytest.mark.parametrize("preset", ("adamole", "dynmole"))
-def test_no_break_in_a_compiled_graph(preset):
-    """No host sync hides in the selection: the number of experts of a token is data."""
-    layer = spread(preset)
+def test_compiles_without_graph_breaks(preset):
+    """The selection has no host synchronisation, so the graph has no break."""
+    layer = sharp_layer(preset)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN, dtype=torch.float64)
     torch.testing.assert_close(compiled(x), layer(x), **TIGHT)
 
 
-def test_the_loops_disagree_with_a_broken_gate():
-    """What `check` compares can tell the rules apart: a gate without one of them is another y."""
-    layer = spread("dynmole", factor=6.0)
+def test_a_broken_gate_differs_from_the_loop():
+    """A gate without one of the rules gives another y, so `check` tests every rule."""
+    layer = sharp_layer("dynmole", factor=6.0)
     x = certain_to_uncertain(30)
     dy = torch.randn(30, OUT, dtype=torch.float64)
     truth = formula_step(formula_of("dynmole", layer), layer, x, dy)["y"]

@@ -1,4 +1,4 @@
-"""Presets of relatives, each against its original's formula written out in plain PyTorch."""
+"""Presets of related methods equal the formulas of their papers in plain PyTorch."""
 
 import copy
 
@@ -33,7 +33,7 @@ from support.formulas.family import (
     TASK,
     TIGHT,
     Model,
-    draw,
+    random_step,
     step_of_loop,
 )
 
@@ -42,25 +42,25 @@ SHAPES = [(1, 5), (4, 3), (6, 1), (3, 3)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("preset", LOOPS)
-def test_preset_is_its_originals_formula(preset, shape):
+def test_preset_matches_its_formula(preset, shape):
     model = Model(preset, shape, torch.float64)
-    x, dy = draw(preset, shape, torch.float64)
+    x, dy = random_step(preset, shape, torch.float64)
     actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
     assert actual.keys() == truth.keys()
     for name in truth:
         torch.testing.assert_close(actual[name], truth[name], **TIGHT, msg=name)
-        # No gradient of this formula is zero by accident of the test.
+        # A gradient of zero would test nothing.
         assert truth[name].abs().max() > 1e-6, name
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped", "reference"))
 @pytest.mark.parametrize("preset", ("hmora", "arrow", "riemannian"))
 def test_sparse_gates_in_every_formulation(preset, impl):
-    """The root of the gate belongs to the Function, not to one of its formulations."""
+    """Each formulation computes the same gates, the root of the gate included."""
     options = {"share": "none"} if preset == "hmora" else {}
     model = Model(preset, (2, 4), torch.float64, impl=impl, **options)
-    x, dy = draw(preset, (2, 4), torch.float64)
+    x, dy = random_step(preset, (2, 4), torch.float64)
     truth = step_of_loop(preset, model, x, dy)
     for name, value in training_step(model, x, dy, unused_as_zero=True).items():
         torch.testing.assert_close(value, truth[name], **TIGHT, msg=name)
@@ -69,32 +69,32 @@ def test_sparse_gates_in_every_formulation(preset, impl):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("preset", LOOPS)
 def test_preset_in_low_precision(preset, dtype):
-    """It may cost what the reference in that dtype costs, twice, and not more."""
+    """The error is within the budget, which the reference in the dtype sets."""
     model = Model(preset, (4, 6), dtype)
     by_reference = copy.deepcopy(model)
-    x, dy = draw(preset, (4, 6), dtype)
+    x, dy = random_step(preset, (4, 6), dtype)
     actual = training_step(model, x, dy, unused_as_zero=True)
     truth = step_of_loop(preset, model, x, dy)
     if preset == "pesc":
-        # An adapter has no reference but its formula.
+        # The only reference of a MoeLoraAdapter is the formula.
         baseline = step_of_loop(preset, model, x, dy, dtype)
     else:
         by_reference.layer.config = model.layer.config.replace(impl="reference")
         baseline = training_step(by_reference, x, dy, unused_as_zero=True)
     for name in [n for n in truth if truth[n].numel() == 1]:
-        # A single number may happen to cancel; its parity is that of float64.
+        # A single number may cancel by chance. The float64 test compares it.
         for values in (actual, truth, baseline):
             values.pop(name)
     assert_within_budget(actual, truth, baseline, dtype)
 
 
 def test_octavius_does_not_scale():
-    """Its forward leaves out alpha / r, which happens to be 1 for the preset's own rank."""
+    """Octavius does not multiply by alpha / r. With the rank of the preset, alpha / r is 1."""
     assert MoeLoraConfig.preset("octavius", rank=4).scales() == (1.0,) * 4
 
 
 def test_every_preset_has_a_formula():
-    """A preset that no test compares with anything is a claim."""
+    """Every preset is compared with a formula."""
     from moelora_kernels.presets import FFN_PRESETS, PRESETS
     from support.formulas.presets import ELSEWHERE
     from support.formulas.presets import LOOPS as OTHERS
@@ -125,8 +125,8 @@ def prepare(model, preset, batch=2):
 
 
 @pytest.mark.parametrize("preset", LINEARS)
-def test_a_model_trains_and_its_adapter_comes_back(preset):
-    """Also what is no parameter: prototypes, the bias of the selection, a frozen A."""
+def test_a_model_trains_and_its_adapter_is_restored(preset):
+    """The adapter has buffers, too: prototypes, the selection bias, a frozen A."""
     model, other = tiny_model(preset), tiny_model(preset, seed=1)
     if preset in ("smora", "flylora"):
         model(torch.randn(2, 3, IN))
@@ -154,7 +154,7 @@ def test_a_model_trains_and_its_adapter_comes_back(preset):
 
 
 @pytest.mark.parametrize("preset", LINEARS)
-def test_siblings_are_themselves_alone(preset):
+def test_siblings_equal_single_layers(preset):
     torch.manual_seed(0)
     config = MoeLoraConfig.preset(preset, dropout=0.0)
     layers = [MoeLoraLinear(IN, o, config=config) for o in (5, 8)]
@@ -190,7 +190,7 @@ def test_compiles_without_graph_breaks(preset):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sequence_gate_leaves_padding_out_if_told_to():
+def test_a_sequence_gate_can_ignore_padding():
     torch.manual_seed(0)
     gate = SequenceGate(IN, 5, top_k=2)
     embeddings = torch.randn(2, 4, IN)
@@ -205,7 +205,7 @@ def test_sequence_gate_leaves_padding_out_if_told_to():
 
 
 def test_token_task_router_shared_by_siblings():
-    """One instance for q, k, v, as the original shares it, and saved once."""
+    """Siblings share one router, like in the original, and it is saved once."""
     router = TokenTaskRouter(IN, TASK, 8, share=-2.0)
     model = nn.ModuleDict({n: nn.Linear(IN, OUT) for n in ("q_proj", "k_proj")})
     replace_linears(model, MoeLoraConfig.preset("hmora", router=router), ["q_proj", "k_proj"])
@@ -218,20 +218,20 @@ def test_token_task_router_shared_by_siblings():
     assert sum("router.mixture.share" in key for key in adapter_state_dict(model)) == 1
 
 
-def test_task_vectors_that_do_not_fit_are_named():
+def test_task_vectors_of_a_wrong_shape_are_named():
     layer = MoeLoraLinear(IN, OUT, config=MoeLoraConfig.preset("hmora", task_embedding_dim=TASK))
     with pytest.raises(ValueError, match=rf"^tasks: expected vectors \[batch, {TASK}\]"):
         set_tasks(layer, torch.randn(2, TASK + 1))
     set_tasks(layer, torch.randn(4, TASK))
     with pytest.raises(ValueError, match=r"^tasks: 4 task vectors"):
         layer(torch.randn(3, IN))
-    # Four vectors share out over eight tokens, but not over two sequences.
-    with pytest.raises(ValueError, match=r"^tasks: 4 task vectors for 2 sequences"):
+    # Four vectors do not fit two sequences, although 4 divides the number of tokens.
+    with pytest.raises(ValueError, match=r"^tasks: 4 task vectors for x \[2, 4, 12\]"):
         layer(torch.randn(2, 4, IN))
     assert layer(torch.randn(4, 2, IN)).shape == (4, 2, OUT)
     balanced = MoeLoraLinear.from_linear(layer.base_layer, layer.config, balance_rate=0.1)
     set_tasks(balanced, torch.randn(4, TASK))
-    with pytest.raises(ValueError, match=r"^tasks: 4 task vectors for 2 sequences"):
+    with pytest.raises(ValueError, match=r"^tasks: 4 task vectors for x \[2, 4, 12\]"):
         balanced(torch.randn(2, 4, IN))
     both = nn.ModuleList([layer, MoeLoraLinear(IN, OUT, router="external")])
     with pytest.raises(ValueError, match=r"^model: it uses both gates and task vectors"):
@@ -276,7 +276,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "options"), BAD, ids=[str(options) for _, options in BAD])
-def test_an_option_without_meaning_is_named(name, options):
+def test_a_bad_option_is_named(name, options):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         MoeLoraConfig(**options)
 
@@ -291,6 +291,6 @@ def test_an_option_without_meaning_is_named(name, options):
     ),
     ids=str,
 )
-def test_what_whole_ffn_experts_have_not_is_named(name, options):
+def test_an_option_that_ffns_do_not_support_is_named(name, options):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         MoeLoraFFN(IN, 16, **options)

@@ -1,4 +1,4 @@
-"""The presets of whole-FFN experts against their methods' loops, over the MLPs of real models."""
+"""Presets of whole-FFN experts equal the loops of their papers, over the MLPs of transformers."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def preset_ffn(preset, family="Llama", dtype=torch.float64, **options):
 
 
 def experts_of(p, name, experts):
-    """A_e [r, in] and B_e [out, r] of one of the three linears."""
+    """Return A_e [r, in] and B_e [out, r] of every expert of one of the three linears."""
     a, b = p[f"{name}_lora_A"].chunk(experts), p[f"{name}_lora_B"].chunk(experts, dim=1)
     return list(zip(a, b, strict=True))
 
@@ -46,8 +46,9 @@ def frozen(p, name, rows):
 
 
 def loop_mixlora(x, p, c):
-    """p = softmax(W_g x); the two largest over their sum; y = sum_j p_j FFN_j(x), where FFN_j has
-    LoRA j in W1, W2, W3; every expert runs the frozen products for itself: six per token.
+    """Return y = sum_j p_j FFN_j(x), p the two largest of softmax(W_g x) over their sum.
+
+    FFN_j has LoRA j in all three linears. Each expert computes the frozen products itself.
     """
     tokens = x.reshape(-1, HIDDEN)
     weights, expert_ids = (tokens @ p["router.weight"].t()).softmax(dim=1).topk(c.top_k, dim=1)
@@ -72,8 +73,9 @@ def loop_mixlora(x, p, c):
 
 
 def loop_llava_mole(x, p, c):
-    """i = argmax softmax(W_g x + b_g); every linear of the FFN: W v + b + alpha/r B_i A_i v, the
-    same i for all three, not scaled by the gate.
+    """Return y of the FFN whose linears are W v + b + alpha/r B_i A_i v, i = argmax(W_g x + b_g).
+
+    The gate does not scale the expert.
     """
     logits = nn.functional.linear(x, p["router.weight"], p["router.bias"])
     expert_ids = logits.softmax(dim=-1).argmax(dim=-1)
@@ -97,14 +99,14 @@ def check_preset(preset, layer, x):
     check_formula(lambda leaf, p: LOOPS[preset](leaf, p, layer.config), layer, x, dy)
 
 
-def test_every_preset_of_ffns_has_a_loop():
+def test_every_ffn_preset_has_a_loop():
     assert tuple(LOOPS) == FFN_PRESETS
 
 
 @pytest.mark.parametrize("family", MLPS)
 @pytest.mark.parametrize("shape", ((1, 5), (4, 3), (6, 1)), ids=str)
 @pytest.mark.parametrize("preset", FFN_PRESETS)
-def test_preset_is_its_papers_formula(preset, shape, family):
+def test_preset_matches_its_formula(preset, shape, family):
     layer = preset_ffn(preset, family)
     check_preset(preset, layer, torch.randn(*shape, HIDDEN, dtype=torch.float64))
 
@@ -112,8 +114,8 @@ def test_preset_is_its_papers_formula(preset, shape, family):
 @pytest.mark.parametrize("adapters", (None, "float32"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("preset", FFN_PRESETS)
-def test_preset_in_the_dtypes_people_train_in(preset, dtype, adapters):
-    """Low precision may cost what the reference in that dtype costs, twice, and not more."""
+def test_preset_in_low_precision(preset, dtype, adapters):
+    """The error is within the budget, which the reference in the dtype sets."""
     layer = preset_ffn(preset, dtype=dtype, adapter_dtype=adapters)
     check_preset(preset, layer, torch.randn(4, 6, HIDDEN).to(dtype))
 
@@ -125,8 +127,8 @@ def test_rank_one_and_ends_of_top_k(preset):
         check_preset(preset, layer, torch.randn(2, 3, HIDDEN, dtype=torch.float64))
 
 
-def test_llava_moles_router_learns_from_the_balance_alone():
-    """Its weight is exactly 1 in every dtype, so that y does not move it; the balance loss does."""
+def test_only_the_balance_loss_trains_the_router_of_llava_mole():
+    """The gate weight is exactly 1 in every dtype, so only the balance loss trains the router."""
     for dtype in (torch.float64, torch.bfloat16):
         layer = preset_ffn("llava-mole", dtype=dtype)
         x = torch.randn(9, HIDDEN).to(dtype)
@@ -140,14 +142,14 @@ def test_llava_moles_router_learns_from_the_balance_alone():
         assert balance_grad.any()
 
 
-def test_one_expert_per_token_is_an_ffn_of_linears():
-    """K = 1 and weight 1: the layer is the three linears, each with LoRA of the chosen expert."""
+def test_one_expert_per_token():
+    """With K = 1 the gate weight is 1: the MLP with the LoRA of the selected expert."""
     layer = preset_ffn("mixlora", top_k=1)
     check(layer, *(torch.randn(5, HIDDEN, dtype=torch.float64) for _ in range(2)))
 
 
 def test_parameters_of_mixlora_on_llama_7b():
-    """8 experts of rank 16 in three linears of 4096 x 11008, and one router, in each of 32 FFNs."""
+    """Each of 32 FFNs has 8 experts of rank 16 in three linears [4096, 11008], and a router."""
     with torch.device("meta"):
         model = nn.ModuleList(
             nn.ModuleDict({"mlp": GatedMlp(4096, 11008, False)}) for _ in range(32)

@@ -1,4 +1,4 @@
-"""Every preset against its paper's expert loop, written out in plain PyTorch."""
+"""Presets of linears equal the expert loops of their papers in plain PyTorch."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ from support.formulas.presets import (
 PRESETS = [name for name in ALL_PRESETS if name not in ELSEWHERE]
 
 
-# Prefill of one and of many, decode with N = 1 for one and for many (MING asserts on both of its
-# batch 1 and batch > 1 corners), and batch == sequence, where MOELoRA mixes up the samples.
+# Prefill and decode (one token per sequence), for one and several sequences. In (3, 3) the numbers
+# of sequences and tokens are equal, which confuses the original code of MOELoRA.
 SHAPES = [(1, 5), (4, 3), (1, 1), (6, 1), (3, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_is_its_papers_formula(preset, shape):
+def test_preset_matches_its_formula(preset, shape):
     layer = make_layer(preset, torch.float64)
     x = torch.randn(*shape, IN, dtype=torch.float64)
     check(preset, layer, x, tasks_of(preset, shape[0]))
@@ -42,15 +42,15 @@ def test_preset_is_its_papers_formula(preset, shape):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_in_the_dtypes_people_train_in(preset, dtype):
-    """Low precision may cost what the reference in that dtype costs, twice, and not more."""
+def test_preset_in_low_precision(preset, dtype):
+    """The error is within the budget, which the reference in the dtype sets."""
     layer = make_layer(preset, dtype)
     check(preset, layer, torch.randn(4, 6, IN, dtype=dtype), tasks_of(preset, 4))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_float32_adapters_under_a_bfloat16_base(preset):
-    """PEFT keeps adapters in float32: the gradients are float32, no worse than bfloat16."""
+    """The adapters and their gradients are float32, like PEFT's default."""
     layer = make_layer(preset, torch.bfloat16, adapter_dtype="float32")
     x = torch.randn(4, 6, IN, dtype=torch.bfloat16)
     check(preset, layer, x, tasks_of(preset, 4))
@@ -60,7 +60,7 @@ def test_float32_adapters_under_a_bfloat16_base(preset):
 @pytest.mark.parametrize("top_k", (1, 8), ids=["K=1", "K=E"])
 @pytest.mark.parametrize("preset", ("ming", "mola"))
 def test_ends_of_top_k(preset, top_k):
-    """K = 1 has weight 1 and a router without gradient; K = E takes another path: no indices."""
+    """With K = 1 the router has no gradient from y. With K = E the gate is dense."""
     options = {"top_k": top_k} | ({"aux": ()} if preset == "mola" else {})
     layer = make_layer(preset, torch.float64, **options)
     x = torch.randn(3, 4, IN, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_ends_of_top_k(preset, top_k):
 @pytest.mark.parametrize("top_k", (1, 2, 3))
 @pytest.mark.parametrize("preset", ("ming", "mola"))
 def test_ties_go_to_the_lower_expert(preset, top_k):
-    """Experts cloned from one LoRA, or a zero router, tie exactly: the choice must be defined."""
+    """Experts with equal logits, for example with a router of zero, are selected in order."""
     layer = make_layer(preset, torch.float64, top_k=top_k)
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -86,15 +86,15 @@ def test_ties_go_to_the_lower_expert(preset, top_k):
 @pytest.mark.parametrize("rank", (1, 3))
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rank_one_and_odd_ranks(preset, rank):
-    """GOAT and MOELoRA train experts of rank 1 and 2: a scale taken from R and r mixed up shows."""
+    """Small ranks show a scale that uses R in place of r."""
     experts = {"lora": 1, "goat": 3}.get(preset, 5)
     layer = make_layer(preset, torch.float64, rank=rank, num_experts=experts)
     check(preset, layer, torch.randn(2, 3, IN, dtype=torch.float64), tasks_of(preset, 2))
 
 
 @pytest.mark.parametrize("preset", ("moelora", "loramoe", "adamole"))
-def test_active_dropout_draws_one_mask_per_expert(preset):
-    """The original calls dropout inside the loop; the masks here are streams of one seed."""
+def test_dropout_draws_one_mask_per_expert(preset):
+    """The original draws a mask per expert. Here the masks are streams of one seed."""
     layer = make_layer(preset, torch.float64, dropout=0.4).train()
     shape = (3, 4, IN)
     x, dy = torch.randn(shape, dtype=torch.float64), torch.randn(3, 4, OUT, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_active_dropout_draws_one_mask_per_expert(preset):
 
 
 def test_hydralora_draws_one_mask_for_all_heads():
-    """The heads read one A, so they share its mask; a mask per head is a documented difference."""
+    """The heads share A, so they share its mask. The original draws a mask per head."""
     layer = make_layer("hydralora", torch.float64, dropout=0.4).train()
     x = torch.randn(6, IN, dtype=torch.float64)
     torch.manual_seed(11)
@@ -131,8 +131,8 @@ def test_hydralora_draws_one_mask_for_all_heads():
 
 
 @pytest.mark.parametrize("batch", (1, 3, 4))
-def test_task_gates_follow_the_sequence_not_the_position(batch):
-    """Permuting the batch with its tasks permutes y: false where the gate broadcasts over dim 1."""
+def test_task_gates_follow_the_sequence(batch):
+    """A permutation of the batch and its tasks permutes y."""
     layer = make_layer("moelora", torch.float64)
     x = torch.randn(batch, batch, IN, dtype=torch.float64)
     tasks = torch.arange(batch) + 1
@@ -147,7 +147,7 @@ def test_task_gates_follow_the_sequence_not_the_position(batch):
 
 
 def test_parameters_of_moelora_on_chatglm_6b():
-    """The paper's count: as many as a plain LoRA of rank 16, and one gate for the model."""
+    """The paper's count: that of a plain LoRA of rank 16, plus one gate."""
     with torch.device("meta"):
         blocks = nn.ModuleList(
             nn.ModuleDict(
@@ -170,7 +170,7 @@ def test_parameters_of_moelora_on_chatglm_6b():
 
 
 def test_parameters_of_ming_on_qwen_7b():
-    """185.6 M in the experts and 4.9 M in the routers, biases included."""
+    """185.6 M in the experts, 4.9 M in the routers with their biases."""
     with torch.device("meta"):
         blocks = nn.ModuleList(
             nn.ModuleDict(

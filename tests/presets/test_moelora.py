@@ -1,4 +1,4 @@
-"""What MOELoRA's gate and dropout do, as options: layouts of x, several tasks, gates per layer."""
+"""Options of MOELoRA: batch_dim, several tasks per sequence, a gate per layer, dropout masks."""
 
 import copy
 
@@ -24,26 +24,23 @@ TASK = dict(
 
 
 def batch_first(layer):
-    """The same layer for x [B, S, I]."""
+    """Return a copy of the layer for x [B, S, I]."""
     clone = copy.deepcopy(layer)
     clone.config = layer.config.replace(batch_dim=0)
     return clone
 
 
 def test_the_total_rank_is_split_and_scaled_as_a_whole():
-    """r = 16 over E = 8 gives experts of rank 2 with alpha / 16."""
+    """A total rank of 16 over 8 experts gives experts of rank 2, with the scale alpha / 16."""
     config = MoeLoraConfig.preset("moelora")
     assert config.ranks() == (2,) * 8
     assert config.scales() == (32.0 / 16,) * 8
 
 
-# --- the dimension of x that counts sequences ----------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", ((5, 3), (3, 3), (1, 3), (5, 1), (4, 3, 2), (0, 3)), ids=str)
 @pytest.mark.parametrize("gate", ("task", "external", "sequence"))
-def test_sequence_first_is_batch_first_transposed(gate, shape):
-    """As many steps as sequences included, where the original mixes the samples up in silence."""
+def test_sequence_first_equals_batch_first_transposed(gate, shape):
+    """Also for as many steps as sequences, which the original computes wrongly."""
     options = {
         "task": TASK,
         "external": dict(router="external"),
@@ -65,8 +62,8 @@ def test_sequence_first_is_batch_first_transposed(gate, shape):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_gate_rows_follow_the_declared_dimension_where_steps_equal_sequences():
-    """[S, B, I] with S = B = 2: from the formula, element by element."""
+def test_gate_rows_follow_batch_dim_if_steps_equal_sequences():
+    """x [S, B, I] with S = B = 2 matches the formula, element by element."""
     layer = make_layer(router="external", batch_dim=1)
     x = torch.randn(2, 2, IN, dtype=torch.float64)
     gates = torch.rand(2, 4, dtype=torch.float64)
@@ -81,7 +78,7 @@ def test_gate_rows_follow_the_declared_dimension_where_steps_equal_sequences():
 
 
 @pytest.mark.parametrize("batch_dim", (0, 1))
-def test_the_other_order_raises_where_sizes_tell(batch_dim):
+def test_x_in_the_other_order_raises(batch_dim):
     layer = make_layer(**TASK, batch_dim=batch_dim)
     set_tasks(layer, [1, 2, 3])
     shape = (5, 3, IN) if batch_dim == 0 else (3, 5, IN)
@@ -89,7 +86,7 @@ def test_the_other_order_raises_where_sizes_tell(batch_dim):
         layer(torch.randn(shape, dtype=torch.float64))
 
 
-def test_whole_ffn_experts_read_the_same_order():
+def test_batch_dim_of_whole_ffn_experts():
     ffn = make_ffn(router="external", top_k=None, batch_dim=1)
     clone = batch_first(ffn)
     for shape in ((5, 2), (2, 2), (1, 2), (5, 1), (4, 2, 3), (0, 2)):
@@ -100,8 +97,8 @@ def test_whole_ffn_experts_read_the_same_order():
 
 
 @pytest.mark.parametrize("granularity", ("token", "sequence"))
-def test_the_mask_of_the_aux_loss_is_batch_by_sequence_in_either_order(granularity):
-    """What the tokenizer gives, whatever the order of x."""
+def test_the_mask_of_the_aux_loss_is_batch_first(granularity):
+    """The mask is [batch, sequence], also for x [sequence, batch, I]."""
     options = dict(granularity=granularity, aux={"load_balance": 1.0, "z": 0.1})
     layer = make_layer(batch_dim=1, **options)
     clone = batch_first(layer)
@@ -115,11 +112,8 @@ def test_the_mask_of_the_aux_loss_is_batch_by_sequence_in_either_order(granulari
     assert not torch.allclose(collect_aux_loss(layer, torch.ones(3, 5)), expected)
 
 
-# --- several tasks for one sequence --------------------------------------------------------------
-
-
-def test_several_tasks_are_the_mean_of_their_embeddings():
-    """softmax(W mean(emb[t] for t in the row, 0 left out)); padding has no part and no gradient."""
+def test_several_tasks_average_their_embeddings():
+    """gate = softmax(W mean(emb[t] for t in the row if t != 0)); padding has no gradient."""
     layer = make_layer(**TASK)
     rows = [[2, 0, 5], [0, 0, 3], [1, 1, 4]]
     set_tasks(layer, rows)
@@ -158,7 +152,7 @@ def test_one_task_in_a_row_is_that_task():
 
 
 def test_rows_without_a_task_and_ids_out_of_range_raise():
-    """The original divides by the number of tasks of a row; 0 alone is reserved."""
+    """A row must have a task, because the mean divides by their number."""
     layer = make_layer(**TASK)
     for rows in ([[1, 2], [0, 0]], [[1, 6]], [[-1, 2]]):
         with pytest.raises(ValueError, match="ids: expected 1 to 5, with 0 as padding"):
@@ -168,7 +162,7 @@ def test_rows_without_a_task_and_ids_out_of_range_raise():
 
 
 def test_low_precision_embeddings_are_averaged_in_float32():
-    """The mean of bfloat16 rows rounded to bfloat16 would not be the mean."""
+    """The mean of bfloat16 embeddings is not rounded to bfloat16."""
     layer = make_layer(**TASK, base=nn.Linear(IN, OUT, dtype=torch.bfloat16))
     set_tasks(layer, [[1, 2, 3]])
     router = layer.router
@@ -178,7 +172,7 @@ def test_low_precision_embeddings_are_averaged_in_float32():
 
 
 def test_sequence_first_with_several_tasks_compiles_once():
-    """No graph break, and one graph for every number of steps."""
+    """No graph break, and one graph for all numbers of steps."""
     layer = make_layer(**TASK, batch_dim=1).eval()
     set_tasks(layer, [[1, 2], [3, 0]])
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -189,11 +183,8 @@ def test_sequence_first_with_several_tasks_compiles_once():
             torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
 
 
-# --- a gate per layer ----------------------------------------------------------------------------
-
-
-def test_a_gate_per_layer():
-    """One call of set_tasks reaches all; each is saved; a shared gate is not one of them."""
+def test_a_task_gate_per_layer():
+    """set_tasks reaches all gates, and each gate is saved. The shared gate is a third one."""
     config = MoeLoraConfig(**{**TASK, "task_gate": "per_layer"})
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
     replace_linears(model, config, ["0", "1"])
@@ -211,7 +202,7 @@ def test_a_gate_per_layer():
 
 
 @pytest.mark.parametrize(("task_gate", "gates"), (("per_layer", 2), ("shared", 1)))
-def test_a_gate_per_ffn(task_gate, gates):
+def test_a_task_gate_per_ffn(task_gate, gates):
     model = nn.ModuleDict({"a": GatedMlp(), "b": GatedMlp()})
     replace_ffns(model, MoeLoraConfig(**{**TASK, "task_gate": task_gate}), ["a", "b"])
     assert len({id(ffn.router) for ffn in model.values()}) == gates
@@ -228,12 +219,9 @@ def test_options_that_do_not_go_together_raise():
         MoeLoraConfig(batch_dim=-1)
 
 
-# --- dropout ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mask", ("per_expert", "shared"))
-def test_masks_of_experts_are_independent_or_one(mask):
-    """With x = 1, A_e = B_e = unit, the output of expert e is its mask: 0 or 1 / (1 - p)."""
+def test_masks_of_experts_are_independent_or_shared(mask):
+    """With x = 1 and unit vectors in A and B, y_e is the mask of expert e: 0 or 1 / (1 - p)."""
     tokens, experts, p = 20_000, 4, 0.3
     layer = make_layer(
         base=nn.Linear(IN, experts, bias=False, dtype=torch.float64), router="external", rank=1,

@@ -7,91 +7,95 @@ import torch
 
 from moelora_kernels import reference
 from moelora_kernels.types import Gate
-from support.layers import make_case
+from support.cases import layer_case
+from support.inputs import Inputs
 
 
-def loop(case, sibling: int = 0) -> torch.Tensor:
-    """y of one sibling, one token and one expert at a time."""
-    s, mixture, n = case.linears[sibling], case.mixture, len(case.linears)
-    experts = len(mixture.ranks)
-    rows = []
-    for t, x in enumerate(case.x):
+def loop(inputs: Inputs, sibling: int = 0) -> torch.Tensor:
+    """Return y of one sibling, one token and one expert at a time."""
+    s, mixture, n = inputs.linears[sibling], inputs.mixture, inputs.case.n
+    gates, experts, rows = inputs.gate_weights, inputs.experts, inputs.rows
+    E = len(mixture.ranks)
+    ys = []
+    for t, x in enumerate(inputs.x):
         y = s.weight @ x + (0 if s.bias is None else s.bias)
-        weights = dict.fromkeys(range(experts), 0.0)
+        weights = dict.fromkeys(range(E), 0.0)
         if s.router_weight is not None:
             logits = s.router_weight @ x + (0 if s.router_bias is None else s.router_bias)
             p = torch.exp(logits / mixture.temperature)
             p = p / p.sum()
-            best = sorted(range(experts), key=lambda e: (-p[e].item(), e))[: mixture.top_k]
+            best = sorted(range(E), key=lambda e: (-p[e].item(), e))[: mixture.top_k]
             total = sum(p[e] for e in best) if mixture.renormalize else 1.0
             weights |= {e: p[e] / total for e in best}
-        elif case.gate.experts is not None:
-            k = case.gate.weights.shape[1] // n
-            for slot in range(sibling * k, (sibling + 1) * k):
-                e = int(case.gate.experts[t, slot])
-                if 0 <= e < experts:
-                    weights[e] = weights[e] + case.gate.weights[t, slot]
+        elif experts is not None:
+            K = gates.shape[1] // n
+            for slot in range(sibling * K, (sibling + 1) * K):
+                e = int(experts[t, slot])
+                if 0 <= e < E:
+                    weights[e] = weights[e] + gates[t, slot]
         else:
-            gates = case.gate.weights
-            rows_of_tokens = case.gate.rows
-            row = min(t, len(gates) - 1) if rows_of_tokens is None else int(rows_of_tokens[t])
-            weights = {e: gates[row, sibling * experts + e] for e in range(experts)}
+            row = min(t, len(gates) - 1) if rows is None else int(rows[t])
+            if 0 <= row < len(gates):
+                weights = {e: gates[row, sibling * E + e] for e in range(E)}
         start = 0
         for e, rank in enumerate(mixture.ranks):
             a = s.lora_a if mixture.share_a else s.lora_a[start : start + rank]
             b = s.lora_b[:, start : start + rank]
             y = y + weights[e] * mixture.scaling[e] * (b @ (a @ x))
             start += rank
-        rows.append(y)
-    return torch.stack(rows)
+        ys.append(y)
+    return torch.stack(ys)
 
 
 CASES = {
-    # name -> what it would catch
-    "router": {},
-    "router, two siblings": {"out_features": (5, 7)},
-    "router, not renormalised": {"renormalize": False, "temperature": 0.7},
-    "router, all experts": {"top_k": 4},
-    "router, ranks that differ": {"ranks": (1, 3, 2, 16)},
-    "sparse": {"gate": "sparse"},
-    "sparse, two siblings": {"gate": "sparse", "out_features": (5, 7)},
-    "dense": {"gate": "dense"},
-    "gate rows": {"gate": "rows", "out_features": (5, 7)},
-    "one gate row": {"gate": "one"},
-    "shared A": {"gate": "dense", "share_a": True},
-    "shared A, router": {"share_a": True, "out_features": (5, 7)},
-    "one expert": {"ranks": (3,), "gate": "dense"},
+    "router": layer_case(),
+    "router_siblings": layer_case(n=2, O=(5, 7)),
+    "router_softmax": layer_case(renormalize=False, temperature=0.7),
+    "router_all_experts": layer_case(K=4),
+    "router_mixed_ranks": layer_case(ranks=(1, 3, 2, 16)),
+    "sparse": layer_case(gate="sparse"),
+    "sparse_repeated_and_not_routed": layer_case(gate="sparse", routing="some"),
+    "sparse_siblings": layer_case(gate="sparse", n=2, O=(5, 7)),
+    "dense": layer_case(gate="dense"),
+    "rows": layer_case(gate="rows", n=2, O=(5, 7)),
+    "one_row": layer_case(gate="one_row"),
+    "share_a": layer_case(gate="dense", share_a=True),
+    "share_a_router": layer_case(share_a=True, n=2, O=(5, 7)),
+    "one_expert": layer_case(ranks=(3,), gate="dense"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_equal_the_token_loop(name):
-    case = make_case(tokens=6, in_features=5, **{"out_features": (4,), **CASES[name]})
-    leaves = [case.x, *(t for s in case.linears for t in s[3:] if t is not None)]
-    leaves += [case.gate.weights] if case.gate is not None else []
-    for leaf in leaves:
+    case = CASES[name]._replace(T=6, I=5)
+    inputs = Inputs(case if case.n > 1 else case._replace(O=4), torch.float64)
+    parameters = {}
+    for i in range(case.n):
+        parameters |= {f"dA{i}": inputs.lora_a[i], f"dB{i}": inputs.lora_b[i]}
+        if inputs.has_router:
+            parameters[f"drouter{i}"] = inputs.router_weight[i]
+            parameters[f"dbias{i}"] = inputs.router_bias[i]
+    leaves = {"dx": inputs.x, **parameters}
+    if not inputs.has_router:
+        leaves["dgates"] = inputs.gate_weights
+    for leaf in leaves.values():
         leaf.requires_grad_()
-    ys = [loop(case, i) for i in range(len(case.linears))]
-    expected = torch.autograd.grad(ys, leaves, case.dy)
+    ys = [loop(inputs, i) for i in range(case.n)]
+    gradients = torch.autograd.grad(ys, [*leaves.values()], inputs.dy)
     with torch.no_grad():
-        found = case.reference()
-    n = len(case.linears)
+        result = inputs.reference_step()
     for i, y in enumerate(ys):
-        torch.testing.assert_close(found[f"y{i}"], y.detach(), rtol=1e-12, atol=1e-12)
-    names = ["dx"]
-    for i in range(n):
-        names += [f"dA{i}", f"dB{i}"]
-        names += [f"drouter{i}", f"dbias{i}"] if case.mixture.top_k else []
-    names += ["dgates"] if case.gate is not None else []
-    for key, grad in zip(names, expected, strict=True):
-        torch.testing.assert_close(found[key], grad, rtol=1e-11, atol=1e-11, msg=key)
+        torch.testing.assert_close(result[f"y{i}"], y.detach(), rtol=1e-12, atol=1e-12)
+    for key, expected in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(result[key], expected, rtol=1e-11, atol=1e-11, msg=key)
 
 
 def test_backward_formulas_equal_autograd_through_the_forward():
     # The token loop has no dropout; autograd through the reference's own forward has.
     for per_expert in (False, True):
-        case = make_case(dropout=0.4, dropout_per_expert=per_expert, out_features=(5, 7), aux=True)
-        by_autograd, by_formula = case.run("reference"), case.reference()
+        case = layer_case(dropout=0.4, per_expert=per_expert, n=2, O=(5, 7), aux=True)
+        inputs = Inputs(case, torch.float64)
+        by_autograd, by_formula = inputs.step("reference"), inputs.reference_step()
         assert by_autograd.keys() == by_formula.keys()
         for key, value in by_formula.items():
             torch.testing.assert_close(value, by_autograd[key], rtol=1e-11, atol=1e-11, msg=key)
@@ -147,10 +151,10 @@ def test_topk_gate_keeps_the_order_of_all_experts():
 
 
 def test_gate_of_zero_selects_nothing():
-    case = make_case(gate="dense")
-    case.gate.weights[:, 1] = 0
-    case.linears[0].lora_a[4:8] = torch.nan
-    assert torch.isfinite(case.run("reference")["y0"]).all()
+    inputs = Inputs(layer_case(gate="dense"), torch.float64)
+    inputs.gate_weights[:, 1] = 0
+    inputs.lora_a[0][4:8] = torch.nan
+    assert torch.isfinite(inputs.step("reference")["y0"]).all()
 
 
 def test_rows_and_indices_out_of_range_are_not_routed():

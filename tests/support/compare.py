@@ -1,4 +1,4 @@
-"""One training step of a module or of a formula, and how two results are compared."""
+"""A training step of a module or of a formula, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def training_step(
 
     dy: the gradient of y, by default from -1 to 1.
     forward: x -> y, by default the module itself.
-    seed: the seed of the dropout masks; None goes on from the current random state.
+    seed: the seed of the dropout masks; None keeps the current random state.
     """
     if seed is not None:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Layers at real sizes for the `gpu` tests, and what those tests share."""
+"""Modules on a GPU for the `gpu` tests: their training steps on fixed buffers, and comparisons."""
 
 from __future__ import annotations
 
@@ -13,99 +13,10 @@ from torch import Tensor, nn
 
 from moelora_kernels import MoeLoraGroup, MoeLoraLinear, moe_lora_linear, set_tasks
 from moelora_kernels.testing import assert_within_budget
-from moelora_kernels.types import LinearTensors
-from support.layers import Case as Layer
-from support.op_cases import Case, Inputs
+from support.backends import HALF
 
 DEVICE = torch.device("cuda")
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 each_half = pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
-
-EIGHT = (16,) * 8  # R = 128, the largest that one program holds
-# name -> case; the comment says what it would catch.
-LARGE = {
-    # What the benchmarks time: full tiles, one launch per direction, a split in weight_grad alone.
-    "router": Case(T=8192, I=4096, O=4096, ranks=EIGHT),
-    # dy and B are the wide side; sums over 14336 columns.
-    "up": Case(T=8192, I=4096, O=14336, ranks=EIGHT, bias=True),
-    # One token: every product is split, and 63 rows of each tile are masked.
-    "one_token": Case(T=1, I=4096, O=14336, ranks=(8,) * 8),
-    # A tail of one token in the second tile; the smallest rank tile, half of it masked per expert.
-    "few_tokens": Case(T=17, I=4096, O=4096, ranks=(2,) * 8),
-    # R = 256: two column tiles, partials and a second launch; the router spread over the tiles.
-    "two_tiles": Case(T=1000, I=4096, O=4096, ranks=(32,) * 8, bias=True),
-    "two_tiles_long": Case(T=8192, I=4096, O=4096, ranks=(32,) * 8, gate="dense"),
-    # Weights and indices from outside, some of them "not routed".
-    "sparse": Case(T=8192, I=4096, O=4096, ranks=EIGHT, gate="sparse"),
-    "dense": Case(T=1000, I=4096, O=14336, ranks=(8,) * 8, gate="dense"),
-    # The gradient of one row is a sum over all tokens, that of five a product with rows.
-    "one_row": Case(T=8192, I=4096, O=4096, ranks=(8,) * 8, gate="one_row"),
-    "task_rows": Case(T=1000, I=4096, O=4096, ranks=EIGHT, gate="rows"),
-    # Tuples of pointers, and the sibling of a program.
-    "siblings": Case(T=1000, I=4096, O=4096, ranks=(8,) * 8, n=3, chained=True),
-    # Experts across the borders of tiles; R = 148 is no multiple of anything.
-    "mixed_ranks": Case(T=1000, I=4096, O=4096, ranks=(1, 3, 16, 128)),
-    "share_a": Case(T=1000, I=4096, O=4096, ranks=EIGHT, share_a=True),
-    "dropout": Case(T=8192, I=4096, O=4096, ranks=EIGHT, dropout=0.1),
-    "dropout_per_expert": Case(T=1000, I=4096, O=4096, ranks=EIGHT, dropout=0.1, per_expert=True),
-    # A, B and router in float32 under 16-bit x: logits of float32 grade, gradients not rounded.
-    "float32_adapters": Case(
-        T=1000, I=4096, O=4096, ranks=EIGHT, adapters=torch.float32, bias=True
-    ),
-    # The softmax before the choice: its backward reads the logits of all experts.
-    "softmax_before_topk": Case(
-        T=1000, I=4096, O=4096, ranks=(8,) * 8, renormalize=False, temperature=1.7, chained=True
-    ),
-    # More experts than one program routes.
-    "many_experts": Case(T=1000, I=4096, O=4096, ranks=(2,) * 64, top_k=6),
-    # Rows that start at no multiple of 16 bytes, tails on every side.
-    "odd": Case(T=1000, I=4099, O=4097, ranks=(5,) * 7),
-}
-each_large = pytest.mark.parametrize("name", LARGE)
-
-
-def draw_inputs(name: str, dtype: torch.dtype) -> Inputs:
-    """The tensors of a case of LARGE on the GPU."""
-    return keep_apart(Inputs(LARGE[name], dtype, device=DEVICE))
-
-
-def keep_apart(inputs: Inputs, least: float = 1e-3) -> Inputs:
-    """The same inputs without tokens whose routing hangs on the last bits of float32 logits.
-
-    Such a token, whose logits in the first K + 1 places are closer than `least`, becomes a copy of
-    the token that is clearest. With K = E nothing is chosen.
-    """
-    k, x = inputs.case.top_k, inputs.x
-    if not inputs.router or k == inputs.E or not len(x):
-        return inputs
-    gap = x.new_full(x.shape[:1], float("inf"), dtype=torch.float64)
-    for i, weight in enumerate(inputs.router):
-        logits = x.double() @ weight.double().t()
-        if inputs.bias:
-            logits += inputs.bias[i].double()
-        places = logits.sort(dim=1, descending=True).values[:, : k + 1]
-        gap = gap.minimum((places[:, :-1] - places[:, 1:]).amin(dim=1))
-    inputs.x = torch.where((gap < least)[:, None], x[gap.argmax()], x)
-    return inputs
-
-
-def layer_of(inputs: Inputs) -> Layer:
-    """A whole layer around the inputs of the ops: W of its own, the rest theirs."""
-    c, x = inputs.case, inputs.x
-    linears = [
-        LinearTensors(
-            x.new_empty(c.O, c.I).normal_(std=c.I**-0.5),
-            x.new_empty(c.O).normal_() if c.bias else None,
-            None,
-            a,
-            b,
-            inputs.router[i] if inputs.router else None,
-            inputs.bias[i] if inputs.bias else None,
-        )
-        for i, (a, b) in enumerate(zip(inputs.lora_a, inputs.lora_b, strict=True))
-    ]
-    gate = None if inputs.router else inputs.gate
-    return Layer(inputs.mixture, x, linears, inputs.dy, gate, inputs.dropout, inputs.dlogits)
 
 
 class Step:

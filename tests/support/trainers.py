@@ -1,4 +1,4 @@
-"""A small model, a trainer of it, and the loop that a user would write by hand instead."""
+"""A small model, a trainer for it, and the same training as a loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_model(preset: str, tie: bool = False, **options):
 
 
 def make_samples(count: int = 10) -> list[dict]:
-    """Samples of different lengths and tasks; the first tokens have no label."""
+    """Return samples of different lengths and tasks. The first two tokens have no label."""
     draw = torch.Generator().manual_seed(5)
     samples = []
     for i in range(count):
@@ -40,7 +40,7 @@ def make_samples(count: int = 10) -> list[dict]:
 
 
 class Padding:
-    """Pads on the right and keeps every batch that it made."""
+    """A collator that pads on the right and keeps every batch."""
 
     def __init__(self):
         self.batches = []
@@ -61,7 +61,7 @@ class Padding:
 
 
 def arguments(tmp_path, cls=TrainingArguments, **args):
-    """Plain AdamW at a constant rate, so that a loop can do the same."""
+    """Return training arguments with plain AdamW at a constant rate, like `loop` uses."""
     options = dict(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=2, num_train_epochs=1, learning_rate=0.02,
@@ -85,20 +85,20 @@ def make_trainer(model, tmp_path, samples=None, attached=True, callbacks=None, *
 
 
 def batches_of(trainer) -> list[dict]:
-    """What a trainer with a TaskCollator, or without one, has collated, the tasks included."""
+    """Return the batches of a trainer's Padding collator."""
     collator = trainer.data_collator
     return (collator.collator if isinstance(collator, TaskCollator) else collator).batches
 
 
 def tasks_of(batch) -> torch.Tensor:
-    """The tasks of the rows, found by their tokens."""
+    """Return the tasks of the rows of a batch, looked up by their tokens."""
     table = {tuple(s["input_ids"]): s["task_ids"] for s in make_samples()}
     rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
     return torch.tensor([table[tuple(ids[mask.bool()].tolist())] for ids, mask in rows])
 
 
 def loop(model, steps: list[list[dict]], lr: float = 0.02) -> tuple[list[float], list[float]]:
-    """The training that a user writes by hand: the loss of each step, and the auxiliary part.
+    """Train a model by hand. Return the loss of each step, and its auxiliary part.
 
     loss = sum over the tokens of all micro-batches / their number + the mean of the aux losses
     """
@@ -139,13 +139,13 @@ def assert_same_adapters(a, b, **tolerance):
         torch.testing.assert_close(p, q, **tolerance)
 
 
-# The loss is divided by the tokens before or after the sum, in float32; Adam divides gradients by
-# their own size, so that a rounding of a small one can show in full.
+# The loss is divided by the tokens before or after the sum, in float32. Adam divides gradients by
+# their size, so the rounding of a small gradient can change a parameter visibly.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
 def make_tokenizer():
-    """A tokenizer of 40 tokens, which SFTTrainer asks for even where all is tokens already."""
+    """Return a tokenizer of 40 tokens. SFTTrainer needs one, also for tokenized samples."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {chr(94 + i): i for i in range(3, 40)}

@@ -1,9 +1,9 @@
-"""How large the tiles of a kernel are and how it is compiled: one table per architecture.
+"""The tile sizes and compiler options of every kernel: one table per architecture.
 
-A launcher looks its entry up by shape; nothing is timed at run time. An entry is qualified by the
-`gpu` tests (float64 comparison, NaN scan, 50 bitwise repeats) on the hardware that it names. An
-entry without a name is only compiled ahead of time for its architecture: it does not spill, fits
-into shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`).
+A launcher selects its entry by shape; nothing is timed at run time. The `gpu` tests (float64
+comparison, NaN scan, 50 bitwise repeats) qualify an entry on the hardware that it names. An entry
+without a name was only compiled ahead of time for its architecture: it does not spill, fits into
+shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def gate_rows_kernel(
     columns_in = columns < WIDTH
     g = (pid // (SPLIT * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
 
-    # Sum: the product with a matrix that is 1 where a token has the gate row.
+    # Sum: the product with a matrix that is 1 if a token has the gate row, else 0.
     total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
     for first in range(split * t_per_split, tl.minimum((split + 1) * t_per_split, T), BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first

@@ -1,6 +1,6 @@
 """Device functions: the gate of a tile of tokens, [BLOCK_T, BLOCK_E] float32.
 
-FORM says where the gate comes from (`types.Gate` explains the first four):
+FORM is the form of the gate (`types.Gate` explains the first four):
 
     "sparse"    weights [T, n K] and experts [T, n K]
     "dense"     weights [T, n E]
@@ -10,7 +10,7 @@ FORM says where the gate comes from (`types.Gate` explains the first four):
 
 From experts to columns of rank space and back, a kernel multiplies by S [E, R] (`tables.
 expert_columns`), which is 1 in the columns of an expert and 0 elsewhere. gate S repeats the gate of
-an expert over its columns, and (P (.) h) St sums the columns of an expert, whatever the ranks are.
+an expert over its columns, and (P (.) h) St sums the columns of an expert, for any ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dense_gate(
 ):
     """Return the gate of these tokens, and whether each token is routed to each expert.
 
-    Both are [BLOCK_T, BLOCK_E]. The gate is 0 where a token is not routed.
+    Both are [BLOCK_T, BLOCK_E]. The gate is 0 if a token is not routed to the expert.
     """
     experts = tl.arange(0, BLOCK_E)
     if FORM == "sparse":
@@ -137,7 +137,7 @@ def topk_gate(
         slot = tl.where(slot < 0, K, slot)
     selected = slot < K
 
-    # Softmax over the experts that count.
+    # Softmax: over the selected experts with RENORMALIZE, else over all E experts.
     counted = is_expert
     if RENORMALIZE:
         counted = selected
@@ -161,9 +161,9 @@ def store_topk(
     K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store what `topk_gate` returned: weights [T, n K] and experts [T, n K] int32, by slot.
+    """Store the results of `topk_gate` by slot: weights [T, n K] and experts [T, n K] int32.
 
-    experts_ptr is None if K = E: every expert has its own slot then.
+    experts_ptr is None if K = E: slot k is then expert k.
     """
     experts = tl.arange(0, BLOCK_E)[None, :]
     offsets = tokens[:, None] * (n * K) + sibling * K + slot

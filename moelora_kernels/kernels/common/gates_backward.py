@@ -59,7 +59,7 @@ def gate_columns(
     """Store dh and u of these columns, and return dgate + <P, h> over the columns of every expert.
 
     p [BLOCK_T, BLOCK_R]; scaled_gate = scale * gate and dgate [BLOCK_T, BLOCK_E]. dh is not stored
-    if A_ROWS < R: it is a sum over all experts then.
+    if A_ROWS < R, because it is then a sum over all experts.
     """
     expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
     column_gate = gate_per_column(scaled_gate, expert_columns, UPCAST)  # [BLOCK_T, BLOCK_R]
@@ -101,10 +101,10 @@ def store_dgate(
     RENORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store the gradient of what the gate was made from. dgate is <P, h> by expert.
+    """Store the gradient of the gate or of the router's logits. dgate is <P, h> by expert.
 
-    ROUTER: of the logits [T, n E], plus dlogits (None: nothing to add). FORM "sparse": of the
-    weights [T, n K]. Other forms: of the gate of every token [T, n E].
+    With ROUTER, it is the gradient of the logits [T, n E], plus dlogits (None: nothing to add).
+    With FORM "sparse", of the weights [T, n K]. Otherwise, of the gate of every token [T, n E].
     """
     experts = tl.arange(0, BLOCK_E)
     dgate *= scaling

@@ -19,7 +19,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """One launch: enough to compile its kernel, and to count the bytes that it moves."""
+    """A recorded launch, with everything to compile its kernel and to count the bytes it moves."""
 
     kernel: Any
     programs: int
@@ -34,7 +34,7 @@ _capture_lock = threading.Lock()
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect the launches of the block. On tensors of the meta device they are only recorded."""
+    """Record the launches in the context. With tensors of the meta device no kernel runs."""
     global _records
     outer, _records = _records, []
     try:
@@ -80,7 +80,7 @@ def _guard(device: torch.device) -> Iterator[None]:
         # The hook belongs to all threads, so only one of them may change it and set it back.
         with _capture_lock:
             hook = runtime.jit_cache_hook
-            # Triton calls this hook when a kernel is not among the compiled ones.
+            # Triton calls this hook before it compiles a kernel.
             runtime.jit_cache_hook = lambda **_: require_no_capture("kernels", device)
             try:
                 yield
@@ -88,11 +88,11 @@ def _guard(device: torch.device) -> Iterator[None]:
                 runtime.jit_cache_hook = hook
 
 
-def require_no_capture(what: str, device: torch.device) -> None:
+def require_no_capture(name: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is being captured on `device`."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{what} must exist before a CUDA graph is captured: "
+            f"{name} must exist before a CUDA graph is captured: "
             "run the same shapes once before, or moelora_kernels.warmup(model, tokens)"
         )
 

@@ -1,4 +1,4 @@
-"""Small tensors that depend on ranks and scaling alone. Each is made once per device and kept."""
+"""Small tensors that depend only on ranks and scaling. Each is built once per device and cached."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def scaling_table(scaling: tuple[float, ...], device: torch.device) -> Tensor:
 def column_tile_table(ranks: tuple[int, ...], n: int, width: int, device: torch.device) -> Tensor:
     """Return column tiles of up to `width` columns that each lie within one expert.
 
-    [tiles, 4] int32: first column, end, expert, sibling. Columns count those of all n siblings.
+    [tiles, 4] int32: first column, end, expert, sibling. Columns count over all n siblings.
     """
     require_no_capture("the table of column tiles", device)
     total = sum(ranks)
@@ -74,10 +74,10 @@ def column_tile_table(ranks: tuple[int, ...], n: int, width: int, device: torch.
 
 
 def _outside_pools(make: Callable[[], Tensor]) -> Tensor:
-    """Return make(), called in another thread, so that no graph's memory pool owns the result.
+    """Return make(), called in another thread, so that the result is in no graph's memory pool.
 
-    A compiled model that runs as a CUDA graph directs the allocations of its thread into a memory
-    pool, and refuses tensors in it that outlive a run. These tables outlive it.
+    A compiled model that runs as a CUDA graph allocates the tensors of its thread in a memory
+    pool. A tensor in the pool must not live longer than a run, but these tables do.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()

@@ -9,6 +9,7 @@ from moelora_kernels.nn.routers.balanced import BalancedRouter
 from moelora_kernels.nn.routers.logits import router_logits, wide_product
 from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
+from moelora_kernels.nn.samples import Samples, mean_of_samples
 
 
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
@@ -80,20 +81,20 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     config, router = layer.config, layer.router
     if config.router == "task":
         # All layers share the router, also if the model is spread over several devices.
-        return router().to(x.device)
+        return router(layer.current_task_ids()).to(x.device)
     if config.router == "self":
         return wide_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
     if config.granularity == "sequence":
-        sequences = tokens[None]
-        if x.dim() > 2:
-            sequences = x.movedim(config.batch_dim, 0).flatten(1, -2)
-        # The mean over zero positions is 0, not 0 / 0.
-        source = sequences.mean(dim=1) if sequences.shape[1] else sequences.sum(dim=1)
+        source = mean_of_samples(x, tokens, config.batch_dim, layer.samples)
     gate = getattr(router, "gate", router)
-    if isinstance(gate, TokenTaskRouter) and x.dim() > 2:
-        gate.check_batch(x.shape[0])
-    logits = router_logits(router, source)
+    if isinstance(gate, TokenTaskRouter):
+        ids = gate.sample_of_tokens(x, config.batch_dim, layer.samples)
+        # Neighbours of equal length need no table: the router repeats the task vectors.
+        is_regular = not isinstance(layer.samples, Samples)
+        logits = router(source) if ids is None or is_regular else router(source, ids)
+    else:
+        logits = router_logits(router, source)
     columns = config.num_experts + (config.select == "learned_threshold")
     if logits.shape != (source.shape[0], columns):
         raise ValueError(

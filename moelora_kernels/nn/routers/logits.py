@@ -24,9 +24,12 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
-def router_logits(router: nn.Module, x: Tensor) -> Tensor:
-    """Return the logits of a router that reads x; those of an nn.Linear are in float32."""
+def router_logits(router: nn.Module, x: Tensor, *samples: Tensor) -> Tensor:
+    """Return the logits of a router that reads x. If it is an nn.Linear, they are in float32.
+
+    samples: the sample of each token, for a router that uses it (TokenTaskRouter).
+    """
     if dense_weight(router) is not None:
         return wide_linear(x, router)
     weight = float_weight(router) if isinstance(router, nn.Linear) else None
-    return router(x if weight is None else x.to(weight.dtype))
+    return router(x if weight is None else x.to(weight.dtype), *samples)

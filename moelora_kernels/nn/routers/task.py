@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import state_without_graph
 from moelora_kernels.nn.routers.logits import router_logits, wide_linear
 from moelora_kernels.nn.routers.token import MlpRouter
+from moelora_kernels.nn.samples import Samples, sample_of_tokens
 
 
-def _beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Move a tensor to the device of a parameter, unless the parameter is on the meta device."""
     return tensor if parameter.is_meta else tensor.to(parameter.device)
 
@@ -42,6 +46,8 @@ class TaskRouter(nn.Module):
         self.gate = nn.Linear(embedding_dim, num_experts, bias=False, device=device, dtype=dtype)
         # Not a buffer: DistributedDataParallel copies buffers of the first process to all others.
         self.task_ids: Tensor | None = None
+        # Whether the layers have task ids of their own, which `set_tasks` gave them.
+        self.layers_have_ids = False
 
     def check_tasks(self, ids: Tensor) -> None:
         """Raise ValueError unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks.
@@ -65,17 +71,16 @@ class TaskRouter(nn.Module):
             torch._assert_async(valid, f"ids: expected {expected}")
 
     def hold_tasks(self, ids: Tensor) -> None:
-        """Store ids that passed `check_tasks` for the coming forwards."""
-        self.task_ids = _beside(ids, self.gate.weight)
+        """Store ids that passed `check_tasks` for the coming forwards of all layers."""
+        self.task_ids = _on_device_of(ids, self.gate.weight)
+        self.layers_have_ids = False
 
-    def forward(self) -> Tensor:
-        """Return the logits [B, E] of the stored tasks in float32."""
-        if self.task_ids is None:
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """Return the logits [B, E] of `ids` in float32; None means those of `hold_tasks`."""
+        ids = self.task_ids if ids is None else ids
+        if ids is None:
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
-        return self.logits(self.task_ids)
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits [B, E] in float32 of ids [B] or [B, L] that passed `check_tasks`."""
+        self._check_whole()
         # The router may have moved to another device since `hold_tasks`.
         ids = ids.to(self.gate.weight.device)
         tasks = self.embedding(ids)
@@ -84,6 +89,24 @@ class TaskRouter(nn.Module):
             is_task = (ids != 0)[..., None]
             tasks = torch.where(is_task, tasks, 0).sum(dim=1) / is_task.sum(dim=1)
         return wide_linear(tasks, self.gate)
+
+    def children(self) -> Iterator[nn.Module]:
+        """Return the modules of the gate. Raises if fully_shard would shard them a second time."""
+        # fully_shard fails on them without naming a module, and asks every module for its children.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+            self._check_whole()
+        return super().children()
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError if the weights are shards that FSDP2 holds for another module."""
+        placements = getattr(self.gate.weight, "placements", ())
+        if any(placement.is_shard() for placement in placements):
+            raise RuntimeError(
+                "task gate: the blocks share it, and fully_shard has sharded it with one of them. "
+                "Shard the whole model as one unit; or give each layer a gate, with "
+                "task_gate='per_layer'; or, without PEFT, shard the gate first, "
+                "fully_shard(layer.router), and then the blocks"
+            )
 
 
 class TokenTaskRouter(nn.Module):
@@ -157,29 +180,43 @@ class TokenTaskRouter(nn.Module):
 
     def hold_tasks(self, vectors: Tensor) -> None:
         """Store vectors [B, D] that passed `check_tasks` for the coming forwards."""
-        self.task_vectors = _beside(vectors, self.mixture["share"])
+        self.task_vectors = _on_device_of(vectors, self.mixture["share"])
 
-    def check_batch(self, sequences: int) -> None:
-        """Raise ValueError unless there is one task vector per sequence, or one for all."""
-        count = sequences if self.task_vectors is None else self.task_vectors.shape[0]
-        if count not in (1, sequences):
-            raise ValueError(
-                f"tasks: {count} task vectors for {sequences} sequences; expected one for each or "
-                "one for all; if generate makes n sequences of each prompt (beams, samples), "
-                "set_tasks takes vectors.repeat_interleave(n, dim=0)"
-            )
+    def sample_of_tokens(
+        self, x: Tensor, batch_dim: int, samples: Samples | str | None
+    ) -> Tensor | None:
+        """Return the row of `task_vectors` of each token of x [..., I], [T]; None if there is one.
+
+        Raises ValueError if x and `samples` do not tell it; see `set_samples`.
+        """
+        if self.task_vectors is None or self.task_vectors.shape[0] == 1:
+            return None
+        count = self.task_vectors.shape[0]
+        kind = "task vectors"
+        return sample_of_tokens(x.shape, count, batch_dim, samples, x.device, "tasks", kind)
 
     def __getstate__(self) -> dict:
         return state_without_graph(self, "task_vectors")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return probabilities [T, E] in float32 for x [T, I]."""
+    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        """Return probabilities [T, E] in float32 for x [T, I].
+
+        samples: [T], the row of the task vectors of each token; a token with a number below 0 gets
+            the probabilities of `token` alone. None means that the tokens of a sequence are
+            neighbours, and that all sequences have the same length.
+        """
         if self.task_vectors is None:
             raise RuntimeError("the gate has no task vectors: call set_tasks(model, vectors) first")
         tokens, batch = x.shape[0], self.task_vectors.shape[0]
-        if tokens % batch:
-            raise ValueError(f"tasks: {batch} task vectors do not divide {tokens} tokens")
         token = router_logits(self.token, x).softmax(dim=1)
         task = router_logits(self.task, self.task_vectors).to(token).softmax(dim=1)
         share = self.mixture["share"].to(token.dtype).sigmoid()
+        if samples is not None:
+            # A sum instead of an index, whose backward has no fixed order on a GPU.
+            is_sample = (samples[:, None] == torch.arange(batch, device=x.device))[:, :, None]
+            task = torch.where(is_sample, task, 0).sum(dim=1)
+            share = torch.where(samples[:, None] < 0, 0, share)
+            return (1 - share) * token + share * task
+        if tokens % batch:
+            raise ValueError(f"tasks: {batch} task vectors do not divide {tokens} tokens")
         return (1 - share) * token + share * task.repeat_interleave(tokens // batch, dim=0)

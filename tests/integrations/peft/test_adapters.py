@@ -1,4 +1,4 @@
-"""What changes if adapters are added, selected, replaced and deleted?"""
+"""Adapters are added, selected, replaced and deleted: what runs, and what trains?"""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from support.peft_models import (  # noqa: E402
 
 
 def test_the_base_of_an_adapter():
-    """The one that runs before it; of an adapter that does not run, the linear."""
+    """It is the adapter that runs before; for an adapter that does not run, the linear."""
     model = two_adapters()
     layer = model.base_model.model.layers[0].up
     first, other = (layer.moelora_experts[name] for name in ("default", "other"))
@@ -51,7 +51,7 @@ def test_set_adapter_switches_what_runs_and_what_trains():
 
 
 def test_adapters_are_in_the_mode_of_their_base():
-    """A model in evaluation that is given an adapter must not start to drop and to draw."""
+    """A new adapter has the mode of its base, so in evaluation it has no dropout and no noise."""
     config = MoeLoraPeftConfig(target_modules=TARGETS, **{**MING, "dropout": 0.5, "noise": 1.0})
     model = peft.inject_adapter_in_model(config, net().eval())
     assert not any(m.training for m in model.modules())
@@ -69,7 +69,7 @@ def test_adding_an_adapter_changes_neither_output_nor_training():
     model.set_adapter("other")
     set_tasks(model, [1, 2])
     torch.testing.assert_close(model(x), net()(x), rtol=1e-12, atol=1e-12)
-    # Layers that "other" is not in run as their base.
+    # A layer without the adapter "other" computes its base.
     assert torch.equal(
         model.base_model.model.layers[0].down(torch.ones(1, 10).double()),
         net().layers[0].down(torch.ones(1, 10).double()),
@@ -97,12 +97,12 @@ def test_delete_the_active_adapter():
     assert model.active_adapters == ["other"]
     assert torch.equal(model(x), y)
     model.delete_adapter("other")
-    # A PeftModel without an adapter does not run, with any method; what it wraps does.
+    # A PeftModel without an adapter cannot run; its inner model can.
     assert torch.equal(model.base_model.model(x), net()(x))
 
 
-def test_each_adapter_has_a_task_gate_of_its_own():
-    """Also where the sizes of both are the same: training one leaves the other as it was."""
+def test_each_adapter_has_its_own_task_gate():
+    """Also if both have the same sizes, so that training one does not change the other."""
     model = two_adapters(TASKS, TASKS)
     routers = {
         name: {layer.moelora_experts[name].router for layer in tuner_layers(model)}
@@ -112,8 +112,8 @@ def test_each_adapter_has_a_task_gate_of_its_own():
     assert not routers["default"] & routers["other"]
 
 
-def test_a_deleted_task_gate_is_not_taken_again():
-    """An adapter of the same name starts with a gate of its own."""
+def test_a_deleted_task_gate_is_not_used_again():
+    """A new adapter with the same name gets a new gate."""
     model = two_adapters(MING, TASKS)
 
     def gates():
@@ -143,7 +143,7 @@ def test_inference_mode_freezes_the_adapter():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_unload_gives_the_base_back():
+def test_unload_returns_the_base():
     x = inputs()
     plain = two_adapters().unload()
     assert torch.equal(plain(x), net()(x))
@@ -154,8 +154,8 @@ def test_unload_gives_the_base_back():
 @pytest.mark.parametrize(
     "second", ({**TASKS, "num_tasks": 9}, {**TASKS, "num_experts": 5}, dict(MING, router="mlp"))
 )
-def test_a_second_adapter_of_the_same_name_takes_the_place_of_the_first(second):
-    """PEFT warns of a second get_peft_model; nothing of the first adapter is left in it."""
+def test_a_second_adapter_of_the_same_name_replaces_the_first(second):
+    """After a second get_peft_model the first adapter has no tensors left in the model."""
     x = inputs()
     first = adapted(TASKS).base_model.model
     again, new = (

@@ -1,4 +1,4 @@
-"""What a PEFT adapter leaves on disk, and how it comes back: config and tensors."""
+"""A PEFT adapter on disk: its config, its tensors, and loading it again."""
 
 import json
 import subprocess
@@ -33,10 +33,8 @@ from support.peft_models import (  # noqa: E402
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 
-# --- the config ---------------------------------------------------------------------------------
-
-OF_LINEARS = sorted(set(PRESETS) - {*FFN_PRESETS, "pesc"})
-NEEDED = {"moelora": {"num_tasks": 5}, "xlora": {}, "goat": {"init": "kaiming"}}
+LINEAR_PRESETS = sorted(set(PRESETS) - {*FFN_PRESETS, "pesc"})
+PRESET_OPTIONS = {"moelora": {"num_tasks": 5}, "xlora": {}, "goat": {"init": "kaiming"}}
 
 EVERY_OPTION = (
     dict(num_experts=3, rank=[1, 2, 3], alpha=7.0, scaling=[0.1, 0.2, 0.3], init="normal",
@@ -77,16 +75,16 @@ def test_options_come_back_from_a_file(options, tmp_path):
         assert loaded.moe_lora_config() == MoeLoraConfig(**options)
 
 
-def test_the_options_above_are_all_options():
+def test_every_option_is_covered():
     options = {name for options in EVERY_OPTION for name in options}
     refused = {"svd_rho", "rank_activation"}
     assert options | refused == set(MoeLoraConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("preset", OF_LINEARS)
+@pytest.mark.parametrize("preset", LINEAR_PRESETS)
 def test_presets(preset, tmp_path):
-    """A preset is settled at once: the file holds values, and None replaces a value of its own."""
-    options = NEEDED.get(preset, {})
+    """The file has the preset's options, not its name. None is a value that replaces one."""
+    options = PRESET_OPTIONS.get(preset, {})
     config = MoeLoraPeftConfig(preset=preset, target_modules="all-linear", **options)
     expected = MoeLoraConfig.preset(preset, **options)
     assert config.moe_lora_config() == expected
@@ -99,7 +97,7 @@ def test_presets(preset, tmp_path):
     )
 
 
-def test_none_is_a_value_and_not_the_preset():
+def test_none_replaces_the_value_of_the_preset():
     config = MoeLoraPeftConfig(preset="ming", top_k=None)
     assert config.top_k is None
     assert config.select == "all"
@@ -128,15 +126,12 @@ def test_bad_options(options, error, message):
 
 
 def test_unknown_options_of_a_file_are_not_dropped(tmp_path):
-    """PEFT itself would warn and go on, with another gate than the one that was trained."""
+    """PEFT would only warn, and load another gate than the trained one."""
     MoeLoraPeftConfig(**MING).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "gate_noise": 0.5}))
     with pytest.raises(ValueError, match="gate_noise"):
         MoeLoraPeftConfig.from_pretrained(tmp_path)
-
-
-# --- the tensors --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
@@ -149,7 +144,7 @@ def test_round_trip(options, low_cpu_mem_usage, tmp_path):
     )
     give_gates(loaded, options).eval()
     assert not any(p.is_meta for p in loaded.parameters())
-    # Not bitwise: tensors that are used where they lie in the file are aligned in another way.
+    # Not bitwise: tensors that stay memory-mapped have another alignment.
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-10, atol=1e-10)
     assert not any(p.requires_grad for p in loaded.parameters())
     written = {k: v for k, v in model.named_parameters() if "moelora_" in k}
@@ -159,10 +154,12 @@ def test_round_trip(options, low_cpu_mem_usage, tmp_path):
         assert torch.equal(tensor, written[key.replace(".mine.", ".default.")]), key
 
 
-@pytest.mark.parametrize("preset", OF_LINEARS)
-def test_round_trip_of_every_preset(preset, tmp_path):
-    """Whatever its router is made of, all of it is in the file and comes back."""
-    config = MoeLoraPeftConfig(preset=preset, target_modules=TARGETS, **NEEDED.get(preset, {}))
+@pytest.mark.parametrize("preset", LINEAR_PRESETS)
+def test_round_trip_of_presets(preset, tmp_path):
+    """All tensors of the router are in the file, and come back."""
+    config = MoeLoraPeftConfig(
+        preset=preset, target_modules=TARGETS, **PRESET_OPTIONS.get(preset, {})
+    )
     model = randomise(peft.get_peft_model(net(), config))
     for _, buffer in model.named_buffers():
         buffer.normal_()
@@ -182,7 +179,7 @@ def test_round_trip_of_every_preset(preset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "own", "once"),
+    ("options", "in_each_layer", "in_the_first"),
     (
         (MING, {"router.weight", "router.bias"}, set()),
         (TASKS, set(), {"router_embedding.weight", "router_gate.weight"}),
@@ -192,13 +189,13 @@ def test_round_trip_of_every_preset(preset, tmp_path):
     ),
     ids=("ming", "tasks", "lora", "threshold"),
 )  # fmt: skip
-def test_keys_of_the_file(options, own, once, tmp_path):
-    """The layout that other programs, and later versions of this one, read."""
+def test_keys_of_the_file(options, in_each_layer, in_the_first, tmp_path):
+    """Other programs and later versions read these keys."""
     adapted(options).save_pretrained(tmp_path)
     layers = [f"base_model.model.layers.{i}.{name}" for i in range(2) for name in ("up", "down")]
-    own = {"experts.lora_A", "experts.lora_B", *own}
-    expected = {f"{layer}.moelora_{key}" for layer in layers for key in own}
-    expected |= {f"{layers[0]}.moelora_{key}" for key in once}
+    in_each_layer = {"experts.lora_A", "experts.lora_B", *in_each_layer}
+    expected = {f"{layer}.moelora_{key}" for layer in layers for key in in_each_layer}
+    expected |= {f"{layers[0]}.moelora_{key}" for key in in_the_first}
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert set(state) == expected
     rank = 3 if options is LORA else 6
@@ -210,8 +207,8 @@ HMORA = dict(preset="hmora", num_experts=3, rank=2, task_embedding_dim=5, dropou
 
 
 @pytest.mark.parametrize("options", (TASKS, HMORA), ids=("tasks", "hmora"))
-def test_tasks_that_are_set_before_the_values_come(options, tmp_path):
-    """An adapter made on the meta device: what set_tasks is given has values all the same."""
+def test_tasks_can_be_set_before_the_tensors_are_loaded(options, tmp_path):
+    """set_tasks works while the adapter is on the meta device."""
     x = inputs()
     saved = adapted(options)
     config = MoeLoraPeftConfig(target_modules=TARGETS, **options)
@@ -225,7 +222,7 @@ def test_tasks_that_are_set_before_the_values_come(options, tmp_path):
     assert torch.equal(early(x), saved(x))
 
 
-def test_several_adapters_have_a_folder_each(tmp_path):
+def test_several_adapters_are_saved_in_one_folder_each(tmp_path):
     model, x = adapted(TASKS), inputs()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=["up"], **TASKS))
     randomise(model, seed=4)
@@ -241,7 +238,7 @@ def test_several_adapters_have_a_folder_each(tmp_path):
 
 
 def test_adapters_over_different_layers_load_one_after_another(tmp_path):
-    """The layers that have the first adapter and not the second, and the other way round."""
+    """Each adapter is on layers that another adapter is not on."""
     x = inputs()
     model = adapted(TASKS)
     model.add_adapter("ming", MoeLoraPeftConfig(target_modules=["up"], **MING))
@@ -265,7 +262,7 @@ def test_adapters_over_different_layers_load_one_after_another(tmp_path):
 
 
 def test_a_file_without_an_expert_is_reported(tmp_path):
-    """A truncated file loads with PEFT's warning, which names the key."""
+    """PEFT warns, and its warning names the missing key."""
     from safetensors.torch import save_file
 
     adapted(TASKS).save_pretrained(tmp_path)
@@ -278,8 +275,8 @@ def test_a_file_without_an_expert_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("options", (MING, TASKS, dict(router="mlp", rank=2)), ids=str)
-def test_a_file_without_a_tensor_does_not_load_without_memory(options, tmp_path):
-    """With low_cpu_mem_usage the tensor would stay on meta, and its products would be noise."""
+def test_a_file_without_a_tensor_does_not_load_with_low_cpu_mem_usage(options, tmp_path):
+    """With low_cpu_mem_usage the missing tensor would stay on meta, so loading raises."""
     from safetensors.torch import save_file
 
     adapted(options).save_pretrained(tmp_path)
@@ -298,9 +295,9 @@ def test_the_router_of_an_adapter_moves_with_it():
     # PEFT calls this private method of its layers after it has loaded a file. On a machine with one
     # device no public call moves an adapter, so the test calls it; meta is the other device.
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
-    own = [p for name, p in layer.named_parameters() if "moelora_" in name]
-    assert len(own) == 4
-    assert all(p.is_meta for p in own)
+    parameters = [p for name, p in layer.named_parameters() if "moelora_" in name]
+    assert len(parameters) == 4
+    assert all(p.is_meta for p in parameters)
 
 
 def test_a_file_of_another_rank_does_not_load(tmp_path):
@@ -311,7 +308,7 @@ def test_a_file_of_another_rank_does_not_load(tmp_path):
         peft.PeftModel.from_pretrained(net(), tmp_path)
 
 
-def test_without_the_import_loading_fails_by_name(tmp_path):
+def test_loading_without_the_import_names_the_method(tmp_path):
     adapted(MING).save_pretrained(tmp_path)
     assert type(peft.PeftConfig.from_pretrained(tmp_path)) is MoeLoraPeftConfig
     program = "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
@@ -323,7 +320,7 @@ def test_without_the_import_loading_fails_by_name(tmp_path):
 
 
 def test_modules_to_save(tmp_path):
-    """The head trains as a whole, is saved with the adapter and loaded with it."""
+    """The whole head trains, and is saved and loaded with the adapter."""
     model, x = adapted(MING, modules_to_save=["head"]), inputs()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert "base_model.model.head.modules_to_save.default.weight" in trained
@@ -344,8 +341,8 @@ def test_trained_biases(bias, tmp_path):
         return
     model, x = adapted(MING, bias=bias), inputs()
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "moelora_" not in n}
-    own = {f"base_model.model.layers.{i}.{n}.base_layer.bias" for i in (0, 1) for n in TARGETS}
-    assert trained == own | ({"base_model.model.head.bias"} if bias == "all" else set())
+    biases = {f"base_model.model.layers.{i}.{n}.base_layer.bias" for i in (0, 1) for n in TARGETS}
+    assert trained == biases | ({"base_model.model.head.bias"} if bias == "all" else set())
     model(x).sum().backward()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -358,7 +355,7 @@ def test_trained_biases(bias, tmp_path):
 
 
 def test_tied_embeddings_and_a_language_model(tmp_path):
-    """transformers' own way to save and load goes through PEFT as well."""
+    """A language model with tied embeddings, loaded by PEFT and by transformers."""
     ids = torch.arange(8).view(2, 4)
     model = adapted(dict(TASKS, target_modules=["q_proj"]), llama(tie_word_embeddings=True))
     set_tasks(model, [1, 2])

@@ -1,4 +1,4 @@
-"""merge_adapter, merge_and_unload: one task becomes part of the weight, and comes out again."""
+"""merge_adapter, unmerge_adapter and merge_and_unload of a PeftModel."""
 
 import pytest
 import torch
@@ -6,7 +6,15 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 
-from moelora_kernels import MoeLoraLinear, set_tasks  # noqa: E402
+from moelora_kernels import (  # noqa: E402
+    MoeLoraLinear,
+    export,
+    merge_adapter,
+    merge_and_unload,
+    save_adapter,
+    set_tasks,
+)
+from moelora_kernels.export import export_lora  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig, MoeLoraTunerLinear  # noqa: E402
 from support.linears import PackedLinear  # noqa: E402
 from support.peft_models import (  # noqa: E402
@@ -34,7 +42,7 @@ def mergeable(options=TASKS, base=None, **adapters):
 
 
 def bits(model):
-    """The weights of the bases."""
+    """Return copies of the base weights."""
     return [m.base_layer.weight.detach().clone() for m in tuner_layers(model)]
 
 
@@ -43,7 +51,7 @@ def assert_bits(actual, expected):
 
 
 @pytest.mark.parametrize("task", (1, 2, 3, 4))
-def test_every_task_merged_is_the_task_unmerged(task):
+def test_a_merged_task_gives_the_unmerged_output(task):
     model, x = mergeable(), inputs()
     before, keys = bits(model), set(model.state_dict())
     set_tasks(model, [task])
@@ -59,7 +67,7 @@ def test_every_task_merged_is_the_task_unmerged(task):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_the_merged_weight_is_the_sum_rounded_once(dtype):
-    """Against the formula in float64: W + sum_e scale gate_e B_e A_e, task by task, and undone."""
+    """The merged weight is W + sum_e scale gate_e B_e A_e, and unmerging restores W."""
     model = mergeable(TASKS, net(dtype))
     layer = model.base_model.model.layers[1].down
     experts, base = layer.moelora_experts["default"], layer.base_layer.weight
@@ -107,7 +115,7 @@ def test_merge_and_unload(options, safe_merge):
     torch.testing.assert_close(again(x), y, rtol=1e-6, atol=1e-6)
 
 
-def test_several_adapters_at_once_and_one_after_another():
+def test_several_adapters_together_and_one_by_one():
     x = inputs()
     model = mergeable(TASKS, other=LORA)
     model.base_model.set_adapter(["default", "other"])
@@ -139,14 +147,14 @@ def test_only_the_named_adapter_is_merged():
     torch.testing.assert_close(plain(x), y, rtol=1e-6, atol=1e-6)
 
 
-def test_disabling_a_merged_adapter_takes_it_out():
+def test_disabling_a_merged_adapter_unmerges_it():
     model, x = mergeable(LORA), inputs()
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(model(x), net()(x))
 
 
-def test_training_goes_on_after_a_merge():
+def test_training_continues_after_a_merge():
     model, x = mergeable(LORA), inputs()
     model.merge_adapter()
     assert not model(x).requires_grad
@@ -155,10 +163,7 @@ def test_training_goes_on_after_a_merge():
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-# --- what cannot be merged: a reason, and nothing changed ---------------------------------------
-
-
-def refused(model, error, match, **options):
+def assert_refused(model, error, match, **options):
     before = bits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(error, match=match):
@@ -167,46 +172,73 @@ def refused(model, error, match, **options):
         assert not any(m.merged for m in model.modules() if isinstance(m, MoeLoraTunerLinear))
 
 
-def test_gates_that_read_x():
-    refused(mergeable(MING), RuntimeError, r"'default' cannot be merged: its gate depends on x")
-    # The first layers could be merged; those of the second adapter come later.
+def test_gates_that_depend_on_x_are_refused():
+    assert_refused(
+        mergeable(MING), RuntimeError, r"'default' cannot be merged: its gate depends on x"
+    )
+    # The layers of the first adapter could be merged, and come first.
     model = mergeable(dict(TASKS, target_modules=["up"]), other=dict(MING, target_modules=["down"]))
     set_tasks(model, [1])
     model.base_model.set_adapter(["default", "other"])
-    refused(model, RuntimeError, r"'other' cannot be merged")
+    assert_refused(model, RuntimeError, r"'other' cannot be merged")
 
 
-def test_no_task_and_several_tasks():
-    refused(mergeable(TASKS), RuntimeError, "set_tasks")
-    refused(mergeable(EXTERNAL), RuntimeError, "set_tasks")
+@pytest.mark.parametrize("function", (merge_adapter, merge_and_unload, export_lora))
+def test_functions_for_models_without_peft_say_what_to_call(function, tmp_path):
+    arguments = (tmp_path / "out",) if function is export_lora else ()
+    message = (
+        r"model: a PeftModel is merged and exported by PEFT. .*merge_and_unload\(\).*FOLDER OUT"
+    )
+    with pytest.raises(ValueError, match=message):
+        function(mergeable(TASKS), *arguments, task=2)
+
+
+def test_a_file_of_save_adapter_is_not_exported_but_a_folder_is(tmp_path, capsys):
+    model = mergeable(TASKS)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    task = ["--task", "2"]
+    with pytest.raises(SystemExit):
+        export.main([*task, str(tmp_path / "adapter.safetensors"), str(tmp_path / "out")])
+    assert "peft_model.save_pretrained(FOLDER) and export FOLDER" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "folder")
+    export.main([*task, str(tmp_path / "folder"), str(tmp_path / "out")])
+    set_tasks(model, [2])
+    x = inputs()[:1]
+    loaded = peft.PeftModel.from_pretrained(net(), tmp_path / "out")
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_no_task_and_several_tasks_are_refused():
+    assert_refused(mergeable(TASKS), RuntimeError, "set_tasks")
+    assert_refused(mergeable(EXTERNAL), RuntimeError, "set_tasks")
     model = mergeable(TASKS)
     set_tasks(model, [1, 2])
-    refused(model, RuntimeError, "one task")
+    assert_refused(model, RuntimeError, "one task")
     model = mergeable(EXTERNAL)
     set_tasks(model, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64))
-    refused(model, RuntimeError, "one task")
+    assert_refused(model, RuntimeError, "one task")
 
 
-def test_unknown_adapters():
-    refused(mergeable(LORA), ValueError, "nobody", adapter_names=["nobody"])
+def test_unknown_adapters_are_refused():
+    assert_refused(mergeable(LORA), ValueError, "nobody", adapter_names=["nobody"])
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_safe_merge_refuses_what_is_not_finite(bad):
+def test_safe_merge_refuses_values_that_are_not_finite(bad):
     model = mergeable(LORA)
     with torch.no_grad():
         model.base_model.model.layers[0].up.moelora_experts["default"].lora_B[0, 0] = bad
-    refused(model, ValueError, "not finite", safe_merge=True)
+    assert_refused(model, ValueError, "not finite", safe_merge=True)
 
 
-def test_a_base_without_a_dense_weight():
+def test_a_base_without_a_dense_weight_is_refused():
     base = net(torch.float32)
     base.layers[1].up = PackedLinear(base.layers[1].up)
-    refused(mergeable(LORA, base), RuntimeError, "dense float weight")
+    assert_refused(mergeable(LORA, base), RuntimeError, "dense float weight")
 
 
 def test_tasks_cannot_change_under_a_merged_weight():
-    """They would be ignored: the weight holds another task."""
+    """The merged weight has one task, so another task raises."""
     model = mergeable()
     set_tasks(model, [1])
     model.merge_adapter()
@@ -217,7 +249,7 @@ def test_tasks_cannot_change_under_a_merged_weight():
 
 
 def test_tied_weights_are_named():
-    """PEFT's warning: the embedding that shares the weight changes with the head."""
+    """PEFT warns that a tied embedding changes with the head."""
     base = llama(tie_word_embeddings=True)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         model = mergeable(dict(LORA, target_modules=["lm_head"]), base)

@@ -1,4 +1,4 @@
-"""How do PEFT's own tools see the method: its enum, copies, state dicts, repr, counts?"""
+"""PEFT's enum of methods; copies, state dict, repr and counts of a PeftModel."""
 
 import copy
 import inspect
@@ -46,7 +46,7 @@ def test_a_second_import_changes_no_member():
 
 @pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
-def test_copies_compute_the_same_and_are_apart(options, copier):
+def test_copies_compute_the_same_and_are_independent(options, copier):
     model, x = adapted(options), inputs()
     y = model(x)
     if copier == "deepcopy":
@@ -67,7 +67,7 @@ def test_copies_compute_the_same_and_are_apart(options, copier):
 
 
 def test_state_dict_has_each_tensor_once():
-    """No base through an adapter, no task gate in every layer."""
+    """An adapter does not repeat the base, and a shared task gate is saved once."""
     model = two_adapters(TASKS, MING)
     state = model.state_dict()
     assert len({t.data_ptr() for t in state.values()}) == len(state)
@@ -95,7 +95,7 @@ def test_repr_and_count_of_trainable_parameters(capsys):
     )
 
 
-def test_layers_look_like_the_linear_they_adapt():
+def test_layers_have_the_attributes_of_their_linear():
     layer = adapted().base_model.model.layers[0].up
     base = layer.get_base_layer()
     assert type(base) is nn.Linear

@@ -1,4 +1,4 @@
-"""What do layers with adapters compute? Which adapters do set_tasks, losses and warmup reach?"""
+"""Outputs and gradients with one or more active adapters; functions of this package on them."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def test_a_new_adapter_is_the_base(options):
     x, base = inputs(), net()
     model = peft.get_peft_model(net(), MoeLoraPeftConfig(target_modules=TARGETS, **options))
     give_gates(model, options).eval()
-    # B is zero, so that the adapter adds an exact zero; the base's product is another call.
+    # B is zero, so the adapter adds exactly zero. The base's product is computed by another call.
     torch.testing.assert_close(model(x), base(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("active", (["default"], ["other"], ["default", "other"]), ids=str)
 def test_active_adapters_add_up(active):
-    """Against the formulas of a task gate and of a plain LoRA, token by token."""
+    """y equals the formulas of a task gate and of a plain LoRA, token by token."""
     model = two_adapters(TASKS, LORA)
     model.base_model.set_adapter(active)
     layer = model.base_model.model.layers[0].up
@@ -66,11 +66,11 @@ def test_active_adapters_add_up(active):
                 expected = expected + delta_of_token(
                     token, lora.lora_A, lora.lora_B, [1.0], 32 / 3, 3
                 )
-            # The gate is made in float32 whatever the layer's dtype is.
+            # The gate is float32 in every dtype of the layer.
             torch.testing.assert_close(y[sample, position], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_of_several_active_adapters_are_those_of_the_sum():
+def test_gradients_of_several_active_adapters():
     model = two_adapters(MING, LORA)
     model.base_model.set_adapter(["default", "other"])
     layer = model.base_model.model.layers[0].up
@@ -94,7 +94,7 @@ def test_gradients_of_several_active_adapters_are_those_of_the_sum():
 
 
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
-def test_disable_adapter_is_exactly_the_base_and_is_undone(options):
+def test_disable_adapter_gives_the_base(options):
     x, base = inputs(), net()
     model = adapted(options)
     y = model(x)
@@ -109,8 +109,8 @@ def test_disable_adapter_is_exactly_the_base_and_is_undone(options):
     assert torch.equal(model(x), y)
 
 
-def test_a_read_base_stays_read_under_one_adapter():
-    """One adapter over a dense base takes its weight into the fused product; a second calls it."""
+def test_the_base_is_called_only_under_several_adapters():
+    """One adapter over a dense base reads its weight. With a second adapter the base is called."""
     model = two_adapters(MING, LORA)
     layer = model.base_model.model.layers[0].up
     calls = []
@@ -133,7 +133,7 @@ def test_samples_of_a_batch_cannot_choose_adapters():
         model(inputs(), adapter_names=["default", "other"])
 
 
-def test_set_tasks_means_the_active_adapters():
+def test_set_tasks_sets_the_active_adapters():
     model = two_adapters(TASKS, dict(TASKS, num_tasks=9))
     with pytest.raises(ValueError, match="1 to 4"):
         set_tasks(model, [9, 1])
@@ -167,7 +167,7 @@ def test_routing_and_auxiliary_losses_of_the_active_adapters():
     loss.backward()
     moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     routers = {n for n in parameter_names(model, "default") if "moelora_router" in n}
-    # The router of a layer reads what the layers below it put out.
+    # The input of a router depends on the adapters of the layers below.
     assert routers <= moved <= set(parameter_names(model, "default"))
     with model.disable_adapter():
         model(x)
@@ -183,7 +183,7 @@ def test_routing_and_auxiliary_losses_of_the_active_adapters():
 def test_warmup_runs_the_active_adapters(options):
     model = two_adapters(options, dict(TASKS, num_experts=5))
     y = model(inputs())
-    # The adapter that is not active has no tasks, and needs none.
+    # The inactive adapter has no tasks, and needs none.
     warmup(model, (1, 3), batch=2)
     assert torch.equal(model(inputs()), y)
     model.base_model.set_adapter(["default", "other"])

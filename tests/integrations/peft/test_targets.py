@@ -1,4 +1,4 @@
-"""Which linears get an adapter, and which errors name a target that cannot have one?"""
+"""Which linears get an adapter? A target that cannot have one raises an error."""
 
 import pytest
 import torch
@@ -44,17 +44,17 @@ def adapted_names(model):
             {"layers.0.up", "head"},
         ),
     ),
-    # A set has another order in another process.
+    # The order of a set differs between processes, and ids must not.
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_targets(where, names):
-    # PEFT counts layers of a list that lies in a module.
+    # PEFT counts the layers of a list inside a module.
     base = nn.ModuleDict({"body": net()})
     model = peft.get_peft_model(base, MoeLoraPeftConfig(**where, **MING))
     assert adapted_names(model.base_model.model) == {f"body.{name}" for name in names}
 
 
-def test_all_linear_is_all_but_the_head_and_our_own_routers():
+def test_all_linear_leaves_out_the_head_and_routers():
     model = peft.get_peft_model(llama(), MoeLoraPeftConfig(target_modules="all-linear", **MING))
     names = adapted_names(model.base_model.model)
     assert len(names) == 2 * 7
@@ -71,7 +71,7 @@ def test_default_targets_of_a_model_type():
         peft.get_peft_model(net(), MoeLoraPeftConfig(**MING))
 
 
-def test_targets_that_cannot_be_adapted():
+def test_targets_that_cannot_be_adapted_are_named():
     with pytest.raises(ValueError, match="nowhere"):
         peft.get_peft_model(net(), MoeLoraPeftConfig(target_modules=["nowhere"], **MING))
     with pytest.raises(TypeError, match=r"embed_tokens is a .*Embedding.* without in_features"):
@@ -90,7 +90,7 @@ def test_a_router_whose_tensors_have_no_names_is_refused():
 
 
 def test_inject_adapter_in_model():
-    """Without a PeftModel around it; also from a state dict alone, as diffusers does it."""
+    """Adapters without a PeftModel; also loaded from a state dict, like diffusers does."""
     x = inputs()
     config = MoeLoraPeftConfig(target_modules=TARGETS, **TASKS)
     model = randomise(peft.inject_adapter_in_model(config, net()))

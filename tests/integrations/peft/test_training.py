@@ -1,4 +1,4 @@
-"""Training under PEFT: what moves, in which dtype, under which wrappers."""
+"""Training under PEFT: which tensors change, dtypes, checkpointing, generation."""
 
 import pytest
 import torch
@@ -27,12 +27,9 @@ def snapshot(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-# --- what moves ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
-def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
-    """B moves in the first step; A and router, whose gradient is a product with B, from then on."""
+def test_three_steps_change_every_adapter_tensor_and_nothing_else(options):
+    """B changes in the first step. A and the router have gradients once B is not zero."""
     model = give_gates(new_adapter(options), options).train()
     start = snapshot(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -51,7 +48,7 @@ def test_three_steps_move_every_adapter_tensor_and_nothing_else(options):
 
 
 @pytest.mark.parametrize(("freeze", "moves"), (("A", {"lora_B", "router"}), ("AB", {"router"})))
-def test_what_is_frozen_stays_frozen(freeze, moves):
+def test_frozen_tensors_stay_frozen(freeze, moves):
     model = new_adapter(MING, freeze=freeze).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model.set_adapter("other")
@@ -62,7 +59,7 @@ def test_what_is_frozen_stays_frozen(freeze, moves):
         assert parameter.requires_grad == (ours and any(part in name for part in moves)), name
 
 
-def test_balances_are_those_of_the_active_adapter():
+def test_update_balance_updates_the_active_adapter():
     model = new_adapter(dict(num_experts=4, rank=2, top_k=2, balance_rate=0.5)).train()
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     model(inputs())
@@ -75,7 +72,7 @@ def test_balances_are_those_of_the_active_adapter():
         update_balance(model)
 
 
-def test_only_the_active_adapter_moves():
+def test_only_the_active_adapter_trains():
     model = new_adapter(TASKS)
     model.add_adapter("other", MoeLoraPeftConfig(target_modules=TARGETS, **MING))
     randomise(model)
@@ -88,12 +85,9 @@ def test_only_the_active_adapter_moves():
     assert moved == {n for n in start if ".other." in n}
 
 
-# --- an outside anchor --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-def test_one_expert_is_the_lora_of_peft(dtype):
-    """Preset "lora" against peft.tuners.lora.Linear: output and gradients of the same weights."""
+def test_one_expert_equals_the_lora_of_peft(dtype):
+    """The preset "lora" equals peft.tuners.lora.Linear with the same weights."""
     ours = new_adapter(dict(preset="lora", rank=3, alpha=7.0), net(dtype))
     theirs = peft.get_peft_model(
         net(dtype), peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS)
@@ -113,7 +107,7 @@ def test_one_expert_is_the_lora_of_peft(dtype):
     x = inputs(dtype=dtype)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     y, expected = ours(leaves[0]), theirs(leaves[1])
-    # The order of a sum of 20 numbers: a few units in the last place.
+    # Sums of 20 numbers in another order.
     tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else {}
     torch.testing.assert_close(y, expected, **tolerance)
     y.square().sum().backward()
@@ -125,15 +119,12 @@ def test_one_expert_is_the_lora_of_peft(dtype):
         )
 
 
-# --- dtypes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("autocast", (False, True), ids=("plain", "autocast"))
 @pytest.mark.parametrize("autocast_adapter_dtype", (True, False), ids=("float32", "as_base"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("options", (MING, TASKS, EXTERNAL), ids=("ming", "tasks", "external"))
 def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
-    """A base of 16 bits under adapters of 32, which is PEFT's default, and every other mixture."""
+    """float32 adapters over a 16-bit base, which is PEFT's default, and every other pair."""
     model = randomise(
         new_adapter(options, net(dtype), autocast_adapter_dtype=autocast_adapter_dtype)
     )
@@ -145,7 +136,7 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
     low = torch.bfloat16 if autocast else dtype
     layer = model.base_model.model.layers[0].up
     experts = layer.moelora_experts["default"]
-    # The layer without PEFT, whose numbers have tests of their own: here they are the same bits.
+    # The layer without PEFT gives the same bits. Other tests check its values.
     alone = MoeLoraLinear.from_linear(layer.base_layer, experts.config)
     alone.lora_A, alone.lora_B, alone.router = experts.lora_A, experts.lora_B, experts.router
     alone.external_gates = experts.external_gates
@@ -180,7 +171,7 @@ def test_the_sum_of_adapters_has_the_dtype_of_the_base():
             assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_the_dtype_that_was_asked_for_stays():
+def test_an_explicit_adapter_dtype_stays():
     model = new_adapter(dict(MING, adapter_dtype="bfloat16"), net(torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
     model = new_adapter(
@@ -202,13 +193,10 @@ def test_loading_over_a_base_of_16_bits_keeps_every_bit(low_cpu_mem_usage, tmp_p
         assert read[name].dtype == tensor.dtype
 
 
-# --- language models ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("use_reentrant", (True, False))
 @pytest.mark.parametrize("options", (MING, dict(TASKS, dropout=0.3)), ids=("ming", "tasks"))
 def test_gradient_checkpointing(options, use_reentrant):
-    """The same gradients with and without, of a second forward that draws the same dropout."""
+    """The gradients are equal with and without; the recompute draws the same dropout."""
     ids = torch.arange(10).view(2, 5)
 
     def gradients(checkpointed):
@@ -216,7 +204,7 @@ def test_gradient_checkpointing(options, use_reentrant):
         if "num_tasks" in options:
             set_tasks(model, [2, 1])
         if checkpointed:
-            # transformers then lets the embedding require a gradient, which reentrant mode needs.
+            # Reentrant mode needs an input that requires a gradient.
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         model.train()
@@ -231,13 +219,13 @@ def test_gradient_checkpointing(options, use_reentrant):
     assert set(actual) == set(expected)
     for name in expected:
         assert actual[name].any(), name
-        # Gradients of x come together in another order.
+        # The gradients of x are summed in another order.
         torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
 @pytest.mark.parametrize("options", (MING, TASKS), ids=("ming", "tasks"))
-def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
-    """With the cache, in a batch, through PeftModel.generate."""
+def test_generate_equals_greedy_decoding_of_the_whole_prefix(options):
+    """PeftModel.generate of a batch with a cache, against argmax by argmax."""
     model = randomise(new_adapter(options, llama(), target_modules=["q_proj", "down_proj"])).eval()
     if options is TASKS:
         set_tasks(model, [4, 1])
@@ -254,8 +242,8 @@ def test_generate_is_greedy_decoding_of_the_whole_prefix(options):
     assert torch.equal(actual, expected)
 
 
-def test_a_base_that_is_called_not_read():
-    """A quantised base has no weight to read; the adapters are float32 and add to its output."""
+def test_a_packed_base():
+    """A packed base is called. Its adapters are float32."""
     from support.linears import PackedLinear
 
     base = net(torch.float32)

@@ -1,4 +1,4 @@
-"""Do whole-FFN experts over a quantised MLP compute their formula?"""
+"""Whole-FFN experts over a quantised MLP compute their formula."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_ffn_over_a_quantised_mlp(kind):
     actual = training_step(layer, x, dy.half() if kind == "gptq_fp16" else dy)
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))
     assert actual.keys() == expected.keys()
-    # Called on the weighted sum, the base rounds (and the 8-bit one quantises) another tensor than
-    # expert by expert: bf16, fp16 and int8 steps of the activations, float32 sums elsewhere.
+    # The layer calls down_proj once on the weighted sum, the formula once per expert. So a base of
+    # 16 or 8 bits rounds different tensors. The others differ by float32 sums.
     steps = {"bnb_4bit_bf16": 2**-8, "gptq_fp16": 2**-9, "bnb_8bit": 2**-6}
     for name, tensor in expected.items():
         largest = tensor.abs().max().item()
@@ -41,7 +41,7 @@ def test_ffn_over_a_quantised_mlp(kind):
 
 
 def test_an_ffn_computes_in_the_dtype_of_x():
-    """Bases that return fp16 round their own products, and not those of the experts or of act."""
+    """The experts and the activation are float32, also over bases that return fp16."""
     mlp = GatedMlp(HIDDEN, INNER)
     for name, kind in (("gate_proj", "gptq_fp16"), ("up_proj", "gptq_fp16"), ("down_proj", "gptq")):
         old = getattr(mlp, name)
@@ -53,5 +53,5 @@ def test_an_ffn_computes_in_the_dtype_of_x():
     x, dy = inputs(5, out_features=HIDDEN)
     actual = training_step(layer, x, dy)["y"]
     expected = training_step(layer, x, dy, forward=lambda leaf: ffn_formula(layer, leaf))["y"]
-    # float32 sums of at most 96 terms; one rounding to fp16 would be 5e-4 of the largest.
+    # float32 sums of at most 96 terms. One rounding to fp16 would be 5e-4 of the largest.
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

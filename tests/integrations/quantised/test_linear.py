@@ -1,4 +1,4 @@
-"""Does a layer over a quantised base compute its formula, and train its adapters only?"""
+"""A layer over a quantised linear: values, dtypes, training, memory, copies, compile."""
 
 import copy
 import warnings
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_y_and_gradients_are_those_of_the_formula(kind, dtype, impl):
-    """y = base(x) + delta in the dtype of base(x); gradients of x (both ways), A, B and router."""
+def test_y_and_gradients_match_the_formula(kind, dtype, impl):
+    """y = base(x) + delta, in the dtype of base(x), and the gradients of x, A, B and router."""
     layer = make_layer(base=make_base(kind), impl=impl)
     returned = layer.base_layer(torch.zeros(1, IN, dtype=dtype)).dtype
     assert returned == (torch.float16 if kind == "gptq_fp16" else dtype)
@@ -55,7 +55,7 @@ def test_y_and_gradients_are_those_of_the_formula(kind, dtype, impl):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_layer_is_its_base(kind):
-    """B = 0 adds exactly nothing, bit for bit: the base's output is taken as it is."""
+    """With B = 0, y has the bits of the base's output."""
     base = make_base(kind)
     layer = MoeLoraLinear.from_linear(base, **MING)
     assert layer.base_layer is base
@@ -66,26 +66,26 @@ def test_a_new_layer_is_its_base(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_float32_or_as_asked(kind):
-    """Codes are no dtype for A and B, also where they are stored in floats.
+def test_the_dtype_of_adapters(kind):
+    """A and B are float32, because the dtype of codes says nothing; or adapter_dtype.
 
-    torchao's weight says the dtype that it stands for, and that is taken.
+    The weight of torchao names the dtype that it had before. A and B get that dtype.
     """
-    stands_for = torch.bfloat16 if kind == "torchao_int8" else torch.float32
+    weight_dtype = torch.bfloat16 if kind == "torchao_int8" else torch.float32
     base = make_base(kind, dtype=torch.bfloat16)
     layer = MoeLoraLinear.from_linear(base, **MING)
-    assert {p.dtype for p in adapter_parameters(layer)} == {stands_for}
-    asked = MoeLoraLinear.from_linear(base, **MING, adapter_dtype="bfloat16")
-    assert {p.dtype for p in adapter_parameters(asked)} == {torch.bfloat16}
+    assert {p.dtype for p in adapter_parameters(layer)} == {weight_dtype}
+    explicit = MoeLoraLinear.from_linear(base, **MING, adapter_dtype="bfloat16")
+    assert {p.dtype for p in adapter_parameters(explicit)} == {torch.bfloat16}
     x = torch.randn(3, IN, dtype=torch.bfloat16)
-    assert torch.isfinite(asked(x)).all()
+    assert torch.isfinite(explicit(x)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapters_train(kind):
-    """Three steps of AdamW with dropout: every bit of the base stays, every adapter moves."""
+    """Three steps of AdamW with dropout change every adapter and no bit of the base."""
     layer = make_layer(base=make_base(kind), dropout=0.1).train()
-    # bitsandbytes casts the bias to its compute dtype in the first call.
+    # The first call of bitsandbytes casts the bias to its compute dtype.
     layer(torch.randn(2, IN))
     frozen = copy.deepcopy(layer.base_layer.state_dict())
     before = {n: p.detach().clone() for n, p in trained_parameters(layer).items()}
@@ -101,23 +101,23 @@ def test_only_the_adapters_train(kind):
     assert losses[2] < losses[0]
     after = layer.base_layer.state_dict()
     assert after.keys() == frozen.keys()
-    assert all(torch.equal(_bits(after[n]), _bits(frozen[n])) for n in frozen)
+    assert all(torch.equal(byte_values(after[n]), byte_values(frozen[n])) for n in frozen)
     assert {n for n, p in trained_parameters(layer).items() if torch.equal(p, before[n])} == set()
     assert before.keys() == {"lora_A", "lora_B", "router.weight", "router.bias"}
 
 
-def _bits(tensor):
-    """Bytes, also of a tensor subclass; codes stored in floats may read as no numbers."""
+def byte_values(tensor):
+    """Return the bytes of a tensor. Codes that are stored as floats may read as NaN."""
     tensor = tensor.qdata if hasattr(tensor, "qdata") else tensor
     return tensor.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_weight_is_made_or_kept(kind):
-    """Beside what the base saves, backward keeps rank space; the adapter's file, A, B and router.
+def test_backward_saves_no_dequantised_weight(kind):
+    """Besides the base's own tensors, backward saves x [T, I], h [T, R], the gate and the routing.
 
-    x [T, I], h [T, R], gate and routing; a dequantised weight would be I x O floats, and an
-    output of the base T x O.
+    It saves no dequantised weight [O, I] and no output of the base [T, O]. The state dict has the
+    adapters and the tensors of the base.
     """
     features, tokens = 256, 16
     layer = make_layer(base=make_base(kind, features, features))
@@ -143,7 +143,7 @@ def test_no_weight_is_made_or_kept(kind):
     saved_bytes = sum(t.untyped_storage().nbytes() for t in saved.values())
     assert y.requires_grad
     assert saved
-    # h, gates and logits at most in float32, indices and routing of K slots, with room for tiles.
+    # h, gates and logits in float32; experts and routing of K slots; room for the tiles.
     total_rank, experts = sum(layer.config.ranks()), layer.config.num_experts
     assert saved_bytes <= 4 * tokens * (total_rank + 8 * experts) + 1024
     assert not [t for t in saved.values() if features in t.shape]
@@ -153,8 +153,8 @@ def test_no_weight_is_made_or_kept(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_and_files(kind, tmp_path):
-    """A deep copy and a layer over a copy of the base with the adapter's file give the same y."""
+def test_copies_and_adapter_files(kind, tmp_path):
+    """A deep copy, and a layer over a copy of the base with the saved adapter, give the same y."""
     layer = make_layer(base=make_base(kind))
     x = torch.randn(4, IN)
     y = layer(x)
@@ -169,46 +169,46 @@ def test_copies_and_files(kind, tmp_path):
     load_adapter(other, tmp_path / "adapter.safetensors")
     assert_same({"y": other(x)}, {"y": y})
     if not kind.startswith("bnb_4bit"):
-        # bitsandbytes loads its 4-bit states through transformers alone, with or without experts.
+        # Only transformers can load 4-bit state dicts of bitsandbytes, with or without experts.
         other = make_layer(base=make_base(kind), seed=2)
         state = {n: t.clone() for n, t in layer.state_dict().items()}
         assert not other.load_state_dict(state).missing_keys
         assert_same({"y": other(x)}, {"y": y})
 
 
-def test_a_base_without_a_dense_weight_is_not_changed():
+def test_svd_segments_need_a_dense_weight():
     for base in (GptqLinear(nn.Linear(IN, OUT)), make_base("fp8")):
         with pytest.raises(ValueError, match=r"init: 'svd_segments' .*plain nn\.Linear"):
             MoeLoraLinear.from_linear(base, num_experts=2, rank=2, init="svd_segments")
 
 
 @pytest.mark.parametrize("kind", ("gptq", "fp8", pytest.param("torchao_int8", marks=library)))
-def test_a_called_base_compiles(kind):
+def test_a_layer_compiles(kind):
     layer = make_layer(base=make_base(kind))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (5, 9):
         x, dy = inputs(tokens)
-        # Fused sums of float32 in another order.
+        # float32 sums in another order.
         actual = training_step(layer, x, dy, forward=compiled)
         assert_same(actual, training_step(layer, x, dy), rtol=1e-4, atol=1e-5)
 
 
 @library
 def test_four_bits_in_evaluation():
-    """On some CPUs bitsandbytes packs a weight for evaluation and has no gradient for that form.
+    """On some CPUs bitsandbytes packs the weight in evaluation; the packed form has no gradient.
 
-    A layer neither reads nor keeps the weight: it follows, to the packed form and back.
+    A layer does not keep the weight, so it works with the packed form and after unpacking.
     """
     layer = make_layer(base=bnb_4bit(nn.Linear(IN, OUT)))
     x, dy = inputs(5)
     y = layer(x).detach()
     with torch.inference_mode():
         actual = layer.eval()(x)
-    # That kernel computes in bf16: 64 products of size 1.
+    # The packed kernel sums 64 products of size 1 in bfloat16.
     torch.testing.assert_close(actual, y, rtol=0, atol=64 * 2**-8)
     assert not torch.equal(actual, layer.base_layer(x))
 
-    # Reading its state unpacks it again.
+    # state_dict() unpacks the weight again.
     layer.train().state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

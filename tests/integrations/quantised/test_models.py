@@ -1,4 +1,4 @@
-"""Do models with quantised linears take experts, in any order of quantising and replacing?"""
+"""Models with quantised linears: replacing, linking, quantising afterwards, training."""
 
 import copy
 
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_quantised_linears(kind):
-    """The replacement goes by name, not by class, and takes what it matches alone."""
+def test_replacing_quantised_linears(kind):
+    """replace_linears selects by name, not by class, and changes only matches."""
     model = nn.ModuleDict({"mlp": quantised_mlp(kind), "head": nn.Linear(HIDDEN, 3)})
     x = torch.randn(5, HIDDEN)
     before = model["mlp"](x)
@@ -51,8 +51,8 @@ def test_models_of_quantised_linears(kind):
 
 @pytest.mark.parametrize("linked", (True, False))
 @pytest.mark.parametrize("kind", KINDS)
-def test_siblings_quantised_and_dense(kind, linked):
-    """A group of a quantised and a dense linear gives what its layers give one by one."""
+def test_a_quantised_and_a_dense_sibling(kind, linked):
+    """A group of a quantised and a dense linear equals its layers one by one."""
     model = nn.Module()
     model.q_proj, model.k_proj = (
         make_layer(base=make_base(kind), seed=0),
@@ -73,15 +73,15 @@ def test_siblings_quantised_and_dense(kind, linked):
 
     actual, expected = run(model, None if linked else group), run(alone, None)
     assert actual["q"].dtype == expected["q"].dtype
-    # Sums of the same terms in another order; of fp16 outputs, one rounding of values up to 4.
+    # The same sums in another order; fp16 outputs up to 4 may differ by one rounding.
     tolerance = 4e-3 if kind == "gptq_fp16" else 2e-5
     assert_same(actual, expected, rtol=1e-4, atol=tolerance)
 
 
 @library
 @pytest.mark.filterwarnings("ignore")
-def test_quantising_a_model_that_has_experts():
-    """torchao takes every nn.Linear, routers included: these are then called too."""
+def test_quantising_a_model_with_experts():
+    """torchao quantises every nn.Linear, routers included. The layer then calls the router."""
     model = nn.Sequential(nn.Linear(IN, IN))
     replace_linears(model, MoeLoraConfig(**MING), ["0"])
     replace = nn.Sequential(GatedMlp(HIDDEN, INNER))
@@ -94,15 +94,15 @@ def test_quantising_a_model_that_has_experts():
         torchao_quantise(each)
         assert type(each[0].router.weight) is not nn.Parameter
         after = each(x)
-        # Weights within half a step of 1 / 127 of the largest; the routing may not change for it.
+        # A weight changes by at most 1 / 254 of the largest, which changes no routing here.
         assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()
         after.sum().backward()
 
 
 @library
 @pytest.mark.parametrize("bits", (4, 8))
-def test_a_model_that_transformers_quantised(bits, tmp_path):
-    """from_pretrained with a BitsAndBytesConfig, experts over it, gradients to all of them."""
+def test_a_model_quantised_by_transformers(bits, tmp_path):
+    """from_pretrained with a BitsAndBytesConfig, then experts, then three training steps."""
     from transformers import (
         AutoModelForCausalLM,
         BitsAndBytesConfig,
@@ -140,5 +140,5 @@ def test_a_model_that_transformers_quantised(bits, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
-    # With B = 0 in the first step, A and the routers moved in the second: all have gradients.
+    # B is zero in the first step only, so now all adapters have gradients.
     assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model))

@@ -1,4 +1,4 @@
-"""The expert load in a trainer's logs: by its definition, seen by all, counted once."""
+"""The expert load in a trainer's logs equals its definition and reaches all callbacks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ for name in ("transformers", "datasets", "accelerate"):
 from transformers import TrainerCallback  # noqa: E402
 
 from moelora_kernels import collect_aux_loss, record_routing, set_tasks  # noqa: E402
-from moelora_kernels.nn.routing_record import RoutedCall  # noqa: E402
-from moelora_kernels.trainer import attach, expert_weights  # noqa: E402
+from moelora_kernels.trainer import attach  # noqa: E402
 from support.trainers import EXPERTS, batches_of, make_model, make_samples, make_trainer, tasks_of  # noqa: E402
 
 
 def gates_of(layer) -> torch.Tensor:
-    """The gates [rows, E] of a layer's record, slot by slot."""
+    """Return the gates [rows, E] of a layer's record, slot by slot."""
     record = layer.record
     if record.indices is None:
         return record.weights[:, :EXPERTS].float()
@@ -32,7 +31,7 @@ def gates_of(layer) -> torch.Tensor:
 
 
 def shares_of(model, batches) -> dict[str, list[float]]:
-    """The expert load by its definition, token by token."""
+    """Return the expert load of each layer by its definition, token by token."""
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "record")}
     totals = {name: [0.0] * EXPERTS for name in layers}
     for batch in batches:
@@ -52,7 +51,7 @@ def shares_of(model, batches) -> dict[str, list[float]]:
 
 
 class Watch(TrainerCallback):
-    """A callback of the user's, such as one that reports to a service."""
+    """A user's callback, for example one that reports to a service."""
 
     def __init__(self):
         self.logs = []
@@ -63,7 +62,10 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora", "mocle"))
 def test_logs_the_expert_load(preset, tmp_path):
-    """Of all steps since the last log, without padding; a model at rest shows it by itself."""
+    """The load counts all steps since the last log, without padding.
+
+    The learning rate is zero, so the final model has the load of all steps.
+    """
     options = dict(shared_expert="complement", normalize="none") if preset == "mixlora" else {}
     if preset == "mocle":
         options = dict(num_tasks=5, aux=(), noise=0.0)
@@ -77,7 +79,7 @@ def test_logs_the_expert_load(preset, tmp_path):
     assert callback.load.keys() == expected.keys()
     assert len(expected) == (2 if preset == "mixlora" else 4)
     for name, shares in expected.items():
-        # Sums of float32 of a few dozen tokens.
+        # float32 sums over a few dozen tokens.
         assert callback.load[name].tolist() == pytest.approx(shares, abs=1e-6), name
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2
@@ -87,7 +89,7 @@ def test_logs_the_expert_load(preset, tmp_path):
     assert logs[1]["expert_load_entropy"] == pytest.approx(entropy / n)
     assert logs[1]["experts_unused"] == sum(s.count(0.0) for s in expected.values())
     assert logs[0]["expert_load_max"] != logs[1]["expert_load_max"]
-    # The other callbacks and the history see the same, and no other log gets it.
+    # The other callbacks and the history get the same entries. Other logs have no load.
     assert [s for s in watch.logs if "loss" in s] == [
         {k: v for k, v in entry.items() if k != "step"} for entry in logs
     ]
@@ -102,33 +104,8 @@ def test_logs_the_expert_load(preset, tmp_path):
     assert logs[1]["aux_loss"] == pytest.approx(sum(aux) / 2, rel=1e-5)
 
 
-def call_of(weights, experts=None) -> RoutedCall:
-    experts = None if experts is None else torch.tensor(experts)
-    return RoutedCall(torch.tensor(weights), experts, None, (len(weights),))
-
-
-def test_weights_of_the_experts():
-    """By hand: slots that are not routed, a shared expert in the last column, negative gates."""
-    nan = float("nan")
-    slots = call_of([[0.5, 0.25], [1.0, nan], [2.0, -3.0]], [[0, 2], [1, -1], [0, 3]])
-    assert expert_weights(slots, 3).tolist() == [2.5, 1.0, 0.25]
-    mask = torch.tensor([[1, 0, 1]])
-    assert expert_weights(slots, 3, mask).tolist() == [2.5, 0.0, 0.25]
-    sequences = call_of([[0.25, -0.75, 9.0], [1.0, 0.0, 9.0]])
-    assert expert_weights(sequences, 2).tolist() == [1.25, 0.75]
-    # As many times as a sequence has tokens.
-    mask = torch.tensor([[True, True, False], [False, False, True]])
-    assert expert_weights(sequences, 2, mask).tolist() == [1.5, 1.5]
-    one_gate = call_of([[0.25, 0.75]])
-    assert expert_weights(one_gate, 2, mask).tolist() == [0.75, 2.25]
-    with pytest.raises(
-        ValueError, match=r"attention_mask: expected a multiple of 4 .*got \[2, 3\]"
-    ):
-        expert_weights(call_of([[1.0, 0.0]] * 4), 2, mask)
-
-
 def test_unused_experts_are_counted(tmp_path):
-    """All tokens of every layer on expert 1: three of four experts of four layers have none."""
+    """All tokens use expert 1, so three experts in each of four layers are unused."""
     model = make_model("ming", top_k=1)
     with torch.no_grad():
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""The trainers over what `get_peft_model` makes."""
+"""Trainer and SFTTrainer train, save and resume a PeftModel."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from support.trainers import (  # noqa: E402
 @pytest.mark.parametrize("cls", ("Trainer", "SFTTrainer"))
 @pytest.mark.parametrize("preset", default_cases(("ming", "moelora"), "moelora"))
 def test_a_peft_model_trains_saves_and_resumes(preset, cls, tmp_path):
-    """What get_peft_model makes: checkpoints hold the adapter alone, and a run ends as it would."""
+    """A checkpoint has only the adapter, and a resumed run ends with the bits of a full run."""
     options = {"num_tasks": 5} if preset == "moelora" else {"aux": {"z": 0.1}}
     samples = datasets.Dataset.from_list(make_samples())
-    found = []
+    trained = []
     for resumed in (None, str(tmp_path / "checkpoint-3")):
         base = make_model("ming").config
         torch.manual_seed(0)
@@ -58,17 +58,17 @@ def test_a_peft_model_trains_saves_and_resumes(preset, cls, tmp_path):
         callback = attach(trainer)
         trainer.train(resume_from_checkpoint=resumed)
         assert len(callback.load) == 4
-        found.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        trained.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
 
 
-def test_an_adapter_that_is_not_active_asks_for_no_tasks(tmp_path):
-    """Token gates are trained beside a task adapter that waits; with and without a column."""
+def test_an_inactive_adapter_needs_no_tasks(tmp_path):
+    """An inactive task adapter needs no tasks, with and without a task column."""
     samples = make_samples()
     bare = [{k: v for k, v in s.items() if k != "task_ids"} for s in samples]
-    found = []
+    trained = []
     for rows in (samples, bare):
         torch.manual_seed(0)
         model = peft.get_peft_model(
@@ -88,5 +88,5 @@ def test_an_adapter_that_is_not_active_asks_for_no_tasks(tmp_path):
         trainer.train()
         assert len(callback.load) == 4
         assert all(".tokens" in name for name in callback.load)
-        found.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        trained.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, and two processes, train what one loop written by hand trains."""
+"""TRL's SFTTrainer, and two processes, train like one loop written by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from support.trainers import (  # noqa: E402
 )
 
 
-class Kept:
+class KeepingCollator:
     """Keeps every batch of another collator."""
 
     def __init__(self, collator):
@@ -45,8 +45,8 @@ class Kept:
 
 @pytest.mark.parametrize("accumulation", default_cases((1, 2), 2))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
-def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
-    """TRL computes the loss from log-probabilities of its own, not from the model's loss."""
+def test_sft_trainer_trains_like_a_loop(preset, accumulation, tmp_path):
+    """TRL computes its loss from log-probabilities, not from the model's loss."""
     trl = pytest.importorskip("trl")
     model = make_model(preset)
     clone = copy.deepcopy(model)
@@ -66,7 +66,7 @@ def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     )
     assert type(trainer) is trl.SFTTrainer
     callback = attach(trainer)
-    trainer.data_collator = Kept(trainer.data_collator)
+    trainer.data_collator = KeepingCollator(trainer.data_collator)
     trainer.train()
     batches = trainer.data_collator.batches[:5]
     losses, _ = loop(clone, in_steps(batches, accumulation))
@@ -78,20 +78,20 @@ def test_sft_trainer_trains_what_a_loop_trains(preset, accumulation, tmp_path):
 
 
 def run_process(rank: int, port: int, folder) -> None:
-    """One of two processes: two trainers, and a forward under DistributedDataParallel by hand."""
+    """Run one of two processes: two trainers, then forwards of DistributedDataParallel."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    found = {}
+    results = {}
     for preset, options in PARALLEL.items():
         model = make_model(preset, **options)
         trainer = make_trainer(model, folder, ddp_backend="gloo", ddp_find_unused_parameters=False)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         callback = trainer.callback_handler.callbacks[0]
-        found[preset] = model.state_dict(), batches_of(trainer), logs, callback.load
+        results[preset] = model.state_dict(), batches_of(trainer), logs, callback.load
     model = make_model("moelora").eval()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     ids = torch.arange(3, 15).view(2, 6)
@@ -99,20 +99,21 @@ def run_process(rank: int, port: int, folder) -> None:
     for called in (parallel, parallel, model):
         set_tasks(model, [1 + rank, 3 + rank])
         outputs.append(called(ids).logits.detach())
-    found["by hand"] = outputs
-    torch.save(found, folder / f"{rank}.pt")
+    results["by hand"] = outputs
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-# Top-1 of four experts and few tokens: some expert of some layer gets none.
+# Top-1 of four experts with few tokens leaves an expert without tokens.
 PARALLEL = {"ming": dict(top_k=1, normalize="none", score="softmax"), "moelora": {}}
 
 
 @exhaustive
-def test_two_processes_train_what_one_loop_trains(tmp_path):
-    """Each with the tasks and auxiliary losses of its own batch; no parameter is left unused.
+def test_two_processes_train_like_one_loop(tmp_path):
+    """Each process has the tasks and auxiliary losses of its batch, and uses every parameter.
 
-    With tasks in a buffer of the router, those of the first process would be sent to the other.
+    DistributedDataParallel sends the buffers of the first process to the others, so the tasks must
+    not be a buffer.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,7 +135,7 @@ def test_two_processes_train_what_one_loop_trains(tmp_path):
         assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
         if preset == "ming":
             assert [entry["aux_loss"] for entry in logs] == pytest.approx(auxiliary, rel=1e-4)
-        # The load is that of both.
+        # Both processes log the load of both.
         assert load.keys() == other_load.keys()
         assert all(torch.equal(load[name], other_load[name]) for name in load)
     assert ranks[0]["ming"][2][0]["experts_unused"] > 0

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer trains what a loop written by hand trains."""
+"""Hugging Face's Trainer trains like a loop written by hand."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from support.trainers import (  # noqa: E402
 
 @pytest.mark.parametrize("accumulation", default_cases((1, 2), 2))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
-def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
-    """Auxiliary losses, tasks and padding included; with 2, the last step has one micro-batch."""
+def test_trains_like_a_loop(preset, accumulation, tmp_path):
+    """With auxiliary losses, tasks and padding. With accumulation 2 the last step has one batch."""
     model = make_model(preset)
     clone, frozen = copy.deepcopy(model), copy.deepcopy(model).state_dict()
     trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=accumulation)
@@ -60,25 +60,25 @@ def test_trains_what_a_loop_trains(preset, accumulation, tmp_path):
     assert_same_adapters(model, clone, **CLOSE)
 
 
-def test_accumulating_is_a_larger_batch(tmp_path):
-    """Per token, however they fall into micro-batches: without auxiliary losses the same step."""
-    actual = []
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """The loss is per token, so two micro-batches give the step of one batch."""
+    runs = []
     for size, accumulation in ((4, 1), (2, 2)):
         model = make_model("ming", aux=())
         sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
         trainer = make_trainer(model, tmp_path, samples=make_samples(4), **sizes)
         trainer.train()
         assert len(batches_of(trainer)) == accumulation
-        actual.append((trainer.state.log_history[0]["loss"], model))
-    (loss, model), (other_loss, other) = actual
+        runs.append((trainer.state.log_history[0]["loss"], model))
+    (loss, model), (other_loss, other) = runs
     assert loss == pytest.approx(other_loss, rel=1e-6)
     assert_same_adapters(model, other, **CLOSE)
 
 
 @pytest.mark.parametrize("preset", ("ming", "moelora", "mixlora"))
 def test_recomputed_activations_train_the_same(preset, tmp_path):
-    """The same bits, with dropout and batches fetched ahead; the load is counted once."""
-    actual = []
+    """The bits and the logs are equal with and without checkpointing, also with dropout."""
+    runs = []
     for recompute in (False, True):
         model = make_model(preset, dropout=0.2)
         extra = dict(gradient_checkpointing_kwargs={"use_reentrant": False}) if recompute else {}
@@ -90,8 +90,8 @@ def test_recomputed_activations_train_the_same(preset, tmp_path):
             **extra,
         )
         trainer.train()
-        actual.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
-    (model, logs), (other, other_logs) = actual
+        runs.append((model, [entry for entry in trainer.state.log_history if "loss" in entry]))
+    (model, logs), (other, other_logs) = runs
     assert logs == other_logs
     assert_same_adapters(model, other, rtol=0, atol=0)
 
@@ -122,7 +122,7 @@ def test_evaluates_and_predicts_with_the_tasks_and_without_auxiliary_losses(pres
             losses.append((len(batch["labels"]), model(**batch).loss.item()))
     assert [count for count, _ in losses] == [3, 3, 1]
     assert actual == pytest.approx(sum(n * loss for n, loss in losses) / 7, rel=1e-5)
-    # Without labels the trainer calls the model itself.
+    # Without labels the trainer does not compute a loss.
     trainer.data_collator = Unlabelled(trainer.data_collator)
     logits = torch.from_numpy(trainer.predict(samples.select(range(3))).predictions)
     batch = batches[0]
@@ -143,7 +143,7 @@ class Unlabelled:
 
 
 def test_collating_sets_nothing():
-    """It runs ahead of the model: with tasks set here a batch would get those of a later one."""
+    """A collator runs before the model does, so it must not set the tasks."""
     model = make_model("moelora")
     set_tasks(model, [4, 4])
     batch = TaskCollator(Padding())(
@@ -167,7 +167,7 @@ def test_a_sample_without_a_task_is_named(keep_columns, tmp_path):
 
 
 def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
-    """A trainer without one of its own saves that of its collator, also behind the tasks."""
+    """A trainer without a tokenizer saves that of its collator, through TaskCollator."""
     trainer = make_trainer(make_model("moelora"), tmp_path, attached=False)
     trainer.data_collator.tokenizer = make_tokenizer()
     attach(trainer)
@@ -175,8 +175,8 @@ def test_the_tokenizer_of_the_collator_is_saved(tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
-def test_the_column_of_the_tasks_has_the_name_that_was_given(tmp_path):
-    actual = []
+def test_the_name_of_the_task_column(tmp_path):
+    models = []
     for column in ("task_ids", "job"):
         samples = [{**s, "text": ""} for s in make_samples()]
         for sample in samples:
@@ -185,12 +185,12 @@ def test_the_column_of_the_tasks_has_the_name_that_was_given(tmp_path):
         trainer = make_trainer(model, tmp_path, samples=samples, attached=False)
         attach(trainer, task_column=column)
         trainer.train()
-        actual.append(model)
-    assert_same_adapters(*actual, rtol=0, atol=0)
+        models.append(model)
+    assert_same_adapters(*models, rtol=0, atol=0)
 
 
 def test_samples_with_several_tasks(tmp_path):
-    """Rows of one length with 0 as padding are what set_tasks gets; other rows are named."""
+    """Rows of one length, padded with 0, go to set_tasks. Rows of other lengths raise."""
     samples = make_samples()
     for i, sample in enumerate(samples):
         sample["task_ids"] = [1 + i % 5, (2 * i) % 6]
@@ -207,8 +207,8 @@ def test_samples_with_several_tasks(tmp_path):
 @pytest.mark.parametrize("tie", default_cases((False, True), False))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
-    """Layers that share a router are saved, and a run that was stopped ends at the same bits."""
-    actual = []
+    """A resumed run ends with the bits of a full run, also if layers share a router."""
+    models = []
     for resumed in (False, True):
         model = make_model(preset, tie, dropout=0.1)
         trainer = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
@@ -219,14 +219,14 @@ def test_resumes_from_a_checkpoint(preset, tie, tmp_path):
                 for parameter in model.parameters():
                     parameter.zero_()
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        actual.append(model)
-    for (name, p), q in zip(actual[0].named_parameters(), actual[1].parameters(), strict=True):
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
-def test_whatever_the_loss_the_auxiliary_losses_are_in_it(smoothing, tmp_path):
-    """Also where the trainer computes it from the logits, and returns the outputs as well."""
+def test_auxiliary_losses_are_added_to_every_loss(smoothing, tmp_path):
+    """The auxiliary losses are added if the trainer smooths labels or returns outputs."""
     model = make_model("ming")
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=smoothing)
     plain = make_trainer(model, tmp_path, attached=False, label_smoothing_factor=smoothing)
@@ -242,7 +242,7 @@ def test_whatever_the_loss_the_auxiliary_losses_are_in_it(smoothing, tmp_path):
     actual, outputs = trainer.compute_loss(model, dict(batch), True, num_items_in_batch=items)
     torch.testing.assert_close(actual, expected + aux / 2)
     assert outputs["logits"].shape[:2] == batch["labels"].shape
-    # Without a count of the items the trainer divides what this returns.
+    # Without num_items_in_batch the trainer divides the returned loss.
     expected = plain.compute_loss(model, dict(batch))
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected + aux)
     model.eval()
@@ -250,7 +250,7 @@ def test_whatever_the_loss_the_auxiliary_losses_are_in_it(smoothing, tmp_path):
 
 
 def test_autocast(tmp_path):
-    """The model runs in bfloat16, the auxiliary losses and adapters stay in float32."""
+    """The model runs in bfloat16. The auxiliary losses and adapters stay float32."""
     logs = []
     for options in ({}, {"bf16": True}):
         model = make_model("ming")
@@ -258,16 +258,16 @@ def test_autocast(tmp_path):
         trainer.train()
         assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
         logs.append(trainer.state.log_history[0])
-    # bfloat16 has 8 bits of mantissa; the logits of the routers see x rounded to them.
+    # The routers read x in bfloat16, which has 8 bits of mantissa.
     for name in ("loss", "aux_loss"):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05), name
         assert logs[1][name] != logs[0][name]
 
 
-def test_what_cannot_be_attached_to_is_refused(tmp_path):
+def test_trainers_that_attach_refuses(tmp_path):
     model = make_model("ming")
     trainer = make_trainer(model, tmp_path)
-    with pytest.raises(ValueError, match="attach was called on it before"):
+    with pytest.raises(ValueError, match="attach was already called on it"):
         attach(trainer)
     trainer = make_trainer(model, tmp_path, attached=False)
     trainer.args._n_gpu = 2
@@ -278,16 +278,20 @@ def test_what_cannot_be_attached_to_is_refused(tmp_path):
         make_trainer(plain, tmp_path)
 
 
-def test_a_mask_that_is_not_one_of_tokens_is_named(tmp_path):
-    model = make_model("ming", aux=())
+@pytest.mark.parametrize(
+    "mask", (torch.ones(1, 1, 5, 5), torch.ones(2, 7), None), ids=("4-D", "another length", "none")
+)
+def test_a_mask_that_is_no_token_mask_counts_every_token(mask, tmp_path):
+    """It never stops a training: a 4-D mask, a mask with other tokens, packed samples."""
+    model = make_model("ming")
+    model.forward = without_mask(model.forward)
     trainer = make_trainer(model, tmp_path)
     batch = Padding()([{k: s[k] for k in ("input_ids", "labels")} for s in make_samples(2)])
     model.train()
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, sequence\], got \[1"):
-        trainer.compute_loss(model, batch | {"attention_mask": torch.ones(1, 1, 5, 5)})
-    # Without one, as where samples are packed, every token counts.
     del batch["attention_mask"]
-    trainer.compute_loss(model, batch)
+    loss = trainer.compute_loss(model, batch | ({} if mask is None else {"attention_mask": mask}))
+    plain = model(**batch).loss
+    torch.testing.assert_close(loss, plain + collect_aux_loss(model))
     callback = trainer.callback_handler.callbacks[0]
     logs = {"loss": 0.0}
     trainer.state.log_history.append({})
@@ -296,8 +300,17 @@ def test_a_mask_that_is_not_one_of_tokens_is_named(tmp_path):
     assert logs["expert_load_max"] > 1 / EXPERTS
 
 
-def test_a_trainer_that_makes_its_model(tmp_path):
-    """The model of train() is another one than that of the constructor."""
+def without_mask(forward):
+    """Return a forward that takes a mask and attends to all tokens."""
+
+    def call(input_ids=None, attention_mask=None, labels=None, **options):
+        return forward(input_ids=input_ids, labels=labels)
+
+    return call
+
+
+def test_a_trainer_with_model_init(tmp_path):
+    """With model_init, train() makes a new model."""
     trainer = Trainer(
         model_init=lambda: make_model("moelora"),
         args=arguments(tmp_path),

@@ -1,4 +1,7 @@
-"""Any config's layer in float64, token by token and expert by expert, from the options alone."""
+"""The formula of a layer with any config, in loops over tokens and experts.
+
+The options of the config and the parameters of the layer are the only inputs from the package.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,52 @@ from moelora_kernels.nn.routers import BalancedRouter, ThresholdRouter
 
 
 def mixture(layer, x, *, tasks=None, gates=None, seed=None):
-    """y of a layer on x [T, I], [B, S, I] or, with batch_dim=1, [S, B, I].
+    """Return y of a layer in float64.
 
-    Draws what a forward draws, in its order: noise, then the experts of select="sampling". seed is
-    that of the dropout mask. tasks and gates are what set_tasks and layer(x, gates) take.
+    It draws random numbers in the order of a forward: noise, then those of select="sampling".
+
+    x: [T, I], [B, S, I], or [S, B, I] with batch_dim=1.
+    tasks: the argument of set_tasks, or None.
+    gates: the gates of router="external", or None.
+    seed: the seed of the dropout masks; None for no dropout.
     """
     config = layer.config
     tokens = x.reshape(-1, x.shape[-1])
-    sequence, count = sequence_of_tokens(x, config.batch_dim)
-    row_of, rows = _gate_rows(layer, x, tokens, sequence, count, tasks, gates)
-    gate = [rows[row_of[t]] for t in range(len(tokens))]
+    sequences, num_sequences = sequence_of_tokens(x, config.batch_dim)
+    if config.router is None:
+        rows, gate = [0] * len(tokens), [tokens.new_ones(config.num_experts)]
+    elif config.router == "external":
+        rows, gate = external_gate(gates.double(), tokens, sequences)
+    else:
+        rows, logits = router_logits(layer, x, tokens, sequences, num_sequences, tasks)
+        gate = gate_of_logits(layer, logits)
+    if config.shared_expert == "always":
+        gate = [torch.cat([row, row.new_ones(1)]) for row in gate]
+    elif config.shared_expert == "complement":
+        gate = [torch.cat([row, 1 - row.max()[None]]) for row in gate]
     outputs = []
-    for t in range(len(tokens)):
-        y = layer.base_layer(tokens[t])
+    for t, token in enumerate(tokens):
+        y = layer.base_layer(token)
         for e, (a, b, scale) in enumerate(experts(layer)):
-            seen = tokens[t]
+            token_e = token
             if seed is not None:
                 stream = e if config.dropout_mask == "per_expert" else 0
-                seen = reference.dropout(tokens, config.dropout, seed, stream)[t]
+                token_e = reference.dropout(tokens, config.dropout, seed, stream)[t]
+            weight = gate[rows[t]][e]
             if config.grad_gate == "sqrt":
-                # What A, B and x see of the gate, and what is left of it for the router.
-                held = gate[t][e].detach().sqrt()
-                part = b @ (a @ seen)
-                y = y + scale * (held * part + (gate[t][e] - held) * part.detach())
+                # A, B and x get a gradient through the root alone, the router through the rest.
+                root = weight.detach().sqrt()
+                output = b @ (a @ token_e)
+                y = y + scale * (root * output + (weight - root) * output.detach())
             else:
-                y = y + scale * gate[t][e] * (b @ (a @ seen))
+                y = y + scale * weight * (b @ (a @ token_e))
         outputs.append(y)
     y = torch.stack(outputs) if outputs else tokens.new_zeros(0, layer.out_features)
     return y.view(*x.shape[:-1], layer.out_features)
 
 
 def sequence_of_tokens(x, batch_dim):
-    """The sequence of each token in the order of x, and how many there are."""
+    """Return the sequence of each token, in the order of x, and the number of sequences."""
     if x.dim() == 2:
         return [*range(x.shape[0])], x.shape[0]
     first, second = x.shape[:2]
@@ -53,178 +70,183 @@ def sequence_of_tokens(x, batch_dim):
 
 
 def experts(layer):
-    """A [r, I], B [O, r] and the factor of every expert, from `rank`, `alpha` and `scaling`."""
+    """Return A [r, I], B [O, r] and the scale of every expert, from `rank`, `alpha`, `scaling`."""
     config, features = layer.config, layer.in_features
     ranks = [config.rank] * config.num_experts if isinstance(config.rank, int) else [*config.rank]
     if config.shared_expert != "none":
         ranks.append(config.shared_rank or ranks[0])
-    found, start = [], 0
+    result, start = [], 0
     for e, rank in enumerate(ranks):
-        scale = {
-            "alpha/r": lambda r: config.alpha / r,
-            "alpha/R": lambda r: config.alpha / sum(ranks),
-            "alpha/sqrt(r)": lambda r: config.alpha / math.sqrt(r),
-            "sqrt(3*alpha*I/r)": lambda r: math.sqrt(3 * config.alpha * features / r),
-        }.get(config.scaling, lambda r, e=e: _explicit(config.scaling, e))(rank)
+        if config.scaling == "alpha/r":
+            scale = config.alpha / rank
+        elif config.scaling == "alpha/R":
+            scale = config.alpha / sum(ranks)
+        elif config.scaling == "alpha/sqrt(r)":
+            scale = config.alpha / math.sqrt(rank)
+        elif config.scaling == "sqrt(3*alpha*I/r)":
+            scale = math.sqrt(3 * config.alpha * features / rank)
+        else:
+            scale = config.scaling[e] if isinstance(config.scaling, tuple) else config.scaling
         a = layer.lora_A if config.share == "A" else layer.lora_A[start : start + rank]
-        found.append((a, layer.lora_B[:, start : start + rank], scale))
+        result.append((a, layer.lora_B[:, start : start + rank], scale))
         start += rank
-    return found
+    return result
 
 
-def _explicit(scaling, e):
-    return scaling[e] if isinstance(scaling, tuple) else scaling
-
-
-def _gate_rows(layer, x, tokens, sequence, count, tasks, gates):
-    """Which gate row each token has, and the rows [E] (the shared expert last)."""
-    config, experts = layer.config, layer.config.num_experts
-    every = [*range(len(tokens))]
-    if config.router is None:
-        row_of, rows = [0] * len(tokens), [tokens.new_ones(experts)]
-    elif config.router == "external":
-        given = gates.double()
-        row_of = every if len(given) == len(tokens) else sequence
-        row_of = [0] * len(tokens) if len(given) == 1 else row_of
-        rows = [*given]
+def external_gate(gates, tokens, sequences):
+    """Return the gate row of each token, and the rows: one for all, per token or per sequence."""
+    if len(gates) == 1:
+        rows = [0] * len(tokens)
+    elif len(gates) == len(tokens):
+        rows = [*range(len(tokens))]
     else:
-        row_of, logits = _logits(layer, x, tokens, sequence, count, tasks)
-        rows = _rows_of_logits(layer, logits)
-    if config.shared_expert != "none":
-        always = config.shared_expert == "always"
-        rows = [
-            torch.cat([row, row.new_ones(1) if always else 1 - row.max()[None]]) for row in rows
-        ]
-    return row_of, rows
+        rows = sequences
+    return rows, [*gates]
 
 
-def _logits(layer, x, tokens, sequence, count, tasks):
+def router_logits(layer, x, tokens, sequences, num_sequences, tasks):
+    """Return the gate row of each token, and the logits of every row.
+
+    Logits are [E], or [E + 1] with a learned threshold.
+    """
     config = layer.config
     if config.router == "task":
         vectors = []
         for ids in tasks.reshape(len(tasks), -1).tolist():
-            own = [layer.router.embedding.weight[i] for i in ids if i != 0]
-            vectors.append(sum(own) / len(own))
-        row_of = [0] * len(tokens) if len(vectors) == 1 else sequence
-        return row_of, [layer.router.gate.weight @ v for v in vectors]
-    read, row_of = [*tokens], [*range(len(tokens))]
+            embeddings = [layer.router.embedding.weight[i] for i in ids if i != 0]
+            vectors.append(sum(embeddings) / len(embeddings))
+        rows = [0] * len(tokens) if len(vectors) == 1 else sequences
+        return rows, [layer.router.gate.weight @ vector for vector in vectors]
+    inputs, rows = [*tokens], [*range(len(tokens))]
     if config.granularity == "sequence":
-        row_of = sequence if x.dim() > 2 else [0] * len(tokens)
-        own = [[] for _ in range(count if x.dim() > 2 else 1)]
-        for t, s in enumerate(row_of):
-            own[s].append(tokens[t])
-        read = [sum(part) / len(part) if part else tokens.new_zeros(x.shape[-1]) for part in own]
-    gate = layer.router
-    extra = None
-    if isinstance(gate, ThresholdRouter):
-        extra, gate = gate.threshold, gate.gate
-    if isinstance(gate, BalancedRouter):
-        gate = gate.gate
-    found = []
-    for i, v in enumerate(read):
+        rows = sequences if x.dim() > 2 else [0] * len(tokens)
+        inputs = []
+        for s in range(num_sequences if x.dim() > 2 else 1):
+            members = [token for token, row in zip(tokens, rows, strict=True) if row == s]
+            mean = sum(members) / len(members) if members else tokens.new_zeros(x.shape[-1])
+            inputs.append(mean)
+    router, threshold = layer.router, None
+    if isinstance(router, ThresholdRouter):
+        threshold, router = router.threshold, router.gate
+    if isinstance(router, BalancedRouter):
+        router = router.gate
+    result = []
+    for i, vector in enumerate(inputs):
         if config.router == "self":
-            logits = layer.lora_A.detach() @ v.detach()
+            logits = layer.lora_A.detach() @ vector.detach()
         elif config.router == "prototype":
-            logits = (gate.prototypes @ v).abs()
+            logits = (router.prototypes @ vector).abs()
         elif config.router == "token_task":
-            vector = tasks[i // (len(read) // len(tasks))]
-            share = 1 / (1 + (-gate.mixture["share"]).exp())
-            logits = (1 - share) * _two(gate.token, v).softmax(0)
-            logits = logits + share * _two(gate.task, vector).softmax(0)
+            task = tasks[i // (len(inputs) // len(tasks))]
+            share = 1 / (1 + (-router.mixture["share"]).exp())
+            logits = (1 - share) * network(router.token, vector).softmax(0)
+            logits = logits + share * network(router.task, task).softmax(0)
         else:
-            logits = _two(gate, v)
-        if extra is not None:
-            logits = torch.cat([logits, extra.weight @ v + extra.bias])
-        found.append(logits)
-    return row_of, found
+            logits = network(router, vector)
+        if threshold is not None:
+            logits = torch.cat([logits, threshold.weight @ vector + threshold.bias])
+        result.append(logits)
+    return rows, result
 
 
-def _two(gate, v):
-    """A linear, or two with an activation between."""
-    if not isinstance(gate, MlpRouter):
-        return gate(v)
-    hidden = gate.fc1.weight @ v + gate.fc1.bias
-    return gate.fc2.weight @ gate.activation(hidden) + gate.fc2.bias
+def network(router, vector):
+    """Return the output of a linear, or of two linears with an activation between them."""
+    if not isinstance(router, MlpRouter):
+        return router(vector)
+    hidden = router.fc1.weight @ vector + router.fc1.bias
+    return router.fc2.weight @ router.activation(hidden) + router.fc2.bias
 
 
-def _rows_of_logits(layer, logits):
-    """gate = normalize(select(score(logits / temperature))) of every row, in loops."""
-    config, experts = layer.config, layer.config.num_experts
+def gate_of_logits(layer, logits):
+    """Return gate = normalize(select(score(logits / temperature))) [E] of every row."""
+    config, num_experts = layer.config, layer.config.num_experts
     if not logits:
         return []
-    taus = [None] * len(logits)
+    thresholds = [None] * len(logits)
     if config.select == "learned_threshold":
-        limit = 1 / experts if config.max_threshold is None else config.max_threshold
-        taus = [limit / (1 + (-row[-1]).exp()) for row in logits]
+        limit = 1 / num_experts if config.max_threshold is None else config.max_threshold
+        thresholds = [limit / (1 + (-row[-1]).exp()) for row in logits]
         logits = [row[:-1] for row in logits]
     if layer.training and config.noise > 0:
-        noise = torch.randn(len(logits), experts, dtype=torch.float64)
+        noise = torch.randn(len(logits), num_experts, dtype=torch.float64)
         logits = [row + config.noise * n for row, n in zip(logits, noise, strict=True)]
-    drawn = None
+    samples = [None] * len(logits)
     if config.select == "sampling":
-        waits = torch.empty(len(logits), experts, dtype=torch.float64).exponential_()
-        drawn = [row / config.temperature - w.log() for row, w in zip(logits, waits, strict=True)]
-    rows = []
-    for i, row in enumerate(logits):
-        scores = _score(row / config.temperature, config.score)
-        if taus[i] is not None:
-            scores = scores - taus[i]
-        ranked = scores
+        waits = torch.empty(len(logits), num_experts, dtype=torch.float64).exponential_()
+        samples = [row / config.temperature - w.log() for row, w in zip(logits, waits, strict=True)]
+    gate = []
+    for row, threshold, sample in zip(logits, thresholds, samples, strict=True):
+        scores = score(row / config.temperature, config.score)
+        if threshold is not None:
+            scores = scores - threshold
+        rank_scores = scores
         if config.balance_rate is not None:
             bias = layer.router.balance.bias.double()
-            ranked = _score((row + bias) / config.temperature, config.score)
-        order = sorted(range(experts), key=lambda e: -ranked[e].item())
-        kept = _kept(config, scores, order, None if drawn is None else drawn[i])
+            rank_scores = score((row + bias) / config.temperature, config.score)
+        order = sorted(range(num_experts), key=lambda e, values=rank_scores: -values[e].item())
+        selected = select(config, scores, order, sample)
         if config.entropy_threshold is not None:
             p = (row.detach() / config.temperature).softmax(0)
-            if _entropy(p, config.entropy_index) > config.entropy_threshold:
-                kept = set(range(experts))
-        rows.append(_normalised(config, scores, kept))
-    return rows
+            if relative_entropy(p, config.entropy_index) > config.entropy_threshold:
+                selected = set(range(num_experts))
+        gate.append(normalize(config, scores, selected))
+    return gate
 
 
-def _score(scaled, score):
-    return {
-        "softmax": lambda: scaled.exp() / scaled.exp().sum(),
-        "sigmoid": lambda: 1 / (1 + (-scaled).exp()),
-        "identity": lambda: scaled,
-        "abs": lambda: scaled.abs(),
-    }[score]()
+def score(scaled, name):
+    """Return the scores [E] of logits / temperature [E]."""
+    if name == "softmax":
+        return scaled.exp() / scaled.exp().sum()
+    if name == "sigmoid":
+        return 1 / (1 + (-scaled).exp())
+    return {"identity": scaled, "abs": scaled.abs()}[name]
 
 
-def _kept(config, scores, order, drawn):
+def select(config, scores, order, sample):
+    """Return the selected experts as a set.
+
+    order: the experts, the highest score first.
+    sample: the perturbed logits [E] of select="sampling".
+    """
     if config.select == "all":
         return set(order)
     if config.select == "topk":
         return set(order[: config.top_k])
     if config.select == "sampling":
-        return set(sorted(order, key=lambda e: -drawn[e].item())[: config.top_k])
+        return set(sorted(order, key=lambda e: -sample[e].item())[: config.top_k])
     if config.select == "learned_threshold":
         return {e for e in order if scores[e] >= 0}
-    least = set(order[: config.keep_min or 0])
+    selected = set(order[: config.keep_min or 0])
     if config.select == "threshold":
-        return least | {e for e in order if scores[e] >= config.threshold}
+        return selected | {e for e in order if scores[e] >= config.threshold}
+    # "topp": the first experts in order whose scores reach a share of the sum.
     reached, total = 0.0, scores.sum().item()
     for e in order:
         if reached >= config.top_p * total:
             break
-        least.add(e)
+        selected.add(e)
         reached += scores[e].item()
-    return least
+    return selected
 
 
-def _entropy(p, q):
+def relative_entropy(p, q):
+    """Return the Tsallis entropy of p [E] divided by its maximum. Index q = 1 is Shannon's."""
     if q == 1:
         return float(-(p * p.log()).sum() / math.log(len(p)))
     return float((1 - (p**q).sum()) / (1 - len(p) ** (1 - q)))
 
 
-def _normalised(config, scores, kept):
-    total = sum((scores[e] for e in kept), scores.new_zeros(()))
-    of = {
-        "none": lambda e: scores[e],
-        "sum": lambda e: scores[e] / total if total.item() > 0 else scores[e],
-        "softmax": lambda e: scores[e].exp() / sum(scores[j].exp() for j in kept),
-        "one": lambda e: torch.ones_like(scores[e]),
-    }[config.normalize]
-    return torch.stack([of(e) if e in kept else 0 * scores[e].detach() for e in range(len(scores))])
+def normalize(config, scores, selected):
+    """Return the gate [E]: the normalised scores of the selected experts, and 0 for the others."""
+    total = sum((scores[e] for e in selected), scores.new_zeros(()))
+    gate = []
+    for e, value in enumerate(scores):
+        if e not in selected:
+            gate.append(0 * value.detach())
+        elif config.normalize == "sum":
+            gate.append(value / total if total.item() > 0 else value)
+        elif config.normalize == "softmax":
+            gate.append(value.exp() / sum(scores[j].exp() for j in selected))
+        else:
+            gate.append({"none": value, "one": torch.ones_like(value)}[config.normalize])
+    return torch.stack(gate)

@@ -4,7 +4,10 @@ import torch
 
 
 def switch_loss(logits, top_k, mask=None):
-    """E sum_e f_e P_e: f_e the share of the routed pairs, P_e the mean probability (2101.03961)."""
+    """Return E sum_e f_e P_e, with the share f_e of routed pairs and the mean probability P_e.
+
+    The loss is that of arXiv 2101.03961.
+    """
     keep = range(len(logits)) if mask is None else mask.reshape(-1).nonzero()[:, 0].tolist()
     counts, mean = [0] * logits.shape[1], 0.0
     for t in keep:
@@ -16,6 +19,6 @@ def switch_loss(logits, top_k, mask=None):
 
 
 def z_loss(logits, mask=None):
-    """mean_t (log sum_e exp logits)^2 (2202.08906)."""
+    """Return mean_t (log sum_e exp logits)^2, the loss of arXiv 2202.08906."""
     kept = logits if mask is None else logits[mask.reshape(-1)]
     return (kept.exp().sum(1).log() ** 2).mean()

@@ -1,4 +1,4 @@
-"""The formulas of relatives' presets, and models that have what the gate is taken from."""
+"""The formulas of presets of related methods, and models with the inputs of their gates."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from moelora_kernels.nn import (
     SequenceGate,
 )
 from support.compare import formula_step
-from support.formulas.token_gates import blocks_of, first_largest, frozen
+from support.formulas.token_gates import blocks_of, by_token, first_largest, frozen
 
 IN, OUT, TASK = 12, 10, 7
 # Sums of at most a few hundred terms of size 1, in another order.
@@ -29,7 +29,7 @@ def ffn(dtype=torch.float32):
 
 
 class Model(nn.Module):
-    """One layer of a preset, and beside it what the method takes its gate from."""
+    """One layer of a preset, and the modules and inputs that its gate is computed from."""
 
     def __init__(self, preset, shape, dtype, **options):
         super().__init__()
@@ -42,8 +42,8 @@ class Model(nn.Module):
             ]
             self.layer = MoeLoraLinear.from_loras(linear, loras, config)
         elif preset == "pesc":
-            own = str(dtype).removeprefix("torch.")
-            self.layer = MoeLoraAdapter(ffn(dtype), IN, config, adapter_dtype=own)
+            name = str(dtype).removeprefix("torch.")
+            self.layer = MoeLoraAdapter(ffn(dtype), IN, config, adapter_dtype=name)
         else:
             if preset == "hmora":
                 config = config.replace(task_embedding_dim=TASK)
@@ -76,21 +76,11 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-def by_token(x, p, gate_of_token, scale):
-    """y = W x + sum_e g_e scale B_e A_e x over the (expert, gate) pairs of each token."""
-    tokens = x.reshape(-1, x.shape[-1])
-    out = []
-    for t, token in enumerate(tokens):
-        y = frozen(token, p)
-        for e, gate in gate_of_token(t, token):
-            a, b = p["lora_A"][e : e + 1], p["lora_B"][:, e : e + 1]
-            y = y + scale * gate * (b @ (a @ token))
-        out.append(y)
-    return torch.stack(out).view(*x.shape[:-1], -1)
-
-
 def loop_octavius(x, p, m, extra):
-    """out = sum_e g_e B_e A_e x, unscaled; g: the two largest of softmax(mean_s W s), to sum 1."""
+    """Return y = W x + sum_e g_e B_e A_e x, with g the two largest of softmax(mean_s W s).
+
+    g is divided by its sum. There is no scale.
+    """
     raw = torch.einsum("bnd,ed->bne", m.embeddings.double(), extra["gate.linear.weight"])
     raw = raw.mean(dim=1).softmax(dim=-1)
     y = []
@@ -106,7 +96,10 @@ def loop_octavius(x, p, m, extra):
 
 
 def loop_hmora(x, p, m, extra):
-    """w = (1 - s) softmax(token(x)) + s softmax(task(t)); softmax of its two largest; rsLoRA."""
+    """Return y with the gate softmax(the two largest of w) and the scale alpha / sqrt(r).
+
+    w = (1 - s) softmax(token(x)) + s softmax(task(t)).
+    """
 
     def mlp(value, name):
         w1, b1 = p[f"router.{name}.fc1.weight"], p[f"router.{name}.fc1.bias"]
@@ -118,10 +111,10 @@ def loop_hmora(x, p, m, extra):
     for b, sequence in enumerate(x):
         for token in sequence:
             w = (1 - share) * mlp(token, "token") + share * mlp(extra["vectors"][b], "task")
-            kept = first_largest(w, 2)
-            gate = torch.stack([w[e] for e in kept]).softmax(dim=0)
+            selected = first_largest(w, 2)
+            gate = torch.stack([w[e] for e in selected]).softmax(dim=0)
             y = frozen(token, p)
-            for g, e in zip(gate, kept, strict=True):
+            for g, e in zip(gate, selected, strict=True):
                 b_e = p["lora_B"].chunk(c.num_experts, dim=1)[e]
                 a_e = p["lora_A"] if c.share == "A" else p["lora_A"].chunk(c.num_experts)[e]
                 y = y + c.alpha / c.rank**0.5 * g * (b_e @ (a_e @ token))
@@ -130,15 +123,16 @@ def loop_hmora(x, p, m, extra):
 
 
 def experts_of_loras(p):
+    """Yield A_e, B_e and the scale of every expert of LORAS."""
     start = 0
     for rank, alpha in LORAS:
-        own = slice(start, start + rank)
+        columns = slice(start, start + rank)
         start += rank
-        yield p["lora_A"][own], p["lora_B"][:, own], alpha / rank
+        yield p["lora_A"][columns], p["lora_B"][:, columns], alpha / rank
 
 
 def loop_xlora(x, p, m, extra):
-    """y = W x + sum_e alpha_e / r_e B_e A_e (g_e x), g = softmax of a classifier elsewhere."""
+    """Return y = W x + sum_e alpha_e / r_e B_e A_e (g_e x), g = softmax(a classifier's logits)."""
     logits = m.hidden.double() @ extra["classifier.weight"].t() + extra["classifier.bias"]
     gates = logits.softmax(dim=-1)
     y = frozen(x, p)
@@ -148,16 +142,16 @@ def loop_xlora(x, p, m, extra):
 
 
 def loop_arrow(x, p, m, extra):
-    """sim_e = |x v_e|, v_e from the whole of B_e A_e; softmax of the three largest."""
+    """Return y with the gate softmax(the three largest |x v_e|); v_e comes from B_e A_e."""
     experts = list(experts_of_loras(p))
     v = torch.stack([torch.linalg.svd(b @ a).Vh[0] for a, b, _ in experts])
     out = []
     for token in x.reshape(-1, IN):
         similarity = (v @ token).abs()
-        kept = first_largest(similarity, 3)
-        gate = torch.stack([similarity[e] for e in kept]).softmax(dim=0)
+        selected = first_largest(similarity, 3)
+        gate = torch.stack([similarity[e] for e in selected]).softmax(dim=0)
         y = frozen(token, p)
-        for g, e in zip(gate, kept, strict=True):
+        for g, e in zip(gate, selected, strict=True):
             a, b, scale = experts[e]
             y = y + g * scale * (b @ (a @ token))
         out.append(y)
@@ -165,20 +159,20 @@ def loop_arrow(x, p, m, extra):
 
 
 def loop_smora(x, p, m, extra):
-    """Every rank is an expert: the largest of W x + b, weighed by the softmax of their W x."""
+    """Return y with one rank per expert: those with the largest W x + b, gate softmax(W x)."""
     c = m.layer.config
 
-    def gate_of_token(_, token):
+    def gate_of_token(token):
         logits = p["router.gate.weight"] @ token
-        kept = first_largest(logits + p["router.balance.bias"], c.top_k)
-        gate = torch.stack([logits[e] for e in kept]).softmax(dim=0)
-        return zip(kept, gate, strict=True)
+        selected = first_largest(logits + p["router.balance.bias"], c.top_k)
+        gate = torch.stack([logits[e] for e in selected]).softmax(dim=0)
+        return zip(selected, gate, strict=True)
 
-    return by_token(x, p, gate_of_token, c.alpha / c.num_experts)
+    return by_token(x, p, c, gate_of_token, scale=c.alpha / c.num_experts)
 
 
 def loop_flylora(x, p, m, extra):
-    """h = A x; y = W x + alpha / R B (mask h), mask: the largest of |h + d|."""
+    """Return y = W x + alpha / R B (mask h), with h = A x; mask: the largest of |h + d|."""
     c = m.layer.config
     h = x @ p["lora_A"].t()
     biased = (h + p["router.balance.bias"]).abs().reshape(-1, c.num_experts)
@@ -189,13 +183,16 @@ def loop_flylora(x, p, m, extra):
 
 
 def loop_riemannian(x, p, m, extra):
-    """sqrt(g) and what is missing to g beside a constant copy of the expert's output."""
+    """Return y = W x + sum_e (sqrt(g_e) y_e + (g_e - sqrt(g_e)) y_e.detach()).
+
+    sqrt(g_e) has no gradient: the experts see sqrt(g_e), the router sees g_e.
+    """
     c = m.layer.config
     g = (x @ p["router.weight"].t()).softmax(dim=-1).reshape(-1, c.num_experts)
-    chosen = torch.zeros_like(g)
+    mask = torch.zeros_like(g)
     for t, row in enumerate(g):
-        chosen[t, first_largest(row, c.top_k)] = 1
-    g = g * chosen
+        mask[t, first_largest(row, c.top_k)] = 1
+    g = g * mask
     g = (g / g.sum(dim=-1, keepdim=True)).view(*x.shape[:-1], -1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
@@ -206,7 +203,10 @@ def loop_riemannian(x, p, m, extra):
 
 
 def loop_pesc(x, p, m, extra):
-    """sum_j w_j (out + up_j(gelu(down_j(out)))), w = softmax of the 2 largest of W x."""
+    """Return sum_j w_j (z + up_j(gelu(down_j(z)))), w = softmax(the two largest of W x).
+
+    z is the output of the frozen FFN.
+    """
     c = m.layer.config
     experts = list(blocks_of(p, c.num_experts))
     out = []
@@ -215,10 +215,10 @@ def loop_pesc(x, p, m, extra):
         hidden = hidden * hidden.sigmoid()
         z = p["base_layer.2.weight"] @ hidden + p["base_layer.2.bias"]
         logits = p["router.weight"] @ token
-        kept = first_largest(logits, 2)
-        gate = torch.stack([logits[e] for e in kept]).softmax(dim=0)
+        selected = first_largest(logits, 2)
+        gate = torch.stack([logits[e] for e in selected]).softmax(dim=0)
         y = 0
-        for g, e in zip(gate, kept, strict=True):
+        for g, e in zip(gate, selected, strict=True):
             down, up = experts[e]
             h = down @ z
             y = y + g * (z + up @ (h * 0.5 * (1 + torch.erf(h / 2**0.5))))
@@ -239,8 +239,8 @@ LOOPS = {
 LINEARS = [preset for preset in LOOPS if preset != "pesc"]
 
 
-def draw(preset, shape, dtype):
-    """x and dy."""
+def random_step(preset, shape, dtype):
+    """Return x and dy."""
     out = IN if preset == "pesc" else OUT
     return (torch.randn(*shape, size, dtype=dtype) for size in (IN, out))
 
@@ -256,6 +256,7 @@ def step_of_loop(preset, model, x, dy, dtype=torch.float64):
 
 
 def balanced_layer(**options):
+    """Return a layer whose router has a selection bias."""
     torch.manual_seed(0)
     options = dict(num_experts=6, rank=2, top_k=2, balance_rate=0.05, normalize="sum") | options
     layer = MoeLoraLinear(IN, OUT, dtype=torch.float64, **options)

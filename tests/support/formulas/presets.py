@@ -1,4 +1,8 @@
-"""The expert loops of the presets, and the check of a layer against its loop."""
+"""The expert loops of the presets of linears, and the check of a layer against its loop.
+
+A loop takes x, the parameters p by name, the config c, the tasks, and xs, the x_e of every expert
+with dropout, or None. It returns y.
+"""
 
 import torch
 
@@ -15,19 +19,19 @@ from support.formulas.token_gates import (
 )
 
 IN, OUT = 12, 10
-# Whole-FFN experts are in ffn.py, relatives in family.py.
+# The loops of whole-FFN experts are in presets/test_ffn.py, the others in formulas/family.py.
 ELSEWHERE = (
     *FFN_PRESETS, "octavius", "hmora", "xlora", "arrow", "smora", "flylora", "riemannian", "pesc",
 )  # fmt: skip
 
 
 def loop_lora(x, p, c, _tasks, xs=None):
-    """y = W x + b + alpha/r B A x"""
+    """Return y = W x + b + alpha/r B A x."""
     return frozen(x, p) + c.alpha / c.rank * (x @ p["lora_A"].t()) @ p["lora_B"].t()
 
 
 def loop_moelora(x, p, c, tasks, xs=None):
-    """y = W x + b + sum_e alpha/r_total w_e B_e A_e dropout_e(x), w = softmax(W_g emb[task])."""
+    """Return y = W x + b + sum_e alpha/r_total w_e B_e A_e x_e, w = softmax(W_g emb[task])."""
     w = (p["router.embedding.weight"][tasks] @ p["router.gate.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
@@ -38,23 +42,26 @@ def loop_moelora(x, p, c, tasks, xs=None):
 
 
 def loop_ming(x, p, c, _tasks, xs=None):
-    """g = W_s x + b_s; idx = topk(g); y = W x + b + sum_j softmax(g[idx])_j alpha/r B_j A_j x."""
+    """Return y = W x + b + sum_j softmax(g[idx])_j alpha/r B_j A_j x.
+
+    g = W_s x + b_s; idx = topk(g).
+    """
     tokens = x.reshape(-1, x.shape[-1])
     experts = list(blocks_of(p, c.num_experts))
     logits = tokens @ p["router.weight"].t() + p["router.bias"]
     out = []
     for t in range(tokens.shape[0]):
-        chosen = first_largest(logits[t], c.top_k)
-        w = torch.stack([logits[t, e] for e in chosen]).softmax(dim=0)
+        selected = first_largest(logits[t], c.top_k)
+        w = torch.stack([logits[t, e] for e in selected]).softmax(dim=0)
         delta = sum(
-            w[j] * (experts[e][1] @ (experts[e][0] @ tokens[t])) for j, e in enumerate(chosen)
+            w[j] * (experts[e][1] @ (experts[e][0] @ tokens[t])) for j, e in enumerate(selected)
         )
         out.append(frozen(tokens[t], p) + c.alpha / c.rank * delta)
     return torch.stack(out).view(*x.shape[:-1], -1)
 
 
 def loop_loramoe(x, p, c, _tasks, xs=None):
-    """y = W x + sum_e softmax(W_g x)_e alpha/r B_e A_e x"""
+    """Return y = W x + sum_e softmax(W_g x)_e alpha/r B_e A_e x_e."""
     w = (x @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
@@ -64,7 +71,7 @@ def loop_loramoe(x, p, c, _tasks, xs=None):
 
 
 def loop_hydralora(x, p, c, _tasks, xs=None):
-    """y = W x + sum_e softmax(W_g x)_e alpha/r B_e A x, one A for all heads."""
+    """Return y = W x + sum_e softmax(W_g x)_e alpha/r B_e A x, with one A for all heads."""
     w = (x @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(x, p)
     for e, b in enumerate(p["lora_B"].chunk(c.num_experts, dim=1)):
@@ -73,25 +80,31 @@ def loop_hydralora(x, p, c, _tasks, xs=None):
 
 
 def loop_mola(x, p, c, _tasks, xs=None, scale=None):
-    """p = softmax(W_g x); idx = topk(p); y = W x + sum_j p_j / (sum p[idx]) alpha/r B_j A_j x."""
+    """Return y = W x + sum_j p_j / (sum p[idx]) alpha/r B_j A_j x.
+
+    p = softmax(W_g x); idx = topk(p).
+    """
     scale = c.alpha / c.rank if scale is None else scale
     tokens = x.reshape(-1, x.shape[-1])
     probabilities = (tokens @ p["router.weight"].t()).softmax(dim=-1)
     y = frozen(tokens, p)
-    chosen = [first_largest(row, c.top_k) for row in probabilities]
+    selected = [first_largest(row, c.top_k) for row in probabilities]
     for e, (a, b) in enumerate(blocks_of(p, c.num_experts)):
-        routed = [t for t, experts in enumerate(chosen) if e in experts]
+        routed = [t for t, experts in enumerate(selected) if e in experts]
         if not routed:
             continue
-        kept = torch.stack([probabilities[t, chosen[t]].sum() for t in routed])
-        w = probabilities[routed, e] / kept
+        totals = torch.stack([probabilities[t, selected[t]].sum() for t in routed])
+        w = probabilities[routed, e] / totals
         delta = scale * w[:, None] * ((tokens[routed] @ a.t()) @ b.t())
         y = y.index_add(0, torch.tensor(routed), delta)
     return y.view(*x.shape[:-1], -1)
 
 
 def loop_goat(x, p, c, _tasks, xs=None):
-    """y = W_reduced x + sum_j p_j / (sum p[idx]) sqrt(3 eta I / r) B_j A_j x, MoLA's gate."""
+    """Return y = W_reduced x + sum_j p_j / (sum p[idx]) sqrt(3 alpha I / r) B_j A_j x.
+
+    The gate is that of MoLA.
+    """
     return loop_mola(x, p, c, _tasks, xs, scale=(3 * c.alpha * x.shape[-1] / c.rank) ** 0.5)
 
 
@@ -111,9 +124,9 @@ LOOPS = {
 
 
 def make_layer(preset, dtype, seed=0, **options):
-    """A layer in eval mode with random parameters, so that no term of the formula is zero."""
+    """Return a layer in evaluation with random A and B, so that no term of its formula is zero."""
     torch.manual_seed(seed)
-    # Eight segments of the ten singular values of a weight [10, 12] have a rank of 1.
+    # A weight [10, 12] has ten singular values, so each of eight segments has rank 1.
     options = {"rank": 1, **options} if preset == "goat" else options
     config = MoeLoraConfig.preset(preset, **options)
     layer = MoeLoraLinear(IN, OUT, bias=preset != "ming", config=config, dtype=dtype).eval()
@@ -141,7 +154,7 @@ def check(preset, layer, x, tasks=None):
 
 
 def threshold_joined(tensors):
-    """Weight and bias of a threshold as one: the single number of the bias may happen to cancel."""
+    """Join weight and bias of a threshold: the bias is one number, which may cancel by chance."""
     parts = [name for name in tensors if name.startswith("router.threshold.")]
     if not parts:
         return tensors
@@ -150,4 +163,5 @@ def threshold_joined(tensors):
 
 
 def tasks_of(preset, batch):
+    """Return task ids of a batch, or None if the preset has no tasks."""
     return torch.arange(batch) % 3 + 1 if preset in ("moelora", "mocle") else None

@@ -128,7 +128,7 @@ BROKEN = {
 
 # Name -> (options of a config that the layout cannot store, the error).
 REFUSED = {
-    # The original would read such a router with a random bias.
+    # The original has a bias, and would start it at random.
     "router without bias": (dict(router_bias=False), "router_bias=True"),
     "mlp router": (dict(router="mlp"), "linear router"),
     "shared A": (dict(share="A"), "share='none' and equal ranks"),

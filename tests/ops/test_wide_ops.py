@@ -1,0 +1,37 @@
+"""The ops of the wide form on every case: native library and Triton kernels.
+
+shrink_gate, shrink_gate_backward, weight_grad, shrink_dx
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.backends import DTYPES, GPU, HALF, KERNEL_DTYPES, NATIVE, TRITON, Backend, parameters
+from support.cases import WIDE, Case
+from support.large_cases import LARGE_WIDE
+from support.op_checks import WIDE_OPS, check
+
+# The Triton kernels run by default in every dtype on these cases, and in float16 on all others but
+# the slowest: another dtype changes casts and products, and no addresses.
+EVERY_DTYPE = ("plain", "float32_adapters")
+SLOWEST = ("long", "many_experts", "rows_int64", "siblings_sparse")
+
+
+def triton_by_default(case: str, dtype: str) -> bool:
+    return case in EVERY_DTYPE or (dtype == "fp16" and case not in SLOWEST)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "dtype"),
+    (
+        *parameters(NATIVE, WIDE, DTYPES),
+        *parameters(TRITON, WIDE, KERNEL_DTYPES, triton_by_default),
+        *parameters(GPU, LARGE_WIDE, HALF),
+    ),
+)
+@pytest.mark.parametrize("op", WIDE_OPS)
+def test_op(op: str, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    for implementation in backend.implementations(op):
+        check(op, implementation, backend.inputs(case, dtype))

@@ -1,0 +1,149 @@
+"""The implementations of an op, and the parameters of a test that runs on several of them.
+
+native    the registered op on CPU tensors: the C++ library
+triton    the launcher of the Triton kernel: on a GPU if there is one, else interpreted
+gpu       the launcher on a GPU, at the sizes of real layers; `route`, which has no Triton
+kernel, is the registered op
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from moelora_kernels import native, ops
+from support.cases import Case
+from support.inputs import Inputs
+from support.selection import exhaustive
+
+REQUIRED = os.environ.get("MOELORA_REQUIRE_NATIVE") == "1"
+needs_library = pytest.mark.skipif(
+    not native.available() and not REQUIRED, reason=f"native library: {native.reason()}"
+)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
+KERNEL_DTYPES = {name: DTYPES[name] for name in ("fp32", "bf16", "fp16")}
+# Triton's interpreter takes CPU tensors, also on a machine with a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+# Ops whose launcher is not `launch` of the module of their name -> (module, function).
+_LAUNCHERS = {
+    "router_logits": ("router", "launch_logits"),
+    "router_grad": ("router", "launch_grad"),
+    "topk_gate_backward": ("topk_gate", "launch_backward"),
+}
+# Ops whose launcher cuts the inner dimension of a product into `split` parts.
+SPLIT = ("shrink_gate", "shrink_gate_backward", "weight_grad")
+
+
+def op_launcher(op: str) -> Callable:
+    """Return the function that launches the Triton kernel of an op."""
+    module, function = _LAUNCHERS.get(op, (op, "launch"))
+    return getattr(importlib.import_module(f"moelora_kernels.kernels.{module}"), function)
+
+
+def in_parts(launch: Callable, split: int) -> Callable:
+    """Return a launcher whose products are cut into `split` parts along their inner dimension."""
+    return lambda *arguments: launch(*arguments, split=split)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+    marks: tuple[pytest.MarkDecorator, ...]
+
+    def implementation(self, op: str) -> Callable:
+        """Return the function that computes an op."""
+        return getattr(ops, op) if self is NATIVE or op == "route" else op_launcher(op)
+
+    def implementations(self, op: str) -> list[Callable]:
+        """Return all functions that compute an op: Triton's with its products whole and cut."""
+        if self is TRITON and op in SPLIT:
+            return [in_parts(op_launcher(op), split) for split in (1, 3)]
+        return [self.implementation(op)]
+
+    def inputs(self, case: Case, dtype: torch.dtype) -> Inputs:
+        """Return the tensors of a case on the device of this backend.
+
+        The values are drawn on the CPU if the kernels may be interpreted, so that they are the
+        same on every machine.
+        """
+        if self is GPU:
+            return with_clear_routing(Inputs(case, dtype, device=self.device))
+        return Inputs(case, dtype).to(self.device)
+
+
+NATIVE = Backend("native", "cpu", (needs_library,))
+TRITON = Backend("triton", KERNEL_DEVICE, (needs_triton,))
+GPU = Backend("gpu", "cuda", (pytest.mark.gpu, needs_triton))
+each_cpu_backend = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(backend, id=backend.name, marks=backend.marks) for backend in (NATIVE, TRITON)],
+)
+
+
+def parameters(
+    backend: Backend,
+    values: Mapping,
+    dtypes: Mapping[str, torch.dtype],
+    runs_by_default: Callable[[str, str], bool] = lambda name, dtype: True,
+) -> list:
+    """Return the parameters (backend, value, dtype) of a test, with ids value-backend-dtype.
+
+    values: name -> case, or another parameter of the test.
+    dtypes: name -> dtype.
+    runs_by_default: of both names; the other parameters are marked exhaustive.
+    """
+    return [
+        pytest.param(
+            backend,
+            value,
+            dtype,
+            id=f"{name}-{backend.name}-{dtype_name}",
+            marks=(*backend.marks, *(() if runs_by_default(name, dtype_name) else (exhaustive,))),
+        )
+        for dtype_name, dtype in dtypes.items()
+        for name, value in values.items()
+    ]
+
+
+def with_clear_routing(inputs: Inputs, least: float = 1e-3) -> Inputs:
+    """Replace the tokens whose routing depends on the last bits of float32 logits.
+
+    A token whose first K + 1 logits are closer than `least` becomes a copy of the token whose
+    logits are farthest apart. With K = E nothing is chosen.
+    """
+    K, x = inputs.case.K, inputs.x
+    if not inputs.has_router or len(inputs.case.ranks) == K or not len(x):
+        return inputs
+    gap = x.new_full(x.shape[:1], float("inf"), dtype=torch.float64)
+    for i, weight in enumerate(inputs.router_weight):
+        logits = x.double() @ weight.double().t()
+        if inputs.router_bias:
+            logits += inputs.router_bias[i].double()
+        largest = logits.sort(dim=1, descending=True).values[:, : K + 1]
+        gap = gap.minimum((largest[:, :-1] - largest[:, 1:]).amin(dim=1))
+    inputs.x = torch.where((gap < least)[:, None], x[gap.argmax()], x)
+    return inputs
+
+
+def require_gpu_memory(needed: int) -> None:
+    """Skip the test if the GPU has less than `needed` bytes of free memory."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory, found {free >> 30}")
