@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.functional import run_layer
 from moelora_kernels.nn.base_linear import call_base, check_adapters, check_input, dense_weight
-from moelora_kernels.nn.gates import concat_gates, gate_rows
+from moelora_kernels.nn.gates import concat_gates, row_of_tokens
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.numerics import active_dtype, dropout_seed
@@ -118,7 +118,7 @@ def siblings_gate(
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
     first = layers[0]
-    rows = gate_rows(gate.weights, x.shape, x.device, source, first.config, first.samples)
+    rows = row_of_tokens(gate.weights, x.shape, x.device, source, first.config, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 
