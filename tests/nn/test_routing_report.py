@@ -25,7 +25,8 @@ from support.expert_loads import EXPERTS, HandCount, adapted
 
 IN = 8
 TASKS = MoeLoraConfig(
-    num_experts=EXPERTS, rank=2, router="task", num_tasks=3, task_embedding_dim=5, task_gate="per_layer"
+    num_experts=EXPERTS, rank=2, router="task", num_tasks=3, task_embedding_dim=5,
+    task_gate="per_layer",
 )  # fmt: skip
 
 
