@@ -194,6 +194,10 @@ def _call(function: type[MoeLora]):
         return function.apply
     if torch.compiler.is_compiling():
         return _compiled(function)
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: trace the layer inside torch.no_grad(), or use torch.export.export"
+        )
     # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
     # call. For small layers that takes longer than the products, so it is skipped.
     return super(torch.autograd.Function, function).apply
