@@ -294,7 +294,7 @@ class MoeLoraFFN(MixtureLayer):
         source = "set_tasks" if gates is None else "gates"
         rows = row_of_tokens(gate.weights, x.shape, x.device, source, config, self.samples)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
+            self.record.keep(gate._replace(rows=rows), x.shape[:-1], self.current_task_ids())
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)

@@ -77,7 +77,9 @@ class MixtureLayer(nn.Module):
         return layer_logits(self, x, tokens)
 
     def current_task_ids(self) -> Tensor | None:
-        """Return the task ids [B] or [B, J] of the coming forward, for router="task"."""
+        """Return the task ids [B] or [B, J] of the coming forward; None without router="task"."""
+        if self.config.router != "task":
+            return None
         return self.task_ids if self.router.layers_have_ids else self.router.task_ids
 
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
