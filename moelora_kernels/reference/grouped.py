@@ -130,8 +130,8 @@ def grouped_shrink(
     expert = _expert_of_position(routing)
     row = _row_of_position(routing, x.shape[0])
     h = x.new_zeros((row.numel(), widest), dtype=dtype)
-    for e, i, rows in _experts(lora_a, ranks):
-        product = _dropped(x, dropout, e % len(ranks))[row] @ lora_a[i][rows].to(dtype).t()
+    for e, i, block in _experts(lora_a, ranks):
+        product = _dropped(x, dropout, e % len(ranks))[row] @ lora_a[i][block].to(dtype).t()
         padded = pad(product, (0, widest - product.shape[1]))
         h = torch.where((expert == e)[:, None], padded, h)
     h = h.to(x.dtype)
@@ -165,14 +165,14 @@ def grouped_expand(
     """
     dtype, pairs = compute_dtype(u), routing.order.numel()
     expert = _expert_of_position(routing)
-    outputs, rows = matrices[0].shape[0], pairs if per_pair else tokens
+    outputs, num_rows = matrices[0].shape[0], pairs if per_pair else tokens
     terms = u.new_zeros((pairs, outputs), dtype=dtype)
-    row = _row_of_position(routing, rows)
+    row = _row_of_position(routing, num_rows)
     for e, i, columns in _experts(matrices, ranks, first_sibling):
         u_e = u[:, : columns.stop - columns.start].to(dtype)
         product = u_e @ matrices[i][:, columns].to(dtype).t()
         if dropout.p > 0.0:
-            mask = _dropped(product.new_ones((rows, outputs)), dropout, e % len(ranks))
+            mask = _dropped(product.new_ones((num_rows, outputs)), dropout, e % len(ranks))
             product = product * mask[row]
         terms = torch.where((expert == e)[:, None], product, terms)
     by_pair = torch.zeros_like(terms)
