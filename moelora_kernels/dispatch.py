@@ -35,7 +35,11 @@ _MODEL = "modelled: (4/3) FLOP/s over B/s of the device"
 
 # Device class -> threshold. A GPU's class is its compute capability; "cuda" is any other GPU.
 THRESHOLDS = {
-    "cpu": Threshold(32, 1, "measured: benchmarks/results/amd-epyc-2-cores/grouped.json"),
+    "cpu": Threshold(
+        32,
+        1,
+        "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
+    ),
     "sm_80": Threshold(205, 1024, _MODEL),
     "sm_89": Threshold(230, 1024, _MODEL),
     "sm_90": Threshold(245, 1024, _MODEL),
@@ -175,5 +179,6 @@ def explain_choice(
     limit = threshold.columns * top_k
     relation = "above" if total > limit else "not above"
     return Choice(
-        impl, f"R = {total} is {relation} {threshold.columns:g} K = {limit:g} ({name}, top-{top_k})"
+        impl,
+        f"R = {total} is {relation} {threshold.columns:g} x top_k ({top_k}) = {limit:g} ({name})",
     )

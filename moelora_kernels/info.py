@@ -54,10 +54,15 @@ def implementations() -> dict[str, dict[str, str]]:
 
 def tiles() -> dict[str, str]:
     """Return architecture -> how many entries of its tile table are qualified on hardware."""
-    return {
-        name: f"{sum(bool(tile.qualified) for tile in table.values())} of {len(table)} qualified"
+    counts = {
+        name: (sum(bool(tile.qualified) for tile in table.values()), len(table))
         for name, table in configs.TILE_CONFIGS.items()
     }
+    return {name: f"{n} of {total} tiles are qualified" for name, (n, total) in counts.items()}
+
+
+def _kernels_found(gpus: list[str]) -> str:
+    return "available" if gpus else "available, but torch finds no GPU to run them"
 
 
 def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             "reason": native.reason(),
             **native.build_info(),
         },
-        "triton kernels": registration.kernels_problem() or "available",
+        "triton kernels": registration.kernels_problem() or _kernels_found(cuda),
         "tiles": tiles(),
         "implementations": implementations(),
         "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},

@@ -36,7 +36,7 @@ from moelora_kernels.build_id import CSRC, is_current
 
 _NAME = "moelora_kernels._C"
 _PACKAGE = Path(__file__).resolve().parent
-_BUILD = "`pip install --no-build-isolation .` builds it"
+_BUILD = "`MOELORA_NATIVE=1 pip install --no-build-isolation .` builds it"
 
 
 def _built_libraries() -> list[Path]:

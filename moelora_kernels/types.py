@@ -54,6 +54,7 @@ class Gate(NamedTuple):
     outside [0, E) means "not routed": the slot adds nothing and its gradient is zero.
     """
 
+    # Any float dtype: [G, n E] of a dense gate, [T, n K] of a sparse one.
     weights: Tensor
     # [T, n K] int32 or int64, or None.
     experts: Tensor | None = None
@@ -109,7 +110,7 @@ class Mixture(NamedTuple):
     scaling: tuple[float, ...]
     share_a: bool = False
     # K of a fused router; 0 if a gate is passed instead.
-    top_k: int = 0
+    router_top_k: int = 0
     # Of a fused router: whether the K weights of a token are divided by their sum.
     renormalize: bool = True
     # Of a fused router: the divisor of the logits.
@@ -117,7 +118,7 @@ class Mixture(NamedTuple):
 
     def router_gate(self, weights: Tensor, experts: Tensor, logits: Tensor) -> Gate:
         """Return the gate of a fused router: dense if it keeps all experts (K = E)."""
-        return Gate(weights, experts if self.top_k < len(self.ranks) else None, None, logits)
+        return Gate(weights, experts if self.router_top_k < len(self.ranks) else None, None, logits)
 
 
 class Routing(NamedTuple):
@@ -185,6 +186,7 @@ class LayerForward(NamedTuple):
     weights: Tensor
     experts: Tensor
     logits: Tensor
+    # The fields of `Routing`; None from `wide`.
     order: Tensor | None = None
     offsets: Tensor | None = None
     tiles: Tensor | None = None

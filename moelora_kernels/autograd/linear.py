@@ -62,7 +62,7 @@ class MoeLora(torch.autograd.Function):
         linears = _linears(fields)
         result = LayerForward([], *output[len(linears) :])
         logits = None
-        if mixture.top_k:
+        if mixture.router_top_k:
             weights, experts, _, logits = mixture.router_gate(
                 result.weights, result.experts, result.logits
             )
@@ -127,8 +127,8 @@ class MoeLora(torch.autograd.Function):
 class SqrtGateMoeLora(MoeLora):
     """`MoeLora` whose gradients of A, B and x use the square root of the gate.
 
-        dh = scale * sqrt(gate) (.) P       dB = dy^T (scale * sqrt(gate) (.) h)
-        dgate = scale * <P, h>              as in `MoeLora`, because the gate is not a factor of it
+        dh = scale * sqrt(gate) (.) du      dB = dy^T (scale * sqrt(gate) (.) h)
+        dgate = scale * <du, h>             as in `MoeLora`, because the gate is not a factor of it
 
     It takes a gate; it does not work with routers in `linears`.
 

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.description import describe
 from moelora_kernels.checkpoints.files import load_safetensors, tensor_problem, unfit_problems
-from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
+from moelora_kernels.nn.layer import LoraLayer
+from moelora_kernels.nn.layer_tensors import LayerTensor, layer_tensors, set_computed
 from moelora_kernels.nn.merge import merged_with
+from moelora_kernels.nn.sharding import copy_into, gathered, reshard
+from moelora_kernels.nn.wrappers import named_modules, without_wrapped
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter tensors of a model: A, B and router of every layer, by their full names.
 
     A router that several layers share is listed once, under its first name. The tensors are the
-    parameters and buffers themselves, not copies.
+    parameters and buffers themselves, not copies. Two kinds are copies: a tensor that is computed
+    (`torch.nn.utils.parametrize`, pruning, weight norm) is listed by its value in evaluation under
+    its plain name; a tensor that FSDP2 or tensor parallelism shards is gathered, so every process
+    must make this call.
+
+    The names do not depend on wrappers (torch.compile, DDP, FSDP1, activation checkpointing).
 
     Raises:
-        ValueError: the model has no MoeLoraLinear and no MoeLoraFFN.
+        ValueError: the model has no MoeLoraLinear and no MoeLoraFFN; or FSDP1 or ZeRO-3 shards a
+            tensor (the message says how to gather it).
 
     Example:
         >>> from moelora_kernels import MoeLoraLinear, adapter_state_dict
@@ -30,36 +41,31 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(layer).items()}
         {'lora_A': (8, 16), 'lora_B': (32, 8), 'router.weight': (4, 16)}
     """
-    state: dict[str, Tensor] = {}
-    listed: set[int] = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, MixtureLayer):
-            continue
-        prefix = f"{name}." if name else ""
-        tensors = dict(layer.named_parameters(recurse=False))
-        if layer.router is not None:
-            router_state = layer.router.state_dict(keep_vars=True)
-            tensors |= {f"router.{key}": tensor for key, tensor in router_state.items()}
-        for key, tensor in tensors.items():
-            if id(tensor) not in listed:
-                listed.add(id(tensor))
-                state[prefix + key] = tensor
-    if not state:
+    return {key: gathered(tensor.value()) for key, tensor in _tensors(model).items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, LayerTensor]:
+    tensors = layer_tensors(model)
+    if not tensors:
         raise ValueError(
             "model: expected a model with MoeLoraLinear or MoeLoraFFN layers, got none"
         )
-    return state
+    return tensors
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` (as `adapter_state_dict` returns it) into the adapters of `model`.
 
-    Each value is converted to the dtype and device of the model's tensor.
+    Each value is converted to the dtype and device of the model's tensor. A key may contain the
+    children that wrappers add, such as "_orig_mod" and "module". If FSDP2 shards the model, every
+    process calls this with the same values, and takes its part.
 
     Raises:
         ValueError: a key is missing or unexpected; a value is not a dense tensor, has another
             shape, is an integer while the model has a float (or the reverse), or is on the meta
-            device; or a layer is merged. The message names every key, and the model is unchanged.
+            device; a layer is merged; a parametrized or pruned tensor cannot have the value; or
+            FSDP1 or ZeRO-3 shards a tensor. The message names every key, and the model is
+            unchanged.
 
     Example:
         >>> from moelora_kernels import MoeLoraLinear, adapter_state_dict, load_adapter_state_dict
@@ -68,25 +74,48 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         >>> bool((target.lora_A == source.lora_A).all())
         True
     """
-    current = adapter_state_dict(model)
-    problems = [f"missing: {key}" for key in current if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in current]
-    for name, layer in model.named_modules():
+    reshard(model)
+    tensors = _tensors(model)
+    state = _portable_keys(state, tensors)
+    problems = [f"missing: {key}" for key in tensors if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in tensors]
+    for name, layer in named_modules(model):
         if isinstance(layer, LoraLayer) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     for key, saved in state.items():
         if problem := tensor_problem(key, saved):
             problems.append(problem)
-        elif key in current:
-            problems += unfit_problems(key, current[key], saved)
+        elif key in tensors:
+            problems += unfit_problems(key, tensors[key].value(), saved)
+    if not problems:
+        problems = set_computed(
+            {key: (t, state[key]) for key, t in tensors.items() if t.direct is None}
+        )
     if problems:
         raise ValueError("adapter does not fit the model:\n  " + "\n  ".join(problems))
-    for key, tensor in current.items():
-        tensor.data.copy_(state[key])
+    for key, tensor in tensors.items():
+        if tensor.direct is not None:
+            copy_into(tensor.direct, gathered(state[key]))
+
+
+def _portable_keys(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return `state` with the keys of `names`, if they differ in the children of wrappers only."""
+    by_core: dict[str, list[str]] = {}
+    for name in names:
+        by_core.setdefault(without_wrapped(name), []).append(name)
+    result = dict(state)
+    for key in state:
+        candidates = by_core.get(without_wrapped(key), []) if isinstance(key, str) else []
+        if len(candidates) == 1 and candidates[0] not in result:
+            result[candidates[0]] = result.pop(key)
+    return result
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write the adapters of `model` to one safetensors file.
+
+    The keys are those of `adapter_state_dict`, which also raises. If FSDP2 shards the model, every
+    process must call this; all may pass the same path.
 
     The metadata of the file describe the layers (see `checkpoints.description`), so that
     `python -m moelora_kernels.export` works without the model. `load_adapter` does not read them.
@@ -100,9 +129,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         ...     os.listdir(folder)
         ['adapter.safetensors']
     """
-    state = {k: v.detach().contiguous().cpu() for k, v in adapter_state_dict(model).items()}
+    state = adapter_state_dict(model)
+    if empty := [key for key, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"model: {', '.join(empty)}: on the meta device, without values")
+    state = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
     metadata = {"format": "moelora_kernels", "layout": json.dumps(describe(model))}
-    save_file(state, path, metadata=metadata)
+    # Several processes may write the same path, and others may read it already.
+    part = Path(f"{os.fspath(path)}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(state, part, metadata=metadata)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:

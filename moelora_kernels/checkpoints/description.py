@@ -6,7 +6,7 @@ adapter can be exported as a plain LoRA on a machine that cannot hold the model.
     configs   a list of the distinct configs, as `MoeLoraConfig.to_dict` returns them; null for a
               config whose router is a custom module
     layers    a list with one entry for each layer:
-        names          all names of the layer in the model
+        names          all names of the layer in the model without wrappers
         type           "MoeLoraLinear" or "MoeLoraFFN"
         dtype          the dtype of its A and B, such as "float32"
         in_features    I (of gate_proj if the layer is an FFN)
@@ -25,6 +25,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
+from moelora_kernels.nn.wrappers import named_modules
 
 
 class MissingBase(nn.Module):
@@ -38,7 +39,7 @@ class MissingBase(nn.Module):
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return the description of the layers of `model`, in values that JSON can hold."""
     names: dict[MixtureLayer, list[str]] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
+    for name, layer in named_modules(model, remove_duplicate=False):
         if isinstance(layer, MixtureLayer):
             names.setdefault(layer, []).append(name)
     configs: list[dict[str, Any] | None] = []
@@ -50,12 +51,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if config not in configs:
             configs.append(config)
         linear: Any = layer if isinstance(layer, LoraLayer) else layer.gate_proj
-        dtype = next(layer.parameters(recurse=False)).dtype
         layers.append(
             {
                 "names": layer_names,
-                "type": type(layer).__name__,
-                "dtype": str(dtype).removeprefix("torch."),
+                "type": _type(layer).__name__,
+                "dtype": str(layer.first_tensor().dtype).removeprefix("torch."),
                 "in_features": linear.in_features,
                 "out_features": linear.out_features,
                 "config": configs.index(config),
@@ -63,6 +63,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
             }
         )
     return {"configs": configs, "layers": layers}
+
+
+def _type(layer: nn.Module) -> type:
+    """Return the type of a layer before parametrizations or FSDP2 changed it."""
+    return next(kind for kind in type(layer).__mro__ if not kind.__module__.startswith("torch."))
 
 
 def build(description: dict[str, Any]) -> nn.Module:
@@ -103,8 +108,10 @@ def build(description: dict[str, Any]) -> nn.Module:
 
 def _export_problem(kind: str, options: dict[str, Any] | None) -> str | None:
     """Return why a layer cannot be a plain LoRA without its base; None if it can."""
-    if kind != MoeLoraLinear.__name__:
+    if kind in ("MoeLoraFFN", "MoeLoraAdapter"):
         return f"the experts of a {kind} are not linear"
+    if kind != MoeLoraLinear.__name__:
+        return f"a {kind} may compute something else than a MoeLoraLinear; export it from its model"
     if options is None:
         return "its router is a custom module, which is not in the file, and its gate depends on x"
     if options.get("init") == "svd_segments":

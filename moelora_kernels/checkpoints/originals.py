@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.files import State, read, same_bits, tensor_problem, unfit_problems
 from moelora_kernels.nn.ffn import MoeLoraFFN
-from moelora_kernels.nn.layer import adapter_parameters
+from moelora_kernels.nn.layer import MixtureLayer, adapter_parameters
+from moelora_kernels.nn.layer_tensors import layer_tensors, tensor_value
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.sharding import check_dense
+from moelora_kernels.nn.wrappers import named_modules, portable_state_dict, unwrap
 from moelora_kernels.reference import blocks
 
 log = logging.getLogger(__name__)
@@ -197,7 +200,7 @@ def _moelora_peft(model: nn.Module) -> _Layout:
             targets |= _plain_lora(prefix, layer)
             continue
         _check_layer(prefix, layer, "MOELoRA-peft")
-        router = layer.router
+        router = None if layer.router is None else unwrap(layer.router)
         if not isinstance(router, TaskRouter) or layer.config.shared_expert != "none":
             raise ValueError(
                 f"{prefix[:-1]}: the layout of MOELoRA-peft needs router='task' and "
@@ -209,8 +212,8 @@ def _moelora_peft(model: nn.Module) -> _Layout:
                 targets[f"{stem}.mlp.weight"] = block
                 aliases[f"{stem}.weight"] = f"{stem}.mlp.weight"
         gate = {
-            "lora_task_embedding.weight": router.embedding.weight.detach(),
-            "lora_gate.GateL.weight": router.gate.weight.detach(),
+            "lora_task_embedding.weight": _weight(router.embedding),
+            "lora_gate.GateL.weight": _weight(router.gate),
         }
         if not layer.config.shares_gate():
             targets |= {prefix + key: tensor for key, tensor in gate.items()}
@@ -233,7 +236,8 @@ def _ming(model: nn.Module) -> _Layout:
             targets |= _plain_lora(prefix, layer)
             continue
         _check_layer(prefix, layer, "MING")
-        router, config = layer.router, layer.config
+        router = None if layer.router is None else unwrap(layer.router)
+        config = layer.config
         if not isinstance(router, nn.Linear) or router.bias is None:
             raise ValueError(
                 f"{prefix[:-1]}: the layout of MING needs a linear router with router_bias=True"
@@ -251,22 +255,36 @@ def _ming(model: nn.Module) -> _Layout:
             )
             targets[f"{stem}.lora_A{tail}.weight"] = a
             targets[f"{stem}.lora_B{tail}.weight"] = b
-        targets[f"{prefix}switch.weight"] = router.weight.detach()
-        targets[f"{prefix}switch.bias"] = router.bias.detach()
+        targets[f"{prefix}switch.weight"] = _weight(router)
+        targets[f"{prefix}switch.bias"] = tensor_value(router, "bias").detach()
     return _Layout(targets, {}, set(), set())
 
 
 def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]]:
-    """Yield the key prefix ("model.0.") and the layer, for every MoeLoraLinear of `model`."""
+    """Yield the key prefix ("model.0.") and the layer, for every MoeLoraLinear of `model`.
+
+    Raises ValueError if there is none, if the layout cannot store a layer, or if a tensor is
+    sharded.
+    """
+    check_dense({key: tensor.direct for key, tensor in layer_tensors(model).items()})
     empty = True
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if isinstance(layer, MoeLoraFFN):
             raise ValueError(f"{name}: the layout of {layout} cannot store whole-FFN experts")
         if isinstance(layer, MoeLoraLinear):
             empty = False
             yield f"{name}." if name else "", layer
+        elif isinstance(layer, MixtureLayer):
+            kind = "an adapter of a PeftModel" if layer.is_peft_adapter else type(layer).__name__
+            raise ValueError(
+                f"{name}: the layout of {layout} stores MoeLoraLinear layers, got {kind}"
+            )
     if empty:
         raise ValueError("model: expected MoeLoraLinear layers, got none")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return tensor_value(unwrap(module), "weight").detach()
 
 
 def _check_layer(prefix: str, layer: MoeLoraLinear, layout: str) -> None:
@@ -285,7 +303,7 @@ def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
 
     A and B are views of the parameters.
     """
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    a, b = (tensor_value(layer, name).detach() for name in ("lora_A", "lora_B"))
     for e, block in enumerate(blocks(layer.config.ranks())):
         yield e, a[block], b[:, block]
 
@@ -297,11 +315,18 @@ def _is_plain_lora(layer: MoeLoraLinear) -> bool:
 
 def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:
     """Return PEFT's keys of a plain LoRA and the parameters that they store."""
-    pair = {"A": layer.lora_A.detach(), "B": layer.lora_B.detach()}
-    return {f"{prefix}lora_{letter}.weight": tensor for letter, tensor in pair.items()}
+    return {
+        f"{prefix}lora_{letter}.weight": tensor_value(layer, f"lora_{letter}").detach()
+        for letter in "AB"
+    }
 
 
 def _load(model: nn.Module, layout: _Layout, state_dict: State) -> None:
+    if computed := [key for key, tensor in layer_tensors(model).items() if tensor.direct is None]:
+        raise ValueError(
+            f"model: {', '.join(computed)}: parametrized, pruned or normed; load the checkpoint "
+            "before that"
+        )
     state = read(state_dict)
     targets, ignored = _match(model, layout, state)
     for reason, keys in ignored.items():
@@ -347,7 +372,7 @@ def _match(
     adapter_ids = {id(parameter) for parameter in adapter_parameters(model)}
     frozen = {
         key.replace("base_layer.", ""): tensor
-        for key, tensor in model.state_dict(keep_vars=True).items()
+        for key, tensor in portable_state_dict(model).items()
         if id(tensor) not in adapter_ids
     }
     ignored: dict[str, list[str]] = {}
@@ -365,7 +390,7 @@ def _match(
             problems.append(f"{saved_key}: this frozen weight differs from the model's")
         else:
             ignored.setdefault("frozen weights that equal the model's", []).append(saved_key)
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if isinstance(layer, MoeLoraLinear) and layer.merged:
             problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
     if problems:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import (
@@ -50,6 +51,8 @@ class MixtureLayer(nn.Module):
 
     config: MoeLoraConfig
     router: nn.Module | None
+    # The names of A and B.
+    tensor_names: tuple[str, ...] = ()
     is_selected: bool = True
     is_running: bool = True
     is_peft_adapter: bool = False
@@ -74,7 +77,9 @@ class MixtureLayer(nn.Module):
         return layer_logits(self, x, tokens)
 
     def current_task_ids(self) -> Tensor | None:
-        """Return the task ids [B] or [B, L] of the coming forward, for router="task"."""
+        """Return the task ids [B] or [B, J] of the coming forward; None without router="task"."""
+        if self.config.router != "task":
+            return None
         return self.task_ids if self.router.layers_have_ids else self.router.task_ids
 
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
@@ -98,6 +103,10 @@ class MixtureLayer(nn.Module):
         return gate_from(
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
+
+    def first_tensor(self) -> Tensor:
+        """Return A, for its dtype and device."""
+        return getattr(self, self.tensor_names[0])
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""
@@ -139,6 +148,7 @@ class LoraLayer(MixtureLayer):
     """
 
     base_layer: nn.Module
+    tensor_names = ("lora_A", "lora_B")
     merged: bool = False
 
     @classmethod
@@ -171,7 +181,7 @@ class LoraLayer(MixtureLayer):
             and config.grad_gate == "gate"
         )
         top_k = config.top_k or config.num_experts
-        self.fused_mixture = self.mixture._replace(top_k=top_k) if is_fusable else None
+        self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
         device, dtype = adapter_device_dtype(base, config)
         rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
@@ -229,7 +239,8 @@ def mixture_layers(model: nn.Module) -> list[MixtureLayer]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the A, B and router parameters of all layers of `model`, each once.
 
-    In a PeftModel these are the parameters of the active adapters.
+    In a PeftModel these are the parameters of the active adapters. If a tensor is parametrized
+    (`torch.nn.utils.parametrize`), they are the Parameters that it is computed from.
 
     Example:
         >>> from moelora_kernels import MoeLoraLinear, adapter_parameters
@@ -241,6 +252,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     for layer in mixture_layers(model):
         if layer.is_selected:
             layer_parameters = list(layer.parameters(recurse=False))
+            if is_parametrized(layer):
+                layer_parameters += layer.parametrizations.parameters()
             if layer.router is not None:
                 layer_parameters += layer.router.parameters()
             parameters.update((id(p), p) for p in layer_parameters)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import check_called, dense_weight
 from moelora_kernels.nn.gates import external_gates, gate_from
+from moelora_kernels.nn.layer_tensors import tensor_value
 
 # A task id; several ids of one sample; or for router="external" the gate itself.
 Task = int | Sequence[int] | Tensor
@@ -112,7 +113,10 @@ def lora_of_task(layer: nn.Module, task: Task | None = None) -> tuple[Tensor, Te
         task: as in `gate_of_task`, which also raises.
     """
     config = layer.config
-    a, b = (t.detach().to(torch.float64, copy=True) for t in (layer.lora_A, layer.lora_B))
+    a, b = (
+        tensor_value(layer, name).detach().to(torch.float64, copy=True)
+        for name in ("lora_A", "lora_B")
+    )
     gate = gate_of_task(layer, task).to(b)
     factors = gate * gate.new_tensor(config.scales(a.shape[1]))
     ranks = torch.tensor(config.ranks(), device=b.device)
@@ -216,7 +220,7 @@ def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
 
 
 def _samples(tasks: Tensor) -> set[tuple]:
-    """Return the distinct rows of ids [B] or [B, L] without padding, or of gates [..., E]."""
+    """Return the distinct rows of ids [B] or [B, J] without padding, or of gates [..., E]."""
     if tasks.is_floating_point():
         return {tuple(row) for row in tasks.reshape(-1, tasks.shape[-1]).tolist()}
     rows = torch.atleast_1d(tasks)

@@ -7,8 +7,11 @@ from torch import nn
 from moelora_kernels.nn.base_linear import linear_with
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.layer_tensors import layer_tensors
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_weight, merged_with
+from moelora_kernels.nn.sharding import check_dense
+from moelora_kernels.nn.wrappers import named_modules, places, unwrap
 
 PEFT_MODEL = (
     "a PeftModel is merged and exported by PEFT. To merge one task: set_tasks(peft_model, [task]), "
@@ -104,7 +107,7 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
         )
     """
     layers = _mergeable(model, task)
-    if grouped := [n for n, m in model.named_modules() if isinstance(m, MoeLoraGroup)]:
+    if grouped := [n for n, m in named_modules(model) if isinstance(m, MoeLoraGroup)]:
         raise ValueError(
             "model: a MoeLoraGroup cannot run plain linears; use merge_adapter, or replace these "
             f"groups first: {', '.join(grouped)}"
@@ -113,36 +116,41 @@ def merge_and_unload(model: nn.Module, task: Task | None = None) -> nn.Module:
     names_by_layer: dict[int, list[str]] = {}
     for name, layer in layers.items():
         names_by_layer.setdefault(id(layer), []).append(name)
+    place_of = {name: place for name, place in places(model).items() if name in layers}
     del layers, layer
     for names in names_by_layer.values():
-        layer = model.get_submodule(names[0])
-        linear = linear_with(layer.base_layer, merged_weight(layer, task))
         if "" in names:
-            return linear
+            layer = unwrap(model)
+            return linear_with(layer.base_layer, merged_weight(layer, task))
+        parent, child = place_of[names[0]]
+        layer = unwrap(parent._modules[child])
+        linear = linear_with(layer.base_layer, merged_weight(layer, task))
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+            parent, child = place_of[name]
+            setattr(parent, child, linear)
     return model
 
 
 def task_layers(model: nn.Module, task: Task | None) -> tuple[dict[str, MoeLoraLinear], list[str]]:
     """Return every MoeLoraLinear of `model` by name, and the problems that prevent merging a task.
 
-    A layer that has several names is listed under every name.
+    A layer that has several names is listed under every name. The names are portable (see
+    `nn.wrappers`).
 
     Raises:
-        ValueError: the model has no layer or is a PeftModel, or `task` is passed and no layer has
-            a task gate.
+        ValueError: the model has no layer or is a PeftModel; `task` is passed and no layer has a
+            task gate; or a tensor is sharded.
     """
     candidates = [
         (name, layer)
-        for name, layer in model.named_modules(remove_duplicate=False)
+        for name, layer in named_modules(model, remove_duplicate=False)
         if isinstance(layer, MixtureLayer)
     ]
     if not candidates:
         raise ValueError("model: expected a model with MoeLoraLinear layers, got none")
     if any(layer.is_peft_adapter for _, layer in candidates):
         raise ValueError(f"model: {PEFT_MODEL}")
+    check_dense({key: tensor.direct for key, tensor in layer_tensors(model).items()})
     if task is not None and all(layer.config.router is None for _, layer in candidates):
         raise ValueError("task: no layer of the model has a task gate; leave it out")
     layers, problems = {}, []

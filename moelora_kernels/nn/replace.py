@@ -14,7 +14,7 @@ from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
-from moelora_kernels.nn.wrappers import named_modules, portable_name
+from moelora_kernels.nn.wrappers import named_modules, places, portable_name
 
 
 def replace_linears(
@@ -57,9 +57,10 @@ def replace_linears(
     config = MoeLoraConfig.of(config, {})
     modules = dict(named_modules(model, remove_duplicate=False))
     adapted = [name for name, module in modules.items() if isinstance(module, MixtureLayer)]
-    names = _matching(model, modules, target_modules, adapted)
+    place_of = places(model)
+    names = _matching(model, place_of, target_modules, adapted)
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         check_target(name, parent._modules[child], modules)
         check_layout(name, modules, config)
     warn_of_readers(modules, names)
@@ -68,7 +69,7 @@ def replace_linears(
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         module = parent._modules[child]
         if id(module) not in replaced:
             layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
@@ -151,18 +152,18 @@ def replace_ffns(
         ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
-    modules = dict(named_modules(model, remove_duplicate=False))
-    names = _matching(model, modules, target_modules, ())
+    place_of = places(model)
+    names = _matching(model, place_of, target_modules, ())
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         if problem := ffn_problem(parent._modules[child]):
             raise TypeError(f"target_modules: {name}: {problem}")
-    above = {name: module for name, module in modules.items() if name not in names}
+    above = {name: module for name, module in named_modules(model) if name not in names}
     warn_of_readers(above, [f"{name}.{projection}" for name in names for projection in PROJECTIONS])
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     for name in names:
-        parent, child = _place(modules, name)
+        parent, child = place_of[name]
         module = parent._modules[child]
         if module not in replaced:
             layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
@@ -192,10 +193,9 @@ def _matching(
             re.compile(target_modules)
         except re.error as error:
             raise ValueError(f"target_modules: bad pattern {target_modules!r}, {error}") from None
-    names = {name: {name} for name in modules if name}
     names = {
-        name: spellings
-        for name, spellings in names.items()
+        name: {name}
+        for name in modules
         if not any(name == a or name.startswith(f"{a}.") for a in adapted)
     }
     for spelling, _ in model.named_modules(remove_duplicate=False):
@@ -210,15 +210,6 @@ def _matching(
     if unmatched or not targets:
         raise ValueError(f"target_modules: no module matches {unmatched or targets}")
     return [name for name in names if any(matches(name, target) for target in targets)]
-
-
-def _place(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, str]:
-    """Return the parent of a module and the child's name in it; a wrapper around it is the child.
-
-    modules: as `named_modules` yields them.
-    """
-    parent, _, child = name.rpartition(".")
-    return modules[parent], child
 
 
 def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:

@@ -44,7 +44,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
     layers = [layer for group in groups for layer in group]
     records = [(layer.record, vars(layer.record).copy()) for layer in layers]
     loads = [(balance, balance.load) for balance in balances(model)]
-    all_devices = {p.device for layer in layers for p in layer.parameters(recurse=False)}
+    all_devices = {layer.first_tensor().device for layer in layers}
     devices = {device for device in all_devices if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         for group in groups:
@@ -79,7 +79,7 @@ def _run(group: tuple[MixtureLayer, ...], batch: int, tokens: int) -> None:
     features, dtype = first.input_like()
     sizes = (tokens, batch) if first.config.batch_dim == 1 else (batch, tokens)
     # Zeros on the device of A, because the weight of an offloaded base may be on another device.
-    device = next(first.parameters(recurse=False)).device
+    device = first.first_tensor().device
     x = torch.zeros(*sizes, features, dtype=dtype, device=device)
     with torch.enable_grad():
         x.requires_grad_()

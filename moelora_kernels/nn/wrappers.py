@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # The module that defines a wrapper, its class, and the name of the child that it wraps.
 WRAPPERS = (
@@ -41,6 +41,30 @@ def wrapped_child(module: nn.Module) -> str | None:
         if kind is not None and isinstance(module, kind):
             return child
     return None
+
+
+def without_wrapped(name: str) -> str:
+    """Return a dotted name of a file without every part that is the name of a wrapped child."""
+    wrapped = {child for _, _, child in WRAPPERS}
+    return ".".join(part for part in name.split(".") if part not in wrapped)
+
+
+def places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return name -> (parent, child) for every module inside `model`, by its portable name.
+
+    `parent._modules[child]` is the module, or the wrapper around it.
+    """
+    modules = dict(named_modules(model, remove_duplicate=False))
+    split = {name: name.rpartition(".") for name in modules if name}
+    return {name: (modules[parent], child) for name, (parent, _, child) in split.items()}
+
+
+def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the Parameters and buffers of `model.state_dict()` by their portable names."""
+    state: dict[str, Tensor] = {}
+    for name, module in named_modules(model, remove_duplicate=False):
+        module._save_to_state_dict(state, f"{name}." if name else "", True)
+    return state
 
 
 def portable_name(model: nn.Module, name: str) -> str:

@@ -31,7 +31,7 @@ def shrink_gate_fake(
     dropout: Dropout,
 ) -> Shrunk:
     """Return tensors of the shapes and dtypes that `shrink_gate` returns."""
-    n, E, T, K = len(lora_a), len(mixture.ranks), x.shape[0], mixture.top_k
+    n, E, T, K = len(lora_a), len(mixture.ranks), x.shape[0], mixture.router_top_k
     dtype = compute_dtype(x)
     h = x.new_empty((T, sum(a.shape[0] for a in lora_a)))
     u = x.new_empty((T, n * sum(mixture.ranks)))
@@ -56,7 +56,7 @@ def shrink_gate_backward_fake(
 ) -> ShrunkGrads:
     """Return tensors of the shapes and dtypes that `shrink_gate_backward` returns."""
     n, T = len(dy), h.shape[0]
-    shape = (T, n * len(mixture.ranks)) if mixture.top_k else gate.weights.shape
+    shape = (T, n * len(mixture.ranks)) if mixture.router_top_k else gate.weights.shape
     u = h.new_empty((T, n * sum(mixture.ranks)))
     return ShrunkGrads(h.new_empty(h.shape), u, h.new_empty(shape, dtype=compute_dtype(h)))
 
@@ -117,9 +117,9 @@ def shrink_gate_backward(
 ) -> ShrunkGrads:
     """Compute dh and the gradient of the gate from dy; and u again, for dB.
 
-        P  = dy B                           [T, n R], never stored
-        dh = scale * gate (.) P             share_a: summed over the experts
-        dgate[t, e] = scale * <P, h>        over the ranks of e; zero if t is not routed to e
+        du = dy B                           [T, n R], never stored
+        dh = scale * gate (.) du            share_a: summed over the experts
+        dgate[t, e] = scale * <du, h>       over the ranks of e; zero if t is not routed to e
 
     Args:
         dy: n x [T, O_i].
@@ -131,7 +131,7 @@ def shrink_gate_backward(
         mixture: as in the forward.
 
     Returns:
-        dh, u, and dgate. If mixture.top_k is 0, dgate is the gradient of gate.weights. Otherwise it
-        is the gradient of the routers' logits, with `dlogits` added.
+        dh, u, and dgate. If mixture.router_top_k is 0, dgate is the gradient of gate.weights.
+        Otherwise it is the gradient of the routers' logits, with `dlogits` added.
     """
     return ShrunkGrads(*_op_backward(dy, lora_b, h, *gate, dlogits, *mixture))

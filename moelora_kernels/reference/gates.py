@@ -68,7 +68,7 @@ def topk_gate(
 
     If logits are equal, the lower expert comes first. With K = E, slot k is expert k.
 
-    logits [N, E]. Returns weights [N, K] in the compute dtype and experts [N, K] int32.
+    logits [G, E]. Returns weights [G, K] in the compute dtype and experts [G, K] int32.
     """
     scaled = logits.to(compute_dtype(logits)) / temperature
     if top_k == logits.shape[1]:
@@ -98,8 +98,8 @@ def topk_gate_backward(
 
     dweights_e is the entry of dweights whose expert is e; 0 if e was not kept.
 
-    dweights, weights, experts [N, K]; logits [N, E]: if renormalize, only their shape is read.
-    Returns [N, E] in the compute dtype.
+    dweights, weights, experts [G, K]; logits [G, E]: if renormalize, only their shape is read.
+    Returns [G, E] in the compute dtype.
     """
     dtype = compute_dtype(logits)
     weights, dweights = weights.to(dtype), dweights.to(dtype)

@@ -57,14 +57,14 @@ def shrink_gate(
     """
     dtype, n, E, T = compute_dtype(x), len(lora_a), len(mixture.ranks), x.shape[0]
     # x is converted only once, so that autograd rounds the gradient of x only once.
-    wide_x = x.to(dtype)
-    h = _shrink(x, wide_x, lora_a, mixture.ranks, drop).to(x.dtype)
+    converted_x = x.to(dtype)
+    h = _shrink(x, converted_x, lora_a, mixture.ranks, drop).to(x.dtype)
 
     weights, logits = absent(x, dtype), absent(x, dtype)
     experts = absent(x, torch.int32)
     if len(router.weight):
-        logits = _logits(wide_x, router)
-        K = mixture.top_k
+        logits = _logits(converted_x, router)
+        K = mixture.router_top_k
         weights, top_experts = topk_gate(
             logits.view(T * n, E), K, mixture.renormalize, mixture.temperature
         )
@@ -77,17 +77,20 @@ def shrink_gate(
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
     # 0 * NaN is NaN, so a value of h that is not finite is replaced if its gate is zero. Finite
-    # values stay, because the gradient <P, h> of a zero gate needs them.
+    # values stay, because the gradient <du, h> of a zero gate needs them.
     selected = torch.where((by_rank == 0) & ~h_of_ranks.isfinite(), 0, h_of_ranks)
     u = (by_rank * selected).flatten(1).to(x.dtype)
     return Shrunk(h, u, weights, experts, logits)
 
 
 def _shrink(
-    x: Tensor, wide_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], drop: Dropout
+    x: Tensor, converted_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], drop: Dropout
 ) -> Tensor:
-    """Return dropout(x) At of all siblings, [T, n R] or [T, n r]. wide_x: x in compute dtype."""
-    dtype = wide_x.dtype
+    """Return dropout(x) At of all siblings, [T, n R] or [T, n r], in the compute dtype.
+
+    converted_x: x in the compute dtype.
+    """
+    dtype = converted_x.dtype
     if drop.p > 0.0 and drop.per_expert:
         per_expert = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
         products = [
@@ -96,7 +99,7 @@ def _shrink(
             for e, rows in enumerate(blocks(ranks))
         ]
     else:
-        dropped = drop_elements(x, drop).to(dtype) if drop.p > 0.0 else wide_x
+        dropped = drop_elements(x, drop).to(dtype) if drop.p > 0.0 else converted_x
         products = [dropped @ a.to(dtype).t() for a in lora_a]
     return torch.cat(products, dim=1)
 
@@ -127,9 +130,9 @@ def shrink_gate_backward(
 ) -> ShrunkGrads:
     """Compute dh and the gradient of the gate from dy; and u again, for dB.
 
-        P  = dy B                           [T, n R], never stored
-        dh = scale * gate (.) P             share_a: summed over the experts
-        dgate[t, e] = scale * <P, h>        over the ranks of e; zero if t is not routed to e
+        du = dy B                           [T, n R], never stored
+        dh = scale * gate (.) du            share_a: summed over the experts
+        dgate[t, e] = scale * <du, h>       over the ranks of e; zero if t is not routed to e
 
     dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R]; dlogits [T, n E] or None. gate.logits is read
     only without renormalize. Returns dh and u in h's dtype, and dgate in the compute dtype. If
@@ -143,13 +146,13 @@ def shrink_gate_backward(
     u = torch.where(by_rank == 0, 0, by_rank * h_of_ranks).flatten(1).to(h.dtype)
 
     products = [g.to(dtype) @ b.to(dtype) for g, b in zip(dy, lora_b, strict=True)]
-    p = torch.stack(products, dim=1)
-    dh = torch.where(by_rank == 0, 0, by_rank * p)
+    du = torch.stack(products, dim=1)
+    dh = torch.where(by_rank == 0, 0, by_rank * du)
     if mixture.share_a:
         dh = dh.view(T, n, E, mixture.ranks[0]).sum(dim=2)
     dh = dh.flatten(1).to(h.dtype)
 
-    inner = p * h_of_ranks
+    inner = du * h_of_ranks
     dgate = torch.stack(
         [
             s * inner[..., columns].sum(dim=-1)
@@ -157,7 +160,7 @@ def shrink_gate_backward(
         ],
         dim=2,
     )
-    if mixture.top_k == 0:
+    if mixture.router_top_k == 0:
         return ShrunkGrads(dh, u, dense_gate_backward(dgate, gate))
     dweights = dense_gate_backward(dgate, gate)
     router_dlogits = _topk_gate_backward(dweights, gate, n, mixture)
@@ -166,7 +169,7 @@ def shrink_gate_backward(
 
 def _topk_gate_backward(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) -> Tensor:
     """Return the gradient of n routers' logits, [T, n E], from that of the weights [T, n K]."""
-    T, E, K = dweights.shape[0], len(mixture.ranks), mixture.top_k
+    T, E, K = dweights.shape[0], len(mixture.ranks), mixture.router_top_k
     experts = gate.experts
     if experts is None:
         experts = torch.arange(K, device=dweights.device).expand(T * n, K)

@@ -30,6 +30,9 @@ def test_json_report(capsys):
         # The native library has every op on a CPU.
         implementations = {devices["cpu"] for devices in report["implementations"].values()}
         assert "reference" not in implementations
+    found = report["triton kernels"]
+    if found.startswith("available"):
+        assert found.endswith("no GPU to run them") != torch.cuda.is_available()
     assert set(report["tiles"]) == {"sm_80", "sm_89", "sm_90", "sm_100"}
     assert all(text.endswith("qualified") for text in report["tiles"].values())
     auto = report["auto"]
