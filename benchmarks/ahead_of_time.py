@@ -164,7 +164,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
             (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
         ]
         router = (s.BLOCK_E * s.BLOCK_I, s.I, s.size("router_ptrs"))
-        return [*loads, router] if s.ROUTER_COLUMNS else loads
+        return [*loads, router] if s.ROUTER_E else loads
     if name == "shrink_gate_backward_kernel":
         wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.R, s.size("b_ptrs"))]

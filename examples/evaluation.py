@@ -16,7 +16,7 @@ EVAL_BATCH = 16
 
 
 def token_losses(model, batch: Batch, tasks: Callable | None):
-    """Return the losses, whether the prediction is right, and which tokens count: [B, S-1] each.
+    """Return the losses, whether the prediction is right, and which tokens count: [B, L-1] each.
 
     The loss of a token that does not count is 0.
     """

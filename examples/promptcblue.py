@@ -49,9 +49,9 @@ class Sample:
 class Batch(NamedTuple):
     """Samples of several tasks, padded on the right."""
 
-    input_ids: torch.Tensor  # [B, S] int64
-    attention_mask: torch.Tensor  # [B, S] int64, 1 on tokens and 0 on padding
-    labels: torch.Tensor  # [B, S] int64, IGNORED except on the target
+    input_ids: torch.Tensor  # [B, L] int64
+    attention_mask: torch.Tensor  # [B, L] int64, 1 on tokens and 0 on padding
+    labels: torch.Tensor  # [B, L] int64, IGNORED except on the target
     task_ids: torch.Tensor  # [B] int64
 
 

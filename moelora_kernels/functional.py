@@ -33,7 +33,7 @@ def run_layer(
         x: [T, I].
         linears: the tensors of n siblings. A field is None in all of them or in none.
         gate: the gate of every token; None if the linears have routers that compute it
-            (`mixture.top_k` is then above 0).
+            (`mixture.router_top_k` is then above 0).
         dropout: applied to x before A.
         impl: "auto", "wide", "grouped" or "reference".
         sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
@@ -63,7 +63,7 @@ def _choose_impl(
         return impl
     num_experts = len(mixture.ranks)
     if gate is None:
-        top_k = mixture.top_k if mixture.top_k < num_experts else None
+        top_k = mixture.router_top_k if mixture.router_top_k < num_experts else None
     else:
         top_k = None if gate.experts is None else gate.experts.shape[1] // len(linears)
     if impl == "grouped":

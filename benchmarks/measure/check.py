@@ -61,7 +61,7 @@ def expert_sum(
 def router_scale(layer: Layer, x: Tensor, dy: Tensor, gate: Tensor, trained: list) -> float:
     """Return the norm that errors of the router's gradients are measured against.
 
-        dgate = scale <P, h> over the ranks of e        dlogits = gate (dgate - <gate, dgate>)
+        dgate = scale <du, h> over the ranks of e        dlogits = gate (dgate - <gate, dgate>)
 
     If the terms of dlogits [t, E] cancel, dlogits is nearly zero and consists of rounding, in every
     provider. So the norm is the root of the sum of the squares of the terms, as if none cancelled.

@@ -64,7 +64,7 @@ def _routing(s: Sizes) -> int:
     """Bytes that a router writes: logits, weights, experts."""
     if s.FORM != "router":
         return 0
-    slots = s.T * s.n * s.K * (4 + s.size("experts_ptr"))
+    slots = s.T * s.n * s.K * (4 + s.size("out_experts_ptr"))
     return s.T * s.n * s.E * 4 + slots
 
 
@@ -86,21 +86,21 @@ def _shrink_gate(s: Sizes) -> tuple[int, int]:
     token_tiles = ceil_div(s.T, s.BLOCK_T)
     read = s.T * s.I * s.COLUMN_TILES * s.size("x_ptr")
     read += token_tiles * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
-    read += token_tiles * s.n * s.ROUTER_COLUMNS * s.I * s.size("router_ptrs")
+    read += token_tiles * s.n * s.ROUTER_E * s.I * s.size("router_ptrs")
     read += s.programs * s.size("seed_ptr") + _tile_table(s, 1)
-    if s.FUSED:
+    if s.ONE_LAUNCH:
         gate_read, written = _gated(s)
         return read + gate_read, written
-    return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_COLUMNS) * 4
+    return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_E) * 4
 
 
 def _gate_partials(s: Sizes) -> tuple[int, int]:
     read, written = _gated(s)
-    return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_COLUMNS) * 4, written
+    return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_E) * 4, written
 
 
 def _gated_backward(s: Sizes) -> tuple[int, int]:
-    """Bytes read and written to gate P: shared by both kernels of the backward."""
+    """Bytes read and written to gate du: shared by both kernels of the backward."""
     read = _gate(s) + _experts(s) + s.T * s.n * s.R * s.size("h_ptr")
     logits_bytes = s.T * s.n * s.E * 4
     if s.ROUTER:
@@ -115,7 +115,7 @@ def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     outputs = sum(s.out_features)
     read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
     read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
-    if s.FUSED:
+    if s.ONE_LAUNCH:
         gate_read, written = _gated_backward(s)
         return read + gate_read, written
     return read, s.SPLIT * s.T * s.n * s.R * 4
@@ -173,8 +173,8 @@ def _gate_rows(s: Sizes) -> tuple[int, int]:
 
 
 def _topk_gate_backward(s: Sizes) -> tuple[int, int]:
-    read = s.N * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("experts_ptr"))
-    return read + s.N * s.E * s.size("logits_ptr"), s.N * s.E * 4
+    read = s.G * s.K * (s.size("weights_ptr") + s.size("dweights_ptr") + 2 * s.size("experts_ptr"))
+    return read + s.G * s.E * s.size("logits_ptr"), s.G * s.E * 4
 
 
 def _router_logits(s: Sizes) -> tuple[int, int]:
@@ -331,7 +331,7 @@ KERNELS = {
     "weight_grad_kernel": _weight_grad,
     "reduce_partials_kernel": _reduce_partials,
     "gate_rows_kernel": _gate_rows,
-    "topk_gate_kernel": lambda s: (s.N * s.E * s.size("logits_ptr"), s.N * s.K * 8),
+    "topk_gate_kernel": lambda s: (s.G * s.E * s.size("logits_ptr"), s.G * s.K * 8),
     "topk_gate_backward_kernel": _topk_gate_backward,
     "router_logits_kernel": _router_logits,
     "router_grad_kernel": _router_grad,

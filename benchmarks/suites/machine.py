@@ -142,7 +142,7 @@ def shrink_calls(
     router = RouterTensors([adapter.router_weight], [adapter.router_bias])
     gate = Gate(weights, experts.int())
     sparse = [x, [adapter.lora_A], NO_ROUTER, gate, Mixture(ranks, scaling), NO_DROPOUT]
-    mixture = Mixture(ranks, scaling, top_k=TOP_K)
+    mixture = Mixture(ranks, scaling, router_top_k=TOP_K)
     routed = [x, [adapter.lora_A], router, Gate(*NO_GATE), mixture, NO_DROPOUT]
 
     def verdict(arguments: list, gate: Tensor | None) -> Verdict:

@@ -1,8 +1,8 @@
 // The ops `grouped_shrink` and `grouped_shrink_backward`: from features to the ranks of each pair's
 // expert. For pair p of expert e:
 //     forward     h_p = dropout(x_p) At_e        u_p = scale_e * weight_p * h_p
-//     backward    P_p = dy_p B_e                 dh_p = scale_e * weight_p * P_p
-//                 dweight_p = scale_e <P_p, h_p>; and u_p again, for dB
+//     backward    du_p = dy_p B_e                dh_p = scale_e * weight_p * du_p
+//                 dweight_p = scale_e <du_p, h_p>; and u_p again, for dB
 // Threads split the tiles. A tile is a range of sorted positions of one expert.
 #include <torch/csrc/stable/library.h>
 
@@ -17,10 +17,10 @@ namespace {
 
 // Forward. Positions of a tile: a multiple of the three rows that share a load of A. Columns of a
 // block of x and A: the lanes of a sum are added up once for each block.
-constexpr int64_t TILE = 96;
-constexpr int64_t COLUMNS = 2048;
-// Backward. A block of dy is 64 x 256, a block of B is 256 x r: about 64 KiB of float32 each, or
-// 32 KiB of bfloat16 pairs.
+constexpr int64_t TILE_FORWARD = 96;
+constexpr int64_t COLUMNS_FORWARD = 2048;
+// Backward. A block of dy is 64 x 256: 64 KiB of float32, or 32 KiB of bfloat16 pairs. A block of B
+// is 256 x r, and as large if r is 64.
 constexpr int64_t TILE_BACKWARD = 64;
 constexpr int64_t COLUMNS_BACKWARD = 256;
 
@@ -51,10 +51,11 @@ struct Shrink {
   S* h;
   S* u;
 
-  // Computes h and u of one tile. Scratch space: sums [TILE, width], wide_a [width, COLUMNS],
-  // wide_x [3, COLUMNS] and dropped_x [3, COLUMNS].
+  // Computes h and u of one tile. Scratch space: sums [TILE_FORWARD, width], widened_a [width,
+  // COLUMNS_FORWARD], widened_x [3, COLUMNS_FORWARD] and dropped_x [3, COLUMNS_FORWARD].
   template <class Level>
-  MOELORA_INLINE void run(const Tile& tile, C* sums, C* wide_a, C* wide_x, S* dropped_x) const {
+  MOELORA_INLINE void run(const Tile& tile, C* sums, C* widened_a, C* widened_x,
+                          S* dropped_x) const {
     using P = Operand<S, Level::bf16_pairs>;
     using Q = typename P::Element;
     constexpr int BYTES = Level{}();
@@ -66,29 +67,30 @@ struct Shrink {
 
     // sums = dropout(x) At, one block of columns after the other.
     std::fill_n(sums, count * rank, C{0});
-    for (int64_t column = 0; column < I; column += COLUMNS) {
-      const int64_t columns = std::min(COLUMNS, I - column);
-      if (!P::in_place) widen_rows(a + column, I, rank, columns, wide_a, COLUMNS);
+    for (int64_t column = 0; column < I; column += COLUMNS_FORWARD) {
+      const int64_t columns = std::min(COLUMNS_FORWARD, I - column);
+      if (!P::in_place) widen_rows(a + column, I, rank, columns, widened_a, COLUMNS_FORWARD);
       for (int64_t t = 0; t < count; t += 3) {
         const int64_t tokens = std::min<int64_t>(3, count - t);
         const Q* token_rows[3] = {};
         for (int64_t k = 0; k < tokens; ++k) {
           const int64_t row = x.row_of_position[tile.begin + t + k];
-          const S* x_row = drop_row(mask, x.row(row) + column, row * I + column, columns, e,
-                                    wide_x + k * COLUMNS, dropped_x + k * COLUMNS);
+          const S* x_row =
+              drop_row(mask, x.row(row) + column, row * I + column, columns, e,
+                       widened_x + k * COLUMNS_FORWARD, dropped_x + k * COLUMNS_FORWARD);
           if constexpr (P::in_place) {
             token_rows[k] = x_row;
           } else {
-            widen_row(x_row, columns, wide_x + k * COLUMNS);
-            token_rows[k] = wide_x + k * COLUMNS;
+            widen_row(x_row, columns, widened_x + k * COLUMNS_FORWARD);
+            token_rows[k] = widened_x + k * COLUMNS_FORWARD;
           }
         }
         if constexpr (P::in_place) {
           dot_tokens<BYTES>(tokens, token_rows, a + column, I, columns, rank, sums + t * rank,
                             rank);
         } else {
-          dot_tokens<BYTES>(tokens, token_rows, wide_a, COLUMNS, columns, rank, sums + t * rank,
-                            rank);
+          dot_tokens<BYTES>(tokens, token_rows, widened_a, COLUMNS_FORWARD, columns, rank,
+                            sums + t * rank, rank);
         }
       }
     }
@@ -146,16 +148,17 @@ std::tuple<Tensor, Tensor> grouped_shrink(Tensor x, std::vector<Tensor> lora_a,
                         .h = h.mutable_data_ptr<S>(),
                         .u = u.mutable_data_ptr<S>()};
     for (const Tensor& a : lora_a) shrink.lora_a.push_back(a.const_data_ptr<S>());
-    const std::vector<Tile> tiles = split_into_tiles(routing, TILE);
+    const std::vector<Tile> tiles = split_into_tiles(routing, TILE_FORWARD);
     torch::stable::parallel_for(
-        0, int64_t(tiles.size()), grain(TILE * width * I), [&](int64_t begin, int64_t end) {
-          std::vector<C> buffer(TILE * width + (width + 3) * COLUMNS);
-          std::vector<S> dropped_x(mask.active() ? 3 * COLUMNS : 0);
-          C* wide_a = buffer.data() + TILE * width;
+        0, int64_t(tiles.size()), grain(TILE_FORWARD * width * I), [&](int64_t begin, int64_t end) {
+          std::vector<C> buffer(TILE_FORWARD * width + (width + 3) * COLUMNS_FORWARD);
+          std::vector<S> dropped_x(mask.active() ? 3 * COLUMNS_FORWARD : 0);
+          C* widened_a = buffer.data() + TILE_FORWARD * width;
           vectorised([&](auto level) {
             for (int64_t n = begin; n < end; ++n) {
-              shrink.template run<decltype(level)>(tiles[n], buffer.data(), wide_a,
-                                                   wide_a + width * COLUMNS, dropped_x.data());
+              shrink.template run<decltype(level)>(tiles[n], buffer.data(), widened_a,
+                                                   widened_a + width * COLUMNS_FORWARD,
+                                                   dropped_x.data());
             }
           });
         });
@@ -228,7 +231,7 @@ struct ShrinkBackward {
       S* u_row = u + position * width;
       std::fill_n(dh_row, width, S(0.0f));
       std::fill_n(u_row, width, S(0.0f));
-      C inner = 0;  // <P, h>
+      C inner = 0;  // <du, h>
 #pragma omp simd reduction(+ : inner)
       for (int64_t j = 0; j < rank; ++j) {
         const C h_j = C(widen(h_row[j]));

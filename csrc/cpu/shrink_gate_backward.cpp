@@ -1,7 +1,7 @@
-// The op `shrink_gate_backward` for n siblings, with P = dy B:
-//     dh = scale * gate (.) P             u = scale * gate (.) h, again, for dB
-//     dgate[t, e] = scale * <P, h>        over the ranks of e
-// If a linear router made the gate, dlogits follow from dgate. ATen computes P. Threads split the
+// The op `shrink_gate_backward` for n siblings, with du = dy B:
+//     dh = scale * gate (.) du            u = scale * gate (.) h, again, for dB
+//     dgate[t, e] = scale * <du, h>       over the ranks of e
+// If a linear router made the gate, dlogits follow from dgate. ATen computes du. Threads split the
 // tokens, and for sums over the tokens of a gate row they split the gate rows.
 #include <torch/csrc/stable/library.h>
 
@@ -13,8 +13,8 @@
 namespace moelora {
 namespace {
 
-// Computes dh [width] and u [R] of one token and sibling from P [R], h [width] and scaled_gate [E].
-// shared_dh [r] is scratch space, and is used only if the experts share A.
+// Computes dh [width] and u [R] of one token and sibling from du [R], h [width] and scaled_gate
+// [E]. shared_dh [r] is scratch space, and is used only if the experts share A.
 template <class S, class P, class C>
 MOELORA_INLINE void backward_row(const P* product, const S* h, const C* scaled_gate,
                                  const Blocks& blocks, bool share_a, C* shared_dh, S* dh, S* u) {
@@ -50,7 +50,7 @@ MOELORA_INLINE void backward_row(const P* product, const S* h, const C* scaled_g
   }
 }
 
-// Returns <P, h> over the ranks of one expert.
+// Returns <du, h> over the ranks of one expert.
 template <class S, class P, class C>
 MOELORA_INLINE C inner_product(const P* product, const S* h, int64_t rank) {
   C sum = 0;
@@ -99,7 +99,7 @@ struct BackwardRows {
   // The gradient of the gate's weights, or of the logits with options.K > 0.
   C* dgate;
 
-  // Returns the gradient of one gate weight: scale * <P, h> over the ranks of expert e.
+  // Returns the gradient of one gate weight: scale * <du, h> over the ranks of expert e.
   MOELORA_INLINE C gate_gradient(const P* product, const S* h_row, int64_t e) const {
     const int64_t first = blocks.begin[e];
     return scaling[e] *
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_gate_backward(
   const ScalarType sum_dtype = compute_dtype(dtype);
   h = row_major(h);
 
-  // P = dy B of every sibling, [T, R] in the product dtype.
+  // du = dy B of every sibling, [T, R] in the product dtype.
   std::vector<Tensor> products;
   for (int64_t i = 0; i < siblings; ++i) {
     const auto [O, rank] = shape<2>(lora_b[i], "lora_b");

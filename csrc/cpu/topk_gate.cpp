@@ -1,5 +1,5 @@
 // The ops `topk_gate` and `topk_gate_backward`: softmax, top-k and renormalisation, from router
-// logits [N, E] to weights and experts [N, K]. Threads split the rows; gate.h computes one row.
+// logits [G, E] to weights and experts [G, K]. Threads split the rows; gate.h computes one row.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,20 +11,20 @@ namespace moelora {
 
 std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormalize,
                                      double temperature) {
-  const auto [N, E] = shape<2>(logits, "logits");
+  const auto [G, E] = shape<2>(logits, "logits");
   STD_TORCH_CHECK(1 <= top_k && top_k <= E, "top_k: expected 1 to ", E, ", got ", top_k);
   const ScalarType dtype = compute_dtype(logits.scalar_type());
   const Tensor dense_logits = row_major(cast(logits, dtype));
-  Tensor weights = empty(N, top_k, dtype);
-  Tensor experts = empty(N, top_k, ScalarType::Int);
+  Tensor weights = empty(G, top_k, dtype);
+  Tensor experts = empty(G, top_k, ScalarType::Int);
   const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
 
-  for_dtype(dtype, [&, N = N, E = E](auto type) {
+  for_dtype(dtype, [&, G = G, E = E](auto type) {
     using C = Compute<typename decltype(type)::type>;
     const C* logits_data = dense_logits.const_data_ptr<C>();
     C* weights_data = weights.mutable_data_ptr<C>();
     int32_t* experts_data = experts.mutable_data_ptr<int32_t>();
-    torch::stable::parallel_for(0, N, grain(32 * E), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, G, grain(32 * E), [&](int64_t begin, int64_t end) {
       TopkScratch<C> scratch(E);
       vectorised([&](auto) {
         for (int64_t row = begin; row < end; ++row) {
@@ -39,26 +39,26 @@ std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormal
 
 Tensor topk_gate_backward(Tensor dweights, Tensor weights, Tensor experts, Tensor logits,
                           bool renormalize, double temperature) {
-  const auto [N, E] = shape<2>(logits, "logits");
+  const auto [G, E] = shape<2>(logits, "logits");
   const auto [weights_rows, K] = shape<2>(weights, "weights");
-  check_size(weights_rows, N, "weights, rows");
-  check_size(dweights.numel(), N * K, "dweights");
-  check_size(experts.numel(), N * K, "experts");
+  check_size(weights_rows, G, "weights, rows");
+  check_size(dweights.numel(), G * K, "dweights");
+  check_size(experts.numel(), G * K, "experts");
   const ScalarType dtype = compute_dtype(logits.scalar_type());
   const Tensor dense_dweights = row_major(cast(dweights, dtype));
   const Tensor dense_weights = row_major(cast(weights, dtype));
   const Tensor dense_logits = row_major(cast(logits, dtype));
   const IntegerTensor expert_ids(experts, "experts");
-  Tensor dlogits = empty(N, E, dtype);
+  Tensor dlogits = empty(G, E, dtype);
   const TopkOptions options{.K = K, .renormalize = renormalize, .temperature = temperature};
 
-  for_dtype(dtype, [&, N = N, E = E, K = K](auto type) {
+  for_dtype(dtype, [&, G = G, E = E, K = K](auto type) {
     using C = Compute<typename decltype(type)::type>;
     const C* dweights_data = dense_dweights.const_data_ptr<C>();
     const C* weights_data = dense_weights.const_data_ptr<C>();
     const C* logits_data = dense_logits.const_data_ptr<C>();
     C* dlogits_data = dlogits.mutable_data_ptr<C>();
-    torch::stable::parallel_for(0, N, grain(32 * E), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, G, grain(32 * E), [&](int64_t begin, int64_t end) {
       TopkScratch<C> scratch(E);
       for (int64_t row = begin; row < end; ++row) {
         topk_softmax_backward(

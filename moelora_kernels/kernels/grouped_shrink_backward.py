@@ -1,4 +1,4 @@
-"""P = dy B on the rows of each expert, gated: dh, the gradient of the weights, and u again.
+"""du = dy B on the rows of each expert, gated: dh, the gradient of the weights, and u again.
 
 Backward needs u for dB. It recomputes u from h instead of saving it.
 """
@@ -49,7 +49,9 @@ def grouped_shrink_backward_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """p = dy B_e, dh = gate * p, u = gate * h, dweight = scale_e * <p, h>; gate = scale_e * weight.
+    """du = dy B_e, dh = gate * du, u = gate * h, dweight = scale_e * <du, h>.
+
+    gate = scale_e * weight.
 
     dy           n x [P / PAIRS_PER_ROW, O_i], rows stride_dy[i] apart
     b            n x [O_i, R]
@@ -68,7 +70,9 @@ def grouped_shrink_backward_kernel(
     sibling = expert // E
     local_expert = expert % E
     start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
-    positions, positions_in, pairs, rows = load_pairs(order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P)
+    positions, positions_in, pairs, dy_rows = load_pairs(
+        order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P
+    )
     dy_ptr = select_from(dy_ptrs, sibling)
     stride = select_from(stride_dy, sibling)
     b_ptr = select_from(b_ptrs, sibling) + start
@@ -85,25 +89,27 @@ def grouped_shrink_backward_kernel(
         columns = first_r + tl.arange(0, BLOCK_R)
 
         # Product.
-        p = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+        du = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
         if expert < n * E:
             for first_o in range(0, O, BLOCK_O):
                 o = first_o + tl.arange(0, BLOCK_O)
-                dy = load_rows(dy_ptr, stride, rows, o, positions_in, o < O)  # [BLOCK_P, BLOCK_O]
+                dy = load_rows(
+                    dy_ptr, stride, dy_rows, o, positions_in, o < O
+                )  # [BLOCK_P, BLOCK_O]
                 b = load_rows(b_ptr, R, o, columns, o < O, columns < rank)
-                p = product(dy, b, p, UPCAST)
+                du = product(dy, b, du, UPCAST)
 
         # Gate and store.
         offsets = positions.to(tl.int64)[:, None] * MAX_RANK + columns[None, :]
         in_bounds = positions_in[:, None] & (columns < MAX_RANK)[None, :]
         h = tl.load(h_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        inner += tl.sum(p * h, axis=1)
-        dh = tl.where(gate == 0, 0.0, gate * p)
+        inner += tl.sum(du * h, axis=1)
+        dh = tl.where(gate == 0, 0.0, gate * du)
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
         u = tl.where(gate == 0, 0.0, gate * h)
         tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
 
-    # Gradient of the weights; 0 for pairs that are not routed, whose p is 0.
+    # Gradient of the weights; 0 for pairs that are not routed, whose du is 0.
     if weights_ptr is not None:
         inner *= tl.load(scaling_ptr + local_expert)
         tl.store(dweights_ptr + pairs, inner, mask=positions_in)

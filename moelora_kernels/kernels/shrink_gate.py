@@ -1,8 +1,8 @@
 """Shrink x to rank space, compute the gate from logits of the same read of x, and apply it.
 
-If all columns of rank space fit into one program, one launch does everything. Otherwise, or if the
-sum over I is split, the first launch stores partial sums of the products, and the second adds them
-and applies the gate.
+If all columns of rank space fit into one program, one launch does everything (ONE_LAUNCH).
+Otherwise, or if the sum over I is split, the first launch stores partial sums of the products, and
+the second adds them and applies the gate.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
 
 # One launch does everything up to this many columns and experts: more do not fit into the registers
 # together with the gate. With 32 experts the gate of 128 columns spills on sm_80.
-FUSED_RANK = 128
-FUSED_EXPERTS = 16
-# Logits that one program of the product sums beside its columns, if it is not fused.
-ROUTER_COLUMNS = 32
+ONE_LAUNCH_RANK = 128
+ONE_LAUNCH_EXPERTS = 16
+# Logits that one program of the product sums beside its columns, if there are two launches.
+MAX_ROUTER_COLUMNS = 32
 
 
 @triton.jit(do_not_specialize=["T", "G", "temperature", "dropout_scale"])
@@ -55,9 +55,9 @@ def shrink_gate_kernel(
     column_tiles_ptr,
     h_ptr,
     u_ptr,
-    weights_ptr,
-    experts_ptr,
-    logits_ptr,
+    out_weights_ptr,
+    out_experts_ptr,
+    out_logits_ptr,
     partials_ptr,
     T,
     I,  # noqa: E741
@@ -72,13 +72,13 @@ def shrink_gate_kernel(
     K: tl.constexpr,
     FORM: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    FUSED: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
-    ROUTER_COLUMNS: tl.constexpr,
+    ROUTER_E: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -96,10 +96,25 @@ def shrink_gate_kernel(
     seed           [1] int64; None without dropout
     column_tiles   [COLUMN_TILES, 4] of `column_tile_table`; None without PER_EXPERT
     h, u           [T, n A_ROWS] and [T, n R], in the dtype of x
-    weights, experts, logits: [T, n K], [T, n K] int32 and [T, n E], stored with a router
-    partials       [SPLIT, T, n (A_ROWS + ROUTER_COLUMNS)] float32, stored unless FUSED
+    out_weights, out_experts, out_logits: the gate of a router, [T, n K], [T, n K] int32 and
+                   [T, n E]; None without a router; out_experts is None if K = E
+    partials       [SPLIT, T, n (A_ROWS + ROUTER_E)] float32, stored unless ONE_LAUNCH
+    i_per_split    how many features of x one split sums, a multiple of BLOCK_I
+    temperature    divides the logits of a router
+    dropout_scale  1 / (1 - p), the factor of the elements that dropout keeps; 1 without dropout
 
-    FUSED: computes all outputs. Not FUSED: stores the products h and logits to `partials` only.
+    K              slots of a router or of a sparse gate; 0 for a dense gate
+    ONE_LAUNCH     this kernel computes all outputs, and A_ROWS is R. Otherwise it stores the
+                   products h and logits to `partials` only, and `gate_partials_kernel` computes the
+                   outputs
+    DROPOUT        the smallest random word whose element is kept (`dropout.threshold`); 0: none
+    ALIGNED        whether 4 divides I, so that the 4 words of a random number are in one row
+    PER_EXPERT     every expert has a separate dropout mask
+    RANK_DIVISOR   a power of two that divides every rank
+    ROUTER_E       E with a router, else 0
+    BLOCK_E        the experts whose logits one program computes: all of them if ONE_LAUNCH
+    UPCAST         multiply in float32, because Triton's interpreter needs it
+
     Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that programs
     which read the same x run together.
     """
@@ -111,7 +126,8 @@ def shrink_gate_kernel(
 
     # Columns of rank space, and the experts whose logits are computed beside them.
     if PER_EXPERT:
-        # A tile holds columns of one expert, because another expert has another dropout mask.
+        # A tile holds columns of one expert, because another expert has another dropout mask: the
+        # stream is the expert. A row of the table is (first column, end, expert, sibling).
         sibling = tl.load(column_tiles_ptr + column_tile * 4 + 3)
         stream = tl.load(column_tiles_ptr + column_tile * 4 + 2)
         start = tl.load(column_tiles_ptr + column_tile * 4) - sibling * A_ROWS
@@ -128,21 +144,23 @@ def shrink_gate_kernel(
     columns = start + tl.arange(0, BLOCK_R)
     columns_in = columns < end
     a_ptr = select_from(a_ptrs, sibling)
-    if ROUTER_COLUMNS:
-        # Column block c also has the experts from c BLOCK_E on. If FUSED, block 0 has them all.
+    if ROUTER_E:
+        # Column block c also computes the logits of the experts from c BLOCK_E on. With ONE_LAUNCH
+        # there is one block, and it has all experts.
         experts = column_block * BLOCK_E + tl.arange(0, BLOCK_E)
         router_ptr = select_from(router_ptrs, sibling)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)
 
-    # Products: the experts read x after dropout, the router reads x itself.
+    # Products: the experts read x after dropout, the router reads x itself. `product` rounds A to
+    # the dtype of x; `exact_product` does not round the router's weight.
     h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
         a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
-        if ROUTER_COLUMNS:
+        if ROUTER_E:
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
             logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
@@ -151,13 +169,13 @@ def shrink_gate_kernel(
         h = product(x, a, h, UPCAST)
     h *= dropout_scale
 
-    if FUSED:
+    if ONE_LAUNCH:
         # Gate.
         logits += load_router_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
         gate = make_gate(
-            logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, weights_ptr, experts_ptr,
-            logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K, FORM, RENORMALIZE,
-            BLOCK_E,
+            logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, out_weights_ptr,
+            out_experts_ptr, out_logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K,
+            FORM, RENORMALIZE, BLOCK_E,
         )  # fmt: skip
         gate *= load_scaling(scaling_ptr, E, BLOCK_E)
         expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
@@ -171,11 +189,11 @@ def shrink_gate_kernel(
         u = apply_gate(column_gate, h.to(tl.float32))
         tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
     else:
-        WIDTH: tl.constexpr = A_ROWS + ROUTER_COLUMNS
+        WIDTH: tl.constexpr = A_ROWS + ROUTER_E
         store_partial(
             partials_ptr, split, tokens, tokens_in, sibling, columns, columns_in, h, T, n, WIDTH
         )
-        if ROUTER_COLUMNS:
+        if ROUTER_E:
             store_partial(
                 partials_ptr, split, tokens, tokens_in, sibling, A_ROWS + experts, experts < E,
                 logits, T, n, WIDTH,
@@ -193,9 +211,9 @@ def gate_partials_kernel(
     scaling_ptr,
     h_ptr,
     u_ptr,
-    weights_ptr,
-    experts_ptr,
-    logits_ptr,
+    out_weights_ptr,
+    out_experts_ptr,
+    out_logits_ptr,
     T,
     G,
     temperature,
@@ -206,7 +224,7 @@ def gate_partials_kernel(
     K: tl.constexpr,
     FORM: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    ROUTER_COLUMNS: tl.constexpr,
+    ROUTER_E: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -221,20 +239,21 @@ def gate_partials_kernel(
     sibling = tl.program_id(0) % n
     tokens = (tl.program_id(0) // n).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
-    WIDTH: tl.constexpr = A_ROWS + ROUTER_COLUMNS
+    WIDTH: tl.constexpr = A_ROWS + ROUTER_E
 
     # Gate.
     experts = tl.arange(0, BLOCK_E)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    if ROUTER_COLUMNS:
+    if ROUTER_E:
         logits = load_partials(
             partials_ptr, tokens, tokens_in, sibling, A_ROWS + experts, experts < E, T, n, WIDTH,
             SPLIT,
         )  # fmt: skip
         logits += load_router_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
     gate = make_gate(
-        logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, weights_ptr, experts_ptr,
-        logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K, FORM, RENORMALIZE, BLOCK_E,
+        logits, gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, out_weights_ptr, out_experts_ptr,
+        out_logits_ptr, tokens, tokens_in, sibling, G, temperature, n, E, K, FORM, RENORMALIZE,
+        BLOCK_E,
     )  # fmt: skip
     gate *= load_scaling(scaling_ptr, E, BLOCK_E)
 
@@ -295,29 +314,31 @@ def launch(
 
     # Tiles: columns of rank space, and as many column tiles as they or the experts need.
     per_expert = dropout.p > 0 and dropout.per_expert
-    block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), FUSED_RANK)
+    block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
     config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
-    can_fuse = not per_expert and A_ROWS == R <= FUSED_RANK and block_e <= FUSED_EXPERTS
+    fits_one_launch = (
+        not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
+    )
     column_tile_table = None
     column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
         column_tiles = len(column_tile_table)
-    elif has_router and not can_fuse:
-        column_tiles = max(column_tiles, n * launcher.ceil_div(E, ROUTER_COLUMNS))
+    elif has_router and not fits_one_launch:
+        column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
     # Grid: split I until the programs fill the GPU.
     token_tiles = launcher.ceil_div(T, config.tokens)
     steps = launcher.ceil_div(I, config.step)
     if split is None:
         split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
-    fused = can_fuse and split == 1
+    one_launch = fits_one_launch and split == 1
 
-    # Without FUSED, the experts of the router are spread over the column tiles of a sibling.
+    # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
     router_block = block_e
     partials = None
-    if not fused:
+    if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
         width = n * (A_ROWS + (E if has_router else 0))
@@ -333,9 +354,9 @@ def launch(
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         h_ptr=h,
         u_ptr=u,
-        weights_ptr=weights if has_router else None,
-        experts_ptr=out_experts if is_sparse else None,
-        logits_ptr=logits if has_router else None,
+        out_weights_ptr=weights if has_router else None,
+        out_experts_ptr=out_experts if is_sparse else None,
+        out_logits_ptr=logits if has_router else None,
         partials_ptr=partials,
         T=T,
         G=0 if has_router else gates.shape[0],
@@ -349,7 +370,7 @@ def launch(
         K=K,
         FORM=form,
         RENORMALIZE=bool(renormalize),
-        ROUTER_COLUMNS=E if has_router else 0,
+        ROUTER_E=E if has_router else 0,
         SPLIT=split,
         UPCAST=launcher.INTERPRET,
     )
@@ -372,7 +393,7 @@ def launch(
         ),
         constants
         | dict(
-            FUSED=fused,
+            ONE_LAUNCH=one_launch,
             DROPOUT=threshold(dropout.p),
             ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert,
@@ -384,7 +405,7 @@ def launch(
             BLOCK_E=router_block,
         ),
     )
-    if not fused:
+    if not one_launch:
         row_tile = configs.ROW_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(

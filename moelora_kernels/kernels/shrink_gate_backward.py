@@ -1,8 +1,8 @@
-"""P = dy B, gated: dh, the gradient of the gate or of the router's logits, and u again.
+"""du = dy B, gated: dh, the gradient of the gate or of the router's logits, and u again.
 
 Backward needs u for dB. It recomputes u from h instead of saving it. Like in `shrink_gate`, one
 launch does everything if the columns of rank space fit into one program and the sum over O is not
-split. Otherwise the first launch stores partial sums of P, and the second computes the results.
+split. Otherwise the first launch stores partial sums of du, and the second computes the results.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from moelora_kernels.kernels.common.gates_backward import gate_columns, store_dg
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
-from moelora_kernels.kernels.shrink_gate import FUSED_EXPERTS
+from moelora_kernels.kernels.shrink_gate import ONE_LAUNCH_EXPERTS
 from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.types import Gate, Mixture
 
-# Columns of rank space that are gated at a time: P, h, the gate, dh and u of 128 columns together
-# do not fit into the registers. A program holds P of twice as many columns.
+# Columns of rank space that are gated at a time: du, h, the gate, dh and u of 128 columns together
+# do not fit into the registers. A program holds du of twice as many columns.
 COLUMNS = 64
 
 
@@ -64,7 +64,7 @@ def shrink_gate_backward_kernel(
     FORM: tl.constexpr,
     ROUTER: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    FUSED: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -74,7 +74,7 @@ def shrink_gate_backward_kernel(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """P = dy B, dh = scale * gate (.) P, u = scale * gate (.) h, dgate = scale * <P, h>.
+    """du = dy B, dh = scale * gate (.) du, u = scale * gate (.) h, dgate = scale * <du, h>.
 
     dy             n x [T, O_i], rows stride_dy[i] apart
     b              n x [O_i, R]
@@ -86,11 +86,12 @@ def shrink_gate_backward_kernel(
     expert_columns [E, R] bfloat16, scaling [E] float32
     dh, u          [T, n A_ROWS] and [T, n R], in the dtype of h
     dgate          float32, see `store_dgate`
-    partials       [SPLIT, T, n R] float32, stored unless FUSED
+    partials       [SPLIT, T, n R] float32, stored unless ONE_LAUNCH
 
-    FUSED: computes all outputs. Not FUSED: stores P to `partials` only. Programs: (token tile,
-    split of O, column tile of a sibling), the last fastest. A column tile has COLUMN_BLOCKS (1 or
-    2) times BLOCK_R columns.
+    ONE_LAUNCH: this kernel computes all outputs, and A_ROWS is R. Otherwise it stores du to
+    `partials` only, and `gate_partials_backward_kernel` computes the outputs.
+    Programs: (token tile, split of O, column tile of a sibling), the last fastest. A column tile
+    has COLUMN_BLOCKS (1 or 2) times BLOCK_R columns.
     """
     pid = tl.program_id(0)
     sibling = pid % COLUMN_TILES // (COLUMN_TILES // n)
@@ -105,19 +106,19 @@ def shrink_gate_backward_kernel(
     O = select_from(out_features, sibling)  # noqa: E741
     part = select_from(o_per_split, sibling)
 
-    # Product: P of the first column block, and of the second if there is one.
-    p = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    p_2 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    # Product: du of the first column block, and of the second if there is one.
+    du = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    du_2 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
         b = load_rows(b_ptr, R, o, columns, o < O, columns < R)
-        p = product(dy, b, p, UPCAST)
+        du = product(dy, b, du, UPCAST)
         if COLUMN_BLOCKS == 2:
             b = load_rows(b_ptr, R, o, columns_2, o < O, columns_2 < R)
-            p_2 = product(dy, b, p_2, UPCAST)
+            du_2 = product(dy, b, du_2, UPCAST)
 
-    if FUSED:
+    if ONE_LAUNCH:
         # Gate, one column block after the other, then the gradient of the gate.
         gate, routed = dense_gate(
             gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, tokens, tokens_in, sibling, G, n, E,
@@ -126,12 +127,12 @@ def shrink_gate_backward_kernel(
         scaling = load_scaling(scaling_ptr, E, BLOCK_E)
         dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         dgate = gate_columns(
-            p, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
+            du, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
             sibling, columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
         if COLUMN_BLOCKS == 2:
             dgate = gate_columns(
-                p_2, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens,
+                du_2, gate * scaling, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens,
                 tokens_in, sibling, columns_2, n, A_ROWS, R, E, BLOCK_E, UPCAST,
             )  # fmt: skip
         store_dgate(
@@ -140,11 +141,11 @@ def shrink_gate_backward_kernel(
         )  # fmt: skip
     else:
         store_partial(
-            partials_ptr, split, tokens, tokens_in, sibling, columns, columns < R, p, T, n, R
+            partials_ptr, split, tokens, tokens_in, sibling, columns, columns < R, du, T, n, R
         )
         if COLUMN_BLOCKS == 2:
             store_partial(
-                partials_ptr, split, tokens, tokens_in, sibling, columns_2, columns_2 < R, p_2, T,
+                partials_ptr, split, tokens, tokens_in, sibling, columns_2, columns_2 < R, du_2, T,
                 n, R,
             )  # fmt: skip
 
@@ -201,11 +202,11 @@ def gate_partials_backward_kernel(
     dgate = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
-        p = load_partials(
+        du = load_partials(
             partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
         )
         dgate = gate_columns(
-            p, scaled_gate, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
+            du, scaled_gate, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
             sibling, columns, n, A_ROWS, R, E, BLOCK_E, UPCAST,
         )  # fmt: skip
     store_dgate(
@@ -220,12 +221,12 @@ def gate_partials_backward_kernel(
             dh = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for e in range(E):
                 columns = tl.where(a_columns < A_ROWS, e * A_ROWS + a_columns, R)
-                p = load_partials(
+                du = load_partials(
                     partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
                 )
                 expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
                 column_gate = gate_per_column(scaled_gate, expert_columns, UPCAST)
-                dh += tl.where(column_gate == 0, 0.0, column_gate * p)
+                dh += tl.where(column_gate == 0, 0.0, column_gate * du)
             offsets = tokens[:, None] * (n * A_ROWS) + sibling * A_ROWS + a_columns[None, :]
             in_bounds = tokens_in[:, None] & (a_columns < A_ROWS)[None, :]
             tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
@@ -272,8 +273,8 @@ def launch(
     steps = [launcher.ceil_div(O, config.step) for O in out_features]  # noqa: E741
     if split is None:
         split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
-    fused = A_ROWS == R <= width and block_e <= FUSED_EXPERTS and split == 1
-    partials = None if fused else h.new_empty((split, T, n * R), dtype=dtype)
+    one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
+    partials = None if one_launch else h.new_empty((split, T, n * R), dtype=dtype)
 
     # Arguments that both launches take.
     arguments = dict(
@@ -321,7 +322,7 @@ def launch(
         ),
         constants
         | dict(
-            FUSED=fused,
+            ONE_LAUNCH=one_launch,
             COLUMN_TILES=column_tiles,
             BLOCK_T=config.tokens,
             BLOCK_O=config.step,
@@ -329,7 +330,7 @@ def launch(
             COLUMN_BLOCKS=width // block_r,
         ),
     )
-    if not fused:
+    if not one_launch:
         row_tile = configs.ROW_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(

@@ -19,7 +19,7 @@ from moelora_kernels.types import Dropout
 # Columns of rank space, and of dlogits beside them, that one program sums: more do not fit into the
 # registers.
 COLUMNS = 128
-ROUTER_COLUMNS = 32
+MAX_ROUTER_COLUMNS = 32
 
 
 @triton.jit
@@ -263,7 +263,7 @@ def launch(
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
         a_tiles = len(column_tiles)
     else:
-        num_router_tiles = launcher.ceil_div(L, ROUTER_COLUMNS)
+        num_router_tiles = launcher.ceil_div(L, MAX_ROUTER_COLUMNS)
         a_tiles = max(launcher.ceil_div(H, block_a), num_router_tiles)
     b_tiles = launcher.ceil_div(R, block_b)
     block_l = launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16

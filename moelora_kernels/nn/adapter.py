@@ -113,8 +113,7 @@ class MoeLoraAdapter(LoraLayer):
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
         tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
         gate = siblings_gate((self,), x, tokens, gates)
-        if self.record.is_on:
-            keep_routing((self,), gate, x.shape[:-1])
+        keep_routing(self, gate, x.shape[:-1])
         mixture, count = self.mixture, tokens.shape[0]
         dense = dense_gate(gate, count, 1, len(mixture.ranks), compute_dtype(tokens))
         # [T, R]: scale * gate, repeated over the ranks of each expert.

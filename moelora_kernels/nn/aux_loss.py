@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards
-from moelora_kernels.nn.token_masks import token_mask, tokens_per_row
+from moelora_kernels.nn.token_masks import call_mask, tokens_per_row
 
 # The layer, and one of its calls -> which rows of the logits count, [G]; None if all do.
 MaskOfCall = Callable[[MixtureLayer, RoutedCall], Tensor | None]
@@ -111,7 +111,7 @@ def _given_mask(mask: Tensor | None, layer: MixtureLayer, call: RoutedCall) -> T
 
 def _part_mask(layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
     """Return which rows of the logits count, [G], from the mask stored in the call."""
-    mask = token_mask(call.mask, call.shape, layer.config.batch_dim)
+    mask = call_mask(layer, call)
     return None if mask is None else tokens_per_row(call, mask) > 0
 
 

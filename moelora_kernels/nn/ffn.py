@@ -20,7 +20,7 @@ from moelora_kernels.nn.base_linear import (
     float_weight,
     missing_size,
 )
-from moelora_kernels.nn.gates import gate_rows
+from moelora_kernels.nn.gates import row_of_tokens
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.samples import Samples
@@ -292,9 +292,9 @@ class MoeLoraFFN(MixtureLayer):
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
-        rows = gate_rows(gate.weights, x.shape, x.device, source, config, self.samples)
+        rows = row_of_tokens(gate.weights, x.shape, x.device, source, config, self.samples)
         if self.record.is_on:
-            self.record.keep(gate.weights, gate.experts, gate.logits, x.shape[:-1], rows)
+            self.record.keep(gate._replace(rows=rows), x.shape[:-1], self.current_task_ids())
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)
@@ -347,7 +347,7 @@ def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
 def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
     """Return one row per token, [T, K], from one row per token, per sequence, or for all tokens.
 
-    steps: 1 if the tokens of a sequence are contiguous; the sequence length S for x [S, B, I].
+    steps: 1 if the tokens of a sequence are contiguous; the sequence length L for x [L, B, I].
     """
     count, slots = rows.shape
     if count == tokens:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.functional import run_layer
 from moelora_kernels.nn.base_linear import call_base, check_adapters, check_input, dense_weight
-from moelora_kernels.nn.gates import concat_gates, gate_rows
+from moelora_kernels.nn.gates import concat_gates, row_of_tokens
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.numerics import active_dtype, dropout_seed
@@ -35,13 +35,27 @@ def forward_siblings(
     Raises:
         ValueError, TypeError: x or gates do not fit the layers.
     """
+    outputs, gate = run_siblings(layers, x, gates)
+    for i, layer in enumerate(layers):
+        keep_routing(layer, gate, x.shape[:-1], i, len(layers))
+    return outputs
+
+
+def run_siblings(
+    layers: Sequence[LoraLayer], x: Tensor, gates: Tensor | None = None
+) -> tuple[list[Tensor], Gate | None]:
+    """Return the outputs of `forward_siblings`, and the gate of all layers side by side.
+
+    The gate is None if a layer is merged. The records of the layers do not change, unless the
+    layers run one by one.
+    """
     first = layers[0]
     config = first.config
     check_input(x, first.in_features, gates, config.router)
     if any(layer.merged for layer in layers):
         if len(layers) == 1:
-            return [forward_merged(first, x, gates)]
-        return [forward_siblings((layer,), x, gates)[0] for layer in layers]
+            return [forward_merged(first, x, gates)], None
+        return [forward_siblings((layer,), x, gates)[0] for layer in layers], None
     dtype = active_dtype(x)
     tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
@@ -58,9 +72,9 @@ def forward_siblings(
     outputs, gate = run_layer(
         mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
     )
-    if any(layer.record.is_on for layer in layers):
-        keep_routing(layers, gate, x.shape[:-1])
-    return outputs if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    if x.dim() != 2:
+        outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    return outputs, gate
 
 
 def _can_read(base: nn.Module, tokens: Tensor) -> bool:
@@ -104,19 +118,24 @@ def siblings_gate(
     gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
     source = "set_tasks" if gates is None else "gates"
     first = layers[0]
-    rows = gate_rows(gate.weights, x.shape, x.device, source, first.config, first.samples)
+    rows = row_of_tokens(gate.weights, x.shape, x.device, source, first.config, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 
-def keep_routing(layers: Sequence[MixtureLayer], gate: Gate, shape: Sequence[int]) -> None:
-    """Split the gate of n siblings by columns, and store each part in its layer's record.
+def keep_routing(
+    layer: MixtureLayer, gate: Gate | None, shape: Sequence[int], sibling: int = 0, n: int = 1
+) -> None:
+    """Store the routing of one call in the layer's record, if the layer records.
 
+    gate: the gate of n siblings side by side; the layer has column block `sibling`. None is not
+        stored.
     shape: the shape of x without the features.
     """
-    n = len(layers)
-    columns = [
-        [None] * n if tensor is None else tensor.chunk(n, dim=1)
+    if gate is None or not layer.record.is_on:
+        return
+    weights, experts, logits = (
+        tensor if tensor is None or n == 1 else tensor.chunk(n, dim=1)[sibling]
         for tensor in (gate.weights, gate.experts, gate.logits)
-    ]
-    for layer, weights, experts, logits in zip(layers, *columns, strict=True):
-        layer.record.keep(weights, experts, logits, shape, gate.rows)
+    )
+    part = Gate(weights, experts, gate.rows, logits)
+    layer.record.keep(part, shape, layer.current_task_ids())

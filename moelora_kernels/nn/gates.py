@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.routers import wide_linear
+from moelora_kernels.nn.routers import float32_linear
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
 from moelora_kernels.types import Gate
 
@@ -246,7 +246,7 @@ def concat_gates(gates: Sequence[Gate]) -> Gate:
     )
 
 
-def gate_rows(
+def row_of_tokens(
     weights: Tensor,
     x_shape: Sequence[int],
     device: torch.device,
@@ -260,7 +260,7 @@ def gate_rows(
 
     Args:
         weights: [G, ...], the rows of the gate.
-        x_shape: [B, S, I], or [S, B, I] with batch_dim=1; also [T, I].
+        x_shape: [B, L, I], or [L, B, I] with batch_dim=1; also [T, I].
         device: device of the result.
         name: the argument that the error names: "gates" or "set_tasks".
         config: the options of the layer.
@@ -309,9 +309,9 @@ class SequenceGate(nn.Module):
         self.linear = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return gates [B, E] in float32 for embeddings [B, S, I].
+        """Return gates [B, E] in float32 for embeddings [B, L, I].
 
-        mask: [B, S], nonzero at the positions that count; None counts padding too, like the
+        mask: [B, L], nonzero at the positions that count; None counts padding too, like the
         original.
         """
         if mask is None:
@@ -321,5 +321,5 @@ class SequenceGate(nn.Module):
                 raise ValueError(f"mask: expected {[*embeddings.shape[:2]]}, got {[*mask.shape]}")
             counts = (mask != 0).to(embeddings.dtype)[..., None]
             mean = (counts * embeddings).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
-        gates, _ = gate_of_logits(wide_linear(mean, self.linear), self.config, self.training)
+        gates, _ = gate_of_logits(float32_linear(mean, self.linear), self.config, self.training)
         return gates

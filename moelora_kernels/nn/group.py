@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.forward import forward_siblings
+from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
+from moelora_kernels.types import Gate
 
 
 class MoeLoraGroup(nn.Module):
@@ -74,7 +77,8 @@ class SiblingLink:
 
     The first layer that is called with an x computes the outputs of all layers. The others, called
     with the same tensor, return the stored outputs. Calling a layer with a different x recomputes
-    all outputs. The call order can cost time but never changes results.
+    all outputs. The call order can cost time but never changes results. Each thread has its stored
+    outputs, so threads can run one model at the same time.
     """
 
     def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
@@ -84,35 +88,98 @@ class SiblingLink:
             layer.link = self
 
     def forget(self) -> None:
-        """Drop the stored outputs."""
-        self.saved: tuple = ()
-        self.outputs: dict[int, Tensor] = {}
+        """Drop the stored outputs of all threads."""
+        # A thread that is computing outputs right now stores them in the previous object, which
+        # is never read again.
+        self.stored = StoredOutputs()
 
     def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
-        """Return y of `layer`, which is one of the linked layers."""
-        # An inference tensor has no version counter, so a change of x between two calls would go
-        # unnoticed. Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
-        if x.is_inference() or any(map(_is_prepared, self.layers)):
+        """Return y of `layer`, which is one of the linked layers or a replica of one."""
+        layers = self.layers
+        if layer not in layers or _run_alone(layers, x):
             return forward_siblings((layer,), x, gates)[0]
-        i = self.layers.index(layer)
-        state = (x._version, torch.is_grad_enabled(), layer.training, active_dtype(x))
-        is_stored = i in self.outputs and self.saved[0] is x and self.saved[1] is gates
-        if not is_stored or self.saved[2] != state:
-            self.outputs = dict(enumerate(forward_siblings(self.layers, x, gates)))
-            self.saved = (x, gates, state)
-        y = self.outputs.pop(i)
-        if not self.outputs:
-            self.forget()
+        i, stored, state = layers.index(layer), self.stored, _state(x)
+        last = stored.last
+        if (
+            last is None
+            or last.x is not x
+            or last.gates is not gates
+            or last.state != state
+            or i not in last.outputs
+            or last.versions[i] != _versions(layer)
+        ):
+            outputs, gate = run_siblings(layers, x, gates)
+            versions = [_versions(sibling) for sibling in layers]
+            last = Pass(x, gates, state, versions, dict(enumerate(outputs)), gate)
+            stored.last = last
+        y = last.outputs.pop(i)
+        if not last.outputs:
+            stored.last = None
+        if layer.record.is_on:
+            keep_routing(layer, last.gate, x.shape[:-1], i, len(layers))
         return y
 
     def __getstate__(self) -> dict:
         # Outputs belong to one x object, so copies and pickles start without them.
-        return {"layers": self.layers, "saved": (), "outputs": {}}
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict) -> None:
+        self.layers = state["layers"]
+        self.forget()
 
 
-def _is_prepared(layer: MoeLoraLinear) -> bool:
-    """Return whether hooks or a patched forward run before each call of a layer."""
-    return bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
+@dataclasses.dataclass(slots=True)
+class Pass:
+    """The outputs of one pass of linked layers, and what they depend on."""
+
+    x: Tensor
+    gates: Tensor | None
+    state: tuple
+    versions: list[list]
+    # The position of a layer -> its output, until the layer is called.
+    outputs: dict[int, Tensor]
+    gate: Gate | None
+
+
+class StoredOutputs(threading.local):
+    """The last pass of every thread, until all of its outputs are returned."""
+
+    last: Pass | None = None
+
+
+def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor) -> bool:
+    """Return whether linked layers have to run one by one on x."""
+    # An inference tensor has no version counter, so a change of x between two calls would go
+    # unnoticed. Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
+    is_training = layers[0].training
+    return x.is_inference() or any(
+        [
+            layer._forward_pre_hooks
+            or "forward" in layer.__dict__
+            or layer.merged
+            or layer.training != is_training
+            for layer in layers
+        ]
+    )
+
+
+def _state(x: Tensor) -> tuple:
+    """Return what a stored output depends on besides x and the layer."""
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        active_dtype(x),
+        torch.cuda.current_stream(x.device) if x.is_cuda else None,
+    )
+
+
+def _versions(layer: MoeLoraLinear) -> list:
+    """Return the mode of a layer and the version counters of A, B and a linear router."""
+    tensors = [*layer._parameters.values()]
+    if (router := layer._modules.get("router")) is not None:
+        tensors += router._parameters.values()
+    return [layer.training, *[t if t is None else t._version for t in tensors]]
 
 
 def link_siblings(

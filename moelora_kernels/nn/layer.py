@@ -77,7 +77,9 @@ class MixtureLayer(nn.Module):
         return layer_logits(self, x, tokens)
 
     def current_task_ids(self) -> Tensor | None:
-        """Return the task ids [B] or [B, L] of the coming forward, for router="task"."""
+        """Return the task ids [B] or [B, J] of the coming forward; None without router="task"."""
+        if self.config.router != "task":
+            return None
         return self.task_ids if self.router.layers_have_ids else self.router.task_ids
 
     def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
@@ -179,10 +181,10 @@ class LoraLayer(MixtureLayer):
             and config.grad_gate == "gate"
         )
         top_k = config.top_k or config.num_experts
-        self.fused_mixture = self.mixture._replace(top_k=top_k) if is_fusable else None
+        self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
         device, dtype = adapter_device_dtype(base, config)
-        rows = ranks[0] if config.share == "A" else sum(ranks)
-        self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+        a_rows = ranks[0] if config.share == "A" else sum(ranks)
+        self.lora_A = nn.Parameter(torch.empty(a_rows, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(
             torch.empty(out_features, sum(ranks), device=device, dtype=dtype)
         )

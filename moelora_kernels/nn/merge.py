@@ -220,7 +220,7 @@ def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
 
 
 def _samples(tasks: Tensor) -> set[tuple]:
-    """Return the distinct rows of ids [B] or [B, L] without padding, or of gates [..., E]."""
+    """Return the distinct rows of ids [B] or [B, J] without padding, or of gates [..., E]."""
     if tasks.is_floating_point():
         return {tuple(row) for row in tasks.reshape(-1, tasks.shape[-1]).tolist()}
     rows = torch.atleast_1d(tasks)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.wrappers import unwrap
+from moelora_kernels.types import Gate
 
 
 class RoutedCall(NamedTuple):
@@ -20,6 +21,7 @@ class RoutedCall(NamedTuple):
     logits: Tensor | None  # [G, E] float32, attached to the graph; None without a router
     shape: tuple[int, ...]  # the shape of x without the features: T is its product
     rows: Tensor | None = None  # int32 [T], the gate row of each token; None if G is T or 1
+    tasks: Tensor | None = None  # [G] or [G, L], the task ids of the gate rows; None without tasks
     mask: Tensor | None = None  # the token mask of the layer's part of the model; see token_masks
 
 
@@ -72,20 +74,21 @@ class RoutingRecord:
         else:
             self.without_graph = self.last
 
-    def keep(
-        self,
-        weights: Tensor,
-        experts: Tensor | None,
-        logits: Tensor | None,
-        shape: Sequence[int],
-        rows: Tensor | None = None,
-    ) -> None:
+    def keep(self, gate: Gate, shape: Sequence[int], tasks: Tensor | None = None) -> None:
         """Store the routing of a call, unless backward is running: it repeats a forward."""
         if is_backward():
             return
         if self.model is None:
             self.begin()
-        call = RoutedCall(weights.detach(), experts, logits, tuple(shape), rows, self.mask)
+        call = RoutedCall(
+            gate.weights.detach(),
+            gate.experts,
+            gate.logits,
+            tuple(shape),
+            gate.rows,
+            tasks,
+            self.mask,
+        )
         self.last.append(call)
         if self.on_call is not None:
             self.on_call(call)

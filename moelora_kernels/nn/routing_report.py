@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, record_routing
-from moelora_kernels.nn.token_masks import follow_masks, token_mask, tokens_per_row
+from moelora_kernels.nn.token_masks import call_mask, follow_masks, tokens_per_row
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
 
@@ -136,12 +136,12 @@ def call_sums(layer: MixtureLayer, call: RoutedCall) -> Tensor:
     each of them in equal parts.
     """
     config = layer.config
-    counts = tokens_per_row(call, token_mask(call.mask, call.shape, config.batch_dim))
+    counts = tokens_per_row(call, call_mask(layer, call))
     weights = expert_weights(call, config.num_experts)
     weights = torch.where(counts[:, None] > 0, counts[:, None] * weights, 0)
     if config.router != "task":
         return weights.sum(dim=0, keepdim=True)
-    ids = layer.current_task_ids().to(weights.device)
+    ids = call.tasks.to(weights.device)
     ids = ids[:, None] if ids.dim() == 1 else ids
     tasks = torch.arange(_rows(layer), device=weights.device)
     # Row t of `share`: the part of each gate row that belongs to task t. Id 0 is padding.

@@ -2,7 +2,7 @@
 
 Gates of tasks and of sequences have one row per sample. A layer finds the row of a token like this:
 
-    x [B, S, I]        row b of x is sample b; [S, B, I] with batch_dim=1
+    x [B, L, I]        row b of x is sample b; [L, B, I] with batch_dim=1
     x [T, I]           T must be the number of samples: a 2-D x says nothing else
     anything else      `set_samples` says it, or `set_tasks` on a part of the model
 """
@@ -22,7 +22,7 @@ FLAT = "flat"
 class Samples(NamedTuple):
     """The sample of each token, or of each row of x."""
 
-    ids: Tensor  # int32, [T], [B, S] or [B]; below 0: the token belongs to no sample
+    ids: Tensor  # int32, [T], [B, L] or [B]; below 0: the token belongs to no sample
     count: int  # the number of samples: the largest id + 1
 
 
@@ -36,11 +36,11 @@ def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) 
     Args:
         model: a model, or a part of one, with mixture layers.
         samples: one of
-            None: row b of x [B, S, I] is sample b. This is how every layer begins.
-            "flat": as None; and a 2-D x is a flattened [B, S, I], where B is the number of task ids
+            None: row b of x [B, L, I] is sample b. This is how every layer begins.
+            "flat": as None; and a 2-D x is a flattened [B, L, I], where B is the number of task ids
             or gates that `set_tasks` got.
-            whole numbers [T], or [B, S] with T = B S: the sample of each token of x, in its order.
-            whole numbers [B]: the sample of each row of x [B, S, I].
+            whole numbers [T], or [B, L] with T = B L: the sample of each token of x, in its order.
+            whole numbers [B]: the sample of each row of x [B, L, I].
             The samples are numbered from 0, in the order of the ids of `set_tasks`. A number below
             0 marks a token that belongs to no sample, such as padding: its gate is zero.
 
@@ -100,7 +100,7 @@ def sample_of_tokens(
     Args:
         x_shape: [..., I], the shape of x.
         count: the number of samples: task ids, gates or sequences.
-        batch_dim: the dimension of x [B, S, I] that counts samples.
+        batch_dim: the dimension of x [B, L, I] that counts samples.
         samples: see `set_samples`.
         device: the device of the result.
         name: the argument that an error names.
@@ -169,7 +169,7 @@ def mean_of_samples(
     Args:
         x: [..., I], the input of the layer.
         tokens: [T, I], x in the dtype the layer computes in.
-        batch_dim: the dimension of x [B, S, I] that counts sequences.
+        batch_dim: the dimension of x [B, L, I] that counts sequences.
         samples: see `set_samples`.
 
     Raises:

@@ -16,7 +16,7 @@ from moelora_kernels.nn.routers import TokenTaskRouter
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """Set the tasks, or the gates, for all forwards of `model` until the next call.
 
-    Row b of x [B, S, I] uses entry b; for an x of another shape call `set_samples`. `model` may be
+    Row b of x [B, L, I] uses entry b; for an x of another shape call `set_samples`. `model` may be
     a part of a model that gets another number of rows: the decoder of a model that generates with
     n beams takes ids.repeat_interleave(n), a model that gets chosen and rejected answers takes
     ids.repeat(2). Layers outside of the part keep their tasks.
@@ -25,7 +25,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         model: a model with task gates, external gates or TokenTaskRouters.
         tasks: one of
             task ids [batch], 1 to num_tasks, for router="task";
-            task ids [batch, L] if a sequence has several tasks: the gate uses the mean of their
+            task ids [batch, J] if a sequence has several tasks: the gate uses the mean of their
             embeddings, 0 is padding;
             float gates [batch, E], [1, E] or [T, E] for router="external";
             float task vectors [batch, D] for a TokenTaskRouter.

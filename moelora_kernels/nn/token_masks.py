@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
 # Modules that read the encoder's output, and their linears that do (k, v).
@@ -59,6 +61,14 @@ def token_mask(mask: Tensor | None, shape: tuple[int, ...], batch_dim: int = 0) 
         inner = (1,) * (len(shape) - 2)
         return mask.reshape(*mask.shape, *inner).expand(shape).reshape(-1)
     return mask.reshape(-1) if shape == (mask.numel(),) else None
+
+
+def call_mask(layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
+    """Return which tokens of a call of `layer` count, [T] bool; None if all do."""
+    # `set_samples` with one number for each token: their order is not that of the mask.
+    if isinstance(layer.samples, Samples) and layer.samples.ids.dim() == 1 and len(call.shape) == 1:
+        return None
+    return token_mask(call.mask, call.shape, layer.config.batch_dim)
 
 
 def tokens_per_row(call: RoutedCall, mask: Tensor | None = None) -> Tensor:
@@ -155,8 +165,9 @@ def mask_records(part: nn.Module, names: Iterable[str]) -> dict[str, list[Routin
     """
     names = set(names)
     pairs = not names.isdisjoint({"decoder_input_ids", "decoder_attention_mask"})
-    encoder, decoder = _inner(part, "encoder"), _inner(part, "decoder")
-    in_encoder, in_decoder = _modules(encoder), _modules(decoder)
+    # The "encoder" of a part without a decoder is its stack of layers (BERT).
+    in_encoder = _modules(_inner(part, "encoder")) if pairs else set()
+    in_decoder = _modules(_inner(part, "decoder"))
     head = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
     in_head = _modules(head)
     is_multimodal = not pairs and _is_multimodal(part)

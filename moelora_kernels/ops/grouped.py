@@ -127,7 +127,7 @@ def _fake(
     mixture: Mixture,
     dropout: Dropout,
 ) -> LayerForward:
-    T, n, E, K = x.shape[0], len(tensors.lora_a), len(mixture.ranks), mixture.top_k
+    T, n, E, K = x.shape[0], len(tensors.lora_a), len(mixture.ranks), mixture.router_top_k
     dtype = compute_dtype(x)
     weights, logits, experts = absent(x, dtype), absent(x, dtype), absent(x, torch.int32)
     routed = gate.experts

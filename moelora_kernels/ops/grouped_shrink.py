@@ -112,9 +112,9 @@ def grouped_shrink_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dh and the gradient of the weights from dy; and u again, for dB.
 
-        P_p  = dy_p B_e                       [P, largest rank], never stored
-        dh_p = scale_e * weight_p * P_p
-        dweight_p = scale_e <P_p, h_p>        zero if the pair is not routed
+        du_p = dy_p B_e                      [P, largest rank], never stored
+        dh_p = scale_e * weight_p * du_p
+        dweight_p = scale_e <du_p, h_p>       zero if the pair is not routed
 
     Args:
         dy: n x [T, O_i], or one [P, O] with a row for every pair.

@@ -91,20 +91,20 @@ def topk_gate(
     If logits are equal, the lower expert comes first. With K = E, slot k is expert k.
 
     Args:
-        logits: [N, E], any float dtype; computed in float32 (float64 for float64).
+        logits: [G, E], any float dtype; computed in float32 (float64 for float64).
         top_k: K, from 1 to E.
         renormalize: divide by the sum of the kept probabilities.
         temperature: divides the logits, above 0.
 
     Returns:
-        weights [N, K] float32 (float64), differentiable; experts [N, K] int32.
+        weights [G, K] float32 (float64), differentiable; experts [G, K] int32.
 
     Raises:
         ValueError: logits not 2-D, top_k outside [1, E], temperature not above 0.
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(
-            f"logits: expected a float tensor [N, E], got {logits.dtype} {[*logits.shape]}"
+            f"logits: expected a float tensor [G, E], got {logits.dtype} {[*logits.shape]}"
         )
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
@@ -132,12 +132,12 @@ def topk_gate_backward(
     dweights_e is the entry of dweights whose expert is e; 0 if e was not kept.
 
     Args:
-        dweights: [N, K], contiguous.
-        weights, experts: [N, K], the results of `topk_gate`.
-        logits: [N, E]; if renormalize, only their shape is read.
+        dweights: [G, K], contiguous.
+        weights, experts: [G, K], the results of `topk_gate`.
+        logits: [G, E]; if renormalize, only their shape is read.
         renormalize, temperature: as in the forward.
 
     Returns:
-        [N, E] in float32 (float64 for float64 logits).
+        [G, E] in float32 (float64 for float64 logits).
     """
     return _op_backward(dweights, weights, experts, logits, renormalize, temperature)

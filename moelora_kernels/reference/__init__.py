@@ -5,9 +5,9 @@
     y   = x Wt + b + u Bt                x [T, I]   W [O, I] frozen   A [R, I]   B [O, R]
     h   = x At                           h [T, R]   without the gate
     u   = scale * gate (.) h             gate[t, e] repeated over the ranks of expert e
-    P   = dy B                           P [T, R]
-    dgate[t, e] = scale * <P, h>         over the ranks of expert e
-    dh  = scale * gate (.) P
+    du  = dy B                           du [T, R]
+    dgate[t, e] = scale * <du, h>        over the ranks of expert e
+    dh  = scale * gate (.) du
     dx  = dy W + dh A       dA = dh^T x       dB = dy^T u
 
 Every function computes in the compute dtype (float32, or float64 for float64 tensors) and rounds

@@ -34,6 +34,7 @@ class MoeLoraCallback(TrainerCallback):
         self._compute_loss = trainer.compute_loss
         self._prediction_step = trainer.prediction_step
         self._model: nn.Module | None = None
+        self._was_reached = False
         self._prepare(trainer.model)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -97,16 +98,30 @@ class MoeLoraCallback(TrainerCallback):
             with record_routing(self._model):
                 result = self._compute_loss(model, batch, **options)
                 self._counter.add_records()
-                if not self._has_aux():
-                    return result
-                aux = collect_aux_loss_of_parts(self._model)
-        self._aux, self._batches = self._aux + aux.detach(), self._batches + 1
-        loss = result[0] if return_outputs else result
-        loss = loss + aux.to(loss.device) / self._micro_batches(num_items_in_batch)
+                loss = result[0] if return_outputs else result
+                loss = self._connected(loss)
+                if self._has_aux():
+                    aux = collect_aux_loss_of_parts(self._model)
+                    self._aux, self._batches = self._aux + aux.detach(), self._batches + 1
+                    loss = loss + aux.to(loss.device) / self._micro_batches(num_items_in_batch)
         return (loss, *result[1:]) if return_outputs else loss
 
     def _has_aux(self) -> bool:
         return any(layer.config.aux for layer in mixture_layers(self._model))
+
+    def _connected(self, loss: Tensor) -> Tensor:
+        """Return a loss that backward accepts, also if this forward left out all layers.
+
+        LayerDrop can leave out all of them. The loss has then no graph, and there is nothing to
+        train. If no forward reached a layer yet, the loss stays, and backward raises.
+        """
+        if loss.requires_grad:
+            self._was_reached = True
+        elif self._was_reached and not any(
+            layer.record.calls() for layer in mixture_layers(self._model)
+        ):
+            return loss.detach().requires_grad_()
+        return loss
 
     def _micro_batches(self, num_items_in_batch: Tensor | int | None) -> int:
         """Return the number of micro-batches of the step, or 1 if the trainer divides by it."""

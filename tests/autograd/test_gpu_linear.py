@@ -51,7 +51,7 @@ def test_more_than_2_to_the_31_elements(wide_side: str) -> None:
         return torch.empty(shape, device="cuda", dtype=torch.float16).normal_(std=std)
 
     # Every expert is selected, so that no rounding of a logit changes the routing.
-    mixture = Mixture((4, 4), (0.5, 0.75), top_k=2)
+    mixture = Mixture((4, 4), (0.5, 0.75), router_top_k=2)
     weight, a, router = (normal(rows, I, std=I**-0.5) for rows in (O, 8, 2))
     linear = LinearTensors(weight, None, None, a, normal(O, 8, std=0.3), router, None)
     x, dy = normal(T, I), normal(T, O).zero_()

@@ -25,7 +25,7 @@ REPEATS = 50
 # which programs it makes.
 VARIANTS = {
     # Router, gate and its gradient in the epilogue: two products per step, one launch.
-    "fused": (Case(T=1000, I=4104, O=4104, router_bias=True), 1),
+    "one_launch": (Case(T=1000, I=4104, O=4104, router_bias=True), 1),
     # Sums to partials; the mask drawn beside the product.
     "split": (Case(T=1000, I=4104, O=4104, gate="dense", dropout=0.1), 2),
 }

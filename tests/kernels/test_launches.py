@@ -182,7 +182,7 @@ def test_launches_of_wide_are_counted(
     wide = use_kernels("wide", monkeypatch)
     T, n, router = sizes["T"], sizes.get("n", 1), sizes.get("router", True)
     ranks = (sizes.get("rank", 16),) * 8
-    mixture = Mixture(ranks, (2.0,) * 8, top_k=2 if router else 0)
+    mixture = Mixture(ranks, (2.0,) * 8, router_top_k=2 if router else 0)
     x, dy, tensors = empty_layer(T, n, sum(ranks), 8, router)
     gate = Gate(*NO_GATE)
     if not router:
@@ -250,7 +250,7 @@ def test_launches_of_grouped_are_counted(
     grouped = use_kernels("grouped", monkeypatch)
     monkeypatch.setattr(grouped, "route", grouped.route_fake)
     E, rank, T, n = sizes["E"], sizes["rank"], sizes.get("T", 8192), sizes.get("n", 1)
-    mixture = Mixture((rank,) * E, (2.0,) * E, top_k=sizes["K"])
+    mixture = Mixture((rank,) * E, (2.0,) * E, router_top_k=sizes["K"])
     x, dy, tensors = empty_layer(T, n, E * rank, E)
 
     def counts(launches) -> dict:

@@ -14,7 +14,7 @@ from moelora_kernels import (
 )
 from support.linears import randomise
 
-B, S, IN, OUT = 3, 5, 8, 6
+B, L, IN, OUT = 3, 5, 8, 6
 IDS = [1, 3, 2]
 
 
@@ -60,11 +60,11 @@ BY_TOKEN = [name for name in LAYERS if "sequence" not in name]
 
 @pytest.fixture(params=LAYERS)
 def case(request):
-    """A layer, x [B, S, I], and y of every sample on its own."""
+    """A layer, x [B, L, I], and y of every sample on its own."""
     make, tasks = LAYERS[request.param]
     layer = make().eval()
     torch.manual_seed(1)
-    x = torch.randn(B, S, IN, dtype=torch.float64)
+    x = torch.randn(B, L, IN, dtype=torch.float64)
     expected = []
     for b in range(B):
         if tasks is not None:
@@ -87,7 +87,7 @@ def test_rows_of_a_batch_are_samples(case):
 
 
 def test_flattened_tokens_raise_and_say_what_to_call(case):
-    """[B S, I] looks like B S samples, or like one long sequence."""
+    """[B L, I] looks like B L samples, or like one long sequence."""
     layer, x, _ = case
     with pytest.raises(ValueError, match=r"set_samples\(model, "):
         layer(x.flatten(0, 1))
@@ -95,10 +95,10 @@ def test_flattened_tokens_raise_and_say_what_to_call(case):
 
 def test_flattened_tokens_with_their_samples(case):
     layer, x, expected = case
-    set_samples(layer, torch.arange(B).repeat_interleave(S))
+    set_samples(layer, torch.arange(B).repeat_interleave(L))
     close(layer(x.flatten(0, 1)), expected.flatten(0, 1))
-    # The same numbers as [B, S], for both shapes of x.
-    set_samples(layer, torch.arange(B)[:, None].expand(B, S))
+    # The same numbers as [B, L], for both shapes of x.
+    set_samples(layer, torch.arange(B)[:, None].expand(B, L))
     close(layer(x.flatten(0, 1)), expected.flatten(0, 1))
     close(layer(x), expected)
 
@@ -106,7 +106,7 @@ def test_flattened_tokens_with_their_samples(case):
 def test_flattened_sequence_first_tokens(case):
     """The order that a guess by the number of tokens would mix up."""
     layer, x, expected = case
-    set_samples(layer, torch.arange(B).repeat(S))
+    set_samples(layer, torch.arange(B).repeat(L))
     close(layer(x.transpose(0, 1).flatten(0, 1)), expected.transpose(0, 1).flatten(0, 1))
 
 
@@ -115,7 +115,7 @@ def test_a_part_of_the_tokens(case):
     """Tokens that a mixture of experts has sent to one place: any order, any number."""
     layer, x, expected = case
     order = torch.tensor([14, 2, 7, 7, 0])
-    set_samples(layer, order // S)
+    set_samples(layer, order // L)
     close(layer(x.flatten(0, 1)[order]), expected.flatten(0, 1)[order])
 
 
@@ -130,7 +130,7 @@ def test_the_sample_of_each_row(case):
 
 def test_tokens_of_no_sample_get_the_base(case):
     layer, x, expected = case
-    samples = torch.arange(B)[:, None].repeat(1, S)
+    samples = torch.arange(B)[:, None].repeat(1, L)
     samples[1, 3:] = -1
     set_samples(layer, samples)
     y = layer(x)
@@ -148,7 +148,7 @@ def test_gradients_of_flattened_tokens(case):
         return torch.autograd.grad(layer(x).square().sum(), parameters, allow_unused=True)
 
     expected = gradients(x)
-    set_samples(layer, torch.arange(B).repeat_interleave(S))
+    set_samples(layer, torch.arange(B).repeat_interleave(L))
     for found, gradient in zip(gradients(x.flatten(0, 1)), expected, strict=True):
         assert (found is None) == (gradient is None)
         if gradient is not None:
@@ -171,7 +171,7 @@ def test_flat_does_not_tell_the_sequences_of_a_router():
     layer = sequence_layer()
     set_samples(layer, "flat")
     with pytest.raises(ValueError, match=r"set_samples\(model, samples\)"):
-        layer(torch.randn(B * S, IN, dtype=torch.float64))
+        layer(torch.randn(B * L, IN, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("batch_dim", (0, 1))
@@ -179,13 +179,13 @@ def test_sequence_first(batch_dim):
     layer, first = task_layer(batch_dim=batch_dim), task_layer()
     set_tasks(layer, IDS)
     set_tasks(first, IDS)
-    x = torch.randn(B, S, IN, dtype=torch.float64)
+    x = torch.randn(B, L, IN, dtype=torch.float64)
     if batch_dim == 0:
         with pytest.raises(ValueError, match="batch_dim=0"):
             layer(x.transpose(0, 1))
     else:
         close(layer(x.transpose(0, 1)).transpose(0, 1), first(x))
-        samples = torch.arange(B)[:, None].expand(B, S).contiguous()
+        samples = torch.arange(B)[:, None].expand(B, L).contiguous()
         set_samples(layer, samples)
         close(layer(x.transpose(0, 1)).transpose(0, 1), first(x))
 
@@ -194,13 +194,13 @@ def test_errors_name_how_rows_repeat():
     layer = task_layer()
     set_tasks(layer, IDS)
     with pytest.raises(ValueError, match=r"ids.repeat_interleave\(2\).*ids.repeat\(2\)"):
-        layer(torch.randn(2 * B, S, IN, dtype=torch.float64))
+        layer(torch.randn(2 * B, L, IN, dtype=torch.float64))
 
 
 def test_one_task_for_all_needs_no_samples():
     layer = task_layer()
     set_tasks(layer, [2])
-    x = torch.randn(B, S, IN, dtype=torch.float64)
+    x = torch.randn(B, L, IN, dtype=torch.float64)
     close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
 
 
@@ -215,7 +215,7 @@ def test_samples_that_are_none_are_named(samples):
 def test_samples_that_do_not_fit_are_named():
     layer = task_layer()
     set_tasks(layer, IDS)
-    x = torch.randn(B, S, IN, dtype=torch.float64)
+    x = torch.randn(B, L, IN, dtype=torch.float64)
     set_samples(layer, torch.zeros(7, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^samples: \[7\] for x \[3, 5, 8\]"):
         layer(x)
@@ -245,7 +245,7 @@ def test_parts_with_other_numbers_of_rows(task_gate):
     config = MoeLoraConfig(num_experts=4, rank=2, router="task", num_tasks=3, task_gate=task_gate)
     replace_linears(model, config, ["encoder", "decoder"])
     randomise(model)
-    x = torch.randn(B, S, IN, dtype=torch.float64)
+    x = torch.randn(B, L, IN, dtype=torch.float64)
     set_tasks(model, IDS)
     expected = model(x, 1).repeat_interleave(4, dim=0)
     with pytest.raises(ValueError, match=r"ids.repeat_interleave\(4\)"):

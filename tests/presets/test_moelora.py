@@ -24,7 +24,7 @@ TASK = dict(
 
 
 def batch_first(layer):
-    """Return a copy of the layer for x [B, S, I]."""
+    """Return a copy of the layer for x [B, L, I]."""
     clone = copy.deepcopy(layer)
     clone.config = layer.config.replace(batch_dim=0)
     return clone
@@ -63,7 +63,7 @@ def test_sequence_first_equals_batch_first_transposed(gate, shape):
 
 
 def test_gate_rows_follow_batch_dim_if_steps_equal_sequences():
-    """x [S, B, I] with S = B = 2 matches the formula, element by element."""
+    """x [L, B, I] with L = B = 2 matches the formula, element by element."""
     layer = make_layer(router="external", batch_dim=1)
     x = torch.randn(2, 2, IN, dtype=torch.float64)
     gates = torch.rand(2, 4, dtype=torch.float64)

@@ -24,7 +24,7 @@ def loop(inputs: Inputs, sibling: int = 0) -> torch.Tensor:
             logits = s.router_weight @ x + (0 if s.router_bias is None else s.router_bias)
             p = torch.exp(logits / mixture.temperature)
             p = p / p.sum()
-            best = sorted(range(E), key=lambda e: (-p[e].item(), e))[: mixture.top_k]
+            best = sorted(range(E), key=lambda e: (-p[e].item(), e))[: mixture.router_top_k]
             total = sum(p[e] for e in best) if mixture.renormalize else 1.0
             weights |= {e: p[e] / total for e in best}
         elif experts is not None:

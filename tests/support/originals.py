@@ -41,7 +41,7 @@ def parent_of(**modules):
 
 
 class TaskLora(nn.Module):
-    """y = W x + b + alpha / r sum_e w_e B_e A_e x, x [S, B, I], w [B, E]; r is the total rank.
+    """y = W x + b + alpha / r sum_e w_e B_e A_e x, x [L, B, I], w [B, E]; r is the total rank.
 
     Every layer has an embedding and a gate. If the model has a shared gate, no forward reads them.
 

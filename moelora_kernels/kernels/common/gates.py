@@ -8,9 +8,10 @@ FORM is the form of the gate (`types.Gate` explains the first four):
     "rows"      weights [G, n E] and rows [T]
     "router"    the logits of a linear router, which the kernel computes
 
-From experts to columns of rank space and back, a kernel multiplies by S [E, R] (`tables.
-expert_columns`), which is 1 in the columns of an expert and 0 elsewhere. gate S repeats the gate of
-an expert over its columns, and (P (.) h) St sums the columns of an expert, for any ranks.
+From experts to columns of rank space and back, a kernel multiplies by the matrix `expert_columns`
+[E, R] (`tables.expert_columns`), which is 1 in the columns of an expert and 0 elsewhere. The
+product of the gate and this matrix repeats the gate of an expert over its columns. The product of
+du (.) h and its transpose sums the columns of an expert. Both work for any ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def dense_gate(
 ):
     """Return the gate of these tokens, and whether each token is routed to each expert.
 
-    Both are [BLOCK_T, BLOCK_E]. The gate is 0 if a token is not routed to the expert.
+    The gate may be dense or sparse, as FORM says; the results are dense. Both are
+    [BLOCK_T, BLOCK_E]. The gate is 0 if a token is not routed to the expert.
     """
     experts = tl.arange(0, BLOCK_E)
     if FORM == "sparse":
@@ -74,7 +76,7 @@ def dense_gate(
 def load_expert_columns(
     expert_columns_ptr, columns, E: tl.constexpr, R: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """Return these columns of S, [BLOCK_E, BLOCK_R] bfloat16."""
+    """Return these columns of `expert_columns`, [BLOCK_E, BLOCK_R] bfloat16."""
     experts = tl.arange(0, BLOCK_E)
     in_bounds = (experts < E)[:, None] & (columns < R)[None, :]
     address = expert_columns_ptr + experts[:, None] * R + columns[None, :]
@@ -90,7 +92,7 @@ def load_scaling(scaling_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def gate_per_column(scaled_gate, expert_columns, UPCAST: tl.constexpr):
-    """Return scaled_gate S [BLOCK_T, BLOCK_R]: scale * gate [BLOCK_T, BLOCK_E] in every column."""
+    """Return scale * gate [BLOCK_T, BLOCK_E] in every column of its expert, [BLOCK_T, BLOCK_R]."""
     total = tl.zeros((scaled_gate.shape[0], expert_columns.shape[1]), tl.float32)
     return exact_sum(scaled_gate, expert_columns, total, UPCAST)
 
@@ -114,7 +116,8 @@ def topk_gate(
 
     logits [BLOCK_T, BLOCK_E] float32. gate [BLOCK_T, BLOCK_E]: softmax(logits / temperature) over
     the selected experts with RENORMALIZE, else over all E experts; 0 where not selected. slot
-    [BLOCK_T, BLOCK_E]: the rank of an expert among the selected ones, K if it is not selected.
+    [BLOCK_T, BLOCK_E]: 0 for the expert with the largest logit, 1 for the next, and so on; K for an
+    expert that is not selected. With K = E, slot e is expert e.
     """
     experts = tl.arange(0, BLOCK_E)[None, :]
     is_expert = (experts < E) & (tl.zeros_like(logits) == 0)
@@ -179,9 +182,9 @@ def make_gate(
     gate_weights_ptr,
     gate_experts_ptr,
     gate_rows_ptr,
-    weights_ptr,
-    experts_ptr,
-    logits_ptr,
+    out_weights_ptr,
+    out_experts_ptr,
+    out_logits_ptr,
     tokens,
     tokens_in,
     sibling,
@@ -202,12 +205,13 @@ def make_gate(
     if FORM == "router":
         experts = tl.arange(0, BLOCK_E)[None, :]
         in_bounds = tokens_in[:, None] & (experts < E)
-        address = logits_ptr + tokens[:, None] * (n * E) + sibling * E + experts
+        address = out_logits_ptr + tokens[:, None] * (n * E) + sibling * E + experts
         tl.store(address, logits, mask=in_bounds)
         gate, slot = topk_gate(logits, temperature, E, K, RENORMALIZE, BLOCK_E)
         store_topk(
-            weights_ptr, experts_ptr, gate, slot, tokens, tokens_in, sibling, n, E, K, BLOCK_E
-        )
+            out_weights_ptr, out_experts_ptr, gate, slot, tokens, tokens_in, sibling, n, E, K,
+            BLOCK_E,
+        )  # fmt: skip
     else:
         gate, _ = dense_gate(
             gate_weights_ptr, gate_experts_ptr, gate_rows_ptr, tokens, tokens_in, sibling, G, n, E,

@@ -38,7 +38,7 @@ def topk_gate_backward(
 
 @triton.jit
 def gate_columns(
-    p,
+    du,
     scaled_gate,
     dgate,
     h_ptr,
@@ -56,9 +56,9 @@ def gate_columns(
     BLOCK_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Store dh and u of these columns, and return dgate + <P, h> over the columns of every expert.
+    """Store dh and u of these columns, and return dgate + <du, h> over the columns of every expert.
 
-    p [BLOCK_T, BLOCK_R]; scaled_gate = scale * gate and dgate [BLOCK_T, BLOCK_E]. dh is not stored
+    du [BLOCK_T, BLOCK_R]; scaled_gate = scale * gate and dgate [BLOCK_T, BLOCK_E]. dh is not stored
     if A_ROWS < R, because it is then a sum over all experts.
     """
     expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
@@ -70,11 +70,11 @@ def gate_columns(
     u = tl.where(column_gate == 0, 0.0, column_gate * h)
     tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
     if A_ROWS == R:
-        dh = tl.where(column_gate == 0, 0.0, column_gate * p)
+        dh = tl.where(column_gate == 0, 0.0, column_gate * du)
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
-    # The product with S^T adds 0 * NaN = NaN to every other expert, so a NaN of an expert whose
-    # gate is 0 must not enter it.
-    inner = p * h
+    # The product with the transpose of expert_columns adds 0 * NaN = NaN to every other expert, so
+    # a NaN of an expert whose gate is 0 must not enter it.
+    inner = du * h
     inner = tl.where((column_gate == 0) & (is_finite(inner) == 0), 0.0, inner)
     return exact_sum(inner, tl.trans(expert_columns), dgate, UPCAST)
 
@@ -101,7 +101,7 @@ def store_dgate(
     RENORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store the gradient of the gate or of the router's logits. dgate is <P, h> by expert.
+    """Store the gradient of the gate or of the router's logits. dgate is <du, h> by expert.
 
     With ROUTER, it is the gradient of the logits [T, n E], plus dlogits (None: nothing to add).
     With FORM "sparse", of the weights [T, n K]. Otherwise, of the gate of every token [T, n E].

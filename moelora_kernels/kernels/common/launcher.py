@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ class Launch(NamedTuple):
 
 
 _records: list[Launch] | None = None
+_capture_lock = threading.Lock()
 
 
 @contextmanager
@@ -70,16 +72,20 @@ def options(config: TileConfig) -> dict[str, Any]:
 @contextmanager
 def _guard(device: torch.device) -> Iterator[None]:
     """Launch on `device`, and refuse to compile a kernel while a CUDA graph is captured there."""
-    runtime = triton.knobs.runtime
-    hook = runtime.jit_cache_hook
     with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        runtime = triton.knobs.runtime
+        # The hook belongs to all threads, so only one of them may change it and set it back.
+        with _capture_lock:
+            hook = runtime.jit_cache_hook
             # Triton calls this hook before it compiles a kernel.
             runtime.jit_cache_hook = lambda **_: require_no_capture("kernels", device)
-        try:
-            yield
-        finally:
-            runtime.jit_cache_hook = hook
+            try:
+                yield
+            finally:
+                runtime.jit_cache_hook = hook
 
 
 def require_no_capture(name: str, device: torch.device) -> None:

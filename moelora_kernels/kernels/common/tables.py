@@ -39,7 +39,7 @@ def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
 
 @cache
 def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return S [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere."""
+    """Return a matrix [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere."""
     require_no_capture("the table of experts", device)
     matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16)
     for row, columns in zip(matrix, blocks(ranks), strict=True):

@@ -2,7 +2,7 @@
 
 from moelora_kernels.nn.routers.balanced import Balance, BalancedRouter
 from moelora_kernels.nn.routers.build import build_router, layer_logits
-from moelora_kernels.nn.routers.logits import wide_linear
+from moelora_kernels.nn.routers.logits import float32_linear
 from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
 
@@ -15,6 +15,6 @@ __all__ = [
     "ThresholdRouter",
     "TokenTaskRouter",
     "build_router",
+    "float32_linear",
     "layer_logits",
-    "wide_linear",
 ]

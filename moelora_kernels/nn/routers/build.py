@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.routers.balanced import BalancedRouter
-from moelora_kernels.nn.routers.logits import router_logits, wide_product
+from moelora_kernels.nn.routers.logits import float32_product, router_logits
 from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
 from moelora_kernels.nn.samples import Samples, mean_of_samples
@@ -83,7 +83,7 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
         # All layers share the router, also if the model is spread over several devices.
         return router(layer.current_task_ids()).to(x.device)
     if config.router == "self":
-        return wide_product(tokens.detach(), layer.lora_A.detach())
+        return float32_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
     if config.granularity == "sequence":
         source = mean_of_samples(x, tokens, config.batch_dim, layer.samples)

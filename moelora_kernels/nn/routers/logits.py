@@ -9,12 +9,12 @@ from moelora_kernels.nn.base_linear import dense_weight, float_weight
 from moelora_kernels.numerics import is_autocast
 
 
-def wide_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """Return x Wt + b in float32 (float64 for float64 x), also under autocast."""
-    return wide_product(x, linear.weight, linear.bias)
+    return float32_product(x, linear.weight, linear.bias)
 
 
-def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def float32_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias in float32 (float64 for float64 x), also under autocast."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
@@ -30,6 +30,6 @@ def router_logits(router: nn.Module, x: Tensor, *samples: Tensor) -> Tensor:
     samples: the sample of each token, for a router that uses it (TokenTaskRouter).
     """
     if dense_weight(router) is not None:
-        return wide_linear(x, router)
+        return float32_linear(x, router)
     weight = float_weight(router) if isinstance(router, nn.Linear) else None
     return router(x if weight is None else x.to(weight.dtype), *samples)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import state_without_graph
-from moelora_kernels.nn.routers.logits import router_logits, wide_linear
+from moelora_kernels.nn.routers.logits import float32_linear, router_logits
 from moelora_kernels.nn.routers.token import MlpRouter
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
 
@@ -22,9 +22,9 @@ def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 class TaskRouter(nn.Module):
     """Compute logits from the task embedding of a sequence, as in MOELoRA.
 
-        logits = W_gate e_b        e_b = embedding[ids_b]; for [B, L] the mean over the ids of a row
+        logits = W_gate e_b        e_b = embedding[ids_b]; for [B, J] the mean over the ids of a row
 
-    `set_tasks` sets the ids, [B] or [B, L]. They run from 1 to num_tasks. In a row of several ids 0
+    `set_tasks` sets the ids, [B] or [B, J]. They run from 1 to num_tasks. In a row of several ids 0
     is padding, which the mean leaves out; row 0 of the embedding is not used. Several layers can
     share one router.
 
@@ -50,7 +50,7 @@ class TaskRouter(nn.Module):
         self.layers_have_ids = False
 
     def check_tasks(self, ids: Tensor) -> None:
-        """Raise ValueError unless ids are [B], 1 to num_tasks, or [B, L], 0 to num_tasks.
+        """Raise ValueError unless ids are [B], 1 to num_tasks, or [B, J], 0 to num_tasks.
 
         A row of only zeros is an error. On a GPU a bad value fails at the next synchronisation.
         """
@@ -88,7 +88,7 @@ class TaskRouter(nn.Module):
             tasks = tasks.to(torch.promote_types(tasks.dtype, torch.float32))
             is_task = (ids != 0)[..., None]
             tasks = torch.where(is_task, tasks, 0).sum(dim=1) / is_task.sum(dim=1)
-        return wide_linear(tasks, self.gate)
+        return float32_linear(tasks, self.gate)
 
     def children(self) -> Iterator[nn.Module]:
         """Return the modules of the gate. Raises if fully_shard would shard them a second time."""

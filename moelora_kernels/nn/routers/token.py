@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.routers.logits import router_logits, wide_linear, wide_product
+from moelora_kernels.nn.routers.logits import float32_linear, float32_product, router_logits
 
 
 class MlpRouter(nn.Module):
@@ -37,7 +37,7 @@ class MlpRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [T, E] for x [T, I]."""
-        return wide_linear(self.activation(wide_linear(x, self.fc1)), self.fc2)
+        return float32_linear(self.activation(float32_linear(x, self.fc1)), self.fc2)
 
 
 class ThresholdRouter(nn.Module):
@@ -94,4 +94,4 @@ class PrototypeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [T, E] for x [T, I], all at least 0."""
-        return wide_product(x, self.prototypes).abs()
+        return float32_product(x, self.prototypes).abs()

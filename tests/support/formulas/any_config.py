@@ -19,7 +19,7 @@ def mixture(layer, x, *, tasks=None, gates=None, seed=None):
 
     It draws random numbers in the order of a forward: noise, then those of select="sampling".
 
-    x: [T, I], [B, S, I], or [S, B, I] with batch_dim=1.
+    x: [T, I], [B, L, I], or [L, B, I] with batch_dim=1.
     tasks: the argument of set_tasks, or None.
     gates: the gates of router="external", or None.
     seed: the seed of the dropout masks; None for no dropout.
