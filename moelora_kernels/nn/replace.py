@@ -8,17 +8,13 @@ from collections.abc import Iterable
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import missing_size
-from moelora_kernels.nn.ffn import MoeLoraFFN, ffn_problem
+from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
+from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, places, portable_name
-
-# Modules that read the weights of their linears instead of calling them: the first always, the
-# second in evaluation without gradients.
-WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def replace_linears(
@@ -41,8 +37,12 @@ def replace_linears(
 
     Raises:
         ValueError: no module matches, or one of the names matches none.
-        TypeError: a matching module has no in_features or out_features, or its parent reads its
-            weight without calling it (nn.MultiheadAttention, nn.TransformerEncoderLayer).
+        TypeError: a matching module has no in_features or out_features, or a module above it is
+            known to read its weight instead of calling it: nn.MultiheadAttention,
+            nn.TransformerEncoderLayer, layers of transformers that never call it (the attention of
+            WavLM, the mask head of DETR), out_proj of state-space layers with fused kernels.
+
+    Warns if the source of another module shows that its forward reads the weight.
 
     Example:
         >>> import torch
@@ -61,8 +61,9 @@ def replace_linears(
     names = _matching(model, place_of, target_modules, adapted)
     for name in names:
         parent, child = place_of[name]
-        check_target(name, parent._modules[child], parent)
+        check_target(name, parent._modules[child], modules)
         check_layout(name, modules, config)
+    warn_of_readers(modules, names)
 
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
@@ -79,19 +80,6 @@ def replace_linears(
     if config.aux:
         follow_forwards(model)
     return names
-
-
-def check_target(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise TypeError if experts cannot be put over `module`, which target_modules matches."""
-    if missing := missing_size(module):
-        raise TypeError(
-            f"target_modules: {name} is a {type(module)} without {missing}; expected a linear"
-        )
-    if isinstance(parent, WEIGHT_READERS):
-        raise TypeError(
-            f"target_modules: {name} is part of a {type(parent)}, which reads its weight without "
-            "calling it, so the experts would have no effect"
-        )
 
 
 def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig) -> None:
@@ -170,6 +158,8 @@ def replace_ffns(
         parent, child = place_of[name]
         if problem := ffn_problem(parent._modules[child]):
             raise TypeError(f"target_modules: {name}: {problem}")
+    above = {name: module for name, module in named_modules(model) if name not in names}
+    warn_of_readers(above, [f"{name}.{projection}" for name in names for projection in PROJECTIONS])
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     for name in names:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.replace import check_target, fitting_task_router
+from moelora_kernels.nn.replace import fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
+from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
 
@@ -28,7 +31,15 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
         super().inject_adapter(model, *args, **kwargs)
+        warn_of_readers(dict(model.named_modules()), self.targeted_module_names)
         follow_forwards(model)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: MoeLoraPeftConfig, model: nn.Module, target_name: str
+    ) -> None:
+        # PEFT refuses linears that its LoRA cannot adapt. The same hold for our layers.
+        lora = SimpleNamespace(peft_type=PeftType.LORA)
+        super()._check_target_module_compatiblity(lora, model, target_name)
 
     def _create_and_replace(
         self,
@@ -43,7 +54,7 @@ class MoeLoraModel(BaseTuner):
         config = peft_config.moe_lora_config()
         layer = target
         if not isinstance(target, MoeLoraTunerLinear):
-            check_target(current_key, target, parent)
+            check_target(current_key, target, _modules_above(self.model, current_key))
             layer = MoeLoraTunerLinear(target)
         layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
         if layer is not target:
@@ -108,3 +119,10 @@ class MoeLoraModel(BaseTuner):
         # PEFT must not change a dtype that the config names.
         has_dtype = self.peft_config[adapter_name].adapter_dtype is not None
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and not has_dtype)
+
+
+def _modules_above(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return the modules that contain the module `name` of `model`, by name."""
+    parts = name.split(".")
+    names = [".".join(parts[:depth]) for depth in range(len(parts))]
+    return {name: model.get_submodule(name) for name in names}
