@@ -116,6 +116,13 @@ class MixtureLayer(nn.Module):
         """Return the width and the dtype of an x that the layer accepts."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script calls this method.
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script is not supported; use torch.compile, or "
+            "torch.export.export"
+        )
+
     def __getstate__(self) -> dict:
         return state_without_graph(self, "external_gates")
 
@@ -183,8 +190,8 @@ class LoraLayer(MixtureLayer):
         top_k = config.top_k or config.num_experts
         self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
         device, dtype = adapter_device_dtype(base, config)
-        rows = ranks[0] if config.share == "A" else sum(ranks)
-        self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+        a_rows = ranks[0] if config.share == "A" else sum(ranks)
+        self.lora_A = nn.Parameter(torch.empty(a_rows, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(
             torch.empty(out_features, sum(ranks), device=device, dtype=dtype)
         )
