@@ -105,8 +105,12 @@ class MixtureLayer(nn.Module):
         )
 
     def first_tensor(self) -> Tensor:
-        """Return A, for its dtype and device."""
-        return getattr(self, self.tensor_names[0])
+        """Return A, or a Parameter that it is computed from, for its dtype and device."""
+        name = self.tensor_names[0]
+        if is_parametrized(self, name):
+            # Access to a parametrized tensor computes it, and may change a spectral norm.
+            return next(self.parametrizations[name].parameters())
+        return getattr(self, name)
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""

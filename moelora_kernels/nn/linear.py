@@ -13,6 +13,7 @@ from moelora_kernels.nn.base_linear import missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
+from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
@@ -275,7 +276,7 @@ class MoeLoraLinear(LoraLayer):
             raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
         self._check_linear()
         a, b = lora_of_task(self, task)
-        return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+        return a.to(tensor_value(self, "lora_A").dtype), b.to(tensor_value(self, "lora_B").dtype)
 
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:
