@@ -27,7 +27,10 @@ from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
 class MoeLoraLinear(LoraLayer):
     """Replace an nn.Linear by the frozen linear plus a gated mixture of LoRA experts.
 
-        y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
+        logits = router(x)
+        gate = normalize(select(score(logits / temperature)))
+        u = scale * gate (.) (dropout(x) At)
+        y = x Wt + b + u Bt
 
     Parameters, all expert-major:
         lora_A: [R, I]; [r, I] with share="A".
@@ -53,9 +56,7 @@ class MoeLoraLinear(LoraLayer):
         **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
-        ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
-            not fit the layer.
-        RuntimeError: forward runs before `set_tasks` has set the tasks of a router="task".
+        ValueError, TypeError: an option is not valid.
 
     Example:
         >>> import torch
@@ -157,9 +158,10 @@ class MoeLoraLinear(LoraLayer):
         return layer
 
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+        """Make this the layer over `base`: freeze the base, and add experts, router and record."""
         config = MoeLoraConfig.of(config, options)
         self.base_layer = base
-        # The SiblingLink that runs this layer together with its siblings; see `link_siblings`.
+        # The SiblingLink that runs this layer together with its siblings; see nn/group.py.
         self.link = None
         self.merged = False
         self.merged_task: Task | None = None
@@ -292,6 +294,10 @@ class MoeLoraLinear(LoraLayer):
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
+
+        Raises:
+            ValueError, TypeError: x, gates or tasks do not fit the layer.
+            RuntimeError: router="task" and `set_tasks` has not set the tasks.
         """
         # A SiblingLink needs the version counter of x, which a compiled graph does not have.
         if self.link is not None and not torch.compiler.is_compiling():
