@@ -272,6 +272,10 @@ def _call(function: type[MoeLora]):
         return function.apply
     if torch.compiler.is_compiling():
         return _compiled(function)
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: trace the layer inside torch.no_grad(), or use torch.export.export"
+        )
     # `Function.apply` is a Python method that looks for functorch transforms, binds the inputs to a
     # signature, and then calls the `apply` of its base class, which is in C++. For small layers the
     # Python part takes longer than the products, so the `apply` of the base class is called.

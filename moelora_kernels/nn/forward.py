@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from moelora_kernels.functional import run_layer
-from moelora_kernels.nn.base_linear import call_base, check_adapters, check_input, dense_weight
+from moelora_kernels.nn.base_linear import (
+    call_base,
+    check_adapters,
+    check_input,
+    dense_weight,
+    flat_rows,
+)
 from moelora_kernels.nn.gates import concat_gates, row_of_tokens
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.merge import forward_merged
@@ -57,7 +63,7 @@ def run_siblings(
             return [forward_merged(first, x, gates)], None
         return [forward_siblings((layer,), x, gates)[0] for layer in layers], None
     dtype = active_dtype(x)
-    tokens = x if x.dim() == 2 else x.reshape(-1, first.in_features)
+    tokens = x if x.dim() == 2 else flat_rows(x)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
     fuse_router = all(layer.fuses_router() for layer in layers)
     # The op takes the biases of all siblings or of none, so bases of both kinds are called.

@@ -22,12 +22,15 @@ def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
 
     Raises:
         ValueError: they are missing, or have the wrong shape or dtype.
+        TypeError: they are not a tensor.
     """
     if gates is None:
         raise ValueError(
             "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
         )
-    if gates.shape[-1] != num_experts or gates.dim() < 2 or not gates.is_floating_point():
+    if not isinstance(gates, Tensor):
+        raise TypeError(f"gates: expected a tensor [..., {num_experts}], got {type(gates)}")
+    if gates.dim() < 2 or gates.shape[-1] != num_experts or not gates.is_floating_point():
         raise ValueError(
             f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
         )

@@ -116,6 +116,13 @@ class MixtureLayer(nn.Module):
         """Return the width and the dtype of an x that the layer accepts."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script calls this method.
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script is not supported; use torch.compile, or "
+            "torch.export.export"
+        )
+
     def __getstate__(self) -> dict:
         return state_without_graph(self, "external_gates")
 

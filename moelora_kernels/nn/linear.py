@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import missing_size
+from moelora_kernels.nn.base_linear import given_input, missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
@@ -289,8 +289,14 @@ class MoeLoraLinear(LoraLayer):
         """The base's weight [O, I], or the merged weight of a merged layer."""
         return self.merged_weight if self.merged else self.base_layer.weight
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return y [..., O] for x [..., I].
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> Tensor:
+        """Return y [..., O] for x [..., I]. `input` is another name of x, as in nn.Linear.
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
@@ -299,6 +305,8 @@ class MoeLoraLinear(LoraLayer):
             ValueError, TypeError: x, gates or tasks do not fit the layer.
             RuntimeError: router="task" and `set_tasks` has not set the tasks.
         """
+        if x is None or input is not None:
+            x = given_input(x, input)
         # A SiblingLink needs the version counter of x, which a compiled graph does not have.
         if self.link is not None and not torch.compiler.is_compiling():
             return self.link.forward(self, x, gates)
