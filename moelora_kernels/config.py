@@ -22,8 +22,9 @@ class MoeLoraConfig:
         y      = x Wt + b + sum_e gate_e scale_e B_e A_e x              [T, O]
 
     T tokens, E experts, K experts per token, I in_features, O out_features, r the rank of one
-    expert, R the sum of the ranks. METHODS.md lists the presets, the allowed values, and the
-    options that do not work together.
+    expert, R the sum of the ranks. At the options E does not count a shared expert; in the formulas
+    above, in R and in the shapes of tensors a shared expert is one more expert. METHODS.md lists
+    the presets, the allowed values, and the options that do not work together.
 
     Raises:
         ValueError: an option is out of range, or two options do not work together. The message
@@ -39,7 +40,7 @@ class MoeLoraConfig:
     # The experts.
 
     num_experts: int = 8
-    """E. A shared expert is not counted."""
+    """E, without a shared expert."""
 
     rank: int | tuple[int, ...] = 16
     """The rank r of every expert, or a list of E ranks."""

@@ -4,6 +4,13 @@
     E  experts             O  out_features         S  slots of a token, S = n K
     K  experts per token   r  rank of one expert   P  pairs of a token and a slot, P = T S
     G  gate rows           R  sum of the ranks     N  experts of all siblings, N = n E
+    B  sequences in x      L  tokens in one sequence: x [B, L, I] has T = B L
+
+E and K count a shared expert: E is then num_experts + 1, and a gate with top_k has K = top_k + 1
+slots. The shared expert is the last expert and the last slot. B is also the matrix B of a LoRA,
+[O, R]; p is the probability of dropout.
+
+The compute dtype is float32, or float64 for float64 tensors; see `numerics.compute_dtype`.
 
 The structures contain tensors and numbers, and do not compute. They are NamedTuples, because an op
 passes their fields to the dispatcher in order (`*gate`), and because torch.compile supports them.
@@ -18,29 +25,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The most sorted positions of a tile. A tile is the rows of one matrix product. With E = 64 and
-# T = 1024 few experts have more than 64 pairs.
+# The grouped form sorts the pairs by expert (see `Routing`) and cuts the pairs of each expert into
+# tiles and into chunks. A tile is the rows of one matrix product, and has up to TILE pairs. With
+# E = 64, T = 1024 and top-2 an expert has 32 pairs on average, so most experts need one tile.
 TILE = 64
-# The most sorted positions of a chunk. A chunk is the longest sum over pairs in one program.
+# A chunk is the longest sum over pairs that one program computes, and has up to CHUNK pairs.
 CHUNK = 1024
 
 
 class LinearTensors(NamedTuple):
-    """The tensors of one linear. A layer is one linear, or n siblings that read the same x."""
+    """The tensors of one linear. A layer is one linear, or n siblings that read the same x.
 
-    # [O, I], if the layer reads the base's weight; None if it calls the base.
+    A layer reads its base or calls it. Read: the op multiplies by the base's weight. Called: the
+    layer passes base(x) to the op.
+    """
+
+    # [O, I] if the base is read; None if it is called.
     weight: Tensor | None
-    # [O], or None.
+    # [O] if the base is read and has a bias; else None.
     bias: Tensor | None
-    # [T, O], the output of the base, if the layer calls it; else None.
+    # base(x) [T, O] if the base is called; None if it is read.
     base_output: Tensor | None
     # [R, I], expert-major rows; [r, I] if the experts share A.
     lora_a: Tensor
     # [O, R], expert-major columns.
     lora_b: Tensor
-    # [E, I], if the op computes the logits of a linear router (a fused router); else None.
+    # [E, I] of a fused router: a linear router whose logits and gate the op computes. Else None.
     router_weight: Tensor | None = None
-    # [E], or None.
+    # [E] if the fused router has a bias; else None.
     router_bias: Tensor | None = None
 
 
@@ -60,24 +72,30 @@ class Gate(NamedTuple):
     experts: Tensor | None = None
     # [T] int32 or int64, or None. A row outside [0, G) gates with zero.
     rows: Tensor | None = None
-    # [G, n E] float32: the logits from which the gate was computed, or None.
+    # The logits from which the gate was computed, in the compute dtype, or None. [G, n E]; without
+    # the column of a shared expert, and with a last column for the learned threshold.
     logits: Tensor | None = None
 
 
 class RouterTensors(NamedTuple):
-    """The linear routers of n siblings: n weights [E, I]; n biases [E] or (). Both can be ()."""
+    """The fused linear routers of n siblings; both fields are empty if a gate is passed."""
 
+    # n x [E, I].
     weight: Sequence[Tensor] = ()
+    # n x [E]; empty if the routers have no bias.
     bias: Sequence[Tensor] = ()
 
 
 NO_ROUTER = RouterTensors()
-# The fields of the gate that an op gets if its routers compute the gate.
+# The four fields of `Gate`, for an op whose fused routers compute the gate: it gets no gate.
 NO_GATE = (None, None, None, None)
 
 
 class SiblingTensors(NamedTuple):
-    """The tensors of n siblings. A field has n tensors, or none if it is None in the linears."""
+    """The fields of n `LinearTensors`: each is a list of n tensors.
+
+    A field that is None in the linears is an empty list.
+    """
 
     weight: Sequence[Tensor]
     bias: Sequence[Tensor]
@@ -105,15 +123,17 @@ NO_DROPOUT = Dropout()
 class Mixture(NamedTuple):
     """The static options of a mixture: the same for all siblings, all tokens and all steps."""
 
-    # The ranks and the scales of the E experts.
+    # The rank of each of the E experts.
     ranks: tuple[int, ...]
+    # The scale of each of the E experts.
     scaling: tuple[float, ...]
+    # Whether all experts have the same A, [r, I].
     share_a: bool = False
-    # K of a fused router; 0 if a gate is passed instead.
+    # K of a fused router; 0 if a gate is passed, also if that gate has K slots.
     router_top_k: int = 0
-    # Of a fused router: whether the K weights of a token are divided by their sum.
+    # Whether a fused router divides the K weights of a token by their sum.
     renormalize: bool = True
-    # Of a fused router: the divisor of the logits.
+    # The number by which a fused router divides the logits.
     temperature: float = 1.0
 
     def router_gate(self, weights: Tensor, experts: Tensor, logits: Tensor) -> Gate:
@@ -124,8 +144,9 @@ class Mixture(NamedTuple):
 class Routing(NamedTuple):
     """The (token, slot) pairs of every expert: the pairs sorted by expert.
 
-    Pair t S + s is slot s of token t. Expert i E + e is expert e of sibling i. A sorted position
-    is an index into the pairs sorted by expert, so each expert owns a contiguous range of them.
+    Pairs are numbered by token, then slot: pair t S + s is slot s of token t. Expert i E + e is
+    expert e of sibling i. `order` lists the pairs by expert. A sorted position is an index into
+    `order`, so the pairs of an expert have a contiguous range of sorted positions.
 
         array               from -> to
         order   [P]         sorted position -> pair; by expert, then slot, then token. Pairs that
@@ -137,8 +158,8 @@ class Routing(NamedTuple):
                             expert N; unused tiles have expert N and first position P.
         chunks  [M', 2]     the same with CHUNK positions, for sums over the pairs of an expert.
 
-    All are int32. Their shapes depend on T, S and N alone, so the host does not wait for the
-    device.
+    M is count_tiles(P, N, TILE), and M' is count_tiles(P, N, CHUNK). All arrays are int32. Their
+    shapes depend on T, S and N alone, so the host does not wait for the device.
     """
 
     order: Tensor
@@ -152,9 +173,9 @@ class Shrunk(NamedTuple):
 
     h: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
     u: Tensor  # [T, n R], x's dtype
-    weights: Tensor  # [T, n K] float32
+    weights: Tensor  # [T, n K], compute dtype
     experts: Tensor  # [T, n K] int32; empty if K = E
-    logits: Tensor  # [T, n E] float32
+    logits: Tensor  # [T, n E], compute dtype
 
 
 class ShrunkGrads(NamedTuple):
@@ -162,8 +183,8 @@ class ShrunkGrads(NamedTuple):
 
     dh: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
     u: Tensor  # [T, n R], x's dtype: computed again, for dB
-    # Float32. With fused routers the gradient of the logits, [T, n E]; else the gradient of the
-    # gate's weights, in their shape.
+    # Compute dtype. With fused routers the gradient of the logits, [T, n E]; else the gradient of
+    # the gate's weights, in their shape.
     dgate: Tensor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,28 +22,86 @@ from moelora_kernels.types import (
     SiblingTensors,
 )
 
-# The number of arguments of `MoeLora.forward` before the tensors of the linears.
-_LEADING = 9
-_FIELDS = len(LinearTensors._fields)
+
+class _Inputs(NamedTuple):
+    """The inputs of `MoeLora.forward` before the tensors of the linears; also their gradients."""
+
+    impl: Any
+    mixture: Any
+    p: Any
+    per_expert: Any
+    x: Any
+    weights: Any
+    experts: Any
+    rows: Any
+    seed: Any
+
+
+class _LinearNeeds(NamedTuple):
+    """Whether each field of `LinearTensors` needs a gradient."""
+
+    weight: bool
+    bias: bool
+    base_output: bool
+    lora_a: bool
+    lora_b: bool
+    router_weight: bool
+    router_bias: bool
+
+
+class _Saved(NamedTuple):
+    """The tensors that `MoeLora` saves for backward, before those of the linears."""
+
+    x: Tensor
+    # The gate.
+    weights: Tensor
+    experts: Tensor | None
+    rows: Tensor | None
+    logits: Tensor | None
+    seed: Tensor | None
+    h: Tensor
+    # The routing; None if impl is "wide".
+    order: Tensor | None
+    offsets: Tensor | None
+    tiles: Tensor | None
+    chunks: Tensor | None
+
+
+class _SavedLinear(NamedTuple):
+    """The tensors of one linear that `MoeLora` saves for backward."""
+
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    router_weight: Tensor | None
+
+
+_NUM_INPUTS = len(_Inputs._fields)
+_NUM_SAVED = len(_Saved._fields)
 
 
 def siblings_of(linears: Sequence[LinearTensors]) -> SiblingTensors:
     """Return the tensors of n linears, field by field."""
-    fields = zip(*linears, strict=True)
-    return SiblingTensors(*[[t for t in field if t is not None] for field in fields])
+    return SiblingTensors(*_by_field(linears))
 
 
-def _linears(flat: Sequence[Tensor | None]) -> list[LinearTensors]:
-    """Return the linears of a flat list that has all fields of linear 0, then of linear 1, ..."""
-    return [LinearTensors(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+def _by_field(linears: Sequence[NamedTuple]) -> list[list[Tensor]]:
+    """Return one list of tensors for each field of n linears, without None."""
+    return [[t for t in field if t is not None] for field in zip(*linears, strict=True)]
+
+
+def _by_linear(structure: type, flat: Sequence[Any]) -> list[Any]:
+    """Return one `structure` per linear. flat: all fields of linear 0, then of linear 1, ..."""
+    size = len(structure._fields)
+    return [structure(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
 class MoeLora(torch.autograd.Function):
     """Compute y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
 
-    The inputs are impl, mixture, p and per_expert of the dropout, x, the weights, experts and rows
-    of the gate, the seed, and the fields of every linear, linear by linear. The outputs are the
-    y_i, then the other fields of `types.LayerForward` in their order.
+    The inputs are the fields of `_Inputs`, then the fields of `LinearTensors` of every linear,
+    linear by linear. The outputs are the y_i, then the other fields of `types.LayerForward` in
+    their order; "wide" has no routing arrays.
 
     Saved for backward: x, the parameters, h, the gate, and the routing if impl is "grouped". No
     output of width O is saved.
@@ -52,14 +111,18 @@ class MoeLora(torch.autograd.Function):
     def forward(*inputs):
         # torch binds the inputs to this signature on every call. That takes time for every name.
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
-        tensors, gate = siblings_of(_linears(fields)), Gate(weights, experts, rows)
-        y, *rest = _op(impl)(x, tensors, gate, mixture, Dropout(p, per_expert, seed))
-        return (*y, *(rest if impl == "grouped" else rest[:4]))
+        tensors = siblings_of(_by_linear(LinearTensors, fields))
+        gate, dropout = Gate(weights, experts, rows), Dropout(p, per_expert, seed)
+        result = _op(impl)(x, tensors, gate, mixture, dropout)
+        outputs = (*result.y, result.h, result.weights, result.experts, result.logits)
+        if impl == "grouped":
+            outputs += (result.order, result.offsets, result.tiles, result.chunks)
+        return outputs
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
-        linears = _linears(fields)
+        linears = _by_linear(LinearTensors, fields)
         result = LayerForward([], *output[len(linears) :])
         logits = None
         if mixture.router_top_k:
@@ -71,44 +134,50 @@ class MoeLora(torch.autograd.Function):
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
         routing = (result.order, result.offsets, result.tiles, result.chunks)
         integers = [t for t in (result.experts, *routing) if t is not None]
+        # Only the y_i and the logits have a gradient. The gate of a fused router is returned for
+        # the routing record; losses on it use the logits.
         ctx.mark_non_differentiable(result.h, result.weights, *integers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x, weights, experts, rows, logits, seed, result.h, *routing,
-            *[t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)],
-        )  # fmt: skip
+        saved = _Saved(x, weights, experts, rows, logits, seed, result.h, *routing)
+        # In the order of `_SavedLinear`.
+        of_linears = [t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)]
+        ctx.save_for_backward(*saved, *of_linears)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         # Read once, because under activation checkpointing a second read fails.
-        x, weights, experts, rows, logits, seed, h, *others = ctx.saved_tensors
-        routing, saved = Routing(*others[:4]), others[4:]
-        base_weight, lora_a, lora_b, router_weight = (
-            [t for t in saved[field::4] if t is not None] for field in range(4)
+        flat = ctx.saved_tensors
+        x, weights, experts, rows, logits, seed, h, *routing = flat[:_NUM_SAVED]
+        base_weight, lora_a, lora_b, router_weight = _by_field(
+            _by_linear(_SavedLinear, flat[_NUM_SAVED:])
         )
         tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
-        n, needs = len(lora_b), ctx.needs_input_grad
+        n = len(lora_b)
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:n], lora_b, strict=True)
         ]
-        gate, dlogits = Gate(weights, experts, rows, logits), grads[n + 3]
-        needs_linear = _linears(needs[_LEADING:])
-        needed_grads = Needs(needs[4], any([any(needed[3:]) for needed in needs_linear]))
+        gate, dlogits = Gate(weights, experts, rows, logits), LayerForward([], *grads[n:]).logits
+        needs_input = _Inputs(*ctx.needs_input_grad[:_NUM_INPUTS])
+        needs_linears = _by_linear(_LinearNeeds, ctx.needs_input_grad[_NUM_INPUTS:])
+        needs_adapters = any(
+            [s.lora_a or s.lora_b or s.router_weight or s.router_bias for s in needs_linears]
+        )
+        needs = Needs(needs_input.x, needs_adapters)
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             result = ops.grouped_backward(
-                dy, x, tensors, h, gate, dlogits, routing, mixture, dropout, needed_grads
+                dy, x, tensors, h, gate, dlogits, Routing(*routing), mixture, dropout, needs
             )
         else:
-            result = ops.wide_backward(
-                dy, x, tensors, h, gate, dlogits, mixture, dropout, needed_grads
-            )
+            result = ops.wide_backward(dy, x, tensors, h, gate, dlogits, mixture, dropout, needs)
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
         gradients: list[Tensor | None] = []
-        for i, (g, needed) in enumerate(zip(dy, needs_linear, strict=True)):
+        for i, (g, needed) in enumerate(zip(dy, needs_linears, strict=True)):
+            # In the order of `LinearTensors`. The layers freeze the base, but its weight and bias
+            # can require a gradient: after a user's requires_grad_, or in `moe_lora_linear`.
             gradients += [
                 g.to(x.dtype).t() @ x if needed.weight else None,
                 g.to(x.dtype).sum(dim=0) if needed.bias else None,
@@ -118,17 +187,25 @@ class MoeLora(torch.autograd.Function):
                 _row_block(drouter, i, n) if has_router else None,
                 _row_block(dbias, i, n) if has_router and needed.router_bias else None,
             ]
-        return (
-            None, None, None, None, dx if needs[4] else None,
-            dgate.to(weights.dtype) if needs[5] else None, None, None, None, *gradients,
-        )  # fmt: skip
+        dinputs = _Inputs(
+            impl=None,
+            mixture=None,
+            p=None,
+            per_expert=None,
+            x=dx if needs_input.x else None,
+            weights=dgate.to(weights.dtype) if needs_input.weights else None,
+            experts=None,
+            rows=None,
+            seed=None,
+        )
+        return (*dinputs, *gradients)
 
 
 class SqrtGateMoeLora(MoeLora):
     """`MoeLora` whose gradients of A, B and x use the square root of the gate.
 
         dh = scale * sqrt(gate) (.) du      dB = dy^T (scale * sqrt(gate) (.) h)
-        dgate = scale * <du, h>             as in `MoeLora`, because the gate is not a factor of it
+        dgate = scale * <du, h>             as in `MoeLora`: this formula does not contain the gate
 
     It takes a gate; it does not work with routers in `linears`.
 
@@ -137,8 +214,9 @@ class SqrtGateMoeLora(MoeLora):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        weights = inputs[5]
-        MoeLora.setup_context(ctx, (*inputs[:5], weights.sqrt(), *inputs[6:]), output)
+        saved_inputs = _Inputs(*inputs[:_NUM_INPUTS])
+        saved_inputs = saved_inputs._replace(weights=saved_inputs.weights.sqrt())
+        MoeLora.setup_context(ctx, (*saved_inputs, *inputs[_NUM_INPUTS:]), output)
 
 
 def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
@@ -169,8 +247,8 @@ def run(
     """
     n, first = len(linears), linears[0]
     if n > 1:
-        absent = [tensor is None for tensor in first]
-        if any([[tensor is None for tensor in s] != absent for s in linears]):
+        is_missing = [tensor is None for tensor in first]
+        if any([[tensor is None for tensor in s] != is_missing for s in linears]):
             names = [_field_names(linear) for linear in linears]
             raise ValueError(f"siblings: expected the same tensors for every linear, got {names}")
     if not torch.is_grad_enabled():
@@ -184,7 +262,8 @@ def run(
     inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
     outputs = _call(function)(*inputs)
     if gate is None:
-        gate = mixture.router_gate(*outputs[n + 1 : n + 4])
+        result = LayerForward([], *outputs[n:])
+        gate = mixture.router_gate(result.weights, result.experts, result.logits)
     return LayerOutput([*outputs[:n]], gate)
 
 
@@ -194,8 +273,9 @@ def _call(function: type[MoeLora]):
         return function.apply
     if torch.compiler.is_compiling():
         return _compiled(function)
-    # `Function.apply` looks for functorch transforms and binds its inputs to a signature on every
-    # call. For small layers that takes longer than the products, so it is skipped.
+    # `Function.apply` is a Python method that looks for functorch transforms, binds the inputs to a
+    # signature, and then calls the `apply` of its base class, which is in C++. For small layers the
+    # Python part takes longer than the products, so the `apply` of the base class is called.
     return super(torch.autograd.Function, function).apply
 
 

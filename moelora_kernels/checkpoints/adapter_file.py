@@ -99,13 +99,14 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
 
 def _portable_keys(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return `state` with the keys of `names`, if they differ in the children of wrappers only."""
-    by_core: dict[str, list[str]] = {}
+    """Return `state` with a name in place of each key that differs only by children of wrappers."""
+    by_core: dict[str | None, list[str]] = {}
     for name in names:
-        by_core.setdefault(without_wrapped(name), []).append(name)
+        by_core.setdefault(without_wrapped(name, keep_module=False), []).append(name)
     result = dict(state)
     for key in state:
-        candidates = by_core.get(without_wrapped(key), []) if isinstance(key, str) else []
+        core = without_wrapped(key, keep_module=False) if isinstance(key, str) else None
+        candidates = by_core.get(core, [])
         if len(candidates) == 1 and candidates[0] not in result:
             result[candidates[0]] = result.pop(key)
     return result

@@ -25,7 +25,7 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
-from moelora_kernels.nn.wrappers import named_modules
+from moelora_kernels.nn.wrappers import named_modules, without_wrapped
 
 
 class MissingBase(nn.Module):
@@ -89,15 +89,18 @@ def build(description: dict[str, Any]) -> nn.Module:
             "Call peft_model.save_pretrained(FOLDER) and export FOLDER"
         )
     for entry in description["layers"]:
-        name, options = entry["names"][0], description["configs"][entry["config"]]
+        # A file of an earlier version has the names of the model with its wrappers.
+        names = [without_wrapped(name, keep_module=True) for name in entry["names"]]
+        name, options = names[0], description["configs"][entry["config"]]
         if problem := _export_problem(entry["type"], options):
             problems.append(f"{name}: {problem}")
             continue
         config = MoeLoraConfig.from_dict({**options, "adapter_dtype": entry["dtype"]})
         base = MissingBase(entry["in_features"], entry["out_features"])
         layer = layers[name] = MoeLoraLinear.from_linear(base, config)
-        layer.router = layers.get(entry["router"], layer).router
-        for layer_name in entry["names"]:
+        router_owner = without_wrapped(entry["router"], keep_module=True)
+        layer.router = layers.get(router_owner, layer).router
+        for layer_name in names:
             if not layer_name:
                 return layer
             _add(model, layer_name, layer)

@@ -23,6 +23,7 @@ from moelora_kernels.checkpoints import load_adapter_state_dict, load_moelora_pe
 from moelora_kernels.checkpoints.description import build
 from moelora_kernels.checkpoints.files import read
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.wrappers import without_wrapped
 
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.moelora_(experts|router)(?:_(.+))?\.([^.]+)$")
 _ORIGINAL_KEY = re.compile(
@@ -69,6 +70,8 @@ def _describe_peft(
                 f"{key}: expected a tensor of an adapter layer; a LoRA cannot store other tensors"
             )
         name, part, path, leaf = match.groups()
+        # PEFT keeps the children of wrappers in its names (get_peft_model of a compiled model).
+        name = without_wrapped(name, keep_module=True)
         if part == "router":
             routed.append(name)
             leaf = f"router.{path.replace('_', '.')}.{leaf}" if path else f"router.{leaf}"

@@ -92,9 +92,9 @@ def grouped_expand_kernel(
     if has_work:
         local_expert = expert - sibling * E
         positions, positions_in, pairs, tokens = load_pairs(order_ptr, first, end, S, BLOCK_P)
-        rows = tokens
+        y_rows = tokens
         if PER_PAIR:
-            rows = pairs.to(tl.int64)
+            y_rows = pairs.to(tl.int64)
         else:
             positions_in = positions_in & (pairs % S == slot)
         in_bounds = positions_in[:, None] & (o < O)[None, :]
@@ -119,14 +119,14 @@ def grouped_expand_kernel(
             if DROPOUT > 0:
                 stream = local_expert if PER_EXPERT else local_expert * 0
                 seed = tl.load(seed_ptr)
-                kept = keep_tile(seed, stream, rows, first_o, O, DROPOUT, ALIGNED, BLOCK_O)
+                kept = keep_tile(seed, stream, y_rows, first_o, O, DROPOUT, ALIGNED, BLOCK_O)
                 y = tl.where(kept, y * dropout_scale, 0.0)
 
         # Add the start and store.
         if start_ptr is not None:
             offsets = tokens[:, None] * stride_start + o[None, :]
             y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        address = y_ptr + rows[:, None] * O + o[None, :]
+        address = y_ptr + y_rows[:, None] * O + o[None, :]
         tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
 
 

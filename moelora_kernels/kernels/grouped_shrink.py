@@ -71,7 +71,9 @@ def grouped_shrink_kernel(
     sibling = expert // E
     local_expert = expert % E
     start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
-    positions, positions_in, pairs, rows = load_pairs(order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P)
+    positions, positions_in, pairs, x_rows = load_pairs(
+        order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P
+    )
     a_ptr = select_from(a_ptrs, sibling)
     a_rows = (start + columns).to(tl.int64)
 
@@ -83,10 +85,10 @@ def grouped_shrink_kernel(
             stream = local_expert if PER_EXPERT else local_expert * 0
         for first_i in range(0, I, BLOCK_I):
             i = first_i + tl.arange(0, BLOCK_I)
-            x = load_rows(x_ptr, stride_x, rows, i, positions_in, i < I)  # [BLOCK_P, BLOCK_I]
+            x = load_rows(x_ptr, stride_x, x_rows, i, positions_in, i < I)  # [BLOCK_P, BLOCK_I]
             a = load_transposed(a_ptr, I, a_rows, i, columns < rank, i < I)
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, rows, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
+                kept = keep_tile(seed, stream, x_rows, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             h = product(x, a, h, UPCAST)
     h = (h * dropout_scale).to(h_ptr.dtype.element_ty)

@@ -70,7 +70,9 @@ def grouped_shrink_backward_kernel(
     sibling = expert // E
     local_expert = expert % E
     start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
-    positions, positions_in, pairs, rows = load_pairs(order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P)
+    positions, positions_in, pairs, dy_rows = load_pairs(
+        order_ptr, first, end, PAIRS_PER_ROW, BLOCK_P
+    )
     dy_ptr = select_from(dy_ptrs, sibling)
     stride = select_from(stride_dy, sibling)
     b_ptr = select_from(b_ptrs, sibling) + start
@@ -91,7 +93,9 @@ def grouped_shrink_backward_kernel(
         if expert < n * E:
             for first_o in range(0, O, BLOCK_O):
                 o = first_o + tl.arange(0, BLOCK_O)
-                dy = load_rows(dy_ptr, stride, rows, o, positions_in, o < O)  # [BLOCK_P, BLOCK_O]
+                dy = load_rows(
+                    dy_ptr, stride, dy_rows, o, positions_in, o < O
+                )  # [BLOCK_P, BLOCK_O]
                 b = load_rows(b_ptr, R, o, columns, o < O, columns < rank)
                 du = product(dy, b, du, UPCAST)
 

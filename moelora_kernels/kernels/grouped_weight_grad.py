@@ -169,15 +169,16 @@ def grouped_weight_grad_kernel(
         # Sum over the pairs of the range.
         total = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
         for position in range(first, end, BLOCK_P):
-            positions, positions_in, _, rows = load_pairs(
+            positions, positions_in, _, wide_rows = load_pairs(
                 order_ptr, position, end, PAIRS_PER_ROW, BLOCK_P
             )
-            wide = load_rows(wide_ptr, stride, rows, w, positions_in, w_in)  # [BLOCK_P, BLOCK_W]
+            # [BLOCK_P, BLOCK_W]
+            wide = load_rows(wide_ptr, stride, wide_rows, w, positions_in, w_in)
             narrow = load_rows(
                 narrow_ptr, MAX_RANK, positions, columns, positions_in, columns_in
             )  # [BLOCK_P, BLOCK_R]
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, rows, first_w, W, DROPOUT, ALIGNED, BLOCK_W)
+                kept = keep_tile(seed, stream, wide_rows, first_w, W, DROPOUT, ALIGNED, BLOCK_W)
                 wide = tl.where(kept, wide, 0.0).to(wide.dtype)
             total = product(tl.trans(wide), narrow, total, UPCAST)
         total *= dropout_scale
@@ -254,7 +255,7 @@ def sum_pairs(
 ) -> None:
     """Fill `outputs` n x [W_i, R], which have the same strides, with the sums of all experts.
 
-    wide n x [rows, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
+    wide n x [P / PAIRS_PER_ROW, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
     """
     order, offsets, _, chunks = routing
     P, N = order.shape[0], len(offsets) - 1
@@ -356,7 +357,7 @@ def launch(
     db = [new((g.shape[1], R), dtype=lora_dtype) for g in dy]
     if routing.order.shape[0] == 0:
         return da, db
-    da_by_sibling = [rows.t() for rows in da.split(R)]
+    da_by_sibling = [da_i.t() for da_i in da.split(R)]
     sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, dropout)
     sum_pairs(dy, u, db, routing, ranks, NO_DROPOUT)
     return da, db

@@ -184,8 +184,8 @@ class LoraLayer(MixtureLayer):
         top_k = config.top_k or config.num_experts
         self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
         device, dtype = adapter_device_dtype(base, config)
-        rows = ranks[0] if config.share == "A" else sum(ranks)
-        self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+        a_rows = ranks[0] if config.share == "A" else sum(ranks)
+        self.lora_A = nn.Parameter(torch.empty(a_rows, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(
             torch.empty(out_features, sum(ranks), device=device, dtype=dtype)
         )

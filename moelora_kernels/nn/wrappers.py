@@ -43,9 +43,12 @@ def wrapped_child(module: nn.Module) -> str | None:
     return None
 
 
-def without_wrapped(name: str) -> str:
-    """Return a dotted name of a file without every part that is the name of a wrapped child."""
-    wrapped = {child for _, _, child in WRAPPERS}
+def without_wrapped(name: str, *, keep_module: bool) -> str:
+    """Return a dotted name of a file without every part that is the name of a wrapped child.
+
+    keep_module: whether to keep "module", which may also be a child of the model itself.
+    """
+    wrapped = {child for _, _, child in WRAPPERS if not (keep_module and child == "module")}
     return ".".join(part for part in name.split(".") if part not in wrapped)
 
 

@@ -1,4 +1,4 @@
-"""Shrink to rank space and gate there: the first op of a forward and of a backward."""
+"""Shrink to rank space and gate there: the first op of the wide form's forward and backward."""
 
 from __future__ import annotations
 
@@ -87,18 +87,21 @@ def shrink_gate(
     mixture: Mixture,
     dropout: Dropout = NO_DROPOUT,
 ) -> Shrunk:
-    """Compute h and u of n siblings in one read of x; with linear routers also the gate.
+    """Compute h and u of n siblings, and with linear routers also the gate.
 
         h = dropout(x) At               without the gate
         u = scale * gate (.) h          zero if the gate is zero, even if h is NaN
         logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
 
+    x is read once for all siblings, experts and routers; with a dropout mask per expert it is read
+    once for every expert.
+
     Args:
         x: [T, I].
         lora_a: n x [R, I]; with mixture.share_a n x [r, I].
         router: n linear routers, or `NO_ROUTER` if `gate` is passed.
-        gate: the gate of every token; None if the routers compute it.
-        mixture: the static options; top_k is K of the routers, 0 if `gate` is passed.
+        gate: the gate of every token, whose logits are not read; None if the routers compute it.
+        mixture: the static options; router_top_k is 0 if `gate` is passed.
         dropout: applied to x before A. The routers read x without dropout.
 
     Returns:
@@ -126,8 +129,9 @@ def shrink_gate_backward(
         lora_b: n x [O_i, R].
         h: the h that `shrink_gate` returned.
         gate: the gate that was passed to `shrink_gate`, or that its routers computed. Its logits
-            are read only if mixture.renormalize is False.
-        dlogits: [T, n E], the gradient of the logits from auxiliary losses, or None.
+            are read only if the routers computed it and mixture.renormalize is False.
+        dlogits: [T, n E], the gradient that the routers' logits get from other users, such as
+            auxiliary losses; or None. None if a gate was passed.
         mixture: as in the forward.
 
     Returns:

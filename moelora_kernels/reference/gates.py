@@ -116,7 +116,9 @@ def topk_gate_backward(
 def dense_gate(
     gate: Gate, tokens: int, siblings: int, num_experts: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the gate of every token and expert, [T, n, E]; zero if a token is not routed to it.
+    """Return a dense or sparse gate as the gate of every token and expert, [T, n, E].
+
+    It is zero if the token is not routed to the expert.
 
     Dense gate: row rows[t] of weights [G, n E] for token t. Without rows, G is T or 1. A row
     outside [0, G) gates with zero. Sparse gate: weights and experts [T, n K]. An expert outside
@@ -137,7 +139,10 @@ def dense_gate(
 
 
 def dense_gate_backward(dgate: Tensor, gate: Gate) -> Tensor:
-    """Return the gradient of gate.weights, in their shape, from dgate [T, n, E]."""
+    """Return the gradient of gate.weights from dgate [T, n, E].
+
+    It has the shape of the weights: [G, n E] for a dense gate, [T, n K] for a sparse one.
+    """
     tokens, siblings, num_experts = dgate.shape
     weights, experts, rows, _ = gate
     if experts is not None:

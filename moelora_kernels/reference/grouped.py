@@ -2,7 +2,7 @@
 
 Each function is the specification of the op of its name. `moelora_kernels.ops` describes the
 arguments, and `types.Routing` the routing arrays. A matrix has a row for every token (T rows) or
-for every pair (P = T S rows); pair p reads row p // (P / rows).
+for every pair (P = T S rows); pair p reads row p // (P / number of rows).
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _expert_of_position(routing: Routing) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), position, right=True)
 
 
-def _row_of_position(routing: Routing, rows: int) -> Tensor:
+def _row_of_position(routing: Routing, num_rows: int) -> Tensor:
     """Return the row of every sorted position in a matrix with a row per token or per pair."""
     order = routing.order
-    return order.long() // max(order.numel() // max(rows, 1), 1)
+    return order.long() // max(order.numel() // max(num_rows, 1), 1)
 
 
 def _scale_of_position(
@@ -100,12 +100,12 @@ def _experts(
             yield (first_sibling + i) * len(ranks) + e, i, columns
 
 
-def _dropped(x: Tensor, drop: Dropout, expert: int) -> Tensor:
+def _dropped(x: Tensor, dropout: Dropout, expert: int) -> Tensor:
     """Return x after the dropout for `expert` (0 to E - 1), in the compute dtype."""
-    if drop.p == 0.0:
+    if dropout.p == 0.0:
         return x.to(compute_dtype(x))
-    stream = expert if drop.per_expert else 0
-    return drop_elements(x, drop, stream).to(compute_dtype(x))
+    stream = expert if dropout.per_expert else 0
+    return drop_elements(x, dropout, stream).to(compute_dtype(x))
 
 
 def grouped_shrink(
@@ -115,7 +115,7 @@ def grouped_shrink(
     routing: Routing,
     ranks: Sequence[int],
     scaling: Sequence[float],
-    drop: Dropout = NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
     """Compute h and u of every routed pair, in the order of sorted positions.
 
@@ -130,8 +130,8 @@ def grouped_shrink(
     expert = _expert_of_position(routing)
     row = _row_of_position(routing, x.shape[0])
     h = x.new_zeros((row.numel(), widest), dtype=dtype)
-    for e, i, rows in _experts(lora_a, ranks):
-        product = _dropped(x, drop, e % len(ranks))[row] @ lora_a[i][rows].to(dtype).t()
+    for e, i, block in _experts(lora_a, ranks):
+        product = _dropped(x, dropout, e % len(ranks))[row] @ lora_a[i][block].to(dtype).t()
         padded = pad(product, (0, widest - product.shape[1]))
         h = torch.where((expert == e)[:, None], padded, h)
     h = h.to(x.dtype)
@@ -147,7 +147,7 @@ def grouped_expand(
     start: Tensor | None,
     routing: Routing,
     ranks: Sequence[int],
-    drop: Dropout = NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
     tokens: int = 0,
     first_sibling: int = 0,
     per_pair: bool = False,
@@ -165,14 +165,14 @@ def grouped_expand(
     """
     dtype, pairs = compute_dtype(u), routing.order.numel()
     expert = _expert_of_position(routing)
-    outputs, rows = matrices[0].shape[0], pairs if per_pair else tokens
+    outputs, num_rows = matrices[0].shape[0], pairs if per_pair else tokens
     terms = u.new_zeros((pairs, outputs), dtype=dtype)
-    row = _row_of_position(routing, rows)
+    row = _row_of_position(routing, num_rows)
     for e, i, columns in _experts(matrices, ranks, first_sibling):
         u_e = u[:, : columns.stop - columns.start].to(dtype)
         product = u_e @ matrices[i][:, columns].to(dtype).t()
-        if drop.p > 0.0:
-            mask = _dropped(product.new_ones((rows, outputs)), drop, e % len(ranks))
+        if dropout.p > 0.0:
+            mask = _dropped(product.new_ones((num_rows, outputs)), dropout, e % len(ranks))
             product = product * mask[row]
         terms = torch.where((expert == e)[:, None], product, terms)
     by_pair = torch.zeros_like(terms)
@@ -239,7 +239,7 @@ def grouped_weight_grad(
     u: Tensor,
     routing: Routing,
     ranks: Sequence[int],
-    drop: Dropout,
+    dropout: Dropout,
     lora_dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute dA and dB of every expert; exact zeros for an expert without pairs.
@@ -256,12 +256,12 @@ def grouped_weight_grad(
     db: list[list[Tensor]] = [[] for _ in dy]
     for e, i, columns in _experts(dy, ranks):
         in_expert, rank = (expert == e)[:, None], columns.stop - columns.start
-        x_e = torch.where(in_expert, _dropped(x, drop, e % len(ranks))[row], 0)
+        x_e = torch.where(in_expert, _dropped(x, dropout, e % len(ranks))[row], 0)
         dh_e = torch.where(in_expert, dh[:, :rank].to(dtype), 0)
         da.append(dh_e.t() @ x_e)
         u_e = torch.where(in_expert, u[:, :rank].to(dtype), 0)
-        rows = dy[i].to(dtype)[_row_of_position(routing, dy[i].shape[0])]
-        db[i].append(torch.where(in_expert, rows, 0).t() @ u_e)
+        dy_of_pairs = dy[i].to(dtype)[_row_of_position(routing, dy[i].shape[0])]
+        db[i].append(torch.where(in_expert, dy_of_pairs, 0).t() @ u_e)
     return (
         torch.cat(da).to(lora_dtype),
         [torch.cat(columns, dim=1).to(lora_dtype) for columns in db],

@@ -42,7 +42,7 @@ def shrink_gate(
     router: RouterTensors,
     gate: Gate | None,
     mixture: Mixture,
-    drop: Dropout = NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Shrunk:
     """Compute h and u of n siblings, and with linear routers the gate.
 
@@ -50,7 +50,8 @@ def shrink_gate(
         u = scale * gate (.) h          zero if the gate is zero, even if h is NaN
         logits = x Wrt + br             float32; then `topk_gate` of each sibling's E columns
 
-    x [T, I]; lora_a n x [R, I], with share_a n x [r, I]; router n x [E, I] and n x [E], or empty.
+    x [T, I]; lora_a n x [R, I], with share_a n x [r, I]; router n x [E, I] and n x [E], or empty;
+    gate: None if the routers compute it.
     Returns h [T, n R] ([T, n r]) and u [T, n R] in x's dtype; weights [T, n K] and logits
     [T, n E] in the compute dtype; experts [T, n K] int32. experts is empty if K = E. All three are
     empty if a gate is passed.
@@ -58,7 +59,7 @@ def shrink_gate(
     dtype, n, E, T = compute_dtype(x), len(lora_a), len(mixture.ranks), x.shape[0]
     # x is converted only once, so that autograd rounds the gradient of x only once.
     converted_x = x.to(dtype)
-    h = _shrink(x, converted_x, lora_a, mixture.ranks, drop).to(x.dtype)
+    h = _shrink(x, converted_x, lora_a, mixture.ranks, dropout).to(x.dtype)
 
     weights, logits = absent(x, dtype), absent(x, dtype)
     experts = absent(x, torch.int32)
@@ -77,39 +78,40 @@ def shrink_gate(
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
     # 0 * NaN is NaN, so a value of h that is not finite is replaced if its gate is zero. Finite
-    # values stay, because the gradient <du, h> of a zero gate needs them.
+    # values stay, because autograd differentiates this product: the gradient <du, h> of a zero gate
+    # needs h. `shrink_gate_backward` is not differentiated: there u is zero if the gate is.
     selected = torch.where((by_rank == 0) & ~h_of_ranks.isfinite(), 0, h_of_ranks)
     u = (by_rank * selected).flatten(1).to(x.dtype)
     return Shrunk(h, u, weights, experts, logits)
 
 
 def _shrink(
-    x: Tensor, converted_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], drop: Dropout
+    x: Tensor, converted_x: Tensor, lora_a: Sequence[Tensor], ranks: Sequence[int], dropout: Dropout
 ) -> Tensor:
     """Return dropout(x) At of all siblings, [T, n R] or [T, n r], in the compute dtype.
 
     converted_x: x in the compute dtype.
     """
     dtype = converted_x.dtype
-    if drop.p > 0.0 and drop.per_expert:
-        per_expert = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
+    if dropout.p > 0.0 and dropout.per_expert:
+        per_expert = [drop_elements(x, dropout, e).to(dtype) for e in range(len(ranks))]
         products = [
-            per_expert[e] @ a[rows].to(dtype).t()
+            per_expert[e] @ a[block].to(dtype).t()
             for a in lora_a
-            for e, rows in enumerate(blocks(ranks))
+            for e, block in enumerate(blocks(ranks))
         ]
     else:
-        dropped = drop_elements(x, drop).to(dtype) if drop.p > 0.0 else converted_x
+        dropped = drop_elements(x, dropout).to(dtype) if dropout.p > 0.0 else converted_x
         products = [dropped @ a.to(dtype).t() for a in lora_a]
     return torch.cat(products, dim=1)
 
 
 def _logits(x: Tensor, router: RouterTensors) -> Tensor:
     """Return the logits of n routers, [T, n E], in x's dtype."""
-    bias = router.bias if len(router.bias) else [None] * len(router.weight)
+    biases = router.bias if len(router.bias) else [None] * len(router.weight)
     products = [
-        linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
-        for w, b in zip(router.weight, bias, strict=True)
+        linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for weight, bias in zip(router.weight, biases, strict=True)
     ]
     return torch.cat(products, dim=1)
 
@@ -136,11 +138,10 @@ def shrink_gate_backward(
 
     dy n x [T, O_i]; lora_b n x [O_i, R]; h [T, n R]; dlogits [T, n E] or None. gate.logits is read
     only without renormalize. Returns dh and u in h's dtype, and dgate in the compute dtype. If
-    top_k is 0, dgate is the gradient of gate.weights. Otherwise it is the gradient of the logits,
-    [T, n E], with dlogits added.
+    router_top_k is 0, dgate is the gradient of gate.weights. Otherwise it is the gradient of the
+    logits, [T, n E], with dlogits added.
     """
     dtype, n, T, E = compute_dtype(h), len(dy), h.shape[0], len(mixture.ranks)
-    assert gate is not None
     by_rank = rank_gate(dense_gate(gate, T, n, E, dtype), mixture.ranks, mixture.scaling)
     h_of_ranks = _per_rank(h.to(dtype), n, mixture)
     u = torch.where(by_rank == 0, 0, by_rank * h_of_ranks).flatten(1).to(h.dtype)
@@ -160,15 +161,15 @@ def shrink_gate_backward(
         ],
         dim=2,
     )
-    if mixture.router_top_k == 0:
-        return ShrunkGrads(dh, u, dense_gate_backward(dgate, gate))
     dweights = dense_gate_backward(dgate, gate)
-    router_dlogits = _topk_gate_backward(dweights, gate, n, mixture)
+    if mixture.router_top_k == 0:
+        return ShrunkGrads(dh, u, dweights)
+    router_dlogits = _router_dlogits(dweights, gate, n, mixture)
     return ShrunkGrads(dh, u, router_dlogits if dlogits is None else router_dlogits + dlogits)
 
 
-def _topk_gate_backward(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) -> Tensor:
-    """Return the gradient of n routers' logits, [T, n E], from that of the weights [T, n K]."""
+def _router_dlogits(dweights: Tensor, gate: Gate, n: int, mixture: Mixture) -> Tensor:
+    """Apply `topk_gate_backward` to n routers: dlogits [T, n E] from dweights [T, n K]."""
     T, E, K = dweights.shape[0], len(mixture.ranks), mixture.router_top_k
     experts = gate.experts
     if experts is None:
@@ -194,7 +195,7 @@ def shrink_dx(
     lora_a: Sequence[Tensor],
     router_weight: Sequence[Tensor],
     ranks: Sequence[int],
-    drop: Dropout = NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
     """Compute dropout(dh A) + dlogits Wr, summed over the n siblings.
 
@@ -206,17 +207,17 @@ def shrink_dx(
         (columns, a.to(dtype))
         for columns, a in zip(dh.to(dtype).chunk(len(lora_a), dim=1), lora_a, strict=True)
     ]
-    if drop.p > 0.0 and drop.per_expert:
+    if dropout.p > 0.0 and dropout.per_expert:
         terms = [
-            drop_elements(columns[:, c] @ a[c], drop, e)
+            drop_elements(columns[:, c] @ a[c], dropout, e)
             for columns, a in pairs
             for e, c in enumerate(blocks(ranks))
         ]
         dx = torch.stack(terms).sum(dim=0)
     else:
         dx = torch.stack([columns @ a for columns, a in pairs]).sum(dim=0)
-        if drop.p > 0.0:
-            dx = drop_elements(dx, drop)
+        if dropout.p > 0.0:
+            dx = drop_elements(dx, dropout)
     if dlogits is not None:
         dx = dx + dlogits.to(dtype) @ torch.cat([w.to(dtype) for w in router_weight])
     return dx.to(dh.dtype)
@@ -229,7 +230,7 @@ def weight_grad(
     dy: Sequence[Tensor],
     u: Tensor,
     ranks: Sequence[int],
-    drop: Dropout,
+    dropout: Dropout,
     lora_dtype: torch.dtype,
     router_dtype: torch.dtype,
 ) -> WeightGrads:
@@ -239,16 +240,17 @@ def weight_grad(
         dWr = dlogits^T x           [n E, I]        dbr = sum_t dlogits     [n E]
 
     x [T, I]; dh [T, n R]; dlogits [T, n E], or None: dWr and dbr are then empty; dy n x [T, O_i];
-    u [T, n R].
+    u [T, n R]. Returns dA and dB in lora_dtype, dWr and dbr in router_dtype: the dtypes of A and of
+    the routers.
     """
     dtype, n = compute_dtype(x), len(dy)
     dh_t = dh.to(dtype).t()
-    if drop.p > 0.0 and drop.per_expert:
-        dropped = [drop_elements(x, drop, e).to(dtype) for e in range(len(ranks))]
-        row_blocks = dh_t.split([*ranks] * n)
-        da = torch.cat([rows @ dropped[i % len(ranks)] for i, rows in enumerate(row_blocks)])
+    if dropout.p > 0.0 and dropout.per_expert:
+        dropped = [drop_elements(x, dropout, e).to(dtype) for e in range(len(ranks))]
+        dh_of_experts = dh_t.split([*ranks] * n)
+        da = torch.cat([dh_e @ dropped[e % len(ranks)] for e, dh_e in enumerate(dh_of_experts)])
     else:
-        da = dh_t @ (drop_elements(x, drop) if drop.p > 0.0 else x).to(dtype)
+        da = dh_t @ (drop_elements(x, dropout) if dropout.p > 0.0 else x).to(dtype)
     drouter, dbias = absent(x, router_dtype), absent(x, router_dtype)
     if dlogits is not None:
         drouter = (dlogits.to(dtype).t() @ x.to(dtype)).to(router_dtype)
@@ -265,7 +267,7 @@ def wide(
     tensors: SiblingTensors,
     gate: Gate | None,
     mixture: Mixture,
-    drop: Dropout = NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
 ) -> LayerForward:
     """Compute a layer of n siblings: y_i = x Wt_i + b_i + u_i Bt_i. Autograd differentiates it.
 
@@ -276,14 +278,14 @@ def wide(
     dtype = compute_dtype(x)
     weight, bias, base_output, lora_a, lora_b, router_weight, router_bias = tensors
     h, u, weights, experts, logits = shrink_gate(
-        x, lora_a, RouterTensors(router_weight, router_bias), gate, mixture, drop
+        x, lora_a, RouterTensors(router_weight, router_bias), gate, mixture, dropout
     )
     y = []
-    for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
+    for i, (u_i, lora_b_i) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
         if base_output:
             base = base_output[i].to(dtype)
         else:
             base = x.to(dtype) @ weight[i].to(dtype).t() + (bias[i].to(dtype) if bias else 0)
-        result = base + u_i.to(dtype) @ b.to(dtype).t()
+        result = base + u_i.to(dtype) @ lora_b_i.to(dtype).t()
         y.append(result.to((base_output[i] if base_output else x).dtype))
     return LayerForward(y, h, weights, experts, logits)

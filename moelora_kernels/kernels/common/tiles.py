@@ -30,8 +30,8 @@ def load_pairs(order_ptr, first, end, PAIRS_PER_ROW: tl.constexpr, BLOCK_P: tl.c
     positions = first + tl.arange(0, BLOCK_P)
     positions_in = positions < end
     pairs = tl.load(order_ptr + positions, mask=positions_in, other=0)
-    rows = (pairs // PAIRS_PER_ROW).to(tl.int64)
-    return positions, positions_in, pairs, rows
+    matrix_rows = (pairs // PAIRS_PER_ROW).to(tl.int64)
+    return positions, positions_in, pairs, matrix_rows
 
 
 @triton.jit

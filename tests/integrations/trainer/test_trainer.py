@@ -325,3 +325,33 @@ def test_a_trainer_with_model_init(tmp_path):
     loop(clone, in_steps(batches_of(trainer), 1))
     assert_same_adapters(trainer.model, clone, **CLOSE)
     assert len(callback.load) == 4
+
+
+def test_a_copy_of_an_attached_model_has_no_trainer(tmp_path):
+    """Its hooks set the tasks that it is called with, and change no tasks of the model."""
+    model = make_model("moelora")
+    trainer = make_trainer(model, tmp_path)
+    trainer.train()
+    clone = copy.deepcopy(model)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    before = model.model.layers[0].self_attn.q_proj.current_task_ids().clone()
+    clone(ids, task_ids=torch.tensor([4, 5]))
+    assert clone.model.layers[0].self_attn.q_proj.current_task_ids().tolist() == [4, 5]
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.current_task_ids(), before)
+
+
+def test_two_trainers_train_one_model(tmp_path):
+    """Each has its task column, and logs the load of its own steps."""
+    model, clone = make_model("moelora"), make_model("moelora")
+    loads = []
+    for column in ("task_ids", "job"):
+        samples = make_samples()
+        for sample in samples:
+            sample[column] = sample.pop("task_ids")
+        trainer = make_trainer(model, tmp_path, samples, attached=False)
+        callback = attach(trainer, task_column=column)
+        trainer.train()
+        loads.append(callback.load)
+        loop(clone, in_steps(batches_of(trainer), 1))
+        assert_same_adapters(model, clone, **CLOSE)
+    assert not any(torch.equal(loads[0][name], loads[1][name]) for name in loads[0])
