@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moelora_kernels.nn.base_linear import is_plain_linear
+from moelora_kernels.nn.ffn import PROJECTIONS
 from moelora_kernels.nn.gradient_reasons import LayerStep, gradient_reasons
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
@@ -243,8 +244,7 @@ def _watched(model: nn.Module, steps: Mapping[nn.Module, LayerStep]) -> Iterator
         handles.append(layer.register_forward_hook(_note_output(step)))
         layer.record.is_on = True
         layer.record.on_call = _note_call(step)
-        base = getattr(layer, "base_layer", None)
-        if base is not None and base not in steps and not is_plain_linear(base):
+        for base in _called_bases(layer):
             handles.append(base.register_forward_hook(_note_base(step)))
     for module in model.modules():
         if isinstance(module, MoeLoraGroup):
@@ -279,7 +279,10 @@ def selected_experts(weights: Tensor, experts: Tensor | None, num_experts: int) 
 
 
 def _note_output(step: LayerStep) -> Callable[[nn.Module, tuple, Tensor], None]:
-    def note_gradient(gradient: Tensor) -> None:
+    def note_gradient(gradient: Tensor | None) -> None:
+        # None: the output of a sibling reached the loss, and this one did not.
+        if gradient is None:
+            return
         step.is_reached = True
         step.is_nonzero = step.is_nonzero or bool(gradient.any())
 
@@ -299,6 +302,19 @@ def _note_group(siblings: list[LayerStep]) -> Callable[[nn.Module, tuple, tuple]
             note_output(step.layer, args, output)
 
     return note
+
+
+def _called_bases(layer: MixtureLayer) -> list[nn.Module]:
+    """Return the frozen modules that a layer calls, except linears that certainly have gradients.
+
+    A hook on a plain nn.Linear would change how a layer runs it.
+    """
+    bases = [getattr(layer, name, None) for name in ("base_layer", *PROJECTIONS)]
+    return [
+        base
+        for base in bases
+        if not (base is None or is_plain_linear(base) or isinstance(base, MixtureLayer))
+    ]
 
 
 def _note_base(step: LayerStep) -> Callable[[nn.Module, tuple, Any], None]:

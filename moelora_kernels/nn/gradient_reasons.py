@@ -83,7 +83,7 @@ def gradient_reasons(
     reasons: dict[int, list[tuple[str, bool]]] = {}
     for step in steps:
         for name, parameter in own_parameters(step.layer):
-            names.setdefault(id(parameter), f"{step.name}.{name}")
+            names.setdefault(id(parameter), f"{step.name}.{name}".lstrip("."))
             gradient = gradients.get(id(parameter))
             if isinstance(gradient, Tensor):
                 if not gradient.isfinite().all():
