@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import check_input, float_weight
+from moelora_kernels.nn.base_linear import check_adapters, check_input, flat_rows, float_weight
 from moelora_kernels.nn.forward import keep_routing, siblings_gate
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
@@ -108,17 +108,18 @@ class MoeLoraAdapter(LoraLayer):
         """
         config = self.config
         check_input(x, self.in_features, gates, config.router)
+        check_adapters(self.lora_A, x)
         z = self.base_layer(x)
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
-        tokens = x.reshape(-1, self.in_features).to(active_dtype(x))
+        tokens = flat_rows(x).to(active_dtype(x))
         gate = siblings_gate((self,), x, tokens, gates)
         keep_routing(self, gate, x.shape[:-1])
         mixture, count = self.mixture, tokens.shape[0]
         dense = dense_gate(gate, count, 1, len(mixture.ranks), compute_dtype(tokens))
         # [T, R]: scale * gate, repeated over the ranks of each expert.
         factors = rank_gate(dense, mixture.ranks, mixture.scaling)[:, 0]
-        flat = z.reshape(-1, self.in_features)
+        flat = flat_rows(z)
         h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
         activated = ACTIVATIONS[config.rank_activation](h.to(factors.dtype))
         # `where` and not a product alone, so that a NaN of an expert with gate 0 does not spread.

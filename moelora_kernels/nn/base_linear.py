@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -94,12 +95,46 @@ def check_input(
     x: Tensor, features: int, gates: Tensor | None, router: str | nn.Module | None
 ) -> None:
     """Raise unless x is a float tensor [..., features] and gates are None or allowed."""
+    if problem := tensor_problem(x):
+        raise TypeError(f"x: expected a tensor [..., {features}], got {problem}")
     if x.dim() < 1 or x.shape[-1] != features:
         raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a float dtype, got {x.dtype}")
     if gates is not None and router != "external":
         raise ValueError(f"gates: only router='external' takes gates, got {router!r}")
+
+
+def tensor_problem(x: object) -> str | None:
+    """Return what x is, and what to pass instead, if no layer can read it; None for a tensor.
+
+    A sparse COO tensor can be read; nn.Linear reads it too.
+    """
+    if not isinstance(x, Tensor):
+        hint = "; use torch.export.export" if isinstance(x, torch.fx.Proxy) else ""
+        return f"{type(x)}{hint}"
+    if x.is_nested:
+        return "a nested tensor; pass its values() if it is jagged, or x.to_padded_tensor(0.0)"
+    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(x):
+        return "one under torch.func.vmap; pass the whole batch: a layer takes x [..., I]"
+    if x.layout not in (torch.strided, torch.sparse_coo):
+        return f"a tensor with layout {x.layout}; pass x.to_dense()"
+    return None
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """Return x [..., I] as [T, I]."""
+    # torch cannot infer a size of -1 beside a size of 0.
+    tokens = -1 if x.shape[-1] else math.prod(x.shape[:-1])
+    return x.reshape(tokens, x.shape[-1])
+
+
+def given_input(x: Tensor | None, input: Tensor | None) -> Tensor:
+    """Return the one of `x` and `input` that was passed; nn.Linear names its argument `input`."""
+    # torch.fx passes a Proxy for both. `check_input` then refuses x.
+    if (x is None) == (input is None) and not isinstance(x, torch.fx.Proxy):
+        raise TypeError("x: expected one tensor, as `x` or as `input`")
+    return input if x is None else x
 
 
 def check_adapters(adapter: Tensor, x: Tensor) -> None:
@@ -130,7 +165,7 @@ def call_base(base: nn.Module, x: Tensor, out_features: int) -> Tensor:
         raise ValueError(f"base: expected {type(base)} to return {expected}, got {[*y.shape]}")
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         _warn_without_gradient(base)
-    return y.reshape(-1, out_features)
+    return flat_rows(y)
 
 
 def _warn_without_gradient(base: nn.Module) -> None:

@@ -17,6 +17,7 @@ from moelora_kernels.nn.base_linear import (
     check_adapters,
     check_input,
     dense_weight,
+    flat_rows,
     float_weight,
     missing_size,
 )
@@ -244,9 +245,10 @@ class MoeLoraFFN(MixtureLayer):
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
         """
-        config, dtype = self.config, active_dtype(x)
+        config = self.config
         check_input(x, self.hidden_size, gates, config.router)
-        tokens = x.reshape(-1, self.hidden_size).to(dtype)
+        dtype = active_dtype(x)
+        tokens = flat_rows(x).to(dtype)
         inner = self.intermediate_size
         gate_out, up_out = (
             call_base(base, x, inner).to(dtype) for base in (self.gate_proj, self.up_proj)
@@ -359,6 +361,9 @@ def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
 def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:
     """Return bd (sum_k w_tk - 1), [T, I], or None without a bias; the base has added bd once."""
     bias = getattr(down, "bias", None)
+    if callable(bias):
+        # A linear of torch.ao.quantization has a method in place of the parameter.
+        bias = bias()
     if bias is None:
         return None
     if bias.is_meta and not weights.is_meta:

@@ -152,14 +152,18 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor) -> bool:
     # An inference tensor has no version counter, so a change of x between two calls would go
     # unnoticed. Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
     is_training = layers[0].training
-    return x.is_inference() or any(
-        [
-            layer._forward_pre_hooks
-            or "forward" in layer.__dict__
-            or layer.merged
-            or layer.training != is_training
-            for layer in layers
-        ]
+    return (
+        not isinstance(x, Tensor)
+        or x.is_inference()
+        or any(
+            [
+                layer._forward_pre_hooks
+                or "forward" in layer.__dict__
+                or layer.merged
+                or layer.training != is_training
+                for layer in layers
+            ]
+        )
     )
 
 

@@ -22,6 +22,8 @@ def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
     init="sparse"    I K // E random positions of each row (at least one) from N(0, 1 / R^2),
                      zero elsewhere
     """
+    if lora_a.numel() == 0:
+        return
     if config.init == "normal":
         lora_a.normal_(std=0.01)
     elif config.init == "sparse":

@@ -1,8 +1,8 @@
 """The base classes of the layers: MixtureLayer, and LoraLayer for experts over one base module.
 
-MixtureLayer            config, router, gate, routing record
-MoeLoraFFN            A and B for each of the three linears of an MLP
-LoraLayer             one A and one B over one base module
+MixtureLayer                config, router, gate, routing record
+MoeLoraFFN              A and B for each of the three linears of an MLP
+LoraLayer               one A and one B over one base module
 MoeLoraLinear       also merges, exports and links
 MoeLoraAdapter      an activation between A and the gate
 peft.MoeLoraExperts one adapter of a PeftModel
@@ -93,7 +93,7 @@ class MixtureLayer(nn.Module):
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
-            weights [G, E] with experts None.
+            weights [G, E] with experts None. E and K count a shared expert.
         """
         config = self.config
         logits = external = None
@@ -116,6 +116,13 @@ class MixtureLayer(nn.Module):
     def input_like(self) -> tuple[int, torch.dtype]:
         """Return the width and the dtype of an x that the layer accepts."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script calls this method.
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script is not supported; use torch.compile, or "
+            "torch.export.export"
+        )
 
     def __getstate__(self) -> dict:
         return state_without_graph(self, "external_gates")
@@ -141,9 +148,11 @@ class LoraLayer(MixtureLayer):
     Parameters: `lora_A` [R, I] ([r, I] with share="A") and `lora_B` [O, R], expert-major.
 
     Attributes:
-        mixture: the static options that `run_layer` needs.
-        fused_mixture: the same with top_k, for a forward in which the op computes the logits; None
-            if the options do not allow that.
+        mixture: the static options that `run_layer` needs. Its router_top_k is 0, because the layer
+            passes a gate.
+        fused_mixture: the same with router_top_k = K, for a forward in which the op computes the
+            logits and the gate; None if the op cannot compute a gate with these options. It is also
+            set for a router that is not linear, or None: `fuses_router` checks the router.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import missing_size
+from moelora_kernels.nn.base_linear import given_input, missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
@@ -28,7 +28,10 @@ from moelora_kernels.nn.weight_readers import note_read
 class MoeLoraLinear(LoraLayer):
     """Replace an nn.Linear by the frozen linear plus a gated mixture of LoRA experts.
 
-        y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
+        logits = router(x)
+        gate = normalize(select(score(logits / temperature)))
+        u = scale * gate (.) (dropout(x) At)
+        y = x Wt + b + u Bt
 
     Parameters, all expert-major:
         lora_A: [R, I]; [r, I] with share="A".
@@ -54,9 +57,7 @@ class MoeLoraLinear(LoraLayer):
         **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
-        ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
-            not fit the layer.
-        RuntimeError: forward runs before `set_tasks` has set the tasks of a router="task".
+        ValueError, TypeError: an option is not valid.
 
     Example:
         >>> import torch
@@ -158,9 +159,10 @@ class MoeLoraLinear(LoraLayer):
         return layer
 
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+        """Make this the layer over `base`: freeze the base, and add experts, router and record."""
         config = MoeLoraConfig.of(config, options)
         self.base_layer = base
-        # The SiblingLink that runs this layer together with its siblings; see `link_siblings`.
+        # The SiblingLink that runs this layer together with its siblings; see nn/group.py.
         self.link = None
         self.merged = False
         self.merged_task: Task | None = None
@@ -289,12 +291,24 @@ class MoeLoraLinear(LoraLayer):
         note_read(self)
         return self.merged_weight if self.merged else self.base_layer.weight
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return y [..., O] for x [..., I].
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> Tensor:
+        """Return y [..., O] for x [..., I]. `input` is another name of x, as in nn.Linear.
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
+
+        Raises:
+            ValueError, TypeError: x, gates or tasks do not fit the layer.
+            RuntimeError: router="task" and `set_tasks` has not set the tasks.
         """
+        if x is None or input is not None:
+            x = given_input(x, input)
         # A SiblingLink needs the version counter of x, which a compiled graph does not have.
         if self.link is not None and not torch.compiler.is_compiling():
             return self.link.forward(self, x, gates)

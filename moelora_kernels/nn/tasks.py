@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.base_linear import tensor_problem
+from moelora_kernels.nn.gates import external_gates
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import check_merged_task
@@ -31,8 +33,10 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             float task vectors [batch, D] for a TokenTaskRouter.
 
     Raises:
-        ValueError: no layer uses `tasks`; the model uses both gates and task vectors; an id is out
-            of range; a vector has another size; or a layer is merged with another task.
+        TypeError: `tasks` are neither numbers nor a tensor; or `model` is not a module.
+        ValueError: `tasks` are empty; no layer uses them; the model uses both gates and task
+            vectors; an id is out of range; a gate or a vector has another size; or a layer is
+            merged with another task.
 
     Example:
         >>> import torch
@@ -42,7 +46,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         >>> layer(torch.randn(2, 5, 16)).shape
         torch.Size([2, 5, 32])
     """
-    tasks = torch.as_tensor(tasks)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model)}")
+    tasks = _as_tensor(tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.merged:
             check_merged_task(layer, tasks)
@@ -64,6 +70,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             )
         for router in task_routers:
             router.check_tasks(tasks)
+        for layer in layers:
+            external_gates(tasks, layer.config.num_experts)
         for router in task_routers:
             router.hold_tasks(tasks)
         for layer in layers:
@@ -81,6 +89,28 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         # The router moved the ids to its device. Layers outside of `model` keep their own.
         layer.task_ids = layer.router.task_ids
         layer.router.layers_have_ids = True
+
+
+def _as_tensor(tasks: Tensor | Sequence[int]) -> Tensor:
+    """Return tasks as a dense tensor with at least one entry."""
+    if not isinstance(tasks, Tensor):
+        try:
+            tasks = torch.as_tensor(tasks)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                "tasks: expected a tensor or a list of numbers, with rows of one length (0 pads "
+                f"task ids), got {tasks!r}"
+            ) from error
+    if problem := tensor_problem(tasks):
+        raise TypeError(f"tasks: expected a tensor or a list of numbers, got {problem}")
+    if tasks.is_meta:
+        raise ValueError("tasks: expected a tensor with values, got one on the meta device")
+    if tasks.numel() == 0:
+        raise ValueError(f"tasks: expected at least one entry, got a tensor {[*tasks.shape]}")
+    if tasks.is_sparse:
+        tasks = tasks.to_dense()
+    small_integers = (torch.uint8, torch.int8, torch.int16)
+    return tasks.long() if tasks.dtype in small_integers else tasks
 
 
 def _selected(model: nn.Module) -> list[MixtureLayer]:

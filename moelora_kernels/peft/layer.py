@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight
+from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight, given_input
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
@@ -172,8 +172,10 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         index = running.index(adapter_name) if adapter_name in running else 0
         return self.moelora_experts[running[index - 1]] if index else self.base_layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> y [..., O]."""
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """x [..., I] -> y [..., O]; `input` is another name of x, as in nn.Linear."""
+        if x is None or input is not None:
+            x = given_input(x, input)
         if self.disable_adapters and self.merged:
             self.unmerge()
         running = self.running()

@@ -49,7 +49,7 @@ SIGNATURES = {
         "(in_features, out_features, bias=True, *, config=None, device=None, dtype=None, **options)"
     ),
     "moelora_kernels:MoeLoraLinear.export_lora": "(self, task=None)",
-    "moelora_kernels:MoeLoraLinear.forward": "(self, x, gates=None)",
+    "moelora_kernels:MoeLoraLinear.forward": "(self, x=None, gates=None, *, input=None)",
     "moelora_kernels:MoeLoraLinear.from_linear": "(linear, config=None, **options)",
     "moelora_kernels:MoeLoraLinear.from_loras": "(linear, loras, config=None, **options)",
     "moelora_kernels:MoeLoraLinear.merge": "(self, task=None)",

@@ -11,6 +11,9 @@ from moelora_kernels.numerics import is_autocast
 
 def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """Return x Wt + b in float32 (float64 for float64 x), also under autocast."""
+    if not isinstance(linear.weight, Tensor):
+        # torch.ao.quantization.quantize_dynamic replaced the nn.Linear. It computes in float32.
+        return linear(x.float())
     return float32_product(x, linear.weight, linear.bias)
 
 

@@ -72,7 +72,7 @@ class TaskRouter(nn.Module):
 
     def hold_tasks(self, ids: Tensor) -> None:
         """Store ids that passed `check_tasks` for the coming forwards of all layers."""
-        self.task_ids = _on_device_of(ids, self.gate.weight)
+        self.task_ids = _on_device_of(ids, self.embedding.weight)
         self.layers_have_ids = False
 
     def forward(self, ids: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class TaskRouter(nn.Module):
             raise RuntimeError("the task gate has no tasks: call set_tasks(model, ids) first")
         self._check_whole()
         # The router may have moved to another device since `hold_tasks`.
-        ids = ids.to(self.gate.weight.device)
+        ids = ids.to(self.embedding.weight.device)
         tasks = self.embedding(ids)
         if ids.dim() == 2:
             tasks = tasks.to(torch.promote_types(tasks.dtype, torch.float32))

@@ -1,0 +1,262 @@
+"""Input that a layer cannot use: it works as in nn.Linear, or the error names the argument."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moelora_kernels import (
+    MoeLoraAdapter,
+    MoeLoraConfig,
+    MoeLoraFFN,
+    MoeLoraGroup,
+    MoeLoraLinear,
+    link_siblings,
+    replace_linears,
+    set_tasks,
+)
+from support import linears
+
+OPTIONS = {"num_experts": 4, "rank": 2}
+
+
+def linked_layer():
+    model = nn.ModuleDict({"gate_proj": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8)})
+    replace_linears(model, MoeLoraConfig(top_k=2, **OPTIONS), [*model])
+    link_siblings(model)
+    return model["gate_proj"]
+
+
+def peft_layer():
+    peft = pytest.importorskip("peft")
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    config = MoeLoraPeftConfig(preset="ming", target_modules=["0"], **OPTIONS)
+    return peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]
+
+
+LAYERS = {
+    "linear": lambda: MoeLoraLinear(8, 8, top_k=2, **OPTIONS),
+    "linked": linked_layer,
+    "group": lambda: MoeLoraGroup(q=MoeLoraLinear(8, 8, **OPTIONS)),
+    "ffn": lambda: MoeLoraFFN(8, 16, config=MoeLoraConfig.preset("mixlora", **OPTIONS)),
+    "adapter": lambda: MoeLoraAdapter(nn.Linear(8, 8), 8, MoeLoraConfig.preset("pesc", **OPTIONS)),
+    "peft": peft_layer,
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]()
+
+
+def jagged():
+    return torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+
+
+INPUTS = {
+    "list": lambda: [[1.0] * 8],
+    "None": lambda: None,
+    "numpy": lambda: np.ones((3, 8), dtype=np.float32),
+    "int": lambda: torch.ones(3, 8, dtype=torch.int64),
+    "bool": lambda: torch.ones(3, 8, dtype=torch.bool),
+    "complex": lambda: torch.ones(3, 8, dtype=torch.complex64),
+    "no_dimension": lambda: torch.tensor(1.0),
+    "meta": lambda: torch.randn(3, 8, device="meta"),
+    "csr": lambda: torch.randn(3, 8).to_sparse_csr(),
+    "jagged": jagged,
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage", "ignore:Sparse CSR")
+@pytest.mark.parametrize("x", INPUTS)
+def test_an_input_that_no_layer_takes(layer, x):
+    with pytest.raises((TypeError, ValueError), match=r"^x: expected"):
+        layer(INPUTS[x]())
+
+
+def test_no_input(layer):
+    with pytest.raises(TypeError, match=r"x: expected one tensor|missing 1 required .* 'x'"):
+        layer()
+
+
+@pytest.mark.parametrize("name", ("linear", "linked", "peft"))
+def test_input_is_another_name_of_x(name):
+    layer, x = LAYERS[name](), torch.randn(3, 8)
+    assert torch.equal(layer(input=x), layer(x))
+    with pytest.raises(TypeError, match=r"x: expected one tensor"):
+        layer(x, input=x)
+    compiled = torch.compile(LAYERS["linear"](), backend="eager", fullgraph=True)
+    assert compiled(input=x).shape == (3, 8)
+
+
+@pytest.mark.parametrize("shape", ((0, 8), (2, 0, 8), (0, 5, 8), (8,)))
+def test_a_batch_without_tokens_and_a_single_token(layer, shape):
+    y = layer(torch.randn(shape))
+    assert (y[0] if isinstance(y, tuple) else y).shape == shape
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", ((3,), (2, 3)))
+@pytest.mark.parametrize("sizes", ((0, 8), (8, 0), (0, 0)))
+@pytest.mark.parametrize("init", ("kaiming", "normal", "sparse"))
+def test_no_features(sizes, shape, init):
+    layer = MoeLoraLinear(*sizes, top_k=2, init=init, **OPTIONS)
+    x = torch.randn(*shape, sizes[0], requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer.base_layer(x))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", ((0, 8), (8, 0)))
+def test_no_features_in_an_ffn(sizes):
+    layer = MoeLoraFFN(*sizes, config=MoeLoraConfig.preset("mixlora", **OPTIONS))
+    assert layer(torch.randn(2, 3, sizes[0])).shape == (2, 3, sizes[0])
+
+
+def test_a_sparse_x_works_as_in_linear():
+    layer, x = MoeLoraLinear(8, 8, top_k=2, **OPTIONS), torch.randn(3, 8).relu()
+    linears.randomise(layer)
+    torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+
+
+def test_jit_trace():
+    layer, x = MoeLoraLinear(8, 8, top_k=2, **OPTIONS), torch.randn(3, 8)
+    linears.randomise(layer)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace: .* torch\.no_grad\(\)"):
+        torch.jit.trace(layer, x)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        other = torch.randn(5, 8)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+def test_jit_script(layer):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script is not supported; use"):
+        torch.jit.script(layer)
+
+
+def test_fx(layer):
+    if isinstance(layer, MoeLoraAdapter):
+        layer = nn.Sequential(layer)
+    with pytest.raises(TypeError, match=r"^x: .*torch\.export\.export"):
+        torch.fx.symbolic_trace(layer)
+
+
+def test_vmap(layer):
+    with pytest.raises(TypeError, match=r"^x: .*vmap; pass the whole batch"):
+        torch.func.vmap(layer)(torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("gates", ("a", [[1.0, 0, 0, 0]], np.ones((1, 4)), torch.ones(1, 4).long()))
+def test_gates_that_are_no_floats(gates):
+    layer = MoeLoraLinear(8, 8, router="external", **OPTIONS)
+    with pytest.raises((TypeError, ValueError), match=r"^gates: expected"):
+        layer(torch.randn(3, 8), gates)
+
+
+TASKS = {
+    "empty": [],
+    "empty_tensor": torch.empty(0, dtype=torch.int64),
+    "None": None,
+    "string": "1",
+    "strings": ["a", "b"],
+    "unequal_rows": [[1, 2], [1]],
+    "dict": {"a": 1},
+    "set": {1, 2},
+    "objects": [object()],
+    "meta": torch.ones(1, dtype=torch.int64, device="meta"),
+    "meta_floats": torch.ones(1, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("router", ("task", "external", "linear"))
+@pytest.mark.parametrize("tasks", TASKS)
+def test_tasks_that_are_no_numbers(router, tasks):
+    layer = MoeLoraLinear(8, 8, router=router, num_tasks=3, **OPTIONS)
+    with pytest.raises((TypeError, ValueError), match=r"^tasks: expected"):
+        set_tasks(layer, TASKS[tasks])
+
+
+@pytest.mark.parametrize(
+    "tasks", ([-1], [0], [9], 2, [True], torch.ones(1, 1, 1).long(), torch.ones(1, 4).cfloat())
+)
+def test_ids_out_of_range(tasks):
+    layer = MoeLoraLinear(8, 8, router="task", num_tasks=3, **OPTIONS)
+    with pytest.raises(ValueError, match=r"^ids: expected"):
+        set_tasks(layer, tasks)
+
+
+@pytest.mark.parametrize("gates", (1.5, [1.0, 2.0], torch.rand(4), torch.rand(1, 3)))
+def test_gates_of_another_size(gates):
+    layer = MoeLoraLinear(8, 8, router="external", **OPTIONS)
+    with pytest.raises(ValueError, match=r"^gates: expected floats \[\.\.\., 4\]"):
+        set_tasks(layer, gates)
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    (
+        np.array([1, 2]),
+        np.array([1, 2], dtype=np.uint8),
+        torch.tensor([1, 2], dtype=torch.int16),
+        [torch.tensor(1), torch.tensor(2)],
+        (1, 2),
+        range(1, 3),
+    ),
+)
+def test_every_kind_of_whole_number(tasks):
+    layer = MoeLoraLinear(8, 8, router="task", num_tasks=3, **OPTIONS)
+    linears.randomise(layer)
+    x = torch.randn(2, 3, 8)
+    set_tasks(layer, [1, 2])
+    expected = layer(x)
+    set_tasks(layer, tasks)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_model_that_is_no_module():
+    with pytest.raises(TypeError, match=r"^model: expected an nn.Module"):
+        set_tasks([], [1])
+
+
+ROUTERS = {
+    "task": (dict(router="task", num_tasks=3), [1, 2]),
+    "mlp": (dict(router="mlp", top_k=2), None),
+    "token_task": (
+        dict(router="token_task", task_embedding_dim=5, score="identity", top_k=2,
+             normalize="softmax"),
+        torch.randn(2, 5),
+    ),
+    "learned_threshold": (dict(select="learned_threshold"), None),
+    "balanced": (dict(top_k=2, balance_rate=0.1), None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_quantize_dynamic(router):
+    options, tasks = ROUTERS[router]
+    layer = MoeLoraLinear(8, 8, **options, **OPTIONS)
+    linears.randomise(layer)
+    model = nn.Sequential(layer).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model)
+    x = torch.randn(2, 3, 8)
+    if tasks is not None:
+        set_tasks(model, tasks)
+        set_tasks(quantised, tasks)
+    # 8-bit weights: near, not equal.
+    assert (quantised(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantize_dynamic_of_an_ffn():
+    layer = MoeLoraFFN(8, 16, True, config=MoeLoraConfig.preset("mixlora", **OPTIONS))
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer).eval())
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(quantised(x), layer.eval()(x), atol=0.05, rtol=0.1)
