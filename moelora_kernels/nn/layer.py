@@ -28,6 +28,7 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
 
@@ -215,6 +216,7 @@ class LoraLayer(MixtureLayer):
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I]."""
+        note_read(self)
         return self.base_layer.weight
 
     @property

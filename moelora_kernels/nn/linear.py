@@ -23,6 +23,7 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
+from moelora_kernels.nn.weight_readers import note_read
 
 
 class MoeLoraLinear(LoraLayer):
@@ -288,6 +289,7 @@ class MoeLoraLinear(LoraLayer):
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I], or the merged weight of a merged layer."""
+        note_read(self)
         return self.merged_weight if self.merged else self.base_layer.weight
 
     def forward(
