@@ -295,7 +295,7 @@ def launch(
     split: number of parts that I is cut into; None fills the GPU.
     """
     router_weight, router_bias = router
-    gates, experts, rows, _ = gate
+    gate_weights, experts, rows, _ = gate
     ranks, scaling, _, top_k, renormalize, temperature = mixture
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
@@ -304,19 +304,19 @@ def launch(
     # Outputs. Without a router, weights, experts and logits are empty.
     h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
     dtype = compute_dtype(x)
-    weights = x.new_empty((T, n * top_k) if has_router else 0, dtype=dtype)
-    logits = x.new_empty((T, n * E) if has_router else 0, dtype=dtype)
+    out_weights = x.new_empty((T, n * top_k) if has_router else 0, dtype=dtype)
+    out_logits = x.new_empty((T, n * E) if has_router else 0, dtype=dtype)
     is_sparse = has_router and top_k < E
     out_experts = x.new_empty((T, n * top_k) if is_sparse else 0, dtype=torch.int32)
-    K, form = (top_k, "router") if has_router else gate_form(gates, experts, rows, T, n)
+    K, form = (top_k, "router") if has_router else gate_form(gate_weights, experts, rows, T, n)
     if T == 0:
-        return h, u, weights, out_experts, logits
+        return h, u, out_weights, out_experts, out_logits
 
     # Tiles: columns of rank space, and as many column tiles as they or the experts need.
     per_expert = dropout.p > 0 and dropout.per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
-    config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
+    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
     fits_one_launch = (
         not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
     )
@@ -329,8 +329,8 @@ def launch(
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
     # Grid: split I until the programs fill the GPU.
-    token_tiles = launcher.ceil_div(T, config.tokens)
-    steps = launcher.ceil_div(I, config.step)
+    token_tiles = launcher.ceil_div(T, tile_config.tokens)
+    steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
         split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
     one_launch = fits_one_launch and split == 1
@@ -347,19 +347,19 @@ def launch(
     # Arguments that both launches take.
     arguments = dict(
         bias_ptrs=launcher.contiguous(router_bias),
-        gate_weights_ptr=None if has_router else gates.contiguous(),
+        gate_weights_ptr=None if has_router else gate_weights.contiguous(),
         gate_experts_ptr=None if has_router else launcher.contiguous_or_none(experts),
         gate_rows_ptr=launcher.contiguous_or_none(rows),
         expert_columns_ptr=tables.expert_columns(tuple(ranks), x.device),
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         h_ptr=h,
         u_ptr=u,
-        out_weights_ptr=weights if has_router else None,
+        out_weights_ptr=out_weights if has_router else None,
         out_experts_ptr=out_experts if is_sparse else None,
-        out_logits_ptr=logits if has_router else None,
+        out_logits_ptr=out_logits if has_router else None,
         partials_ptr=partials,
         T=T,
-        G=0 if has_router else gates.shape[0],
+        G=0 if has_router else gate_weights.shape[0],
         temperature=float(temperature),
     )
     constants = dict(
@@ -378,7 +378,7 @@ def launch(
     launcher.run(
         shrink_gate_kernel,
         token_tiles * split * column_tiles,
-        config,
+        tile_config,
         arguments
         | dict(
             x_ptr=x,
@@ -388,7 +388,7 @@ def launch(
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tile_table,
             I=I,
-            i_per_split=launcher.ceil_div(steps, split) * config.step,
+            i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
             dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         constants
@@ -399,8 +399,8 @@ def launch(
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
             COLUMN_TILES=column_tiles,
-            BLOCK_T=config.tokens,
-            BLOCK_I=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_I=tile_config.step,
             BLOCK_R=block_r,
             BLOCK_E=router_block,
         ),
@@ -415,4 +415,4 @@ def launch(
             arguments,
             constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r, BLOCK_E=block_e),
         )
-    return h, u, weights, out_experts, logits
+    return h, u, out_weights, out_experts, out_logits
