@@ -100,21 +100,11 @@ def shrink_gate_kernel(
                    [T, n E]; None without a router; out_experts is None if K = E
     partials       [SPLIT, T, n (A_ROWS + ROUTER_E)] float32, stored unless ONE_LAUNCH
     i_per_split    how many features of x one split sums, a multiple of BLOCK_I
-    temperature    divides the logits of a router
-    dropout_scale  1 / (1 - p), the factor of the elements that dropout keeps; 1 without dropout
-
-    K              slots of a router or of a sparse gate; 0 for a dense gate
-    ONE_LAUNCH     this kernel computes all outputs, and A_ROWS is R. Otherwise it stores the
-                   products h and logits to `partials` only, and `gate_partials_kernel` computes the
-                   outputs
-    DROPOUT        the smallest random word whose element is kept (`dropout.threshold`); 0: none
-    ALIGNED        whether 4 divides I, so that the 4 words of a random number are in one row
-    PER_EXPERT     every expert has a separate dropout mask
-    RANK_DIVISOR   a power of two that divides every rank
     ROUTER_E       E with a router, else 0
     BLOCK_E        the experts whose logits one program computes: all of them if ONE_LAUNCH
-    UPCAST         multiply in float32, because Triton's interpreter needs it
 
+    `kernels/__init__.py` explains the other constants. ONE_LAUNCH: this kernel computes all
+    outputs, and A_ROWS is R. Otherwise it stores the products h and logits to `partials` only.
     Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that programs
     which read the same x run together.
     """
@@ -317,15 +307,13 @@ def launch(
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
     tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
-    fits_one_launch = (
-        not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
-    )
+    fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
     column_tile_table = None
     column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
         column_tiles = len(column_tile_table)
-    elif has_router and not fits_one_launch:
+    elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
     # Grid: split I until the programs fill the GPU.
@@ -333,7 +321,7 @@ def launch(
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
         split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
-    one_launch = fits_one_launch and split == 1
+    one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
     router_block = block_e
@@ -363,17 +351,9 @@ def launch(
         temperature=float(temperature),
     )
     constants = dict(
-        n=n,
-        A_ROWS=A_ROWS,
-        R=R,
-        E=E,
-        K=K,
-        FORM=form,
-        RENORMALIZE=bool(renormalize),
-        ROUTER_E=E if has_router else 0,
-        SPLIT=split,
-        UPCAST=launcher.INTERPRET,
-    )
+        n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
+        ROUTER_E=E if has_router else 0, SPLIT=split, UPCAST=launcher.INTERPRET,
+    )  # fmt: skip
     x = launcher.rows_dense(x)
     launcher.run(
         shrink_gate_kernel,
