@@ -28,6 +28,7 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
 
@@ -104,9 +105,21 @@ class MixtureLayer(nn.Module):
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
 
+    def _check_direct(self) -> None:
+        """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""
+        if computed := [name for name in self.tensor_names if name not in self._parameters]:
+            raise RuntimeError(
+                f"{', '.join(computed)}: parametrized, pruned or normed, so it cannot be reset; "
+                "reset the layer before that"
+            )
+
     def first_tensor(self) -> Tensor:
-        """Return A, for its dtype and device."""
-        return getattr(self, self.tensor_names[0])
+        """Return A, or a Parameter that it is computed from, for its dtype and device."""
+        name = self.tensor_names[0]
+        if is_parametrized(self, name):
+            # Access to a parametrized tensor computes it, and may change a spectral norm.
+            return next(self.parametrizations[name].parameters())
+        return getattr(self, name)
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""
@@ -205,12 +218,14 @@ class LoraLayer(MixtureLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A again and set B to zero; the router keeps its values."""
+        self._check_direct()
         draw_a(self.lora_A, self.config)
         self.lora_B.zero_()
 
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I]."""
+        note_read(self)
         return self.base_layer.weight
 
     @property

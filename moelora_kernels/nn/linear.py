@@ -13,6 +13,7 @@ from moelora_kernels.nn.base_linear import given_input, missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
+from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
@@ -22,6 +23,7 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
+from moelora_kernels.nn.weight_readers import note_read
 
 
 class MoeLoraLinear(LoraLayer):
@@ -277,7 +279,7 @@ class MoeLoraLinear(LoraLayer):
             raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
         self._check_linear()
         a, b = lora_of_task(self, task)
-        return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+        return a.to(tensor_value(self, "lora_A").dtype), b.to(tensor_value(self, "lora_B").dtype)
 
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:
@@ -287,6 +289,7 @@ class MoeLoraLinear(LoraLayer):
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I], or the merged weight of a merged layer."""
+        note_read(self)
         return self.merged_weight if self.merged else self.base_layer.weight
 
     def forward(

@@ -56,6 +56,7 @@ SIGNATURES = {
     "moelora_kernels:MoeLoraLinear.unmerge": "(self)",
     "moelora_kernels:adapter_parameters": "(model)",
     "moelora_kernels:adapter_state_dict": "(model)",
+    "moelora_kernels:check_trainable": "(model, batch, loss_fn=None)",
     "moelora_kernels:collect_aux_loss": "(model, mask=None)",
     "moelora_kernels:count_routing": "(model)",
     "moelora_kernels:link_siblings": (
