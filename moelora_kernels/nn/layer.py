@@ -105,6 +105,14 @@ class MixtureLayer(nn.Module):
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
 
+    def _check_direct(self) -> None:
+        """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""
+        if computed := [name for name in self.tensor_names if name not in self._parameters]:
+            raise RuntimeError(
+                f"{', '.join(computed)}: parametrized, pruned or normed, so it cannot be reset; "
+                "reset the layer before that"
+            )
+
     def first_tensor(self) -> Tensor:
         """Return A, or a Parameter that it is computed from, for its dtype and device."""
         name = self.tensor_names[0]
@@ -210,6 +218,7 @@ class LoraLayer(MixtureLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A again and set B to zero; the router keeps its values."""
+        self._check_direct()
         draw_a(self.lora_A, self.config)
         self.lora_B.zero_()
 

@@ -120,6 +120,11 @@ def _hooks(module: nn.Module) -> dict[str, object]:
     return hooks
 
 
+def has_computing_hooks(module: nn.Module) -> bool:
+    """Return whether hooks before each call of `module` compute a tensor of it."""
+    return bool(module._forward_pre_hooks) and bool(_hooks(module))
+
+
 def _computed_names(module: nn.Module) -> list[str]:
     parametrized = module.parametrizations if is_parametrized(module) else ()
     return [*parametrized, *_hooks(module)]

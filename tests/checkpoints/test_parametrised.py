@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from moelora_kernels import (
     MoeLoraConfig,
+    MoeLoraGroup,
     MoeLoraLinear,
     adapter_parameters,
     adapter_state_dict,
@@ -268,3 +269,29 @@ def test_what_is_not_a_tensor_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"2\.lora_B: expected a Parameter or tensor"):
         save_adapter(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ("pruned", "old_weight_norm"))
+def test_a_group_calls_layers_whose_hooks_compute_the_adapters(name):
+    """A group that reads the attribute would compute with the values before the last step."""
+    layers = {key: MoeLoraLinear(6, 6, num_experts=2, rank=2) for key in "ab"}
+    randomise(nn.ModuleDict(layers))
+    COMPUTE[name](layers["b"], "lora_B")
+    group, x = MoeLoraGroup(**layers), torch.randn(3, 6)
+    for _ in range(2):
+        sum(y.square().sum() for y in group(x)).backward()
+        with torch.no_grad():
+            for parameter in adapter_parameters(group):
+                parameter.mul_(1.5)
+    for y, layer in zip(group(x), layers.values(), strict=True):
+        torch.testing.assert_close(y, layer(x))
+
+
+def test_a_computed_tensor_is_not_reset():
+    """New values would be written into the computed tensor and lost."""
+    layer, ffn = MoeLoraLinear(6, 6, num_experts=2, rank=2), make_ffn()
+    register_parametrization(layer, "lora_B", Doubled())
+    prune.l1_unstructured(ffn, "up_lora_A", 0.5)
+    for module, name in ((layer, "lora_B"), (ffn, "up_lora_A")):
+        with pytest.raises(RuntimeError, match=f"^{name}: .*cannot be reset"):
+            module.reset_parameters()
