@@ -78,6 +78,8 @@ class _SavedLinear(NamedTuple):
 
 _NUM_INPUTS = len(_Inputs._fields)
 _NUM_SAVED = len(_Saved._fields)
+# The position of the logits among the outputs of `MoeLora`, after the y_i.
+_LOGITS = LayerForward._fields.index("logits") - 1
 
 
 def siblings_of(linears: Sequence[LinearTensors]) -> SiblingTensors:
@@ -138,17 +140,19 @@ class MoeLora(torch.autograd.Function):
         # the routing record; losses on it use the logits.
         ctx.mark_non_differentiable(result.h, result.weights, *integers)
         ctx.set_materialize_grads(False)
-        saved = _Saved(x, weights, experts, rows, logits, seed, result.h, *routing)
-        # In the order of `_SavedLinear`.
-        of_linears = [t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)]
-        ctx.save_for_backward(*saved, *of_linears)
+        # In the order of `_Saved`, then of `_SavedLinear`.
+        ctx.save_for_backward(
+            x, weights, experts, rows, logits, seed, result.h, *routing,
+            *[t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)],
+        )  # fmt: skip
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         # Read once, because under activation checkpointing a second read fails.
         flat = ctx.saved_tensors
-        x, weights, experts, rows, logits, seed, h, *routing = flat[:_NUM_SAVED]
+        saved = _Saved(*flat[:_NUM_SAVED])
+        x, weights, seed = saved.x, saved.weights, saved.seed
         base_weight, lora_a, lora_b, router_weight = _by_field(
             _by_linear(_SavedLinear, flat[_NUM_SAVED:])
         )
@@ -158,7 +162,7 @@ class MoeLora(torch.autograd.Function):
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:n], lora_b, strict=True)
         ]
-        gate, dlogits = Gate(weights, experts, rows, logits), LayerForward([], *grads[n:]).logits
+        gate, dlogits = Gate(weights, saved.experts, saved.rows, saved.logits), grads[n + _LOGITS]
         needs_input = _Inputs(*ctx.needs_input_grad[:_NUM_INPUTS])
         needs_linears = _by_linear(_LinearNeeds, ctx.needs_input_grad[_NUM_INPUTS:])
         needs_adapters = any(
@@ -167,11 +171,14 @@ class MoeLora(torch.autograd.Function):
         needs = Needs(needs_input.x, needs_adapters)
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
+            routing = Routing(saved.order, saved.offsets, saved.tiles, saved.chunks)
             result = ops.grouped_backward(
-                dy, x, tensors, h, gate, dlogits, Routing(*routing), mixture, dropout, needs
+                dy, x, tensors, saved.h, gate, dlogits, routing, mixture, dropout, needs
             )
         else:
-            result = ops.wide_backward(dy, x, tensors, h, gate, dlogits, mixture, dropout, needs)
+            result = ops.wide_backward(
+                dy, x, tensors, saved.h, gate, dlogits, mixture, dropout, needs
+            )
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
         gradients: list[Tensor | None] = []
@@ -187,18 +194,10 @@ class MoeLora(torch.autograd.Function):
                 _row_block(drouter, i, n) if has_router else None,
                 _row_block(dbias, i, n) if has_router and needed.router_bias else None,
             ]
-        dinputs = _Inputs(
-            impl=None,
-            mixture=None,
-            p=None,
-            per_expert=None,
-            x=dx if needs_input.x else None,
-            weights=dgate.to(weights.dtype) if needs_input.weights else None,
-            experts=None,
-            rows=None,
-            seed=None,
-        )
-        return (*dinputs, *gradients)
+        dx = dx if needs_input.x else None
+        dweights = dgate.to(weights.dtype) if needs_input.weights else None
+        # In the order of `_Inputs`.
+        return (None, None, None, None, dx, dweights, None, None, None, *gradients)
 
 
 class SqrtGateMoeLora(MoeLora):

@@ -3,8 +3,8 @@
 from moelora_kernels.nn.adapter import MoeLoraAdapter
 from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.balance import update_balance
+from moelora_kernels.nn.check import check_trainable
 from moelora_kernels.nn.ffn import MoeLoraFFN
-from moelora_kernels.nn.gates import SequenceGate
 from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
@@ -15,6 +15,7 @@ from moelora_kernels.nn.routers import (
     BalancedRouter,
     MlpRouter,
     PrototypeRouter,
+    SequenceGate,
     TaskRouter,
     ThresholdRouter,
     TokenTaskRouter,
@@ -39,6 +40,7 @@ __all__ = [
     "ThresholdRouter",
     "TokenTaskRouter",
     "adapter_parameters",
+    "check_trainable",
     "collect_aux_loss",
     "count_routing",
     "link_siblings",

@@ -225,6 +225,7 @@ class MoeLoraFFN(MixtureLayer):
 
     def reset_parameters(self) -> None:
         """Draw every A again and set every B to zero; the router keeps its values."""
+        self._check_direct()
         adapters = self.ffn_tensors()
         with torch.no_grad():
             for matrix in (adapters.gate_a, adapters.up_a, adapters.down_a):

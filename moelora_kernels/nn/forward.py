@@ -66,17 +66,25 @@ def run_siblings(
     tokens = x if x.dim() == 2 else flat_rows(x)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
     fuse_router = all(layer.fuses_router() for layer in layers)
+    # The op takes the biases of all siblings or of none, so bases of both kinds are called.
     read_base = all(_can_read(layer.base_layer, tokens) for layer in layers) and (
         len(layers) == 1 or len({layer.bias is None for layer in layers}) == 1
     )
     linears = [_linear_tensors(layer, x, read_base, fuse_router) for layer in layers]
-    mixture, dropout = first.fused_mixture if fuse_router else first.mixture, NO_DROPOUT
+    mixture = first.fused_mixture if fuse_router else first.mixture
+    dropout = NO_DROPOUT
     if config.dropout > 0.0 and first.training:
         seed = dropout_seed(config.dropout, None, x.device)
         dropout = Dropout(config.dropout, config.dropout_mask == "per_expert", seed)
-    gate = None if fuse_router else siblings_gate(layers, x, tokens, gates)
+    passed_gate = None if fuse_router else siblings_gate(layers, x, tokens, gates)
     outputs, gate = run_layer(
-        mixture, tokens, linears, gate, dropout, config.impl, sqrt_gate=config.grad_gate == "sqrt"
+        mixture,
+        tokens,
+        linears,
+        passed_gate,
+        dropout,
+        config.impl,
+        sqrt_gate=config.grad_gate == "sqrt",
     )
     if x.dim() != 2:
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

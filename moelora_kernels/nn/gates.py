@@ -1,4 +1,7 @@
-"""The gate of a layer: from logits (score, select, normalize), or from external gates."""
+"""The gate of a layer: from logits (score, select, normalize), or from external gates.
+
+In this file E is num_experts, without a shared expert, until `gate_from` appends it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.routers import float32_linear
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
 from moelora_kernels.types import Gate
 
@@ -40,14 +42,17 @@ def gate_of_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gate of router logits, in float32 (float64 for float64 logits).
 
-        gate = normalize(select(score(logits / temperature) - tau))
+        gate = normalize(select(score(logits / temperature)))
+
+    With a learned threshold, tau of `split_threshold` is subtracted from the scores before they are
+    selected.
 
     Args:
         logits: [G, E]; [G, E + 1] with a learned threshold, whose logit is the last column.
         config: the options of the layer.
         training: whether noise is added to the logits and the selection is counted.
-        router: the BalancedRouter of a config with `balance_rate`; it holds the bias and the
-            counts.
+        router: the layer's router. It is used only if the config has a `balance_rate`, and is then
+            a BalancedRouter: its `balance` has the bias of the selection, and counts it.
 
     Returns:
         weights [G, K] and experts [G, K] int32 if the gate selects a fixed K < E experts per token,
@@ -70,15 +75,15 @@ def gate_of_logits(
     scores = _scores(scaled, config)
     if tau is not None:
         scores = scores - tau
-    ranked, sampled = scores, None
+    selection_scores, sampled = scores, None
     if config.balance_rate is not None:
         biased = logits.detach() + router.balance.bias.to(logits)
-        ranked = _scores(biased / config.temperature, config)
+        selection_scores = _scores(biased / config.temperature, config)
     if config.select == "sampling":
         sampled = _sampled(scaled.detach(), config.top_k)
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, sampled, True)
     else:
-        keep = _selected(ranked, config)
+        keep = _selected(selection_scores, config)
     if config.balance_rate is not None and training:
         router.balance.count(keep)
     if config.entropy_threshold is not None:
@@ -95,8 +100,8 @@ def gate_of_logits(
         # exactly 0, the gradient is finite.
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
-    # Select last: the gradient of the weight of an expert that is not kept may be NaN,
-    # and a product with zero would keep the NaN.
+    # The weights of the experts that are not kept become 0 after they are normalized. With `where`
+    # their gradient is 0 too. With a product, a gradient that is NaN would stay NaN.
     weights = torch.where(keep, weights, 0)
     if sampled is not None and config.granularity == "token":
         return weights.gather(1, sampled), sampled.to(torch.int32)
@@ -172,10 +177,10 @@ def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
     least = position < (config.keep_min or 0)
     if config.select == "threshold":
         return (scores >= config.threshold) | least
-    reached = order.values.cumsum(dim=1) - order.values < config.top_p * order.values.sum(
-        dim=1, keepdim=True
-    )
-    return reached.gather(1, position) | least
+    needed_total = config.top_p * order.values.sum(dim=1, keepdim=True)
+    # An expert is still needed if the experts before it do not add up to the total.
+    still_needed = order.values.cumsum(dim=1) - order.values < needed_total
+    return still_needed.gather(1, position) | least
 
 
 def gate_from(
@@ -199,13 +204,14 @@ def gate_from(
         config: the options of the layer.
         logits: [G, E] ([G, E + 1] with a learned threshold) from a router, or None.
         external: [..., E], for router="external".
-        router: the layer's router, whose balance bias and counts selection uses.
+        router: the layer's router; see `gate_of_logits`.
         training: whether noise is added and the selection is counted.
         device: device of the gate if there is no router.
 
     Returns:
         Gate without rows: weights [T, K] and experts [T, K] if each token selects K < E experts,
-        else weights [G, E] with experts None; and the logits.
+        else weights [G, E] with experts None; and the logits. A shared expert adds one slot, [T,
+        K + 1], or one column, [G, E + 1].
 
     Raises:
         ValueError: external gates are missing, or have the wrong shape or dtype.
@@ -278,51 +284,3 @@ def row_of_tokens(
     if count == 1 or (count == math.prod(x_shape[:-1]) and not per_sample):
         return None
     return sample_of_tokens(x_shape, count, config.batch_dim, samples, device, name)
-
-
-class SequenceGate(nn.Module):
-    """Compute one gate per sample for the whole model, from the embeddings of its instruction.
-
-        gates = topk(softmax(W mean_s embeddings)) / sum
-
-    For layers with router="external":
-
-        set_tasks(model, gate(model.get_input_embeddings()(instruction_ids), mask))
-
-    Args:
-        hidden_size: I.
-        num_experts: E.
-        top_k: K, the experts of a sample.
-
-    Example:
-        >>> import torch
-        >>> from moelora_kernels.nn import SequenceGate
-        >>> gate = SequenceGate(16, num_experts=4)
-        >>> gate(torch.randn(2, 7, 16)).shape
-        torch.Size([2, 4])
-
-    Source: arXiv 2311.02684 (Octavius).
-    """
-
-    def __init__(self, hidden_size, num_experts, top_k=2, *, device=None, dtype=None):
-        super().__init__()
-        self.config = MoeLoraConfig(
-            num_experts=num_experts, granularity="sequence", top_k=top_k, normalize="sum"
-        )
-        self.linear = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
-
-    def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return gates [B, E] in float32 for embeddings [B, L, I].
-
-        mask: [B, L], nonzero at the positions that count; None counts padding too, like the
-        original.
-        """
-        if mask is None:
-            mean = embeddings.mean(dim=1)
-        else:
-            if mask.shape != embeddings.shape[:2]:
-                raise ValueError(f"mask: expected {[*embeddings.shape[:2]]}, got {[*mask.shape]}")
-            counts = (mask != 0).to(embeddings.dtype)[..., None]
-            mean = (counts * embeddings).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
-        gates, _ = gate_of_logits(float32_linear(mean, self.linear), self.config, self.training)
-        return gates

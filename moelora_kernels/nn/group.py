@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
+from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
@@ -46,7 +47,11 @@ class MoeLoraGroup(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return y_i [..., O_i] of every sibling, in their order; gates as in MoeLoraLinear."""
-        return tuple(forward_siblings(tuple(self._modules.values()), x, gates))
+        layers = tuple(self._modules.values())
+        if any(map(has_computing_hooks, layers)):
+            # Pruning masks and norms compute the adapters before each call of a layer.
+            return tuple(layer(x, gates) for layer in layers)
+        return tuple(forward_siblings(layers, x, gates))
 
 
 def check_siblings(siblings: dict[str, nn.Module]) -> None:

@@ -1,8 +1,8 @@
 """The base classes of the layers: MixtureLayer, and LoraLayer for experts over one base module.
 
-MixtureLayer            config, router, gate, routing record
-MoeLoraFFN            A and B for each of the three linears of an MLP
-LoraLayer             one A and one B over one base module
+MixtureLayer                config, router, gate, routing record
+MoeLoraFFN              A and B for each of the three linears of an MLP
+LoraLayer               one A and one B over one base module
 MoeLoraLinear       also merges, exports and links
 MoeLoraAdapter      an activation between A and the gate
 peft.MoeLoraExperts one adapter of a PeftModel
@@ -30,6 +30,7 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.routers import build_router, layer_logits
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
 
@@ -96,7 +97,7 @@ class MixtureLayer(nn.Module):
 
         Returns:
             Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
-            weights [G, E] with experts None.
+            weights [G, E] with experts None. E and K count a shared expert.
         """
         config = self.config
         logits = external = None
@@ -108,9 +109,21 @@ class MixtureLayer(nn.Module):
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
 
+    def _check_direct(self) -> None:
+        """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""
+        if computed := [name for name in self.tensor_names if name not in self._parameters]:
+            raise RuntimeError(
+                f"{', '.join(computed)}: parametrized, pruned or normed, so it cannot be reset; "
+                "reset the layer before that"
+            )
+
     def first_tensor(self) -> Tensor:
-        """Return A, for its dtype and device."""
-        return getattr(self, self.tensor_names[0])
+        """Return A, or a Parameter that it is computed from, for its dtype and device."""
+        name = self.tensor_names[0]
+        if is_parametrized(self, name):
+            # Access to a parametrized tensor computes it, and may change a spectral norm.
+            return next(self.parametrizations[name].parameters())
+        return getattr(self, name)
 
     def linear_problem(self) -> str | None:
         """Return why the layer is not a sum of linear experts; None if it is one."""
@@ -167,9 +180,11 @@ class LoraLayer(MixtureLayer):
     Parameters: `lora_A` [R, I] ([r, I] with share="A") and `lora_B` [O, R], expert-major.
 
     Attributes:
-        mixture: the static options that `run_layer` needs.
-        fused_mixture: the same with top_k, for a forward in which the op computes the logits; None
-            if the options do not allow that.
+        mixture: the static options that `run_layer` needs. Its router_top_k is 0, because the layer
+            passes a gate.
+        fused_mixture: the same with router_top_k = K, for a forward in which the op computes the
+            logits and the gate; None if the op cannot compute a gate with these options. It is also
+            set for a router that is not linear, or None: `fuses_router` checks the router.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
@@ -223,12 +238,14 @@ class LoraLayer(MixtureLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A again and set B to zero; the router keeps its values."""
+        self._check_direct()
         draw_a(self.lora_A, self.config)
         self.lora_B.zero_()
 
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I]."""
+        note_read(self)
         return self.base_layer.weight
 
     @property

@@ -7,7 +7,8 @@ the forward reads are not in `module.state_dict()`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,11 @@ def _hooks(module: nn.Module) -> dict[str, object]:
     return hooks
 
 
+def has_computing_hooks(module: nn.Module) -> bool:
+    """Return whether hooks before each call of `module` compute a tensor of it."""
+    return bool(module._forward_pre_hooks) and bool(_hooks(module))
+
+
 def _computed_names(module: nn.Module) -> list[str]:
     parametrized = module.parametrizations if is_parametrized(module) else ()
     return [*parametrized, *_hooks(module)]
@@ -135,6 +141,18 @@ def _part_names(module: nn.Module) -> set[str]:
     }
 
 
+@contextlib.contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Set `module` and its children to evaluation inside the context."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 @torch.no_grad()
 def tensor_value(module: nn.Module, name: str) -> Tensor:
     """Return the tensor `module.name`, computed anew if a parametrization or hook computes it.
@@ -143,14 +161,8 @@ def tensor_value(module: nn.Module, name: str) -> Tensor:
     """
     hook = _hooks(module).get(name)
     if is_parametrized(module, name):
-        steps = module.parametrizations[name]
-        modes = {part: part.training for part in steps.modules()}
-        steps.eval()
-        try:
+        with evaluation(module.parametrizations[name]):
             return getattr(module, name).detach()
-        finally:
-            for part, training in modes.items():
-                part.training = training
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(module).detach()
     if isinstance(hook, WeightNorm):
@@ -175,17 +187,17 @@ def set_computed(values: Mapping[str, tuple[LayerTensor, Tensor]]) -> list[str]:
         then.
     """
     problems: list[str] = []
-    saved: list[tuple[Tensor, Tensor]] = []
+    undo: list[Callable[[], object]] = []
     for name, (tensor, new) in values.items():
         current = tensor.value()
-        new = new.to(current.device, current.dtype)
+        new = gathered(new).to(current.device, current.dtype)
+        undo.append(_undo(tensor.module, tensor.name))
         try:
             targets = _inverse(tensor.module, tensor.name, new)
         except Exception as error:
             # A right_inverse is code of the user and can raise any type of error.
             problems.append(f"{name}: it is computed, and its inverse fails ({error}); {_ADVICE}")
             continue
-        saved += [(target, target.clone()) for target, _ in targets]
         for target, part in targets:
             copy_into(target, part)
         eps = torch.finfo(new.dtype).eps if new.is_floating_point() else 0.0
@@ -194,14 +206,26 @@ def set_computed(values: Mapping[str, tuple[LayerTensor, Tensor]]) -> list[str]:
         if not torch.allclose(result, new, rtol=0.0, atol=tolerance, equal_nan=True):
             problems.append(f"{name}: it is computed and cannot have this value; {_ADVICE}")
     if problems:
-        for target, part in reversed(saved):
-            target.copy_(part)
+        for restore in reversed(undo):
+            restore()
         return problems
     for tensor, _ in values.values():
         if hook := _hooks(tensor.module).get(tensor.name):
             # Before the next forward, the attribute would have the old value.
             hook(tensor.module, ())
     return []
+
+
+def _undo(module: nn.Module, name: str) -> Callable[[], object]:
+    """Return a function that restores the present tensors from which `module.name` is computed."""
+    if is_parametrized(module, name):
+        # A right_inverse may also change buffers of the parametrization.
+        steps = module.parametrizations[name]
+        state = {key: tensor.clone() for key, tensor in steps.state_dict().items()}
+        return lambda: steps.load_state_dict(state)
+    parts = [getattr(module, part) for part in _part_names(module) if part.startswith(name)]
+    saved = [(part, part.clone()) for part in parts]
+    return lambda: [part.copy_(values) for part, values in saved]
 
 
 def _inverse(module: nn.Module, name: str, value: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from moelora_kernels.nn.base_linear import given_input, missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
+from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
@@ -22,12 +23,16 @@ from moelora_kernels.nn.merge import (
     merged_with,
 )
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
+from moelora_kernels.nn.weight_readers import note_read
 
 
 class MoeLoraLinear(LoraLayer):
     """Replace an nn.Linear by the frozen linear plus a gated mixture of LoRA experts.
 
-        y = x Wt + b + u Bt        u = scale * gate (.) (dropout(x) At)        gate = router(x)
+        logits = router(x)
+        gate = normalize(select(score(logits / temperature)))
+        u = scale * gate (.) (dropout(x) At)
+        y = x Wt + b + u Bt
 
     Parameters, all expert-major:
         lora_A: [R, I]; [r, I] with share="A".
@@ -53,9 +58,7 @@ class MoeLoraLinear(LoraLayer):
         **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
-        ValueError, TypeError: an option is not valid. Forward raises them if x, gates or tasks do
-            not fit the layer.
-        RuntimeError: forward runs before `set_tasks` has set the tasks of a router="task".
+        ValueError, TypeError: an option is not valid.
 
     Example:
         >>> import torch
@@ -157,9 +160,10 @@ class MoeLoraLinear(LoraLayer):
         return layer
 
     def _attach(self, base: nn.Module, config: MoeLoraConfig | None, options: dict) -> None:
+        """Make this the layer over `base`: freeze the base, and add experts, router and record."""
         config = MoeLoraConfig.of(config, options)
         self.base_layer = base
-        # The SiblingLink that runs this layer together with its siblings; see `link_siblings`.
+        # The SiblingLink that runs this layer together with its siblings; see nn/group.py.
         self.link = None
         self.merged = False
         self.merged_task: Task | None = None
@@ -275,7 +279,7 @@ class MoeLoraLinear(LoraLayer):
             raise ValueError(f"config: {REDUCED_BASE}; merge() adds them to the reduced one")
         self._check_linear()
         a, b = lora_of_task(self, task)
-        return a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+        return a.to(tensor_value(self, "lora_A").dtype), b.to(tensor_value(self, "lora_B").dtype)
 
     def _load_from_state_dict(self, *args) -> None:
         if self.merged:
@@ -285,6 +289,7 @@ class MoeLoraLinear(LoraLayer):
     @property
     def weight(self) -> Tensor:
         """The base's weight [O, I], or the merged weight of a merged layer."""
+        note_read(self)
         return self.merged_weight if self.merged else self.base_layer.weight
 
     def forward(
@@ -298,6 +303,10 @@ class MoeLoraLinear(LoraLayer):
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
+
+        Raises:
+            ValueError, TypeError: x, gates or tasks do not fit the layer.
+            RuntimeError: router="task" and `set_tasks` has not set the tasks.
         """
         if x is None or input is not None:
             x = given_input(x, input)

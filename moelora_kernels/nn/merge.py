@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import check_called, dense_weight
 from moelora_kernels.nn.gates import external_gates, gate_from
-from moelora_kernels.nn.layer_tensors import tensor_value
+from moelora_kernels.nn.layer_tensors import evaluation, tensor_value
 
 # A task id; several ids of one sample; or for router="external" the gate itself.
 Task = int | Sequence[int] | Tensor
@@ -99,7 +99,8 @@ def _logits_of_task(router: nn.Module, task: Task | None) -> Tensor:
         raise ValueError(f"task: expected a task id, 1 to {router.num_tasks}, got {task!r}")
     ids = ids[None]
     router.check_tasks(ids)
-    return router(ids)
+    with evaluation(router):
+        return router(ids)
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def merged_weight(layer: nn.Module, task: Task | None = None) -> Tensor:
     """
     if problem := merge_problem(layer.base_layer):
         raise ValueError(f"base_layer: {problem}")
-    if layer.lora_A.is_meta:
+    if layer.first_tensor().is_meta:
         raise ValueError("lora_A: it is on the meta device and has no values")
     weight = dense_weight(layer.base_layer)
     merged = delta_weight(layer, task).to(weight.device).add_(weight).to(weight.dtype)

@@ -6,7 +6,7 @@ from torch import nn
 
 from moelora_kernels.nn.base_linear import linear_with
 from moelora_kernels.nn.group import MoeLoraGroup
-from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.layer_tensors import layer_tensors
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import Task, gate_of_task, merge_problem, merged_weight, merged_with
@@ -72,6 +72,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     merged = [m for m in model.modules() if isinstance(m, MoeLoraLinear) and m.merged]
     if not merged:
+        if any(layer.is_peft_adapter for layer in mixture_layers(model)):
+            raise RuntimeError("model: PEFT merges a PeftModel; call peft_model.unmerge_adapter()")
         raise RuntimeError("model: no layer is merged")
     for layer in merged:
         layer.unmerge()

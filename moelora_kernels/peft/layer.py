@@ -15,6 +15,7 @@ from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.weight_readers import note_read
 
 
 class MoeLoraExperts(LoraLayer):
@@ -96,6 +97,13 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         # The base weight before a merge: subtracting the delta would not restore its bits.
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight [O, I]."""
+        for experts in self.moelora_experts.values():
+            note_read(experts)
+        return super().weight
 
     def update_layer(
         self, adapter_name: str, config: MoeLoraConfig, router: TaskRouter | None = None

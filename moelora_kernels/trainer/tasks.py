@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from moelora_kernels.nn.layer import mixture_layers
+from moelora_kernels.nn.routers import TokenTaskRouter
 from moelora_kernels.nn.tasks import set_tasks
 
 # model, tasks [n, ...] of the samples, arguments of the model's call -> None
@@ -108,6 +109,14 @@ def _packing(trainer: Trainer) -> str | None:
     return "DataCollatorWithFlattening" if "DataCollatorWithFlattening" in names else None
 
 
+def takes_tasks(model: nn.Module) -> bool:
+    """Return whether `set_tasks` has an effect on the model."""
+    layers = [layer for layer in mixture_layers(model) if layer.is_selected]
+    return any(layer.config.router in ("task", "external") for layer in layers) or any(
+        isinstance(module, TokenTaskRouter) for module in model.modules()
+    )
+
+
 class TaskSetter:
     """Sets the tasks of a batch when the model is called with it.
 
@@ -126,7 +135,9 @@ class TaskSetter:
         self.generates = False
 
     def follow(self, model: nn.Module) -> None:
-        """Add the hook that sets the tasks when `model` is called."""
+        """Add the hook that sets the tasks when `model` is called, if it takes tasks."""
+        if self.set_tasks is None and not takes_tasks(model):
+            return
         model.register_forward_pre_hook(TaskHook(self), with_kwargs=True)
 
     def set(self, model: nn.Module, tasks: Tensor, inputs: Mapping[str, Any]) -> None:

@@ -321,3 +321,37 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path):
         save_adapter(adapted(MING).to("meta"), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("wrap", (lambda model: model, compiled), ids=("plain", "compiled"))
+def test_a_peft_model_is_refused_with_the_right_call(wrap, tmp_path):
+    peft = pytest.importorskip("peft")
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    config = MoeLoraPeftConfig(preset="moelora", target_modules=["q_proj"])
+    model = wrap(peft.get_peft_model(Plain(), config))
+    for call in (
+        lambda: export_lora(model, tmp_path / "out", 1),
+        lambda: merge_adapter(model, 1),
+        lambda: merge_and_unload(model, 1),
+    ):
+        with pytest.raises(ValueError, match=r"set_tasks.*merge_and_unload.*save_pretrained"):
+            call()
+    with pytest.raises(RuntimeError, match=r"peft_model\.unmerge_adapter"):
+        unmerge_adapter(model)
+    for export in (export_ming, export_moelora_peft):
+        with pytest.raises(ValueError, match="an adapter of a PeftModel"):
+            export(model)
+
+
+def test_a_folder_of_peft_over_a_compiled_model_is_exported(tmp_path):
+    peft = pytest.importorskip("peft")
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    config = MoeLoraPeftConfig(preset="moelora", target_modules=["q_proj"])
+    peft.get_peft_model(compiled(Plain()), config).save_pretrained(tmp_path / "folder")
+    main(["--task", "1", str(tmp_path / "folder"), str(tmp_path / "out")])
+    assert exported(tmp_path / "out")[1]["target_modules"] == [
+        "layers.0.attention.q_proj",
+        "layers.1.attention.q_proj",
+    ]

@@ -3,6 +3,7 @@
 from moelora_kernels.nn.routers.balanced import Balance, BalancedRouter
 from moelora_kernels.nn.routers.build import build_router, layer_logits
 from moelora_kernels.nn.routers.logits import float32_linear
+from moelora_kernels.nn.routers.sequence import SequenceGate
 from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
 
@@ -11,6 +12,7 @@ __all__ = [
     "BalancedRouter",
     "MlpRouter",
     "PrototypeRouter",
+    "SequenceGate",
     "TaskRouter",
     "ThresholdRouter",
     "TokenTaskRouter",

@@ -14,7 +14,16 @@ def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if not isinstance(linear.weight, Tensor):
         # torch.ao.quantization.quantize_dynamic replaced the nn.Linear. It computes in float32.
         return linear(x.float())
-    return float32_product(x, linear.weight, linear.bias)
+    if not linear._forward_pre_hooks:
+        return float32_product(x, linear.weight, linear.bias)
+    # The hooks compute or gather the weight before each call (pruning, norms, FSDP2).
+    x_cast = x.to(linear.weight.dtype)
+    if is_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
+            y = linear(x_cast)
+    else:
+        y = linear(x_cast)
+    return y.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def float32_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,9 +13,10 @@ for name in ("transformers", "datasets", "accelerate"):
 
 import transformers  # noqa: E402
 
+from moelora_kernels import MoeLoraConfig, set_tasks  # noqa: E402
 from moelora_kernels.trainer import attach  # noqa: E402
 from support.expert_loads import HandCount, adapted  # noqa: E402
-from support.trainers import arguments  # noqa: E402
+from support.trainers import arguments, make_tokenizer  # noqa: E402
 
 SAMPLES = [{"number": i} for i in range(6)]
 IGNORED = -100
@@ -224,3 +225,32 @@ def test_vision_and_language(length, tmp_path):
     torch.manual_seed(0)
     targets = ["q_proj", "v_proj", "fc1", "down_proj", "linear_1", "linear_2", "lm_head"]
     train(adapted(llava(), targets), collator, tmp_path, mask_of)
+
+
+def test_seq2seq_generates_with_the_task_of_each_prompt(tmp_path):
+    """Three beams for each prompt: the decoder has three times as many rows as the encoder."""
+    torch.manual_seed(0)
+    config = MoeLoraConfig(num_experts=4, rank=2, router="task", num_tasks=6, task_embedding_dim=5)
+    model = adapted(t5(), ["q", "v", "wi"], config)
+    samples = [
+        {"input_ids": [3 + i, 4, 5, 6], "labels": [7 + i, 8, 9], "task_ids": 1 + i}
+        for i in range(6)
+    ]
+    args = arguments(
+        tmp_path, transformers.Seq2SeqTrainingArguments, predict_with_generate=True,
+        per_device_eval_batch_size=3,
+    )  # fmt: skip
+    collator = transformers.DataCollatorForSeq2Seq(make_tokenizer(), model=model)
+    trainer = transformers.Seq2SeqTrainer(
+        model, args, train_dataset=samples, data_collator=collator
+    )
+    attach(trainer)
+    trainer.train()
+    options = dict(num_beams=3, max_length=6)
+    output = trainer.predict(samples, **options)
+    assert math.isfinite(output.metrics["test_loss"])
+    for sample, actual in zip(samples, output.predictions, strict=True):
+        set_tasks(model, [sample["task_ids"]])
+        expected = model.generate(torch.tensor([sample["input_ids"]]), **options)[0].tolist()
+        assert actual[: len(expected)].tolist() == expected
+        assert not actual[len(expected) :].any()
