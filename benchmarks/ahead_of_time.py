@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, architecture: str):
     signature, constants, aligned = arguments_of(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=options(launch.config))
+    return triton.compile(source, target=target, options=options(launch.tile_config))
 
 
 def machine_code(cubin: bytes) -> tuple[str, str]:
@@ -125,8 +125,8 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.fn.__name__,
         "programs": launch.programs,
-        "tile": list(launch.config[:4]),
-        "qualified": launch.config.qualified,
+        "tile": list(launch.tile_config[:4]),
+        "qualified": launch.tile_config.qualified,
         "registers": int(resources["REG"]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "stack": int(resources["STACK"]),
@@ -225,7 +225,7 @@ def natural_widths(launch: Launch) -> set[int]:
     A load of 16 bytes is impossible if rows begin at any multiple of 8 bytes, or if a tile has
     fewer than 16 bytes for each thread.
     """
-    threads = 32 * launch.config.warps
+    threads = 32 * launch.tile_config.warps
     widths = {
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
@@ -266,7 +266,7 @@ def complaints(
 
 def key_of(launch: Launch) -> str:
     """Return a key of the compiled code of a launch. It does not depend on the grid."""
-    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.config[:4]))
+    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.tile_config[:4]))
 
 
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:

@@ -256,7 +256,7 @@ def bare_launch(bench: Bench, call: Call, name: str) -> Call:
 
     def launch() -> None:
         for record in launches:
-            options = launcher.options(record.config)
+            options = launcher.options(record.tile_config)
             record.kernel[(record.programs,)](**record.arguments, **record.constants, **options)
 
     predicted = len(launches) * roofline.launch(bench.rates, "triton")

@@ -86,12 +86,12 @@ def launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     """Return x / (1 - p) where the mask of (seed, stream) keeps it, 0 elsewhere."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    config = TileConfig(tokens=1, step=1024, warps=4, stages=1)
+    tile_config = TileConfig(tokens=1, step=1024, warps=4, stages=1)
     launcher.run(
         dropout_kernel,
-        launcher.ceil_div(x.numel(), config.step),
-        config,
+        launcher.ceil_div(x.numel(), tile_config.step),
+        tile_config,
         dict(x_ptr=x, seed_ptr=seed, y_ptr=y, size=x.numel(), divisor=1.0 - p, stream=stream),
-        dict(DROPOUT=threshold(p), BLOCK=config.step),
+        dict(DROPOUT=threshold(p), BLOCK=tile_config.step),
     )
     return y

@@ -163,7 +163,7 @@ def launch(
         sums = y.new_empty(y.shape, dtype=torch.float32)
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
-    config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
+    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
     u = u.contiguous()
     previous, stride = start, 0
     if start_is_matrix:
@@ -174,8 +174,8 @@ def launch(
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,
-            len(tiles) * launcher.ceil_div(O, config.step),
-            config,
+            len(tiles) * launcher.ceil_div(O, tile_config.step),
+            tile_config,
             dict(
                 u_ptr=u,
                 matrix_ptr=matrix,
@@ -205,8 +205,8 @@ def launch(
                 DROPOUT=threshold(dropout.p),
                 ALIGNED=O % 4 == 0,
                 PER_EXPERT=dropout.per_expert,
-                BLOCK_P=config.tokens,
-                BLOCK_O=config.step,
+                BLOCK_P=tile_config.tokens,
+                BLOCK_O=tile_config.step,
                 BLOCK_R=block_r,
                 UPCAST=launcher.INTERPRET,
             ),

@@ -121,13 +121,13 @@ def launch(
     if P == 0:
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r)
+    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
     launcher.run(
         grouped_shrink_kernel,
         len(tiles) * column_tiles,
-        config,
+        tile_config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
@@ -154,8 +154,8 @@ def launch(
             ALIGNED=I % 4 == 0,
             PER_EXPERT=dropout.per_expert,
             COLUMN_TILES=column_tiles,
-            BLOCK_P=config.tokens,
-            BLOCK_I=config.step,
+            BLOCK_P=tile_config.tokens,
+            BLOCK_I=tile_config.step,
             BLOCK_R=block_r,
             UPCAST=launcher.INTERPRET,
         ),

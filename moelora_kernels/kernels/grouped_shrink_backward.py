@@ -133,12 +133,12 @@ def launch(
     if P == 0:
         return dh, u, dweights
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    config = configs.tile_config("grouped_shrink_backward", h.device, h.dtype, block_r)
+    tile_config = configs.tile_config("grouped_shrink_backward", h.device, h.dtype, block_r)
     dy = [launcher.rows_dense(g) for g in dy]
     launcher.run(
         grouped_shrink_backward_kernel,
         len(tiles),
-        config,
+        tile_config,
         dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
@@ -162,8 +162,8 @@ def launch(
             R=sum(ranks),
             PAIRS_PER_ROW=P // dy[0].shape[0],
             **tables.rank_constants(ranks),
-            BLOCK_P=config.tokens,
-            BLOCK_O=config.step,
+            BLOCK_P=tile_config.tokens,
+            BLOCK_O=tile_config.step,
             BLOCK_R=block_r,
             UPCAST=launcher.INTERPRET,
         ),

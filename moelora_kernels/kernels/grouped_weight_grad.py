@@ -263,9 +263,9 @@ def sum_pairs(
 
     # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    config = configs.tile_config("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
+    tile_config = configs.tile_config("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
-    tiles = launcher.ceil_div(max(widths), config.step) * column_tiles
+    tiles = launcher.ceil_div(max(widths), tile_config.step) * column_tiles
 
     # Workspace: one partial sum for every whole chunk of P pairs. `types.count_tiles` is that
     # number plus min(N + 1, P).
@@ -306,7 +306,7 @@ def sum_pairs(
     launcher.run(
         grouped_weight_grad_kernel,
         len(chunks) * tiles,
-        config,
+        tile_config,
         arguments
         | dict(
             wide_ptrs=tuple(wide),
@@ -323,8 +323,8 @@ def sum_pairs(
             ALIGNED=all(W % 4 == 0 for W in widths),
             PER_EXPERT=dropout.per_expert,
             TILES=tiles,
-            BLOCK_P=config.tokens,
-            BLOCK_W=config.step,
+            BLOCK_P=tile_config.tokens,
+            BLOCK_W=tile_config.step,
             UPCAST=launcher.INTERPRET,
         ),
     )

@@ -142,9 +142,9 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
 
     # Grid.
     block_e = min(launcher.block(E), COLUMNS)
-    config = configs.tile_config("router_logits", x.device, x.dtype, block_e)
-    programs = launcher.ceil_div(T, config.tokens) * n * launcher.ceil_div(E, block_e)
-    steps = launcher.ceil_div(I, config.step)
+    tile_config = configs.tile_config("router_logits", x.device, x.dtype, block_e)
+    programs = launcher.ceil_div(T, tile_config.tokens) * n * launcher.ceil_div(E, block_e)
+    steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
         split = configs.num_splits(x.device, programs, steps)
 
@@ -154,7 +154,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     launcher.run(
         router_logits_kernel,
         programs * split,
-        config,
+        tile_config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
@@ -163,14 +163,14 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
             logits_ptr=partials.targets[0],
             T=T,
             I=I,
-            i_per_split=launcher.ceil_div(steps, split) * config.step,
+            i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
         ),
         dict(
             n=n,
             E=E,
             SPLIT=split,
-            BLOCK_T=config.tokens,
-            BLOCK_I=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_I=tile_config.step,
             BLOCK_E=block_e,
             UPCAST=launcher.INTERPRET,
         ),
@@ -194,9 +194,9 @@ def launch_grad(
 
     # Grid.
     block_l = min(launcher.block(L), COLUMNS)
-    config = configs.tile_config("router_grad", x.device, x.dtype, block_l)
-    programs = launcher.ceil_div(I, config.step) * launcher.ceil_div(L, block_l)
-    steps = launcher.ceil_div(T, config.tokens)
+    tile_config = configs.tile_config("router_grad", x.device, x.dtype, block_l)
+    programs = launcher.ceil_div(I, tile_config.step) * launcher.ceil_div(L, block_l)
+    steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
         split = configs.num_splits(x.device, programs, steps)
 
@@ -206,7 +206,7 @@ def launch_grad(
     launcher.run(
         router_grad_kernel,
         programs * split,
-        config,
+        tile_config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
@@ -215,13 +215,13 @@ def launch_grad(
             dbias_ptr=dbias_target,
             T=T,
             I=I,
-            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
+            t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
             partial_stride=partials.stride,
         ),
         dict(
             L=L,
-            BLOCK_T=config.tokens,
-            BLOCK_W=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_W=tile_config.step,
             BLOCK_L=block_l,
             UPCAST=launcher.INTERPRET,
         ),

@@ -153,15 +153,15 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     widest = max(ranks) if per_expert else A_ROWS
     block_r = min(launcher.block(widest), STEP)
-    config = configs.tile_config("shrink_dx", dh.device, dh.dtype, block_r)
+    tile_config = configs.tile_config("shrink_dx", dh.device, dh.dtype, block_r)
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, widest, dh.device)
 
     launcher.run(
         shrink_dx_kernel,
-        launcher.ceil_div(T, config.tokens) * launcher.ceil_div(I, config.step),
-        config,
+        launcher.ceil_div(T, tile_config.tokens) * launcher.ceil_div(I, tile_config.step),
+        tile_config,
         dict(
             dh_ptr=dh.contiguous(),
             dlogits_ptr=launcher.contiguous_or_none(dlogits),
@@ -183,8 +183,8 @@ def launch(
             ALIGNED=I % 4 == 0,
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
-            BLOCK_T=config.tokens,
-            BLOCK_I=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_I=tile_config.step,
             BLOCK_R=block_r,
             BLOCK_E=ROUTER_STEP,
             UPCAST=launcher.INTERPRET,

@@ -100,21 +100,11 @@ def shrink_gate_kernel(
                    [T, n E]; None without a router; out_experts is None if K = E
     partials       [SPLIT, T, n (A_ROWS + ROUTER_E)] float32, stored unless ONE_LAUNCH
     i_per_split    how many features of x one split sums, a multiple of BLOCK_I
-    temperature    divides the logits of a router
-    dropout_scale  1 / (1 - p), the factor of the elements that dropout keeps; 1 without dropout
-
-    K              slots of a router or of a sparse gate; 0 for a dense gate
-    ONE_LAUNCH     this kernel computes all outputs, and A_ROWS is R. Otherwise it stores the
-                   products h and logits to `partials` only, and `gate_partials_kernel` computes the
-                   outputs
-    DROPOUT        the smallest random word whose element is kept (`dropout.threshold`); 0: none
-    ALIGNED        whether 4 divides I, so that the 4 words of a random number are in one row
-    PER_EXPERT     every expert has a separate dropout mask
-    RANK_DIVISOR   a power of two that divides every rank
     ROUTER_E       E with a router, else 0
     BLOCK_E        the experts whose logits one program computes: all of them if ONE_LAUNCH
-    UPCAST         multiply in float32, because Triton's interpreter needs it
 
+    `kernels/__init__.py` explains the other constants. ONE_LAUNCH: this kernel computes all
+    outputs, and A_ROWS is R. Otherwise it stores the products h and logits to `partials` only.
     Programs: (token tile, split of I, column tile of a sibling), the last fastest, so that programs
     which read the same x run together.
     """
@@ -295,7 +285,7 @@ def launch(
     split: number of parts that I is cut into; None fills the GPU.
     """
     router_weight, router_bias = router
-    gates, experts, rows, _ = gate
+    gate_weights, experts, rows, _ = gate
     ranks, scaling, _, top_k, renormalize, temperature = mixture
     T, I = x.shape  # noqa: E741
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
@@ -304,36 +294,34 @@ def launch(
     # Outputs. Without a router, weights, experts and logits are empty.
     h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
     dtype = compute_dtype(x)
-    weights = x.new_empty((T, n * top_k) if has_router else 0, dtype=dtype)
-    logits = x.new_empty((T, n * E) if has_router else 0, dtype=dtype)
+    out_weights = x.new_empty((T, n * top_k) if has_router else 0, dtype=dtype)
+    out_logits = x.new_empty((T, n * E) if has_router else 0, dtype=dtype)
     is_sparse = has_router and top_k < E
     out_experts = x.new_empty((T, n * top_k) if is_sparse else 0, dtype=torch.int32)
-    K, form = (top_k, "router") if has_router else gate_form(gates, experts, rows, T, n)
+    K, form = (top_k, "router") if has_router else gate_form(gate_weights, experts, rows, T, n)
     if T == 0:
-        return h, u, weights, out_experts, logits
+        return h, u, out_weights, out_experts, out_logits
 
     # Tiles: columns of rank space, and as many column tiles as they or the experts need.
     per_expert = dropout.p > 0 and dropout.per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
-    config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
-    fits_one_launch = (
-        not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
-    )
+    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
+    fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
     column_tile_table = None
     column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
         column_tiles = len(column_tile_table)
-    elif has_router and not fits_one_launch:
+    elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
     # Grid: split I until the programs fill the GPU.
-    token_tiles = launcher.ceil_div(T, config.tokens)
-    steps = launcher.ceil_div(I, config.step)
+    token_tiles = launcher.ceil_div(T, tile_config.tokens)
+    steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
         split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
-    one_launch = fits_one_launch and split == 1
+    one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
     router_block = block_e
@@ -347,38 +335,30 @@ def launch(
     # Arguments that both launches take.
     arguments = dict(
         bias_ptrs=launcher.contiguous(router_bias),
-        gate_weights_ptr=None if has_router else gates.contiguous(),
+        gate_weights_ptr=None if has_router else gate_weights.contiguous(),
         gate_experts_ptr=None if has_router else launcher.contiguous_or_none(experts),
         gate_rows_ptr=launcher.contiguous_or_none(rows),
         expert_columns_ptr=tables.expert_columns(tuple(ranks), x.device),
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         h_ptr=h,
         u_ptr=u,
-        out_weights_ptr=weights if has_router else None,
+        out_weights_ptr=out_weights if has_router else None,
         out_experts_ptr=out_experts if is_sparse else None,
-        out_logits_ptr=logits if has_router else None,
+        out_logits_ptr=out_logits if has_router else None,
         partials_ptr=partials,
         T=T,
-        G=0 if has_router else gates.shape[0],
+        G=0 if has_router else gate_weights.shape[0],
         temperature=float(temperature),
     )
     constants = dict(
-        n=n,
-        A_ROWS=A_ROWS,
-        R=R,
-        E=E,
-        K=K,
-        FORM=form,
-        RENORMALIZE=bool(renormalize),
-        ROUTER_E=E if has_router else 0,
-        SPLIT=split,
-        UPCAST=launcher.INTERPRET,
-    )
+        n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
+        ROUTER_E=E if has_router else 0, SPLIT=split, UPCAST=launcher.INTERPRET,
+    )  # fmt: skip
     x = launcher.rows_dense(x)
     launcher.run(
         shrink_gate_kernel,
         token_tiles * split * column_tiles,
-        config,
+        tile_config,
         arguments
         | dict(
             x_ptr=x,
@@ -388,7 +368,7 @@ def launch(
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tile_table,
             I=I,
-            i_per_split=launcher.ceil_div(steps, split) * config.step,
+            i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
             dropout_scale=1.0 / (1.0 - dropout.p),
         ),
         constants
@@ -399,8 +379,8 @@ def launch(
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
             COLUMN_TILES=column_tiles,
-            BLOCK_T=config.tokens,
-            BLOCK_I=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_I=tile_config.step,
             BLOCK_R=block_r,
             BLOCK_E=router_block,
         ),
@@ -415,4 +395,4 @@ def launch(
             arguments,
             constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r, BLOCK_E=block_e),
         )
-    return h, u, weights, out_experts, logits
+    return h, u, out_weights, out_experts, out_logits

@@ -246,31 +246,31 @@ def launch(
 
     split: number of parts that O is cut into; None fills the GPU.
     """
-    gates, experts, rows, logits = gate
+    gate_weights, experts, rows, logits = gate
     ranks, scaling, _share_a, top_k, renormalize, temperature = mixture
     T, n, E, R = h.shape[0], len(dy), len(ranks), sum(ranks)
     A_ROWS = h.shape[1] // n
     has_router = top_k > 0
-    K, form = gate_form(gates, experts, rows, T, n)
+    K, form = gate_form(gate_weights, experts, rows, T, n)
 
     # Outputs.
     dtype = compute_dtype(h)
     dh, u = h.new_empty(h.shape), h.new_empty((T, n * R))
     if T == 0:
-        return dh, u, h.new_zeros((0, n * E) if has_router else gates.shape, dtype=dtype)
+        return dh, u, h.new_zeros((0, n * E) if has_router else gate_weights.shape, dtype=dtype)
     by_slot = form == "sparse" and not has_router
     dgate = h.new_empty((T, n * (K if by_slot else E)), dtype=dtype)
 
     # Tiles: a program holds one or two blocks of COLUMNS columns.
     width, block_e = min(launcher.block(R), 2 * COLUMNS), launcher.block(E)
     block_r = min(width, COLUMNS)
-    config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width)
+    tile_config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width)
     column_tiles = n * launcher.ceil_div(R, width)
-    token_tiles = launcher.ceil_div(T, config.tokens)
+    token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
     # Grid: split O until the programs fill the GPU.
     out_features = [g.shape[1] for g in dy]
-    steps = [launcher.ceil_div(O, config.step) for O in out_features]  # noqa: E741
+    steps = [launcher.ceil_div(O, tile_config.step) for O in out_features]  # noqa: E741
     if split is None:
         split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
     one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
@@ -279,7 +279,7 @@ def launch(
     # Arguments that both launches take.
     arguments = dict(
         h_ptr=h.contiguous(),
-        gate_weights_ptr=gates.contiguous(),
+        gate_weights_ptr=gate_weights.contiguous(),
         gate_experts_ptr=launcher.contiguous_or_none(experts),
         gate_rows_ptr=launcher.contiguous_or_none(rows),
         logits_ptr=None if renormalize or not has_router else logits.contiguous(),
@@ -291,7 +291,7 @@ def launch(
         dgate_ptr=dgate,
         partials_ptr=partials,
         T=T,
-        G=gates.shape[0],
+        G=gate_weights.shape[0],
         temperature=float(temperature),
     )
     constants = dict(
@@ -311,21 +311,21 @@ def launch(
     launcher.run(
         shrink_gate_backward_kernel,
         token_tiles * split * column_tiles,
-        config,
+        tile_config,
         arguments
         | dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
             b_ptrs=launcher.contiguous(lora_b),
             out_features=tuple(out_features),
-            o_per_split=tuple(launcher.ceil_div(s, split) * config.step for s in steps),
+            o_per_split=tuple(launcher.ceil_div(s, split) * tile_config.step for s in steps),
         ),
         constants
         | dict(
             ONE_LAUNCH=one_launch,
             COLUMN_TILES=column_tiles,
-            BLOCK_T=config.tokens,
-            BLOCK_O=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_O=tile_config.step,
             BLOCK_R=block_r,
             COLUMN_BLOCKS=width // block_r,
         ),
@@ -342,5 +342,5 @@ def launch(
         )
     if form in ("rows", "one") and not has_router:
         # Several tokens share a gate row: sum over them.
-        dgate = gate_rows.launch(dgate, rows, gates.shape[0])
+        dgate = gate_rows.launch(dgate, rows, gate_weights.shape[0])
     return dh, u, dgate

@@ -257,7 +257,7 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
-    config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
+    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
@@ -269,9 +269,9 @@ def launch(
     block_l = launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16
 
     # Grid: split T until the programs fill the GPU.
-    programs = launcher.ceil_div(I, config.step) * a_tiles
-    programs += sum(launcher.ceil_div(O, config.step) for O in out_features) * b_tiles  # noqa: E741
-    steps = launcher.ceil_div(T, config.tokens)
+    programs = launcher.ceil_div(I, tile_config.step) * a_tiles
+    programs += sum(launcher.ceil_div(O, tile_config.step) for O in out_features) * b_tiles  # noqa: E741
+    steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
         split = configs.num_splits(x.device, programs, steps)
 
@@ -282,7 +282,7 @@ def launch(
     launcher.run(
         weight_grad_kernel,
         programs * split,
-        config,
+        tile_config,
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
@@ -300,7 +300,7 @@ def launch(
             T=T,
             I=I,
             out_features=tuple(out_features),
-            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
+            t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
             partial_stride=partials.stride,
             dropout_scale=1.0 / (1.0 - dropout.p),
         ),
@@ -315,8 +315,8 @@ def launch(
             RANK_DIVISOR=tables.rank_divisor(ranks),
             A_TILES=a_tiles,
             B_TILES=b_tiles,
-            BLOCK_T=config.tokens,
-            BLOCK_W=config.step,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_W=tile_config.step,
             BLOCK_A=block_a,
             BLOCK_B=block_b,
             BLOCK_L=block_l,

@@ -56,20 +56,20 @@ class TrainableReport(NamedTuple):
         }
         lines = [f"{len(self.layers)} layers with experts, loss {self.loss:.6g}"]
         lines.append("all of them train" if self.ok else "not all of them train:")
-        lines += _by_reason("layer not called", self.not_called)
-        lines += _by_reason("layer without effect", self.unreached)
-        lines += _by_reason("no gradient", parameters)
+        lines += lines_by_reason("layer not called", self.not_called)
+        lines += lines_by_reason("layer without effect", self.unreached)
+        lines += lines_by_reason("no gradient", parameters)
         cut = "the base returns no graph for an x that needs a gradient, so dx lacks its part"
-        lines += _by_reason("base without gradient", dict.fromkeys(self.cut_bases, cut))
-        lines += _by_reason("no gradient in this step", self.expected, limit=4)
+        lines += lines_by_reason("base without gradient", dict.fromkeys(self.cut_bases, cut))
+        lines += lines_by_reason("no gradient in this step", self.expected, limit=4)
         experts = {
             name: f"no token of this batch selected experts {', '.join(map(str, numbers))}"
             for name, numbers in self.unselected.items()
         }
-        return "\n".join(lines + _by_reason("experts", experts, limit=4))
+        return "\n".join(lines + lines_by_reason("experts", experts, limit=4))
 
 
-def _by_reason(title: str, reasons: Mapping[str, str], limit: int | None = None) -> list[str]:
+def lines_by_reason(title: str, reasons: Mapping[str, str], limit: int | None = None) -> list[str]:
     """Return one line per reason with at most `limit` of its names."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -15,6 +15,7 @@ from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
 from moelora_kernels.nn.routing_record import record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
 from moelora_kernels.nn.token_masks import follow_masks
+from moelora_kernels.trainer.first_step import FirstStep
 from moelora_kernels.trainer.tasks import TaskSetter
 
 
@@ -49,6 +50,7 @@ class MoeLoraCallback(TrainerCallback):
         if model is self._model:
             return
         self._model = model
+        self._first_step = FirstStep(model)
         self._tasks.follow(model)
         if isinstance(model, PreTrainedModel):
             declare_shared(model)
@@ -96,7 +98,8 @@ class MoeLoraCallback(TrainerCallback):
             if not (model.training and torch.is_grad_enabled()):
                 return self._compute_loss(model, batch, **options)
             with record_routing(self._model):
-                result = self._compute_loss(model, batch, **options)
+                with self._first_step.watch():
+                    result = self._compute_loss(model, batch, **options)
                 self._counter.add_records()
                 loss = result[0] if return_outputs else result
                 loss = self._connected(loss)
@@ -132,6 +135,10 @@ class MoeLoraCallback(TrainerCallback):
             per_item = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = per_item or trainer.compute_loss_func is not None
         return trainer.current_gradient_accumulation_steps if scaled else 1
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Name the adapters and routers that the first training step gave no gradient."""
+        self._first_step.finish(self._trainer)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the counted numbers to the logs of a training loss, and start counting again."""

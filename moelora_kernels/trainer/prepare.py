@@ -59,6 +59,11 @@ def attach(
         and its `report` the whole RoutingReport. The numbers are copied from the device once per
         log, not at each step.
 
+    First step
+        Before the first optimizer step, a warning of the logger names the adapters and routers that
+        got no gradient for a reason that does not pass: a layer that is not called, whose weight is
+        read instead, or whose output does not reach the loss. `check_trainable` tells more.
+
     Args:
         trainer: a trainer that has not trained yet. Its model may be a PeftModel.
         task_column: the name of the column in the samples and in the batch.

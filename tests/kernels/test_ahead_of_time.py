@@ -51,7 +51,7 @@ def test_the_layers_take_every_entry_of_the_table(architecture):
         table = configs.TILE_CONFIGS[architecture]
         for layer in LAYERS:
             for launch in record(layer):
-                taken |= {key for key, tile in table.items() if tile is launch.config}
+                taken |= {key for key, tile in table.items() if tile is launch.tile_config}
     assert taken == set(table)
 
 

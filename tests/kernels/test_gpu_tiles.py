@@ -89,7 +89,7 @@ def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str) -> No
         with launcher.recording() as launches:
             first = _flat(launch(*arguments))
         tile = configs.TILE_CONFIGS[configs.processors(DEVICE)[0]][key]
-        assert any(recorded.config is tile for recorded in launches), (
+        assert any(recorded.tile_config is tile for recorded in launches), (
             f"no launch takes the tile of {key}"
         )
         compare(op, launch, arguments, dtype)

@@ -62,12 +62,12 @@ def gate_rows_kernel(
 def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
     """Return the gradient of gate weights [G, n E] from dgate [T, n E] and rows [T] or None."""
     T, width = dgate.shape
-    config = configs.ROW_TILE
-    block_e = min(launcher.block(width), config.step)
+    tile_config = configs.ROW_TILE
+    block_e = min(launcher.block(width), tile_config.step)
 
     # Grid: split the tokens until the programs fill the GPU.
     programs = launcher.ceil_div(G, BLOCK_G) * launcher.ceil_div(width, block_e)
-    steps = launcher.ceil_div(T, config.tokens)
+    steps = launcher.ceil_div(T, tile_config.tokens)
     split = configs.num_splits(dgate.device, programs, steps)
 
     total = dgate.new_empty((G, width))
@@ -75,16 +75,18 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
     launcher.run(
         gate_rows_kernel,
         programs * split,
-        config,
+        tile_config,
         dict(
             dgate_ptr=dgate,
             rows_ptr=None if rows is None else rows.contiguous(),
             partials_ptr=partials.targets[0],
             T=T,
             G=G,
-            t_per_split=launcher.ceil_div(steps, split) * config.tokens,
+            t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
         ),
-        dict(WIDTH=width, SPLIT=split, BLOCK_T=config.tokens, BLOCK_G=BLOCK_G, BLOCK_E=block_e),
+        dict(
+            WIDTH=width, SPLIT=split, BLOCK_T=tile_config.tokens, BLOCK_G=BLOCK_G, BLOCK_E=block_e
+        ),
     )
     partials.reduce()
     return total

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
     programs: int
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    config: TileConfig
+    tile_config: TileConfig
 
 
 _records: list[Launch] | None = None
@@ -44,14 +44,18 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def run(
-    kernel, programs: int, config: TileConfig, arguments: dict[str, Any], constants: dict[str, Any]
+    kernel,
+    programs: int,
+    tile_config: TileConfig,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
 ) -> None:
     """Launch `programs` programs on grid.x, on the current stream of the tensors' device.
 
     arguments: tensors, tuples of tensors, numbers or None. constants: values that are compiled in.
     """
     if _records is not None:
-        _records.append(Launch(kernel, programs, arguments, constants, config))
+        _records.append(Launch(kernel, programs, arguments, constants, tile_config))
     first = next(a for a in _flat(arguments.values()) if isinstance(a, Tensor))
     if first.is_meta or programs == 0:
         return
@@ -61,12 +65,16 @@ def run(
         if elsewhere or torch.cuda.is_current_stream_capturing():
             guard = _guard(first.device)
     with guard:
-        kernel[(programs,)](**arguments, **constants, **options(config))
+        kernel[(programs,)](**arguments, **constants, **options(tile_config))
 
 
-def options(config: TileConfig) -> dict[str, Any]:
+def options(tile_config: TileConfig) -> dict[str, Any]:
     """Return the compiler options. Fused multiply-adds are on, whatever Triton's default is."""
-    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return {
+        "num_warps": tile_config.warps,
+        "num_stages": tile_config.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 @contextmanager

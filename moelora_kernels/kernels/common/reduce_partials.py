@@ -108,12 +108,12 @@ class Partials:
         """Add the partial sums of all splits into the outputs: one launch, none with split = 1."""
         if self.workspace is None:
             return
-        config = TileConfig(tokens=1, step=1024, warps=4, stages=1)
+        tile_config = TileConfig(tokens=1, step=1024, warps=4, stages=1)
         sizes = tuple(out.numel() for out in self.outputs)
         launcher.run(
             reduce_partials_kernel,
-            sum(launcher.ceil_div(size, config.step) for size in sizes),
-            config,
+            sum(launcher.ceil_div(size, tile_config.step) for size in sizes),
+            tile_config,
             dict(
                 partials_ptr=self.workspace,
                 partial_stride=self.stride,
@@ -121,5 +121,5 @@ class Partials:
                 sizes=sizes,
                 starts=tuple(self.starts),
             ),
-            dict(SPLIT=self.workspace.shape[0], BLOCK=config.step),
+            dict(SPLIT=self.workspace.shape[0], BLOCK=tile_config.step),
         )

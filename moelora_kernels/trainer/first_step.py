@@ -1,0 +1,113 @@
+"""FirstStep: name the adapters and routers that the first training step gives no gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from moelora_kernels.nn.check import lines_by_reason
+from moelora_kernels.nn.gradient_reasons import (
+    UNUSED,
+    LayerStep,
+    gradient_reasons,
+    own_parameters,
+)
+from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.sharding import is_dtensor
+from moelora_kernels.nn.weight_readers import watch_reads
+from moelora_kernels.nn.wrappers import named_modules
+
+logger = logging.getLogger(__name__)
+
+
+class FirstStep:
+    """The calls and the gradients of the layers of a model in the first optimizer step.
+
+    Attributes:
+        is_open: whether the first optimizer step is still to come.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.is_open = True
+        self.steps = [
+            LayerStep(name, layer)
+            for name, layer in named_modules(model)
+            if isinstance(layer, MixtureLayer) and layer.is_selected
+        ]
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note the layers that a forward calls. Routing is recorded in this context."""
+        if not self.is_open:
+            yield
+            return
+        with watch_reads() as reads:
+            yield
+        for step in self.steps:
+            step.calls += len(step.layer.record.calls() or ())
+            step.reader = step.reader or reads.readers.get(step.layer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Warn once of what has no gradient, before the first optimizer step.
+
+        All processes call it: a layer counts as called if any process called it.
+        """
+        if not self.is_open:
+            return
+        self.is_open = False
+        parameters = {
+            id(parameter): parameter
+            for step in self.steps
+            for _, parameter in own_parameters(step.layer)
+        }
+        calls = torch.tensor([float(step.calls) for step in self.steps], device=trainer.args.device)
+        flags = [_gradient_flags(parameter) for parameter in parameters.values()]
+        flat = torch.cat([calls, torch.stack(flags).to(calls.device).flatten()])
+        flat = trainer.accelerator.reduce(flat, "sum").cpu()
+        for step, count in zip(self.steps, flat.tolist(), strict=False):
+            step.calls = int(count)
+        given = flat[len(calls) :].view(-1, 2) > 0
+        exists = dict(zip(parameters, given[:, 0].tolist(), strict=True))
+        nonzero = dict(zip(parameters, given[:, 1].tolist(), strict=True))
+        problems = {s.name: reason for s in self.steps if (reason := s.call_problem())}
+        left_out = dict(problems)
+        if not _hides_gradients(trainer):
+            for step in self.steps:
+                if step.name not in problems and not _is_reached(step, exists):
+                    problems[step.name] = left_out[step.name] = UNUSED
+            unexpected, _ = gradient_reasons(self.steps, nonzero, problems)
+            known = set(problems.values())
+            left_out |= {name: why for name, why in unexpected.items() if why not in known}
+        if left_out and trainer.is_world_process_zero():
+            logger.warning(
+                "the first training step gave no gradient to some adapters or routers:\n%s\n"
+                "check_trainable(model, batch) tells more",
+                "\n".join(lines_by_reason("no gradient", left_out)),
+            )
+
+
+def _gradient_flags(parameter: nn.Parameter) -> Tensor:
+    """Return [whether a gradient exists, whether it has a nonzero value] as float32 [2]."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros(2, device=parameter.device)
+    gradient = gradient.to_local() if is_dtensor(gradient) else gradient
+    return torch.stack([torch.ones_like(gradient.any()), gradient.any()]).float()
+
+
+def _is_reached(step: LayerStep, exists: dict[int, bool]) -> bool:
+    """Return whether a parameter of the layer has a gradient, or none of them needs one."""
+    matrices = [p for name, p in own_parameters(step.layer) if "router." not in name]
+    trained = [parameter for parameter in matrices if parameter.requires_grad]
+    return not trained or any(exists[id(parameter)] for parameter in trained)
+
+
+def _hides_gradients(trainer: Trainer) -> bool:
+    """Return whether `parameter.grad` is not the gradient: DeepSpeed and FSDP1 keep others."""
+    fsdp1 = trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False)
+    return trainer.is_deepspeed_enabled or fsdp1

@@ -1,0 +1,76 @@
+"""attach names the adapters that the first training step gave no gradient."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from moelora_kernels.trainer import attach  # noqa: E402
+
+
+class Model(nn.Module):
+    """A layer that trains, one whose weight is read, one that is skipped, and one without use."""
+
+    def __init__(self, **options):
+        super().__init__()
+        config = MoeLoraConfig.preset("ming", num_experts=2, rank=2, **options)
+        for name in ("called", "read", "skipped", "unused"):
+            self.add_module(name, MoeLoraLinear(8, 8, config=config))
+        self.leave_out = True
+
+    def forward(self, x, labels=None):
+        y = self.called(x)
+        if self.leave_out:
+            self.unused(x)
+            y = linear(y, self.read.weight)
+        else:
+            y = y + self.read(x) + self.skipped(x) + self.unused(x)
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def train(model: nn.Module, folder, caplog, **options) -> list[str]:
+    """Train two steps, and return the warnings of the first step."""
+    samples = [{"x": torch.randn(8), "labels": torch.zeros(8)} for _ in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=samples)
+    attach(trainer)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    records = [r for r in caplog.records if r.name == "moelora_kernels.trainer.first_step"]
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("accumulated", (1, 2))
+def test_layers_that_are_left_out_are_named_once(tmp_path, caplog, accumulated) -> None:
+    model = Model()
+    (message,) = train(model, tmp_path, caplog, gradient_accumulation_steps=accumulated)
+    lines = message.splitlines()
+    assert any("read:" in line and "Model.forward reads its weight" in line for line in lines)
+    assert any("skipped:" in line and "it was not called" in line for line in lines)
+    assert any("unused:" in line and "never reached the loss" in line for line in lines)
+    assert not any("called.lora" in line for line in lines)
+
+
+def test_a_model_that_trains_has_no_warning(tmp_path, caplog) -> None:
+    model = Model()
+    model.leave_out = False
+    assert train(model, tmp_path, caplog) == []
+
+
+def test_a_router_with_a_constant_weight_is_named(tmp_path, caplog) -> None:
+    model = Model(top_k=1)
+    model.leave_out = False
+    (message,) = train(model, tmp_path, caplog)
+    assert "called.router.weight" in message
+    assert "renormalised to 1" in message
