@@ -16,7 +16,7 @@ def plot_routing(report: RoutingReport, folder: str | Path) -> list[Path]:
 
         load.png     layer x expert: the share of each expert
         tasks.png    task x expert: the share of each expert in the gate of a task, averaged over
-                     layers; written if layers have task gates
+                     layers; written if layers are counted by task
 
     Args:
         report: the result of `routing_report`, or the `report` of the trainer's callback.

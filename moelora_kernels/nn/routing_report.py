@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, record_routing
+from moelora_kernels.nn.samples import sample_of_tokens
 from moelora_kernels.nn.token_masks import call_mask, follow_masks, tokens_per_row
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
@@ -38,7 +39,9 @@ class LayerReport(NamedTuple):
     top1_share: float  # the largest share of an expert
     unused: tuple[int, ...]  # the experts that no token was routed to
     drift: float | None  # sum |load - last load| / 2, 0 to 1; None without a last load
-    task_load: Tensor | None  # [tasks + 1, E], sums of gate weights; row t is task t; or None
+    # [tasks + 1, E], the sums of the gate weights: row t is task t, row 0 is no task; None if the
+    # layer is not counted by task
+    task_load: Tensor | None
 
     @property
     def is_counted(self) -> bool:
@@ -70,9 +73,16 @@ class RoutingCounter:
 
     The layers, their order and the sizes of the sums depend on the model alone, so they are equal
     on all processes.
+
+    Args:
+        model: a model with mixture layers.
+        num_tasks: the number of tasks of `set_tasks`; None if the layers without task gates are not
+            counted by task.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_tasks: int | None = None) -> None:
+        self.num_tasks = num_tasks
+        self.tasks: Tensor | None = None
         layers = {layer for layer in mixture_layers(model) if layer.config.num_experts > 1}
         self.layers: dict[str, MixtureLayer] = {
             name: module for name, module in named_modules(model) if module in layers
@@ -84,10 +94,30 @@ class RoutingCounter:
         """Set the sums to zero."""
         self.sums: dict[str, Tensor] = {}
 
+    def set_tasks(self, tasks: Tensor | Sequence[int]) -> None:
+        """Set the task ids [B] of the coming forwards, for layers without task gates.
+
+        The ids run from 1 to num_tasks. They are used for counting alone.
+        """
+        tasks = torch.as_tensor(tasks)
+        if self.num_tasks is None:
+            raise ValueError("num_tasks: expected a number in count_routing, got None")
+        if tasks.dim() != 1 or tasks.is_floating_point():
+            raise ValueError(f"tasks: expected ids [batch], got {tasks.dtype} {[*tasks.shape]}")
+        self.tasks = tasks
+
+    def num_rows(self, layer: MixtureLayer) -> int:
+        """Return the number of rows of a layer's sums: one for each task, and row 0."""
+        num_tasks = layer.config.num_tasks if layer.config.router == "task" else self.num_tasks
+        return 1 if num_tasks is None else num_tasks + 1
+
     def add(self, name: str, call: RoutedCall) -> None:
         """Count one call of the layer `name`."""
         layer = self.layers[name]
-        sums = call_sums(layer, call)
+        tasks = call.tasks
+        if layer.config.router != "task" and self.tasks is not None:
+            tasks = tasks_of_rows(layer, call, self.tasks)
+        sums = call_sums(layer, call, tasks, self.num_rows(layer))
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def add_records(self) -> None:
@@ -103,50 +133,70 @@ class RoutingCounter:
         sums = [
             self.sums[name].reshape(-1).to(device)
             if name in self.sums
-            else torch.zeros(_rows(layer) * layer.config.num_experts, device=device)
+            else torch.zeros(self.num_rows(layer) * layer.config.num_experts, device=device)
             for name, layer in self.layers.items()
         ]
         return torch.cat(sums)
 
     def report(self, flat: Tensor) -> RoutingReport:
         """Return the report of the sums in `flat`, which is on the CPU, and reset the counter."""
-        sizes = [_rows(layer) * layer.config.num_experts for layer in self.layers.values()]
+        sizes = [self.num_rows(x) * x.config.num_experts for x in self.layers.values()]
         reports = {}
         for (name, layer), sums in zip(self.layers.items(), flat.split(sizes), strict=True):
             # An inactive adapter of a PeftModel is counted as zeros, and is not reported.
             if layer.is_selected:
                 tasks = sums.view(-1, layer.config.num_experts)
                 previous = self.previous.get(name)
-                reports[name] = layer_report(tasks, previous, layer.config.router == "task")
+                reports[name] = layer_report(tasks, previous, len(tasks) > 1)
                 if reports[name].is_counted:
                     self.previous[name] = reports[name].load
         self.reset()
         return RoutingReport(reports)
 
 
-def _rows(layer: MixtureLayer) -> int:
-    """Return the number of rows of a layer's sums: one for each task, and row 0."""
-    return layer.config.num_tasks + 1 if layer.config.router == "task" else 1
+def tasks_of_rows(layer: MixtureLayer, call: RoutedCall, tasks: Tensor) -> Tensor | None:
+    """Return the task of each gate row of a call, [G]; None if x does not tell it.
 
-
-def call_sums(layer: MixtureLayer, call: RoutedCall) -> Tensor:
-    """Return the sums of the gate weights of one call: [tasks + 1, E], or [1, E] without tasks.
-
-    Tokens that the mask of the call leaves out are not counted. A row of several tasks counts for
-    each of them in equal parts.
+    tasks: [B], the tasks of the samples.
     """
-    config = layer.config
+    rows, device = call.weights.shape[0], call.weights.device
+    tasks = tasks.to(device)
+    if len(tasks) in (1, rows):
+        return tasks.expand(rows)
+    if rows != math.prod(call.shape):
+        return None
+    x_shape, batch_dim = (*call.shape, 1), layer.config.batch_dim
+    try:
+        samples = sample_of_tokens(x_shape, len(tasks), batch_dim, layer.samples, device, "tasks")
+    except ValueError:
+        # Counting never stops a training: these tokens have no task.
+        return None
+    return torch.where(samples < 0, 0, tasks[samples.clamp_min(0).long()])
+
+
+def call_sums(layer: MixtureLayer, call: RoutedCall, tasks: Tensor | None, num_rows: int) -> Tensor:
+    """Return the sums of the gate weights of one call, [num_rows, E].
+
+    Row t is task t; row 0 has the tokens without a task. Tokens that the mask of the call leaves
+    out are not counted. A gate row of several tasks counts for each of them in equal parts.
+
+    tasks: [G] or [G, J], the task ids of the gate rows, with 0 as padding; or None.
+    """
     counts = tokens_per_row(call, call_mask(layer, call))
-    weights = expert_weights(call, config.num_experts)
+    weights = expert_weights(call, layer.config.num_experts)
     weights = torch.where(counts[:, None] > 0, counts[:, None] * weights, 0)
-    if config.router != "task":
+    if num_rows == 1:
         return weights.sum(dim=0, keepdim=True)
-    ids = call.tasks.to(weights.device)
-    ids = ids[:, None] if ids.dim() == 1 else ids
-    tasks = torch.arange(_rows(layer), device=weights.device)
-    # Row t of `share`: the part of each gate row that belongs to task t. Id 0 is padding.
-    share = ((ids == tasks[:, None, None]) & (ids != 0)).sum(dim=2).to(weights)
-    share = share / share.sum(dim=0).clamp_min(1)
+    if tasks is None:
+        tasks = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+    tasks = tasks.to(weights.device)
+    tasks = tasks[:, None] if tasks.dim() == 1 else tasks
+    numbers = torch.arange(num_rows, device=weights.device)
+    # Row t of `share`: the part of each gate row that belongs to task t.
+    share = ((tasks == numbers[:, None, None]) & (tasks != 0)).sum(dim=2).to(weights)
+    total = share.sum(dim=0)
+    share = share / total.clamp_min(1)
+    share[0] = (total == 0).to(share)
     return (share[:, :, None] * weights).sum(dim=1)
 
 
@@ -184,11 +234,21 @@ def layer_report(sums: Tensor, previous: Tensor | None, has_tasks: bool) -> Laye
 
 
 @contextlib.contextmanager
-def count_routing(model: nn.Module) -> Iterator[None]:
+def count_routing(model: nn.Module, num_tasks: int | None = None) -> Iterator[RoutingCounter]:
     """Count the routing of all forwards of `model` inside the context, for `routing_report`.
 
     Tokens with 0 in the attention mask of their part of the model do not count; see `follow_masks`.
     A forward that activation checkpointing repeats counts once.
+
+    Layers with task gates are counted by task. For the other layers, pass `num_tasks`, and call
+    `counter.set_tasks(ids)` before each forward with the task ids [B] of its samples.
+
+    Args:
+        model: a model with mixture layers.
+        num_tasks: the number of tasks, for layers without task gates; None counts without tasks.
+
+    Returns:
+        A context whose value is the counter.
 
     Raises:
         ValueError: `model` has no layer with at least two experts, or its routing is counted
@@ -205,7 +265,7 @@ def count_routing(model: nn.Module) -> Iterator[None]:
         >>> round(report.layers[""].load.sum().item(), 4)
         1.0
     """
-    counter = RoutingCounter(model)
+    counter = RoutingCounter(model, num_tasks)
     model = unwrap(model)
     if not counter.layers:
         raise ValueError("model: expected a model with mixture layers, got none")
@@ -217,7 +277,7 @@ def count_routing(model: nn.Module) -> Iterator[None]:
         for name, layer in counter.layers.items():
             layer.record.on_call = partial(counter.add, name)
         try:
-            yield
+            yield counter
         finally:
             for layer in counter.layers.values():
                 layer.record.on_call = None

@@ -58,7 +58,7 @@ SIGNATURES = {
     "moelora_kernels:adapter_state_dict": "(model)",
     "moelora_kernels:check_trainable": "(model, batch, loss_fn=None)",
     "moelora_kernels:collect_aux_loss": "(model, mask=None)",
-    "moelora_kernels:count_routing": "(model)",
+    "moelora_kernels:count_routing": "(model, num_tasks=None)",
     "moelora_kernels:link_siblings": (
         "(model, groups=(('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')))"
     ),

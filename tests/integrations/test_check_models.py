@@ -73,7 +73,8 @@ OTHERS = {
     "AlbertForMaskedLM": (dict(TEXT, embedding_size=8), LM, None),
     "MixtralForCausalLM": (dict(TEXT, num_key_value_heads=2, num_local_experts=2), LM, None),
     "DebertaModel": (
-        dict(TEXT, relative_attention=True, pos_att_type="c2p|p2c"), dict(input_ids=IDS), r"pos_q_proj",
+        dict(TEXT, relative_attention=True, pos_att_type="c2p|p2c"), dict(input_ids=IDS),
+        r"pos_q_proj",
     ),
 }  # fmt: skip
 CASES = [*DEFAULT, *(pytest.param(name, marks=exhaustive) for name in OTHERS)]

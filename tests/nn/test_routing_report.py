@@ -132,6 +132,37 @@ def test_tasks_by_experts(kind):
         torch.testing.assert_close(layer.load, expected.sum(dim=0) / expected.sum())
 
 
+@pytest.mark.parametrize("granularity", ("token", "sequence"))
+def test_token_gates_by_task(granularity):
+    """The tasks are said for counting alone. Tokens of a batch of other rows have no task."""
+    config = MoeLoraConfig(num_experts=EXPERTS, rank=2, top_k=2, granularity=granularity)
+    torch.manual_seed(0)
+    model = adapted(Blocks(), ["a", "b"], config).eval()
+    x, mask = torch.randn(2, 3, IN), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = torch.zeros(4, EXPERTS)
+    for row, task in enumerate((3, 1)):
+        kept = x[row] if granularity == "sequence" else x[row][mask[row].bool()]
+        tokens = kept if granularity == "token" else kept.mean(dim=0)[None]
+        gates = HandCount.gates(model.a, tokens.double()).float()
+        expected[task] = gates.sum(dim=0) * (mask[row].sum() if granularity == "sequence" else 1)
+    with count_routing(model, num_tasks=3) as counter:
+        counter.set_tasks([3, 1])
+        model(x, attention_mask=mask)
+        report = routing_report(model)
+        torch.testing.assert_close(report.layers["a"].task_load, expected)
+        torch.testing.assert_close(
+            report.layers["a"].load, expected.sum(dim=0) / expected.sum(), atol=1e-6, rtol=0
+        )
+        model(torch.randn(3, 3, IN))
+        load = routing_report(model).layers["a"].task_load
+        assert load[0].sum() == pytest.approx(9)
+        assert not load[1:].any()
+        with pytest.raises(ValueError, match=r"tasks: expected ids \[batch\]"):
+            counter.set_tasks([[1, 2]])
+    with count_routing(model) as counter, pytest.raises(ValueError, match="num_tasks: expected"):
+        counter.set_tasks([1])
+
+
 def test_without_counting_it_reports_the_last_recorded_forward():
     model = tokens_model()
     model(torch.randn(9, IN))
