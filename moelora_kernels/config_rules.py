@@ -1,7 +1,8 @@
 """The values of every option of MoeLoraConfig, and the options that do not work together.
 
 The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, WORKS_ONLY_WITH,
-CONFLICTS. `options_page` writes the same tables into METHODS.md.
+CONFLICTS. `untrained_router_problem` reads CONSTANT_GATES. `options_page` writes the same tables
+into METHODS.md.
 """
 
 from __future__ import annotations
@@ -226,6 +227,52 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"init": "svd_segments", "router": "external"}, SUM_TO_ONE),
     ({"init": "svd_segments", "router": AnyExcept(None), "normalize": NO_UNIT_SUM}, SUM_TO_ONE),
 ]
+
+
+ABOVE_HALF = Test("above 0.5", lambda c: c.threshold is not None and c.threshold > 0.5)
+AT_MOST_MEAN = Test(
+    "at most 1 / num_experts", lambda c: c.top_p is not None and c.top_p <= 1 / c.num_experts
+)
+NORMALIZED = {"normalize": ("sum", "softmax")}
+ONE_KEPT = {"keep_min": (None, 1), "entropy_threshold": None, "score": "softmax", **NORMALIZED}
+
+# (conditions, reason), as in CONFLICTS. If all conditions are true, the weight of every kept expert
+# is the constant 1, so no gradient reaches the router through the gate.
+CONSTANT_GATES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"top_k": 1, "entropy_threshold": None, **NORMALIZED},
+        "the only kept score, divided by itself, is 1",
+    ),
+    (
+        {"top_p": AT_MOST_MEAN, **ONE_KEPT},
+        "the largest probability reaches top_p alone; divided by itself it is 1",
+    ),
+    (
+        {"threshold": ABOVE_HALF, **ONE_KEPT},
+        "at most one probability is above 0.5; divided by itself it is 1",
+    ),
+    ({"num_experts": 1, **NORMALIZED}, "the only score, divided by itself, is 1"),
+    (
+        {"num_experts": 1, "score": "softmax", "select": AnyExcept("learned_threshold")},
+        "the softmax over one expert is 1",
+    ),
+    ({"normalize": "one"}, "every kept expert has the gate 1"),
+]
+
+
+def untrained_router_problem(config: MoeLoraConfig) -> str | None:
+    """Return why neither the gate nor a loss trains the router of `config`; None if one does.
+
+    Also None with a `balance_rate`, which moves the selection without a gradient.
+    """
+    has_loss = any(weight != 0 for _, weight in config.aux)
+    if config.router in NO_LOGITS or has_loss or config.balance_rate is not None:
+        return None
+    for conditions, reason in CONSTANT_GATES:
+        if all(_is_true(config, *condition) for condition in conditions.items()):
+            names = [name for name in conditions if getattr(config, name) is not None]
+            return f"{', '.join(f'{name}={_shown(config, name)}' for name in names)}: {reason}"
+    return None
 
 
 def check(config: MoeLoraConfig) -> None:

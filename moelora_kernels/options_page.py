@@ -34,7 +34,7 @@ EXTRA_VALUES = {"router": ", or an `nn.Module`", "rank": ", or a list of num_exp
 
 
 def options_markdown() -> str:
-    """Return three tables: the values of all options, needed options, and conflicts."""
+    """Return the tables: values of all options, needed options, conflicts, constant gates."""
     values = [
         (f"`{field.name}`", _values(field.name), f"`{_code(field.default)}`")
         for field in dataclasses.fields(MoeLoraConfig)
@@ -52,6 +52,10 @@ def options_markdown() -> str:
     for conditions, reason in rules.CONFLICTS:
         first, *others = (_setting(option, expected) for option, expected in conditions.items())
         conflicts.append((first, " and ".join(others), reason))
+    constant_gates = []
+    for conditions, reason in rules.CONSTANT_GATES:
+        options = (_setting(option, expected) for option, expected in conditions.items())
+        constant_gates.append((" and ".join(options), reason))
     return "\n".join(
         [
             "### Values",
@@ -65,6 +69,13 @@ def options_markdown() -> str:
             "### Options that cannot be combined",
             "",
             *_table(("option", "cannot be combined with", "because"), conflicts),
+            "",
+            "### Options with which the gate does not train the router",
+            "",
+            "A layer with these options warns, unless `aux` or `balance_rate` is set, or its "
+            "router has no parameters to train.",
+            "",
+            *_table(("options", "because"), constant_gates),
         ]
     )
 

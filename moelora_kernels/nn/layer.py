@@ -10,6 +10,7 @@ peft.MoeLoraExperts one adapter of a PeftModel
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.config_rules import untrained_router_problem
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
@@ -64,7 +66,9 @@ class MixtureLayer(nn.Module):
 
     def _add_router(self, in_features: int, device: torch.device, dtype: torch.dtype) -> None:
         """Build the router of `self.config`, with an empty record and no external gates."""
-        self._set_router(build_router(self.config, in_features, device, dtype))
+        router = build_router(self.config, in_features, device, dtype)
+        _warn_if_untrained(self.config, router)
+        self._set_router(router)
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
         self.task_ids: Tensor | None = None
@@ -152,6 +156,22 @@ class MixtureLayer(nn.Module):
         if config.top_k:
             options["top_k"] = config.top_k
         return ", ".join(f"{name}={value}" for name, value in (sizes | options).items())
+
+
+def _warn_if_untrained(config: MoeLoraConfig, router: nn.Module | None) -> None:
+    """Warn if the router has parameters that nothing trains."""
+    if router is None or not any(p.requires_grad for p in router.parameters()):
+        return
+    if problem := untrained_router_problem(config):
+        remedy = (
+            "Set score='softmax' and normalize='none' with top_k, so that the gate trains it; or "
+            "add a loss, such as aux={'load_balance': 0.01}, with collect_aux_loss; or pass a "
+            "frozen module as router"
+        )
+        if config.num_experts == 1:
+            remedy = "One expert needs none: pass router=None"
+        # One location and one text for each config, so that Python shows it once for all layers.
+        warnings.warn(f"config: the router gets no gradient ({problem}). {remedy}", stacklevel=2)
 
 
 class LoraLayer(MixtureLayer):
