@@ -85,7 +85,8 @@ def warn_if_parallel(model: nn.Module) -> None:
         if isinstance(module, kinds):
             warnings.warn(
                 f"model: a {type(module).__name__} does not average the gradients of adapters that "
-                "are added later; to train, replace the modules first, then wrap or shard the model",
+                "are added later; to train, replace the modules first, then wrap or shard the "
+                "model",
                 stacklevel=3,
             )
             return
