@@ -3,6 +3,7 @@
 adapter_file   the format of this package: one safetensors file (`save_adapter`)
 description    the JSON in the metadata of that file: options, sizes and names of the layers
 originals      the key layouts of MOELoRA-peft and of MING-MOE: load them, export them
+original_keys  the keys of these layouts for one model
 folders        an adapter folder (adapter_config.json and adapter_model) without its base model,
                for `moelora_kernels.export`
 files          read tensors from files and folders; the checks that all loads share

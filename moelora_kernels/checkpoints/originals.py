@@ -1,28 +1,24 @@
 """Load and export checkpoints in the key layouts of MOELoRA-peft and of MING-MOE.
 
-`_Layout` lists the keys of one layout for one model. `_match` compares them with a checkpoint.
+`original_keys` lists the keys of a layout for one model. `_match` compares them with a checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from moelora_kernels.checkpoints.files import State, read, same_bits, tensor_problem, unfit_problems
-from moelora_kernels.nn.ffn import MoeLoraFFN
-from moelora_kernels.nn.layer import MixtureLayer, adapter_parameters
-from moelora_kernels.nn.layer_tensors import layer_tensors, tensor_value
+from moelora_kernels.checkpoints.original_keys import Layout, ming_layout, moelora_peft_layout
+from moelora_kernels.nn.layer import adapter_parameters
+from moelora_kernels.nn.layer_tensors import layer_tensors
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import merged_with
-from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.sharding import check_dense
-from moelora_kernels.nn.wrappers import named_modules, portable_state_dict, unwrap
-from moelora_kernels.reference import blocks
+from moelora_kernels.nn.wrappers import named_modules, portable_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +30,6 @@ _ADAPTER_NAME = re.compile(
     r"\.(?!lora[AB]\.|GateL\.|weight$)([^.]+)\.(?=lora[AB]\.|GateL\.|weight$)"
 )
 _PLAIN_LORA = re.compile(r"\.lora_[AB]\.weight$")
-
-
-class _Layout(NamedTuple):
-    """The keys of an original layout for one model, without PREFIX and without adapter name."""
-
-    # Key -> the tensor of the model that it stores: a parameter, or a view of one expert's block.
-    targets: dict[str, Tensor]
-    # Alias -> key. The original stores the same tensor under both names.
-    aliases: dict[str, str]
-    # Keys that the original writes and never reads.
-    unread: set[str]
-    # Keys that are exported without PREFIX.
-    top: set[str]
 
 
 def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
@@ -96,7 +79,7 @@ def load_moelora_peft(model: nn.Module, state_dict: State) -> None:
 
     Source: the layout of github.com/liuqidong07/MOELoRA-peft (arXiv 2310.18339).
     """
-    _load(model, _moelora_peft(model), state_dict)
+    _load(model, moelora_peft_layout(model), state_dict)
 
 
 def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
@@ -128,7 +111,7 @@ def export_moelora_peft(model: nn.Module, like: State | None = None) -> dict[str
         lora_gate.GateL.weight
         lora_task_embedding.weight
     """
-    return _export(model, _moelora_peft(model), like)
+    return _export(model, moelora_peft_layout(model), like)
 
 
 def load_ming(model: nn.Module, state_dict: State) -> None:
@@ -165,7 +148,7 @@ def load_ming(model: nn.Module, state_dict: State) -> None:
 
     Source: the layout of github.com/MediaBrain-SJTU/MING (arXiv 2404.09027).
     """
-    _load(model, _ming(model), state_dict)
+    _load(model, ming_layout(model), state_dict)
 
 
 def export_ming(model: nn.Module, like: State | None = None) -> dict[str, Tensor]:
@@ -186,142 +169,10 @@ def export_ming(model: nn.Module, like: State | None = None) -> dict[str, Tensor
         base_model.model.0.switch.weight
         base_model.model.0.switch.bias
     """
-    return _export(model, _ming(model), like)
+    return _export(model, ming_layout(model), like)
 
 
-def _moelora_peft(model: nn.Module) -> _Layout:
-    targets: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    unread: set[str] = set()
-    shared_router: TaskRouter | None = None
-    shared_gate: dict[str, Tensor] = {}
-    for prefix, layer in _layers(model, "MOELoRA-peft"):
-        if _is_plain_lora(layer):
-            targets |= _plain_lora(prefix, layer)
-            continue
-        _check_layer(prefix, layer, "MOELoRA-peft")
-        router = None if layer.router is None else unwrap(layer.router)
-        if not isinstance(router, TaskRouter) or layer.config.shared_expert != "none":
-            raise ValueError(
-                f"{prefix[:-1]}: the layout of MOELoRA-peft needs router='task' and "
-                "shared_expert='none'"
-            )
-        for e, *pair in _experts(layer):
-            for letter, block in zip("AB", pair, strict=True):
-                stem = f"{prefix}lora_{letter}.lora{letter}.{e}"
-                targets[f"{stem}.mlp.weight"] = block
-                aliases[f"{stem}.weight"] = f"{stem}.mlp.weight"
-        gate = {
-            "lora_task_embedding.weight": _weight(router.embedding),
-            "lora_gate.GateL.weight": _weight(router.gate),
-        }
-        if not layer.config.shares_gate():
-            targets |= {prefix + key: tensor for key, tensor in gate.items()}
-            continue
-        if shared_router not in (None, router):
-            raise ValueError(
-                f"{prefix[:-1]}: the layout of MOELoRA-peft has one shared gate, but this layer "
-                "shares a different gate; use the same router, or task_gate='per_layer'"
-            )
-        shared_router, shared_gate = router, gate
-        unread |= {prefix + key for key in gate}
-    top = set(shared_gate)
-    return _Layout(targets | shared_gate, aliases, unread - top, top)
-
-
-def _ming(model: nn.Module) -> _Layout:
-    targets: dict[str, Tensor] = {}
-    for prefix, layer in _layers(model, "MING"):
-        if _is_plain_lora(layer):
-            targets |= _plain_lora(prefix, layer)
-            continue
-        _check_layer(prefix, layer, "MING")
-        router = None if layer.router is None else unwrap(layer.router)
-        config = layer.config
-        if not isinstance(router, nn.Linear) or router.bias is None:
-            raise ValueError(
-                f"{prefix[:-1]}: the layout of MING needs a linear router with router_bias=True"
-            )
-        if config.shared_expert == "complement":
-            raise ValueError(
-                f"{prefix[:-1]}: the layout of MING needs shared_expert 'none' or 'always', got "
-                "'complement'"
-            )
-        for e, a, b in _experts(layer):
-            stem, tail = (
-                (f"{prefix}experts.{e}", f"_{e}")
-                if e < config.num_experts
-                else (f"{prefix}share_experts", "")
-            )
-            targets[f"{stem}.lora_A{tail}.weight"] = a
-            targets[f"{stem}.lora_B{tail}.weight"] = b
-        targets[f"{prefix}switch.weight"] = _weight(router)
-        targets[f"{prefix}switch.bias"] = tensor_value(router, "bias").detach()
-    return _Layout(targets, {}, set(), set())
-
-
-def _layers(model: nn.Module, layout: str) -> Iterator[tuple[str, MoeLoraLinear]]:
-    """Yield the key prefix ("model.0.") and the layer, for every MoeLoraLinear of `model`.
-
-    Raises ValueError if there is none, if the layout cannot store a layer, or if a tensor is
-    sharded.
-    """
-    check_dense({key: tensor.direct for key, tensor in layer_tensors(model).items()})
-    empty = True
-    for name, layer in named_modules(model):
-        if isinstance(layer, MoeLoraFFN):
-            raise ValueError(f"{name}: the layout of {layout} cannot store whole-FFN experts")
-        if isinstance(layer, MoeLoraLinear):
-            empty = False
-            yield f"{name}." if name else "", layer
-        elif isinstance(layer, MixtureLayer):
-            kind = "an adapter of a PeftModel" if layer.is_peft_adapter else type(layer).__name__
-            raise ValueError(
-                f"{name}: the layout of {layout} stores MoeLoraLinear layers, got {kind}"
-            )
-    if empty:
-        raise ValueError("model: expected MoeLoraLinear layers, got none")
-
-
-def _weight(module: nn.Module) -> Tensor:
-    return tensor_value(unwrap(module), "weight").detach()
-
-
-def _check_layer(prefix: str, layer: MoeLoraLinear, layout: str) -> None:
-    """Raise ValueError if the experts of a layer cannot be stored in an original layout."""
-    config = layer.config
-    if config.share == "A" or len(set(config.ranks()[: config.num_experts])) > 1:
-        raise ValueError(
-            f"{prefix[:-1]}: the layout of {layout} needs share='none' and equal ranks"
-        )
-    if config.init == "svd_segments":
-        raise ValueError(f"{prefix[:-1]}: the layout of {layout} cannot store init='svd_segments'")
-
-
-def _experts(layer: MoeLoraLinear) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield e, A [r, I] and B [O, r] of every expert; the shared expert comes last.
-
-    A and B are views of the parameters.
-    """
-    a, b = (tensor_value(layer, name).detach() for name in ("lora_A", "lora_B"))
-    for e, block in enumerate(blocks(layer.config.ranks())):
-        yield e, a[block], b[:, block]
-
-
-def _is_plain_lora(layer: MoeLoraLinear) -> bool:
-    """Return whether a layer has one expert and no gate."""
-    return layer.router is None and layer.config.num_experts == 1 and len(layer.mixture.ranks) == 1
-
-
-def _plain_lora(prefix: str, layer: MoeLoraLinear) -> dict[str, Tensor]:
-    """Return PEFT's keys of a plain LoRA and the parameters that they store."""
-    return {
-        f"{prefix}lora_{letter}.weight": tensor_value(layer, f"lora_{letter}").detach()
-        for letter in "AB"
-    }
-
-
-def _load(model: nn.Module, layout: _Layout, state_dict: State) -> None:
+def _load(model: nn.Module, layout: Layout, state_dict: State) -> None:
     if computed := [key for key, tensor in layer_tensors(model).items() if tensor.direct is None]:
         raise ValueError(
             f"model: {', '.join(computed)}: parametrized, pruned or normed; load the checkpoint "
@@ -337,7 +188,7 @@ def _load(model: nn.Module, layout: _Layout, state_dict: State) -> None:
             target.copy_(state[key])
 
 
-def _export(model: nn.Module, layout: _Layout, like: State | None) -> dict[str, Tensor]:
+def _export(model: nn.Module, layout: Layout, like: State | None) -> dict[str, Tensor]:
     if like is None:
         aliased = {alias: layout.targets[key] for alias, key in layout.aliases.items()}
         named = {**layout.targets, **aliased}
@@ -350,7 +201,7 @@ def _export(model: nn.Module, layout: _Layout, like: State | None) -> dict[str, 
 
 
 def _match(
-    model: nn.Module, layout: _Layout, state: Mapping[str, Tensor]
+    model: nn.Module, layout: Layout, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Return the model's tensor for each key of `state`, and the ignored keys by reason.
 

@@ -328,15 +328,17 @@ def _note_base(step: LayerStep) -> Callable[[nn.Module, tuple, Any], None]:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, random states, and the attributes of modules and records afterwards."""
+    """Restore gradients, random states, hooks, and attributes of modules and records afterwards."""
     modules = list(model.modules())
     objects: list[Any] = [*modules]
     objects += [r for m in modules if isinstance(r := m.__dict__.get("record"), RoutingRecord)]
     saved = [(item, dict(item.__dict__)) for item in objects]
+    # Parameters, buffers, children and hooks: transformers adds hooks in the first forward.
     contents = [
         (values, values.copy())
         for module in modules
-        for values in (module._parameters, module._buffers, module._modules)
+        for values in vars(module).values()
+        if isinstance(values, dict)
     ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
