@@ -171,7 +171,8 @@ class Routing(NamedTuple):
 class Shrunk(NamedTuple):
     """Rank space of a forward; and the gate of fused routers (empty tensors without them)."""
 
-    h: Tensor  # [T, n R], x's dtype; [T, n r] if the experts share A
+    # In x's dtype, also if A is float32: float16 ends at 65504.
+    h: Tensor  # [T, n R]; [T, n r] if the experts share A
     u: Tensor  # [T, n R], x's dtype
     weights: Tensor  # [T, n K], compute dtype
     experts: Tensor  # [T, n K] int32; empty if K = E

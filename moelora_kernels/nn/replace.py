@@ -13,6 +13,7 @@ from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
+from moelora_kernels.nn.sharding import warn_if_parallel
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, places, portable_name
 
@@ -42,7 +43,8 @@ def replace_linears(
             nn.TransformerEncoderLayer, layers of transformers that never call it (the attention of
             WavLM, the mask head of DETR), out_proj of state-space layers with fused kernels.
 
-    Warns if the source of another module shows that its forward reads the weight.
+    Warns if the source of another module shows that its forward reads the weight, and if several
+    processes share the model under DDP or FSDP already.
 
     Example:
         >>> import torch
@@ -57,6 +59,7 @@ def replace_linears(
     config = MoeLoraConfig.of(config, {})
     modules = dict(named_modules(model, remove_duplicate=False))
     adapted = [name for name, module in modules.items() if isinstance(module, MixtureLayer)]
+    warn_if_parallel(model)
     place_of = places(model)
     names = _matching(model, place_of, target_modules, adapted)
     for name in names:
@@ -152,6 +155,7 @@ def replace_ffns(
         ['0.mlp']
     """
     config = MoeLoraConfig.of(config, {})
+    warn_if_parallel(model)
     place_of = places(model)
     names = _matching(model, place_of, target_modules, ())
     for name in names:

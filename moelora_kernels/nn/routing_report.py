@@ -104,7 +104,9 @@ class RoutingCounter:
             raise ValueError("num_tasks: expected a number in count_routing, got None")
         if tasks.dim() != 1 or tasks.is_floating_point():
             raise ValueError(f"tasks: expected ids [batch], got {tasks.dtype} {[*tasks.shape]}")
-        self.tasks = tasks
+        # One copy here, and not one in each call of a layer.
+        first = next(iter(self.layers.values()))
+        self.tasks = tasks.to(first.first_tensor().device)
 
     def num_rows(self, layer: MixtureLayer) -> int:
         """Return the number of rows of a layer's sums: one for each task, and row 0."""

@@ -177,10 +177,12 @@ def mean_of_samples(
     """
     if isinstance(samples, Samples):
         ids = sample_of_tokens(x.shape, samples.count, batch_dim, samples, x.device, "samples")
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        float32_tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         # A product instead of index_add, whose order of sums is not fixed on a GPU.
-        member = (ids == torch.arange(samples.count, device=x.device)[:, None]).to(wide.dtype)
-        mean = member @ wide / member.sum(dim=1, keepdim=True).clamp_min(1)
+        member = (ids == torch.arange(samples.count, device=x.device)[:, None]).to(
+            float32_tokens.dtype
+        )
+        mean = member @ float32_tokens / member.sum(dim=1, keepdim=True).clamp_min(1)
         return mean.to(tokens.dtype)
     if x.dim() > 2:
         sequences = x.movedim(batch_dim, 0).flatten(1, -2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -65,6 +66,30 @@ def _fsdp1_tensors(model: nn.Module) -> set[tuple[int, str]]:
 def _is_zero3_shard(parameter: Tensor | None) -> bool:
     """Return whether DeepSpeed ZeRO-3 has emptied a Parameter."""
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+def warn_if_parallel(model: nn.Module) -> None:
+    """Warn if several processes share `model` under DDP or FSDP already.
+
+    Parameters that are added after the model was wrapped are not in its collectives, so the
+    adapters of the processes would differ after a step.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    if fsdp is not None:
+        kinds += (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    for module in model.modules() if distributed.get_world_size() > 1 else ():
+        if isinstance(module, kinds):
+            warnings.warn(
+                f"model: a {type(module).__name__} does not average the gradients of adapters that "
+                "are added later; to train, replace the modules first, then wrap or shard the "
+                "model",
+                stacklevel=3,
+            )
+            return
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:

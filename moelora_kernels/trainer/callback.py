@@ -75,7 +75,9 @@ class MoeLoraCallback(TrainerCallback):
         finally:
             tasks.tasks, tasks.generates = previous
 
-    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, **options):
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args, **options
+    ):
         """Return the trainer's prediction, with the tasks of the batch."""
         generates = bool(getattr(self._trainer.args, "predict_with_generate", False))
         generates = generates and not prediction_loss_only
@@ -83,7 +85,7 @@ class MoeLoraCallback(TrainerCallback):
             if generates and self._tasks.tasks is not None:
                 # The encoder runs before the model is called.
                 self._tasks.set(self._model, self._tasks.tasks, batch)
-            return self._prediction_step(model, batch, prediction_loss_only, **options)
+            return self._prediction_step(model, batch, prediction_loss_only, *args, **options)
 
     def compute_loss(
         self,

@@ -179,7 +179,17 @@ def check_fsdp2(rank, folder):
     assert_same(lora_of_model(model, 1), lora_of_model(plain, 1))
 
 
-CHECKS = (check_ddp, check_fsdp1, check_fsdp1_flat_parameters, check_fsdp2)
+def check_late_replacements(rank, folder):
+    """DDP and FSDP would not average the gradients of adapters that they do not know."""
+    config = CONFIG.replace(task_gate="per_layer")
+    for wrap in (DistributedDataParallel, fsdp1_blocks, fsdp2):
+        model = wrap(nn.Sequential(Block(), Block()))
+        with pytest.warns(UserWarning, match=r"model: a .* does not average .*replace the modules"):
+            names = replace_linears(model, config, ["a"])
+        assert names == ["0.a", "1.a"]
+
+
+CHECKS = (check_ddp, check_fsdp1, check_fsdp1_flat_parameters, check_fsdp2, check_late_replacements)
 
 
 def run_process(rank: int, port: int, folder) -> None:
