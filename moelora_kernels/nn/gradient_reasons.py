@@ -38,6 +38,8 @@ class LayerStep:
         """Return why the layer was not called; None if it was called."""
         if self.calls:
             return None
+        if not self.layer.is_running:
+            return "its adapter is switched off"
         if self.reader is not None:
             return f"it was not called: {self.reader} reads its weight, so the experts are left out"
         return "it was not called in this forward"
@@ -49,7 +51,7 @@ class LayerStep:
         if not self.has_graph:
             return NO_GRAPH
         if not self.is_reached:
-            return UNUSED
+            return UNUSED + (f"; {self.reader} reads its weight" if self.reader else "")
         return None if self.is_nonzero else ZERO
 
 

@@ -103,7 +103,8 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         """The base's weight [O, I]."""
         for experts in self.moelora_experts.values():
             note_read(experts)
-        return super().weight
+        # PEFT's property. `super().weight` would break a compiled graph.
+        return BaseTunerLayer.weight.fget(self)
 
     def update_layer(
         self, adapter_name: str, config: MoeLoraConfig, router: TaskRouter | None = None

@@ -57,7 +57,7 @@ class FirstStep:
 
         All processes call it: a layer counts as called if any process called it.
         """
-        if not self.is_open:
+        if not (self.is_open and self.steps):
             return
         self.is_open = False
         parameters = {
@@ -66,8 +66,9 @@ class FirstStep:
             for _, parameter in own_parameters(step.layer)
         }
         calls = torch.tensor([float(step.calls) for step in self.steps], device=trainer.args.device)
-        flags = [_gradient_flags(parameter) for parameter in parameters.values()]
-        flat = torch.cat([calls, torch.stack(flags).to(calls.device).flatten()])
+        # The layers of a model can be on several devices.
+        flags = [_gradient_flags(parameter).to(calls.device) for parameter in parameters.values()]
+        flat = torch.cat([calls, *flags])
         flat = trainer.accelerator.reduce(flat, "sum").cpu()
         for step, count in zip(self.steps, flat.tolist(), strict=False):
             step.calls = int(count)

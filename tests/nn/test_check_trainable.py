@@ -290,6 +290,51 @@ def test_whole_ffn_experts_and_adapters() -> None:
     assert not check_trainable(randomise(model), torch.randn(6, 8)).expected
 
 
+def test_a_weight_that_the_loss_reads_is_named() -> None:
+    """Losses in chunks multiply by `lm_head.weight`."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = MoeLoraLinear(8, 8, config=config_of())
+            self.lm_head = MoeLoraLinear(8, 12, config=config_of())
+
+        def forward(self, x):
+            h = self.body(x)
+            self.lm_head(h[:1])
+            return h
+
+    def chunked_loss(h):
+        return (h @ model.lm_head.weight.t()).square().mean()
+
+    model = Model()
+    report = check_trainable(model, torch.randn(6, 8), chunked_loss)
+    assert "chunked_loss reads its weight" in report.unreached["lm_head"]
+
+
+@pytest.mark.parametrize("is_peft", (False, True))
+def test_a_read_of_the_weight_compiles_to_one_graph(is_peft) -> None:
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.q(x.to(self.q.weight.dtype))
+
+    model, x = Caller(), torch.randn(6, 8)
+    if is_peft:
+        peft = pytest.importorskip("peft")
+        from moelora_kernels.peft import MoeLoraPeftConfig
+
+        model = peft.get_peft_model(model, MoeLoraPeftConfig(target_modules=["q"]))
+    else:
+        replace_linears(model, config_of(), ["q"])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert check_trainable(compiled, x).ok
+
+
 def test_a_shared_router_is_named_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     replace_linears(model, MoeLoraConfig.preset("moelora", num_tasks=3), ["0", "1"])
@@ -351,3 +396,6 @@ def test_adapters_of_a_peft_model() -> None:
     assert names == {"base_model.model.k", "base_model.model.v"}
     assert "Model.forward reads its weight" in str(report)
     assert not any("other" in name for name in report.layers)
+    with model.disable_adapter():
+        report = check_trainable(model, torch.randn(6, 8))
+    assert set(report.not_called.values()) == {"its adapter is switched off"}
