@@ -265,11 +265,11 @@ def untrained_router_problem(config: MoeLoraConfig) -> str | None:
 
     Also None with a `balance_rate`, which moves the selection without a gradient.
     """
-    has_loss = any(weight != 0 for _, weight in config.aux)
+    has_loss = any(weight != 0 for weight in dict(config.aux).values())
     if config.router in NO_LOGITS or has_loss or config.balance_rate is not None:
         return None
     for conditions, reason in CONSTANT_GATES:
-        if all(_is_true(config, *condition) for condition in conditions.items()):
+        if all(_is_true(config, name, test) for name, test in conditions.items()):
             names = [name for name in conditions if getattr(config, name) is not None]
             return f"{', '.join(f'{name}={_shown(config, name)}' for name in names)}: {reason}"
     return None
@@ -292,7 +292,7 @@ def check(config: MoeLoraConfig) -> None:
                 f"got {other}={getattr(config, other)!r}"
             )
     for conditions, reason in CONFLICTS:
-        if all(_is_true(config, *condition) for condition in conditions.items()):
+        if all(_is_true(config, name, test) for name, test in conditions.items()):
             option = next(iter(conditions))
             others = [f"{name}={_shown(config, name)}" for name in conditions if name != option]
             raise ValueError(

@@ -48,7 +48,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model)}")
-    tasks = _as_tensor(tasks)
+    tasks = _as_tensor(tasks, is_meta=any(p.is_meta for p in model.parameters()))
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.merged:
             check_merged_task(layer, tasks)
@@ -91,8 +91,11 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         layer.router.layers_have_ids = True
 
 
-def _as_tensor(tasks: Tensor | Sequence[int]) -> Tensor:
-    """Return tasks as a dense tensor with at least one entry."""
+def _as_tensor(tasks: Tensor | Sequence[int], is_meta: bool) -> Tensor:
+    """Return tasks as a dense tensor with at least one entry.
+
+    is_meta: whether the model has tensors without values, so that tasks may have none either.
+    """
     if not isinstance(tasks, Tensor):
         try:
             tasks = torch.as_tensor(tasks)
@@ -103,7 +106,7 @@ def _as_tensor(tasks: Tensor | Sequence[int]) -> Tensor:
             ) from error
     if problem := tensor_problem(tasks):
         raise TypeError(f"tasks: expected a tensor or a list of numbers, got {problem}")
-    if tasks.is_meta:
+    if tasks.is_meta and not is_meta:
         raise ValueError("tasks: expected a tensor with values, got one on the meta device")
     if tasks.numel() == 0:
         raise ValueError(f"tasks: expected at least one entry, got a tensor {[*tasks.shape]}")
