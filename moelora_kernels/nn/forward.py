@@ -43,7 +43,8 @@ def forward_siblings(
     """
     outputs, gate = run_siblings(layers, x, gates)
     for i, layer in enumerate(layers):
-        keep_routing(layer, gate, x.shape[:-1], i, len(layers))
+        if layer.record.is_on:
+            keep_routing(layer, gate, x.shape[:-1], i, len(layers))
     return outputs
 
 
