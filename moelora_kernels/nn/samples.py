@@ -38,7 +38,7 @@ def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) 
         samples: one of
             None: row b of x [B, L, I] is sample b. This is how every layer begins.
             "flat": as None; and a 2-D x is a flattened [B, L, I], where B is the number of task ids
-            or gates that `set_tasks` got.
+            or gates that `set_tasks` got. Not for batch_dim=1, and not for sequence gates.
             whole numbers [T], or [B, L] with T = B L: the sample of each token of x, in its order.
             whole numbers [B]: the sample of each row of x [B, L, I].
             The samples are numbered from 0, in the order of the ids of `set_tasks`. A number below
@@ -130,7 +130,7 @@ def sample_of_tokens(
             f"samples: {[*ids.shape]} for x {[*x_shape]}; expected one number for each of its "
             f"{tokens} tokens"
         )
-    if samples == FLAT and not is_batched and tokens % count == 0:
+    if samples == FLAT and not is_batched and batch_dim == 0 and tokens % count == 0:
         return torch.arange(tokens, device=device, dtype=torch.int32) // (tokens // count)
     if count != rows:
         raise ValueError(_mismatch(f"{name}: {count} {kind}", count, x_shape, batch_dim))
@@ -151,7 +151,12 @@ def _mismatch(start: str, count: int, x_shape: Sequence[int], batch_dim: int) ->
         "expected one for all, one per token (router='external' only), or one per sequence "
         f"({rows}: dimension {batch_dim} of x, because batch_dim={batch_dim})"
     )
-    if rows % count == 0:
+    if rows and count % rows == 0:
+        text += (
+            ". If the ids are repeated for beams or images, this part of the model has one row for "
+            "each sample: call set_tasks on it with the ids before the repeat"
+        )
+    elif rows and rows % count == 0:
         n = rows // count
         text += (
             f". If each sample has {n} rows here, call set_tasks on this part of the model with "

@@ -167,6 +167,15 @@ def test_flat_follows_the_batch(length):
         layer(torch.randn(B * length + 1, IN, dtype=torch.float64))
 
 
+def test_flat_is_batch_first():
+    """Tokens of [L, B, I] are flattened in another order, which "flat" would mix up."""
+    layer = task_layer(batch_dim=1)
+    set_samples(layer, "flat")
+    set_tasks(layer, IDS)
+    with pytest.raises(ValueError, match=r"set_tasks: 3 gate rows for x \[15, 8\]"):
+        layer(torch.randn(B * L, IN, dtype=torch.float64))
+
+
 def test_flat_does_not_tell_the_sequences_of_a_router():
     layer = sequence_layer()
     set_samples(layer, "flat")
@@ -195,6 +204,14 @@ def test_errors_name_how_rows_repeat():
     set_tasks(layer, IDS)
     with pytest.raises(ValueError, match=r"ids.repeat_interleave\(2\).*ids.repeat\(2\)"):
         layer(torch.randn(2 * B, L, IN, dtype=torch.float64))
+
+
+def test_errors_name_ids_that_are_repeated_too_often():
+    """The encoder of a model that generates with beams has one row for each prompt."""
+    layer = task_layer()
+    set_tasks(layer, torch.tensor(IDS).repeat_interleave(2))
+    with pytest.raises(ValueError, match=r"call set_tasks on it with the ids before the repeat"):
+        layer(torch.randn(B, L, IN, dtype=torch.float64))
 
 
 def test_one_task_for_all_needs_no_samples():
