@@ -281,6 +281,11 @@ def row_of_tokens(
     """
     count = weights.shape[0]
     per_sample = config.router == "task" or config.granularity == "sequence"
-    if count == 1 or (count == math.prod(x_shape[:-1]) and not per_sample):
+    if isinstance(samples, Samples):
+        # Gates that the user passes are gates of samples if there is one for each of them.
+        per_sample = per_sample or (config.router == "external" and count == samples.count)
+    elif count == 1:
+        return None
+    if count == math.prod(x_shape[:-1]) and not per_sample:
         return None
     return sample_of_tokens(x_shape, count, config.batch_dim, samples, device, name)

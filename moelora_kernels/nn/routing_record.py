@@ -50,6 +50,8 @@ class RoutingRecord:
         model: the model whose forward is running, or None.
         mask: the token mask that the next calls store, or None; see `follow_masks`.
         on_call: a function that gets every stored call, or None; see `count_routing`.
+        adds_forwards: whether a forward with autograd keeps the routing of the ones before it,
+            because one loss is computed of all of them.
     """
 
     def __init__(self, always: bool = False) -> None:
@@ -57,6 +59,7 @@ class RoutingRecord:
         self.model: nn.Module | None = None
         self.mask: Tensor | None = None
         self.on_call: Callable[[RoutedCall], None] | None = None
+        self.adds_forwards = False
         self.clear()
 
     def clear(self) -> None:
@@ -68,6 +71,9 @@ class RoutingRecord:
 
     def begin(self) -> None:
         """Begin a forward of the model: drop the routing of the previous one."""
+        if self.adds_forwards and torch.is_grad_enabled() and self.with_graph is not None:
+            self.last = self.with_graph
+            return
         self.last = []
         if torch.is_grad_enabled():
             self.with_graph = self.last
@@ -139,6 +145,8 @@ class ForwardHooks:
 
     def __init__(self) -> None:
         self.records: list[RoutingRecord] | None = None
+        # Forwards of the model that run inside one another.
+        self.depth = 0
 
     def find_records(self, model: nn.Module) -> None:
         """Find the records of `model` that are on."""
@@ -150,12 +158,23 @@ class ForwardHooks:
             self.find_records(model)
         if is_backward() or not self.records or self.records[0].model not in (None, model):
             return
+        # A compiled forward that raises does not call `after`, so it counts no depth.
+        if not torch.compiler.is_compiling():
+            self.depth += 1
+            if self.depth > 1:
+                return
         for record in self.records:
             record.model = model
             record.begin()
 
     def after(self, model: nn.Module, args: tuple, output: object) -> None:
         """End a forward of `model`, also if it raised."""
+        if is_backward():
+            return
+        if self.depth > 0 and not torch.compiler.is_compiling():
+            self.depth -= 1
+            if self.depth > 0:
+                return
         for record in self.records or ():
             if record.model is model:
                 record.model = None
@@ -192,7 +211,8 @@ def _records(model: nn.Module) -> list[RoutingRecord]:
 def record_routing(model: nn.Module) -> Iterator[None]:
     """Keep the routing of the last forward of `model` in `layer.record` inside the context.
 
-    Leaving the context clears all records, so read them inside. Contexts can be nested.
+    Leaving the context clears all records, so read them inside. Contexts can be nested. If no
+    forward with autograd ran inside, the routing that an auxiliary loss needs stays as it was.
 
     Example:
         >>> import torch
@@ -205,13 +225,33 @@ def record_routing(model: nn.Module) -> Iterator[None]:
     """
     records = _records(model)
     was_on = [record.is_on for record in records]
+    earlier = [record.with_graph if record.always else None for record in records]
     for record in records:
         record.is_on = True
     follow_forwards(model)
     try:
         yield
     finally:
-        for record, is_on in zip(records, was_on, strict=True):
+        for record, is_on, calls in zip(records, was_on, earlier, strict=True):
             record.is_on = is_on
+            is_pending = calls is not None and record.with_graph is calls
             record.clear()
+            if is_pending:
+                record.with_graph = record.last = calls
         follow_forwards(model)
+
+
+@contextlib.contextmanager
+def all_forwards(model: nn.Module) -> Iterator[None]:
+    """Record all forwards with autograd inside the context together, as if they were one.
+
+    For a loss that is computed of several forwards, such as a contrastive one.
+    """
+    records = _records(model)
+    for record in records:
+        record.adds_forwards = True
+    try:
+        yield
+    finally:
+        for record in records:
+            record.adds_forwards = False

@@ -77,13 +77,20 @@ def _checked(samples: Any) -> Samples | str | None:
         if samples != FLAT:
             raise ValueError(f"samples: expected numbers, 'flat' or None, got {samples!r}")
         return samples
-    ids = torch.as_tensor(samples)
+    try:
+        ids = torch.as_tensor(samples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"samples: expected whole numbers, got {samples!r}") from error
+    if ids.is_meta:
+        raise ValueError("samples: expected a tensor with values, got one on the meta device")
     if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
         raise ValueError(
             "samples: expected whole numbers [tokens], [batch, sequence] or [batch], "
             f"got {ids.dtype} {[*ids.shape]}"
         )
-    return Samples(ids.to(torch.int32), max(int(ids.max()) + 1, 0))
+    # Tensors of inference mode cannot be used in a forward that trains.
+    with torch.inference_mode(False):
+        return Samples(ids.to(torch.int32, copy=True), max(int(ids.max()) + 1, 0))
 
 
 def sample_of_tokens(
@@ -114,12 +121,13 @@ def sample_of_tokens(
     rows = x_shape[batch_dim] if is_batched else tokens
     inner = math.prod(x_shape[batch_dim + 1 : -1]) if is_batched else 1
     if isinstance(samples, Samples):
-        if samples.count > count:
+        if samples.count > count != 1:
             raise ValueError(
                 f"samples: {samples.count} samples, but {name} has {count} rows; call set_samples "
                 "and set_tasks for the same batch"
             )
-        ids = samples.ids.to(device)
+        # One row is for all samples.
+        ids = samples.ids.to(device) if count > 1 else samples.ids.to(device).clamp_max(0)
         if is_batched and ids.shape == (rows,):
             return ids[torch.arange(tokens, device=device) // inner % rows]
         if ids.numel() == tokens:

@@ -113,7 +113,12 @@ def _as_tensor(tasks: Tensor | Sequence[int], is_meta: bool) -> Tensor:
     if tasks.is_sparse:
         tasks = tasks.to_dense()
     small_integers = (torch.uint8, torch.int8, torch.int16)
-    return tasks.long() if tasks.dtype in small_integers else tasks
+    tasks = tasks.long() if tasks.dtype in small_integers else tasks
+    if not tasks.is_inference():
+        return tasks
+    # Tensors of inference mode cannot be used in a forward that trains.
+    with torch.inference_mode(False):
+        return tasks.clone()
 
 
 def _selected(model: nn.Module) -> list[MixtureLayer]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss_of_parts
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
-from moelora_kernels.nn.routing_record import record_routing
+from moelora_kernels.nn.routing_record import all_forwards, record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
 from moelora_kernels.nn.token_masks import follow_masks
 from moelora_kernels.trainer.first_step import FirstStep
@@ -100,7 +100,7 @@ class MoeLoraCallback(TrainerCallback):
             if not (model.training and torch.is_grad_enabled()):
                 return self._compute_loss(model, batch, **options)
             with record_routing(self._model):
-                with self._first_step.watch():
+                with self._first_step.watch(), all_forwards(self._model):
                     result = self._compute_loss(model, batch, **options)
                 self._counter.add_records()
                 loss = result[0] if return_outputs else result

@@ -16,6 +16,7 @@ from moelora_kernels import (
     replace_linears,
 )
 from moelora_kernels.nn.layer import mixture_layers
+from moelora_kernels.nn.routing_record import all_forwards
 
 AUX = dict(num_experts=4, rank=2, top_k=2, aux={"load_balance": 1.0, "z": 0.1})
 
@@ -223,3 +224,47 @@ def test_records_cost_no_hook_in_models_without_losses():
         model(tokens())
         assert model.b.record.weights.shape == (5, 2)
     assert model.b.record.weights is None
+
+
+def test_counting_an_evaluation_in_between_keeps_the_pending_loss():
+    model, x = branches(), tokens()
+    model(x)
+    expected = collect_aux_loss(model)
+    model(x)
+    with torch.no_grad(), record_routing(model):
+        model(tokens(seed=5))
+    torch.testing.assert_close(collect_aux_loss(model), expected)
+
+
+def test_a_forward_inside_a_forward_of_the_same_model_belongs_to_it():
+    class Recycling(Branches):
+        def forward(self, x, depth=1):
+            x = self.a(x) if depth else self.b(x)
+            return self.forward_again(x) if depth else x
+
+        def forward_again(self, x):
+            return self.c(self(x, 0))
+
+    torch.manual_seed(0)
+    model = Recycling()
+    replace_linears(model, MoeLoraConfig(**AUX), ["a", "b", "c"])
+    x = tokens()
+    model(x)
+    y = model.a(x).detach()
+    model(x)
+    z = model.b(y).detach()
+    model(x)
+    actual = collect_aux_loss(model)
+    torch.testing.assert_close(actual, loss_of(model, ("a", x), ("b", y), ("c", z)))
+
+
+def test_a_loss_of_two_forwards_counts_both():
+    model, x, other = branches(), tokens(3), tokens(9, seed=2)
+    with all_forwards(model):
+        model(x, "a")
+        with torch.no_grad():
+            model(tokens(seed=5))
+        model(other, "a")
+    torch.testing.assert_close(
+        collect_aux_loss(model), loss_of(model, ("a", torch.cat([x, other])))
+    )

@@ -293,3 +293,66 @@ def test_a_module_of_torch_says_its_layout(batch_first):
     set_tasks(model, [1])
     first = decoder(x[:1], x[:1]) if batch_first else decoder(x[:, :1], x[:, :1])
     torch.testing.assert_close(y[:1] if batch_first else y[:, :1], first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("task", "sequence", "task vectors", "ffn task", "ffn sequence"))
+def test_a_token_of_no_sample_has_no_gate_if_there_is_one_sample(name):
+    make, tasks = LAYERS[name]
+    layer = make().eval()
+    if tasks is not None:
+        set_tasks(layer, tasks[:1])
+    x = torch.randn(4, IN, dtype=torch.float64)
+    set_samples(layer, [0, 0, 0, -1])
+    y = layer(x)
+    set_samples(layer, [0, 0, 0])
+    close(y[:3], layer(x[:3]))
+    if name in ("task", "sequence"):
+        close(y[3], layer.base_layer(x[3]))
+
+
+def test_one_task_is_for_all_samples():
+    layer = task_layer()
+    set_tasks(layer, [2])
+    x = torch.randn(4, IN, dtype=torch.float64)
+    expected = layer(x)
+    set_samples(layer, [0, 1, 2, 0])
+    close(layer(x), expected)
+
+
+def test_passed_gates_are_of_samples_if_their_number_is_that_of_the_tokens():
+    layer = linear(router="external")
+    gates, x = torch.rand(3, 4, dtype=torch.float64), torch.randn(3, IN, dtype=torch.float64)
+    expected = layer(x, gates.flip(0))
+    set_samples(layer, [2, 1, 0])
+    close(layer(x, gates), expected)
+
+
+def test_a_part_without_tasks_does_not_use_those_of_another_part():
+    model = EncoderDecoder()
+    config = MoeLoraConfig(num_experts=4, rank=2, router="task", num_tasks=3)
+    replace_linears(model, config, ["encoder", "decoder"])
+    set_tasks(model.encoder, IDS)
+    with pytest.raises(RuntimeError, match=r"^the task gate has no tasks for this layer"):
+        model(torch.randn(B, L, IN, dtype=torch.float64), 1)
+
+
+def test_a_router_with_task_vectors_knows_sequence_first():
+    layer, first = task_vector_layer(), task_vector_layer()
+    router = layer.router
+    options = dict(score="identity", normalize="none", batch_dim=1)
+    config = MoeLoraConfig(num_experts=4, rank=2, router=router, **options)
+    layer = MoeLoraLinear.from_linear(first.base_layer, config).double().eval()
+    randomise(layer)
+    set_tasks(layer, torch.randn(2, 5, dtype=torch.float64))
+    vectors, x = router.task_vectors, torch.randn(3, 2, IN, dtype=torch.float64)
+    y = layer(x)
+    set_tasks(layer, vectors[:1])
+    close(y[:, :1], layer(x[:, :1]))
+
+
+def test_tasks_of_inference_mode_train():
+    layer = task_layer()
+    with torch.inference_mode():
+        set_tasks(layer, torch.tensor(IDS))
+        set_samples(layer, torch.arange(B).repeat_interleave(L))
+    layer(torch.randn(B * L, IN, dtype=torch.float64)).sum().backward()

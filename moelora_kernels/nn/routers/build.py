@@ -81,7 +81,13 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     config, router = layer.config, layer.router
     if config.router == "task":
         # All layers share the router, also if the model is spread over several devices.
-        return router(layer.current_task_ids()).to(x.device)
+        ids = layer.current_task_ids()
+        if ids is None:
+            raise RuntimeError(
+                "the task gate has no tasks for this layer: call set_tasks(model, ids) first, on "
+                "the whole model or on the part with this layer"
+            )
+        return router(ids).to(x.device)
     if config.router == "self":
         return float32_product(tokens.detach(), layer.lora_A.detach())
     source = tokens
@@ -91,7 +97,7 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     if isinstance(gate, TokenTaskRouter):
         ids = gate.sample_of_tokens(x, config.batch_dim, layer.samples)
         # Neighbours of equal length need no table: the router repeats the task vectors.
-        is_regular = not isinstance(layer.samples, Samples)
+        is_regular = config.batch_dim == 0 and not isinstance(layer.samples, Samples)
         logits = router(source) if ids is None or is_regular else router(source, ids)
     else:
         logits = router_logits(router, source)

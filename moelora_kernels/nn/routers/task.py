@@ -189,7 +189,9 @@ class TokenTaskRouter(nn.Module):
 
         Raises ValueError if x and `samples` do not tell it; see `set_samples`.
         """
-        if self.task_vectors is None or self.task_vectors.shape[0] == 1:
+        if self.task_vectors is None:
+            return None
+        if self.task_vectors.shape[0] == 1 and not isinstance(samples, Samples):
             return None
         count = self.task_vectors.shape[0]
         kind = "task vectors"

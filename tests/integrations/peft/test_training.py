@@ -139,7 +139,7 @@ def test_dtypes(options, dtype, autocast_adapter_dtype, autocast):
     # The layer without PEFT gives the same bits. Other tests check its values.
     alone = MoeLoraLinear.from_linear(layer.base_layer, experts.config)
     alone.lora_A, alone.lora_B, alone.router = experts.lora_A, experts.lora_B, experts.router
-    alone.external_gates = experts.external_gates
+    alone.external_gates, alone.task_ids = experts.external_gates, experts.task_ids
     x = inputs(dtype=dtype)
     trained = [p for p in alone.parameters() if p.requires_grad]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
