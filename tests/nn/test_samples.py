@@ -222,7 +222,9 @@ def test_one_task_for_all_needs_no_samples():
 
 
 @pytest.mark.parametrize(
-    "samples", ("rows", 1.5, [[[0]]], torch.rand(3), torch.zeros(0, dtype=torch.int64)), ids=str
+    "samples",
+    ("rows", 1.5, [[[0]]], torch.full((3,), 0.5), torch.zeros(0, dtype=torch.int64)),
+    ids=str,
 )
 def test_samples_that_are_none_are_named(samples):
     with pytest.raises(ValueError, match=r"^samples: expected"):

@@ -94,7 +94,11 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     if config.granularity == "sequence":
         source = mean_of_samples(x, tokens, config.batch_dim, layer.samples)
     gate = getattr(router, "gate", router)
-    if isinstance(gate, TokenTaskRouter):
+    if isinstance(gate, TokenTaskRouter) and config.granularity == "sequence":
+        # One row of `source` is one sample, in the order of the task vectors.
+        gate.check_batch(source.shape[0])
+        logits = router(source)
+    elif isinstance(gate, TokenTaskRouter):
         ids = gate.sample_of_tokens(x, config.batch_dim, layer.samples)
         # Neighbours of equal length need no table: the router repeats the task vectors.
         is_regular = config.batch_dim == 0 and not isinstance(layer.samples, Samples)

@@ -197,6 +197,15 @@ class TokenTaskRouter(nn.Module):
         kind = "task vectors"
         return sample_of_tokens(x.shape, count, batch_dim, samples, x.device, "tasks", kind)
 
+    def check_batch(self, samples: int) -> None:
+        """Raise ValueError unless there is one task vector for each sample, or one for all."""
+        count = samples if self.task_vectors is None else self.task_vectors.shape[0]
+        if count not in (1, samples):
+            raise ValueError(
+                f"tasks: {count} task vectors for {samples} sequences; expected one for each, or "
+                "one for all"
+            )
+
     def __getstate__(self) -> dict:
         return state_without_graph(self, "task_vectors")
 
