@@ -1,4 +1,4 @@
-"""The dtype in which a layer computes, and the seed of its dropout mask."""
+"""The dtype and the state in which a layer computes, and the seed of its dropout mask."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
 def is_autocast(device: torch.device) -> bool:
     """Return whether autocast is on for tensors of `device`. The meta device has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def is_backward() -> bool:
+    """Return whether backward is running. False in compiled graphs."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def active_dtype(x: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards
+from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards, routed_experts
 from moelora_kernels.nn.token_masks import call_mask, tokens_per_row
 
 # The layer, and one of its calls -> which rows of the logits count, [G]; None if all do.
@@ -144,7 +144,9 @@ def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask_of: MaskOfC
         probabilities = (logits / config.temperature).softmax(dim=1)
         if tau is not None:
             probabilities = probabilities - tau
-        routed = torch.cat([_routed(call, config.num_experts) for call in calls])
+        routed = torch.cat(
+            [routed_experts(c.weights, c.experts, config.num_experts) for c in calls]
+        )
         share = mean(routed.to(counts.dtype))
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
@@ -159,11 +161,3 @@ def _row_mask(mask: Tensor, rows: int, granularity: str) -> Tensor:
         return (mask != 0).reshape(rows, mask.numel() // rows).any(dim=1)
     kind = "tokens" if granularity == "token" else f"gate rows, or [{rows}, ...] of their tokens"
     raise ValueError(f"mask: expected one entry for each of {rows} {kind}, got {[*mask.shape]}")
-
-
-def _routed(call: RoutedCall, num_experts: int) -> Tensor:
-    """Return how often each token is routed to each expert, [T, E]."""
-    if call.experts is None:
-        return call.weights[:, :num_experts] != 0
-    experts = torch.arange(num_experts, device=call.experts.device)
-    return (call.experts[:, :, None] == experts).sum(dim=1)

@@ -17,7 +17,8 @@ from moelora_kernels.nn.ffn import PROJECTIONS
 from moelora_kernels.nn.gradient_reasons import LayerStep, gradient_reasons
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord
+from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord, routed_experts
+from moelora_kernels.nn.sharding import fsdp_types
 from moelora_kernels.nn.weight_readers import watch_reads
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
@@ -218,9 +219,7 @@ def _float_tensors(output: Any) -> Iterator[Tensor]:
 
 def _check_sharding(model: nn.Module) -> None:
     """Raise ValueError if FSDP shards a module of the model."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp is not None else ()
-    if any(isinstance(module, kinds) for module in model.modules()):
+    if any(isinstance(module, fsdp_types()) for module in model.modules()):
         raise ValueError("model: FSDP shards it; call check_trainable before the model is sharded")
 
 
@@ -272,10 +271,7 @@ def _note_call(step: LayerStep) -> Callable[[RoutedCall], None]:
 
 def selected_experts(weights: Tensor, experts: Tensor | None, num_experts: int) -> Tensor:
     """Return which experts have a weight, bool [E], without a shared expert."""
-    if experts is None:
-        return (weights != 0).any(dim=0)[:num_experts]
-    numbers = torch.arange(num_experts, device=experts.device)
-    return (experts.flatten() == numbers[:, None]).any(dim=1)
+    return routed_experts(weights, experts, num_experts).any(dim=0)
 
 
 def _note_output(step: LayerStep) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -280,6 +280,11 @@ def mixture_layers(model: nn.Module) -> list[MixtureLayer]:
     return [module for module in model.modules() if isinstance(module, MixtureLayer)]
 
 
+def selected_layers(model: nn.Module) -> list[MixtureLayer]:
+    """Return the mixture layers of `model` without inactive adapters of PEFT."""
+    return [layer for layer in mixture_layers(model) if layer.is_selected]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the A, B and router parameters of all layers of `model`, each once.
 

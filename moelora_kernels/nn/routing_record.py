@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.wrappers import unwrap
+from moelora_kernels.numerics import is_backward
 from moelora_kernels.types import Gate
 
 
@@ -125,9 +126,17 @@ class RoutingRecord:
         return RoutingRecord, (self.always,)
 
 
-def is_backward() -> bool:
-    """Return whether backward is running. False in compiled graphs."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def routed_experts(weights: Tensor, experts: Tensor | None, num_experts: int) -> Tensor:
+    """Return how often each token is routed to each expert, [T, E], without a shared expert.
+
+    Args:
+        weights, experts: of a RoutedCall. A dense gate routes to the experts whose weight is not 0.
+        num_experts: E.
+    """
+    if experts is None:
+        return weights[:, :num_experts] != 0
+    numbers = torch.arange(num_experts, device=experts.device)
+    return (experts[:, :, None] == numbers).sum(dim=1)
 
 
 def _concat(tensors: list[Tensor | None]) -> Tensor | None:

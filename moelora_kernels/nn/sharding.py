@@ -68,6 +68,12 @@ def _is_zero3_shard(parameter: Tensor | None) -> bool:
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
+def fsdp_types() -> tuple[type, ...]:
+    """Return the classes of modules that FSDP1 wraps and FSDP2 changes; none without FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+
+
 def warn_if_parallel(model: nn.Module) -> None:
     """Warn if several processes share `model` under DDP or FSDP already.
 
@@ -77,10 +83,7 @@ def warn_if_parallel(model: nn.Module) -> None:
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         return
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
-    if fsdp is not None:
-        kinds += (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    kinds = (nn.parallel.DistributedDataParallel, *fsdp_types())
     for module in model.modules() if distributed.get_world_size() > 1 else ():
         if isinstance(module, kinds):
             warnings.warn(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import external_gates
-from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
+from moelora_kernels.nn.layer import selected_layers
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import TokenTaskRouter
@@ -56,8 +56,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()
     if tasks.is_floating_point():
-        layers = [layer for layer in _selected(model) if layer.config.router == "external"]
-        routers = {layer.router for layer in _selected(model) if layer.router is not None}
+        layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
+        routers = {layer.router for layer in selected_layers(model) if layer.router is not None}
         parts = {module for router in routers for module in router.modules()}
         task_routers = [module for module in parts if isinstance(module, TokenTaskRouter)]
         if not layers and not task_routers:
@@ -77,7 +77,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         for layer in layers:
             layer.external_gates = tasks.to(layer.first_tensor().device)
         return
-    task_layers = [layer for layer in _selected(model) if layer.config.router == "task"]
+    task_layers = [layer for layer in selected_layers(model) if layer.config.router == "task"]
     if not task_layers:
         raise ValueError("model: no layer with router='task' takes task ids")
     routers = {layer.router for layer in task_layers}
@@ -119,7 +119,3 @@ def _as_tensor(tasks: Tensor | Sequence[int], is_meta: bool) -> Tensor:
     # Tensors of inference mode cannot be used in a forward that trains.
     with torch.inference_mode(False):
         return tasks.clone()
-
-
-def _selected(model: nn.Module) -> list[MixtureLayer]:
-    return [layer for layer in mixture_layers(model) if layer.is_selected]

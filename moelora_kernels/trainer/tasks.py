@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from moelora_kernels.nn.layer import mixture_layers
+from moelora_kernels.nn.layer import selected_layers
 from moelora_kernels.nn.routers import TokenTaskRouter
 from moelora_kernels.nn.tasks import set_tasks
 
@@ -80,7 +80,7 @@ NO_COLUMN = (
 
 def task_problem(trainer: Trainer) -> str | None:
     """Return why the gates of samples do not work with the trainer; None if they do."""
-    layers = [layer for layer in mixture_layers(trainer.model) if layer.is_selected]
+    layers = selected_layers(trainer.model)
     per_task = [layer for layer in layers if layer.config.router == "task"]
     per_sample = per_task + [x for x in layers if x.config.granularity == "sequence"]
     if per_sample and (packing := _packing(trainer)):
@@ -111,7 +111,7 @@ def _packing(trainer: Trainer) -> str | None:
 
 def takes_tasks(model: nn.Module) -> bool:
     """Return whether `set_tasks` has an effect on the model."""
-    layers = [layer for layer in mixture_layers(model) if layer.is_selected]
+    layers = selected_layers(model)
     return any(layer.config.router in ("task", "external") for layer in layers) or any(
         isinstance(module, TokenTaskRouter) for module in model.modules()
     )

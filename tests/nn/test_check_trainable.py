@@ -25,7 +25,6 @@ from moelora_kernels import (
     replace_linears,
     set_tasks,
 )
-from moelora_kernels.nn.check import selected_experts
 from support.linears import randomise
 
 NAMES = ("called", "read", "skipped", "unused", "cut", "without_grad", "multiplied")
@@ -121,13 +120,6 @@ def test_experts_without_a_token_are_named() -> None:
     set_tasks(layer, torch.zeros(1, 4))
     report = check_trainable(nn.Sequential(randomise(layer)), torch.randn(6, 8))
     assert all("no token" in reason for reason in report.expected.values())
-
-
-def test_selected_experts_of_sparse_and_dense_gates() -> None:
-    weights = torch.tensor([[0.5, 0.0, 0.5]])
-    assert selected_experts(weights, None, 2).tolist() == [True, False]
-    experts = torch.tensor([[0, 3], [2, 3]], dtype=torch.int32)
-    assert selected_experts(torch.ones(2, 2), experts, 3).tolist() == [True, False, True]
 
 
 def test_a_base_without_a_gradient_for_x_is_named() -> None:

@@ -15,6 +15,7 @@ from moelora_kernels import (
     record_routing,
     replace_linears,
 )
+from moelora_kernels.nn.check import selected_experts
 from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.nn.routing_record import all_forwards
 
@@ -268,3 +269,10 @@ def test_a_loss_of_two_forwards_counts_both():
     torch.testing.assert_close(
         collect_aux_loss(model), loss_of(model, ("a", torch.cat([x, other])))
     )
+
+
+def test_selected_experts_of_sparse_and_dense_gates() -> None:
+    weights = torch.tensor([[0.5, 0.0, 0.5]])
+    assert selected_experts(weights, None, 2).tolist() == [True, False]
+    experts = torch.tensor([[0, 3], [2, 3]], dtype=torch.int32)
+    assert selected_experts(torch.ones(2, 2), experts, 3).tolist() == [True, False, True]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.routers.logits import router_logits
+from moelora_kernels.numerics import is_backward
 
 
 class Balance(nn.Module):
@@ -27,7 +28,7 @@ class Balance(nn.Module):
 
     def count(self, keep: Tensor) -> None:
         """Count the selection `keep` [G, E] of a forward, unless backward repeats the forward."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if is_backward():
             return
         counts = keep.sum(dim=0).to(torch.float32)
         self.load = counts if self.load is None else self.load + counts
