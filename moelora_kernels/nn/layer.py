@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.config_rules import untrained_router_problem
+from moelora_kernels.config_rules import router_remedy, untrained_router_problem
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
@@ -163,15 +163,11 @@ def _warn_if_untrained(config: MoeLoraConfig, router: nn.Module | None) -> None:
     if router is None or not any(p.requires_grad for p in router.parameters()):
         return
     if problem := untrained_router_problem(config):
-        remedy = (
-            "Set score='softmax' and normalize='none' with top_k, so that the gate trains it; or "
-            "add a loss, such as aux={'load_balance': 0.01}, with collect_aux_loss; or pass a "
-            "frozen module as router"
-        )
-        if config.num_experts == 1:
-            remedy = "One expert needs none: pass router=None"
         # One location and one text for each config, so that Python shows it once for all layers.
-        warnings.warn(f"config: the router gets no gradient ({problem}). {remedy}", stacklevel=2)
+        warnings.warn(
+            f"config: the router gets no gradient ({problem}). {router_remedy(config)}",
+            stacklevel=2,
+        )
 
 
 class LoraLayer(MixtureLayer):
