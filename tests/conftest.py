@@ -19,6 +19,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive", action="store_true", help="run the tests marked exhaustive, too"
     )
+    parser.addoption(
+        "--repeats", type=int, default=50, help="how often a tile must repeat its bits on a GPU"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.replace import check_layout, fitting_task_router
@@ -20,6 +20,7 @@ from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
+from moelora_kernels.peft.state import state_to_load, state_to_save
 
 
 class MoeLoraModel(BaseTuner):
@@ -73,6 +74,31 @@ class MoeLoraModel(BaseTuner):
             if isinstance(module, MoeLoraExperts) and module.name == adapter_name
         ]
         return fitting_task_router(experts, config)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoeLoraPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT would write the names of wrappers, and leave out computed tensors.
+        return state_to_save(model, adapter_name, state_dict, config.bias)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MoeLoraPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        def file_key(key: str) -> str:
+            return cls._remove_adapter_name_from_key(key, adapter_name)
+
+        return state_to_load(model, adapter_name, state_dict, file_key)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
