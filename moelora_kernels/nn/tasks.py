@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import external_gates
-from moelora_kernels.nn.layer import selected_layers
+from moelora_kernels.nn.layer import LoraLayer, selected_layers
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import TokenTaskRouter
 
 
@@ -50,8 +49,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model)}")
     tasks = _as_tensor(tasks, is_meta=any(p.is_meta for p in model.parameters()))
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.merged:
-            check_merged_task(layer, tasks)
+        if isinstance(layer, LoraLayer):
+            layer.check_merged_task(tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()
