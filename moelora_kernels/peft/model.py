@@ -14,11 +14,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.replace import fitting_task_router
+from moelora_kernels.nn.replace import check_layout, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
-from moelora_kernels.nn.wrappers import named_modules
+from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
 from moelora_kernels.peft.state import state_to_load, state_to_save
@@ -34,7 +34,8 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
         super().inject_adapter(model, *args, **kwargs)
-        warn_of_readers(dict(model.named_modules()), self.targeted_module_names)
+        names = [portable_name(model, name) for name in self.targeted_module_names]
+        warn_of_readers(dict(named_modules(model)), names)
         follow_forwards(model)
 
     def _check_target_module_compatiblity(
@@ -56,8 +57,11 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         config = peft_config.moe_lora_config()
         layer = target
+        name = portable_name(self.model, current_key)
+        above = _modules_above(self.model, current_key)
+        check_layout(name, above, config)
         if not isinstance(target, MoeLoraTunerLinear):
-            check_target(current_key, target, _modules_above(self.model, current_key))
+            check_target(name, target, above)
             layer = MoeLoraTunerLinear(target)
         layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
         if layer is not target:
@@ -170,7 +174,7 @@ class MoeLoraModel(BaseTuner):
 
 
 def _modules_above(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return the modules that contain the module `name` of `model`, by name."""
+    """Return the modules that contain the module `name` of `model`, by their portable names."""
     parts = name.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts))]
-    return {name: model.get_submodule(name) for name in names}
+    return {portable_name(model, name): unwrap(model.get_submodule(name)) for name in names}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import LAYERS, complaints, record, width
+from benchmarks.ahead_of_time import LAYERS, complaints, record
+from benchmarks.model.machine_code import innermost_loops, width
 from moelora_kernels.kernels.common import configs
 from support.selection import exhaustive
 
@@ -107,3 +108,19 @@ def test_unknown_architectures_are_refused(capsys):
     with pytest.raises(SystemExit):
         ahead_of_time.main(["--architectures", "sm_70"])
     assert "sm_70" in capsys.readouterr().err
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   FADD R3, R3, R3 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/               @P1 BRA 0x10 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   BRA 0x60;
+"""
+
+
+def test_innermost_loops():
+    """The loop of two instructions lies in one of four; the jump to itself is no loop."""
+    assert innermost_loops(SASS) == [2]
