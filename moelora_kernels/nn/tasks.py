@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import external_gates
-from moelora_kernels.nn.layer import mixture_layers, selected_layers
+from moelora_kernels.nn.layer import LoraLayer, mixture_layers, selected_layers
 from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import check_merged_task
 from moelora_kernels.nn.routers import task_routers
 from moelora_kernels.nn.samples import FLAT, Samples
 
@@ -53,8 +52,8 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     tasks = _as_tensor("tasks", tasks, expected, is_meta)
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.merged:
-            check_merged_task(layer, tasks)
+        if isinstance(layer, LoraLayer):
+            layer.check_merged_task(tasks)
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()
