@@ -23,8 +23,7 @@ from moelora_kernels.nn.routers import (
 from moelora_kernels.nn.routing_plot import plot_routing
 from moelora_kernels.nn.routing_record import record_routing
 from moelora_kernels.nn.routing_report import count_routing, routing_report
-from moelora_kernels.nn.samples import set_samples
-from moelora_kernels.nn.tasks import set_tasks
+from moelora_kernels.nn.tasks import set_samples, set_tasks
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [

@@ -127,6 +127,11 @@ def check_trainable(
     _check_sharding(model)
     model = unwrap(model)
     steps = {step.layer: step for step in layer_steps(model)}
+    if not steps:
+        raise ValueError(
+            "model: expected active adapters, got none: every adapter is inactive or merged; call "
+            "set_adapter(name) or unmerge_adapter() first"
+        )
     if isinstance(batch, Mapping):
         batch = dict(batch.items())
     with (

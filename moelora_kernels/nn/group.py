@@ -9,7 +9,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
+from moelora_kernels.nn.forward import (
+    forward_siblings,
+    gate_rows_differ,
+    keep_routing,
+    run_siblings,
+)
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.wrappers import named_modules
@@ -169,6 +174,7 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor) -> bool:
                 for layer in layers
             ]
         )
+        or gate_rows_differ(layers)
     )
 
 

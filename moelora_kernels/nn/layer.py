@@ -27,7 +27,7 @@ from moelora_kernels.nn.base_linear import (
 )
 from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
-from moelora_kernels.nn.routers import build_router, layer_logits
+from moelora_kernels.nn.routers import TaskVectors, build_router, layer_logits, task_routers
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.weight_readers import note_read
@@ -44,6 +44,8 @@ class MixtureLayer(nn.Module):
             `record_routing`, and always if the config has auxiliary losses.
         external_gates: the gates that `set_tasks` set for router="external", or None.
         task_ids: the task ids that `set_tasks` set for router="task", or None.
+        task_vectors: the task vectors that `set_tasks` set for a TokenTaskRouter, or None.
+        has_inner_task_routers: whether the router is a user's module with a TokenTaskRouter inside.
         samples: which sample each token belongs to; see `set_samples`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
@@ -69,9 +71,13 @@ class MixtureLayer(nn.Module):
         router = build_router(self.config, in_features, device, dtype)
         _warn_if_untrained(self.config, router)
         self._set_router(router)
+        # Searched once, and not in each forward.
+        is_user_module = isinstance(self.config.router, nn.Module)
+        self.has_inner_task_routers = is_user_module and bool(task_routers(router))
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
         self.task_ids: Tensor | None = None
+        self.task_vectors: TaskVectors | None = None
         self.samples: Samples | str | None = None
 
     def _set_router(self, router: nn.Module | None) -> None:
@@ -248,6 +254,13 @@ class LoraLayer(MixtureLayer):
     def bias(self) -> Tensor | None:
         """The base's bias [O], or None."""
         return self.base_layer.bias
+
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        return None
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the layer is merged and `set_tasks` cannot set `tasks`."""
 
     def fuses_router(self) -> bool:
         """Return whether the op can compute the router's logits in the next forward.
