@@ -260,7 +260,9 @@ def _note_output(step: LayerStep) -> Callable[[nn.Module, tuple, Tensor], None]:
     def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
         if output.requires_grad:
             step.has_graph = True
-            output.register_hook(note_gradient)
+            # Code that writes into a view, such as `y /= 2`, drops the hooks of the view.
+            is_reshaped = output._is_view() and output._base.numel() == output.numel()
+            (output._base if is_reshaped else output).register_hook(note_gradient)
 
     return note
 

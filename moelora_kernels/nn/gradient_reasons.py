@@ -21,7 +21,8 @@ from moelora_kernels.nn.wrappers import named_modules
 
 NO_GRAPH = (
     "its output has no graph: it runs under torch.no_grad, or reentrant activation checkpointing "
-    "got inputs that need no gradient (use use_reentrant=False)"
+    "or reversible layers got inputs that need no gradient (use use_reentrant=False, or "
+    "model.enable_input_require_grads())"
 )
 UNUSED = (
     "its output never reached the loss: it is detached or not used; leave the layer out of "

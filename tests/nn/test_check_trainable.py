@@ -306,6 +306,32 @@ def test_a_read_of_the_weight_compiles_to_one_graph(is_peft) -> None:
     assert check_trainable(compiled, x).ok
 
 
+@pytest.mark.parametrize("is_linked", (False, True))
+@pytest.mark.parametrize("layout", ("tokens", "batch", "sequence first", "slice"))
+def test_an_output_that_is_written_in_place_reaches_the_loss(layout, is_linked) -> None:
+    """As the attention of Longformer divides its queries."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.unused = siblings().values()
+            if is_linked:
+                link_siblings(self, [("q", "k", "unused")])
+
+        def forward(self, x):
+            x = x.transpose(0, 1) if layout == "sequence first" else x
+            q, k, other = self.q(x), self.k(x), self.unused(x)
+            q /= 2
+            other += 1
+            if layout == "slice":
+                k[..., :4] = 0
+            return q * k
+
+    x = torch.randn(6, 8) if layout == "tokens" else torch.randn(2, 3, 8)
+    report = check_trainable(randomise(Model()), x)
+    assert set(report.unreached) == {"unused"}, report
+
+
 def test_a_shared_router_is_named_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     replace_linears(model, MoeLoraConfig.preset("moelora", num_tasks=3), ["0", "1"])
