@@ -62,6 +62,8 @@ def adapted(drops: list[bool], names: list[str]) -> nn.Module:
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
 # Rank 0 drops the blocks in the first step and in the last one, rank 1 never.
 DROPS = ([True, False, True], [False])
+# The loss of the first forward must have a graph if all layers are in the blocks.
+LATER_DROPS = ([False, True, True], [False])
 
 
 def inputs(index: int) -> torch.Tensor:
@@ -87,8 +89,8 @@ def start(rank: int, run, port: int, folder) -> None:
     torch.distributed.destroy_process_group()
 
 
-def train(rank: int, folder, names: list[str]):
-    model = adapted(DROPS[rank], names)
+def train(rank: int, folder, drops: list[bool], names: list[str]):
+    model = adapted(drops, names)
     args = arguments(
         folder, per_device_train_batch_size=2, max_steps=3, logging_steps=3, learning_rate=0.0,
         ddp_backend="gloo", ddp_find_unused_parameters=True,
@@ -102,7 +104,11 @@ def train(rank: int, folder, names: list[str]):
 
 
 def train_blocks(rank: int, folder):
-    return train(rank, folder, [*BLOCKS, "head"])
+    return train(rank, folder, DROPS[rank], [*BLOCKS, "head"])
+
+
+def train_without_layers(rank: int, folder):
+    return train(rank, folder, LATER_DROPS[rank], BLOCKS)
 
 
 @exhaustive
@@ -113,6 +119,15 @@ def test_a_rank_that_drops_all_blocks_does_not_hang(tmp_path) -> None:
     assert set(load) == {*BLOCKS, "head"}
     assert all(torch.equal(load[name], other_load[name]) for name in load)
     assert all(layer.is_counted for layer in report.layers.values())
+
+
+@exhaustive
+def test_a_rank_that_reaches_no_layer_does_not_hang(tmp_path) -> None:
+    """DDP sums gradients only on a process whose output has a graph."""
+    (log, load, _), (other, other_load, _) = two_processes(train_without_layers, tmp_path)
+    assert log["expert_load_max"] == other["expert_load_max"]
+    assert set(load) == set(BLOCKS)
+    assert all(torch.equal(load[name], other_load[name]) for name in load)
 
 
 def loop_of_ddp(rank: int, folder):
