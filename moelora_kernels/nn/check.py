@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from moelora_kernels.nn.ffn import PROJECTIONS
 from moelora_kernels.nn.gradient_reasons import LayerStep, gradient_reasons
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord, routed_experts
+from moelora_kernels.nn.linear import forget_outputs
+from moelora_kernels.nn.recorded_forwards import kept_records
+from moelora_kernels.nn.routing_record import RoutedCall, routed_experts
 from moelora_kernels.nn.sharding import fsdp_types
 from moelora_kernels.nn.weight_readers import watch_reads
 from moelora_kernels.nn.wrappers import named_modules, unwrap
@@ -129,7 +131,7 @@ def check_trainable(
         for name, layer in named_modules(model)
         if isinstance(layer, MixtureLayer) and layer.is_selected
     }
-    with _restored(model), _eager(), torch.enable_grad():
+    with _restored(model), kept_records(layers), _eager(), torch.enable_grad():
         model.train()
         with _watched(model, steps), watch_reads() as reads:
             tensors = _step_tensors(model)
@@ -324,11 +326,9 @@ def _note_base(step: LayerStep) -> Callable[[nn.Module, tuple, Any], None]:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, random states, hooks, and attributes of modules and records afterwards."""
+    """Restore gradients, random states, hooks and attributes of modules afterwards."""
     modules = list(model.modules())
-    objects: list[Any] = [*modules]
-    objects += [r for m in modules if isinstance(r := m.__dict__.get("record"), RoutingRecord)]
-    saved = [(item, dict(item.__dict__)) for item in objects]
+    saved = [(module, dict(module.__dict__)) for module in modules]
     # Parameters, buffers, children and hooks: transformers adds hooks in the first forward.
     contents = [
         (values, values.copy())
@@ -349,22 +349,15 @@ def _restored(model: nn.Module) -> Iterator[None]:
         random.setstate(states[0])
         if numpy is not None:
             numpy.random.set_state(states[1])
-        for item, attributes in saved:
-            item.__dict__.clear()
-            item.__dict__.update(attributes)
+        for module, attributes in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
         for values, previous in contents:
             values.clear()
             values.update(previous)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        _forget_outputs(modules)
-
-
-def _forget_outputs(modules: Iterable[nn.Module]) -> None:
-    """Drop the outputs that linked siblings keep for each other."""
-    for module in modules:
-        if (link := getattr(module, "link", None)) is not None:
-            link.forget()
+        forget_outputs(model)
 
 
 def _eager() -> contextlib.AbstractContextManager:
