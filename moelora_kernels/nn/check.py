@@ -131,6 +131,11 @@ def check_trainable(
         for name, layer in named_modules(model)
         if isinstance(layer, MixtureLayer) and layer.is_selected
     }
+    if not steps:
+        raise ValueError(
+            "model: expected active adapters, got none: every adapter is inactive or merged; call "
+            "set_adapter(name) or unmerge_adapter() first"
+        )
     with _restored(model), kept_records(layers), _eager(), torch.enable_grad():
         model.train()
         with _watched(model, steps), watch_reads() as reads:

@@ -288,6 +288,13 @@ class LoraLayer(MixtureLayer):
         """The base's bias [O], or None."""
         return self.base_layer.bias
 
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        return None
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the layer is merged and `set_tasks` cannot set `tasks`."""
+
     def fuses_router(self) -> bool:
         """Return whether the op can compute the router's logits in the next forward.
 

@@ -17,6 +17,7 @@ from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
+    check_merged_task,
     copy_task,
     lora_of_task,
     merged_weight,
@@ -230,6 +231,15 @@ class MoeLoraLinear(LoraLayer):
             raise RuntimeError("the layer is not merged")
         self.merged_weight = None
         self._set_merged(False, None)
+
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        return f"{merged_with(self)}, unmerge first" if self.merged else None
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the layer is merged with another task than `tasks`."""
+        if self.merged:
+            check_merged_task(self, tasks)
 
     def _set_merged(self, merged: bool, task: Task | None) -> None:
         self.merged, self.merged_task = merged, task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -113,10 +114,13 @@ class MoeLoraModel(BaseTuner):
         `unmerge_adapter` restores the base weights.
 
         Raises (the model is then unchanged):
-            ValueError: a name in adapter_names is unknown.
+            ValueError: a name in adapter_names is unknown; or safe_merge is set and a merged weight
+                is not finite.
             RuntimeError: a gate depends on x, no task is set, or a base weight is not dense.
+
+        Warns if another module shares a base weight, because that module changes too.
         """
-        self._check_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -127,17 +131,34 @@ class MoeLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
                 f"adapter_names: expected names from {sorted(self.peft_config)}, got {unknown}"
             )
-        for module in self.model.modules():
-            if isinstance(module, MoeLoraTunerLinear):
-                module.check_merge(adapter_names)
+        layers = {
+            name: module
+            for name, module in named_modules(self.model)
+            if isinstance(module, MoeLoraTunerLinear)
+        }
+        for layer in layers.values():
+            layer.check_merge(adapter_names, safe_merge)
+        owners: dict[int, list[str]] = {}
+        for name, module in named_modules(self.model):
+            if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+                owners.setdefault(id(weight), []).append(name)
+        for name, layer in layers.items():
+            base = [f"{name}.base_layer"]
+            weight = getattr(layer.base_layer, "weight", None)
+            if others := [n for n in owners.get(id(weight), base) if n not in base]:
+                warnings.warn(
+                    f"merge: {', '.join(others)} shares the weight of {name}, so the merge changes "
+                    "it too; untie the weights before the merge",
+                    stacklevel=3,
+                )
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
