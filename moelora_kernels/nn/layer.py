@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.config_rules import untrained_router_problem
+from moelora_kernels.config_rules import router_remedy, untrained_router_problem
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
@@ -193,14 +193,7 @@ def _warn_if_untrained(config: MoeLoraConfig, router: nn.Module | None) -> None:
     if not has_parameters or _HIDDEN.get():
         return
     if problem := untrained_router_problem(config):
-        remedy = (
-            "Set score='softmax' and normalize='none' with top_k, so that the gate trains it; or "
-            "add a loss, such as aux={'load_balance': 0.01}, with collect_aux_loss; or pass a "
-            "frozen module as router"
-        )
-        if config.num_experts == 1:
-            remedy = "One expert needs none: pass router=None"
-        text = f"config: the router gets no gradient ({problem}). {remedy}"
+        text = f"config: the router gets no gradient ({problem}). {router_remedy(config)}"
         shown = _SHOWN.get()
         if shown is None or text not in shown:
             # One location and one text for each config: Python shows it once for all such layers.

@@ -97,7 +97,12 @@ def forward_root(model: nn.Module) -> nn.Module:
 
 def _recording(model: nn.Module) -> list[nn.Module]:
     """Return the layers of `model`: the modules that have a record."""
-    return [m for m in model.modules() if isinstance(getattr(m, "record", None), RoutingRecord)]
+    return [module for module in model.modules() if _record(module) is not None]
+
+
+def _record(module: nn.Module) -> RoutingRecord | None:
+    record = getattr(module, "record", None)
+    return record if isinstance(record, RoutingRecord) else None
 
 
 def last_calls(
@@ -249,9 +254,10 @@ def all_forwards(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_records(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Give `layers` empty records inside the context, and their previous ones afterwards."""
-    saved = [(layer.record, vars(layer.record).copy()) for layer in layers]
+def kept_records(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give the layers in `modules` empty records in the context, and the previous ones after it."""
+    records = [record for module in modules if (record := _record(module)) is not None]
+    saved = [(record, vars(record).copy()) for record in records]
     for record, _ in saved:
         record.reset()
     try:
