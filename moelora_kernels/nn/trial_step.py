@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.recorded_forwards import kept_records
+
 # A forward does not write Parameters, codes of quantised weights, or masks above this size, so they
 # are not copied: a copy of every one would double the memory of the model.
 MAX_COPIED = 2**20
@@ -100,6 +102,7 @@ def trial_step(model: nn.Module, loss_fn: Callable[..., Any] | None = None) -> I
     trial = TrialStep()
     with (
         _restored_state(modules),
+        kept_records(modules),
         _restored_random_states(),
         _without_autocast_cache(),
         torch.inference_mode(False),

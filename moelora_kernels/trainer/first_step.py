@@ -18,6 +18,7 @@ from moelora_kernels.nn.gradient_reasons import (
     layer_steps,
     own_parameters,
 )
+from moelora_kernels.nn.recorded_forwards import last_calls
 from moelora_kernels.nn.sharding import is_dtensor
 from moelora_kernels.nn.weight_readers import watch_reads
 
@@ -33,6 +34,7 @@ class FirstStep:
 
     def __init__(self, model: nn.Module) -> None:
         self.is_open = True
+        self.model = model
         self.steps = layer_steps(model)
 
     @contextlib.contextmanager
@@ -43,8 +45,9 @@ class FirstStep:
             return
         with watch_reads() as reads:
             yield
+        calls = last_calls(self.model, [step.layer for step in self.steps])
         for step in self.steps:
-            step.calls += len(step.layer.record.calls() or ())
+            step.calls += len(calls[step.layer] or ())
             step.reader = step.reader or reads.readers.get(step.layer)
 
     def finish(self, trainer: Trainer) -> None:
