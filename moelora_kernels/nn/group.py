@@ -18,6 +18,7 @@ from moelora_kernels.nn.forward import (
 )
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.types import Gate
@@ -237,6 +238,7 @@ def link_siblings(
         >>> link_siblings(mlp)
         ['{gate_proj,up_proj}']
     """
+    follow_forwards(model)
     linked = []
     for name, module in named_modules(model):
         for group in groups:

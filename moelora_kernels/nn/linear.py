@@ -329,3 +329,10 @@ class MoeLoraLinear(LoraLayer):
         """Return the sizes, the options that matter most, and the merged task."""
         merged = f", merged_task={self.merged_task!r}" if self.merged else ""
         return super().extra_repr() + merged
+
+
+def forget_outputs(model: nn.Module) -> None:
+    """Drop the outputs that linked siblings of `model` keep for one another."""
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
+            layer.link.forget()

@@ -14,9 +14,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.layer import router_warnings
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.replace import check_layout, fitting_task_router
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap
 from moelora_kernels.peft.config import MoeLoraPeftConfig
@@ -31,9 +32,13 @@ class MoeLoraModel(BaseTuner):
     tuner_layer_cls = MoeLoraTunerLinear
     target_module_mapping: Mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
-        super().inject_adapter(model, *args, **kwargs)
+        # An adapter that is loaded for inference does not train.
+        with router_warnings(are_hidden=self.peft_config[adapter_name].inference_mode):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         names = [portable_name(model, name) for name in self.targeted_module_names]
         warn_of_readers(dict(named_modules(model)), names)
         follow_forwards(model)

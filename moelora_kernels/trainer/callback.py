@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss_of_parts
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
-from moelora_kernels.nn.routing_record import all_forwards, record_routing
+from moelora_kernels.nn.recorded_forwards import all_forwards, last_calls, record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
 from moelora_kernels.nn.token_masks import follow_masks
 from moelora_kernels.trainer.first_step import FirstStep
@@ -102,7 +102,7 @@ class MoeLoraCallback(TrainerCallback):
             with record_routing(self._model):
                 with self._first_step.watch(), all_forwards(self._model):
                     result = self._compute_loss(model, batch, **options)
-                self._counter.add_records()
+                self._counter.add_records(self._model)
                 loss = result[0] if return_outputs else result
                 loss = self._connected(loss)
                 if self._has_aux():
@@ -122,10 +122,10 @@ class MoeLoraCallback(TrainerCallback):
         """
         if loss.requires_grad:
             self._was_reached = True
-        elif self._was_reached and not any(
-            layer.record.calls() for layer in mixture_layers(self._model)
-        ):
-            return loss.detach().requires_grad_()
+        elif self._was_reached:
+            calls = last_calls(self._model, mixture_layers(self._model))
+            if not any(calls.values()):
+                return loss.detach().requires_grad_()
         return loss
 
     def _micro_batches(self, num_items_in_batch: Tensor | int | None) -> int:

@@ -18,18 +18,6 @@ from support.selection import exhaustive
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def compiled_kernels(request, tmp_path):
-    """The folder of compiled kernels: it is kept between runs, and Triton's version is in its keys.
-
-    TRITON_CACHE_DIR, or a folder of pytest's cache, or a new folder if pytest runs without a cache.
-    """
-    if folder := os.environ.get("TRITON_CACHE_DIR"):
-        return folder
-    cache = getattr(request.config, "cache", None)
-    return str(cache.mkdir("triton") if cache else tmp_path)
-
-
 @exhaustive
 def test_every_kernel_may_ship(compiled_kernels):
     """In another process: in this one Triton may interpret."""
