@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.base_linear import given_input
 from moelora_kernels.nn.forward import (
     forward_siblings,
     gate_rows_differ,
@@ -51,8 +52,19 @@ class MoeLoraGroup(nn.Module):
         for name, layer in siblings.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return y_i [..., O_i] of every sibling, in their order; gates as in MoeLoraLinear."""
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [..., O_i] of every sibling, in their order.
+
+        gates and `input`, another name of x, as in MoeLoraLinear.
+        """
+        if x is None or input is not None:
+            x = given_input(x, input)
         layers = tuple(self._modules.values())
         if any(map(has_computing_hooks, layers)):
             # Pruning masks and norms compute the adapters before each call of a layer.
