@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord
 from moelora_kernels.nn.samples import Samples
-from moelora_kernels.nn.wrappers import named_modules, unwrap
+from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
 
 # Modules that read the encoder's output, and their linears that do (k, v).
 CROSS_ATTENTION = re.compile(r"cross_?att|enc(oder)?_?(dec(oder)?_?)?att", re.IGNORECASE)
@@ -97,7 +97,7 @@ def follow_masks(model: nn.Module) -> None:
     again after you add layers.
     """
     model = unwrap(model)
-    parts = [module for _, module in named_modules(model) if _is_pretrained(module)]
+    parts = [module for _, module in named_modules(model) if is_pretrained(module)]
     for part in parts or [model]:
         hooks = part.__dict__.get("_moelora_mask_hooks")
         if hooks is None:
@@ -105,10 +105,6 @@ def follow_masks(model: nn.Module) -> None:
             part.register_forward_pre_hook(hooks.before, with_kwargs=True)
             part.register_forward_hook(hooks.after, always_call=True)
         hooks.records = None
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
 class MaskHooks:
