@@ -21,6 +21,8 @@ from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
 if TYPE_CHECKING:
     from moelora_kernels.nn.layer import MixtureLayer
 
+# The entry of `_Calls.sizes` for a call with packed samples.
+PACKED = -1
 # Arguments of models whose first dimension may not be that of samples.
 NOT_ROWS = ("position", "pos_", "rotary", "freq", "cache", "grid", "past_", "mems")
 
@@ -51,12 +53,18 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
     if not per_sequence and (order is None or count == 1):
         return
     rows, other = x.shape[config.batch_dim], x.shape[1 - config.batch_dim]
+    start = f"x: {[*x.shape]}" + (f" for {order.name}" if order is not None else "")
     sizes = {count: set()}
     if per_sequence:
         if torch.compiler.is_compiling() or not _calls.sizes:
             return
         sizes = _calls.sizes[-1]
-    start = f"x: {[*x.shape]}" + (f" for {order.name}" if order is not None else "")
+        if rows == 1 and PACKED in sizes:
+            raise ValueError(
+                f"{start}: position_ids or cu_seq_lens say that several samples are packed into "
+                "the row, but granularity='sequence' has one gate for each row; call "
+                "set_samples(model, samples) with the sample of each token, or do not pack"
+            )
     if rows in sizes:
         if other in sizes and order is not None:
             raise ValueError(
@@ -72,7 +80,7 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
         return
     if not per_sequence or not sizes:
         return
-    batch = " or ".join(map(str, sorted(sizes)))
+    batch = " or ".join(str(size) for size in sorted(sizes) if size != PACKED)
     if other in sizes:
         raise ValueError(
             f"{start}: dimension {config.batch_dim} counts sequences, because "
@@ -121,7 +129,20 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     for tensor in (*args, *named.values()):
         if isinstance(tensor, Tensor) and tensor.dim() > 1:
             sizes.setdefault(tensor.shape[0], set()).add(tensor.shape[:2].numel())
+    if _is_packed(kwargs):
+        sizes[PACKED] = set()
     _calls.sizes.append(sizes)
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Return whether the arguments of a model say that a row holds several samples."""
+    if any(value is not None and "cu_seq" in name for name, value in kwargs.items()):
+        return True
+    positions = kwargs.get("position_ids")
+    # With a mask, positions start again after the padding.
+    if not isinstance(positions, Tensor) or kwargs.get("attention_mask") is not None:
+        return False
+    return positions.dim() == 2 and len(positions) == 1 and bool((positions[0, 1:] == 0).any())
 
 
 def _end(model: nn.Module, args: tuple, output: object) -> None:

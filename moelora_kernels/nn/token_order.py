@@ -64,8 +64,24 @@ def passed_changes(kind: type) -> dict[str, str]:
         The path of the child, such as "layers" or "mlp.up_proj", -> SWAPPED or SELECTED. The path
         "" stands for all children. Code without source changes nothing.
     """
-    reader = _Reader(kind)
+    reader = _Reader(kind, _State)
     reader.read(_function(inspect.getattr_static(kind, "forward", None)), {})
+    return reader.passed
+
+
+@functools.cache
+def argument_sources(kind: type) -> dict[str, frozenset[str]]:
+    """Return the arguments of the forward of a class from which its children get their inputs.
+
+    Returns:
+        The path of a child -> the names of the arguments.
+    """
+    function = _function(inspect.getattr_static(kind, "forward", None))
+    if function is None:
+        return {}
+    names = [*inspect.signature(function).parameters][1:]
+    reader = _Reader(kind, _Sources)
+    reader.read(function, {name: frozenset({name}) for name in names})
     return reader.passed
 
 
@@ -81,14 +97,15 @@ class _Reader(ast.NodeVisitor):
     children: name of a variable -> the path of the child module that it stands for.
     """
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: type, state: type[_State]) -> None:
         self.kind = kind
-        self.passed: dict[str, str] = {}
-        self.seen: set[tuple[FunctionType, str | None]] = set()
+        self.state = state
+        self.passed: dict[str, Any] = {}
+        self.seen: set[tuple[FunctionType, str]] = set()
 
-    def read(self, function: FunctionType | None, arguments: Mapping[int, str]) -> None:
-        """Read a method. arguments: position of an argument after self -> its change."""
-        key = (function, str(sorted(arguments.items())))
+    def read(self, function: FunctionType | None, arguments: Mapping[int | str, Any]) -> None:
+        """Read a method. arguments: an argument by position after self or by name -> its change."""
+        key = (function, str([(k, sorted(v)) for k, v in arguments.items()]))
         if function is None or key in self.seen:
             return
         self.seen.add(key)
@@ -100,8 +117,9 @@ class _Reader(ast.NodeVisitor):
         if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
             return
         owner, *names = [argument.arg for argument in definition.args.args]
-        changes = {names[i]: change for i, change in arguments.items() if i < len(names)}
-        self._statements(definition.body, _State(owner, changes))
+        by_position = dict(enumerate(names))
+        changes = {by_position.get(key, str(key)): change for key, change in arguments.items()}
+        self._statements(definition.body, self.state(owner, changes))
 
     def _statements(self, body: Sequence[ast.stmt], state: _State) -> None:
         for statement in body:
@@ -131,19 +149,19 @@ class _Reader(ast.NodeVisitor):
         for node in ast.walk(expression):
             if not isinstance(node, ast.Call):
                 continue
-            values = [*node.args, *[keyword.value for keyword in node.keywords]]
-            changes = {i: c for i, value in enumerate(values) if (c := state.change(value))}
+            values = dict(enumerate(node.args)) | {k.arg: k.value for k in node.keywords}
+            changes = {key: c for key, value in values.items() if (c := state.change(value))}
             if not changes:
                 continue
             path = state.path(node.func)
             # A function such as that of checkpointing can call a child that is an argument.
-            paths = {path} if path is not None else {*map(state.path, values)} - {""}
+            paths = {path} if path is not None else {*map(state.path, values.values())} - {""}
             for child in paths - {None}:
                 method = _function(inspect.getattr_static(self.kind, child, None))
                 if method is not None:
                     self.read(method, changes)
                 else:
-                    self.passed[child] = SELECTED if SELECTED in changes.values() else SWAPPED
+                    self.passed[child] = state.joined([*changes.values(), self.passed.get(child)])
             if _is_super(node.func):
                 for base in self.kind.__mro__[1:]:
                     self.read(_function(vars(base).get(node.func.attr)), changes)
@@ -152,7 +170,7 @@ class _Reader(ast.NodeVisitor):
 class _State:
     """What the variables of a method are."""
 
-    def __init__(self, owner: str, changes: dict[str, str]) -> None:
+    def __init__(self, owner: str, changes: dict[str, Any]) -> None:
         self.owner = owner
         self.changes = changes
         self.children: dict[str, str] = {}
@@ -218,8 +236,27 @@ class _State:
             return SELECTED if index & self.positions else self.change(node.value)
         if isinstance(node, (ast.Compare, ast.Lambda)):
             return None
-        found = {self.change(child) for child in ast.iter_child_nodes(node)}
-        return SELECTED if SELECTED in found else SWAPPED if SWAPPED in found else None
+        return self.joined([self.change(child) for child in ast.iter_child_nodes(node)])
+
+    def joined(self, changes: Sequence[Any]) -> Any:
+        """Return the change of a tensor that is computed from several tensors."""
+        return SELECTED if SELECTED in changes else SWAPPED if SWAPPED in changes else None
+
+
+class _Sources(_State):
+    """Variables as the names of the arguments from which they are computed, instead of changes."""
+
+    def change(self, node: ast.AST) -> frozenset[str] | None:
+        if isinstance(node, ast.Attribute) and node.attr in WITHOUT_ROWS:
+            return None
+        if isinstance(node, ast.Name):
+            return self.changes.get(node.id)
+        if isinstance(node, (ast.Compare, ast.Lambda)):
+            return None
+        return self.joined([self.change(child) for child in ast.iter_child_nodes(node)])
+
+    def joined(self, changes: Sequence[Any]) -> frozenset[str] | None:
+        return frozenset().union(*[change for change in changes if change]) or None
 
 
 def _called(node: ast.AST) -> str | None:

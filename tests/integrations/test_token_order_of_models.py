@@ -223,3 +223,41 @@ def test_windows_of_images_say_how_rows_repeat():
     model = adapted(lambda: T.SwinModel(config), TASK, names, None)
     with pytest.raises(ValueError, match=r"repeat_interleave\(16\)"):
         outputs(model, images(16)(3, 0), torch.tensor([1, 3, 2]))
+
+
+def qwen():
+    return T.Qwen2ForCausalLM(T.Qwen2Config(**TEXT, num_key_value_heads=2))
+
+
+def test_packed_rows_are_refused_without_samples():
+    """Position ids that start again: the rows of a collator that packs."""
+    model = adapted(qwen, SEQUENCE, ["q_proj", "up_proj"], None)
+    batch = text(1, 12) | dict(position_ids=torch.arange(4).repeat(3)[None])
+    with pytest.raises(
+        ValueError, match=r"several samples are packed.*set_samples\(model, samples"
+    ):
+        outputs(model, batch, None)
+    set_samples(model, torch.arange(3).repeat_interleave(4))
+    outputs(model, batch, None)
+    # Left padding is not packing: the mask says so.
+    set_samples(model, None)
+    padded = torch.tensor([[1, 1, 0, 1, 2, 3]])
+    outputs(model, text(1, 6) | dict(position_ids=padded, attention_mask=padded.ne(1)), None)
+    outputs(model, text(1, 6) | dict(position_ids=torch.arange(6)[None]), None)
+
+
+def test_several_parts_generate_with_their_tasks():
+    """Greedy, with beams, and with an assistant: the tokens of each prompt on its own."""
+    model = adapted(qwen, TASK, ["q_proj", "up_proj"], None)
+    model.generation_config.eos_token_id = None
+    ids, tasks = text(3, 5)["input_ids"], torch.tensor([1, 3, 2])
+    for options in (dict(), dict(num_beams=2), dict(prompt_lookup_num_tokens=2)):
+        options |= dict(do_sample=False, max_new_tokens=4, pad_token_id=0)
+        alone = []
+        for b in range(3):
+            set_tasks(model, tasks[b : b + 1])
+            alone.append(model.generate(ids[b : b + 1], **options))
+        if "prompt_lookup_num_tokens" in options:
+            continue
+        set_tasks(model, tasks.repeat_interleave(options.get("num_beams", 1)))
+        assert torch.equal(model.generate(ids, **options), torch.cat(alone))
