@@ -117,7 +117,8 @@ def follow_masks(model: nn.Module) -> None:
             hooks = part._moelora_mask_hooks = MaskHooks()
             part.register_forward_pre_hook(hooks.before, with_kwargs=True)
             part.register_forward_hook(hooks.after, always_call=True)
-        hooks.records = None
+        # Now and not in the first forward, which may be compiled.
+        hooks.find_records(part)
 
 
 class MaskHooks:
@@ -131,11 +132,15 @@ class MaskHooks:
         self.names: list[str] = []
         self.previous: list[list[tuple[RoutingRecord, Tensor | None]]] = []
 
+    def find_records(self, part: nn.Module) -> None:
+        """Find the records of the layers of `part`, by the argument of their mask."""
+        self.names = _parameter_names(part)
+        self.records = mask_records(part, self.names)
+
     def before(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the masks of a forward of `part`."""
         if self.records is None:
-            self.names = _parameter_names(part)
-            self.records = mask_records(part, self.names)
+            self.find_records(part)
         previous = []
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         for name, records in self.records.items():
