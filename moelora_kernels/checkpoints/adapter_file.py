@@ -15,7 +15,6 @@ from moelora_kernels.checkpoints.description import describe
 from moelora_kernels.checkpoints.files import load_safetensors, tensor_problem, unfit_problems
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.layer_tensors import LayerTensor, layer_tensors, set_computed
-from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.sharding import copy_into, gathered, reshard
 from moelora_kernels.nn.wrappers import named_modules, portable_keys
 
@@ -80,8 +79,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     problems = [f"missing: {key}" for key in tensors if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in tensors]
     for name, layer in named_modules(model):
-        if isinstance(layer, LoraLayer) and layer.merged:
-            problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
+        if isinstance(layer, LoraLayer) and (problem := layer.merged_problem()):
+            problems.append(f"{name or 'model'}: {problem}")
     for key, saved in state.items():
         if problem := tensor_problem(key, saved):
             problems.append(problem)

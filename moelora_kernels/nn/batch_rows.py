@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.forward_hooks import ModelHooks
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.token_order import SELECTED
 from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
@@ -114,24 +115,33 @@ def follow_batches(model: nn.Module) -> None:
     Gates of sequences need them. Call the function again after you add layers.
     """
     model = unwrap(model)
-    for _, part in named_modules(model):
-        if (part is model or is_pretrained(part)) and not hasattr(part, "_moelora_follows_batches"):
-            part._moelora_follows_batches = True
-            part.register_forward_pre_hook(_begin, with_kwargs=True)
-            part.register_forward_hook(_end, always_call=True)
+    for _, part in [*named_modules(model)]:
+        if part is model or is_pretrained(part):
+            BatchHooks.add_to(part)
 
 
-def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    named = {k: v for k, v in kwargs.items() if not any(part in k for part in NOT_ROWS)}
-    sizes: dict[int, set[int]] = {}
-    for tensor in (*args, *named.values()):
-        if isinstance(tensor, Tensor) and tensor.dim() > 1:
-            sizes.setdefault(tensor.shape[0], set()).add(tensor.shape[:2].numel())
-    if _is_packed(kwargs):
-        sizes[PACKED] = set()
-    _calls.sizes.append(sizes)
+class BatchHooks(ModelHooks):
+    """The hooks of one model or part that note the rows of its tensors."""
+
+    attribute = "_moelora_batch_hooks"
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the rows of the tensors of a forward."""
+        if torch.compiler.is_compiling():
+            return
+        named = {k: v for k, v in kwargs.items() if not any(part in k for part in NOT_ROWS)}
+        sizes: dict[int, set[int]] = {}
+        for tensor in (*args, *named.values()):
+            if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                sizes.setdefault(tensor.shape[0], set()).add(tensor.shape[:2].numel())
+        if _is_packed(kwargs):
+            sizes[PACKED] = set()
+        _calls.sizes.append(sizes)
+
+    def end(self, model: nn.Module) -> None:
+        """Forget the rows of a forward."""
+        if not torch.compiler.is_compiling() and _calls.sizes:
+            _calls.sizes.pop()
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:
@@ -143,8 +153,3 @@ def _is_packed(kwargs: dict[str, Any]) -> bool:
     if not isinstance(positions, Tensor) or kwargs.get("attention_mask") is not None:
         return False
     return positions.dim() == 2 and len(positions) == 1 and bool((positions[0, 1:] == 0).any())
-
-
-def _end(model: nn.Module, args: tuple, output: object) -> None:
-    if not torch.compiler.is_compiling() and _calls.sizes:
-        _calls.sizes.pop()

@@ -10,10 +10,10 @@ from torch import nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.batch_rows import follow_batches
 from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
-from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.layer import MixtureLayer, router_warnings
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import TaskRouter, task_routers
-from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.sharding import warn_if_parallel
 from moelora_kernels.nn.token_order import TokenOrder, token_order
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
@@ -74,16 +74,17 @@ def replace_linears(
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
-    for name in names:
-        parent, child = place_of[name]
-        module = parent._modules[child]
-        if id(module) not in replaced:
-            layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
-            layer.set_token_order(orders[name])
-            if config.shares_gate():
-                shared = shared or layer.router
-                layer.router = shared
-        setattr(parent, child, replaced[id(module)])
+    with router_warnings():
+        for name in names:
+            parent, child = place_of[name]
+            module = parent._modules[child]
+            if id(module) not in replaced:
+                layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
+                layer.set_token_order(orders[name])
+                if config.shares_gate():
+                    shared = shared or layer.router
+                    layer.router = shared
+            setattr(parent, child, replaced[id(module)])
     follow_calls(model, config)
     return names
 
@@ -194,16 +195,17 @@ def replace_ffns(
     orders = {name: sample_order(name, above, config) for name in names}
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
-    for name in names:
-        parent, child = place_of[name]
-        module = parent._modules[child]
-        if module not in replaced:
-            layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
-            layer.set_token_order(orders[name])
-            if config.shares_gate():
-                shared = shared or layer.router
-                layer.router = shared
-        setattr(parent, child, replaced[module])
+    with router_warnings():
+        for name in names:
+            parent, child = place_of[name]
+            module = parent._modules[child]
+            if module not in replaced:
+                layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
+                layer.set_token_order(orders[name])
+                if config.shares_gate():
+                    shared = shared or layer.router
+                    layer.router = shared
+            setattr(parent, child, replaced[module])
     follow_calls(model, config)
     return names
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import external_gates
-from moelora_kernels.nn.layer import mixture_layers, selected_layers
-from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import check_merged_task
+from moelora_kernels.nn.layer import LoraLayer, mixture_layers, selected_layers
+from moelora_kernels.nn.linear import forget_outputs
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import task_routers
 from moelora_kernels.nn.samples import FLAT, Samples
 
@@ -49,15 +49,14 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model)}")
+    follow_forwards(model)
     expected = "a tensor or a list of numbers, with rows of one length (0 pads task ids)"
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     tasks = _as_tensor("tasks", tasks, expected, is_meta)
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.merged:
-            check_merged_task(layer, tasks)
-    for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
-            layer.link.forget()
+        if isinstance(layer, LoraLayer):
+            layer.check_merged_task(tasks)
+    forget_outputs(model)
     if tasks.is_floating_point():
         layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
         routers_of = {
@@ -142,9 +141,7 @@ def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) 
         raise ValueError("model: expected a model with mixture layers, got none")
     for layer in layers:
         layer.samples = value
-        link = getattr(layer, "link", None)
-        if link is not None:
-            link.forget()
+    forget_outputs(model)
 
 
 def _checked_samples(samples: Tensor | Sequence[int] | str | None) -> Samples | str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.layer import router_warnings
 from moelora_kernels.nn.replace import (
     check_layout,
     fitting_task_router,
@@ -34,9 +36,13 @@ class MoeLoraModel(BaseTuner):
     tuner_layer_cls = MoeLoraTunerLinear
     target_module_mapping: Mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
-        super().inject_adapter(model, *args, **kwargs)
+        # An adapter that is loaded for inference does not train.
+        with router_warnings(are_hidden=self.peft_config[adapter_name].inference_mode):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         names = [portable_name(model, name) for name in self.targeted_module_names]
         warn_of_readers(dict(named_modules(model)), names)
         for config in self.peft_config.values():
@@ -114,10 +120,13 @@ class MoeLoraModel(BaseTuner):
         `unmerge_adapter` restores the base weights.
 
         Raises (the model is then unchanged):
-            ValueError: a name in adapter_names is unknown.
+            ValueError: a name in adapter_names is unknown; or safe_merge is set and a merged weight
+                is not finite.
             RuntimeError: a gate depends on x, no task is set, or a base weight is not dense.
+
+        Warns if another module shares a base weight, because that module changes too.
         """
-        self._check_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -128,17 +137,34 @@ class MoeLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
                 f"adapter_names: expected names from {sorted(self.peft_config)}, got {unknown}"
             )
-        for module in self.model.modules():
-            if isinstance(module, MoeLoraTunerLinear):
-                module.check_merge(adapter_names)
+        layers = {
+            name: module
+            for name, module in named_modules(self.model)
+            if isinstance(module, MoeLoraTunerLinear)
+        }
+        for layer in layers.values():
+            layer.check_merge(adapter_names, safe_merge)
+        owners: dict[int, list[str]] = {}
+        for name, module in named_modules(self.model):
+            if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+                owners.setdefault(id(weight), []).append(name)
+        for name, layer in layers.items():
+            base = [f"{name}.base_layer"]
+            weight = getattr(layer.base_layer, "weight", None)
+            if others := [n for n in owners.get(id(weight), base) if n not in base]:
+                warnings.warn(
+                    f"merge: {', '.join(others)} shares the weight of {name}, so the merge changes "
+                    "it too; untie the weights before the merge",
+                    stacklevel=3,
+                )
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moelora_kernels.nn.layer_tensors import LayerTensor, named_tensors, set_computed
 from moelora_kernels.nn.sharding import gathered
 from moelora_kernels.nn.wrappers import named_modules, portable_keys, portable_name
-from moelora_kernels.peft.layer import MoeLoraTunerLinear
+from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
 
 # PEFT writes this prefix into files. The keys of a model without a PeftModel around it lack it.
 _FILE_PREFIX = "base_model.model."
@@ -104,11 +104,9 @@ def state_to_load(
     Warns if `state` lacks tensors of the adapter. These keep their values.
     """
     for name, layer in named_modules(model):
-        if isinstance(layer, MoeLoraTunerLinear) and adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"adapter {adapter_name!r}: it is merged into the weight of {name or 'the model'}; "
-                "call unmerge_adapter() before you load other values"
-            )
+        is_loaded = isinstance(layer, MoeLoraExperts) and layer.name == adapter_name
+        if is_loaded and (problem := layer.merged_problem()):
+            raise ValueError(f"{name}: {problem}")
     present = model.state_dict()
     model_keys = {portable_name(model, key): key for key in present}
     direct, computed = adapter_tensors(model, adapter_name, model_keys)

@@ -232,7 +232,7 @@ def test_a_merged_adapter_does_not_load(tmp_path):
     model.save_pretrained(tmp_path)
     set_tasks(model, [2])
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"'default': it is merged .*unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"'default' is merged; call .*unmerge_adapter\(\)"):
         model.load_adapter(tmp_path, "default")
     model.unmerge_adapter()
     model.load_adapter(tmp_path, "default")
