@@ -87,11 +87,11 @@ def parse(ptx: str, name: str | None = None) -> Program:
     if entry is None:
         raise Unsupported(f"the module has no kernel {name or ''}")
     head, _, body = ptx[entry.end() :].partition("{")
-    signature, _, attributes = head.partition("\n)")
+    signature, _, attributes = head.partition(")")
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
     program = Program(
         entry.group(1),
-        re.findall(r"(\w+)\s*(?:,|$)", signature),
+        re.findall(r"(\w+)\s*(?:,|$)", signature.lstrip("( \n")),
         int(threads.group(1)) if threads else None,
     )
     body = body[: _end(body)]

@@ -62,10 +62,10 @@ class SharedMemory:
         else:
             rows, threads = np.nonzero(np.broadcast_to(active, shape))
             at = np.broadcast_to(at, shape)[rows, threads]
-        if at.size and (at.min() < 0 or at.max() + size > self.limit):
-            raise AccessError(f"byte {at.max()} of {self.limit} bytes of shared memory")
         if (at % size).any():
             raise AccessError(f"an address in shared memory is not a multiple of {size} bytes")
+        if at.size and (at.min() < 0 or at.max() + size > self.limit):
+            raise AccessError(f"byte {at.max()} of {self.limit} bytes of shared memory")
         return (rows * self.size + at) // size
 
     def _codes(self, size: int, active: np.ndarray | None) -> np.ndarray:
