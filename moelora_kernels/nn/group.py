@@ -9,9 +9,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
+from moelora_kernels.nn.base_linear import given_input
+from moelora_kernels.nn.forward import (
+    forward_siblings,
+    gate_rows_differ,
+    keep_routing,
+    run_siblings,
+)
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.types import Gate
@@ -45,8 +52,19 @@ class MoeLoraGroup(nn.Module):
         for name, layer in siblings.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return y_i [..., O_i] of every sibling, in their order; gates as in MoeLoraLinear."""
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [..., O_i] of every sibling, in their order.
+
+        gates and `input`, another name of x, as in MoeLoraLinear.
+        """
+        if x is None or input is not None:
+            x = given_input(x, input)
         layers = tuple(self._modules.values())
         if any(map(has_computing_hooks, layers)):
             # Pruning masks and norms compute the adapters before each call of a layer.
@@ -169,6 +187,7 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor) -> bool:
                 for layer in layers
             ]
         )
+        or gate_rows_differ(layers)
     )
 
 
@@ -219,6 +238,7 @@ def link_siblings(
         >>> link_siblings(mlp)
         ['{gate_proj,up_proj}']
     """
+    follow_forwards(model)
     linked = []
     for name, module in named_modules(model):
         for group in groups:

@@ -91,7 +91,7 @@ def _compile(
     tile_config: tuple[int, int, int, int],
     architecture: str,
 ) -> Compiled:
-    from benchmarks import ahead_of_time
+    from benchmarks.model import machine_code
     from moelora_kernels.kernels.common.configs import TileConfig
     from moelora_kernels.kernels.common.launcher import Launch
 
@@ -103,6 +103,6 @@ def _compile(
         constants,
         TileConfig(*tile_config),
     )
-    result = ahead_of_time.compile_launch(launch, architecture)
-    _, compiled_in, _ = ahead_of_time.arguments_of(launch)
+    result = machine_code.compile_launch(launch, architecture)
+    _, compiled_in, _ = machine_code.arguments_of(launch)
     return Compiled(result.asm["ptx"], result.metadata.shared, frozenset(compiled_in))
