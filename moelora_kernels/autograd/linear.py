@@ -134,6 +134,7 @@ class MoeLora(torch.autograd.Function):
             # Without renormalize the backward of the softmax reads the logits.
             logits = None if mixture.renormalize else logits
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
+        ctx.num_linears = len(linears)
         routing = (result.order, result.offsets, result.tiles, result.chunks)
         integers = [t for t in (result.experts, *routing) if t is not None]
         # Only the y_i and the logits have a gradient. The gate of a fused router is returned for
@@ -150,14 +151,17 @@ class MoeLora(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         # Read once, because under activation checkpointing a second read fails.
-        flat = ctx.saved_tensors
+        try:
+            flat = ctx.saved_tensors
+        except RuntimeError as error:
+            flat = _kept_tensors(ctx, error)
         saved = _Saved(*flat[:_NUM_SAVED])
         x, weights, seed = saved.x, saved.weights, saved.seed
         base_weight, lora_a, lora_b, router_weight = _by_field(
             _by_linear(_SavedLinear, flat[_NUM_SAVED:])
         )
         tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
-        n = len(lora_b)
+        n = ctx.num_linears
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:n], lora_b, strict=True)
@@ -169,6 +173,8 @@ class MoeLora(torch.autograd.Function):
             [s.lora_a or s.lora_b or s.router_weight or s.router_bias for s in needs_linears]
         )
         needs = Needs(needs_input.x, needs_adapters)
+        if n > 1 and not torch.compiler.is_compiling():
+            _keep_tensors(ctx, flat, grads[:n])
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             routing = Routing(saved.order, saved.offsets, saved.tiles, saved.chunks)
@@ -181,8 +187,12 @@ class MoeLora(torch.autograd.Function):
             )
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
+        unused = getattr(ctx, "unused", ())
         gradients: list[Tensor | None] = []
         for i, (g, needed) in enumerate(zip(dy, needs_linears, strict=True)):
+            if i in unused:
+                gradients += [None] * len(needed)
+                continue
             # In the order of `LinearTensors`. The layers freeze the base, but its weight and bias
             # can require a gradient: after a user's requires_grad_, or in `moe_lora_linear`.
             gradients += [
@@ -216,6 +226,66 @@ class SqrtGateMoeLora(MoeLora):
         saved_inputs = _Inputs(*inputs[:_NUM_INPUTS])
         saved_inputs = saved_inputs._replace(weights=saved_inputs.weights.sqrt())
         MoeLora.setup_context(ctx, (*saved_inputs, *inputs[_NUM_INPUTS:]), output)
+
+
+class _Kept(NamedTuple):
+    """The saved tensors of siblings after a backward from some of the outputs."""
+
+    tensors: list[Tensor | None]
+    versions: list[int]
+    # The positions of the outputs without a gradient so far.
+    pending: set[int]
+
+
+def share_unused(y: Tensor, unused: set[int]) -> None:
+    """Set the positions of the siblings that get no gradient, not even zeros.
+
+    y: an output of `run`, or a view of one.
+    unused: the caller may remove positions until backward runs.
+    """
+    node = y.grad_fn
+    if node is not None and y._is_view():
+        node = node.next_functions[0][0]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        node.unused = unused
+
+
+def _keep_tensors(ctx: Any, flat: Sequence[Tensor | None], dy: Sequence[Tensor | None]) -> None:
+    """Keep the saved tensors if torch frees them now, but other outputs still wait for backward.
+
+    Each layer alone has a graph, so the outputs of siblings can also run backward one by one.
+    """
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return
+    kept = getattr(ctx, "kept", None)
+    pending = set(range(len(dy))) - getattr(ctx, "unused", set()) if kept is None else kept.pending
+    pending = {i for i in pending if dy[i] is None}
+    # torch frees the nodes behind this one too. Only the graph of x may have any.
+    is_leaf = all([node is None or hasattr(node, "variable") for node, _ in ctx.next_functions[1:]])
+    ctx.kept = None
+    if pending and is_leaf:
+        # An output of the node would keep the node alive. A detached one has the same version.
+        tensors = [t if t is None else t.detach() for t in flat]
+        ctx.kept = _Kept(tensors, [0 if t is None else t._version for t in tensors], pending)
+
+
+def _kept_tensors(ctx: Any, num_siblings: int, error: RuntimeError) -> list[Tensor | None]:
+    """Return the saved tensors, which torch has freed. Raise RuntimeError if they are not kept."""
+    kept = getattr(ctx, "kept", None)
+    if kept is None and ctx.num_linears == 1:
+        raise error
+    if kept is None:
+        raise RuntimeError(
+            "the outputs of this layer and of its siblings have one graph, and backward has freed "
+            "it already. Call backward once, for the sum of the losses; or pass retain_graph=True "
+            "in every backward but the last"
+        ) from error
+    if kept.versions != [0 if t is None else t._version for t in kept.tensors]:
+        raise RuntimeError(
+            "x or a parameter of siblings was changed in place between the backwards of two "
+            "outputs, so the gradient cannot be computed; run the forward again"
+        ) from error
+    return kept.tensors
 
 
 def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
