@@ -134,7 +134,6 @@ class MoeLora(torch.autograd.Function):
             # Without renormalize the backward of the softmax reads the logits.
             logits = None if mixture.renormalize else logits
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
-        ctx.num_linears = len(linears)
         routing = (result.order, result.offsets, result.tiles, result.chunks)
         integers = [t for t in (result.experts, *routing) if t is not None]
         # Only the y_i and the logits have a gradient. The gate of a fused router is returned for
@@ -161,7 +160,7 @@ class MoeLora(torch.autograd.Function):
             _by_linear(_SavedLinear, flat[_NUM_SAVED:])
         )
         tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
-        n = ctx.num_linears
+        n = len(lora_b)
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:n], lora_b, strict=True)
@@ -173,8 +172,11 @@ class MoeLora(torch.autograd.Function):
             [s.lora_a or s.lora_b or s.router_weight or s.router_bias for s in needs_linears]
         )
         needs = Needs(needs_input.x, needs_adapters)
+        unused: set[int] = set()
         if n > 1 and not torch.compiler.is_compiling():
-            _keep_tensors(ctx, flat, grads[:n])
+            unused = {*getattr(ctx, "unused", ())}
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                _keep_tensors(ctx, flat, grads[:n], unused)
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             routing = Routing(saved.order, saved.offsets, saved.tiles, saved.chunks)
@@ -187,7 +189,6 @@ class MoeLora(torch.autograd.Function):
             )
         dx, dgate, da, drouter, dbias, db = result
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
-        unused = getattr(ctx, "unused", ())
         gradients: list[Tensor | None] = []
         for i, (g, needed) in enumerate(zip(dy, needs_linears, strict=True)):
             if i in unused:
@@ -238,10 +239,11 @@ class _Kept(NamedTuple):
 
 
 def share_unused(y: Tensor, unused: set[int]) -> None:
-    """Set the positions of the siblings that get no gradient, not even zeros.
+    """Set the positions of the outputs of `run` that are not used, so that they get no gradient.
 
     y: an output of `run`, or a view of one.
-    unused: the caller may remove positions until backward runs.
+    unused: the caller removes the position of an output when it uses it. A backward that frees the
+        graph removes all others: these outputs can no longer be used.
     """
     node = y.grad_fn
     if node is not None and y._is_view():
@@ -250,16 +252,23 @@ def share_unused(y: Tensor, unused: set[int]) -> None:
         node.unused = unused
 
 
-def _keep_tensors(ctx: Any, flat: Sequence[Tensor | None], dy: Sequence[Tensor | None]) -> None:
-    """Keep the saved tensors if torch frees them now, but other outputs still wait for backward.
+def _keep_tensors(
+    ctx: Any,
+    flat: Sequence[Tensor | None],
+    dy: Sequence[Tensor | None],
+    unused: set[int],
+) -> None:
+    """Keep the saved tensors, which torch frees now, if other outputs still wait for backward.
 
     Each layer alone has a graph, so the outputs of siblings can also run backward one by one.
     """
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return
+    if unused:
+        # The graph ends here, so the caller must not return the other outputs any more.
+        ctx.unused.clear()
+        ctx.unused = unused
     kept = getattr(ctx, "kept", None)
-    pending = set(range(len(dy))) - getattr(ctx, "unused", set()) if kept is None else kept.pending
-    pending = {i for i in pending if dy[i] is None}
+    waiting = range(len(dy)) if kept is None else kept.pending
+    pending = {i for i in waiting if dy[i] is None and i not in unused}
     # torch frees the nodes behind this one too. Only the graph of x may have any.
     is_leaf = all([node is None or hasattr(node, "variable") for node, _ in ctx.next_functions[1:]])
     ctx.kept = None
@@ -269,10 +278,11 @@ def _keep_tensors(ctx: Any, flat: Sequence[Tensor | None], dy: Sequence[Tensor |
         ctx.kept = _Kept(tensors, [0 if t is None else t._version for t in tensors], pending)
 
 
-def _kept_tensors(ctx: Any, num_siblings: int, error: RuntimeError) -> list[Tensor | None]:
+def _kept_tensors(ctx: Any, error: RuntimeError) -> list[Tensor | None]:
     """Return the saved tensors, which torch has freed. Raise RuntimeError if they are not kept."""
     kept = getattr(ctx, "kept", None)
-    if kept is None and ctx.num_linears == 1:
+    is_one_layer = len(ctx.needs_input_grad) == _NUM_INPUTS + len(LinearTensors._fields)
+    if kept is None and is_one_layer:
         raise error
     if kept is None:
         raise RuntimeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ class MoeLoraGroup(nn.Module):
         return tuple(forward_siblings(layers, x, gates))
 
 
-def check_siblings(siblings: dict[str, nn.Module]) -> None:
+def check_siblings(siblings: Mapping[str, nn.Module]) -> None:
     """Raise TypeError or ValueError unless these modules can run as one group."""
     if not siblings:
         raise ValueError("siblings: expected at least one MoeLoraLinear, got none")
@@ -154,12 +154,12 @@ class Pass:
     state: tuple
     # The position of a layer -> its output. Empty after x is freed.
     outputs: dict[int, Output]
-    # The positions of the layers that were not called. The graph reads it in backward.
+    # The positions of the layers that were not called; see `share_unused`.
     unused: set[int]
 
     def pop(self, i: int, x: Tensor, gates: Tensor | None) -> Output | None:
         """Remove and return output i; None if there is none for this x and these gates."""
-        if self.x() is not x or (self.gates and self.gates()) is not gates:
+        if self.x() is not x or (self.gates and self.gates()) is not gates or i not in self.unused:
             return None
         return self.outputs.pop(i, None) if self.state == _state(x, gates) else None
 

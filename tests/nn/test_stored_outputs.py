@@ -313,6 +313,19 @@ def test_a_sibling_that_is_not_called_gets_no_gradient():
         torch.testing.assert_close(actual[name], grad, msg=name)
 
 
+@pytest.mark.parametrize("retain_graph", (False, True))
+def test_a_call_after_backward(retain_graph):
+    """A stored output whose graph is freed is computed again."""
+    plain, linked = pair(top_k=2)
+    x = random_x(2, 5)
+    for model in (plain, linked):
+        model.q_proj(x).sum().backward(retain_graph=retain_graph)
+        model.k_proj(x).sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), linked.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing_of_one_sibling(reentrant):
     plain, linked = pair(top_k=2)
