@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.autograd.linear import share_unused
-from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
+from moelora_kernels.nn.base_linear import given_input
+from moelora_kernels.nn.forward import (
+    forward_siblings,
+    gate_rows_differ,
+    keep_routing,
+    run_siblings,
+)
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.snapshot import Snapshot, snapshot
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
@@ -49,8 +56,19 @@ class MoeLoraGroup(nn.Module):
         for name, layer in siblings.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return y_i [..., O_i] of every sibling, in their order; gates as in MoeLoraLinear."""
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [..., O_i] of every sibling, in their order.
+
+        gates and `input`, another name of x, as in MoeLoraLinear.
+        """
+        if x is None or input is not None:
+            x = given_input(x, input)
         layers = tuple(self._modules.values())
         if any(map(has_computing_hooks, layers)) or not agree(layers):
             # Pruning masks and norms compute the adapters before each call of a layer.
@@ -203,6 +221,7 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None)
         or any([layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in layers])
         or first.merged
         or not agree(layers)
+        or gate_rows_differ(layers)
     )
 
 
@@ -214,9 +233,6 @@ def agree(layers: Sequence[MoeLoraLinear]) -> bool:
 
 def _common(layer: MoeLoraLinear) -> tuple:
     """Return the state that siblings have in common if they can run together."""
-    tasks, gates, samples = layer.task_ids, layer.external_gates, layer.samples
-    if layer.config.router == "task":
-        tasks = layer.current_task_ids()
     parameters, modules = layer._parameters, layer._modules
     a, b = parameters.get("lora_A"), parameters.get("lora_B")
     weight = modules["base_layer"]._parameters.get("weight")
@@ -225,10 +241,6 @@ def _common(layer: MoeLoraLinear) -> tuple:
         layer.config,
         layer.training,
         layer.merged,
-        # `==` cannot compare the tensors of two Samples.
-        samples if samples is None or isinstance(samples, str) else id(samples),
-        None if tasks is None else tasks.shape,
-        None if gates is None else gates.shape,
         a if a is None else (a.dtype, a.device, a.requires_grad),
         b if b is None else b.requires_grad,
         weight if weight is None else weight.dtype,
@@ -277,6 +289,7 @@ def link_siblings(
         >>> link_siblings(mlp)
         ['{gate_proj,up_proj}']
     """
+    follow_forwards(model)
     linked = []
     for name, module in named_modules(model):
         for group in groups:

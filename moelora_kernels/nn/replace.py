@@ -9,10 +9,10 @@ from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
-from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.layer import MixtureLayer, router_warnings
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.sharding import warn_if_parallel
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, places, portable_name
@@ -71,15 +71,16 @@ def replace_linears(
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
-    for name in names:
-        parent, child = place_of[name]
-        module = parent._modules[child]
-        if id(module) not in replaced:
-            layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
-            if config.shares_gate():
-                shared = shared or layer.router
-                layer.router = shared
-        setattr(parent, child, replaced[id(module)])
+    with router_warnings():
+        for name in names:
+            parent, child = place_of[name]
+            module = parent._modules[child]
+            if id(module) not in replaced:
+                layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
+                if config.shares_gate():
+                    shared = shared or layer.router
+                    layer.router = shared
+            setattr(parent, child, replaced[id(module)])
     if config.aux:
         follow_forwards(model)
     return names
@@ -166,15 +167,16 @@ def replace_ffns(
     warn_of_readers(above, [f"{name}.{projection}" for name in names for projection in PROJECTIONS])
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
-    for name in names:
-        parent, child = place_of[name]
-        module = parent._modules[child]
-        if module not in replaced:
-            layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
-            if config.shares_gate():
-                shared = shared or layer.router
-                layer.router = shared
-        setattr(parent, child, replaced[module])
+    with router_warnings():
+        for name in names:
+            parent, child = place_of[name]
+            module = parent._modules[child]
+            if module not in replaced:
+                layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
+                if config.shares_gate():
+                    shared = shared or layer.router
+                    layer.router = shared
+            setattr(parent, child, replaced[module])
     if config.aux:
         follow_forwards(model)
     return names

@@ -19,14 +19,16 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.forward_hooks import ModelHooks
 from moelora_kernels.nn.layer import MixtureLayer
-from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord
+from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord, ThreadRecord
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.wrappers import named_modules, unwrap
 
@@ -99,30 +101,27 @@ def follow_masks(model: nn.Module) -> None:
     model = unwrap(model)
     parts = [module for _, module in named_modules(model) if _is_pretrained(module)]
     for part in parts or [model]:
-        hooks = part.__dict__.get("_moelora_mask_hooks")
-        if hooks is None:
-            hooks = part._moelora_mask_hooks = MaskHooks()
-            part.register_forward_pre_hook(hooks.before, with_kwargs=True)
-            part.register_forward_hook(hooks.after, always_call=True)
-        hooks.records = None
+        MaskHooks.add_to(part).records = None
 
 
 def _is_pretrained(module: nn.Module) -> bool:
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
-class MaskHooks:
+class MaskHooks(ModelHooks):
     """The hooks of one model or part that set and reset the masks in the records of its layers.
 
     records: name of an argument of forward -> the records of the layers that its mask belongs to.
     """
 
+    attribute = "_moelora_mask_hooks"
+
     def __init__(self) -> None:
         self.records: dict[str, list[RoutingRecord]] | None = None
         self.names: list[str] = []
-        self.previous: list[list[tuple[RoutingRecord, Tensor | None]]] = []
+        self.previous = PreviousMasks()
 
-    def before(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the masks of a forward of `part`."""
         if self.records is None:
             self.names = _parameter_names(part)
@@ -134,19 +133,23 @@ class MaskHooks:
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 for record in records:
                     if record.is_on:
-                        previous.append((record, record.mask))
-                        record.mask = mask
-        self.previous.append(previous)
+                        thread = record.thread
+                        previous.append((thread, thread.mask))
+                        thread.mask = mask
+        self.previous.stack.append(previous)
 
-    def after(self, part: nn.Module, args: tuple, output: object) -> None:
-        """Reset the masks after a forward of `part`, also if it raised."""
-        if self.previous:
-            for record, mask in self.previous.pop():
-                record.mask = mask
+    def end(self, part: nn.Module) -> None:
+        """Reset the masks after a forward of `part`."""
+        if self.previous.stack:
+            for thread, mask in self.previous.stack.pop():
+                thread.mask = mask
 
-    def __reduce__(self):
-        # A copy of a model has other records, so it must find them again.
-        return MaskHooks, ()
+
+class PreviousMasks(threading.local):
+    """The masks that the running forwards of a thread have replaced, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[list[tuple[ThreadRecord, Tensor | None]]] = []
 
 
 def _parameter_names(part: nn.Module) -> list[str]:
