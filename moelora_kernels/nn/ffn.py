@@ -19,6 +19,7 @@ from moelora_kernels.nn.base_linear import (
     dense_weight,
     flat_rows,
     float_weight,
+    given_input,
     missing_size,
 )
 from moelora_kernels.nn.gates import row_of_tokens
@@ -204,11 +205,7 @@ class MoeLoraFFN(MixtureLayer):
             )
         gate_proj = bases[0]
         self.hidden_size, self.intermediate_size = gate_proj.in_features, gate_proj.out_features
-        self.mixture = FfnMixture(
-            config.ranks(),
-            config.scales(),
-            bool(recompute),
-        )
+        self.mixture = FfnMixture(config.ranks(), config.scales(), bool(recompute))
         device, dtype = adapter_device_dtype(gate_proj, config)
         total = sum(self.mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
@@ -241,12 +238,16 @@ class MoeLoraFFN(MixtureLayer):
             self.down_lora_A, self.down_lora_B,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return y [..., I] for x [..., I].
+    def forward(
+        self, x: Tensor | None = None, gates: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
+        """Return y [..., I] for x [..., I]. `input` is another name of x.
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
         """
+        if x is None or input is not None:
+            x = given_input(x, input)
         config = self.config
         check_input(x, self.hidden_size, gates, config.router)
         dtype = active_dtype(x)
