@@ -47,8 +47,9 @@ LAYERS = (
     Layer("gate/up", out_features=(11008, 11008)),
     Layer("grouped, 64 experts", ranks=(16,) * 64, grouped=True),
 )
-# A layer may exceed its bound by this part, because compilers of other versions differ.
-SLACK = 0.01
+# A layer may exceed its bound by this part: Triton 3.6 makes kernels up to 2.3 % slower
+# than Triton 3.9, whose report is the bound, in this model.
+SLACK = 0.03
 # A launch shorter than this breaks no rule.
 SHORT_US = 10.0
 
@@ -96,12 +97,14 @@ def compile_one(work: tuple[Layer, int, str]) -> MachineCode:
         return machine_code(record(layer)[number], architecture)
 
 
-def compile_all(gpus: list[str], jobs: int) -> dict[tuple[str, str], MachineCode]:
+def compile_all(
+    gpus: list[str], jobs: int, modelled: list[Layer]
+) -> dict[tuple[str, str], MachineCode]:
     """Return (architecture, key of the launch) -> machine code, each compiled once."""
     work: dict[tuple[str, str], tuple[Layer, int, str]] = {}
     for architecture in dict.fromkeys(GPUS[name].architecture for name in gpus):
         with configs.assume(architecture):
-            for layer in layers():
+            for layer in modelled:
                 for number, launch in enumerate(record(layer)):
                     work.setdefault((architecture, key_of(launch)), (layer, number, architecture))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -289,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--gpus: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
-    codes = compile_all(args.gpus, args.jobs)
+    codes = compile_all(args.gpus, args.jobs, layers())
     cells = [cell(name, layer, codes) for name in args.gpus for layer in layers()]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
     report = as_json(cells, versions)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import is_plain_linear
 from moelora_kernels.nn.ffn import PROJECTIONS
-from moelora_kernels.nn.gradient_reasons import LayerStep, gradient_reasons, layer_steps, magnitude
+from moelora_kernels.nn.gradient_reasons import (
+    LayerStep,
+    gradient_reasons,
+    has_gradient,
+    layer_steps,
+    magnitude,
+)
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.routing_record import RoutedCall, routed_experts
@@ -152,7 +158,12 @@ def _report(
     steps: list[LayerStep], magnitudes: Mapping[int, float], loss: float
 ) -> TrainableReport:
     not_called = {s.name: reason for s in steps if (reason := s.call_problem())}
-    unreached = {s.name: reason for s in steps if s.calls and (reason := s.output_problem())}
+    unreached = {
+        step.name: reason
+        for step in steps
+        if step.calls and not has_gradient(step.layer, magnitudes)
+        if (reason := step.output_problem())
+    }
     unexpected, expected = gradient_reasons(steps, magnitudes, {**not_called, **unreached})
     unselected = {}
     for step in steps:
@@ -258,9 +269,11 @@ def _note_output(step: LayerStep) -> Callable[[nn.Module, tuple, Tensor], None]:
         step.is_nonzero = step.is_nonzero or bool(gradient.any())
 
     def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        step.has_graph = step.has_graph or output.requires_grad
         if output.requires_grad:
-            step.has_graph = True
-            output.register_hook(note_gradient)
+            # Code that writes into a view, such as `y /= 2`, drops the hooks of the view.
+            is_reshaped = output._is_view() and output._base.numel() == output.numel()
+            (output._base if is_reshaped else output).register_hook(note_gradient)
 
     return note
 

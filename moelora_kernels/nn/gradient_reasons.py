@@ -21,7 +21,8 @@ from moelora_kernels.nn.wrappers import named_modules
 
 NO_GRAPH = (
     "its output has no graph: it runs under torch.no_grad, or reentrant activation checkpointing "
-    "got inputs that need no gradient (use use_reentrant=False)"
+    "or reversible layers got inputs that need no gradient (use use_reentrant=False, or "
+    "model.enable_input_require_grads())"
 )
 UNUSED = (
     "its output never reached the loss: it is detached or not used; leave the layer out of "
@@ -50,7 +51,7 @@ class LayerStep:
     layer: MixtureLayer
     calls: int = 0
     reader: str | None = None  # the code that read `layer.weight`
-    has_graph: bool = False  # whether an output had a graph
+    has_graph: bool | None = None  # whether an output had a graph; None if no output was seen
     is_reached: bool = False  # whether the loss has a gradient for an output
     is_nonzero: bool = False  # whether that gradient has a nonzero value
     base_is_cut: bool = False  # whether the base returned no graph for an x that needs a gradient
@@ -73,11 +74,20 @@ class LayerStep:
         """Return why the loss does not depend on the output; None if it does."""
         if not any(parameter.requires_grad for _, parameter in own_parameters(self.layer)):
             return None
-        if not self.has_graph:
+        if self.has_graph is False:
             return NO_GRAPH
         if not self.is_reached:
             return UNUSED + (f"; {self.reader} reads its weight" if self.reader else "")
         return None if self.is_nonzero else ZERO
+
+
+def has_gradient(layer: MixtureLayer, magnitudes: Mapping[int, float]) -> bool:
+    """Return whether A or B of the layer has a nonzero gradient.
+
+    Layers whose `forward` is called directly have one, although no hook saw their output.
+    """
+    named = own_parameters(layer)
+    return any(magnitudes.get(id(parameter), 0.0) for name, parameter in named if "lora_" in name)
 
 
 def own_parameters(layer: MixtureLayer) -> list[tuple[str, nn.Parameter]]:

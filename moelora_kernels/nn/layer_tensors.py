@@ -100,7 +100,7 @@ def named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerTe
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{prefix}{name}: expected a tensor, got {type(tensor).__name__}; an adapter holds "
-                "tensors only"
+                "tensors only: save, merge or export the model before its routers are quantised"
             )
         if name not in parts:
             yield prefix + name, LayerTensor(module, name, tensor)

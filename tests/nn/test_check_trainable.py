@@ -306,6 +306,101 @@ def test_a_read_of_the_weight_compiles_to_one_graph(is_peft) -> None:
     assert check_trainable(compiled, x).ok
 
 
+@pytest.mark.parametrize("is_linked", (False, True))
+@pytest.mark.parametrize("layout", ("tokens", "batch", "sequence first", "slice"))
+def test_an_output_that_is_written_in_place_reaches_the_loss(layout, is_linked) -> None:
+    """As the attention of Longformer divides its queries."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.unused = siblings().values()
+            if is_linked:
+                link_siblings(self, [("q", "k", "unused")])
+
+        def forward(self, x):
+            x = x.transpose(0, 1) if layout == "sequence first" else x
+            q, k, other = self.q(x), self.k(x), self.unused(x)
+            q /= 2
+            other += 1
+            if layout == "slice":
+                k[..., :4] = 0
+            return q * k
+
+    x = torch.randn(6, 8) if layout == "tokens" else torch.randn(2, 3, 8)
+    report = check_trainable(randomise(Model()), x)
+    assert set(report.unreached) == {"unused"}, report
+
+
+class DirectCaller(nn.Module):
+    """Calls `forward` itself, so that no hook sees the output of the layer."""
+
+    def __init__(self, is_used: bool):
+        super().__init__()
+        self.q, self.k = (MoeLoraLinear(8, 8, config=config_of()) for _ in range(2))
+        self.is_used = is_used
+
+    def forward(self, x):
+        y = self.q.forward(x)
+        return self.k(x) + (y if self.is_used else 0)
+
+
+def test_a_forward_that_is_called_directly() -> None:
+    x = torch.randn(6, 8)
+    assert check_trainable(DirectCaller(True), x).ok
+    assert "never reached the loss" in check_trainable(DirectCaller(False), x).unreached["q"]
+
+
+class Weights(nn.Module):
+    """Computes with the weight of q in a way that no source of a forward shows."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.q, self.k, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+
+    def forward(self, x):
+        return self.k(self.way(self, x))
+
+
+WAYS = {
+    "getattr": lambda m, x: x @ getattr(m.q, "we" + "ight").T,
+    "data": lambda m, x: torch.einsum("ti,oi->to", x, m.q.weight.data),
+    "parameters": lambda m, x: x @ next(p for p in m.parameters() if p.shape == (8, 8)).T,
+    "modules": lambda m, x: linear(x, next(c for c in m.modules() if hasattr(c, "weight")).weight),
+    "class": lambda m, x: nn.Linear.forward(m.q, x),
+    "state_dict": lambda m, x: x @ next(v for k, v in m.state_dict().items() if "weight" in k).T,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_read_in_a_hidden_way_is_named(way) -> None:
+    model = Weights(WAYS[way])
+    x = torch.randn(6, 8)
+    y = model(x)
+    replace_linears(model, config_of(), ["q", "k"])
+    nn.init.normal_(model.q.lora_B)
+    torch.testing.assert_close(model(x), y)  # the experts of q have no effect
+    report = check_trainable(model, x)
+    assert set(report.not_called) == {"q"}
+
+
+def test_calls_through_functional_call_and_tied_weights_count() -> None:
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(12, 8)
+            self.q, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+        def forward(self, ids):
+            values = dict(self.q.named_parameters())
+            return self.lm_head(torch.func.functional_call(self.q, values, (self.embed(ids),)))
+
+    model = Model()
+    replace_linears(model, config_of(), ["q", "lm_head"])
+    assert check_trainable(model, torch.arange(6)).ok
+
+
 def test_a_shared_router_is_named_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     replace_linears(model, MoeLoraConfig.preset("moelora", num_tasks=3), ["0", "1"])
