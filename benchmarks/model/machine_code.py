@@ -62,8 +62,10 @@ def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
         if isinstance(value, tuple):
             return tuple(type_of(each, (*path, i), specialize) for i, each in enumerate(value))
         if isinstance(value, Tensor):
-            # Views into a workspace begin at multiples of 64 bytes, other tensors at 256.
-            aligned[path] = [["tt.divisibility", 16]]
+            # Tensors of the meta device begin at 0. Views into a workspace begin at multiples of 64
+            # bytes, other tensors at 256.
+            if value.data_ptr() % 16 == 0:
+                aligned[path] = [["tt.divisibility", 16]]
             return "*" + names[value.dtype]
         if value is None or (value == 1 and isinstance(value, int) and specialize):
             constants[path] = value

@@ -28,12 +28,14 @@ from moelora_kernels.nn.base_linear import (
     float_weight,
     state_without_graph,
 )
+from moelora_kernels.nn.batch_rows import check_rows
 from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import TaskVectors, build_router, layer_logits, task_routers
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
@@ -51,6 +53,8 @@ class MixtureLayer(nn.Module):
         task_vectors: the task vectors that `set_tasks` set for a TokenTaskRouter, or None.
         has_inner_task_routers: whether the router is a user's module with a TokenTaskRouter inside.
         samples: which sample each token belongs to; see `set_samples`.
+        token_order: a hint that x has its tokens in another order than the model, or None.
+        checks_rows: whether calls are checked with `check_rows`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
@@ -83,6 +87,12 @@ class MixtureLayer(nn.Module):
         self.task_ids: Tensor | None = None
         self.task_vectors: TaskVectors | None = None
         self.samples: Samples | str | None = None
+        self.set_token_order(None)
+
+    def set_token_order(self, order: TokenOrder | None) -> None:
+        """Set how the tokens of x are ordered, as far as the source above the layer tells."""
+        self.token_order = order
+        self.checks_rows = order is not None or self.config.granularity == "sequence"
 
     def _set_router(self, router: nn.Module | None) -> None:
         self.router = router
@@ -115,9 +125,13 @@ class MixtureLayer(nn.Module):
             external = self.external_gates if gates is None else gates
         elif config.router is not None:
             logits = self.router_logits(x, tokens)
-        return gate_from(
+        gate = gate_from(
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
+        if self.checks_rows:
+            vectors = self.task_vectors
+            check_rows(self, x, len(gate.weights if vectors is None else vectors.tensor))
+        return gate
 
     def _check_direct(self) -> None:
         """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""

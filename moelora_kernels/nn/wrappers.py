@@ -33,6 +33,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Return whether a module is a PreTrainedModel of transformers."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
 def wrapped_child(module: nn.Module) -> str | None:
     """Return the name of the child that `module` wraps; None if it is not a wrapper."""
     for source, name, child in WRAPPERS:
