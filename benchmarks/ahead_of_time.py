@@ -18,11 +18,7 @@ import json
 import math
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,109 +26,32 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
 
 from benchmarks.measure import environment
 from benchmarks.model import traffic
 from benchmarks.model.launches import LAYERS, Layer, record
+from benchmarks.model.machine_code import key_of, machine_code
 from moelora_kernels.kernels.common import configs
-from moelora_kernels.kernels.common.launcher import Launch, options
+from moelora_kernels.kernels.common.launcher import Launch
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
-def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
-    """Return signature, constants and alignment of a launch, specialised as in Triton."""
-    names = {
-        torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-        torch.int32: "i32", torch.int64: "i64",
-    }  # fmt: skip
-    constants: dict[tuple, Any] = {}
-    aligned: dict[tuple, Any] = {}
-
-    def type_of(value: Any, path: tuple, specialize: bool):
-        if isinstance(value, tuple):
-            return tuple(type_of(each, (*path, i), specialize) for i, each in enumerate(value))
-        if isinstance(value, Tensor):
-            # Views into a workspace begin at multiples of 64 bytes, other tensors at 256.
-            aligned[path] = [["tt.divisibility", 16]]
-            return "*" + names[value.dtype]
-        if value is None or (value == 1 and isinstance(value, int) and specialize):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
-        if value % 16 == 0 and specialize:
-            aligned[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    signature = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        if parameter.name in launch.constants:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = launch.constants[parameter.name]
-        else:
-            value = launch.arguments[parameter.name]
-            signature[parameter.name] = type_of(value, (index,), not parameter.do_not_specialize)
-    return signature, constants, aligned
-
-
-def compile_launch(launch: Launch, architecture: str):
-    """Compile the kernel of a launch for an architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, aligned = arguments_of(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=options(launch.tile_config))
-
-
-def machine_code(cubin: bytes) -> tuple[str, str]:
-    """Return resource usage and SASS, as printed by the cuobjdump of Triton's wheel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return tuple(
-            subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-
-
-TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
-MEMORY = re.compile(r"\b(LDGSTS|LDG|STG)\.E([.\w]*)")
-WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-
-
-def width(suffix: str) -> int:
-    """Return the bytes of one access: 16 for LDG.E.128, 4 for LDG.E, 2 for LDG.E.U16."""
-    return next((WIDTHS[part] for part in suffix.split(".") if part in WIDTHS), 4)
-
-
 def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     """Return registers, spills, shared memory, instructions and bytes of a launch."""
-    compiled = compile_launch(launch, architecture)
-    usage, sass = machine_code(compiled.asm["cubin"])
-    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    accesses = Counter((kind, width(suffix)) for kind, suffix in MEMORY.findall(sass))
+    code = machine_code(launch, architecture)
     read, written = traffic.moved(launch)
     return {
         "kernel": launch.kernel.fn.__name__,
         "programs": launch.programs,
         "tile": list(launch.tile_config[:4]),
         "qualified": launch.tile_config.qualified,
-        "registers": int(resources["REG"]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "stack": int(resources["STACK"]),
-        "shared": compiled.metadata.shared,
-        "tensor_core": dict(Counter(TENSOR_CORE.findall(sass))),
-        "accesses": {f"{kind}.{size}": n for (kind, size), n in sorted(accesses.items())},
+        "registers": code.registers,
+        "spills": code.spills,
+        "stack": code.stack,
+        "shared": code.shared,
+        "tensor_core": code.tensor_core,
+        "accesses": code.accesses,
         "read": read,
         "written": written,
         "compulsory": traffic.compulsory(launch),
@@ -262,11 +181,6 @@ def complaints(
         if kind == "LDGSTS" and int(size) not in allowed:
             reasons.append(f"loads of {size} bytes where operands allow {sorted(allowed)}")
     return reasons
-
-
-def key_of(launch: Launch) -> str:
-    """Return a key of the compiled code of a launch. It does not depend on the grid."""
-    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.tile_config[:4]))
 
 
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:

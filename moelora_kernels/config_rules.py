@@ -1,7 +1,7 @@
 """The values of every option of MoeLoraConfig, and the options that do not work together.
 
 The rules are tables. `check` applies them in this order: VALUES, NUMBERS, NEEDS, WORKS_ONLY_WITH,
-CONFLICTS. `untrained_router_problem` reads CONSTANT_GATES. `options_page` writes the same tables
+CONFLICTS. `constant_gate_problem` reads CONSTANT_GATES. `options_page` writes the same tables
 into METHODS.md.
 """
 
@@ -268,11 +268,27 @@ def untrained_router_problem(config: MoeLoraConfig) -> str | None:
     has_loss = any(weight != 0 for weight in dict(config.aux).values())
     if config.router in NO_LOGITS or has_loss or config.balance_rate is not None:
         return None
+    return constant_gate_problem(config)
+
+
+def constant_gate_problem(config: MoeLoraConfig) -> str | None:
+    """Return why no gradient reaches the router through the gate, from CONSTANT_GATES; or None."""
     for conditions, reason in CONSTANT_GATES:
         if all(_is_true(config, name, test) for name, test in conditions.items()):
             names = [name for name in conditions if getattr(config, name) is not None]
             return f"{', '.join(f'{name}={_shown(config, name)}' for name in names)}: {reason}"
     return None
+
+
+def router_remedy(config: MoeLoraConfig) -> str:
+    """Return what to change if `untrained_router_problem` has a problem."""
+    if config.num_experts == 1:
+        return "One expert needs none: pass router=None"
+    return (
+        "Set score='softmax' and normalize='none' with top_k, so that the gate trains it; or add a "
+        "loss, such as aux={'load_balance': 0.01}, with collect_aux_loss; or pass a frozen module "
+        "as router"
+    )
 
 
 def check(config: MoeLoraConfig) -> None:

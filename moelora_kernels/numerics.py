@@ -18,6 +18,9 @@ def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_autocast(device: torch.device) -> bool:
     """Return whether autocast is on for tensors of `device`. The meta device has no autocast."""
+    # This check takes a fifth of the time of the next, and most forwards run without autocast.
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -28,6 +31,8 @@ def is_backward() -> bool:
 
 def active_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype a layer computes in: autocast's if it is on (not for float64), else x's."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     if is_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -1,4 +1,7 @@
-"""Settings of all tests: which tests run, NaN-poisoned allocations, the seed, the interpreter."""
+"""Settings of all tests: which tests run, NaN-poisoned allocations, the seed, the interpreter.
+
+And the folder of compiled kernels, for tests that compile in another process.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive", action="store_true", help="run the tests marked exhaustive, too"
+    )
+    parser.addoption(
+        "--repeats", type=int, default=50, help="how often a tile must repeat its bits on a GPU"
     )
 
 
@@ -55,3 +61,15 @@ def seeded():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled_kernels(request, tmp_path):
+    """The folder of compiled kernels: it is kept between runs, and Triton's version is in its keys.
+
+    TRITON_CACHE_DIR, or a folder of pytest's cache, or a new folder if pytest runs without a cache.
+    """
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return folder
+    cache = getattr(request.config, "cache", None)
+    return str(cache.mkdir("triton") if cache else tmp_path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.types import (
     NO_GATE,
     Dropout,
@@ -111,7 +112,6 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        # torch binds the inputs to this signature on every call. That takes time for every name.
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
         tensors = siblings_of(_by_linear(LinearTensors, fields))
         gate, dropout = Gate(weights, experts, rows), Dropout(p, per_expert, seed)
@@ -150,7 +150,10 @@ class MoeLora(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         # Read once, because under activation checkpointing a second read fails.
-        flat = ctx.saved_tensors
+        try:
+            flat = ctx.saved_tensors
+        except RuntimeError as error:
+            flat = _kept_tensors(ctx, error)
         saved = _Saved(*flat[:_NUM_SAVED])
         x, weights, seed = saved.x, saved.weights, saved.seed
         base_weight, lora_a, lora_b, router_weight = _by_field(
@@ -169,6 +172,11 @@ class MoeLora(torch.autograd.Function):
             [s.lora_a or s.lora_b or s.router_weight or s.router_bias for s in needs_linears]
         )
         needs = Needs(needs_input.x, needs_adapters)
+        unused: set[int] = set()
+        if n > 1 and not torch.compiler.is_compiling():
+            unused = {*getattr(ctx, "unused", ())}
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                _keep_tensors(ctx, flat, grads[:n], unused)
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
         if ctx.impl == "grouped":
             routing = Routing(saved.order, saved.offsets, saved.tiles, saved.chunks)
@@ -183,6 +191,9 @@ class MoeLora(torch.autograd.Function):
         has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
         gradients: list[Tensor | None] = []
         for i, (g, needed) in enumerate(zip(dy, needs_linears, strict=True)):
+            if i in unused:
+                gradients += [None] * len(needed)
+                continue
             # In the order of `LinearTensors`. The layers freeze the base, but its weight and bias
             # can require a gradient: after a user's requires_grad_, or in `moe_lora_linear`.
             gradients += [
@@ -216,6 +227,75 @@ class SqrtGateMoeLora(MoeLora):
         saved_inputs = _Inputs(*inputs[:_NUM_INPUTS])
         saved_inputs = saved_inputs._replace(weights=saved_inputs.weights.sqrt())
         MoeLora.setup_context(ctx, (*saved_inputs, *inputs[_NUM_INPUTS:]), output)
+
+
+class _Kept(NamedTuple):
+    """The saved tensors of siblings after a backward from some of the outputs."""
+
+    tensors: list[Tensor | None]
+    versions: list[int]
+    # The positions of the outputs without a gradient so far.
+    pending: set[int]
+
+
+def share_unused(y: Tensor, unused: set[int]) -> None:
+    """Set the positions of the outputs of `run` that are not used, so that they get no gradient.
+
+    y: an output of `run`, or a view of one.
+    unused: the caller removes the position of an output when it uses it. A backward that frees the
+        graph removes all others: these outputs can no longer be used.
+    """
+    node = y.grad_fn
+    if node is not None and y._is_view():
+        node = node.next_functions[0][0]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        node.unused = unused
+
+
+def _keep_tensors(
+    ctx: Any,
+    flat: Sequence[Tensor | None],
+    dy: Sequence[Tensor | None],
+    unused: set[int],
+) -> None:
+    """Keep the saved tensors, which torch frees now, if other outputs still wait for backward.
+
+    Each layer alone has a graph, so the outputs of siblings can also run backward one by one.
+    """
+    if unused:
+        # The graph ends here, so the caller must not return the other outputs any more.
+        ctx.unused.clear()
+        ctx.unused = unused
+    kept = getattr(ctx, "kept", None)
+    waiting = range(len(dy)) if kept is None else kept.pending
+    pending = {i for i in waiting if dy[i] is None and i not in unused}
+    # torch frees the nodes behind this one too. Only the graph of x may have any.
+    is_leaf = all([node is None or hasattr(node, "variable") for node, _ in ctx.next_functions[1:]])
+    ctx.kept = None
+    if pending and is_leaf:
+        # An output of the node would keep the node alive. A detached one has the same version.
+        tensors = [t if t is None else t.detach() for t in flat]
+        ctx.kept = _Kept(tensors, [0 if t is None else t._version for t in tensors], pending)
+
+
+def _kept_tensors(ctx: Any, error: RuntimeError) -> list[Tensor | None]:
+    """Return the saved tensors, which torch has freed. Raise RuntimeError if they are not kept."""
+    kept = getattr(ctx, "kept", None)
+    is_one_layer = len(ctx.needs_input_grad) == _NUM_INPUTS + len(LinearTensors._fields)
+    if kept is None and is_one_layer:
+        raise error
+    if kept is None:
+        raise RuntimeError(
+            "the outputs of this layer and of its siblings have one graph, and backward has freed "
+            "it already. Call backward once, for the sum of the losses; or pass retain_graph=True "
+            "in every backward but the last"
+        ) from error
+    if kept.versions != [0 if t is None else t._version for t in kept.tensors]:
+        raise RuntimeError(
+            "x or a parameter of siblings was changed in place between the backwards of two "
+            "outputs, so the gradient cannot be computed; run the forward again"
+        ) from error
+    return kept.tensors
 
 
 def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
@@ -259,34 +339,8 @@ def run(
     p, per_expert, seed = dropout
     fields = first if n == 1 else [t for linear in linears for t in linear]
     inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
-    outputs = _call(function)(*inputs)
+    outputs = apply(function, *inputs)
     if gate is None:
         result = LayerForward([], *outputs[n:])
         gate = mixture.router_gate(result.weights, result.experts, result.logits)
     return LayerOutput([*outputs[:n]], gate)
-
-
-def _call(function: type[MoeLora]):
-    """Return the function that runs `function` and records its graph."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply
-    if torch.compiler.is_compiling():
-        return _compiled(function)
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace: trace the layer inside torch.no_grad(), or use torch.export.export"
-        )
-    # `Function.apply` is a Python method that looks for functorch transforms, binds the inputs to a
-    # signature, and then calls the `apply` of its base class, which is in C++. For small layers the
-    # Python part takes longer than the products, so the `apply` of the base class is called.
-    return super(torch.autograd.Function, function).apply
-
-
-def _compiled(function: type[MoeLora]):
-    def call(*inputs):
-        # If no input needs a gradient, Dynamo passes a context to the forward of a Function. A
-        # Function with `setup_context` does not take one.
-        trains = any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
-        return function.apply(*inputs) if trains else function.forward(*inputs)
-
-    return call

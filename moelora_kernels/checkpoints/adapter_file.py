@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,9 +15,8 @@ from moelora_kernels.checkpoints.description import describe
 from moelora_kernels.checkpoints.files import load_safetensors, tensor_problem, unfit_problems
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.layer_tensors import LayerTensor, layer_tensors, set_computed
-from moelora_kernels.nn.merge import merged_with
 from moelora_kernels.nn.sharding import copy_into, gathered, reshard
-from moelora_kernels.nn.wrappers import named_modules, without_wrapped
+from moelora_kernels.nn.wrappers import named_modules, portable_keys
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -76,12 +75,12 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     """
     reshard(model)
     tensors = _tensors(model)
-    state = _portable_keys(state, tensors)
+    state = portable_keys(state, tensors)
     problems = [f"missing: {key}" for key in tensors if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in tensors]
     for name, layer in named_modules(model):
-        if isinstance(layer, LoraLayer) and layer.merged:
-            problems.append(f"{name or 'model'}: {merged_with(layer)}, unmerge first")
+        if isinstance(layer, LoraLayer) and (problem := layer.merged_problem()):
+            problems.append(f"{name or 'model'}: {problem}")
     for key, saved in state.items():
         if problem := tensor_problem(key, saved):
             problems.append(problem)
@@ -96,20 +95,6 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     for key, tensor in tensors.items():
         if tensor.direct is not None:
             copy_into(tensor.direct, gathered(state[key]))
-
-
-def _portable_keys(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return `state` with a name in place of each key that differs only by children of wrappers."""
-    by_core: dict[str | None, list[str]] = {}
-    for name in names:
-        by_core.setdefault(without_wrapped(name, keep_module=False), []).append(name)
-    result = dict(state)
-    for key in state:
-        core = without_wrapped(key, keep_module=False) if isinstance(key, str) else None
-        candidates = by_core.get(core, [])
-        if len(candidates) == 1 and candidates[0] not in result:
-            result[candidates[0]] = result.pop(key)
-    return result
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

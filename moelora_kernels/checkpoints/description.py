@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer, router_warnings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
 from moelora_kernels.nn.wrappers import named_modules, without_wrapped
@@ -97,7 +97,8 @@ def build(description: dict[str, Any]) -> nn.Module:
             continue
         config = MoeLoraConfig.from_dict({**options, "adapter_dtype": entry["dtype"]})
         base = MissingBase(entry["in_features"], entry["out_features"])
-        layer = layers[name] = MoeLoraLinear.from_linear(base, config)
+        with router_warnings(are_hidden=True):
+            layer = layers[name] = MoeLoraLinear.from_linear(base, config)
         router_owner = without_wrapped(entry["router"], keep_module=True)
         layer.router = layers.get(router_owner, layer).router
         for layer_name in names:

@@ -10,6 +10,7 @@ from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge_model import merge_adapter, merge_and_unload, unmerge_adapter
 from moelora_kernels.nn.pretrained_loras import lora_prototypes, set_prototypes
+from moelora_kernels.nn.recorded_forwards import record_routing
 from moelora_kernels.nn.replace import replace_ffns, replace_linears
 from moelora_kernels.nn.routers import (
     BalancedRouter,
@@ -21,10 +22,8 @@ from moelora_kernels.nn.routers import (
     TokenTaskRouter,
 )
 from moelora_kernels.nn.routing_plot import plot_routing
-from moelora_kernels.nn.routing_record import record_routing
 from moelora_kernels.nn.routing_report import count_routing, routing_report
-from moelora_kernels.nn.samples import set_samples
-from moelora_kernels.nn.tasks import set_tasks
+from moelora_kernels.nn.tasks import set_samples, set_tasks
 from moelora_kernels.nn.warmup import warmup
 
 __all__ = [

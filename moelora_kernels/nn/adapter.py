@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import check_adapters, check_input, flat_rows, float_weight
+from moelora_kernels.nn.base_linear import (
+    check_adapters,
+    check_dtype,
+    check_input,
+    flat_rows,
+    float_weight,
+    given_input,
+)
 from moelora_kernels.nn.forward import keep_routing, siblings_gate
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
@@ -100,19 +107,31 @@ class MoeLoraAdapter(LoraLayer):
         weight = next((weight for weight in weights if weight is not None), self.lora_A)
         return self.in_features, weight.dtype
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return y [..., I] for x [..., I].
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> Tensor:
+        """Return y [..., I] for x [..., I]. `input` is another name of x.
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
         """
+        if x is None or input is not None:
+            x = given_input(x, input)
         config = self.config
         check_input(x, self.in_features, gates, config.router)
         check_adapters(self.lora_A, x)
-        z = self.base_layer(x)
+        tokens = flat_rows(x).to(active_dtype(x))
+        try:
+            z = self.base_layer(x)
+        except RuntimeError:
+            check_dtype(x, self.input_like()[1])
+            raise
         if z.shape != x.shape:
             raise ValueError(f"base: expected an output {[*x.shape]}, got {[*z.shape]}")
-        tokens = flat_rows(x).to(active_dtype(x))
         gate = siblings_gate((self,), x, tokens, gates)
         keep_routing(self, gate, x.shape[:-1])
         mixture, count = self.mixture, tokens.shape[0]

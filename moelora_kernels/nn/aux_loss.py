@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, follow_forwards, routed_experts
+from moelora_kernels.nn.recorded_forwards import drop_calls, follow_forwards, last_calls
+from moelora_kernels.nn.routing_record import RoutedCall, routed_experts
 from moelora_kernels.nn.token_masks import call_mask, tokens_per_row
 
 # The layer, and one of its calls -> which rows of the logits count, [G]; None if all do.
@@ -20,7 +21,9 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Return the weighted sum of all auxiliary losses of the last forward; zero if there are none.
 
     A layer that the forward did not reach adds nothing. A layer that it called several times counts
-    the tokens of all calls.
+    A layer that the forward did not reach adds nothing. A layer that it called several times counts
+    the tokens of all calls: a gate row (a token, or a sequence) counts with the number of its
+    tokens.
 
         load_balance = E sum_e f_e p_e      1 if balanced. f_e: the share of expert e in the routed
                                             (token, slot) pairs. p_e: the mean probability of e,
@@ -37,7 +40,8 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: there was no forward since the last call, or it ran without a graph. (Under
             activation checkpointing use use_reentrant=False.) A forward without autograd between
-            the training forward and this call does not matter.
+            the training forward and this call does not matter. Or a layer was called several times
+            outside of the forwards of `model`, so that the last forward is not known.
         ValueError: the mask does not fit the tokens or the gate rows.
 
     Example:
@@ -67,35 +71,35 @@ def _collect(model: nn.Module, mask_of: MaskOfCall, needs_forward: bool = True) 
     layers = [layer for layer in mixture_layers(model) if layer.config.aux and layer.is_running]
     if layers:
         follow_forwards(model)
-    calls = {layer: _recorded_calls(layer) for layer in layers}
+    calls = last_calls(model, layers)
+    if missing := [layer for layer in layers if calls[layer] is None]:
+        # Reentrant checkpointing runs a training forward without a graph; see `_check_graph`.
+        with torch.no_grad():
+            calls |= last_calls(model, missing)
     was_run = any(layer_calls is not None for layer_calls in calls.values())
     if layers and needs_forward and not was_run:
         raise RuntimeError("no routing is recorded: run a forward first")
-    losses = [_aux_loss(layer, c, mask_of) for layer, c in calls.items() if c]
-    for layer in layers:
-        layer.record.clear()
+    losses = []
+    for layer, layer_calls in calls.items():
+        if layer_calls:
+            _check_graph(layer, layer_calls)
+            losses.append(_aux_loss(layer, layer_calls, mask_of))
+    drop_calls(model, layers)
     if losses:
         return torch.stack(losses).sum()
     first = next(model.parameters(), torch.empty(0))
     return torch.zeros((), device=first.device)
 
 
-def _recorded_calls(layer: MixtureLayer) -> list[RoutedCall] | None:
-    """Return the calls of a layer in the last forward; None if no forward was recorded.
-
-    Raises RuntimeError if a loss of these calls would not train the router.
-    """
-    record = layer.record
-    calls = record.calls()
-    if calls is None and record.last:
-        calls = record.last
+def _check_graph(layer: MixtureLayer, calls: Sequence[RoutedCall]) -> None:
+    """Raise RuntimeError if a loss of these calls would not train the router."""
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.router.parameters())
-    if trains and any(not call.logits.requires_grad for call in calls or ()):
+    if trains and any(not call.logits.requires_grad for call in calls):
         raise RuntimeError(
             "the last forward ran without a graph, so the auxiliary loss would not train the "
-            "router; under activation checkpointing use use_reentrant=False"
+            "router; under activation checkpointing use use_reentrant=False, and run passes under "
+            "torch.no_grad() outside of the forward that trains"
         )
-    return calls
 
 
 def _given_mask(mask: Tensor | None, layer: MixtureLayer, call: RoutedCall) -> Tensor | None:
@@ -121,11 +125,7 @@ def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask_of: MaskOfC
     logits = torch.cat([call.logits for call in calls]) if len(calls) > 1 else calls[0].logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, tau = split_threshold(logits, config)
-    counts = torch.ones_like(logits[:, 0])
-    masks = [mask_of(layer, call) for call in calls]
-    if any(mask is not None for mask in masks):
-        rows = counts.split([call.logits.shape[0] for call in calls])
-        counts = torch.cat([n if m is None else m.to(n) for n, m in zip(rows, masks, strict=True)])
+    counts = torch.cat([_row_counts(call, mask_of(layer, call)) for call in calls]).to(logits)
     total = counts.sum().clamp_min(1.0)
 
     def mean(values: Tensor) -> Tensor:
@@ -151,6 +151,15 @@ def _aux_loss(layer: MixtureLayer, calls: Sequence[RoutedCall], mask_of: MaskOfC
         share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
         loss = loss + weight * config.num_experts * (share * mean(probabilities)).sum()
     return loss
+
+
+def _row_counts(call: RoutedCall, mask: Tensor | None) -> Tensor:
+    """Return how much each row of the logits of a call counts, [G]: by its tokens.
+
+    mask: which rows count, [G]; None if all do.
+    """
+    counts = tokens_per_row(call)
+    return counts if mask is None else counts * mask.to(counts)
 
 
 def _row_mask(mask: Tensor, rows: int, granularity: str) -> Tensor:

@@ -123,7 +123,12 @@ def tensor_problem(x: object) -> str | None:
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """Return x [..., I] as [T, I]."""
+    """Return x [..., I] as [T, I]. Raise TypeError if x is sparse."""
+    if x.is_sparse:
+        raise TypeError(
+            f"x: expected a dense tensor, got a sparse one {[*x.shape]}; pass x.to_dense() (a "
+            "layer over one linear also takes a sparse x [T, I])"
+        )
     # torch cannot infer a size of -1 beside a size of 0.
     tokens = -1 if x.shape[-1] else math.prod(x.shape[:-1])
     return x.reshape(tokens, x.shape[-1])
@@ -191,8 +196,16 @@ def check_called(base: nn.Module, x: Tensor) -> None:
         return
     if weight.device != x.device:
         raise ValueError(f"x: expected the base's device {weight.device}, got {x.device}")
-    if weight.dtype != x.dtype and not is_autocast(x.device):
-        raise TypeError(f"x: expected the base's dtype {weight.dtype}, got {x.dtype}")
+    check_dtype(x, weight.dtype)
+
+
+def check_dtype(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError unless x has the dtype of the base's weight, or autocast is on."""
+    if x.dtype != dtype and not is_autocast(x.device):
+        raise TypeError(
+            f"x: expected the base's dtype {dtype}, got {x.dtype}; pass x.to({dtype}), or call the "
+            "model inside torch.autocast"
+        )
 
 
 def linear_with(linear: nn.Linear, weight: Tensor) -> nn.Linear:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moelora_kernels.nn.base_linear import is_plain_linear
 from moelora_kernels.nn.ffn import PROJECTIONS
-from moelora_kernels.nn.gradient_reasons import LayerStep, gradient_reasons
+from moelora_kernels.nn.gradient_reasons import (
+    LayerStep,
+    gradient_reasons,
+    has_gradient,
+    layer_steps,
+    magnitude,
+)
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord, routed_experts
+from moelora_kernels.nn.routing_record import RoutedCall, routed_experts
 from moelora_kernels.nn.sharding import fsdp_types
+from moelora_kernels.nn.trial_step import trial_step
 from moelora_kernels.nn.weight_readers import watch_reads
-from moelora_kernels.nn.wrappers import named_modules, unwrap
-
-# Whole-number buffers above this size are the codes of a quantised weight, or masks. A forward does
-# not write them, so they are not copied.
-MAX_CODES = 2**16
+from moelora_kernels.nn.wrappers import unwrap
 
 
 class TrainableReport(NamedTuple):
@@ -56,11 +57,14 @@ class TrainableReport(NamedTuple):
             if reason not in (in_layers.get(layer) for layer in in_layers if name.startswith(layer))
         }
         lines = [f"{len(self.layers)} layers with experts, loss {self.loss:.6g}"]
-        lines.append("all of them train" if self.ok else "not all of them train:")
+        lines.append("all of them train" if self.ok else "some adapters or routers do not train:")
         lines += lines_by_reason("layer not called", self.not_called)
         lines += lines_by_reason("layer without effect", self.unreached)
         lines += lines_by_reason("no gradient", parameters)
-        cut = "the base returns no graph for an x that needs a gradient, so dx lacks its part"
+        cut = (
+            "the base returns no graph for an x that needs a gradient, so the gradients of the "
+            "layers before it are wrong: use a base with a backward"
+        )
         lines += lines_by_reason("base without gradient", dict.fromkeys(self.cut_bases, cut))
         lines += lines_by_reason("no gradient in this step", self.expected, limit=4)
         experts = {
@@ -89,9 +93,10 @@ def check_trainable(
 ) -> TrainableReport:
     """Run one training step of `model`, and name the adapters and routers that do not train.
 
-    The step runs in training mode with autograd. It changes nothing: weights, gradients, optimizer,
-    random state, buffers, routing records, tasks, modes and hooks are afterwards as before. Set
-    the tasks before the call if the model has task gates.
+    The step runs in training mode with autograd, also inside torch.no_grad or inference_mode. It
+    changes nothing: weights, gradients, optimizer, random state, buffers, routing records, counters
+    (`count_routing`), tasks, modes, hooks and the batch are afterwards as before. The same holds
+    for the modules that `loss_fn` uses. Set the tasks before the call if the model has task gates.
 
     Compiled models run eagerly, and DDP does not communicate.
 
@@ -99,14 +104,17 @@ def check_trainable(
         model: a model with mixture layers, also a PeftModel, compiled, or in DDP.
         batch: keyword arguments by name, a tuple or a list of positional arguments, or one tensor.
         loss_fn: returns the loss for the output of the model. None means output.loss; without a
-            loss, the sum over all float tensors t of the output of mean(t^2).
+            loss, the sum over all float tensors t of the output of mean(t^2). Pass the loss that
+            you train with if it is another one, such as
+            `lambda output: output.loss + collect_aux_loss(model)`.
 
     Returns:
         A TrainableReport. `report.ok` is True if all adapters and routers train; print(report)
         names the others with the reason.
 
     Raises:
-        ValueError: the model has no mixture layer or is sharded by FSDP, or there is no loss.
+        ValueError: the model has no mixture layer, is sharded by FSDP, or was built under
+            torch.inference_mode; or there is no loss.
 
     Example:
         >>> import torch
@@ -124,37 +132,39 @@ def check_trainable(
         )
     _check_sharding(model)
     model = unwrap(model)
-    steps = {
-        layer: LayerStep(name, layer)
-        for name, layer in named_modules(model)
-        if isinstance(layer, MixtureLayer) and layer.is_selected
-    }
-    with _restored(model), _eager(), torch.enable_grad():
-        model.train()
-        with _watched(model, steps), watch_reads() as reads:
-            tensors = _step_tensors(model)
-            loss = functional_call(
-                _Step(model),
-                {f"model.{name}": tensor for name, tensor in tensors.items()},
-                (batch, loss_fn),
-                strict=False,
-            )
+    steps = {step.layer: step for step in layer_steps(model)}
+    if not steps:
+        raise ValueError(
+            "model: expected active adapters, got none: every adapter is inactive or merged; call "
+            "set_adapter(name) or unmerge_adapter() first"
+        )
+    if isinstance(batch, Mapping):
+        batch = dict(batch.items())
+    with (
+        trial_step(model, loss_fn) as trial,
+        _eager(),
+        _watched(model, steps),
+        watch_reads() as reads,
+    ):
+        loss = _run(model, trial.copy(batch), loss_fn)
+        trial.backward(loss)
     for layer, step in steps.items():
         step.reader = reads.readers.get(layer)
-    gradients = {
-        id(parameter): tensors[name].grad
-        for name, parameter in model.named_parameters()
-        if name in tensors
-    }
-    return _report(list(steps.values()), gradients, loss)
+    magnitudes = {id(p): magnitude(trial.gradient(p)) for p in model.parameters()}
+    return _report(list(steps.values()), magnitudes, float(loss.detach()))
 
 
 def _report(
-    steps: list[LayerStep], gradients: Mapping[int, Tensor | None], loss: float
+    steps: list[LayerStep], magnitudes: Mapping[int, float], loss: float
 ) -> TrainableReport:
     not_called = {s.name: reason for s in steps if (reason := s.call_problem())}
-    unreached = {s.name: reason for s in steps if s.calls and (reason := s.output_problem())}
-    unexpected, expected = gradient_reasons(steps, gradients, {**not_called, **unreached})
+    unreached = {
+        step.name: reason
+        for step in steps
+        if step.calls and not has_gradient(step.layer, magnitudes)
+        if (reason := step.output_problem())
+    }
+    unexpected, expected = gradient_reasons(steps, magnitudes, {**not_called, **unreached})
     unselected = {}
     for step in steps:
         if step.selected is not None and not step.selected.all():
@@ -171,25 +181,17 @@ def _report(
     )
 
 
-class _Step(nn.Module):
-    """One forward and backward of a model; backward runs before `functional_call` ends."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Any, loss_fn: Callable[[Any], Tensor] | None) -> float:
-        if isinstance(batch, Mapping):
-            output = self.model(**batch)
-        else:
-            output = self.model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-        loss = _loss_of(output) if loss_fn is None else loss_fn(output)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = [*loss.shape] if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(f"loss_fn: expected a loss with one element, got {shape}")
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
+def _run(model: nn.Module, batch: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
+    """Return the loss of one forward, with one element."""
+    if isinstance(batch, dict):
+        output = model(**batch)
+    else:
+        output = model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    loss = _loss_of(output) if loss_fn is None else loss_fn(output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = [*loss.shape] if isinstance(loss, Tensor) else type(loss)
+        raise ValueError(f"loss_fn: expected a loss with one element, got {shape}")
+    return loss
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -223,18 +225,6 @@ def _check_sharding(model: nn.Module) -> None:
         raise ValueError("model: FSDP shards it; call check_trainable before the model is sharded")
 
 
-def _step_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that take the place of trainable parameters and buffers in the step."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[name] = parameter.detach().requires_grad_()
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() or buffer.numel() <= MAX_CODES:
-            tensors[name] = buffer.detach().clone()
-    return tensors
-
-
 @contextlib.contextmanager
 def _watched(model: nn.Module, steps: Mapping[nn.Module, LayerStep]) -> Iterator[None]:
     """Note calls, outputs, their gradients and the routing of the layers in `steps`."""
@@ -257,14 +247,10 @@ def _watched(model: nn.Module, steps: Mapping[nn.Module, LayerStep]) -> Iterator
 
 
 def _note_call(step: LayerStep) -> Callable[[RoutedCall], None]:
-    on_call = step.layer.record.on_call
-
     def note(call: RoutedCall) -> None:
         step.calls += 1
         selected = selected_experts(call.weights, call.experts, step.layer.config.num_experts)
         step.selected = selected if step.selected is None else step.selected | selected
-        if on_call is not None:
-            on_call(call)
 
     return note
 
@@ -283,9 +269,11 @@ def _note_output(step: LayerStep) -> Callable[[nn.Module, tuple, Tensor], None]:
         step.is_nonzero = step.is_nonzero or bool(gradient.any())
 
     def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        step.has_graph = step.has_graph or output.requires_grad
         if output.requires_grad:
-            step.has_graph = True
-            output.register_hook(note_gradient)
+            # Code that writes into a view, such as `y /= 2`, drops the hooks of the view.
+            is_reshaped = output._is_view() and output._base.numel() == output.numel()
+            (output._base if is_reshaped else output).register_hook(note_gradient)
 
     return note
 
@@ -320,51 +308,6 @@ def _note_base(step: LayerStep) -> Callable[[nn.Module, tuple, Any], None]:
             step.base_is_cut = step.base_is_cut or not output.requires_grad
 
     return note
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, random states, hooks, and attributes of modules and records afterwards."""
-    modules = list(model.modules())
-    objects: list[Any] = [*modules]
-    objects += [r for m in modules if isinstance(r := m.__dict__.get("record"), RoutingRecord)]
-    saved = [(item, dict(item.__dict__)) for item in objects]
-    # Parameters, buffers, children and hooks: transformers adds hooks in the first forward.
-    contents = [
-        (values, values.copy())
-        for module in modules
-        for values in vars(module).values()
-        if isinstance(values, dict)
-    ]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy is not None:
-            numpy.random.set_state(states[1])
-        for item, attributes in saved:
-            item.__dict__.clear()
-            item.__dict__.update(attributes)
-        for values, previous in contents:
-            values.clear()
-            values.update(previous)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        _forget_outputs(modules)
-
-
-def _forget_outputs(modules: Iterable[nn.Module]) -> None:
-    """Drop the outputs that linked siblings keep for each other."""
-    for module in modules:
-        if (link := getattr(module, "link", None)) is not None:
-            link.forget()
 
 
 def _eager() -> contextlib.AbstractContextManager:

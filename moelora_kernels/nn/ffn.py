@@ -19,6 +19,7 @@ from moelora_kernels.nn.base_linear import (
     dense_weight,
     flat_rows,
     float_weight,
+    given_input,
     missing_size,
 )
 from moelora_kernels.nn.gates import row_of_tokens
@@ -26,6 +27,7 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -203,11 +205,7 @@ class MoeLoraFFN(MixtureLayer):
             )
         gate_proj = bases[0]
         self.hidden_size, self.intermediate_size = gate_proj.in_features, gate_proj.out_features
-        self.mixture = FfnMixture(
-            config.ranks(),
-            config.scales(),
-            bool(recompute),
-        )
+        self.mixture = FfnMixture(config.ranks(), config.scales(), bool(recompute))
         device, dtype = adapter_device_dtype(gate_proj, config)
         total = sum(self.mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):
@@ -240,12 +238,16 @@ class MoeLoraFFN(MixtureLayer):
             self.down_lora_A, self.down_lora_B,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return y [..., I] for x [..., I].
+    def forward(
+        self, x: Tensor | None = None, gates: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
+        """Return y [..., I] for x [..., I]. `input` is another name of x.
 
         gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
         `set_tasks` set.
         """
+        if x is None or input is not None:
+            x = given_input(x, input)
         config = self.config
         check_input(x, self.hidden_size, gates, config.router)
         dtype = active_dtype(x)
@@ -279,7 +281,7 @@ class MoeLoraFFN(MixtureLayer):
     def router_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
         if self.config.granularity == "token" and dense_weight(self.router) is not None:
-            return RouterLogits.apply(tokens, self.router.weight, self.router.bias)
+            return apply(RouterLogits, tokens, self.router.weight, self.router.bias)
         return super().router_logits(x, tokens)
 
     def token_slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:

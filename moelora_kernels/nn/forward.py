@@ -28,7 +28,8 @@ def forward_siblings(
 
         y_i = base_i(x) + u_i Bt_i        u_i = scale * gate_i (.) (dropout(x) At_i)
 
-    If any of the layers is merged, they run one by one.
+    If a layer is merged, or `set_tasks` or `set_samples` gave the layers different numbers of gate
+    rows or different samples, they run one by one.
 
     Args:
         layers: n layers with the same in_features and config; the caller has checked it.
@@ -53,13 +54,12 @@ def run_siblings(
 ) -> tuple[list[Tensor], Gate | None]:
     """Return the outputs of `forward_siblings`, and the gate of all layers side by side.
 
-    The gate is None if a layer is merged. The records of the layers do not change, unless the
-    layers run one by one.
+    The gate is None if the layers run one by one. The records of the layers change only then.
     """
     first = layers[0]
     config = first.config
     check_input(x, first.in_features, gates, config.router)
-    if any(layer.merged for layer in layers):
+    if any(layer.merged for layer in layers) or (len(layers) > 1 and gate_rows_differ(layers)):
         if len(layers) == 1:
             return [forward_merged(first, x, gates)], None
         return [forward_siblings((layer,), x, gates)[0] for layer in layers], None
@@ -90,6 +90,26 @@ def run_siblings(
     if x.dim() != 2:
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
     return outputs, gate
+
+
+def gate_rows_differ(layers: Sequence[LoraLayer]) -> bool:
+    """Return whether siblings cannot share one table with the gate row of each token.
+
+    `set_tasks` or `set_samples` may have been called on one of them alone.
+    """
+    first, *others = layers
+    if first.config.granularity == "token" and first.config.router != "external":
+        return False
+    count = _num_task_rows(first)
+    return any(
+        layer.samples is not first.samples or _num_task_rows(layer) != count for layer in others
+    )
+
+
+def _num_task_rows(layer: LoraLayer) -> int | None:
+    """Return the number of tasks or gates that `set_tasks` set; None if there are none."""
+    tasks = layer.current_task_ids() if layer.config.router == "task" else layer.external_gates
+    return None if tasks is None else len(tasks)
 
 
 def _can_read(base: nn.Module, tokens: Tensor) -> bool:

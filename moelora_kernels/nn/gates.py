@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
 from moelora_kernels.types import Gate
 
@@ -22,14 +23,15 @@ def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
 
     Raises:
         ValueError: they are missing, or have the wrong shape or dtype.
-        TypeError: they are not a tensor.
+        TypeError: they are not a dense tensor.
     """
     if gates is None:
         raise ValueError(
             "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
         )
-    if not isinstance(gates, Tensor):
-        raise TypeError(f"gates: expected a tensor [..., {num_experts}], got {type(gates)}")
+    if not isinstance(gates, Tensor) or gates.is_nested or gates.layout is not torch.strided:
+        problem = tensor_problem(gates) or "a sparse tensor; pass gates.to_dense()"
+        raise TypeError(f"gates: expected a dense tensor [..., {num_experts}], got {problem}")
     if gates.dim() < 2 or gates.shape[-1] != num_experts or not gates.is_floating_point():
         raise ValueError(
             f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
@@ -206,7 +208,7 @@ def gate_from(
         external: [..., E], for router="external".
         router: the layer's router; see `gate_of_logits`.
         training: whether noise is added and the selection is counted.
-        device: device of the gate if there is no router.
+        device: the device of x, and of the gate if there is no router.
 
     Returns:
         Gate without rows: weights [T, K] and experts [T, K] if each token selects K < E experts,
@@ -214,13 +216,15 @@ def gate_from(
         K + 1], or one column, [G, E + 1].
 
     Raises:
-        ValueError: external gates are missing, or have the wrong shape or dtype.
+        ValueError: external gates are missing, have the wrong shape or dtype, or have no values.
     """
     experts = None
     if config.router is None:
         weights = torch.ones((1, config.num_experts), dtype=torch.float32, device=device)
     elif config.router == "external":
         weights = external_gates(external, config.num_experts)
+        if weights.is_meta and device is not None and device.type != "meta":
+            raise ValueError(f"gates: expected a tensor on {device}, got one on the meta device")
     else:
         weights, experts = gate_of_logits(logits, config, training, router)
     if config.shared_expert != "none":

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.forward import forward_siblings, keep_routing, run_siblings
+from moelora_kernels.autograd.linear import share_unused
+from moelora_kernels.nn.base_linear import given_input
+from moelora_kernels.nn.forward import (
+    forward_siblings,
+    gate_rows_differ,
+    keep_routing,
+    run_siblings,
+)
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
+from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.snapshot import Snapshot, snapshot
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.types import Gate
@@ -45,16 +56,27 @@ class MoeLoraGroup(nn.Module):
         for name, layer in siblings.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return y_i [..., O_i] of every sibling, in their order; gates as in MoeLoraLinear."""
+    def forward(
+        self,
+        x: Tensor | None = None,
+        gates: Tensor | None = None,
+        *,
+        input: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return y_i [..., O_i] of every sibling, in their order.
+
+        gates and `input`, another name of x, as in MoeLoraLinear.
+        """
+        if x is None or input is not None:
+            x = given_input(x, input)
         layers = tuple(self._modules.values())
-        if any(map(has_computing_hooks, layers)):
+        if any(map(has_computing_hooks, layers)) or not agree(layers):
             # Pruning masks and norms compute the adapters before each call of a layer.
             return tuple(layer(x, gates) for layer in layers)
         return tuple(forward_siblings(layers, x, gates))
 
 
-def check_siblings(siblings: dict[str, nn.Module]) -> None:
+def check_siblings(siblings: Mapping[str, nn.Module]) -> None:
     """Raise TypeError or ValueError unless these modules can run as one group."""
     if not siblings:
         raise ValueError("siblings: expected at least one MoeLoraLinear, got none")
@@ -81,9 +103,13 @@ class SiblingLink:
     """Run the layers that a model calls one by one on the same x together, in the first call.
 
     The first layer that is called with an x computes the outputs of all layers. The others, called
-    with the same tensor, return the stored outputs. Calling a layer with a different x recomputes
-    all outputs. The call order can cost time but never changes results. Each thread has its stored
-    outputs, so threads can run one model at the same time.
+    with the same tensor, return the stored outputs. A stored output is dropped if x, the layer or
+    the mode of autograd changed; the call then computes all outputs again. The call order can cost
+    time but never changes results. Each thread has its stored outputs, so threads can run one
+    model at the same time.
+
+    Stored outputs are dropped when x is freed. They do not keep x alive, but their graph does,
+    until backward has run or until the next call.
     """
 
     def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
@@ -100,29 +126,22 @@ class SiblingLink:
 
     def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
         """Return y of `layer`, which is one of the linked layers or a replica of one."""
-        layers = self.layers
-        if layer not in layers or _run_alone(layers, x):
+        layers, stored = self.layers, self.stored
+        if layer not in layers:
             return forward_siblings((layer,), x, gates)[0]
-        i, stored, state = layers.index(layer), self.stored, _state(x)
-        last = stored.last
-        if (
-            last is None
-            or last.x is not x
-            or last.gates is not gates
-            or last.state != state
-            or i not in last.outputs
-            or last.versions[i] != _versions(layer)
-        ):
-            outputs, gate = run_siblings(layers, x, gates)
-            versions = [_versions(sibling) for sibling in layers]
-            last = Pass(x, gates, state, versions, dict(enumerate(outputs)), gate)
-            stored.last = last
-        y = last.outputs.pop(i)
+        i, last = layers.index(layer), stored.last
+        output = None if last is None else last.pop(i, x, gates)
+        if output is None or not output.snapshot.equals(snapshot(layer)):
+            if _run_alone(layers, x, gates):
+                return forward_siblings((layer,), x, gates)[0]
+            stored.last = last = run_pass(layers, i, x, gates)
+            output = last.outputs.pop(i)
         if not last.outputs:
             stored.last = None
+        last.unused.discard(i)
         if layer.record.is_on:
-            keep_routing(layer, last.gate, x.shape[:-1], i, len(layers))
-        return y
+            keep_routing(layer, output.gate, x.shape[:-1], i, len(layers))
+        return output.y
 
     def __getstate__(self) -> dict:
         # Outputs belong to one x object, so copies and pickles start without them.
@@ -133,17 +152,34 @@ class SiblingLink:
         self.forget()
 
 
+class Output(NamedTuple):
+    """The output of one linked layer."""
+
+    y: Tensor
+    # The gate of all linked layers side by side.
+    gate: Gate | None
+    # None for the layer whose call ran the pass.
+    snapshot: Snapshot | None
+
+
 @dataclasses.dataclass(slots=True)
 class Pass:
-    """The outputs of one pass of linked layers, and what they depend on."""
+    """The outputs of one pass of linked layers that no call has returned yet."""
 
-    x: Tensor
-    gates: Tensor | None
+    # These references do not keep x, the gates and their graphs alive.
+    x: weakref.ref[Tensor]
+    gates: weakref.ref[Tensor] | None
     state: tuple
-    versions: list[list]
-    # The position of a layer -> its output, until the layer is called.
-    outputs: dict[int, Tensor]
-    gate: Gate | None
+    # The position of a layer -> its output. Empty after x is freed.
+    outputs: dict[int, Output]
+    # The positions of the layers that were not called; see `share_unused`.
+    unused: set[int]
+
+    def pop(self, i: int, x: Tensor, gates: Tensor | None) -> Output | None:
+        """Remove and return output i; None if there is none for this x and these gates."""
+        if self.x() is not x or (self.gates and self.gates()) is not gates or i not in self.unused:
+            return None
+        return self.outputs.pop(i, None) if self.state == _state(x, gates) else None
 
 
 class StoredOutputs(threading.local):
@@ -152,43 +188,77 @@ class StoredOutputs(threading.local):
     last: Pass | None = None
 
 
-def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor) -> bool:
+def run_pass(layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: Tensor | None) -> Pass:
+    """Run linked layers together on x, for a call of layer i."""
+    ys, gate = run_siblings(layers, x, gates)
+    outputs: dict[int, Output] = {}
+    for j, layer in enumerate(layers):
+        outputs[j] = Output(ys[j], gate, None if j == i else snapshot(layer))
+    unused = {*outputs}
+    if torch.is_grad_enabled():
+        share_unused(ys[0], unused)
+    x_ref = weakref.ref(x, lambda _: outputs.clear())
+    gates_ref = None if gates is None else weakref.ref(gates)
+    return Pass(x_ref, gates_ref, _state(x, gates), outputs, unused)
+
+
+def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None) -> bool:
     """Return whether linked layers have to run one by one on x."""
     # An inference tensor has no version counter, so a change of x between two calls would go
-    # unnoticed. Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
-    is_training = layers[0].training
+    # unnoticed. Other types of tensors, and those of functorch, may have no address.
+    if type(x) not in (Tensor, nn.Parameter) or x.is_inference():
+        return True
+    if gates is not None and (not isinstance(gates, Tensor) or gates.is_inference()):
+        return True
+    first = layers[0]
     return (
-        not isinstance(x, Tensor)
-        or x.is_inference()
-        or any(
-            [
-                layer._forward_pre_hooks
-                or "forward" in layer.__dict__
-                or layer.merged
-                or layer.training != is_training
-                for layer in layers
-            ]
-        )
+        torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        # A forward that trains counts the load of its experts, so only a layer that the model
+        # calls may run.
+        or (first.config.balance_rate is not None and first.training)
+        # Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
+        or any([layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in layers])
+        or first.merged
+        or not agree(layers)
+        or gate_rows_differ(layers)
     )
 
 
-def _state(x: Tensor) -> tuple:
-    """Return what a stored output depends on besides x and the layer."""
+def agree(layers: Sequence[MoeLoraLinear]) -> bool:
+    """Return whether siblings can run together: none of them was changed alone."""
+    first, *others = [_common(layer) for layer in layers]
+    return all([other == first for other in others])
+
+
+def _common(layer: MoeLoraLinear) -> tuple:
+    """Return the state that siblings have in common if they can run together."""
+    parameters, modules = layer._parameters, layer._modules
+    a, b = parameters.get("lora_A"), parameters.get("lora_B")
+    weight = modules["base_layer"]._parameters.get("weight")
+    router = modules.get("router")
+    return (
+        layer.config,
+        layer.training,
+        layer.merged,
+        a if a is None else (a.dtype, a.device, a.requires_grad),
+        b if b is None else b.requires_grad,
+        weight if weight is None else weight.dtype,
+        router if router is None else router._parameters.get("bias") is None,
+    )
+
+
+def _state(x: Tensor, gates: Tensor | None) -> tuple:
+    """Return what stored outputs depend on besides the layers and the objects x and gates."""
     return (
         x._version,
+        x.requires_grad,
+        x.data_ptr(),
+        None if gates is None else (gates._version, gates.requires_grad, gates.data_ptr()),
         torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
         active_dtype(x),
         torch.cuda.current_stream(x.device) if x.is_cuda else None,
     )
-
-
-def _versions(layer: MoeLoraLinear) -> list:
-    """Return the mode of a layer and the version counters of A, B and a linear router."""
-    tensors = [*layer._parameters.values()]
-    if (router := layer._modules.get("router")) is not None:
-        tensors += router._parameters.values()
-    return [layer.training, *[t if t is None else t._version for t in tensors]]
 
 
 def link_siblings(
@@ -219,6 +289,7 @@ def link_siblings(
         >>> link_siblings(mlp)
         ['{gate_proj,up_proj}']
     """
+    follow_forwards(model)
     linked = []
     for name, module in named_modules(model):
         for group in groups:

@@ -10,7 +10,10 @@ peft.MoeLoraExperts one adapter of a PeftModel
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,18 +21,21 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.config_rules import untrained_router_problem
+from moelora_kernels.config_rules import router_remedy, untrained_router_problem
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
     float_weight,
     state_without_graph,
 )
+from moelora_kernels.nn.batch_rows import check_rows
 from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
-from moelora_kernels.nn.routers import build_router, layer_logits
+from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.routers import TaskVectors, build_router, layer_logits, task_routers
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
@@ -44,7 +50,11 @@ class MixtureLayer(nn.Module):
             `record_routing`, and always if the config has auxiliary losses.
         external_gates: the gates that `set_tasks` set for router="external", or None.
         task_ids: the task ids that `set_tasks` set for router="task", or None.
+        task_vectors: the task vectors that `set_tasks` set for a TokenTaskRouter, or None.
+        has_inner_task_routers: whether the router is a user's module with a TokenTaskRouter inside.
         samples: which sample each token belongs to; see `set_samples`.
+        token_order: a hint that x has its tokens in another order than the model, or None.
+        checks_rows: whether calls are checked with `check_rows`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
@@ -69,10 +79,20 @@ class MixtureLayer(nn.Module):
         router = build_router(self.config, in_features, device, dtype)
         _warn_if_untrained(self.config, router)
         self._set_router(router)
+        # Searched once, and not in each forward.
+        is_user_module = isinstance(self.config.router, nn.Module)
+        self.has_inner_task_routers = is_user_module and bool(task_routers(router))
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
         self.task_ids: Tensor | None = None
+        self.task_vectors: TaskVectors | None = None
         self.samples: Samples | str | None = None
+        self.set_token_order(None)
+
+    def set_token_order(self, order: TokenOrder | None) -> None:
+        """Set how the tokens of x are ordered, as far as the source above the layer tells."""
+        self.token_order = order
+        self.checks_rows = order is not None or self.config.granularity == "sequence"
 
     def _set_router(self, router: nn.Module | None) -> None:
         self.router = router
@@ -105,9 +125,13 @@ class MixtureLayer(nn.Module):
             external = self.external_gates if gates is None else gates
         elif config.router is not None:
             logits = self.router_logits(x, tokens)
-        return gate_from(
+        gate = gate_from(
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
+        if self.checks_rows:
+            vectors = self.task_vectors
+            check_rows(self, x, len(gate.weights if vectors is None else vectors.tensor))
+        return gate
 
     def _check_direct(self) -> None:
         """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""
@@ -158,20 +182,38 @@ class MixtureLayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in (sizes | options).items())
 
 
+# The warnings that were shown inside the innermost `router_warnings`, or None outside of it.
+_SHOWN: ContextVar[set[str] | None] = ContextVar("shown", default=None)
+_HIDDEN: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextlib.contextmanager
+def router_warnings(are_hidden: bool = False) -> Iterator[None]:
+    """Show each warning of an untrained router once for all layers that the context builds.
+
+    are_hidden: whether to show none, because the layers are those of an existing adapter.
+    """
+    shown, hidden = _SHOWN.set(set()), _HIDDEN.set(are_hidden)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(shown)
+        _HIDDEN.reset(hidden)
+
+
 def _warn_if_untrained(config: MoeLoraConfig, router: nn.Module | None) -> None:
     """Warn if the router has parameters that nothing trains."""
-    if router is None or not any(p.requires_grad for p in router.parameters()):
+    has_parameters = router is not None and any(p.requires_grad for p in router.parameters())
+    if not has_parameters or _HIDDEN.get():
         return
     if problem := untrained_router_problem(config):
-        remedy = (
-            "Set score='softmax' and normalize='none' with top_k, so that the gate trains it; or "
-            "add a loss, such as aux={'load_balance': 0.01}, with collect_aux_loss; or pass a "
-            "frozen module as router"
-        )
-        if config.num_experts == 1:
-            remedy = "One expert needs none: pass router=None"
-        # One location and one text for each config, so that Python shows it once for all layers.
-        warnings.warn(f"config: the router gets no gradient ({problem}). {remedy}", stacklevel=2)
+        text = f"config: the router gets no gradient ({problem}). {router_remedy(config)}"
+        shown = _SHOWN.get()
+        if shown is None or text not in shown:
+            # One location and one text for each config: Python shows it once for all such layers.
+            warnings.warn(text, stacklevel=2)
+        if shown is not None:
+            shown.add(text)
 
 
 class LoraLayer(MixtureLayer):
@@ -253,6 +295,13 @@ class LoraLayer(MixtureLayer):
         """The base's bias [O], or None."""
         return self.base_layer.bias
 
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        return None
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the layer is merged and `set_tasks` cannot set `tasks`."""
+
     def fuses_router(self) -> bool:
         """Return whether the op can compute the router's logits in the next forward.
 
@@ -291,12 +340,16 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     In a PeftModel these are the parameters of the active adapters. If a tensor is parametrized
     (`torch.nn.utils.parametrize`), they are the Parameters that it is computed from.
 
+    If a layer of `model` has auxiliary losses, the model gets the hooks of `follow_forwards`, so
+    that `collect_aux_loss` knows its forwards.
+
     Example:
         >>> from moelora_kernels import MoeLoraLinear, adapter_parameters
         >>> layer = MoeLoraLinear(8, 6, num_experts=2, rank=2)
         >>> [tuple(p.shape) for p in adapter_parameters(layer)]
         [(4, 8), (6, 4), (2, 8)]
     """
+    follow_forwards(model)
     parameters: dict[int, nn.Parameter] = {}
     for layer in mixture_layers(model):
         if layer.is_selected:

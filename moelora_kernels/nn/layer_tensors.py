@@ -63,7 +63,7 @@ def layer_tensors(model: nn.Module) -> dict[str, LayerTensor]:
         prefix = f"{name}." if name else ""
         entries = [(key, LayerTensor(layer, key, t)) for key, t in _layer_parameters(layer)]
         if layer.router is not None:
-            entries += _named_tensors(layer.router, "router.")
+            entries += named_tensors(layer.router, "router.")
         for key, entry in entries:
             # A computed tensor is a new object at each access.
             place = (id(entry.module), entry.name)
@@ -90,8 +90,8 @@ def _layer_parameters(layer: MixtureLayer) -> Iterator[tuple[str, Tensor | None]
             yield name, parameters.get(name)
 
 
-def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerTensor]]:
-    """Yield the tensors of a router's state dict under the names that its forward reads."""
+def named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerTensor]]:
+    """Yield the tensors of a module's state dict under the names that its forward reads."""
     module = unwrap(module)
     parts, computed = _part_names(module), _computed_names(module)
     state: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerT
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{prefix}{name}: expected a tensor, got {type(tensor).__name__}; an adapter holds "
-                "tensors only"
+                "tensors only: save, merge or export the model before its routers are quantised"
             )
         if name not in parts:
             yield prefix + name, LayerTensor(module, name, tensor)
@@ -108,7 +108,7 @@ def _named_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerT
         yield prefix + name, LayerTensor(module, name, None)
     for name, child in module._modules.items():
         if child is not None and not (name == "parametrizations" and is_parametrized(module)):
-            yield from _named_tensors(child, f"{prefix}{name}.")
+            yield from named_tensors(child, f"{prefix}{name}.")
 
 
 def _hooks(module: nn.Module) -> dict[str, object]:

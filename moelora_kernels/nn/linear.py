@@ -17,6 +17,7 @@ from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.merge import (
     REDUCED_BASE,
     Task,
+    check_merged_task,
     copy_task,
     lora_of_task,
     merged_weight,
@@ -231,6 +232,15 @@ class MoeLoraLinear(LoraLayer):
         self.merged_weight = None
         self._set_merged(False, None)
 
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        return f"{merged_with(self)}, unmerge first" if self.merged else None
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the layer is merged with another task than `tasks`."""
+        if self.merged:
+            check_merged_task(self, tasks)
+
     def _set_merged(self, merged: bool, task: Task | None) -> None:
         self.merged, self.merged_task = merged, task
         if self.link is not None:
@@ -319,3 +329,10 @@ class MoeLoraLinear(LoraLayer):
         """Return the sizes, the options that matter most, and the merged task."""
         merged = f", merged_task={self.merged_task!r}" if self.merged else ""
         return super().extra_repr() + merged
+
+
+def forget_outputs(model: nn.Module) -> None:
+    """Drop the outputs that linked siblings of `model` keep for one another."""
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
+            layer.link.forget()

@@ -167,8 +167,11 @@ def merge_problem(base: nn.Module) -> str | None:
     if not is_float or weight.shape != (base.out_features, base.in_features):
         base_weight = getattr(base, "weight", None)
         kind = "no weight"
-        if base_weight is not None:
+        if isinstance(base_weight, Tensor):
             kind = f"a weight of {type(base_weight).__name__}, {base_weight.dtype}"
+        elif base_weight is not None:
+            # A linear of torch.ao.quantization has a method in place of the parameter.
+            kind = "a weight that is not a tensor"
         return (
             "merging needs a plain nn.Linear with a dense float weight (a quantised, hooked or "
             f"sharded base cannot be merged), got a {type(base).__name__} with {kind}"

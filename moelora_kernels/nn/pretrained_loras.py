@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.layer import mixture_layers
+from moelora_kernels.nn.layer_tensors import tensor_value
 from moelora_kernels.nn.routers import PrototypeRouter
 from moelora_kernels.reference.gates import blocks
 
@@ -114,8 +115,9 @@ def set_prototypes(model: nn.Module) -> None:
         raise ValueError("model: no layer with router='prototype'")
     for layer in layers:
         router = layer.router if isinstance(layer.router, PrototypeRouter) else layer.router.gate
-        config, lora_a = layer.config, layer.lora_A
+        # A pruning hook leaves an older A and B on the layer until the next forward.
+        config, lora_a = layer.config, tensor_value(layer, "lora_A")
         if config.share == "A":
             lora_a = lora_a.repeat(config.num_experts, 1)
         experts = config.ranks()[: config.num_experts]
-        router.prototypes.copy_(lora_prototypes(lora_a, layer.lora_B, experts))
+        router.prototypes.copy_(lora_prototypes(lora_a, tensor_value(layer, "lora_B"), experts))

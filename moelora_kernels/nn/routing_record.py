@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.wrappers import unwrap
 from moelora_kernels.numerics import is_backward
 from moelora_kernels.types import Gate
 
@@ -26,19 +25,55 @@ class RoutedCall(NamedTuple):
     mask: Tensor | None = None  # the token mask of the layer's part of the model; see token_masks
 
 
-class RoutingRecord:
-    """The routing of the calls of a layer in the last forward of the model.
+Forwards = dict[nn.Module | None, tuple[list[RoutedCall], bool]]
 
-    A forward of the model drops the routing of the forward before it, also in layers that it does
-    not call. If it calls a layer several times, the record has one entry for each call. A forward
-    without autograd (evaluation, a reference model) does not drop the routing of a forward with
-    autograd, so the auxiliary loss of the training forward stays available. Activation
-    checkpointing repeats a forward; the repeated forward is not recorded.
+
+class ThreadRecord:
+    """The part of a RoutingRecord that belongs to one thread.
+
+    Attributes:
+        running: the model whose forward is running, or None.
+        mask: the token mask that the next calls store, or None; see `follow_masks`.
+        last: the calls of the last forward.
+        with_graph: the model of a forward -> the calls of its last forward with autograd since the
+            last `drop`, and whether there were several such forwards; the latest forward is last.
+            The key of a call outside of the forwards that hooks follow is None.
+        without_graph: the same for forwards without autograd.
+        together: a list for the calls of all forwards with autograd, or None; see `all_forwards`.
+    """
+
+    def __init__(self) -> None:
+        self.running: nn.Module | None = None
+        self.mask: Tensor | None = None
+        self.last: list[RoutedCall] = []
+        self.with_graph: Forwards = {}
+        self.without_graph: Forwards = {}
+        self.together: list[RoutedCall] | None = None
+
+
+class ThreadRecords(threading.local):
+    """The ThreadRecord of the running thread."""
+
+    # An attribute, because torch.compile loses what is assigned to an object of threading.local.
+    def __init__(self) -> None:
+        self.record = ThreadRecord()
+
+
+class RoutingRecord:
+    """The routing of the calls of a layer in the last forward of each model that contains it.
+
+    A forward of a model drops the routing of the model's previous forward, also in layers that it
+    does not call. If it calls a layer several times, the record has one entry for each call. A
+    forward without autograd (evaluation, a reference model) does not drop the routing of a forward
+    with autograd, so the auxiliary loss of the training forward stays available. Activation
+    checkpointing repeats a forward; the repeated forward is not recorded. A forward in which the
+    layer is switched off (an adapter of a PeftModel) leaves its record alone.
 
     `follow_forwards` adds hooks to a model, so that the records know when a forward of the model
-    begins. Without these hooks each call of a layer counts as one forward.
+    begins. Without these hooks, or in a method that is not forward, each call of a layer counts as
+    one forward. `last_calls` raises an error if it cannot tell which of them belong together.
 
-    Copies of a layer start with an empty record.
+    Every thread has its own records. Copies of a layer start with an empty record.
 
     Attributes:
         weights: [T, K] with `indices`; else dense [G, E]. Detached. None if the layer was not
@@ -48,45 +83,52 @@ class RoutingRecord:
             column), attached to the graph; None without a router.
         always: whether the layer has auxiliary losses, which need a record of every forward.
         is_on: whether calls are recorded: if `always`, or inside `record_routing`.
-        model: the model whose forward is running, or None.
-        mask: the token mask that the next calls store, or None; see `follow_masks`.
+        contexts: the number of `record_routing` contexts that are open.
         on_call: a function that gets every stored call, or None; see `count_routing`.
-        adds_forwards: whether a forward with autograd keeps the routing of the ones before it,
-            because one loss is computed of all of them.
+        newest: the ThreadRecord of the last forward of any thread, or None. A thread that has run
+            no forward reads it.
     """
 
     def __init__(self, always: bool = False) -> None:
         self.always = self.is_on = always
-        self.model: nn.Module | None = None
-        self.mask: Tensor | None = None
+        self.contexts = 0
         self.on_call: Callable[[RoutedCall], None] | None = None
-        self.adds_forwards = False
-        self.clear()
+        self.reset()
 
-    def clear(self) -> None:
-        """Drop the routing of all forwards."""
-        # None: there was no forward since the last `clear`. []: the forward did not call the layer.
-        self.with_graph: list[RoutedCall] | None = None
-        self.without_graph: list[RoutedCall] | None = None
-        self.last: list[RoutedCall] = []
+    def reset(self) -> None:
+        """Drop the routing of all threads."""
+        self.threads = ThreadRecords()
+        self.newest: ThreadRecord | None = None
 
-    def begin(self) -> None:
-        """Begin a forward of the model: drop the routing of the previous one."""
-        if self.adds_forwards and torch.is_grad_enabled() and self.with_graph is not None:
-            self.last = self.with_graph
-            return
-        self.last = []
+    @property
+    def thread(self) -> ThreadRecord:
+        """The ThreadRecord of the running thread."""
+        return self.threads.record
+
+    def begin(self, model: nn.Module | None) -> None:
+        """Begin a forward of `model`: drop the routing of its previous one.
+
+        None: a call outside of the forwards that hooks follow.
+        """
+        thread = self.newest = self.thread
+        forwards, calls = thread.without_graph, []
         if torch.is_grad_enabled():
-            self.with_graph = self.last
-        else:
-            self.without_graph = self.last
+            forwards = thread.with_graph
+            calls = calls if thread.together is None else thread.together
+        is_repeated = model in forwards
+        # The latest forward is the last entry.
+        forwards.pop(model, None)
+        forwards[model] = (calls, is_repeated)
+        thread.last = calls
+        thread.running = model
 
     def keep(self, gate: Gate, shape: Sequence[int], tasks: Tensor | None = None) -> None:
         """Store the routing of a call, unless backward is running: it repeats a forward."""
         if is_backward():
             return
-        if self.model is None:
-            self.begin()
+        thread = self.thread
+        if thread.running is None:
+            self.begin(None)
         call = RoutedCall(
             gate.weights.detach(),
             gate.experts,
@@ -94,21 +136,35 @@ class RoutingRecord:
             tuple(shape),
             gate.rows,
             tasks,
-            self.mask,
+            thread.mask,
         )
-        self.last.append(call)
+        thread.last.append(call)
         if self.on_call is not None:
             self.on_call(call)
 
-    def calls(self) -> list[RoutedCall] | None:
-        """Return the calls of the last forward; None if there was none.
+    def readable(self) -> tuple[ThreadRecord, Forwards]:
+        """Return the ThreadRecord to read, and its forwards.
 
-        If autograd is on, it is the last forward with autograd. Otherwise it is the last forward
-        without autograd, or, if there was none, the last one with autograd.
+        If autograd is on, these are the forwards with autograd. Otherwise they are the forwards
+        without autograd, or, if there was none, those with autograd.
         """
-        if torch.is_grad_enabled() or self.without_graph is None:
-            return self.with_graph
-        return self.without_graph
+        threads = [self.thread] if self.newest is None else [self.thread, self.newest]
+        for thread in threads:
+            is_training = torch.is_grad_enabled() or not thread.without_graph
+            if forwards := thread.with_graph if is_training else thread.without_graph:
+                return thread, forwards
+        return threads[0], {}
+
+    @property
+    def last(self) -> list[RoutedCall]:
+        """The calls of the last forward."""
+        last = self.thread.last
+        return self.newest.last if not last and self.newest is not None else last
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The token mask that the next calls store."""
+        return self.thread.mask
 
     @property
     def weights(self) -> Tensor | None:
@@ -143,124 +199,3 @@ def _concat(tensors: list[Tensor | None]) -> Tensor | None:
     if not tensors or tensors[0] is None:
         return None
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-class ForwardHooks:
-    """The hooks of a model that begin and end a forward in the records of its layers.
-
-    `records` has only records that are on. During a forward of the whole model, the hooks of its
-    submodules do nothing.
-    """
-
-    def __init__(self) -> None:
-        self.records: list[RoutingRecord] | None = None
-        # Forwards of the model that run inside one another.
-        self.depth = 0
-
-    def find_records(self, model: nn.Module) -> None:
-        """Find the records of `model` that are on."""
-        self.records = [record for record in _records(model) if record.is_on]
-
-    def before(self, model: nn.Module, args: tuple) -> None:
-        """Begin a forward of `model`."""
-        if self.records is None:
-            self.find_records(model)
-        if is_backward() or not self.records or self.records[0].model not in (None, model):
-            return
-        # A compiled forward that raises does not call `after`, so it counts no depth.
-        if not torch.compiler.is_compiling():
-            self.depth += 1
-            if self.depth > 1:
-                return
-        for record in self.records:
-            record.model = model
-            record.begin()
-
-    def after(self, model: nn.Module, args: tuple, output: object) -> None:
-        """End a forward of `model`, also if it raised."""
-        if is_backward():
-            return
-        if self.depth > 0 and not torch.compiler.is_compiling():
-            self.depth -= 1
-            if self.depth > 0:
-                return
-        for record in self.records or ():
-            if record.model is model:
-                record.model = None
-
-    def __reduce__(self):
-        # A copy of a model has other records, so it must find them again.
-        return ForwardHooks, ()
-
-
-def follow_forwards(model: nn.Module) -> None:
-    """Add the hooks that begin and end a forward in the records of the layers of `model`.
-
-    The two hooks are added once, to the model inside its wrappers. Call the function again after
-    you add layers.
-    """
-    model = unwrap(model)
-    hooks = model.__dict__.get("_moelora_forward_hooks")
-    if hooks is None:
-        is_layer = hasattr(model, "record")
-        if is_layer or not any(record.is_on for record in _records(model)):
-            return
-        hooks = model._moelora_forward_hooks = ForwardHooks()
-        model.register_forward_pre_hook(hooks.before)
-        model.register_forward_hook(hooks.after, always_call=True)
-    hooks.find_records(model)
-
-
-def _records(model: nn.Module) -> list[RoutingRecord]:
-    records = [getattr(module, "record", None) for module in model.modules()]
-    return [record for record in records if isinstance(record, RoutingRecord)]
-
-
-@contextlib.contextmanager
-def record_routing(model: nn.Module) -> Iterator[None]:
-    """Keep the routing of the last forward of `model` in `layer.record` inside the context.
-
-    Leaving the context clears all records, so read them inside. Contexts can be nested. If no
-    forward with autograd ran inside, the routing that an auxiliary loss needs stays as it was.
-
-    Example:
-        >>> import torch
-        >>> from moelora_kernels import MoeLoraLinear, record_routing
-        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, top_k=2)
-        >>> with record_routing(layer):
-        ...     y = layer(torch.randn(3, 16))
-        ...     print(layer.record.weights.shape, layer.record.indices.shape)
-        torch.Size([3, 2]) torch.Size([3, 2])
-    """
-    records = _records(model)
-    was_on = [record.is_on for record in records]
-    earlier = [record.with_graph if record.always else None for record in records]
-    for record in records:
-        record.is_on = True
-    follow_forwards(model)
-    try:
-        yield
-    finally:
-        for record, is_on, calls in zip(records, was_on, earlier, strict=True):
-            record.is_on = is_on
-            is_pending = calls is not None and record.with_graph is calls
-            record.clear()
-            if is_pending:
-                record.with_graph = record.last = calls
-        follow_forwards(model)
-
-
-@contextlib.contextmanager
-def all_forwards(model: nn.Module) -> Iterator[None]:
-    """Record all forwards with autograd inside the context together, as if they were one.
-
-    For a loss that is computed of several forwards, such as a contrastive one.
-    """
-    records = _records(model)
-    for record in records:
-        record.adds_forwards = True
-    try:
-        yield
-    finally:
-        for record in records:
-            record.adds_forwards = False

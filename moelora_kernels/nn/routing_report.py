@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
-from moelora_kernels.nn.routing_record import RoutedCall, record_routing
+from moelora_kernels.nn.recorded_forwards import last_calls, record_routing
+from moelora_kernels.nn.routing_record import RoutedCall
 from moelora_kernels.nn.samples import sample_of_tokens
 from moelora_kernels.nn.token_masks import call_mask, follow_masks, tokens_per_row
 from moelora_kernels.nn.wrappers import named_modules, unwrap
@@ -122,10 +123,11 @@ class RoutingCounter:
         sums = call_sums(layer, call, tasks, self.num_rows(layer))
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
-    def add_records(self) -> None:
-        """Count the calls of all layers in the last forward."""
+    def add_records(self, model: nn.Module) -> None:
+        """Count the calls of all layers in the last forward of `model`."""
+        calls = last_calls(model, self.layers.values())
         for name, layer in self.layers.items():
-            for call in layer.record.calls() or ():
+            for call in calls[layer] or ():
                 self.add(name, call)
 
     def flat(self, device: torch.device) -> Tensor:
@@ -315,7 +317,7 @@ def routing_report(model: nn.Module, *, all_ranks: bool = True) -> RoutingReport
     is_counting = counter is not None
     if not is_counting:
         counter = RoutingCounter(model)
-        counter.add_records()
+        counter.add_records(model)
     parameter = next(model.parameters(), None)
     flat = counter.flat(torch.device("cpu") if parameter is None else parameter.device)
     # Before any error, so that no process waits for another one.

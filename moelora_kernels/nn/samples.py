@@ -1,4 +1,4 @@
-"""Which sample does a token belong to? `set_samples`, and the gate row of each token.
+"""Which sample does a token belong to? The gate row of each token.
 
 Gates of tasks and of sequences have one row per sample. A layer finds the row of a token like this:
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FLAT = "flat"
 
@@ -24,73 +24,6 @@ class Samples(NamedTuple):
 
     ids: Tensor  # int32, [T], [B, L] or [B]; below 0: the token belongs to no sample
     count: int  # the number of samples: the largest id + 1
-
-
-def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) -> None:
-    """Say which sample each token of the coming forwards belongs to, until the next call.
-
-    It is needed if a layer gets an x from which this cannot be seen: tokens that the model has
-    flattened, windows of an image, several segments in one row. `model` may be a part of a model,
-    such as its encoder; other parts keep what they have.
-
-    Args:
-        model: a model, or a part of one, with mixture layers.
-        samples: one of
-            None: row b of x [B, L, I] is sample b. This is how every layer begins.
-            "flat": as None; and a 2-D x is a flattened [B, L, I], where B is the number of task ids
-            or gates that `set_tasks` got. Not for batch_dim=1, and not for sequence gates.
-            whole numbers [T], or [B, L] with T = B L: the sample of each token of x, in its order.
-            whole numbers [B]: the sample of each row of x [B, L, I].
-            The samples are numbered from 0, in the order of the ids of `set_tasks`. A number below
-            0 marks a token that belongs to no sample, such as padding: its gate is zero.
-
-    Raises:
-        ValueError: `model` has no mixture layer, or `samples` is none of these.
-
-    Example:
-        >>> import torch
-        >>> from moelora_kernels import MoeLoraLinear, set_samples, set_tasks
-        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
-        >>> set_tasks(layer, [1, 3])
-        >>> set_samples(layer, "flat")
-        >>> layer(torch.randn(2, 5, 16).flatten(0, 1)).shape
-        torch.Size([10, 32])
-    """
-    # Here, because the layers import this module.
-    from moelora_kernels.nn.layer import mixture_layers
-
-    value = _checked(samples)
-    layers = mixture_layers(model)
-    if not layers:
-        raise ValueError("model: expected a model with mixture layers, got none")
-    for layer in layers:
-        layer.samples = value
-        link = getattr(layer, "link", None)
-        if link is not None:
-            link.forget()
-
-
-def _checked(samples: Any) -> Samples | str | None:
-    if samples is None:
-        return None
-    if isinstance(samples, str):
-        if samples != FLAT:
-            raise ValueError(f"samples: expected numbers, 'flat' or None, got {samples!r}")
-        return samples
-    try:
-        ids = torch.as_tensor(samples)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"samples: expected whole numbers, got {samples!r}") from error
-    if ids.is_meta:
-        raise ValueError("samples: expected a tensor with values, got one on the meta device")
-    if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
-        raise ValueError(
-            "samples: expected whole numbers [tokens], [batch, sequence] or [batch], "
-            f"got {ids.dtype} {[*ids.shape]}"
-        )
-    # Tensors of inference mode cannot be used in a forward that trains.
-    with torch.inference_mode(False):
-        return Samples(ids.to(torch.int32, copy=True), max(int(ids.max()) + 1, 0))
 
 
 def sample_of_tokens(

@@ -1,4 +1,4 @@
-"""set_tasks: set the tasks or the external gates for the next forwards of a model."""
+"""set_tasks and set_samples: the tasks or gates of samples, and the samples of the tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import external_gates
-from moelora_kernels.nn.layer import selected_layers
-from moelora_kernels.nn.linear import MoeLoraLinear
-from moelora_kernels.nn.merge import check_merged_task
-from moelora_kernels.nn.routers import TokenTaskRouter
+from moelora_kernels.nn.layer import LoraLayer, mixture_layers, selected_layers
+from moelora_kernels.nn.linear import forget_outputs
+from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.routers import task_routers
+from moelora_kernels.nn.samples import FLAT, Samples
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
@@ -48,32 +49,42 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model)}")
-    tasks = _as_tensor(tasks, is_meta=any(p.is_meta for p in model.parameters()))
+    follow_forwards(model)
+    expected = "a tensor or a list of numbers, with rows of one length (0 pads task ids)"
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    tasks = _as_tensor("tasks", tasks, expected, is_meta)
     for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.merged:
-            check_merged_task(layer, tasks)
-    for layer in model.modules():
-        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
-            layer.link.forget()
+        if isinstance(layer, LoraLayer):
+            layer.check_merged_task(tasks)
+    forget_outputs(model)
     if tasks.is_floating_point():
         layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
-        routers = {layer.router for layer in selected_layers(model) if layer.router is not None}
-        parts = {module for router in routers for module in router.modules()}
-        task_routers = [module for module in parts if isinstance(module, TokenTaskRouter)]
-        if not layers and not task_routers:
+        routers_of = {
+            layer: task_routers(layer.router)
+            for layer in selected_layers(model)
+            if layer.router is not None
+        }
+        routers = {router for inner in routers_of.values() for router in inner}
+        if not layers and not routers:
             raise ValueError(
                 "model: no layer with router='external' takes gates; task ids are whole numbers"
             )
-        if layers and task_routers:
+        if layers and routers:
             raise ValueError(
                 "model: it uses both gates and task vectors; call set_tasks on submodules instead"
             )
-        for router in task_routers:
+        for router in routers:
             router.check_tasks(tasks)
         for layer in layers:
             external_gates(tasks, layer.config.num_experts)
-        for router in task_routers:
-            router.hold_tasks(tasks)
+        held = None
+        for router in routers:
+            held = router.hold_tasks(tasks if held is None else held)
+            router.layers_have_vectors = True
+        for layer, inner in routers_of.items():
+            if inner:
+                # Layers outside of `model` keep their own.
+                layer.task_vectors = held
         for layer in layers:
             layer.external_gates = tasks.to(layer.first_tensor().device)
         return
@@ -91,31 +102,94 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         layer.router.layers_have_ids = True
 
 
-def _as_tensor(tasks: Tensor | Sequence[int], is_meta: bool) -> Tensor:
-    """Return tasks as a dense tensor with at least one entry.
+def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) -> None:
+    """Say which sample each token of the coming forwards belongs to, until the next call.
 
-    is_meta: whether the model has tensors without values, so that tasks may have none either.
+    It is needed if a layer gets an x from which this cannot be seen: tokens that the model has
+    flattened, windows of an image, several segments in one row. `model` may be a part of a model,
+    such as its encoder; other parts keep what they have.
+
+    Args:
+        model: a model, or a part of one, with mixture layers.
+        samples: one of
+            None: row b of x [B, L, I] is sample b. This is how every layer begins.
+            "flat": as None; and a 2-D x is a flattened [B, L, I], where B is the number of task ids
+            or gates that `set_tasks` got. Not for batch_dim=1, and not for sequence gates.
+            whole numbers [T], or [B, L] with T = B L: the sample of each token of x, in its order.
+            whole numbers [B]: the sample of each row of x [B, L, I].
+            The samples are numbered from 0, in the order of the ids of `set_tasks`. A number below
+            0 marks a token that belongs to no sample, such as padding: its gate is zero.
+
+    Raises:
+        TypeError: `samples` are not numbers; or `model` is not a module.
+        ValueError: `model` has no mixture layer, or `samples` have another dtype or shape.
+
+    Example:
+        >>> import torch
+        >>> from moelora_kernels import MoeLoraLinear, set_samples, set_tasks
+        >>> layer = MoeLoraLinear(16, 32, num_experts=4, rank=2, router="task", num_tasks=3)
+        >>> set_tasks(layer, [1, 3])
+        >>> set_samples(layer, "flat")
+        >>> layer(torch.randn(2, 5, 16).flatten(0, 1)).shape
+        torch.Size([10, 32])
     """
-    if not isinstance(tasks, Tensor):
-        try:
-            tasks = torch.as_tensor(tasks)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                "tasks: expected a tensor or a list of numbers, with rows of one length (0 pads "
-                f"task ids), got {tasks!r}"
-            ) from error
-    if problem := tensor_problem(tasks):
-        raise TypeError(f"tasks: expected a tensor or a list of numbers, got {problem}")
-    if tasks.is_meta and not is_meta:
-        raise ValueError("tasks: expected a tensor with values, got one on the meta device")
-    if tasks.numel() == 0:
-        raise ValueError(f"tasks: expected at least one entry, got a tensor {[*tasks.shape]}")
-    if tasks.is_sparse:
-        tasks = tasks.to_dense()
-    small_integers = (torch.uint8, torch.int8, torch.int16)
-    tasks = tasks.long() if tasks.dtype in small_integers else tasks
-    if not tasks.is_inference():
-        return tasks
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model)}")
+    value = _checked_samples(samples)
+    layers = mixture_layers(model)
+    if not layers:
+        raise ValueError("model: expected a model with mixture layers, got none")
+    for layer in layers:
+        layer.samples = value
+    forget_outputs(model)
+
+
+def _checked_samples(samples: Tensor | Sequence[int] | str | None) -> Samples | str | None:
+    if samples is None:
+        return None
+    if isinstance(samples, str):
+        if samples != FLAT:
+            raise ValueError(f"samples: expected numbers, 'flat' or None, got {samples!r}")
+        return FLAT
+    ids = _as_tensor("samples", samples, "whole numbers [tokens], [batch, sequence] or [batch]")
+    if ids.dim() not in (1, 2) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "samples: expected whole numbers [tokens], [batch, sequence] or [batch], the sample "
+            f"of each token or row from 0, got {ids.dtype} {[*ids.shape]}"
+        )
     # Tensors of inference mode cannot be used in a forward that trains.
     with torch.inference_mode(False):
-        return tasks.clone()
+        return Samples(ids.to(torch.int32, copy=True), max(int(ids.max()) + 1, 0))
+
+
+def _as_tensor(
+    name: str, values: Tensor | Sequence[int], expected: str, is_meta: bool = False
+) -> Tensor:
+    """Return values as a dense tensor with at least one entry, whole numbers as int32 or int64.
+
+    Args:
+        name: the argument that an error names.
+        values: a tensor or nested lists of numbers.
+        expected: what an error says that the argument can be.
+        is_meta: whether the tensor may be on the meta device, because the model is.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected {expected}, got {values!r}") from error
+    if problem := tensor_problem(values):
+        raise TypeError(f"{name}: expected {expected}, got {problem}")
+    if values.is_meta and not is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+    if values.numel() == 0:
+        raise ValueError(f"{name}: expected at least one entry, got a tensor {[*values.shape]}")
+    if values.is_sparse:
+        values = values.to_dense()
+    small_integers = (torch.uint8, torch.int8, torch.int16)
+    values = values.long() if values.dtype in small_integers else values
+    if not values.is_inference():
+        return values
+    # Tensors of inference mode cannot be used in a forward that trains.
+    with torch.inference_mode(False):
+        return values.clone()

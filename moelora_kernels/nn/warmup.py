@@ -11,6 +11,7 @@ from moelora_kernels.nn.balance import balances
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.group import MoeLoraGroup
 from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.recorded_forwards import kept_records
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) -> None:
@@ -42,16 +43,13 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1,), *, batch: int = 1) ->
     if not groups:
         raise ValueError("model: expected a model with mixture layers, got none")
     layers = [layer for group in groups for layer in group]
-    records = [(layer.record, vars(layer.record).copy()) for layer in layers]
     loads = [(balance, balance.load) for balance in balances(model)]
     all_devices = {layer.first_tensor().device for layer in layers}
     devices = {device for device in all_devices if device.type == "cuda"}
-    with torch.random.fork_rng(list(devices)):
+    with torch.random.fork_rng(list(devices)), kept_records(layers):
         for group in groups:
             for count in tokens:
                 _run(group, batch, count)
-    for record, values in records:
-        vars(record).update(values)
     for balance, load in loads:
         balance.load = load
 

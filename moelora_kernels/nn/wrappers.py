@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -31,6 +31,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     while (child := wrapped_child(model)) is not None:
         model = model._modules[child]
     return model
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Return whether a module is a PreTrainedModel of transformers."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
 def wrapped_child(module: nn.Module) -> str | None:
@@ -62,6 +67,14 @@ def places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {name: (modules[parent], child) for name, (parent, _, child) in split.items()}
 
 
+def inside_checkpointing(parent: nn.Module, child: str) -> tuple[nn.Module, str]:
+    """Return the (parent, child) of the module inside torch's `checkpoint_wrapper`, if any."""
+    inner = "_checkpoint_wrapped_module"
+    while wrapped_child(parent._modules[child]) == inner:
+        parent, child = parent._modules[child], inner
+    return parent, child
+
+
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the Parameters and buffers of `model.state_dict()` by their portable names."""
     state: dict[str, Tensor] = {}
@@ -71,14 +84,33 @@ def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def portable_name(model: nn.Module, name: str) -> str:
-    """Return a dotted name of a module or tensor in `model` without the children of wrappers."""
+    """Return a dotted name of a module or tensor in `model` without the children of wrappers.
+
+    `name` may lack the children of some wrappers: activation checkpointing and FSDP1 leave them out
+    of the keys of a state dict.
+    """
     parts = []
     module: nn.Module | None = model
     for part in name.split("."):
         if module is None or part != wrapped_child(module):
             parts.append(part)
+            module = None if module is None else unwrap(module)
         module = None if module is None else module._modules.get(part)
     return ".".join(parts)
+
+
+def portable_keys(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return `state` with a name in place of each key that differs only by children of wrappers."""
+    by_core: dict[str | None, list[str]] = {}
+    for name in names:
+        by_core.setdefault(without_wrapped(name, keep_module=False), []).append(name)
+    result = dict(state)
+    for key in state:
+        core = without_wrapped(key, keep_module=False) if isinstance(key, str) else None
+        candidates = by_core.get(core, [])
+        if len(candidates) == 1 and candidates[0] not in result:
+            result[candidates[0]] = result.pop(key)
+    return result
 
 
 def named_modules(

@@ -56,13 +56,26 @@ class MoeLoraExperts(LoraLayer):
 
     @property
     def is_selected(self) -> bool:
-        """Whether this adapter is one of the active ones, and not part of a merged weight."""
-        return self.name in self.tuner_layer.active_adapters and not self.tuner_layer.merged
+        """Whether this adapter is one of the active ones, and not part of the merged weight."""
+        layer = self.tuner_layer
+        return self.name in layer.active_adapters and self.name not in layer.merged_adapters
 
     @property
     def is_running(self) -> bool:
         """Whether the coming forwards use this adapter."""
         return self.name in self.tuner_layer.running()
+
+    def merged_problem(self) -> str | None:
+        """Return why the experts cannot change because they are merged; None if they can."""
+        if self.name not in self.tuner_layer.merged_adapters:
+            return None
+        return f"adapter {self.name!r} is merged; call peft_model.unmerge_adapter() first"
+
+    def check_merged_task(self, tasks: Tensor) -> None:
+        """Raise ValueError if the adapter is merged and takes tasks of this kind."""
+        kind = "external" if tasks.is_floating_point() else "task"
+        if self.config.router == kind and (problem := self.merged_problem()):
+            raise ValueError(f"tasks: {problem}")
 
     def task(self) -> Task | None:
         """Return the task or the gate that `set_tasks` has set; None if the adapter has no gate.
@@ -163,9 +176,10 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
 
     def running(self) -> list[str]:
         """Return the names of the adapters that a forward uses, in their order."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.moelora_experts]
+        present = self.moelora_experts.keys() - self.merged_adapters
+        return [name for name in self.active_adapters if name in present]
 
     def below(self, adapter_name: str) -> nn.Module:
         """Return the module whose output an adapter adds to: the adapter before it, or the base."""
@@ -180,7 +194,32 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         running = self.running()
-        return self.moelora_experts[running[-1]](x) if running else self.base_layer(x)
+        if running:
+            return self.moelora_experts[running[-1]](x)
+        if self.merged and self.training and torch.is_grad_enabled():
+            self._warn_that_merged_adapters_do_not_train()
+        return self.base_layer(x)
+
+    def _warn_that_merged_adapters_do_not_train(self) -> None:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"adapters {self.merged_adapters} are merged, so this forward does not train them; "
+                "call peft_model.unmerge_adapter() before training, or peft_model.eval()",
+                stacklevel=2,
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # The base weight contains the merged adapters.
+        if self.merged:
+            merged = [f".{name}." for name in self.merged_adapters]
+            for key in state_dict:
+                is_base = key.startswith(f"{prefix}base_layer.")
+                if is_base or (key.startswith(prefix) and any(name in key for name in merged)):
+                    raise RuntimeError(
+                        f"{key}: adapters {self.merged_adapters} are merged; call "
+                        "peft_model.unmerge_adapter() before other values are loaded"
+                    )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the delta of the base weight for one adapter and the set task, [O, I] float64.
@@ -190,12 +229,19 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         experts = self._mergeable(adapter_name)
         return delta_weight(experts, experts.task())
 
-    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise the RuntimeError that `merge` would raise, without computing anything."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.moelora_experts and name not in self.merged_adapters:
-                self._dense_base_weight()
+    def check_merge(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Raise the error that `merge` would raise. Only safe_merge computes the merged weight."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        present = self.moelora_experts.keys() - self.merged_adapters
+        if names := [name for name in names if name in present]:
+            weight = self._dense_base_weight()
+            for name in names:
                 self._mergeable(name).task()
+            # The weight of an offloaded base is on the meta device until `merge` loads it.
+            if safe_merge and not weight.is_meta:
+                self._merged_weight(names, safe_merge)
 
     def _mergeable(self, adapter_name: str) -> MoeLoraExperts:
         experts = self.moelora_experts[adapter_name]
@@ -219,14 +265,19 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight = self._dense_base_weight()
-        delta = torch.stack([self.get_delta_weight(name) for name in names]).sum(dim=0)
-        merged = (weight.double() + delta.to(weight.device)).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"safe_merge: the weight is not finite after merging {names}")
+        merged = self._merged_weight(names, safe_merge)
         if not self.merged:
             self.unmerged_weight = weight.clone()
         weight.copy_(merged)
         self.merged_adapters.extend(names)
+
+    def _merged_weight(self, adapter_names: Sequence[str], safe_merge: bool) -> Tensor:
+        weight = self._dense_base_weight()
+        delta = torch.stack([self.get_delta_weight(name) for name in adapter_names]).sum(dim=0)
+        merged = (weight.double() + delta.to(weight.device)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"safe_merge: the weight is not finite after merging {adapter_names}")
+        return merged
 
     def unmerge(self) -> None:
         """Restore the bits that the base weight had before `merge`."""

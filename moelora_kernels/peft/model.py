@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +11,22 @@ from typing import Any
 from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.replace import fitting_task_router
+from moelora_kernels.nn.layer import router_warnings
+from moelora_kernels.nn.replace import (
+    check_layout,
+    fitting_task_router,
+    follow_calls,
+    sample_order,
+)
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.routing_record import follow_forwards
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
+from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap
 from moelora_kernels.peft.config import MoeLoraPeftConfig
 from moelora_kernels.peft.layer import MoeLoraExperts, MoeLoraTunerLinear
+from moelora_kernels.peft.state import state_to_load, state_to_save
 
 
 class MoeLoraModel(BaseTuner):
@@ -28,11 +36,17 @@ class MoeLoraModel(BaseTuner):
     tuner_layer_cls = MoeLoraTunerLinear
     target_module_mapping: Mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Put an adapter into `model`. Its forwards begin the routing records of the layers."""
-        super().inject_adapter(model, *args, **kwargs)
-        warn_of_readers(dict(model.named_modules()), self.targeted_module_names)
-        follow_forwards(model)
+        # An adapter that is loaded for inference does not train.
+        with router_warnings(are_hidden=self.peft_config[adapter_name].inference_mode):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        names = [portable_name(model, name) for name in self.targeted_module_names]
+        warn_of_readers(dict(named_modules(model)), names)
+        for config in self.peft_config.values():
+            follow_calls(model, config.moe_lora_config())
 
     def _check_target_module_compatiblity(
         self, peft_config: MoeLoraPeftConfig, model: nn.Module, target_name: str
@@ -53,10 +67,14 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         config = peft_config.moe_lora_config()
         layer = target
+        name = portable_name(self.model, current_key)
+        above = _modules_above(self.model, current_key)
+        check_layout(name, above, config)
         if not isinstance(target, MoeLoraTunerLinear):
-            check_target(current_key, target, _modules_above(self.model, current_key))
+            check_target(name, target, above)
             layer = MoeLoraTunerLinear(target)
         layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
+        layer.moelora_experts[adapter_name].set_token_order(sample_order(name, above, config))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -69,6 +87,31 @@ class MoeLoraModel(BaseTuner):
         ]
         return fitting_task_router(experts, config)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoeLoraPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT would write the names of wrappers, and leave out computed tensors.
+        return state_to_save(model, adapter_name, state_dict, config.bias)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MoeLoraPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        def file_key(key: str) -> str:
+            return cls._remove_adapter_name_from_key(key, adapter_name)
+
+        return state_to_load(model, adapter_name, state_dict, file_key)
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -77,10 +120,13 @@ class MoeLoraModel(BaseTuner):
         `unmerge_adapter` restores the base weights.
 
         Raises (the model is then unchanged):
-            ValueError: a name in adapter_names is unknown.
+            ValueError: a name in adapter_names is unknown; or safe_merge is set and a merged weight
+                is not finite.
             RuntimeError: a gate depends on x, no task is set, or a base weight is not dense.
+
+        Warns if another module shares a base weight, because that module changes too.
         """
-        self._check_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -91,17 +137,34 @@ class MoeLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(
                 f"adapter_names: expected names from {sorted(self.peft_config)}, got {unknown}"
             )
-        for module in self.model.modules():
-            if isinstance(module, MoeLoraTunerLinear):
-                module.check_merge(adapter_names)
+        layers = {
+            name: module
+            for name, module in named_modules(self.model)
+            if isinstance(module, MoeLoraTunerLinear)
+        }
+        for layer in layers.values():
+            layer.check_merge(adapter_names, safe_merge)
+        owners: dict[int, list[str]] = {}
+        for name, module in named_modules(self.model):
+            if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+                owners.setdefault(id(weight), []).append(name)
+        for name, layer in layers.items():
+            base = [f"{name}.base_layer"]
+            weight = getattr(layer.base_layer, "weight", None)
+            if others := [n for n in owners.get(id(weight), base) if n not in base]:
+                warnings.warn(
+                    f"merge: {', '.join(others)} shares the weight of {name}, so the merge changes "
+                    "it too; untie the weights before the merge",
+                    stacklevel=3,
+                )
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
@@ -122,7 +185,7 @@ class MoeLoraModel(BaseTuner):
 
 
 def _modules_above(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return the modules that contain the module `name` of `model`, by name."""
+    """Return the modules that contain the module `name` of `model`, by their portable names."""
     parts = name.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts))]
-    return {name: model.get_submodule(name) for name in names}
+    return {portable_name(model, name): unwrap(model.get_submodule(name)) for name in names}

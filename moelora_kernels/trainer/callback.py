@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss_of_parts
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
-from moelora_kernels.nn.routing_record import all_forwards, record_routing
+from moelora_kernels.nn.recorded_forwards import all_forwards, last_calls, record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
 from moelora_kernels.nn.token_masks import follow_masks
 from moelora_kernels.trainer.first_step import FirstStep
@@ -52,6 +53,8 @@ class MoeLoraCallback(TrainerCallback):
         self._model = model
         self._first_step = FirstStep(model)
         self._tasks.follow(model)
+        if self._trainer.args.world_size > 1:
+            model.register_forward_hook(connect_output)
         if isinstance(model, PreTrainedModel):
             declare_shared(model)
 
@@ -102,7 +105,7 @@ class MoeLoraCallback(TrainerCallback):
             with record_routing(self._model):
                 with self._first_step.watch(), all_forwards(self._model):
                     result = self._compute_loss(model, batch, **options)
-                self._counter.add_records()
+                self._counter.add_records(self._model)
                 loss = result[0] if return_outputs else result
                 loss = self._connected(loss)
                 if self._has_aux():
@@ -122,10 +125,10 @@ class MoeLoraCallback(TrainerCallback):
         """
         if loss.requires_grad:
             self._was_reached = True
-        elif self._was_reached and not any(
-            layer.record.calls() for layer in mixture_layers(self._model)
-        ):
-            return loss.detach().requires_grad_()
+        elif self._was_reached:
+            calls = last_calls(self._model, mixture_layers(self._model))
+            if not any(calls.values()):
+                return loss.detach().requires_grad_()
         return loss
 
     def _micro_batches(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -161,6 +164,29 @@ class MoeLoraCallback(TrainerCallback):
         logs.update(load_logs(self.report))
         # The history holds a copy of the logs that was made before the callbacks ran.
         state.log_history[-1].update(logs)
+
+
+def connect_output(model: nn.Module, args: tuple, output: Any) -> Any:
+    """Return an output with a graph if this training forward reached no trainable parameter.
+
+    LayerDrop can leave out all layers on one process. Without a graph that process would not take
+    part in the sum of gradients, and the others would wait for it.
+    """
+    if not (model.training and torch.is_grad_enabled()):
+        return output
+    values, tree = tree_flatten(output)
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        return output
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [_with_graph(value, trained) for value in values]
+    return tree_unflatten(values, tree)
+
+
+def _with_graph(value: Any, parameters: list[nn.Parameter]) -> Any:
+    """Return a float tensor plus 0 times the sum of all parameters; other values unchanged."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value + sum(0 * parameter.sum().to(value) for parameter in parameters)
 
 
 def load_logs(report: RoutingReport) -> dict[str, float]:

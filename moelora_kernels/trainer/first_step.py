@@ -15,12 +15,12 @@ from moelora_kernels.nn.gradient_reasons import (
     UNUSED,
     LayerStep,
     gradient_reasons,
+    layer_steps,
     own_parameters,
 )
-from moelora_kernels.nn.layer import MixtureLayer
+from moelora_kernels.nn.recorded_forwards import last_calls
 from moelora_kernels.nn.sharding import is_dtensor
 from moelora_kernels.nn.weight_readers import watch_reads
-from moelora_kernels.nn.wrappers import named_modules
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,8 @@ class FirstStep:
 
     def __init__(self, model: nn.Module) -> None:
         self.is_open = True
-        self.steps = [
-            LayerStep(name, layer)
-            for name, layer in named_modules(model)
-            if isinstance(layer, MixtureLayer) and layer.is_selected
-        ]
+        self.model = model
+        self.steps = layer_steps(model)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -48,8 +45,9 @@ class FirstStep:
             return
         with watch_reads() as reads:
             yield
+        calls = last_calls(self.model, [step.layer for step in self.steps])
         for step in self.steps:
-            step.calls += len(step.layer.record.calls() or ())
+            step.calls += len(calls[step.layer] or ())
             step.reader = step.reader or reads.readers.get(step.layer)
 
     def finish(self, trainer: Trainer) -> None:
@@ -72,33 +70,37 @@ class FirstStep:
         flat = trainer.accelerator.reduce(flat, "sum").cpu()
         for step, count in zip(self.steps, flat.tolist(), strict=False):
             step.calls = int(count)
-        given = flat[len(calls) :].view(-1, 2) > 0
-        exists = dict(zip(parameters, given[:, 0].tolist(), strict=True))
-        nonzero = dict(zip(parameters, given[:, 1].tolist(), strict=True))
+        sums = flat[len(calls) :].view(-1, 2)
+        exists = dict(zip(parameters, (sums[:, 0] > 0).tolist(), strict=True))
+        magnitudes = dict(zip(parameters, sums[:, 1].tolist(), strict=True))
         problems = {s.name: reason for s in self.steps if (reason := s.call_problem())}
         left_out = dict(problems)
         if not _hides_gradients(trainer):
             for step in self.steps:
                 if step.name not in problems and not _is_reached(step, exists):
                     problems[step.name] = left_out[step.name] = UNUSED
-            unexpected, _ = gradient_reasons(self.steps, nonzero, problems)
+            unexpected, _ = gradient_reasons(self.steps, magnitudes, problems)
             known = set(problems.values())
             left_out |= {name: why for name, why in unexpected.items() if why not in known}
         if left_out and trainer.is_world_process_zero():
             logger.warning(
-                "the first training step gave no gradient to some adapters or routers:\n%s\n"
-                "check_trainable(model, batch) tells more",
+                "some adapters or routers got no gradient in the first training step, so they do "
+                "not train:\n%s\n"
+                "check_trainable(model, batch) checks the model with any batch, without a trainer",
                 "\n".join(lines_by_reason("no gradient", left_out)),
             )
 
 
 def _gradient_flags(parameter: nn.Parameter) -> Tensor:
-    """Return [whether a gradient exists, whether it has a nonzero value] as float32 [2]."""
+    """Return [whether a gradient exists, its largest absolute value] as float32 [2]."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros(2, device=parameter.device)
     gradient = gradient.to_local() if is_dtensor(gradient) else gradient
-    return torch.stack([torch.ones_like(gradient.any()), gradient.any()]).float()
+    flags = torch.ones(2, device=gradient.device)
+    # A gradient that is not finite counts as 1: the first step of a loss scaler can overflow.
+    flags[1] = gradient.abs().max().float().nan_to_num(1.0, 1.0) if gradient.numel() else 0.0
+    return flags
 
 
 def _is_reached(step: LayerStep, exists: dict[int, bool]) -> bool:

@@ -46,16 +46,26 @@ class TaskCollator:
         """Return the collator's batch with the tasks [B] or [B, ...] under `column`.
 
         Raises:
-            ValueError: a sample has no task, or the tasks have several lengths.
-            TypeError: the batch of the collator is not a mapping.
+            ValueError: there are no samples, a sample has no task, or the tasks have several
+                lengths.
+            TypeError: a sample or the batch of the collator is not a mapping, or a task is neither
+                a number nor a list of numbers.
         """
+        if not len(samples):
+            raise ValueError("samples: expected at least one sample, got none")
+        for sample in samples:
+            if not isinstance(sample, Mapping):
+                raise TypeError(
+                    f"samples: expected mappings with a value for {self.column!r}, got a "
+                    f"{type(sample).__name__}; {NO_COLUMN}"
+                )
         missing = [sample for sample in samples if self.column not in sample]
         if missing:
             raise ValueError(
                 f"{self.column}: a model with task gates needs this column in every sample, got "
                 f"one with {', '.join(missing[0])} (a packed sample has no single task)"
             )
-        tasks = [torch.as_tensor(sample[self.column]) for sample in samples]
+        tasks = [self._task(sample[self.column]) for sample in samples]
         if len(shapes := {task.shape for task in tasks}) > 1:
             raise ValueError(
                 f"{self.column}: expected one length in a batch (pad ids with 0), got "
@@ -70,6 +80,19 @@ class TaskCollator:
             )
         batch[self.column] = torch.stack(tasks)
         return batch
+
+    def _task(self, value: Any) -> Tensor:
+        """Return the tasks of one sample as a tensor."""
+        try:
+            task = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            task = None
+        if task is None or task.numel() == 0:
+            raise TypeError(
+                f"{self.column}: expected a task id, a list of ids (0 pads) or a gate for each "
+                f"sample, got {value!r}"
+            )
+        return task
 
 
 NO_COLUMN = (

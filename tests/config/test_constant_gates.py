@@ -16,9 +16,12 @@ from moelora_kernels import (
     MoeLoraFFN,
     MoeLoraLinear,
     collect_aux_loss,
+    replace_ffns,
     replace_linears,
+    save_adapter,
     set_tasks,
 )
+from moelora_kernels.export import read_adapter
 from moelora_kernels.presets import PRESETS
 from support import linears
 
@@ -162,3 +165,52 @@ def test_a_model_of_many_layers_warns_once():
         warnings.simplefilter("default")
         replace_linears(model, MoeLoraConfig(rank=2, top_k=1), ["0", "1", "2"])
     assert len(caught) == 1
+
+
+def shown_warnings(function, *args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*args)
+    return [str(warning.message) for warning in caught if WARNING in str(warning.message)]
+
+
+def test_one_warning_for_each_call_with_a_filter_that_shows_all():
+    config = MoeLoraConfig(num_experts=4, rank=2, top_k=1)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    assert len(shown_warnings(replace_linears, model, config, ["0", "1"])) == 1
+    assert len(shown_warnings(replace_linears, model, config, ["2"])) == 1
+    assert len(shown_warnings(make_layer, dict(top_k=1))) == 1
+    mlp = nn.Module()
+    for i in range(2):
+        block = nn.Module()
+        block.gate_proj, block.up_proj = nn.Linear(8, 16), nn.Linear(8, 16)
+        block.down_proj, block.act_fn = nn.Linear(16, 8), nn.SiLU()
+        mlp.add_module(f"mlp{i}", block)
+    mixlora = MoeLoraConfig.preset("mixlora", num_experts=4, rank=2, top_k=1, aux=())
+    assert len(shown_warnings(replace_ffns, mlp, mixlora, ["mlp0", "mlp1"])) == 1
+
+
+def test_reading_an_adapter_file_warns_of_no_router(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=WARNING):
+        replace_linears(model, MoeLoraConfig(num_experts=4, rank=2, top_k=1), ["0", "1"])
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    assert shown_warnings(read_adapter, tmp_path / "adapter.safetensors") == []
+
+
+def test_peft_warns_once_for_an_adapter_that_trains(tmp_path):
+    peft = pytest.importorskip("peft")
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    options = dict(num_experts=4, rank=2, top_k=1, aux=(), target_modules=["0", "1"])
+
+    def base():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def train():
+        model = peft.get_peft_model(base(), MoeLoraPeftConfig(preset="ming", **options))
+        model.save_pretrained(tmp_path)
+
+    assert len(shown_warnings(train)) == 1
+    assert shown_warnings(peft.PeftModel.from_pretrained, base(), tmp_path) == []
+    assert shown_warnings(read_adapter, tmp_path) == []

@@ -42,9 +42,9 @@ SIGNATURES = {
         "(hidden_size, intermediate_size, bias=False, *, activation='silu', config=None, "
         "device=None, dtype=None, recompute=False, **options)"
     ),
-    "moelora_kernels:MoeLoraFFN.forward": "(self, x, gates=None)",
+    "moelora_kernels:MoeLoraFFN.forward": "(self, x=None, gates=None, *, input=None)",
     "moelora_kernels:MoeLoraGroup": "(**siblings)",
-    "moelora_kernels:MoeLoraGroup.forward": "(self, x, gates=None)",
+    "moelora_kernels:MoeLoraGroup.forward": "(self, x=None, gates=None, *, input=None)",
     "moelora_kernels:MoeLoraLinear": (
         "(in_features, out_features, bias=True, *, config=None, device=None, dtype=None, **options)"
     ),

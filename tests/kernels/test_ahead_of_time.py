@@ -10,23 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import LAYERS, complaints, record, width
+from benchmarks.ahead_of_time import LAYERS, complaints, record
+from benchmarks.model.machine_code import innermost_loops, width
 from moelora_kernels.kernels.common import configs
 from support.selection import exhaustive
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def compiled_kernels(request, tmp_path):
-    """The folder of compiled kernels: it is kept between runs, and Triton's version is in its keys.
-
-    TRITON_CACHE_DIR, or a folder of pytest's cache, or a new folder if pytest runs without a cache.
-    """
-    if folder := os.environ.get("TRITON_CACHE_DIR"):
-        return folder
-    cache = getattr(request.config, "cache", None)
-    return str(cache.mkdir("triton") if cache else tmp_path)
 
 
 @exhaustive
@@ -107,3 +96,19 @@ def test_unknown_architectures_are_refused(capsys):
     with pytest.raises(SystemExit):
         ahead_of_time.main(["--architectures", "sm_70"])
     assert "sm_70" in capsys.readouterr().err
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   FADD R3, R3, R3 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/               @P1 BRA 0x10 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   BRA 0x60;
+"""
+
+
+def test_innermost_loops():
+    """The loop of two instructions lies in one of four; the jump to itself is no loop."""
+    assert innermost_loops(SASS) == [2]

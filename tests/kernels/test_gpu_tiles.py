@@ -19,7 +19,6 @@ from support.op_checks import GROUPED_OPS, WIDE_OPS, compare
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
-REPEATS = 50
 
 # The variants of the wide ops. name -> case and parts, with tails of every tile; the comment says
 # which programs it makes.
@@ -79,8 +78,9 @@ def _flat(outputs) -> list[Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("key", "dtype"), _entries())
-def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str) -> None:
-    """Right by float64, no NaN under poisoned allocations, and the same bits in 50 runs."""
+def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str, pytestconfig) -> None:
+    """Right by float64, no NaN under poisoned allocations, and the same bits in all --repeats."""
+    repeats = pytestconfig.option.repeats
     op, _, columns = key
     assert op in OPS, op
     draw = _wide_calls if op in WIDE_OPS else _grouped_calls
@@ -95,7 +95,7 @@ def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str) -> No
         compare(op, launch, arguments, dtype)
 
         differing = torch.zeros(len(first), dtype=torch.int64, device=DEVICE)
-        for _ in range(REPEATS - 1):
+        for _ in range(repeats - 1):
             for i, again in enumerate(_flat(launch(*arguments))):
                 differing[i] += (again != first[i]).any()
-        assert differing.tolist() == [0] * len(first), f"runs of {REPEATS} that differ, by output"
+        assert differing.tolist() == [0] * len(first), f"runs of {repeats} that differ, by output"

@@ -16,47 +16,8 @@ from moelora_kernels import (
     replace_linears,
 )
 from moelora_kernels.nn.check import selected_experts
-from moelora_kernels.nn.layer import mixture_layers
-from moelora_kernels.nn.routing_record import all_forwards
-
-AUX = dict(num_experts=4, rank=2, top_k=2, aux={"load_balance": 1.0, "z": 0.1})
-
-
-class Branches(nn.Module):
-    """Layers a, b and c. A forward calls the layers whose names are in `path`, in that order."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
-
-    def forward(self, x, path="abc"):
-        for name in path:
-            x = getattr(self, name)(x)
-        return x
-
-
-def branches(**options):
-    torch.manual_seed(0)
-    model = Branches()
-    replace_linears(model, MoeLoraConfig(**(AUX | options)), ["a", "b", "c"])
-    for layer in mixture_layers(model):
-        nn.init.normal_(layer.lora_B)
-    return model
-
-
-def tokens(count=5, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 6, dtype=torch.float64, generator=generator)
-
-
-def loss_of(model, *inputs):
-    """Return the sum of the auxiliary losses of single layers; inputs: pairs (name, x)."""
-    total = torch.zeros((), dtype=torch.float64)
-    for name, x in inputs:
-        layer = getattr(model, name)
-        layer(x)
-        total = total + collect_aux_loss(layer)
-    return total
+from moelora_kernels.nn.recorded_forwards import all_forwards
+from support.branches import AUX, Branches, branches, loss_of, tokens
 
 
 def test_a_layer_that_the_forward_does_not_reach_adds_nothing():
@@ -149,8 +110,9 @@ def test_a_part_of_the_model_is_a_forward_only_on_its_own():
 
     outer, x = Outer(), tokens()
     outer(x)
-    # The part's own hooks know two forwards, of which the second reached b only.
-    torch.testing.assert_close(collect_aux_loss(outer), loss_of(inner, ("b", x)))
+    # The part's hooks know two forwards, but not that the whole model called them.
+    with pytest.raises(RuntimeError, match=r"^inner\.a: its calls cannot be assigned"):
+        collect_aux_loss(outer)
     # `collect_aux_loss` has seen the whole: its forward reaches both.
     outer(x)
     torch.testing.assert_close(collect_aux_loss(outer), loss_of(inner, ("a", x), ("b", x)))

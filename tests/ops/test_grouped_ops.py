@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.backends import DTYPES, GPU, HALF, NATIVE, TRITON, Backend, parameters
+from support.backends import DTYPES, GPU, HALF, NATIVE, PTX, TRITON, Backend, parameters
 from support.cases import GROUPED, Case
 from support.large_cases import LARGE_GROUPED
 from support.op_checks import GROUPED_OPS, check
@@ -30,6 +30,10 @@ def triton_by_default(case: str, dtype: str) -> bool:
     return case in IN_FLOAT16 if dtype == "fp16" else case == "mixed_ranks"
 
 
+def ptx_by_default(case: str, dtype: str) -> bool:
+    return case == "mixed_ranks" and dtype == "bf16"
+
+
 PARAMETERS = [
     *parameters(NATIVE, GROUPED, DTYPES),
     *parameters(TRITON, GROUPED, {"fp16": torch.float16}, triton_by_default),
@@ -39,6 +43,7 @@ PARAMETERS = [
         {name: DTYPES[name] for name in ("bf16", "fp32")},
         triton_by_default,
     ),
+    *(each for ptx in PTX for each in parameters(ptx, GROUPED, HALF, ptx_by_default)),
     *parameters(GPU, LARGE_GROUPED, HALF),
 ]
 
@@ -50,7 +55,7 @@ PARAMETERS = [
         for op in GROUPED_OPS
         for parameter in PARAMETERS
         # `route` has no Triton kernel.
-        if op != "route" or parameter.values[0] is not TRITON
+        if op != "route" or parameter.values[0] in (NATIVE, GPU)
     ],
 )
 def test_op(op: str, backend: Backend, case: Case, dtype: torch.dtype) -> None:

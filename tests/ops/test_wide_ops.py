@@ -8,7 +8,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.backends import DTYPES, GPU, HALF, KERNEL_DTYPES, NATIVE, TRITON, Backend, parameters
+from support.backends import (
+    DTYPES,
+    GPU,
+    HALF,
+    KERNEL_DTYPES,
+    NATIVE,
+    PTX,
+    TRITON,
+    Backend,
+    parameters,
+)
 from support.cases import WIDE, Case
 from support.large_cases import LARGE_WIDE
 from support.op_checks import WIDE_OPS, check
@@ -23,11 +33,16 @@ def triton_by_default(case: str, dtype: str) -> bool:
     return case in EVERY_DTYPE or (dtype == "fp16" and case not in SLOWEST)
 
 
+def ptx_by_default(case: str, dtype: str) -> bool:
+    return case == "siblings" and dtype == "bf16"
+
+
 @pytest.mark.parametrize(
     ("backend", "case", "dtype"),
     (
         *parameters(NATIVE, WIDE, DTYPES),
         *parameters(TRITON, WIDE, KERNEL_DTYPES, triton_by_default),
+        *(each for ptx in PTX for each in parameters(ptx, WIDE, KERNEL_DTYPES, ptx_by_default)),
         *parameters(GPU, LARGE_WIDE, HALF),
     ),
 )

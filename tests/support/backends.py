@@ -2,6 +2,8 @@
 
 native    the registered op on CPU tensors: the C++ library
 triton    the launcher of the Triton kernel: on a GPU if there is one, else interpreted
+ptx-sm_90 the launcher of the Triton kernel: its PTX for sm_90, executed on the CPU (`tests/ptx`);
+          so for ptx-sm_80
 gpu       the launcher on a GPU, at the sizes of real layers; `route`, which has no Triton
 kernel, is the registered op
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,20 +63,41 @@ def in_parts(launch: Callable, split: int) -> Callable:
     return lambda *arguments: launch(*arguments, split=split)
 
 
+def on_ptx(launch: Callable, architecture: str) -> Callable:
+    """Return a launcher that executes PTX on a CPU.
+
+    In every second call, copies and products happen as late as they may, else as early as they may.
+    """
+    copies = itertools.cycle(("early", "late"))
+
+    def run(*arguments, **options):
+        from ptx.launcher import executed
+
+        with executed(architecture, copies=next(copies)):
+            return launch(*arguments, **options)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
     device: str
     marks: tuple[pytest.MarkDecorator, ...]
+    # The architecture whose PTX is executed, or None.
+    ptx: str | None = None
 
     def implementation(self, op: str) -> Callable:
         """Return the function that computes an op."""
+        if self.ptx:
+            return on_ptx(op_launcher(op), self.ptx)
         return getattr(ops, op) if self is NATIVE or op == "route" else op_launcher(op)
 
     def implementations(self, op: str) -> list[Callable]:
         """Return all functions that compute an op: Triton's with its products whole and cut."""
-        if self is TRITON and op in SPLIT:
-            return [in_parts(op_launcher(op), split) for split in (1, 3)]
+        if (self is TRITON or self.ptx) and op in SPLIT:
+            launchers = [in_parts(op_launcher(op), split) for split in (1, 3)]
+            return [on_ptx(each, self.ptx) for each in launchers] if self.ptx else launchers
         return [self.implementation(op)]
 
     def inputs(self, case: Case, dtype: torch.dtype) -> Inputs:
@@ -90,6 +114,10 @@ class Backend:
 NATIVE = Backend("native", "cpu", (needs_library,))
 TRITON = Backend("triton", KERNEL_DEVICE, (needs_triton,))
 GPU = Backend("gpu", "cuda", (pytest.mark.gpu, needs_triton))
+PTX = tuple(
+    Backend(f"ptx-{architecture}", "cpu", (needs_triton, pytest.mark.ptx), architecture)
+    for architecture in ("sm_80", "sm_90")
+)
 each_cpu_backend = pytest.mark.parametrize(
     "backend",
     [pytest.param(backend, id=backend.name, marks=backend.marks) for backend in (NATIVE, TRITON)],

@@ -1,10 +1,10 @@
 """Routers: from a token, a sequence or a task to the logits of the experts."""
 
 from moelora_kernels.nn.routers.balanced import Balance, BalancedRouter
-from moelora_kernels.nn.routers.build import build_router, layer_logits
+from moelora_kernels.nn.routers.build import build_router, layer_logits, task_routers
 from moelora_kernels.nn.routers.logits import float32_linear
 from moelora_kernels.nn.routers.sequence import SequenceGate
-from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
+from moelora_kernels.nn.routers.task import TaskRouter, TaskVectors, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "PrototypeRouter",
     "SequenceGate",
     "TaskRouter",
+    "TaskVectors",
     "ThresholdRouter",
     "TokenTaskRouter",
     "build_router",
     "float32_linear",
     "layer_logits",
+    "task_routers",
 ]

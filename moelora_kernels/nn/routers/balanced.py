@@ -55,6 +55,6 @@ class BalancedRouter(nn.Module):
         self.gate = gate
         self.balance = Balance(num_experts, device=device)
 
-    def forward(self, x: Tensor, *samples: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Tensor | None) -> Tensor:
         """Return the logits [T, E] of `gate` for x [T, I], without the bias."""
-        return router_logits(self.gate, x, *samples)
+        return router_logits(self.gate, x, *args)

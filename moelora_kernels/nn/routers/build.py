@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
@@ -9,7 +11,7 @@ from moelora_kernels.nn.routers.balanced import BalancedRouter
 from moelora_kernels.nn.routers.logits import float32_product, router_logits
 from moelora_kernels.nn.routers.task import TaskRouter, TokenTaskRouter
 from moelora_kernels.nn.routers.token import MlpRouter, PrototypeRouter, ThresholdRouter
-from moelora_kernels.nn.samples import Samples, mean_of_samples
+from moelora_kernels.nn.samples import Samples, mean_of_samples, sample_of_tokens
 
 
 def build_router(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Module | None:
@@ -64,6 +66,11 @@ def _build_gate(config: MoeLoraConfig, in_features: int, device, dtype) -> nn.Mo
     return None
 
 
+def inner_gate(router: nn.Module) -> nn.Module:
+    """Return the router inside a ThresholdRouter or a BalancedRouter, else `router`."""
+    return router.gate if isinstance(router, (ThresholdRouter, BalancedRouter)) else router
+
+
 def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     """Return the router logits [G, E] of a layer in float32; [G, E + 1] with a learned threshold.
 
@@ -93,16 +100,15 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
     source = tokens
     if config.granularity == "sequence":
         source = mean_of_samples(x, tokens, config.batch_dim, layer.samples)
-    gate = getattr(router, "gate", router)
-    if isinstance(gate, TokenTaskRouter) and config.granularity == "sequence":
-        # One row of `source` is one sample, in the order of the task vectors.
-        gate.check_batch(source.shape[0])
-        logits = router(source)
-    elif isinstance(gate, TokenTaskRouter):
-        ids = gate.sample_of_tokens(x, config.batch_dim, layer.samples)
-        # Neighbours of equal length need no table: the router repeats the task vectors.
-        is_regular = config.batch_dim == 0 and not isinstance(layer.samples, Samples)
-        logits = router(source) if ids is None or is_regular else router(source, ids)
+    gate = inner_gate(router)
+    if isinstance(gate, TokenTaskRouter):
+        vectors = layer.task_vectors if gate.layers_have_vectors else gate.held
+        if vectors is None:
+            raise RuntimeError(NO_VECTORS)
+        samples = _samples_of_vectors(layer, vectors.tensor, x, source)
+        logits = router(source, samples, vectors.tensor)
+    elif layer.has_inner_task_routers:
+        logits = router(source, *_samples_of_inner(layer, x, source))
     else:
         logits = router_logits(router, source)
     columns = config.num_experts + (config.select == "learned_threshold")
@@ -111,3 +117,75 @@ def layer_logits(layer: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
             f"router: expected logits [{source.shape[0]}, {columns}], got {[*logits.shape]}"
         )
     return logits
+
+
+NO_VECTORS = (
+    "the gate has no task vectors for this layer: call set_tasks(model, vectors) first, on the "
+    "whole model or on the part with this layer"
+)
+
+
+def _samples_of_vectors(
+    layer: nn.Module, vectors: Tensor, x: Tensor, source: Tensor
+) -> Tensor | None:
+    """Return the row of `vectors` [B, D] of each row of `source`, [T].
+
+    None if there is one vector, or if the rows of a sample are neighbours of equal number.
+
+    Raises:
+        ValueError: x and `layer.samples` do not tell it; see `set_samples`.
+    """
+    config, count = layer.config, vectors.shape[0]
+    if config.granularity == "sequence":
+        # One row of `source` is one sample, in the order of the task vectors.
+        if count not in (1, source.shape[0]):
+            raise ValueError(
+                f"tasks: {count} task vectors for {source.shape[0]} sequences; expected one for "
+                "each, or one for all"
+            )
+        return None
+    is_regular = not isinstance(layer.samples, Samples)
+    if count == 1 and is_regular:
+        return None
+    samples = sample_of_tokens(
+        x.shape, count, config.batch_dim, layer.samples, x.device, "tasks", "task vectors"
+    )
+    return None if is_regular and config.batch_dim == 0 else samples
+
+
+def _samples_of_inner(layer: nn.Module, x: Tensor, source: Tensor) -> tuple[Tensor, ...]:
+    """Return the arguments after `source` of a user's router that contains TokenTaskRouters.
+
+    The inner routers use the vectors that `set_tasks` set last.
+
+    Raises:
+        ValueError: x and `layer.samples` do not tell the samples, or the router cannot take them.
+        RuntimeError: there are no task vectors, or they were set for another part of the model.
+    """
+    arguments: tuple[Tensor, ...] = ()
+    gate = inner_gate(layer.router)
+    for inner in task_routers(gate):
+        if inner.held is None:
+            raise RuntimeError(NO_VECTORS)
+        if inner.layers_have_vectors and inner.held is not layer.task_vectors:
+            raise RuntimeError(
+                f"router: {type(gate).__name__} contains a TokenTaskRouter that another "
+                "part of the model shares, and set_tasks was called last on that part without "
+                "this layer; call set_tasks on a part with all layers that share the router, or "
+                "give each part a router"
+            )
+        samples = _samples_of_vectors(layer, inner.held.tensor, x, source)
+        if samples is not None:
+            arguments = (samples,)
+    if arguments and "samples" not in inspect.signature(gate.forward).parameters:
+        raise ValueError(
+            f"router: {type(gate).__name__} contains a TokenTaskRouter, which needs the "
+            "sample of each token here (batch_dim=1, or numbers in set_samples); define "
+            "forward(self, x, samples=None) and pass samples to the TokenTaskRouter"
+        )
+    return arguments
+
+
+def task_routers(router: nn.Module) -> list[TokenTaskRouter]:
+    """Return the TokenTaskRouters in a router, each once."""
+    return [module for module in router.modules() if isinstance(module, TokenTaskRouter)]

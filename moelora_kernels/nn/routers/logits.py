@@ -36,12 +36,12 @@ def float32_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
-def router_logits(router: nn.Module, x: Tensor, *samples: Tensor) -> Tensor:
+def router_logits(router: nn.Module, x: Tensor, *args: Tensor | None) -> Tensor:
     """Return the logits of a router that reads x. If it is an nn.Linear, they are in float32.
 
-    samples: the sample of each token, for a router that uses it (TokenTaskRouter).
+    args: the arguments after x of a TokenTaskRouter: the sample of each token, and the vectors.
     """
     if dense_weight(router) is not None:
         return float32_linear(x, router)
     weight = float_weight(router) if isinstance(router, nn.Linear) else None
-    return router(x if weight is None else x.to(weight.dtype), *samples)
+    return router(x if weight is None else x.to(weight.dtype), *args)

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.nn.base_linear import state_without_graph
 from moelora_kernels.nn.routers.logits import float32_linear, router_logits
 from moelora_kernels.nn.routers.token import MlpRouter
-from moelora_kernels.nn.samples import Samples, sample_of_tokens
 
 
 def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -109,6 +107,19 @@ class TaskRouter(nn.Module):
             )
 
 
+class TaskVectors:
+    """The task vectors [B, D] that one call of `set_tasks` gave to layers and their router.
+
+    A copy or a pickle has them without their graph.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self):
+        return TaskVectors, (self.tensor.detach(),)
+
+
 class TokenTaskRouter(nn.Module):
     """Mix the probabilities of a token router and of a task router, as in HMoRA.
 
@@ -169,7 +180,14 @@ class TokenTaskRouter(nn.Module):
         # In a ParameterDict, because PEFT cannot name a parameter of a module that has children.
         start = torch.full((), float(share), device=device, dtype=dtype)
         self.mixture = nn.ParameterDict({"share": start})
-        self.task_vectors: Tensor | None = None
+        self.held: TaskVectors | None = None
+        # Whether the layers have task vectors of their own, which `set_tasks` gave them.
+        self.layers_have_vectors = False
+
+    @property
+    def task_vectors(self) -> Tensor | None:
+        """The task vectors [B, D] that were set last, or None."""
+        return None if self.held is None else self.held.tensor
 
     def check_tasks(self, vectors: Tensor) -> None:
         """Raise ValueError unless vectors are [B, D]."""
@@ -178,49 +196,32 @@ class TokenTaskRouter(nn.Module):
                 f"tasks: expected vectors [batch, {self.task_features}], got {[*vectors.shape]}"
             )
 
-    def hold_tasks(self, vectors: Tensor) -> None:
-        """Store vectors [B, D] that passed `check_tasks` for the coming forwards."""
-        self.task_vectors = _on_device_of(vectors, self.mixture["share"])
+    def hold_tasks(self, vectors: Tensor | TaskVectors) -> TaskVectors:
+        """Store vectors [B, D] that passed `check_tasks` for the coming forwards; return them."""
+        if not isinstance(vectors, TaskVectors):
+            vectors = TaskVectors(_on_device_of(vectors, self.mixture["share"]))
+        self.held = vectors
+        self.layers_have_vectors = False
+        return vectors
 
-    def sample_of_tokens(
-        self, x: Tensor, batch_dim: int, samples: Samples | str | None
-    ) -> Tensor | None:
-        """Return the row of `task_vectors` of each token of x [..., I], [T]; None if there is one.
-
-        Raises ValueError if x and `samples` do not tell it; see `set_samples`.
-        """
-        if self.task_vectors is None:
-            return None
-        if self.task_vectors.shape[0] == 1 and not isinstance(samples, Samples):
-            return None
-        count = self.task_vectors.shape[0]
-        kind = "task vectors"
-        return sample_of_tokens(x.shape, count, batch_dim, samples, x.device, "tasks", kind)
-
-    def check_batch(self, samples: int) -> None:
-        """Raise ValueError unless there is one task vector for each sample, or one for all."""
-        count = samples if self.task_vectors is None else self.task_vectors.shape[0]
-        if count not in (1, samples):
-            raise ValueError(
-                f"tasks: {count} task vectors for {samples} sequences; expected one for each, or "
-                "one for all"
-            )
-
-    def __getstate__(self) -> dict:
-        return state_without_graph(self, "task_vectors")
-
-    def forward(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, samples: Tensor | None = None, vectors: Tensor | None = None
+    ) -> Tensor:
         """Return probabilities [T, E] in float32 for x [T, I].
 
         samples: [T], the row of the task vectors of each token; a token with a number below 0 gets
             the probabilities of `token` alone. None means that the tokens of a sequence are
             neighbours, and that all sequences have the same length.
+        vectors: [B, D]; None means those of `hold_tasks`.
         """
-        if self.task_vectors is None:
+        vectors = self.task_vectors if vectors is None else vectors
+        if vectors is None:
             raise RuntimeError("the gate has no task vectors: call set_tasks(model, vectors) first")
-        tokens, batch = x.shape[0], self.task_vectors.shape[0]
+        # The router may be on another device than the vectors.
+        vectors = vectors.to(x.device)
+        tokens, batch = x.shape[0], vectors.shape[0]
         token = router_logits(self.token, x).softmax(dim=1)
-        task = router_logits(self.task, self.task_vectors).to(token).softmax(dim=1)
+        task = router_logits(self.task, vectors).to(token).softmax(dim=1)
         share = self.mixture["share"].to(token.dtype).sigmoid()
         if samples is not None:
             # A sum instead of an index, whose backward has no fixed order on a GPU.

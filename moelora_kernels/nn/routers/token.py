@@ -63,11 +63,10 @@ class ThresholdRouter(nn.Module):
         self.gate = gate
         self.threshold = nn.Linear(in_features, 1, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, *samples: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Tensor | None) -> Tensor:
         """Return logits [T, E + 1] for x [T, I]; the threshold's is the last column."""
-        return torch.cat(
-            [router_logits(self.gate, x, *samples), router_logits(self.threshold, x)], dim=1
-        )
+        logits = router_logits(self.gate, x, *args)
+        return torch.cat([logits, router_logits(self.threshold, x)], dim=1)
 
 
 class PrototypeRouter(nn.Module):

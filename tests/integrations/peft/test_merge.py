@@ -8,7 +8,9 @@ peft = pytest.importorskip("peft")
 
 from moelora_kernels import (  # noqa: E402
     MoeLoraLinear,
+    check_trainable,
     export,
+    load_adapter,
     merge_adapter,
     merge_and_unload,
     save_adapter,
@@ -246,6 +248,74 @@ def test_tasks_cannot_change_under_a_merged_weight():
         set_tasks(model, [2])
     model.unmerge_adapter()
     set_tasks(model, [2])
+
+
+def test_safe_merge_changes_no_layer_if_one_is_not_finite():
+    model = mergeable(LORA)
+    before = bits(model)
+    layer = model.base_model.model.layers[1].down.moelora_experts["default"]
+    layer.lora_B.data[0, 0] = float("nan")
+    assert_refused(model, ValueError, "not finite", safe_merge=True)
+    assert_bits(bits(model), before)
+
+
+def test_an_active_adapter_that_is_not_merged_adds_to_the_merged_weight():
+    model, x = mergeable(TASKS, other=LORA), inputs()
+    model.base_model.set_adapter(["default", "other"])
+    set_tasks(model, [3])
+    y = model(x)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    model.train()(x).sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained
+    assert all(".other." in name for name in trained)
+    with pytest.raises(ValueError, match=r"tasks: adapter 'default' is merged; call"):
+        set_tasks(model, [2])
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.eval()(x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_a_training_forward_of_a_merged_adapter_warns():
+    model, x = mergeable(LORA).train(), inputs()
+    model.merge_adapter()
+    with pytest.warns(
+        UserWarning, match=r"\['default'\] are merged, so this forward does not train"
+    ):
+        model(x)
+    with pytest.raises(ValueError, match=r"expected active adapters.*unmerge_adapter\(\)"):
+        check_trainable(model, x)
+
+
+def test_other_values_do_not_load_into_a_merged_model(tmp_path):
+    """The merged weight would keep the old values, and unmerging would drop new base weights."""
+    model, other = mergeable(LORA), mergeable(LORA)
+    state = model.state_dict()
+    save_adapter(other, tmp_path / "a.safetensors")
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"up\.base_layer\.weight: adapters \['default'\] are m"):
+        model.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"layers\.0\.up\..*adapter 'default' is merged; call"):
+        load_adapter(model, tmp_path / "a.safetensors")
+    # Another adapter can be loaded.
+    other.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other")
+
+
+def test_a_weight_that_another_module_shares_is_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 6)
+            self.up = nn.Linear(6, 10, bias=False)
+            self.up.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.up(self.embedding(ids))
+
+    model = mergeable(dict(LORA, target_modules=["up"]), Tied())
+    with pytest.warns(UserWarning, match="merge: embedding shares the weight of up"):
+        model.merge_adapter()
 
 
 def test_tied_weights_are_named():

@@ -81,6 +81,32 @@ def test_targets_that_cannot_be_adapted_are_named():
         peft.get_peft_model(reader, MoeLoraPeftConfig(target_modules=["out_proj"], **MING))
 
 
+def test_a_gate_of_samples_refuses_linears_that_count_samples_in_another_dimension():
+    model = nn.ModuleDict({"block": nn.TransformerDecoderLayer(8, 2, 16)})
+    config = MoeLoraPeftConfig(target_modules=["linear1"], **TASKS)
+    with pytest.raises(ValueError, match=r"^batch_dim: block.linear1 is part of a Transformer"):
+        peft.get_peft_model(model, config)
+    plain = peft.get_peft_model(model, MoeLoraPeftConfig(target_modules=["linear1"], **MING))
+    with pytest.raises(ValueError, match=r"^batch_dim: block.linear1 is part of a Transformer"):
+        plain.add_adapter("tasks", config)
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"q": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.q.weight)
+
+
+def test_a_module_that_reads_a_weight_is_named_inside_wrappers():
+    model = nn.ModuleDict({"block": Reads()})
+    model.block.inner = torch.compile(model.block.inner)
+    with pytest.warns(UserWarning, match=r"block.inner.q: the forward of Reads reads inner.q.w"):
+        peft.get_peft_model(model, MoeLoraPeftConfig(target_modules=["q"], **MING))
+
+
 def test_a_router_whose_tensors_have_no_names_is_refused():
     """It has a tensor beside a child with tensors: PEFT would save keys that it cannot load."""
     router = nn.Sequential(nn.Linear(6, 3))

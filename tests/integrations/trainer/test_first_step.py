@@ -73,4 +73,4 @@ def test_a_router_with_a_constant_weight_is_named(tmp_path, caplog) -> None:
     model.leave_out = False
     (message,) = train(model, tmp_path, caplog)
     assert "called.router.weight" in message
-    assert "renormalised to 1" in message
+    assert "divided by itself, is 1" in message

@@ -204,6 +204,25 @@ def test_samples_with_several_tasks(tmp_path):
         TaskCollator(lambda rest: {})(samples)
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    (
+        ([], "samples: expected at least one sample, got none"),
+        ([(torch.ones(2), 1)], "samples: expected mappings with a value for 'task_ids', got a tup"),
+        ([None], "samples: expected mappings .* got a NoneType; use a router that reads tokens"),
+        (["a"], "samples: expected mappings .* got a str"),
+        ([{"task_ids": None}], "task_ids: expected a task id, .* for each sample, got None"),
+        ([{"task_ids": "a"}], "task_ids: expected a task id, .* for each sample, got 'a'"),
+        ([{"task_ids": []}], r"task_ids: expected a task id, .* for each sample, got \[\]"),
+        ([{"task_ids": [[1], [2, 3]]}], "task_ids: expected a task id, .* for each sample"),
+    ),
+    ids=str,
+)
+def test_samples_that_have_no_tasks(samples, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        TaskCollator(lambda rest: {})(samples)
+
+
 @pytest.mark.parametrize("tie", default_cases((False, True), False))
 @pytest.mark.parametrize("preset", ("ming", "moelora"))
 def test_resumes_from_a_checkpoint(preset, tie, tmp_path):

@@ -1,0 +1,23 @@
+"""Execute the PTX that Triton compiles for a kernel, on a CPU, in NumPy, and check it.
+
+The programs of a launch run in step, like the lanes of a vector: a register is an array
+[programs, threads]. What is checked, beside the results:
+
+* every access to global memory lies inside a tensor and is aligned to its width;
+* no two programs of a launch write the same byte, or one of them reads what the other writes;
+* shared memory: bytes that nobody wrote, accesses of two warps without a barrier between them,
+  bytes under a pending cp.async or wgmma, a missing fence.proxy.async before a wgmma;
+* copies and products may happen as soon as they are issued, or as late as their wait allows.
+
+What stays unchecked: ptxas and its machine code, the order of memory between programs, time.
+
+| file | content |
+|---|---|
+| `program.py` | parses PTX |
+| `build.py` | the table opcode -> function, and the operands of an instruction |
+| `arithmetic.py`, `moves.py`, `loads.py`, `copies.py`, `warp.py`, `mma.py`, `wgmma.py`, `control.py` | the instructions |
+| `floats.py`, `fragments.py` | number formats, the sums of tensor cores, matrices in registers |
+| `global_memory.py`, `shared_memory.py` | memory, and the checks of its accesses |
+| `execution.py` | runs the programs of a launch |
+| `compiler.py`, `launcher.py` | compile a launch, and run it in the place of a GPU |
+"""  # noqa: E501

@@ -1,0 +1,231 @@
+"""Integers, floats, bits and comparisons: d = op(a, b, ...) in every thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ptx.build import BITS, TYPES, Builder, Run, implements
+from ptx.errors import Unsupported
+from ptx.floats import fused_multiply_add, maximum, minimum
+from ptx.program import Instruction
+
+INTEGERS = "{u16,s16,u32,s32,u64,s64}"
+
+
+def _compute(build: Builder, ins: Instruction, function: Callable, typed: bool = True) -> Run:
+    """d = function(a, ...), all of the type that ends the opcode."""
+    kind = TYPES[ins.parts[-1]]
+    size = 0 if kind == np.bool_ else kind.itemsize
+    target, *sources = ins.operands
+    indices = tuple(build.source(s, size) for s in sources)
+    return build.compute(
+        ins, function, build.target(target, size), indices, kind if typed else None
+    )
+
+
+@implements(f"add.{INTEGERS}", f"sub.{INTEGERS}")
+def add(build: Builder, ins: Instruction) -> Run:
+    """d = a + b or a - b modulo 2^n: the bits do not depend on the sign."""
+    function = np.add if ins.parts[0] == "add" else np.subtract
+    return _compute(build, ins, function, typed=False)
+
+
+@implements("{add,sub,mul}{,.rn}.f32")
+def add_float(build: Builder, ins: Instruction) -> Run:
+    """d = a + b, a - b or a * b, rounded to nearest even; subnormals are kept."""
+    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    return _compute(build, ins, functions[ins.parts[0]])
+
+
+@implements("div{.rn,.full}.f32")
+def divide_float(build: Builder, ins: Instruction) -> Run:
+    """d = a / b, rounded to nearest. div.full may differ by 2 units in the last place."""
+    return _compute(build, ins, np.divide)
+
+
+@implements("fma.rn.f32")
+def fma(build: Builder, ins: Instruction) -> Run:
+    """d = a b + c, rounded once to nearest even."""
+    return _compute(build, ins, fused_multiply_add)
+
+
+@implements("ex2.approx.f32")
+def exp2(build: Builder, ins: Instruction) -> Run:
+    """d = 2^a; hardware may differ by 2 units in the last place."""
+    return _compute(build, ins, lambda a: np.exp2(a.astype(np.float64)).astype(np.float32))
+
+
+@implements("{min,max}.f32")
+def minimum_float(build: Builder, ins: Instruction) -> Run:
+    """d = min(a, b) or max(a, b); the other operand if one is NaN; -0 < +0."""
+    return _compute(build, ins, minimum if ins.parts[0] == "min" else maximum)
+
+
+@implements(f"{{min,max}}.{INTEGERS}")
+def minimum_integer(build: Builder, ins: Instruction) -> Run:
+    return _compute(build, ins, np.minimum if ins.parts[0] == "min" else np.maximum)
+
+
+@implements("neg.{s16,s32,s64}")
+def negate(build: Builder, ins: Instruction) -> Run:
+    """d = -a modulo 2^n."""
+    return _compute(build, ins, lambda a: ~a + a.dtype.type(1), typed=False)
+
+
+@implements("neg.f32")
+def negate_float(build: Builder, ins: Instruction) -> Run:
+    """d = a with its sign bit flipped."""
+    return _compute(build, ins, lambda a: a ^ np.uint32(1 << 31), typed=False)
+
+
+def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a / b rounded toward zero; 0 for b = 0, whose result PTX leaves open."""
+    wide = a.astype(np.int64), np.where(b == 0, 1, b).astype(np.int64)
+    quotient = np.abs(wide[0]) // np.abs(wide[1])
+    return np.where((wide[0] < 0) != (wide[1] < 0), -quotient, quotient)
+
+
+@implements("{div,rem}.{s16,u16,s32,u32}")
+def divide(build: Builder, ins: Instruction) -> Run:
+    """d = a / b toward zero, or the remainder, which has the sign of a."""
+    kind = TYPES[ins.parts[1]]
+    if ins.parts[0] == "div":
+        return _compute(build, ins, lambda a, b: _truncated(a, b).astype(kind))
+    return _compute(build, ins, lambda a, b: (a - _truncated(a, b) * b).astype(kind))
+
+
+@implements(f"mul.lo.{INTEGERS}")
+def multiply_low(build: Builder, ins: Instruction) -> Run:
+    """d = the low half of a b."""
+    return _compute(build, ins, np.multiply, typed=False)
+
+
+@implements("mul.hi.{u32,s32}")
+def multiply_high(build: Builder, ins: Instruction) -> Run:
+    """d = the high half of a b."""
+    wide = np.int64 if ins.parts[2] == "s32" else np.uint64
+    kind = TYPES[ins.parts[2]]
+    return _compute(
+        build, ins, lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(kind)
+    )
+
+
+@implements("mul.wide.{u16,s16,u32,s32}", "mad.wide.{u16,s16,u32,s32}")
+def multiply_wide(build: Builder, ins: Instruction) -> Run:
+    """d = a b (+ c), with d and c twice as wide as a and b."""
+    kind = TYPES[ins.parts[2]]
+    size = 2 * kind.itemsize
+    wide = np.dtype(f"{kind.kind}{size}")
+    target, a, b, *c = ins.operands
+    factors = build.source(a, kind.itemsize), build.source(b, kind.itemsize)
+    rest = tuple(build.source(each, size) for each in c)
+
+    def function(a: np.ndarray, b: np.ndarray, *c: np.ndarray) -> np.ndarray:
+        product = (a.view(kind).astype(wide) * b.view(kind).astype(wide)).view(BITS[size])
+        return product + c[0] if c else product
+
+    return build.compute(ins, function, build.target(target, size), (*factors, *rest))
+
+
+@implements(f"mad.lo.{INTEGERS}")
+def multiply_add(build: Builder, ins: Instruction) -> Run:
+    """d = the low half of a b + c."""
+    return _compute(build, ins, lambda a, b, c: a * b + c, typed=False)
+
+
+@implements("{and,or,xor}.{b16,b32,b64,pred}")
+def bitwise(build: Builder, ins: Instruction) -> Run:
+    functions = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    return _compute(build, ins, functions[ins.parts[0]], typed=False)
+
+
+@implements("not.{b16,b32,b64,pred}")
+def invert(build: Builder, ins: Instruction) -> Run:
+    return _compute(build, ins, np.invert, typed=False)
+
+
+@implements("shl.{b16,b32,b64}", "shr.{b16,b32,b64,u16,u32,u64,s16,s32,s64}")
+def shift(build: Builder, ins: Instruction) -> Run:
+    """d = a << b or a >> b. Shifts of n bits and more leave 0, or the sign of a signed a."""
+    kind = TYPES[ins.parts[1]]
+    size = kind.itemsize
+    target, a, b = ins.operands
+    operator = np.left_shift if ins.parts[0] == "shl" else np.right_shift
+    largest = 8 * size
+    d, first = build.target(target, size), build.source(a, size)
+    if not b.startswith("%"):
+        # NumPy's shifts take any amount, too: of `largest` bits and more they leave 0 or the sign.
+        amount = build.constant(min(build.value(b), largest), size)
+        return build.compute(ins, operator, d, (first, amount), kind)
+    second = build.source(b, 4)
+
+    def function(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return operator(a.view(kind), np.minimum(b, largest).astype(kind)).view(BITS[size])
+
+    return build.compute(ins, function, d, (first, second))
+
+
+@implements("bfe.{u32,s32}")
+def extract_bits(build: Builder, ins: Instruction) -> Run:
+    """d = c bits of a from bit b on, extended by zeros or by the sign."""
+    target, a, *field = ins.operands
+    if any(each.startswith("%") for each in field):
+        raise Unsupported("a position or length in a register")
+    position, length = (int(each, 0) for each in field)
+    if not 0 < length <= 32 - position:
+        raise Unsupported(f"{length} bits from bit {position} on")
+    kind = TYPES[ins.parts[1]].type
+    left, right = np.uint32(32 - position - length), kind(32 - length)
+    return build.compute(
+        ins,
+        lambda a: ((a << left).view(kind) >> right).view(np.uint32),
+        build.target(target, 4),
+        (build.source(a, 4),),
+    )
+
+
+def _is_number(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return ~(np.isnan(a) | np.isnan(b))
+
+
+# With a NaN the comparisons of floats are false.
+COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal,
+}  # fmt: skip
+
+
+@implements(
+    f"setp.{{eq,ne,lt,le,gt,ge}}.{INTEGERS}",
+    "setp.{eq,ne}.{b16,b32,b64}",
+    "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}.f32",
+)
+def compare(build: Builder, ins: Instruction) -> Run:
+    """p = a op b. Of floats, "ltu" is "lt" or a NaN, "num" is no NaN, "nan" is a NaN."""
+    _, name, type_name = ins.parts
+    kind = TYPES[type_name]
+    target, a, b = ins.operands
+    sources = tuple(build.source(each, kind.itemsize) for each in (a, b))
+    function = COMPARE.get(name)
+    if type_name == "f32":
+        function = _compare_floats(name)
+    view = kind if kind.kind in "if" else BITS[kind.itemsize]
+    return build.compute(
+        ins, lambda a, b: function(a.view(view), b.view(view)), build.target(target, 0), sources
+    )
+
+
+def _compare_floats(name: str) -> Callable:
+    if name == "num":
+        return _is_number
+    if name == "nan":
+        return lambda a, b: ~_is_number(a, b)
+    if name == "ne":
+        return lambda a, b: (a != b) & _is_number(a, b)
+    if name.endswith("u"):
+        # "equ", "ltu", ...
+        ordered = _compare_floats(name[:-1])
+        return lambda a, b: ordered(a, b) | ~_is_number(a, b)
+    return COMPARE[name]

@@ -1,0 +1,272 @@
+"""Run the programs of a launch in step: batches, branches, and threads that part."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptx import arithmetic, control, copies, loads, mma, moves, warp, wgmma  # noqa: F401
+from ptx.build import BRANCHES, Builder, Step
+from ptx.errors import PtxError, Unsupported
+from ptx.global_memory import GlobalMemory
+from ptx.program import Instruction, Program
+from ptx.shared_memory import SharedMemory
+
+# Threads that run in step. More fill the caches; fewer waste the time of NumPy's calls.
+THREADS = 1 << 13
+# Instructions of one batch before it counts as one that does not end.
+MOST_INSTRUCTIONS = 3_000_000
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, and the branch behind them."""
+
+    steps: list[Step]
+    # Predicate of the branch (register, negated); None if there is none.
+    guard: tuple[int, bool] | None
+    # Where it goes if it is taken.
+    target: int
+
+
+@dataclass
+class Batch:
+    """Programs that run in step.
+
+    registers       by index: [1 or programs, 1 or threads] raw bits
+    programs        [programs, 1] uint32, their numbers
+    late            cp.async and wgmma happen at their wait, not when they are issued
+    cut             sums of tensor cores are cut, not rounded
+    block           the block to run
+    mask            the threads that run it; None: all
+    waiting         block -> threads that wait to run it, for threads that have parted
+    """
+
+    registers: list[np.ndarray]
+    programs: np.ndarray
+    threads: int
+    parameters: np.ndarray
+    memory: GlobalMemory
+    shared: SharedMemory
+    late: bool
+    cut: bool
+    block: int = 0
+    mask: np.ndarray | None = None
+    waiting: dict[int, np.ndarray] = field(default_factory=dict)
+    copies: list = field(default_factory=list)
+    copy_groups: list = field(default_factory=list)
+    products: list = field(default_factory=list)
+    product_groups: list = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.programs), self.threads
+
+    def active(self, guard: tuple[int, bool] | None) -> np.ndarray | None:
+        """Return which threads run an instruction, [1 or programs, 1 or threads]; None: all."""
+        if guard is None:
+            return self.mask
+        index, negated = guard
+        value = ~self.registers[index] if negated else self.registers[index]
+        if self.mask is not None:
+            return value & self.mask
+        return None if value.all() else value
+
+    def _addresses(self, address: np.ndarray, active: np.ndarray | None):
+        if active is None:
+            return np.broadcast_to(address, self.shape), self.programs
+        active = np.broadcast_to(active, self.shape)
+        programs = np.broadcast_to(self.programs, self.shape)[active]
+        return np.broadcast_to(address, self.shape)[active], programs
+
+    def load_global(self, address: np.ndarray, size: int, active: np.ndarray | None) -> np.ndarray:
+        """Return the units that active threads load: [programs, threads], or [n] if not all do."""
+        address, programs = self._addresses(address, active)
+        return self.memory.load(address, size, programs)
+
+    def store_global(
+        self, address: np.ndarray, data: np.ndarray, active: np.ndarray | None
+    ) -> None:
+        """Store the units of active threads: [programs, threads], or [n] if not all do."""
+        address, programs = self._addresses(address, active)
+        self.memory.store(address, data, programs)
+
+    def select(self, rows: np.ndarray) -> Batch:
+        """Return a batch of some of the programs."""
+        part, whole = copy.copy(self), len(self.programs)
+        if len(rows) == whole:
+            part.waiting = dict(self.waiting)
+            return part
+
+        def cut(value):
+            return value if value is None or len(value) == 1 else value[rows]
+
+        part.registers = [cut(value) for value in self.registers]
+        part.programs = self.programs[rows]
+        part.shared = self.shared.select(rows)
+        part.mask = cut(self.mask)
+        part.waiting = {block: mask[rows] for block, mask in self.waiting.items()}
+        part.copies = [each.select(rows, self.shape) for each in self.copies]
+        part.copy_groups = [
+            [each.select(rows, self.shape) for each in group] for group in self.copy_groups
+        ]
+        part.products = [each.select(rows) for each in self.products]
+        part.product_groups = [
+            [each.select(rows) for each in group] for group in self.product_groups
+        ]
+        return part
+
+    def go(self, block: int, mask: np.ndarray | None) -> None:
+        """Send the threads that run to a block. Of threads that have parted the last ones go on."""
+        if mask is not None:
+            before = self.waiting.get(block)
+            self.waiting[block] = mask if before is None else before | mask
+
+    def resume(self) -> None:
+        """Run the threads that are furthest behind."""
+        self.block = min(self.waiting)
+        mask = self.waiting.pop(self.block)
+        self.mask = None if not self.waiting and mask.all() else mask
+
+
+class Kernel:
+    """A kernel that is ready to run."""
+
+    def __init__(self, program: Program, threads: int, shared: int) -> None:
+        """shared: the bytes of shared memory that the launch adds to those of the PTX."""
+        self.program, self.threads = program, threads
+        self.shared = program.shared + shared
+        build = Builder(program, threads)
+        self.blocks = _blocks(program, build)
+        self.initial = build.initial
+        self.grid, self.program_id = build.index["%nctaid.x"], build.index["%ctaid.x"]
+        # Instructions that all programs ran so far, and those of them that NumPy ran at once.
+        self.executed = self.vectors = 0
+
+    def launch(
+        self,
+        programs: int,
+        parameters: list[int],
+        memory: GlobalMemory,
+        late: bool = False,
+        cut: bool = False,
+    ) -> None:
+        """Run all programs. parameters: their raw bits."""
+        at_once = max(1, THREADS // self.threads)
+        for first in range(0, programs, at_once):
+            numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
+            registers = list(self.initial)
+            registers[self.grid] = np.full((1, 1), programs, np.uint32)
+            registers[self.program_id] = numbers
+            batch = Batch(
+                registers, numbers, self.threads, np.array(parameters, np.uint64), memory,
+                SharedMemory(len(numbers), self.shared, self.threads), late, cut,
+            )  # fmt: skip
+            with np.errstate(all="ignore"):
+                self._run(batch)
+        memory.finish()
+
+    def _run(self, batch: Batch) -> None:
+        batches, count = [batch], 0
+        while batches:
+            batch = batches.pop()
+            while batch is not None and batch.block < len(self.blocks):
+                block = self.blocks[batch.block]
+                count += len(block.steps) + 1
+                if count > MOST_INSTRUCTIONS:
+                    raise PtxError(f"{self.program.name} does not end")
+                self._run_steps(block.steps, batch)
+                self.executed += (len(block.steps) + 1) * len(batch.programs)
+                batch = self._branch(block, batch, batches)
+        self.vectors += count
+
+    def _run_steps(self, steps: list[Step], batch: Batch) -> None:
+        step = None
+        try:
+            if batch.mask is None:
+                for step in steps:
+                    step.run(batch)
+            else:
+                for step in steps:
+                    _run_masked(step, batch)
+        except PtxError as error:
+            raise type(error)(f"{self.program.name} {step.instruction}: {error}") from None
+
+    def _branch(self, block: Block, batch: Batch, batches: list[Batch]) -> Batch | None:
+        """Return the batch that goes on, if one does; add others to `batches`."""
+        following = batch.block + 1
+        if block.guard is None:
+            taken = np.ones((1, 1), bool)
+        else:
+            index, negated = block.guard
+            taken = ~batch.registers[index] if negated else batch.registers[index]
+        if batch.mask is None:
+            if taken.all():
+                batch.block = block.target
+                return batch
+            if not taken.any():
+                batch.block = following
+                return batch
+        mask = np.ones(batch.shape, bool) if batch.mask is None else batch.mask
+        yes, no = taken & mask, ~taken & mask
+        # Programs all of whose threads go the same way need not wait for the others.
+        ways = yes.any(axis=1) + 2 * no.any(axis=1)
+        for way in np.unique(ways):
+            rows = np.flatnonzero(ways == way)
+            part = batch.select(rows)
+            if way == 3 or part.mask is not None:
+                if way & 1:
+                    part.go(block.target, yes[rows])
+                if way & 2:
+                    part.go(following, no[rows])
+                part.resume()
+            else:
+                part.block = block.target if way == 1 else following
+            batches.append(part)
+        return None
+
+
+def _run_masked(step: Step, batch: Batch) -> None:
+    """Run a step for some threads; registers of the others keep their values."""
+    if step.together:
+        raise PtxError("threads that must run it together have parted")
+    before = [batch.registers[i] for i in step.writes]
+    step.run(batch)
+    for i, value in zip(step.writes, before, strict=True):
+        batch.registers[i] = np.where(batch.mask, batch.registers[i], value)
+
+
+def _blocks(program: Program, build: Builder) -> list[Block]:
+    """Cut a kernel into blocks, behind every branch and before every target of one."""
+    instructions = program.instructions
+    starts = {0}
+    for ins in instructions:
+        if ins.opcode in BRANCHES:
+            starts.add(ins.number + 1)
+            if ins.opcode != "ret":
+                starts.add(_target(program, ins))
+    starts.discard(len(instructions))
+    order = sorted(starts)
+    numbers = {start: number for number, start in enumerate(order)}
+    steps = build.steps()
+    blocks = []
+    for number, start in enumerate(order):
+        end = order[number + 1] if number + 1 < len(order) else len(instructions)
+        last = instructions[end - 1]
+        if last.opcode not in BRANCHES:
+            blocks.append(Block(steps[start:end], None, number + 1))
+            continue
+        target = len(order)
+        if last.opcode != "ret":
+            target = numbers.get(_target(program, last), len(order))
+        blocks.append(Block(steps[start : end - 1], build.predicate(last), target))
+    return blocks
+
+
+def _target(program: Program, ins: Instruction) -> int:
+    (label,) = ins.operands
+    if label not in program.labels:
+        raise Unsupported(f"{program.name}: {ins}: no such label")
+    return program.labels[label]

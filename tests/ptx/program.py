@@ -1,0 +1,144 @@
+"""Parse PTX: the instructions of a kernel, its labels, parameters, registers and shared memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ptx.errors import Unsupported
+
+
+class Instruction(NamedTuple):
+    """One instruction: `@!%p1 add.s32 %r1, %r2, 3;`."""
+
+    # Position in the kernel.
+    number: int
+    # Name of the predicate, or None; whether it is negated.
+    predicate: str | None
+    negated: bool
+    # "add.s32"
+    opcode: str
+    # ("%r1", "%r2", "3"); a vector "{%r1, %r2}" or an address "[%rd1 + 16]" is one operand.
+    operands: tuple[str, ...]
+
+    @property
+    def parts(self) -> list[str]:
+        """The opcode and its modifiers."""
+        return self.opcode.split(".")
+
+    def __str__(self) -> str:
+        guard = f"@{'!' * self.negated}{self.predicate} " if self.predicate else ""
+        return f"#{self.number} {guard}{self.opcode} {', '.join(self.operands)}"
+
+
+@dataclass
+class Program:
+    """A kernel."""
+
+    name: str
+    # Names of the parameters, in order.
+    parameters: list[str]
+    # Threads of a program; None if the PTX does not say.
+    threads: int | None
+    instructions: list[Instruction] = field(default_factory=list)
+    # Label -> number of the instruction behind it.
+    labels: dict[str, int] = field(default_factory=dict)
+    # Register, or the prefix of numbered registers, -> bytes; 0 for predicates.
+    registers: dict[str, int] = field(default_factory=dict)
+    # Variable in shared memory -> its first byte. Those of a size that the launch sets come last.
+    variables: dict[str, int] = field(default_factory=dict)
+    # Bytes of the variables whose size the PTX sets.
+    shared: int = 0
+
+    def width(self, register: str) -> int:
+        """Return the bytes of a register; 0 for a predicate."""
+        prefix = register.rstrip("0123456789")
+        width = self.registers.get(register, self.registers.get(prefix))
+        if width is None:
+            raise Unsupported(f"register {register} is not declared")
+        return width
+
+
+_VARIABLE = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
+_REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(%?[\w.]+)(?:<\d+>)?")
+_DIRECTIVE = re.compile(r"^\.(?:loc|file|section|pragma|branchtargets|noreturn)\b.*")
+_LABEL = re.compile(r"^([$\w]+):\s*")
+_GUARD = re.compile(r"^@(!?)(%\w+)\s+")
+
+
+def split_operands(text: str) -> list[str]:
+    """Return the operands between the commas that no bracket encloses."""
+    operands, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            operands.append(text[start:i].strip())
+            start = i + 1
+    operands.append(text[start:].strip())
+    return [operand for operand in operands if operand]
+
+
+def parse(ptx: str, name: str | None = None) -> Program:
+    """Return a kernel of a PTX module: the one of this name, or the first."""
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    entries = re.finditer(r"\.entry\s+(\w+)", ptx)
+    entry = next((match for match in entries if name in (None, match.group(1))), None)
+    if entry is None:
+        raise Unsupported(f"the module has no kernel {name or ''}")
+    head, _, body = ptx[entry.end() :].partition("{")
+    signature, _, attributes = head.partition(")")
+    threads = re.search(r"\.reqntid\s+(\d+)", attributes)
+    program = Program(
+        entry.group(1),
+        re.findall(r"(\w+)\s*(?:,|$)", signature.lstrip("( \n")),
+        int(threads.group(1)) if threads else None,
+    )
+    body = body[: _end(body)]
+    for align, variable, size in _VARIABLE.findall(ptx[: entry.start()] + body):
+        program.shared = -(-program.shared // int(align)) * int(align)
+        program.variables[variable] = program.shared
+        program.shared += int(size or 0)
+    for kind, register in _REGISTER.findall(body):
+        program.registers[register] = 0 if kind == "pred" else int(kind[1:]) // 8
+    lines = [_DIRECTIVE.sub("", line.strip()) for line in body.splitlines()]
+    for statement in "\n".join(line for line in lines if line).split(";"):
+        _add_statement(program, statement.strip())
+    return program
+
+
+def _end(body: str) -> int:
+    """Return the position of the brace that closes the body of a kernel."""
+    depth = 1
+    for match in re.finditer(r"[{}]", body):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return match.start()
+    raise Unsupported("a kernel without an end")
+
+
+def _add_statement(program: Program, text: str) -> None:
+    """Add an instruction and the labels before it. A brace at the start opens or closes a scope."""
+    while text:
+        if text[0] in "{}":
+            text = text[1:].strip()
+        elif match := _LABEL.match(text):
+            program.labels[match.group(1)] = len(program.instructions)
+            text = text[match.end() :]
+        else:
+            break
+    if not text or text.startswith((".reg", ".shared", ".local")):
+        if text.startswith(".local"):
+            raise Unsupported("local memory")
+        return
+    text = re.sub(r"\s+", " ", text)
+    predicate, negated = None, False
+    if match := _GUARD.match(text):
+        negated, predicate = match.group(1) == "!", match.group(2)
+        text = text[match.end() :]
+    opcode, _, rest = text.partition(" ")
+    program.instructions.append(
+        Instruction(
+            len(program.instructions), predicate, negated, opcode, tuple(split_operands(rest))
+        )
+    )
