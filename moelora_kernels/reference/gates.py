@@ -168,7 +168,7 @@ def dense_gate_backward(dgate: Tensor, gate: Gate) -> Tensor:
     flat = dgate.reshape(tokens, siblings * num_experts)
     if rows is not None:
         reads_row = rows[None, :] == torch.arange(weights.shape[0], device=weights.device)[:, None]
-        return reads_row.to(flat.dtype) @ flat
+        return torch.where(reads_row[:, :, None], flat, 0).sum(dim=1)
     return flat.sum(dim=0, keepdim=True) if weights.shape[0] == 1 else flat
 
 

@@ -53,9 +53,9 @@ def compare(op: str, implementation: Callable, arguments: list, dtype: torch.dty
     budget of `assert_within_budget`, in float64 within 1e-13 of the largest.
     """
     specification = getattr(reference, op)
-    actual = _named(op, implementation(*arguments))
-    baseline = _named(op, specification(*arguments))
-    truth = _named(op, specification(*as_float64(arguments)))
+    actual = named(op, implementation(*arguments))
+    baseline = named(op, specification(*arguments))
+    truth = named(op, specification(*as_float64(arguments)))
     for name, expected in baseline.items():
         assert actual[name].dtype == expected.dtype, name
         assert actual[name].shape == expected.shape, name
@@ -70,7 +70,7 @@ def compare(op: str, implementation: Callable, arguments: list, dtype: torch.dty
         elif expected.is_floating_point():
             steps = _tensor_core_steps(arguments) if name in EXACT else 0
             assert_within_budget(actual, {name: expected}, baseline, rounded_to, steps)
-    again = _named(op, implementation(*arguments))
+    again = named(op, implementation(*arguments))
     for name, value in actual.items():
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
 
@@ -81,7 +81,7 @@ def opcheck(op: str, arguments: list, **options) -> None:
     torch.library.opcheck(overload, tuple(registration.flat(arguments)), **options)
 
 
-def _named(op: str, outputs) -> dict[str, Tensor]:
+def named(op: str, outputs) -> dict[str, Tensor]:
     """Return the outputs of an op by name; a list of n dB becomes db0, db1, ..."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     result = dict(zip(OUTPUTS[op].split(), outputs, strict=True))

@@ -126,7 +126,7 @@ _SM_80 = {
     **_SM_90,
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3),
-    ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 4, 3),
+    ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 8, 3),
     ("weight_grad", 2, 128): TileConfig(32, 64, 8, 3),

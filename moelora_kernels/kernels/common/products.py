@@ -48,14 +48,28 @@ def exact_product(left, right, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def exact_sum(left, selection, total, UPCAST: tl.constexpr):
-    """Return total + left @ selection for a float32 `left`.
+def is_finite(tile):
+    """Return for every element whether it is neither NaN nor infinite."""
+    return tl.abs(tile) < float("inf")
 
-    `selection` is a bfloat16 matrix of zeros and ones. `left` is the sum of three bfloat16, and
-    their products with 0 and 1 are exact.
+
+@triton.jit
+def exact_sum(left, selection, total, UPCAST: tl.constexpr):
+    """Return total + left @ selection for a float32 `left`: sums of selected elements.
+
+    `selection` is a bfloat16 matrix of zeros and ones; a sum selects at most 127 elements. `left` is
+    the sum of three bfloat16, and their products with 0 and 1 are exact. An element that is not
+    finite reaches only the sums that select it. The products would carry it to all sums of its row,
+    because 0 * NaN is NaN, so another product counts the infinities: 1 for infinity, 128 for minus
+    infinity, and both for NaN.
     """
+    code = tl.where(left < float("inf"), 0.0, 1.0) + tl.where(left > float("-inf"), 0.0, 128.0)
+    counts = product(code.to(tl.bfloat16), selection, tl.zeros_like(total), UPCAST).to(tl.int32)
+    rest = tl.where(is_finite(left), left, 0.0)
     for _ in tl.static_range(3):
-        high = left.to(tl.bfloat16)
-        left = left - high.to(tl.float32)
+        high = rest.to(tl.bfloat16)
+        rest = rest - high.to(tl.float32)
         total = product(high, selection, total, UPCAST)
+    total += tl.where(counts % 128 > 0, float("inf"), 0.0)
+    total += tl.where(counts >= 128, float("-inf"), 0.0)
     return total
