@@ -17,7 +17,13 @@ from moelora_kernels.nn.routers import TaskRouter, task_routers
 from moelora_kernels.nn.sharding import warn_if_parallel
 from moelora_kernels.nn.token_order import TokenOrder, token_order
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
-from moelora_kernels.nn.wrappers import named_modules, places, portable_name
+from moelora_kernels.nn.wrappers import (
+    inside_checkpointing,
+    named_modules,
+    places,
+    portable_name,
+    wrapped_child,
+)
 
 
 def replace_linears(
@@ -169,8 +175,10 @@ def replace_ffns(
     Raises:
         ValueError: no module matches, one of the names matches none, or an option is not supported
             for whole-FFN experts.
-        TypeError: a matching module is not a gated MLP, or has experts already. The model is then
-            unchanged.
+        TypeError: a matching module is not a gated MLP, has experts already, or is wrapped
+            (torch.compile, DDP, FSDP1). The model is then unchanged.
+
+    An MLP inside torch's `checkpoint_wrapper` is replaced inside it.
 
     Example:
         >>> from torch import nn
@@ -187,8 +195,14 @@ def replace_ffns(
     place_of = places(model)
     names = _matching(model, place_of, target_modules, ())
     for name in names:
-        parent, child = place_of[name]
-        if problem := ffn_problem(parent._modules[child]):
+        parent, child = place_of[name] = inside_checkpointing(*place_of[name])
+        module = parent._modules[child]
+        if wrapped_child(module) is not None:
+            raise TypeError(
+                f"target_modules: {name}: it is inside a {type(module).__name__}; replace the MLPs "
+                "first, then wrap them"
+            )
+        if problem := ffn_problem(module):
             raise TypeError(f"target_modules: {name}: {problem}")
     above = {name: module for name, module in named_modules(model) if name not in names}
     warn_of_readers(above, [f"{name}.{projection}" for name in names for projection in PROJECTIONS])

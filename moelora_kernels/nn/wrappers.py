@@ -67,6 +67,14 @@ def places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {name: (modules[parent], child) for name, (parent, _, child) in split.items()}
 
 
+def inside_checkpointing(parent: nn.Module, child: str) -> tuple[nn.Module, str]:
+    """Return the (parent, child) of the module inside torch's `checkpoint_wrapper`, if any."""
+    inner = "_checkpoint_wrapped_module"
+    while wrapped_child(parent._modules[child]) == inner:
+        parent, child = parent._modules[child], inner
+    return parent, child
+
+
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the Parameters and buffers of `model.state_dict()` by their portable names."""
     state: dict[str, Tensor] = {}
