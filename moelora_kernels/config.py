@@ -190,7 +190,8 @@ class MoeLoraConfig:
     # Training.
 
     dropout: float = 0.0
-    """The probability that an element of x is dropped before A, in training."""
+    """The probability that an element of x is dropped before A, in training. It is rounded to a
+    multiple of 2^-16; the kept elements are divided by 1 - the rounded probability."""
 
     dropout_mask: str = "shared"
     """The dropout masks: "shared", one for all experts, or "per_expert", one for each expert."""

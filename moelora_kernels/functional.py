@@ -151,7 +151,8 @@ def moe_lora_linear(
         ranks: the rank of all experts, or a sequence of E ranks. R is their sum.
         scaling: the scale of all experts, or a sequence of E scales.
         rows: [T] int32 or int64: the gate row of each token. A row outside [0, G) is a zero gate.
-        dropout: the probability in [0, 1) that an element of x is dropped before A.
+        dropout: the probability in [0, 1) that an element of x is dropped before A, rounded to a
+            multiple of 2^-16.
         seed: the seed of the dropout mask. None: it is drawn from torch's default generator.
         impl: "auto", "wide", "grouped" (needs `indices`) or "reference".
 

@@ -1,4 +1,4 @@
-"""The dtype and the state in which a layer computes, and the seed of its dropout mask."""
+"""The dtype and the state in which a layer computes, and the seed and rate of its dropout mask."""
 
 from __future__ import annotations
 
@@ -64,3 +64,21 @@ def dropout_seed(p: float, seed: int | Tensor | None, device: torch.device) -> T
             raise TypeError(f"seed: expected one int64, got {seed.dtype} {[*seed.shape]}")
         return seed.to(device)
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def dropout_threshold(p: float) -> int:
+    """Return how many of the 2^16 random numbers of a mask drop an element: p 2^16, rounded.
+
+    If p is not 0, the result is at least 1, so that a small p never switches dropout off, and at
+    most 2^16 - 1.
+    """
+    return 0 if p == 0.0 else min(max(round(p * 2**16), 1), 2**16 - 1)
+
+
+def keep_probability(p: float) -> float:
+    """Return the probability that a mask keeps an element: 1 - dropout_threshold(p) / 2^16.
+
+    It differs from 1 - p by at most 2^-17, except for p within 2^-17 of 0 or 1. Dropout divides by
+    it, not by 1 - p, so that the mean of dropout(x) over all seeds is x. It is exact in float32.
+    """
+    return 1.0 - dropout_threshold(p) / 2**16

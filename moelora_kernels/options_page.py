@@ -30,7 +30,11 @@ OTHER_VALUES = {
     "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES if not dispatch.IMPLS.get(impl)),
 }
 # Allowed values of an option besides the values in VALUES and NUMBERS.
-EXTRA_VALUES = {"router": ", or an `nn.Module`", "rank": ", or a list of num_experts ranks"}
+EXTRA_VALUES = {
+    "router": ", or an `nn.Module`",
+    "rank": ", or a list of num_experts ranks",
+    "dropout": ", applied in steps of 2^-16",
+}
 
 
 def options_markdown() -> str:

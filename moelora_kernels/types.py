@@ -109,7 +109,8 @@ class SiblingTensors(NamedTuple):
 class Dropout(NamedTuple):
     """Dropout of x before A. The mask is computed from the seed and is never stored."""
 
-    # Probability that an element is dropped; 0 switches dropout off.
+    # Probability that an element is dropped, rounded to a multiple of 2^-16
+    # (`numerics.dropout_threshold`); 0 switches dropout off.
     p: float = 0.0
     # Whether every expert has a separate mask.
     per_expert: bool = False

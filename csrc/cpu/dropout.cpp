@@ -1,5 +1,5 @@
-// The op `dropout`: out = x (.) mask / (1 - p). dropout.h describes the mask. Threads split the
-// elements of x.
+// The op `dropout`: out = x (.) mask / keep_probability. dropout.h describes the mask. Threads
+// split the elements of x.
 #include "dropout.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,23 +12,21 @@ namespace {
 
 // Counters of a step. 64 counters fill whole vectors of every width, and stay in registers and L1.
 constexpr int64_t COUNTERS = 64;
+// Elements of a step.
+constexpr int64_t BLOCK = LANES * COUNTERS;
 
-// Computes elements [begin, end). An element is dropped if its random number is at most
-// `last_dropped`.
+// Computes `count` elements, at most BLOCK, from x on. The first one has lane 0 of counter
+// `counter`. An element is dropped if its random number is below `threshold`.
 template <class S>
-MOELORA_INLINE void drop(const S* x, S* out, int64_t begin, int64_t end, Philox state,
-                         uint32_t last_dropped, Compute<S> keep_probability) {
+MOELORA_INLINE void drop(const S* x, S* out, int64_t count, int64_t counter, Philox state,
+                         uint16_t threshold, Compute<S> keep_probability) {
   using C = Compute<S>;
-  constexpr int64_t STEP = 4 * COUNTERS;
-  alignas(64) uint32_t random[STEP];
-  for (int64_t n = begin; n < end; n += STEP) {
-    philox<COUNTERS>(state, n / 4, random);
-    const int64_t count = std::min(STEP, end - n);
+  alignas(64) uint32_t random[4 * COUNTERS];
+  const Lane* lanes = philox<COUNTERS>(state, counter, random);
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      const C scaled = widen(x[n + j]) / keep_probability;
-      out[n + j] = narrow<S>(random[j] <= last_dropped ? C{0} : scaled);
-    }
+  for (int64_t j = 0; j < count; ++j) {
+    const C scaled = widen(x[j]) / keep_probability;
+    out[j] = narrow<S>(lanes[j] < threshold ? C{0} : scaled);
   }
 }
 
@@ -41,42 +39,59 @@ Philox philox_state(const Tensor& seed, int64_t stream) {
   return {.key = {uint32_t(key), uint32_t(key >> 32)}, .stream = uint32_t(stream)};
 }
 
+// Returns how many of the 2^16 random numbers drop an element: p 2^16, rounded. If p is not 0, the
+// result is at least 1 and at most 2^16 - 1.
+uint16_t dropout_threshold(double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: expected a probability in [0, 1), got ", p);
+  return p == 0.0 ? 0 : uint16_t(std::clamp(std::nearbyint(p * 0x1p16), 1.0, 0x1p16 - 1));
+}
+
 }  // namespace
 
 Mask::Mask(double p, bool mask_per_expert, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: expected a probability in [0, 1), got ", p);
-  threshold = uint64_t(std::nearbyint(p * 0x1p32));
+  threshold = dropout_threshold(p);
   if (threshold == 0) return;
   STD_TORCH_CHECK(seed.has_value(), "seed: expected a seed if dropout is above 0, got none");
   state = philox_state(*seed, 0);
-  keep_probability = 1.0 - p;
+  keep_probability = 1.0 - threshold * 0x1p-16;
   per_expert = mask_per_expert;
 }
 
 Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   check_floating(x, "x");
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "p: expected a probability in [0, 1], got ", p);
   STD_TORCH_CHECK(stream >= 0 && stream <= UINT32_MAX, "stream: expected a number of 32 bits, got ",
                   stream);
-  const Philox state = philox_state(seed, stream);
+  Mask mask(p, false, seed);
+  mask.state.stream = uint32_t(stream);
+  auto [rows, columns] = shape<2>(x, "x");
   x = row_major(x);
-  const auto threshold = uint64_t(std::nearbyint(p * 0x1p32));
-  if (threshold == 0) return torch::stable::clone(x);
+  if (!mask.active()) return torch::stable::clone(x);
   Tensor out = torch::stable::empty_like(x);
 
-  const auto last_dropped = uint32_t(threshold - 1);
+  // Rows whose width is a multiple of LANES follow each other without a gap between their counters,
+  // like one long row.
+  if (columns % LANES == 0) {
+    columns *= rows;
+    rows = 1;
+  }
+  const int64_t counters_of_row = (columns + LANES - 1) / LANES;
+  const int64_t blocks_of_row = (columns + BLOCK - 1) / BLOCK;
   for_dtype(x.scalar_type(), [&](auto type) {
     using S = typename decltype(type)::type;
     const S* x_data = x.const_data_ptr<S>();
     S* out_data = out.mutable_data_ptr<S>();
-    const int64_t numel = x.numel();
-    const int64_t block = 4 * COUNTERS;
-    const int64_t num_blocks = (numel + block - 1) / block;
-    const auto keep_probability = Compute<S>(1.0 - p);
-    torch::stable::parallel_for(0, num_blocks, grain(10 * block), [&](int64_t first, int64_t last) {
+    const auto keep_probability = Compute<S>(mask.keep_probability);
+    const int64_t num_blocks = rows * blocks_of_row;
+    torch::stable::parallel_for(0, num_blocks, grain(10 * BLOCK), [&](int64_t begin, int64_t end) {
       vectorised([&](auto) {
-        drop<S>(x_data, out_data, first * block, std::min(last * block, numel), state, last_dropped,
-                keep_probability);
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t row = block / blocks_of_row;
+          const int64_t first = block % blocks_of_row * BLOCK;
+          const int64_t n = row * columns + first;
+          drop<S>(x_data + n, out_data + n, std::min(BLOCK, columns - first),
+                  row * counters_of_row + first / LANES, mask.state, mask.threshold,
+                  keep_probability);
+        }
       });
     });
   });

@@ -125,7 +125,7 @@ struct Expand {
       for (int v = 0; v < VECTORS; ++v) term[v] = V{};
       add_product<Level, VECTORS>(left, right, steps, term);
       for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(dropped_term + v * LANES, term[v]);
-      mask.apply(dropped_term, index * O + strip, columns, terms[pair].expert);
+      mask.apply(dropped_term, index, strip, O, columns, terms[pair].expert);
       for (int v = 0; v < VECTORS; ++v) {
         sum[v] += load<C, Level{}()>(dropped_term + v * LANES);
       }

@@ -76,7 +76,7 @@ struct Shrink {
         for (int64_t k = 0; k < tokens; ++k) {
           const int64_t row = x.row_of_position[tile.begin + t + k];
           const S* x_row =
-              drop_row(mask, x.row(row) + column, row * I + column, columns, e,
+              drop_row(mask, x.row(row) + column, row, column, I, columns, e,
                        widened_x + k * COLUMNS_FORWARD, dropped_x + k * COLUMNS_FORWARD);
           if constexpr (P::in_place) {
             token_rows[k] = x_row;

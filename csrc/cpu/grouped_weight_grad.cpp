@@ -57,8 +57,7 @@ struct WeightGrad {
       const int64_t row = matrix.row_of_position[position];
       const S* columns_of_row = matrix.row(row) + strip;
       if constexpr (!RANKS_FIRST) return columns_of_row;
-      return drop_row(mask, columns_of_row, row * features + strip, columns, e, scratch,
-                      dropped_row);
+      return drop_row(mask, columns_of_row, row, strip, features, columns, e, scratch, dropped_row);
     };
 
     for (int64_t first = routing.begin(expert); first < routing.end(expert); first += STEP) {

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from moelora_kernels import ops, reference
 from moelora_kernels.numerics import is_autocast
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate, Routing
 
 # The version of torch: (major, minor).
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# `apply` that torch.compile does not compile.
+_apply_eagerly = torch._disable_dynamo(apply)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -261,17 +265,19 @@ def ffn_experts(
             return reference.ffn(*inputs)
         with torch.autocast(x.device.type, enabled=False):
             return reference.ffn(*inputs)
-    if torch.is_grad_enabled() and torch.compiler.is_compiling() and TORCH < (2, 13):
+    call = apply
+    if torch.is_grad_enabled() and TORCH < (2, 13):
         # Older versions compile a wrong gradient of the activation, without an error. Without
         # fullgraph=True this error makes the compiler run the layer eagerly.
-        raise RuntimeError(
-            f"torch.compile: training whole-FFN experts needs torch 2.13 or newer, got {TORCH}"
-        )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"torch.compile: training whole-FFN experts needs torch 2.13 or newer, got {TORCH}"
+            )
+        # The compiler would then try to compile the functions that the layer calls.
+        call = _apply_eagerly
     routing = ops.route(experts, len(mixture.ranks))
     inputs = (
         mixture, activation, dropout_x[:2], x, gate_out, up_out, weights, *routing,
         dropout_x.seed, dropout_a.seed, *tensors,
     )  # fmt: skip
-    if not torch.is_grad_enabled():
-        return FfnExperts.forward(*inputs)[:2]
-    return FfnExperts.apply(*inputs)[:2]
+    return call(FfnExperts, *inputs)[:2]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.types import (
     NO_GATE,
     Dropout,
@@ -111,7 +112,6 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        # torch binds the inputs to this signature on every call. That takes time for every name.
         impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
         tensors = siblings_of(_by_linear(LinearTensors, fields))
         gate, dropout = Gate(weights, experts, rows), Dropout(p, per_expert, seed)
@@ -339,34 +339,8 @@ def run(
     p, per_expert, seed = dropout
     fields = first if n == 1 else [t for linear in linears for t in linear]
     inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
-    outputs = _call(function)(*inputs)
+    outputs = apply(function, *inputs)
     if gate is None:
         result = LayerForward([], *outputs[n:])
         gate = mixture.router_gate(result.weights, result.experts, result.logits)
     return LayerOutput([*outputs[:n]], gate)
-
-
-def _call(function: type[MoeLora]):
-    """Return the function that runs `function` and records its graph."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply
-    if torch.compiler.is_compiling():
-        return _compiled(function)
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace: trace the layer inside torch.no_grad(), or use torch.export.export"
-        )
-    # `Function.apply` is a Python method that looks for functorch transforms, binds the inputs to a
-    # signature, and then calls the `apply` of its base class, which is in C++. For small layers the
-    # Python part takes longer than the products, so the `apply` of the base class is called.
-    return super(torch.autograd.Function, function).apply
-
-
-def _compiled(function: type[MoeLora]):
-    def call(*inputs):
-        # If no input needs a gradient, Dynamo passes a context to the forward of a Function. A
-        # Function with `setup_context` does not take one.
-        trains = any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
-        return function.apply(*inputs) if trains else function.forward(*inputs)
-
-    return call

@@ -16,10 +16,10 @@ Kernels share these conventions.
     Sums      accumulators are float32. A long sum can be split: each split writes a partial sum,
               and a second launch adds the partial sums in a fixed order, without atomics.
     UPCAST    True in the interpreter, which computes products of 16-bit tiles wrongly.
-    Dropout   DROPOUT is the smallest random word whose element is kept (`dropout.threshold`), 0
-              without dropout. dropout_scale = 1 / (1 - p) multiplies the elements that are kept.
-              ALIGNED: 4 divides the width, so the 4 words of a random number are in one row.
-              PER_EXPERT: every expert has a separate mask.
+    Dropout   DROPOUT is the smallest random number of 16 bits whose element is kept
+              (`numerics.dropout_threshold`), 0 without dropout. dropout_scale =
+              1 / keep_probability(p) multiplies the elements that are kept. PER_EXPERT: every
+              expert has a separate mask.
     Ranks     RANK_DIVISOR is a power of two that divides every rank, so that Triton can load
               several elements at a time.
     K         the slots of a sparse gate or of a router; 0 for a dense gate.

@@ -13,7 +13,8 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
@@ -52,7 +53,6 @@ def grouped_expand_kernel(
     PER_PAIR: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -119,7 +119,7 @@ def grouped_expand_kernel(
             if DROPOUT > 0:
                 stream = local_expert if PER_EXPERT else local_expert * 0
                 seed = tl.load(seed_ptr)
-                kept = keep_tile(seed, stream, y_rows, first_o, O, DROPOUT, ALIGNED, BLOCK_O)
+                kept = keep_tile(seed, stream, y_rows, first_o, O, DROPOUT, BLOCK_O)
                 y = tl.where(kept, y * dropout_scale, 0.0)
 
         # Add the start and store.
@@ -193,7 +193,7 @@ def launch(
                 O=O,
                 slot=sibling * K + k,
                 sibling=sibling,
-                dropout_scale=1.0 / (1.0 - dropout.p),
+                dropout_scale=1.0 / keep_probability(dropout.p),
             ),
             dict(
                 N=N,
@@ -202,8 +202,7 @@ def launch(
                 **tables.rank_constants(ranks),
                 PER_PAIR=per_pair,
                 IN_PLACE=target is previous,
-                DROPOUT=threshold(dropout.p),
-                ALIGNED=O % 4 == 0,
+                DROPOUT=dropout_threshold(dropout.p),
                 PER_EXPERT=dropout.per_expert,
                 BLOCK_P=tile_config.tokens,
                 BLOCK_O=tile_config.step,

@@ -12,7 +12,8 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Routing
 
 # Columns of rank space that one program sums: an expert has too few rows to share the reads of
@@ -44,7 +45,6 @@ def grouped_shrink_kernel(
     MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -88,7 +88,7 @@ def grouped_shrink_kernel(
             x = load_rows(x_ptr, stride_x, x_rows, i, positions_in, i < I)  # [BLOCK_P, BLOCK_I]
             a = load_transposed(a_ptr, I, a_rows, i, columns < rank, i < I)
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, x_rows, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
+                kept = keep_tile(seed, stream, x_rows, first_i, I, DROPOUT, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             h = product(x, a, h, UPCAST)
     h = (h * dropout_scale).to(h_ptr.dtype.element_ty)
@@ -143,15 +143,14 @@ def launch(
             P=P,
             M=len(tiles),
             I=I,
-            dropout_scale=1.0 / (1.0 - dropout.p),
+            dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
             n=len(lora_a),
             E=len(ranks),
             PAIRS_PER_ROW=P // x.shape[0],
             **tables.rank_constants(ranks),
-            DROPOUT=threshold(dropout.p),
-            ALIGNED=I % 4 == 0,
+            DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=dropout.per_expert,
             COLUMN_TILES=column_tiles,
             BLOCK_P=tile_config.tokens,

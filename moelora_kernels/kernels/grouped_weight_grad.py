@@ -19,8 +19,9 @@ from moelora_kernels.kernels.common.configs import TileConfig
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.kernels.dropout import keep_tile
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
+from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
 # `step` elements of a gradient per program of the second launch: 16 for each thread.
@@ -106,7 +107,6 @@ def grouped_weight_grad_kernel(
     MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     TILES: tl.constexpr,
@@ -178,7 +178,7 @@ def grouped_weight_grad_kernel(
                 narrow_ptr, MAX_RANK, positions, columns, positions_in, columns_in
             )  # [BLOCK_P, BLOCK_R]
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, wide_rows, first_w, W, DROPOUT, ALIGNED, BLOCK_W)
+                kept = keep_tile(seed, stream, wide_rows, first_w, W, DROPOUT, BLOCK_W)
                 wide = tl.where(kept, wide, 0.0).to(wide.dtype)
             total = product(tl.trans(wide), narrow, total, UPCAST)
         total *= dropout_scale
@@ -314,13 +314,12 @@ def sum_pairs(
             narrow_ptr=narrow.contiguous(),
             order_ptr=order,
             seed_ptr=dropout.seed if dropout.p > 0 else None,
-            dropout_scale=1.0 / (1.0 - dropout.p),
+            dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         constants
         | dict(
             PAIRS_PER_ROW=P // wide[0].shape[0],
-            DROPOUT=threshold(dropout.p),
-            ALIGNED=all(W % 4 == 0 for W in widths),
+            DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=dropout.per_expert,
             TILES=tiles,
             BLOCK_P=tile_config.tokens,

@@ -11,7 +11,8 @@ from torch import Tensor
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows
 from moelora_kernels.kernels.common.products import product, select_from
-from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
 
 # Columns of dh and of dlogits that one step multiplies. dlogits are float32: more than 16 of their
@@ -66,7 +67,6 @@ def shrink_dx_kernel(
     A_ROWS: tl.constexpr,
     E: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -85,9 +85,8 @@ def shrink_dx_kernel(
     column_tiles [num_column_tiles, 4] of `column_tile_table`; None without PER_EXPERT
     dx           [T, I]
 
-    Dropout multiplies the kept elements by dropout_scale = 1 / (1 - p). PER_EXPERT: every expert
-    has a separate mask. Programs: (token tile, tile of I), the last fastest, so that dh is read
-    from L2.
+    Dropout multiplies the kept elements by dropout_scale. PER_EXPERT: every expert has a separate
+    mask. Programs: (token tile, tile of I), the last fastest, so that dh is read from L2.
     """
     i_tiles = tl.cdiv(I, BLOCK_I)
     first_i = tl.program_id(0) % i_tiles * BLOCK_I
@@ -112,7 +111,7 @@ def shrink_dx_kernel(
                 expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, i_in, I, start, end,
                 BLOCK_R, UPCAST,
             )  # fmt: skip
-            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
+            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, BLOCK_I)
             dx += tl.where(kept, expert_dx, 0.0)
     else:
         for sibling in range(n):
@@ -122,7 +121,7 @@ def shrink_dx_kernel(
             )  # fmt: skip
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)
-            kept = keep_tile(seed, 0, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_I)
+            kept = keep_tile(seed, 0, tokens, first_i, I, DROPOUT, BLOCK_I)
             dx = tl.where(kept, dx, 0.0)
     dx *= dropout_scale
 
@@ -173,14 +172,13 @@ def launch(
             T=T,
             I=I,
             num_column_tiles=0 if column_tiles is None else len(column_tiles),
-            dropout_scale=1.0 / (1.0 - dropout.p),
+            dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
             n=n,
             A_ROWS=A_ROWS,
             E=len(ranks),
-            DROPOUT=threshold(dropout.p),
-            ALIGNED=I % 4 == 0,
+            DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
             BLOCK_T=tile_config.tokens,

@@ -27,8 +27,8 @@ from moelora_kernels.kernels.common.gates import (
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
-from moelora_kernels.kernels.dropout import keep_tile, threshold
-from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.numerics import compute_dtype, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
 
 # One launch does everything up to this many columns and experts: more do not fit into the registers
@@ -74,7 +74,6 @@ def shrink_gate_kernel(
     RENORMALIZE: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
@@ -154,7 +153,7 @@ def shrink_gate_kernel(
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
             logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
-            kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, ALIGNED, BLOCK_I)
+            kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
         h = product(x, a, h, UPCAST)
     h *= dropout_scale
@@ -369,13 +368,12 @@ def launch(
             column_tiles_ptr=column_tile_table,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
-            dropout_scale=1.0 / (1.0 - dropout.p),
+            dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         constants
         | dict(
             ONE_LAUNCH=one_launch,
-            DROPOUT=threshold(dropout.p),
-            ALIGNED=I % 4 == 0,
+            DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
             COLUMN_TILES=column_tiles,

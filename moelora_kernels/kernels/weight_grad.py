@@ -13,7 +13,8 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials
-from moelora_kernels.kernels.dropout import keep_tile, threshold
+from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
 
 # Columns of rank space, and of dlogits beside them, that one program sums: more do not fit into the
@@ -42,7 +43,6 @@ def weight_grad_of_x(
     H: tl.constexpr,
     L: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     A_TILES: tl.constexpr,
@@ -84,7 +84,7 @@ def weight_grad_of_x(
             dbias += tl.sum(dlogits, axis=0)
             drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
         if DROPOUT > 0:
-            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, ALIGNED, BLOCK_W)
+            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
         da = product(tl.trans(x), dh, da, UPCAST)
     da *= dropout_scale
@@ -157,7 +157,6 @@ def weight_grad_kernel(
     L: tl.constexpr,
     R: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     A_TILES: tl.constexpr,
@@ -204,7 +203,7 @@ def weight_grad_kernel(
         weight_grad_of_x(
             x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, column_tiles_ptr, da_ptr + partial,
             drouter_ptr, dbias_ptr, tile, start_t, end_t, T, I, dropout_scale, H, L, DROPOUT,
-            ALIGNED, PER_EXPERT, RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
+            PER_EXPERT, RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
         )  # fmt: skip
     else:
         # The tiles of sibling i begin where those of sibling i - 1 end.
@@ -302,15 +301,14 @@ def launch(
             out_features=tuple(out_features),
             t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
             partial_stride=partials.stride,
-            dropout_scale=1.0 / (1.0 - dropout.p),
+            dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
             n=n,
             H=H,
             L=L,
             R=R,
-            DROPOUT=threshold(dropout.p),
-            ALIGNED=I % 4 == 0,
+            DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=per_expert,
             RANK_DIVISOR=tables.rank_divisor(ranks),
             A_TILES=a_tiles,

@@ -97,7 +97,8 @@ def _check_graph(layer: MixtureLayer, calls: Sequence[RoutedCall]) -> None:
     if trains and any(not call.logits.requires_grad for call in calls):
         raise RuntimeError(
             "the last forward ran without a graph, so the auxiliary loss would not train the "
-            "router; under activation checkpointing use use_reentrant=False"
+            "router; under activation checkpointing use use_reentrant=False, and run passes under "
+            "torch.no_grad() outside of the forward that trains"
         )
 
 

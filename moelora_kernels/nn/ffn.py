@@ -27,6 +27,7 @@ from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -280,7 +281,7 @@ class MoeLoraFFN(MixtureLayer):
     def router_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Return the router's logits [G, E] in float32; see `routers.layer_logits`."""
         if self.config.granularity == "token" and dense_weight(self.router) is not None:
-            return RouterLogits.apply(tokens, self.router.weight, self.router.bias)
+            return apply(RouterLogits, tokens, self.router.weight, self.router.bias)
         return super().router_logits(x, tokens)
 
     def token_slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:

@@ -55,6 +55,7 @@ class MoeLoraGroup(nn.Module):
         check_siblings(siblings)
         for name, layer in siblings.items():
             self.add_module(name, layer)
+        follow_forwards(self)
 
     def forward(
         self,

@@ -28,14 +28,23 @@ from moelora_kernels.nn.base_linear import (
     float_weight,
     state_without_graph,
 )
+from moelora_kernels.nn.batch_rows import check_rows
 from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import TaskVectors, build_router, layer_logits, task_routers
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
+from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
+
+# The options that the parameters and the router of a layer were built for.
+BUILT_OPTIONS = (
+    "num_experts", "rank", "share", "shared_expert", "shared_rank", "rank_activation", "router",
+    "router_bias", "router_hidden", "num_tasks", "task_embedding_dim", "task_gate", "granularity",
+    "max_threshold", "balance_rate",
+)  # fmt: skip
 
 
 class MixtureLayer(nn.Module):
@@ -51,6 +60,8 @@ class MixtureLayer(nn.Module):
         task_vectors: the task vectors that `set_tasks` set for a TokenTaskRouter, or None.
         has_inner_task_routers: whether the router is a user's module with a TokenTaskRouter inside.
         samples: which sample each token belongs to; see `set_samples`.
+        token_order: a hint that x has its tokens in another order than the model, or None.
+        checks_rows: whether calls are checked with `check_rows`.
         is_selected: whether `set_tasks`, trainers and `adapter_parameters` include the layer. Only
             an inactive adapter of a PeftModel is left out.
         is_running: whether the next forward of the model runs the layer. Only adapters of a
@@ -65,6 +76,28 @@ class MixtureLayer(nn.Module):
     is_selected: bool = True
     is_running: bool = True
     is_peft_adapter: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "config" in self.__dict__:
+            self._check_config(value)
+            for option in BUILT_OPTIONS:
+                if getattr(value, option) != getattr(self.config, option):
+                    raise ValueError(
+                        f"config: a layer keeps the {option} it was built with, "
+                        f"{getattr(self.config, option)!r}; build another layer for "
+                        f"{getattr(value, option)!r}"
+                    )
+            if bool(value.aux) != bool(self.config.aux):
+                raise ValueError(
+                    "aux: a layer records its routing from its first forward on, or never; build "
+                    "another layer to begin or end auxiliary losses"
+                )
+        super().__setattr__(name, value)
+        if name == "config":
+            self._derive_options()
+
+    def _derive_options(self) -> None:
+        """Compute the attributes that follow from `self.config`, which is new."""
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -83,6 +116,12 @@ class MixtureLayer(nn.Module):
         self.task_ids: Tensor | None = None
         self.task_vectors: TaskVectors | None = None
         self.samples: Samples | str | None = None
+        self.set_token_order(None)
+
+    def set_token_order(self, order: TokenOrder | None) -> None:
+        """Set how the tokens of x are ordered, as far as the source above the layer tells."""
+        self.token_order = order
+        self.checks_rows = order is not None or self.config.granularity == "sequence"
 
     def _set_router(self, router: nn.Module | None) -> None:
         self.router = router
@@ -115,9 +154,13 @@ class MixtureLayer(nn.Module):
             external = self.external_gates if gates is None else gates
         elif config.router is not None:
             logits = self.router_logits(x, tokens)
-        return gate_from(
+        gate = gate_from(
             config, logits, external, router=self.router, training=self.training, device=x.device
         )
+        if self.checks_rows:
+            vectors = self.task_vectors
+            check_rows(self, x, len(gate.weights if vectors is None else vectors.tensor))
+        return gate
 
     def _check_direct(self) -> None:
         """Raise RuntimeError if A or B is not a Parameter, so that new values would be lost."""
@@ -229,17 +272,11 @@ class LoraLayer(MixtureLayer):
                 "of a linear have no activation between A and B"
             )
 
-    def _add_experts(
-        self, base: nn.Module, config: MoeLoraConfig, in_features: int, out_features: int
-    ) -> None:
-        """Create the parameters, the router and the record of E experts over `base`."""
-        self._check_config(config)
-        self.config = config
-        self.in_features, self.out_features = in_features, out_features
-        ranks = config.ranks()
+    def _derive_options(self) -> None:
+        config = self.config
         self.mixture = Mixture(
-            ranks,
-            config.scales(in_features),
+            config.ranks(),
+            config.scales(self.in_features),
             share_a=config.share == "A",
             renormalize=config.renormalize(),
             temperature=config.temperature,
@@ -252,6 +289,15 @@ class LoraLayer(MixtureLayer):
         )
         top_k = config.top_k or config.num_experts
         self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
+
+    def _add_experts(
+        self, base: nn.Module, config: MoeLoraConfig, in_features: int, out_features: int
+    ) -> None:
+        """Create the parameters, the router and the record of E experts over `base`."""
+        self._check_config(config)
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        ranks = config.ranks()
         device, dtype = adapter_device_dtype(base, config)
         a_rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(a_rows, in_features, device=device, dtype=dtype))

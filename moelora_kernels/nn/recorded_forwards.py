@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -106,15 +106,17 @@ def _record(module: nn.Module) -> RoutingRecord | None:
 
 
 def last_calls(
-    model: nn.Module, layers: Iterable[nn.Module]
+    model: nn.Module, layers: Collection[nn.Module]
 ) -> dict[nn.Module, list[RoutedCall] | None]:
     """Return the calls of `layers` in the last forward of `model`; None if there was none.
 
-    It is the last forward of the model, or of a model around it. Calls outside of such forwards, by
-    a method that is not forward or by a part of the model, count if each layer has one of them.
+    It is the last forward of the model, or of a model around it. If there was none, the calls by a
+    method that is not forward, or by a part of the model, count if there was one for each layer.
 
     Raises:
-        RuntimeError: it is not known which calls of a layer belong to the last forward.
+        RuntimeError: it is not known which calls of a layer belong to the last forward. There were
+            several calls by such methods or parts; or such calls and a forward, except for calls
+            before a forward that called the layer too. All of these calls are dropped.
     """
     end_interrupted()
     scope = Scope(model)
@@ -122,19 +124,24 @@ def last_calls(
     for layer in layers:
         _, forwards = layer.record.readable()
         whole: list[RoutedCall] | None = None
-        parts: list[RoutedCall] = []
-        repeats = 0
+        parts: list[RoutedCall] | None = None
+        passes = 0
         for other, (calls, is_repeated) in reversed(forwards.items()):
             kind = scope.kind(layer, other)
-            if kind == "whole":
-                whole = calls
-                break
             if kind == "part":
-                parts = [*calls, *parts]
-                repeats += 1 + is_repeated
-        if repeats > 1 or (repeats and whole is not None):
+                parts = calls if parts is None else [*calls, *parts]
+                passes += 2 if is_repeated else len(calls) > 0
+            elif kind == "whole":
+                is_last = whole is None
+                whole = calls if is_last else whole
+                # Calls before a forward count for nothing, unless it took their result instead of
+                # calling the layer (`encoder_outputs`).
+                if whole or not is_last:
+                    break
+        if passes > 1 or (passes and whole is not None):
+            drop_calls(model, layers)
             raise RuntimeError(_ambiguous(model, layer))
-        result[layer] = parts if repeats else whole
+        result[layer] = parts if whole is None else whole
     return result
 
 
@@ -175,12 +182,11 @@ def _ambiguous(model: nn.Module, layer: nn.Module) -> str:
     """Return the text of the error for calls that cannot be assigned to one forward."""
     name = next((name for name, module in named_modules(model) if module is layer), "")
     return (
-        f"{name or type(layer).__name__}: it was called several times, and not in one forward of "
-        "the model that was passed (but in a method that is not forward, in a part of the model, "
-        "or before the model was known), so the calls of the last forward are not known. Do one of "
-        "these: call collect_aux_loss(model) after each pass and add the losses; run passes that "
-        "do not count under torch.no_grad(); for a model that you built from layers, call "
-        "adapter_parameters(model) before its first forward"
+        f"{name or type(layer).__name__}: its calls cannot be assigned to one forward of the "
+        "model: it was called in a method that is not forward, in a part of the model, or before "
+        "the model was known. Do one of these: call collect_aux_loss(model) after each pass and "
+        "add the losses; run passes that do not count under torch.no_grad(); for a model that you "
+        "built from layers, call adapter_parameters(model) before its first forward"
     )
 
 

@@ -8,14 +8,22 @@ from collections.abc import Iterable
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.batch_rows import follow_batches
 from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
 from moelora_kernels.nn.layer import MixtureLayer, router_warnings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
-from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.routers import TaskRouter, task_routers
 from moelora_kernels.nn.sharding import warn_if_parallel
+from moelora_kernels.nn.token_order import TokenOrder, token_order
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
-from moelora_kernels.nn.wrappers import named_modules, places, portable_name
+from moelora_kernels.nn.wrappers import (
+    inside_checkpointing,
+    named_modules,
+    places,
+    portable_name,
+    wrapped_child,
+)
 
 
 def replace_linears(
@@ -66,6 +74,7 @@ def replace_linears(
         parent, child = place_of[name]
         check_target(name, parent._modules[child], modules)
         check_layout(name, modules, config)
+    orders = {name: sample_order(name, modules, config) for name in names}
     warn_of_readers(modules, names)
 
     shared = fitting_task_router(model.modules(), config)
@@ -77,13 +86,38 @@ def replace_linears(
             module = parent._modules[child]
             if id(module) not in replaced:
                 layer = replaced[id(module)] = MoeLoraLinear.from_linear(module, config)
+                layer.set_token_order(orders[name])
                 if config.shares_gate():
                     shared = shared or layer.router
                     layer.router = shared
             setattr(parent, child, replaced[id(module)])
+    follow_calls(model, config)
+    return names
+
+
+def follow_calls(model: nn.Module, config: MoeLoraConfig) -> None:
+    """Add the hooks that layers with `config` need to the model."""
     if config.aux:
         follow_forwards(model)
-    return names
+    if config.granularity == "sequence":
+        follow_batches(model)
+
+
+def has_samples(config: MoeLoraConfig) -> bool:
+    """Return whether the gate of a layer depends on the sample of a token."""
+    router = config.router
+    return (
+        config.granularity != "token"
+        or router in ("external", "token_task")
+        or (isinstance(router, nn.Module) and bool(task_routers(router)))
+    )
+
+
+def sample_order(
+    name: str, modules: dict[str, nn.Module], config: MoeLoraConfig
+) -> TokenOrder | None:
+    """Return the `token_order` of a layer, if its config needs it."""
+    return token_order(name, modules) if config.batch_dim == 0 and has_samples(config) else None
 
 
 def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig) -> None:
@@ -93,8 +127,7 @@ def check_layout(name: str, modules: dict[str, nn.Module], config: MoeLoraConfig
 
     modules: as `named_modules` yields them.
     """
-    per_sample = config.router in ("task", "external", "token_task")
-    if config.batch_dim != 0 or not (per_sample or config.granularity == "sequence"):
+    if config.batch_dim != 0 or not has_samples(config):
         return
     path = name.split(".")
     for depth in range(len(path)):
@@ -142,8 +175,10 @@ def replace_ffns(
     Raises:
         ValueError: no module matches, one of the names matches none, or an option is not supported
             for whole-FFN experts.
-        TypeError: a matching module is not a gated MLP, or has experts already. The model is then
-            unchanged.
+        TypeError: a matching module is not a gated MLP, has experts already, or is wrapped
+            (torch.compile, DDP, FSDP1). The model is then unchanged.
+
+    An MLP inside torch's `checkpoint_wrapper` is replaced inside it.
 
     Example:
         >>> from torch import nn
@@ -160,11 +195,18 @@ def replace_ffns(
     place_of = places(model)
     names = _matching(model, place_of, target_modules, ())
     for name in names:
-        parent, child = place_of[name]
-        if problem := ffn_problem(parent._modules[child]):
+        parent, child = place_of[name] = inside_checkpointing(*place_of[name])
+        module = parent._modules[child]
+        if wrapped_child(module) is not None:
+            raise TypeError(
+                f"target_modules: {name}: it is inside a {type(module).__name__}; replace the MLPs "
+                "first, then wrap them"
+            )
+        if problem := ffn_problem(module):
             raise TypeError(f"target_modules: {name}: {problem}")
     above = {name: module for name, module in named_modules(model) if name not in names}
     warn_of_readers(above, [f"{name}.{projection}" for name in names for projection in PROJECTIONS])
+    orders = {name: sample_order(name, above, config) for name in names}
     shared = fitting_task_router(model.modules(), config)
     replaced: dict[nn.Module, MoeLoraFFN] = {}
     with router_warnings():
@@ -173,12 +215,12 @@ def replace_ffns(
             module = parent._modules[child]
             if module not in replaced:
                 layer = replaced[module] = MoeLoraFFN.from_mlp(module, config, recompute=recompute)
+                layer.set_token_order(orders[name])
                 if config.shares_gate():
                     shared = shared or layer.router
                     layer.router = shared
             setattr(parent, child, replaced[module])
-    if config.aux:
-        follow_forwards(model)
+    follow_calls(model, config)
     return names
 
 

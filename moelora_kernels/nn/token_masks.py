@@ -20,6 +20,7 @@ import inspect
 import math
 import re
 import threading
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,8 @@ from moelora_kernels.nn.forward_hooks import ModelHooks
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.routing_record import RoutedCall, RoutingRecord, ThreadRecord
 from moelora_kernels.nn.samples import Samples
-from moelora_kernels.nn.wrappers import named_modules, unwrap
+from moelora_kernels.nn.token_order import argument_sources
+from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
 
 # Modules that read the encoder's output, and their linears that do (k, v).
 CROSS_ATTENTION = re.compile(r"cross_?att|enc(oder)?_?(dec(oder)?_?)?att", re.IGNORECASE)
@@ -43,6 +45,17 @@ OTHER_INPUTS = re.compile(
     r"vision|visual|image|video|audio|speech|projector|connector|perceiver|q_?former",
     re.IGNORECASE,
 )
+
+
+# Arguments that hold the tokens of such parts, and arguments that hold no tokens.
+OTHER_ARGUMENTS = re.compile(
+    r"vision|visual|image|img|pixel|patch|picture|photo|video|frame|audio|speech|sound|wave|mel",
+    re.IGNORECASE,
+)
+TEXT_ARGUMENTS = re.compile(
+    r"(^|_)(ids|tokens?|text|words?|prompts?|inputs_embeds)$", re.IGNORECASE
+)
+NO_TOKENS = re.compile(r"mask|label|target|position|return|output|use_|cache|kwargs", re.IGNORECASE)
 
 
 def token_mask(mask: Tensor | None, shape: tuple[int, ...], batch_dim: int = 0) -> Tensor | None:
@@ -99,13 +112,10 @@ def follow_masks(model: nn.Module) -> None:
     again after you add layers.
     """
     model = unwrap(model)
-    parts = [module for _, module in named_modules(model) if _is_pretrained(module)]
+    parts = [module for _, module in named_modules(model) if is_pretrained(module)]
     for part in parts or [model]:
-        MaskHooks.add_to(part).records = None
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+        # Now and not in the first forward, which may be compiled.
+        MaskHooks.add_to(part).find_records(part)
 
 
 class MaskHooks(ModelHooks):
@@ -121,11 +131,15 @@ class MaskHooks(ModelHooks):
         self.names: list[str] = []
         self.previous = PreviousMasks()
 
+    def find_records(self, part: nn.Module) -> None:
+        """Find the records of the layers of `part`, by the argument of their mask."""
+        self.names = _parameter_names(part)
+        self.records = mask_records(part, self.names)
+
     def begin(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the masks of a forward of `part`."""
         if self.records is None:
-            self.names = _parameter_names(part)
-            self.records = mask_records(part, self.names)
+            self.find_records(part)
         previous = []
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         for name, records in self.records.items():
@@ -184,7 +198,7 @@ def mask_records(part: nn.Module, names: Iterable[str]) -> dict[str, list[Routin
         elif is_multimodal:
             in_text = module in in_decoder or module in in_head
         else:
-            in_text = not OTHER_INPUTS.search(name)
+            in_text = not OTHER_INPUTS.search(name) and not reads_other_input(part, name)
         if not in_text:
             continue
         if reads_encoder(name) and module not in in_encoder:
@@ -195,6 +209,34 @@ def mask_records(part: nn.Module, names: Iterable[str]) -> dict[str, list[Routin
             source = "attention_mask"
         records.setdefault(source, []).append(record)
     return records
+
+
+def reads_other_input(part: nn.Module, name: str) -> bool:
+    """Return whether the layer `name` of `part` computes with another input than the text.
+
+    The source of the forward tells from which arguments a child gets its input. The text is in
+    the arguments whose names say so, such as `input_ids`, or else in the first argument that is
+    not an image or a sound. Warns if the name of another argument does not say what it is.
+    """
+    names = _parameter_names(part)
+    text = {n for n in names if TEXT_ARGUMENTS.search(n) and not NO_TOKENS.search(n)}
+    if not text:
+        text = {*[n for n in names if not OTHER_ARGUMENTS.search(n)][:1]}
+    sources = argument_sources(type(part))
+    parts = name.split(".")
+    paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    read = {argument for path in paths for argument in sources.get(path, ())}
+    read = {argument for argument in read if not NO_TOKENS.search(argument)}
+    if not read or read & text:
+        return False
+    if unknown := sorted(argument for argument in read if not OTHER_ARGUMENTS.search(argument)):
+        warnings.warn(
+            f"attention_mask: it is taken for that of {sorted(text)}, so all tokens count in "
+            f"{name}, which {type(part).__name__} calls with {unknown}. If some of them are "
+            "padding, pass their mask: collect_aux_loss(part, mask)",
+            stacklevel=2,
+        )
+    return True
 
 
 def reads_encoder(name: str) -> bool:

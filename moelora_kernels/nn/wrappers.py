@@ -33,6 +33,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Return whether a module is a PreTrainedModel of transformers."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
 def wrapped_child(module: nn.Module) -> str | None:
     """Return the name of the child that `module` wraps; None if it is not a wrapper."""
     for source, name, child in WRAPPERS:
@@ -60,6 +65,14 @@ def places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     modules = dict(named_modules(model, remove_duplicate=False))
     split = {name: name.rpartition(".") for name in modules if name}
     return {name: (modules[parent], child) for name, (parent, _, child) in split.items()}
+
+
+def inside_checkpointing(parent: nn.Module, child: str) -> tuple[nn.Module, str]:
+    """Return the (parent, child) of the module inside torch's `checkpoint_wrapper`, if any."""
+    inner = "_checkpoint_wrapped_module"
+    while wrapped_child(parent._modules[child]) == inner:
+        parent, child = parent._modules[child], inner
+    return parent, child
 
 
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:

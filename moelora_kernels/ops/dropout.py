@@ -26,11 +26,11 @@ register_kernels("dropout")
 def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     """Drop elements of x and scale the others.
 
-        y = x (.) mask / (1 - p)        mask a function of (seed, stream, position)
+        y = x (.) mask / keep_probability(p)        mask a function of (seed, stream, position)
 
     Args:
         x: [T, I].
-        p: probability that an element is dropped, in [0, 1).
+        p: probability that an element is dropped, in [0, 1), rounded to a multiple of 2^-16.
         seed: one int64.
         stream: the index of the mask; one seed gives a different mask for every stream.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.ops.apply import apply
 from moelora_kernels.ops.registration import register, register_kernels
 
 
@@ -112,7 +113,7 @@ def topk_gate(
         )
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    return TopkGate.apply(logits, top_k, renormalize, float(temperature))
+    return apply(TopkGate, logits, top_k, renormalize, float(temperature))
 
 
 def topk_gate_backward(

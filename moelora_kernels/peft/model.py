@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.layer import router_warnings
-from moelora_kernels.nn.recorded_forwards import follow_forwards
-from moelora_kernels.nn.replace import check_layout, fitting_task_router
+from moelora_kernels.nn.replace import (
+    check_layout,
+    fitting_task_router,
+    follow_calls,
+    sample_order,
+)
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap
@@ -41,7 +45,8 @@ class MoeLoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         names = [portable_name(model, name) for name in self.targeted_module_names]
         warn_of_readers(dict(named_modules(model)), names)
-        follow_forwards(model)
+        for config in self.peft_config.values():
+            follow_calls(model, config.moe_lora_config())
 
     def _check_target_module_compatiblity(
         self, peft_config: MoeLoraPeftConfig, model: nn.Module, target_name: str
@@ -69,6 +74,7 @@ class MoeLoraModel(BaseTuner):
             check_target(name, target, above)
             layer = MoeLoraTunerLinear(target)
         layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
+        layer.moelora_experts[adapter_name].set_token_order(sample_order(name, above, config))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import Trainer
 
 from moelora_kernels.nn.layer import mixture_layers
+from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.trainer.callback import MoeLoraCallback
 from moelora_kernels.trainer.tasks import SetTasks, TaskCollator, TaskSetter, task_problem
 
@@ -76,8 +78,9 @@ def attach(
 
     Raises:
         ValueError: the model has no mixture layer, `attach` was called on this trainer before, the
-            trainer would use nn.DataParallel (start one process per GPU with torchrun), or the
-            trainer packs or makes batches in a way that gates of samples do not work with.
+            trainer would use nn.DataParallel (start one process per GPU with torchrun), the trainer
+            packs or makes batches in a way that gates of samples do not work with, or its loss
+            reads the weight of an lm_head that has experts (TRL's trainers).
 
     Example:
         >>> from torch import nn
@@ -105,6 +108,11 @@ def attach(
         )
     if problem := task_problem(trainer):
         raise ValueError(f"trainer: {problem}")
+    if name := head_of_fused_loss(trainer.model):
+        raise ValueError(
+            f"trainer: {type(trainer).__name__} multiplies by {name}.weight and does not call "
+            f"{name}, so its experts would have no effect; leave {name} out of target_modules"
+        )
     callback = MoeLoraCallback(trainer, TaskSetter(trainer, task_column, set_tasks))
     trainer.compute_loss = callback.compute_loss
     callbacks.insert(0, callback)
@@ -115,3 +123,20 @@ def attach(
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
     return callback
+
+
+def head_of_fused_loss(model: nn.Module) -> str | None:
+    """Return the name of an lm_head with experts that a loss of TRL does not call; or None.
+
+    TRL's `add_fused_lm_head` patches the forward of a model. The patch has an argument
+    `fused_lm_head`.
+    """
+    for name, module in named_modules(model):
+        code = getattr(getattr(module.__dict__.get("forward"), "__func__", None), "__code__", None)
+        if code is None or "fused_lm_head" not in code.co_varnames:
+            continue
+        head = module.get_output_embeddings()
+        if head is not None and mixture_layers(head):
+            inner = next(child for child, m in named_modules(module) if m is head)
+            return f"{name}.{inner}".lstrip(".")
+    return None

@@ -29,7 +29,7 @@ from moelora_kernels.nn.forward_hooks import RUNNING
 from moelora_kernels.nn.layer import mixture_layers
 from support.branches import AUX, Branches, branches, loss_of, tokens
 
-UNKNOWN = "it was called several times, and not in one forward"
+UNKNOWN = "its calls cannot be assigned to one forward"
 
 
 class ByHand(nn.Module):
@@ -100,25 +100,31 @@ def test_functions_before_the_first_forward_make_a_model_known(look):
     torch.testing.assert_close(actual, collect_aux_loss(model.q_proj))
 
 
-def test_set_tasks_makes_a_model_known():
+@pytest.mark.parametrize("is_known", (False, True))
+def test_set_tasks_makes_a_model_known(is_known):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            options = AUX | dict(dtype=torch.float64)
             self.task = MoeLoraLinear(6, 6, router="task", num_tasks=2, num_experts=4, rank=2)
-            self.task.double()
-            self.token = MoeLoraLinear(6, 6, **options)
+            self.token = MoeLoraLinear(6, 6, **AUX)
 
         def forward(self, x):
             return self.token(self.token(self.task(x)))
 
-    model, x = Two(), tokens(3)[None]
-    set_tasks(model, [1])
-    with record_routing(model):
-        model(x)
-        assert len(model.token.record.last) == 2
+    model, x = Two(), tokens(3)[None].float()
+    # Without the layer that is called twice, this is a part of the model.
+    set_tasks(model if is_known else model.task, [1])
+    hidden = model.task(x).detach()
+    both = torch.cat([hidden, model.token(hidden).detach()])
+    collect_aux_loss(model.token)
     model(x)
-    assert collect_aux_loss(model).item() > 0
+    if is_known:
+        actual = collect_aux_loss(model)
+        model.token(both)
+        torch.testing.assert_close(actual, collect_aux_loss(model.token))
+    else:
+        with pytest.raises(RuntimeError, match=f"^token: {UNKNOWN}"):
+            collect_aux_loss(model)
 
 
 # Forwards that are not forwards of the model.
@@ -160,7 +166,7 @@ def test_a_layer_that_a_method_calls_twice_is_an_error():
     model.encode(x, "aa")
     with pytest.raises(RuntimeError, match=f"^a: {UNKNOWN}"):
         collect_aux_loss(model)
-    # The forward is known, so calls before it do not count.
+    # Calls before a forward do not count.
     model(x, "a")
     torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
 
@@ -182,6 +188,30 @@ def test_passes_of_a_method_without_autograd_do_not_count():
     with torch.no_grad():
         model.encode(tokens(seed=4), "abca")
     torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
+
+
+def test_a_forward_that_takes_the_result_of_a_pass_is_an_error():
+    """Like `model(encoder_outputs=model.encoder(x))`: the pass of the encoder is not left out."""
+    model, x = encoder(), tokens()
+    y = model.encode(x, "a")
+    model(y, "b")
+    with pytest.raises(RuntimeError, match=f"^a: {UNKNOWN}.*after each pass"):
+        collect_aux_loss(model)
+    model.encode(x, "a")
+    loss = collect_aux_loss(model)
+    model(y, "b")
+    loss = loss + collect_aux_loss(model)
+    torch.testing.assert_close(loss, loss_of(model, ("a", x), ("b", y.detach())))
+
+
+def test_passes_before_a_forward_that_calls_the_same_layers_do_not_count():
+    model, x = encoder(), tokens()
+    model.encode(tokens(seed=3), "ab")
+    model(x, "ab")
+    actual = collect_aux_loss(model)
+    y = model.a(x).detach()
+    collect_aux_loss(model)
+    torch.testing.assert_close(actual, loss_of(model, ("a", x), ("b", y)))
 
 
 def test_a_report_of_unknown_calls_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -190,3 +191,75 @@ def test_an_inner_model_has_its_own_mask():
         # A trainer may call the inner model alone.
         model.inner(torch.randn(2, 3, 8), inner)
         assert masks_of(model.inner.q_proj)[-1] is inner
+
+
+class Multimodal(nn.Module):
+    """A toy whose names do not say which part reads the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.bridge, self.lm = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        embeds = self.encode(pixel_values)
+        hidden = nn.functional.one_hot(input_ids, 8).float() + embeds.mean(dim=1, keepdim=True)
+        for layer in self.lm:
+            hidden = layer(hidden)
+        return hidden
+
+    def encode(self, values):
+        features = self.tower(values)
+        return self.bridge(features)
+
+
+class OtherNames(Multimodal):
+    def forward(self, pictures, tokens, attention_mask=None):
+        return super().forward(tokens, pictures)
+
+
+class Unknown(Multimodal):
+    """Neither name says which is the text."""
+
+    def forward(self, first, second, attention_mask=None):
+        hidden = first
+        for layer in self.lm:
+            hidden = layer(hidden)
+        return hidden + self.bridge(self.tower(second)).mean()
+
+
+def multimodal(kind):
+    model = kind()
+    replace_linears(model, MoeLoraConfig(num_experts=4, rank=2, top_k=2), r"bridge|.*\d")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "image"),
+    ((Multimodal, "input_ids", "pixel_values"), (OtherNames, "tokens", "pictures")),
+)
+def test_a_tower_of_any_name_does_not_get_the_mask_of_the_text(kind, text, image):
+    """Two samples of three tokens and three patches: the shapes agree."""
+    model = multimodal(kind)
+    follow_masks(model)
+    inputs = {text: torch.zeros(2, 3, dtype=torch.int64), image: torch.randn(2, 3, 8)}
+    arguments = [
+        inputs[name] for name in inspect.signature(kind.forward).parameters if name in inputs
+    ]
+    for args, kwargs in ((arguments, {}), ([], inputs)):
+        with record_routing(model):
+            model(*args, **kwargs, attention_mask=MASK)
+            assert masks_of(model.lm[0])[0] is MASK
+            assert masks_of(model.tower[0]) == masks_of(model.tower[1]) == [None]
+            assert masks_of(model.bridge) == [None]
+
+
+def test_an_input_that_is_not_known_is_named():
+    model = multimodal(Unknown)
+    with pytest.warns(UserWarning, match=r"^attention_mask: it is taken for that of \['first'"):
+        follow_masks(model)
+    x = torch.randn(2, 3, 8)
+    with record_routing(model):
+        model(x, x, MASK)
+        assert masks_of(model.lm[0])[0] is MASK
+        assert masks_of(model.bridge) == [None]

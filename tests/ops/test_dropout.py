@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moelora_kernels import ops, reference
+from moelora_kernels.numerics import dropout_threshold
 from moelora_kernels.types import NO_ROUTER, Dropout, Gate, Mixture
 from support.backends import (
     DTYPES,
@@ -16,13 +17,13 @@ from support.backends import (
     NATIVE,
     TRITON,
     Backend,
+    each_cpu_backend,
     needs_library,
-    needs_triton,
     op_launcher,
     parameters,
     require_gpu_memory,
 )
-from support.backends import KERNEL_DEVICE as DEVICE
+from support.philox import mask_number
 
 
 def masks(rates: tuple[float, ...], shapes: tuple[tuple[int, int], ...]) -> dict:
@@ -30,7 +31,8 @@ def masks(rates: tuple[float, ...], shapes: tuple[tuple[int, int], ...]) -> dict
     return {f"{p}-{'x'.join(map(str, shape))}": (p, shape) for p in rates for shape in shapes}
 
 
-SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131))
+# The last one has a whole number of counters in a row.
+SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131), (67, 264))
 
 
 @pytest.mark.parametrize(
@@ -75,41 +77,31 @@ def test_a_dropped_nan_is_zero() -> None:
     assert (dropped[~dropped.isnan()] == 0).all()
 
 
-@needs_triton
-def test_the_smallest_word_that_is_kept() -> None:
-    """An element is kept if its word is at least p 2^32; for one element, halving finds that p."""
-    x, seed = torch.ones(1, 1), torch.tensor([3])
-    low, high = 0, 2**32
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept = reference.dropout(x, middle / 2**32, seed).item() != 0
-        low, high = (middle, high) if kept else (low, middle)
-    x, seed = x.to(DEVICE), seed.to(DEVICE)
-    dropout, shrink_gate = op_launcher("dropout"), op_launcher("shrink_gate")
-    assert dropout(x, low / 2**32, seed, 0).item() != 0
-    assert dropout(x, high / 2**32, seed, 0).item() == 0
-    # The mask inside another kernel is the same.
-    one, mixture = torch.ones(1, 1, device=DEVICE), Mixture((1,), (1.0,))
-    for p, expected in ((low / 2**32, True), (high / 2**32, False)):
-        h, *_ = shrink_gate(x, [one], NO_ROUTER, Gate(one), mixture, Dropout(p, False, seed))
+@each_cpu_backend
+def test_the_smallest_number_that_is_kept(backend) -> None:
+    """An element is kept if its number is at least dropout_threshold(p)."""
+    x = torch.ones(1, 1, device=backend.device)
+    one, mixture, seed = x, Mixture((1,), (1.0,)), torch.tensor([3], device=backend.device)
+    number = mask_number(3, 0, 0, 0, 1)
+    for p, expected in ((number / 2**16, True), ((number + 1) / 2**16, False)):
+        assert (backend.implementation("dropout")(x, p, seed, 0).item() != 0) == expected
+        # The mask inside another kernel is the same.
+        arguments = x, [one], NO_ROUTER, Gate(one), mixture, Dropout(p, False, seed)
+        h, *_ = backend.implementation("shrink_gate")(*arguments)
         assert (h.item() != 0) == expected
 
 
-def random_word(seed: int, stream: int, element: int) -> int:
-    """Return the random word of one element: `reference.dropout` in integers of any size."""
-    philox = reference.gates
-    words = [element // 4 & philox.UINT32, element // 4 >> 32, stream, 0]
-    key = [seed & philox.UINT32, seed >> 32 & philox.UINT32]
-    for _ in range(philox.PHILOX_ROUNDS):
-        left = words[0] * philox.PHILOX_MULTIPLIERS[0]
-        right = words[2] * philox.PHILOX_MULTIPLIERS[1]
-        words = [
-            right >> 32 ^ words[1] ^ key[0], right & philox.UINT32,
-            left >> 32 ^ words[3] ^ key[1], left & philox.UINT32,
-        ]  # fmt: skip
-        steps = zip(key, philox.PHILOX_KEY_STEPS, strict=True)
-        key = [k + step & philox.UINT32 for k, step in steps]
-    return words[element % 4]
+@each_cpu_backend
+def test_a_p_near_0_or_1_is_applied(backend) -> None:
+    """The probability is a multiple of 2^-16, and neither 0 nor 1: no p is ignored."""
+    x, seed = torch.ones(300, 500), torch.tensor([11])
+    for p in (1e-9, 2.5 / 2**16, 1 - 1e-9):
+        expected = reference.dropout(x, p, seed)
+        assert 0 < (expected == 0).sum() < x.numel()
+        result = backend.implementation("dropout")(
+            x.to(backend.device), p, seed.to(backend.device), 0
+        )
+        assert torch.equal(result.cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -128,9 +120,7 @@ def test_masks_past_2_to_the_31_elements() -> None:
     gate = Gate(x.new_ones(1, 1))
     h, *_ = op_launcher("shrink_gate")(x, [a], NO_ROUTER, gate, Mixture((16,), (1.0,)), drop)
     dropped = op_launcher("dropout")(x, p, seed_tensor, 0)
-    from moelora_kernels.kernels.dropout import threshold
-
     for token in range(T - 20, T):
-        kept = [random_word(seed, 0, token * I + i) >= threshold(p) for i in columns]
+        kept = [mask_number(seed, 0, token, i, I) >= dropout_threshold(p) for i in columns]
         assert (h[token] != 0).tolist() == kept
         assert (dropped[token, columns] != 0).tolist() == kept

@@ -14,6 +14,7 @@ from moelora_kernels import (
     replace_linears,
     set_tasks,
 )
+from moelora_kernels.numerics import keep_probability
 from support.ffns import HIDDEN, GatedMlp, make_ffn
 from support.linears import IN, OUT, make_layer, randomise
 
@@ -221,7 +222,7 @@ def test_options_that_do_not_go_together_raise():
 
 @pytest.mark.parametrize("mask", ("per_expert", "shared"))
 def test_masks_of_experts_are_independent_or_shared(mask):
-    """With x = 1 and unit vectors in A and B, y_e is the mask of expert e: 0 or 1 / (1 - p)."""
+    """With x = 1 and unit vectors in A and B, y_e is the mask of expert e: 0 or 1 / keep."""
     tokens, experts, p = 20_000, 4, 0.3
     layer = make_layer(
         base=nn.Linear(IN, experts, bias=False, dtype=torch.float64), router="external", rank=1,
@@ -232,11 +233,12 @@ def test_masks_of_experts_are_independent_or_shared(mask):
         layer.lora_A.zero_()[:, 0] = 1.0
         layer.lora_B.copy_(torch.eye(experts))
     y = layer(torch.ones(tokens, IN, dtype=torch.float64), torch.ones(1, experts)).detach()
-    kept = y * (1 - p)
+    keep = keep_probability(p)
+    kept = y * keep
     assert torch.equal(kept.round(), kept.round().clamp(0, 1))
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-12)
     # Five standard deviations of a mean, and of a correlation, of that many draws.
-    assert (y.mean(dim=0) - 1).abs().max() < 5 * (p / (1 - p) / tokens) ** 0.5
+    assert (y.mean(dim=0) - 1).abs().max() < 5 * ((1 - keep) / keep / tokens) ** 0.5
     correlation = torch.corrcoef(y.t())
     if mask == "shared":
         assert correlation.min() > 1 - 1e-9

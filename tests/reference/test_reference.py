@@ -101,41 +101,6 @@ def test_backward_formulas_equal_autograd_through_the_forward():
             torch.testing.assert_close(value, by_autograd[key], rtol=1e-11, atol=1e-11, msg=key)
 
 
-def test_dropout_is_philox():
-    # Known answers of Philox-4x32-10 published with Random123: key 0 and counter 0, and all ones.
-    seed = torch.tensor([0])
-    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    for lane, word in enumerate(words):
-        p = (word + 0.5) / 2**32
-        kept = reference.dropout(torch.ones(1, 4, dtype=torch.float64), p, seed)[0] != 0
-        assert bool(kept[lane]) == (word >= round(p * 2**32))
-        p = (word - 1) / 2**32
-        kept = reference.dropout(torch.ones(1, 4, dtype=torch.float64), p, seed)[0] != 0
-        assert bool(kept[lane])
-
-
-def test_dropout_keeps_its_share_and_its_mean():
-    x = torch.ones(400, 250, dtype=torch.float64)
-    for p in (0.1, 0.5):
-        dropped = reference.dropout(x, p, torch.tensor([7]))
-        # Five standard deviations of a mean of 1e5 Bernoulli draws.
-        bound = 5 * (p * (1 - p) / x.numel()) ** 0.5
-        assert abs((dropped == 0).double().mean() - p) < bound
-        assert dropped[dropped != 0].unique().tolist() == [1 / (1 - p)]
-
-
-def test_dropout_streams_and_seeds_differ():
-    x = torch.ones(64, 64)
-    masks = [
-        reference.dropout(x, 0.5, torch.tensor([seed]), stream) != 0
-        for seed, stream in ((1, 0), (1, 1), (2, 0), (1 << 40, 0))
-    ]
-    for i, mask in enumerate(masks):
-        for other in masks[:i]:
-            # Independent masks agree on half of 4096 places, give or take five deviations.
-            assert abs((mask == other).double().mean() - 0.5) < 5 * 0.5 / 64
-
-
 def test_topk_gate_takes_the_lower_expert_of_equal_logits():
     weights, indices = reference.topk_gate(torch.zeros(3, 5), 2, True)
     assert indices.tolist() == [[0, 1]] * 3

@@ -25,6 +25,7 @@ from support.trainers import (  # noqa: E402
     make_model,
     make_samples,
     make_tokenizer,
+    make_trainer,
 )
 
 TASKS = MoeLoraConfig(
@@ -262,3 +263,19 @@ def test_grpo_with_task_gates_says_what_to_do(tmp_path):
     trainer = grpo(task_model(), tmp_path)
     with pytest.raises(ValueError, match=r"GRPOTrainer makes its own batches.*router='linear'"):
         attach(trainer)
+
+
+@pytest.mark.parametrize("build", (sft, dpo, grpo))
+def test_experts_on_a_head_that_the_loss_reads_are_refused(build, tmp_path):
+    """The losses multiply by lm_head.weight. PEFT's adapters on it are refused by TRL itself."""
+    options = {"ref_model": base()} if build is dpo else {}
+    trainer = build(adapted(base(), [*PROJECTIONS, "lm_head"]), tmp_path, **options)
+    with pytest.raises(ValueError, match=r"multiplies by lm_head\.weight.*leave lm_head out"):
+        attach(trainer)
+
+
+def test_experts_on_a_head_that_the_loss_calls_train(tmp_path):
+    model = adapted(base(), [*PROJECTIONS, "lm_head"])
+    before = model.lm_head.lora_B.detach().clone()
+    make_trainer(model, tmp_path, max_steps=1).train()
+    assert not torch.equal(model.lm_head.lora_B, before)
