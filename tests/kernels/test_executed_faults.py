@@ -21,6 +21,7 @@ from support.backends import SPLIT, needs_triton, op_launcher
 from support.cases import Case
 from support.inputs import Inputs
 from support.op_checks import WIDE_OPS, compare
+from support.selection import exhaustive
 
 pytestmark = [pytest.mark.ptx, needs_triton]
 
@@ -106,11 +107,11 @@ def count_noticed(op: str, architecture: str, fault: str) -> tuple[int, int, lis
 
 @pytest.mark.parametrize(
     ("op", "architecture"),
-    [
+    (
         pytest.param("shrink_dx", "sm_90"),
         *(pytest.param(op, "sm_90", marks=exhaustive) for op in WIDE_OPS if op != "shrink_dx"),
         *(pytest.param(op, "sm_80", marks=exhaustive) for op in WIDE_OPS),
-    ],
+    ),
 )
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault: str, op: str, architecture: str) -> None:
