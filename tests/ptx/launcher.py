@@ -66,6 +66,9 @@ class Executor:
         constants: dict[str, Any],
     ) -> None:
         """Compile the kernel, and run it on CPU tensors, like `launcher.run`."""
+        if launcher._records is not None:
+            launch = launcher.Launch(kernel, programs, arguments, constants, tile_config)
+            launcher._records.append(launch)
         if programs == 0:
             return
         function = kernel.fn
@@ -82,7 +85,7 @@ class Executor:
         started, before = time.perf_counter(), ready.executed
         names = [name for name in inspect.signature(function).parameters if name not in constants]
         storages, values = _flatten(function, arguments, names, result)
-        memory = GlobalMemory([(_bytes(storage), 0) for storage in storages])
+        memory = GlobalMemory([(_bytes(each), each.data_ptr() % 16) for each in storages])
         parameters = [
             _bits(value, storages, memory) if isinstance(value, Tensor) else _bits_of(value)
             for value in values

@@ -139,9 +139,14 @@ class SharedMemory:
         self.pending_wgmma += 1
 
     def end_wgmma(self, rows: np.ndarray, chunks: np.ndarray) -> None:
-        """A wait saw the end of such a wgmma."""
-        self.wgmma_reads[rows[:, None], chunks] -= 1
+        """A wait saw the end of such a wgmma: in each thread for its own warp.
+
+        Other warps of the group may still read. So the bytes may be written behind a barrier.
+        """
+        where = rows[:, None], chunks
+        self.wgmma_reads[where] -= 1
         self.pending_wgmma -= 1
+        self.reader.reshape(self.programs, -1, CHUNK)[where] = SEVERAL
 
     # --- the detector
 

@@ -1,0 +1,119 @@
+"""Faults that are planted into the PTX of the kernels, one at a time: the execution notices them.
+
+A barrier, a fence, a wait or a mask is removed from the PTX that Triton compiled. The kernel then
+runs with early and with late copies, and its results are compared. A part of the faults changes
+nothing: a fence behind which no byte was written, a wait behind the last step, one of two barriers
+in a row, a mask of elements that another mask drops. LEAST is the share that must be noticed.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from support.arguments import calls
+from support.backends import SPLIT, needs_triton, op_launcher
+from support.cases import Case
+from support.inputs import Inputs
+from support.op_checks import WIDE_OPS, compare
+from support.selection import exhaustive
+
+pytestmark = [pytest.mark.ptx, needs_triton]
+
+CASE = Case(T=40, I=400, O=400, router_bias=True)
+MOST = 12
+
+
+def _with_three_more(match: re.Match) -> str:
+    return f"{match.group(1)}{int(match.group(2)) + 3};"
+
+
+def _without_predicate(match: re.Match) -> str:
+    return match.group(1)
+
+
+def _whole_copy(match: re.Match) -> str:
+    return f"{match.group(1)}, {int(match.group(2), 16)};"
+
+
+# name -> pattern of an instruction, and what takes its place.
+FAULTS: dict[str, tuple[str, str | Callable]] = {
+    "barrier": (r"bar\.sync\s+0;", ""),
+    "fence": (r"fence\.proxy\.async\.shared::cta;", ""),
+    "wait for copies": (r"(cp\.async\.wait_group\s+)(\d+);", _with_three_more),
+    "wait for products": (r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+);", _with_three_more),
+    "mask of a load or store": (r"@%p\d+ ((?:ld|st)\.global)", _without_predicate),
+    "mask of a copy": (
+        r"(cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x(\w+)), %r\d+;",
+        _whole_copy,
+    ),
+}
+
+# The share of the planted faults that is noticed, at least, in every kernel and with every version
+# of Triton.
+LEAST = {
+    "barrier": 0.8,
+    "fence": 0.25,
+    "wait for copies": 0.5,
+    "wait for products": 0.5,
+    "mask of a load or store": 0.5,
+    "mask of a copy": 0.3,
+}
+
+
+def planted(ptx: str, fault: str) -> Iterator[str]:
+    """Yield the PTX with one fault, at 12 places at most."""
+    pattern, place = FAULTS[fault]
+    matches = list(re.finditer(pattern, ptx))
+    if len(matches) > MOST:
+        matches = random.Random(0).sample(matches, MOST)
+    for match in matches:
+        text = place if isinstance(place, str) else place(match)
+        yield ptx[: match.start()] + text + ptx[match.end() :]
+
+
+def count_noticed(op: str, architecture: str, fault: str) -> tuple[int, int, list[str]]:
+    """Return how many planted faults fail, how many there are, and what the failures say."""
+    from ptx.launcher import executed
+
+    (arguments,) = calls(op, Inputs(CASE, torch.bfloat16))
+    launch = op_launcher(op)
+    if op in SPLIT:
+        launch = functools.partial(launch, split=1)
+    with executed(architecture) as executor:
+        launch(*arguments)
+    (compiled,) = executor.kernels.values()
+    messages: list[str] = []
+    total = 0
+    for ptx in planted(compiled.ptx, fault):
+        total += 1
+        copies = iter(("early", "late") * 2)
+
+        def run(*arguments, ptx=ptx, copies=copies):
+            with executed(architecture, copies=next(copies), change=lambda name, old: ptx):
+                return launch(*arguments)
+
+        try:
+            compare(op, run, arguments, torch.bfloat16)
+        except AssertionError as error:
+            messages.append(str(error))
+    return len(messages), total, messages
+
+
+@pytest.mark.parametrize(
+    ("op", "architecture"),
+    (
+        pytest.param("shrink_dx", "sm_90"),
+        *(pytest.param(op, "sm_90", marks=exhaustive) for op in WIDE_OPS if op != "shrink_dx"),
+        *(pytest.param(op, "sm_80", marks=exhaustive) for op in WIDE_OPS),
+    ),
+)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault: str, op: str, architecture: str) -> None:
+    noticed, total, messages = count_noticed(op, architecture, fault)
+    assert noticed >= LEAST[fault] * total, f"{noticed} of {total}: {messages}"
