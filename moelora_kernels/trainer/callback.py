@@ -159,6 +159,10 @@ class MoeLoraCallback(TrainerCallback):
             )
         self._first_step.finish(self._trainer)
 
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Name the adapters whose gradient was zero in all steps."""
+        self._first_step.end(self._trainer)
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the counted numbers to the logs of a training loss, and start counting again."""
         if "loss" not in logs:
