@@ -37,6 +37,7 @@ class MoeLoraCallback(TrainerCallback):
         self._prediction_step = trainer.prediction_step
         self._model: nn.Module | None = None
         self._was_reached = False
+        self._was_computed = False
         self._prepare(trainer.model)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -102,6 +103,7 @@ class MoeLoraCallback(TrainerCallback):
         with self._tasks_of(inputs) as batch:
             if not (model.training and torch.is_grad_enabled()):
                 return self._compute_loss(model, batch, **options)
+            self._was_computed = True
             with record_routing(self._model):
                 with self._first_step.watch(), all_forwards(self._model):
                     result = self._compute_loss(model, batch, **options)
@@ -142,7 +144,19 @@ class MoeLoraCallback(TrainerCallback):
         return trainer.current_gradient_accumulation_steps if scaled else 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Name the adapters and routers that the first training step gave no gradient."""
+        """Name the adapters and routers that the first training step gave no gradient.
+
+        Raises:
+            RuntimeError: the trainer did not call `compute_loss`.
+        """
+        if not self._was_computed:
+            name = type(self._trainer).__name__
+            raise RuntimeError(
+                f"trainer: the training_step of {name} does not call compute_loss, so attach can "
+                "neither add the auxiliary losses nor count the load of the experts; use a trainer "
+                "that calls compute_loss, or train without attach and, in training_step, add "
+                "collect_aux_loss(model) to the loss"
+            )
         self._first_step.finish(self._trainer)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:

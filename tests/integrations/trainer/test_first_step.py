@@ -36,14 +36,15 @@ class Model(nn.Module):
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
-def train(model: nn.Module, folder, caplog, **options) -> list[str]:
-    """Train two steps, and return the warnings of the first step."""
+def train(model: nn.Module, folder, caplog, cls=transformers.Trainer, **options) -> list[str]:
+    """Train two steps, and return the warnings of `attach`."""
     samples = [{"x": torch.randn(8), "labels": torch.zeros(8)} for _ in range(8)]
+    options = {"max_steps": 2, **options}
     arguments = transformers.TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        str(folder), per_device_train_batch_size=2, report_to=[], use_cpu=True,
         save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=samples)
+    trainer = cls(model, arguments, train_dataset=samples)
     attach(trainer)
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -74,3 +75,42 @@ def test_a_router_with_a_constant_weight_is_named(tmp_path, caplog) -> None:
     (message,) = train(model, tmp_path, caplog)
     assert "called.router.weight" in message
     assert "divided by itself, is 1" in message
+
+
+class FewGradients(transformers.Trainer):
+    """A trainer whose loss has no gradient in its first calls, like GRPO with equal rewards."""
+
+    zeros = 3
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs)
+        self.zeros -= 1
+        return loss * 0 if self.zeros >= 0 else loss
+
+
+def test_a_gradient_of_zero_is_named_only_if_it_stays(tmp_path, caplog) -> None:
+    model = Model(aux={"load_balance": 0.1})
+    model.leave_out = False
+    assert train(model, tmp_path, caplog, FewGradients, max_steps=12) == []
+    model = Model()
+    model.leave_out = False
+    FewGradients.zeros, before = 20, FewGradients.zeros
+    (message,) = train(model, tmp_path, caplog, FewGradients, max_steps=12)
+    FewGradients.zeros = before
+    assert "in the first 10 training steps" in message
+    assert "called.lora_B" in message
+    assert "the gradient is zero" in message
+
+
+class StepAlone(transformers.Trainer):
+    """A trainer that does not call compute_loss, like TRL's OnlineDPOTrainer."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**self._prepare_inputs(inputs))["loss"]
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_trainer_that_does_not_compute_the_loss_is_refused(tmp_path, caplog) -> None:
+    with pytest.raises(RuntimeError, match="StepAlone does not call compute_loss"):
+        train(Model(), tmp_path, caplog, StepAlone)
