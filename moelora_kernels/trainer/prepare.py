@@ -82,7 +82,8 @@ def attach(
             trainer would use nn.DataParallel (start one process per GPU with torchrun), the trainer
             packs or makes batches in a way that gates of samples do not work with, or its loss
             reads the weight of an lm_head that has experts (TRL's trainers).
-        RuntimeError: in the first step, if the trainer's training_step does not call compute_loss
+        RuntimeError: in the first step, if the layers have auxiliary losses and the trainer's
+            training_step does not call compute_loss
             (TRL's OnlineDPOTrainer).
 
     Example:

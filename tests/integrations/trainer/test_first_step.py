@@ -124,5 +124,13 @@ class StepAlone(transformers.Trainer):
 
 
 def test_a_trainer_that_does_not_compute_the_loss_is_refused(tmp_path, caplog) -> None:
+    """Its auxiliary losses would be missing."""
     with pytest.raises(RuntimeError, match="StepAlone does not call compute_loss"):
-        train(Model(), tmp_path, caplog, StepAlone)
+        train(Model(aux={"load_balance": 0.1}), tmp_path, caplog, StepAlone)
+
+
+def test_a_trainer_that_does_not_compute_the_loss_is_warned_without_losses(tmp_path, caplog):
+    with pytest.warns(UserWarning, match="check_trainable") as caught:
+        assert train(Model(), tmp_path, caplog, StepAlone) == []
+    texts = [str(warning.message) for warning in caught]
+    assert sum("StepAlone does not call compute_loss" in text for text in texts) == 1
