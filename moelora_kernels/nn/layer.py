@@ -39,6 +39,13 @@ from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
 
+# The options that the parameters and the router of a layer were built for.
+BUILT_OPTIONS = (
+    "num_experts", "rank", "share", "shared_expert", "shared_rank", "rank_activation", "router",
+    "router_bias", "router_hidden", "num_tasks", "task_embedding_dim", "task_gate", "granularity",
+    "max_threshold", "balance_rate",
+)  # fmt: skip
+
 
 class MixtureLayer(nn.Module):
     """The base class of every layer with a mixture of LoRA experts.
@@ -69,6 +76,28 @@ class MixtureLayer(nn.Module):
     is_selected: bool = True
     is_running: bool = True
     is_peft_adapter: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "config" in self.__dict__:
+            self._check_config(value)
+            for option in BUILT_OPTIONS:
+                if getattr(value, option) != getattr(self.config, option):
+                    raise ValueError(
+                        f"config: a layer keeps the {option} it was built with, "
+                        f"{getattr(self.config, option)!r}; build another layer for "
+                        f"{getattr(value, option)!r}"
+                    )
+            if bool(value.aux) != bool(self.config.aux):
+                raise ValueError(
+                    "aux: a layer records its routing from its first forward on, or never; build "
+                    "another layer to begin or end auxiliary losses"
+                )
+        super().__setattr__(name, value)
+        if name == "config":
+            self._derive_options()
+
+    def _derive_options(self) -> None:
+        """Compute the attributes that follow from `self.config`, which is new."""
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -243,17 +272,11 @@ class LoraLayer(MixtureLayer):
                 "of a linear have no activation between A and B"
             )
 
-    def _add_experts(
-        self, base: nn.Module, config: MoeLoraConfig, in_features: int, out_features: int
-    ) -> None:
-        """Create the parameters, the router and the record of E experts over `base`."""
-        self._check_config(config)
-        self.config = config
-        self.in_features, self.out_features = in_features, out_features
-        ranks = config.ranks()
+    def _derive_options(self) -> None:
+        config = self.config
         self.mixture = Mixture(
-            ranks,
-            config.scales(in_features),
+            config.ranks(),
+            config.scales(self.in_features),
             share_a=config.share == "A",
             renormalize=config.renormalize(),
             temperature=config.temperature,
@@ -266,6 +289,15 @@ class LoraLayer(MixtureLayer):
         )
         top_k = config.top_k or config.num_experts
         self.fused_mixture = self.mixture._replace(router_top_k=top_k) if is_fusable else None
+
+    def _add_experts(
+        self, base: nn.Module, config: MoeLoraConfig, in_features: int, out_features: int
+    ) -> None:
+        """Create the parameters, the router and the record of E experts over `base`."""
+        self._check_config(config)
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        ranks = config.ranks()
         device, dtype = adapter_device_dtype(base, config)
         a_rows = ranks[0] if config.share == "A" else sum(ranks)
         self.lora_A = nn.Parameter(torch.empty(a_rows, in_features, device=device, dtype=dtype))

@@ -182,3 +182,26 @@ def test_dropout_follows_torch_manual_seed():
     assert not torch.equal(first, second)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+def test_another_config_counts_from_the_next_call_on():
+    torch.manual_seed(1)
+    layer = make_layer(top_k=2)
+    other = copy.deepcopy(layer)
+    other.config = layer.config.replace(top_k=1, temperature=0.5)
+    fresh = make_layer(top_k=1, temperature=0.5)
+    fresh.load_state_dict(layer.state_dict())
+    x = torch.randn(5, layer.in_features, dtype=layer.lora_A.dtype)
+    assert torch.equal(other(x), fresh(x))
+    assert not torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "options", ({"num_experts": 3}, {"rank": 1}, {"router": "mlp"}, {"aux": "load_balance"})
+)
+def test_a_config_that_needs_another_layer_is_refused(options):
+    layer = make_layer(top_k=2)
+    before = layer.config
+    with pytest.raises(ValueError, match="another layer"):
+        layer.config = before.replace(**options)
+    assert layer.config is before

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx.build import BITS, TYPES, Builder, Run, implements
 from ptx.errors import Unsupported
-from ptx.floats import fused_multiply_add, maximum, minimum
+from ptx.floats import SIGN, fused_multiply_add, maximum, minimum
 from ptx.program import Instruction
 
 INTEGERS = "{u16,s16,u32,s32,u64,s64}"
@@ -74,10 +74,12 @@ def negate(build: Builder, ins: Instruction) -> Run:
     return _compute(build, ins, lambda a: ~a + a.dtype.type(1), typed=False)
 
 
-@implements("neg.f32")
+@implements("{neg,abs}.f32")
 def negate_float(build: Builder, ins: Instruction) -> Run:
-    """d = a with its sign bit flipped."""
-    return _compute(build, ins, lambda a: a ^ np.uint32(1 << 31), typed=False)
+    """d = -a or |a|: the sign bit is flipped or cleared, of a NaN too."""
+    if ins.parts[0] == "neg":
+        return _compute(build, ins, lambda a: a ^ SIGN, typed=False)
+    return _compute(build, ins, lambda a: a & ~SIGN, typed=False)
 
 
 def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:

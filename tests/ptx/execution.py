@@ -152,17 +152,19 @@ class Kernel:
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
+        copies_need_fence: bool = True,
     ) -> None:
-        """Run all programs. parameters: their raw bits."""
+        """Run all programs. parameters: their raw bits. copies_need_fence: see `SharedMemory`."""
         at_once = max(1, THREADS // self.threads)
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
+            shared = SharedMemory(len(numbers), self.shared, self.threads, copies_need_fence)
             batch = Batch(
-                registers, numbers, self.threads, np.array(parameters, np.uint64), memory,
-                SharedMemory(len(numbers), self.shared, self.threads), late, cut,
+                registers, numbers, self.threads, np.array(parameters, np.uint64), memory, shared,
+                late, cut,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)

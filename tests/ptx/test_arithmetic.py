@@ -185,6 +185,15 @@ def test_floats(name: str) -> None:
     assert same_floats(d.view(np.float32), expected)
 
 
+def test_signs() -> None:
+    a = np.array(FLOATS, np.float32).view(np.uint32)
+    negated = apply("neg.f32 {d}, {a}", a, result=np.uint32)
+    assert negated.tolist() == [bits ^ 1 << 31 for bits in a.tolist()]
+    assert apply("abs.f32 {d}, {a}", negated, result=np.uint32).tolist() == [
+        bits & ~(1 << 31) for bits in a.tolist()
+    ]
+
+
 @pytest.mark.parametrize("name", ("min", "max"))
 def test_smaller_and_larger_float(name: str) -> None:
     """A NaN gives the other operand; -0 is smaller than +0."""

@@ -201,6 +201,7 @@ def test_a_wgmma_is_fenced_and_waited_for() -> None:
             (FILL + FENCE + PRODUCT, "since the last barrier"),
             (FILL + FENCE + BARRIER + PRODUCT + REWRITE, "a pending wgmma reads"),
             (FILL + FENCE + BARRIER + PRODUCT + BARRIER + REWRITE, "a pending wgmma reads"),
+            (FILL + FENCE + BARRIER + PRODUCT + END + REWRITE, "another warp read"),
             (f"mov.u64 %rd10, {A}; mov.u64 %rd11, {B};" + PRODUCT, "nobody wrote"),
         ):
             with pytest.raises(RaceError, match=problem):
