@@ -12,7 +12,7 @@ from torch import Tensor
 
 from support.arguments import calls
 from support.backends import DTYPES, PTX, SPLIT, Backend, needs_triton, op_launcher
-from support.cases import Case, grouped_case
+from support.cases import WIDE, Case, grouped_case
 from support.inputs import Inputs, map_tensors
 from support.op_checks import GROUPED_OPS, WIDE_OPS, check, compare
 from support.selection import exhaustive
@@ -70,6 +70,24 @@ def test_sums_that_are_cut_like_those_of_tensor_cores(
     implementation = backend.implementation(op, sums="cut", **options)
     for arguments in calls(op, inputs):
         compare(op, implementation, arguments, DTYPES[dtype], truncates=True)
+
+
+# float32 cases whose cut sums miss the budget of sums that are rounded.
+LONG_SUMS = {
+    "mixed_ranks": ("shrink_gate_backward", WIDE["mixed_ranks"]),
+    "mixed_ranks_dense": ("shrink_gate_backward", WIDE["mixed_ranks_dense"]),
+    "siblings_sparse": ("weight_grad", WIDE["siblings_sparse"]),
+    "siblings_dense": ("weight_grad", WIDE["siblings_dense"]),
+}
+
+
+@exhaustive
+@each_architecture
+@pytest.mark.parametrize(("op", "case"), LONG_SUMS.values(), ids=LONG_SUMS)
+def test_float32_sums_that_are_cut(op: str, case: Case, backend: Backend) -> None:
+    implementation = backend.implementation(op, sums="cut", split=1)
+    for arguments in calls(op, Inputs(case, torch.float32)):
+        compare(op, implementation, arguments, torch.float32, truncates=True)
 
 
 @exhaustive
