@@ -26,8 +26,8 @@ from moelora_kernels.nn.weight_readers import watch_reads
 logger = logging.getLogger(__name__)
 
 
-# A batch can give every adapter a gradient of zero: equal rewards in GRPO, labels that are all
-# ignored. Zeros without another reason are named after this many optimizer steps.
+# A step can give every adapter a gradient of zero: equal rewards in GRPO. If all of them are zero
+# without another reason, they are named after this many optimizer steps.
 MAX_STEPS = 10
 
 
@@ -35,8 +35,8 @@ class FirstStep:
     """The calls and the gradients of the layers of a model in the first optimizer step.
 
     Attributes:
-        is_open: whether more optimizer steps are needed: the first one, or up to MAX_STEPS if a
-            gradient exists and is zero without a known reason.
+        is_open: whether more optimizer steps are needed: the first one, or up to MAX_STEPS if the
+            gradients of all adapters are zero.
         num_steps: the number of optimizer steps so far.
         exists, largest: id of a parameter -> whether it had a gradient, and its largest absolute
             value, in the steps so far.
@@ -74,13 +74,27 @@ class FirstStep:
             return
         self.num_steps += 1
         self._add_gradients(trainer)
-        problems = self._problems(trainer)
-        is_last = self.num_steps == MAX_STEPS
-        self.is_open = not is_last and ZERO_GRADIENT in problems.values()
+        names = [(p, name) for step in self.steps for name, p in own_parameters(step.layer)]
+        is_zero = not any(self.largest[id(p)] for p, name in names if "lora_" in name)
+        self.is_open = (
+            is_zero
+            and self.num_steps < MAX_STEPS
+            and ZERO_GRADIENT in self._problems(trainer).values()
+        )
+        self._warn(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """Warn of gradients that were zero in all steps of a training with few steps."""
+        if self.is_open and self.num_steps:
+            self.is_open = False
+            self._warn(trainer)
+
+    def _warn(self, trainer: Trainer) -> None:
+        """Warn of the names that no warning has had. A zero gradient waits while `is_open`."""
         left_out = {
             name: why
-            for name, why in problems.items()
-            if name not in self.named and (is_last or why != ZERO_GRADIENT)
+            for name, why in self._problems(trainer).items()
+            if name not in self.named and not (self.is_open and why == ZERO_GRADIENT)
         }
         self.named |= left_out.keys()
         if left_out and trainer.is_world_process_zero():

@@ -64,8 +64,8 @@ def attach(
     First step
         Before the first optimizer step, a warning of the logger names the adapters and routers that
         got no gradient: a layer that is not called, whose weight is read instead, or whose output
-        does not reach the loss. A gradient of zero without a known reason may belong to the batch
-        (equal rewards), so it is named after ten steps. `check_trainable` tells more.
+        does not reach the loss. If the gradients of all adapters are zero (equal rewards in GRPO),
+        they are named after ten such steps. `check_trainable` tells more.
 
     Args:
         trainer: a trainer that has not trained yet. Its model may be a PeftModel.
@@ -82,7 +82,8 @@ def attach(
             trainer would use nn.DataParallel (start one process per GPU with torchrun), the trainer
             packs or makes batches in a way that gates of samples do not work with, or its loss
             reads the weight of an lm_head that has experts (TRL's trainers).
-        RuntimeError: in the first step, if the trainer's training_step does not call compute_loss
+        RuntimeError: in the first step, if the layers have auxiliary losses and the trainer's
+            training_step does not call compute_loss
             (TRL's OnlineDPOTrainer).
 
     Example:

@@ -80,7 +80,7 @@ def test_a_router_with_a_constant_weight_is_named(tmp_path, caplog) -> None:
 class FewGradients(transformers.Trainer):
     """A trainer whose loss has no gradient in its first calls, like GRPO with equal rewards."""
 
-    zeros = 3
+    zeros = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs)
@@ -88,18 +88,30 @@ class FewGradients(transformers.Trainer):
         return loss * 0 if self.zeros >= 0 else loss
 
 
-def test_a_gradient_of_zero_is_named_only_if_it_stays(tmp_path, caplog) -> None:
-    model = Model(aux={"load_balance": 0.1})
-    model.leave_out = False
-    assert train(model, tmp_path, caplog, FewGradients, max_steps=12) == []
+@pytest.mark.parametrize(
+    ("zeros", "steps", "named_after"), ((3, 12, None), (20, 12, 10), (4, 4, 4))
+)
+def test_gradients_of_zero_are_named_only_if_they_stay(
+    tmp_path, caplog, monkeypatch, zeros, steps, named_after
+) -> None:
+    monkeypatch.setattr(FewGradients, "zeros", zeros)
     model = Model()
     model.leave_out = False
-    FewGradients.zeros, before = 20, FewGradients.zeros
-    (message,) = train(model, tmp_path, caplog, FewGradients, max_steps=12)
-    FewGradients.zeros = before
-    assert "in the first 10 training steps" in message
+    messages = train(model, tmp_path, caplog, FewGradients, max_steps=steps)
+    if named_after is None:
+        assert messages == []
+        return
+    (message,) = messages
+    assert f"in the first {named_after} training steps" in message
     assert "called.lora_B" in message
     assert "the gradient is zero" in message
+
+
+def test_an_unused_layer_with_an_auxiliary_loss_is_named(tmp_path, caplog) -> None:
+    """The auxiliary loss trains its router, and gives A and B a gradient of zero."""
+    (message,) = train(Model(aux={"load_balance": 0.1}), tmp_path, caplog)
+    assert "unused.lora_B" in message
+    assert "in the first training step:" in message
 
 
 class StepAlone(transformers.Trainer):
@@ -112,5 +124,13 @@ class StepAlone(transformers.Trainer):
 
 
 def test_a_trainer_that_does_not_compute_the_loss_is_refused(tmp_path, caplog) -> None:
+    """Its auxiliary losses would be missing."""
     with pytest.raises(RuntimeError, match="StepAlone does not call compute_loss"):
-        train(Model(), tmp_path, caplog, StepAlone)
+        train(Model(aux={"load_balance": 0.1}), tmp_path, caplog, StepAlone)
+
+
+def test_a_trainer_that_does_not_compute_the_loss_is_warned_without_losses(tmp_path, caplog):
+    with pytest.warns(UserWarning, match="check_trainable") as caught:
+        assert train(Model(), tmp_path, caplog, StepAlone) == []
+    texts = [str(warning.message) for warning in caught]
+    assert sum("StepAlone does not call compute_loss" in text for text in texts) == 1
