@@ -1,6 +1,8 @@
-"""The dtype and the state in which a layer computes, and the seed and rate of its dropout mask."""
+"""The dtype and the state in which a layer computes; the seed and rate of its dropout mask."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor: ops return it for an output that they do not compute."""
     return like.new_empty(0, dtype=dtype)
+
+
+def host_tensor(values: Any) -> Tensor:
+    """Return `values` itself if it is a tensor, else a new tensor on the CPU.
+
+    torch.as_tensor without a device makes the tensor on torch's default device, or moves it there.
+    """
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def is_autocast(device: torch.device) -> bool:

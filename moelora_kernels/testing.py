@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.numerics import compute_dtype
+from moelora_kernels.numerics import compute_dtype, host_tensor
 from moelora_kernels.types import (
     NO_DROPOUT,
     Dropout,
@@ -20,14 +20,14 @@ from moelora_kernels.types import (
 
 # Name -> the likelihood of every expert, [E], not normalised.
 ROUTINGS: dict[str, Callable[[int], Tensor]] = {
-    "uniform": torch.ones,
-    "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1),
+    "uniform": lambda experts: torch.ones(experts, device="cpu"),
+    "zipf": lambda experts: 1.0 / torch.arange(1, experts + 1, device="cpu"),
     # Expert 0 is as likely as all others together: it gets about half of the first slots.
-    "skewed": lambda experts: torch.tensor([experts - 1.0] + [1.0] * (experts - 1)),
+    "skewed": lambda experts: host_tensor([experts - 1.0] + [1.0] * (experts - 1)),
     # Every token goes to expert 0; a second slot is uniform over the others.
-    "one": lambda experts: torch.tensor([1.0] + [1e-9] * (experts - 1)),
+    "one": lambda experts: host_tensor([1.0] + [1e-9] * (experts - 1)),
     # The last expert never gets a token.
-    "empty": lambda experts: torch.tensor([1.0] * (experts - 1) + [0.0]),
+    "empty": lambda experts: host_tensor([1.0] * (experts - 1) + [0.0]),
 }
 
 
@@ -53,7 +53,7 @@ def draw_experts(
     """Draw K distinct experts for every token from the named distribution: [T, K] int64."""
     likelihood = expert_likelihood(routing, experts, top_k)
     if tokens == 0:
-        return torch.empty(0, top_k, dtype=torch.int64)
+        return torch.empty(0, top_k, dtype=torch.int64, device="cpu")
     return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
 
 

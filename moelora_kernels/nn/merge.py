@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moelora_kernels.nn.base_linear import check_called, dense_weight
 from moelora_kernels.nn.gates import external_gates, gate_from
 from moelora_kernels.nn.layer_tensors import evaluation, tensor_value
+from moelora_kernels.numerics import host_tensor
 
 # A task id; several ids of one sample; or for router="external" the gate itself.
 Task = int | Sequence[int] | Tensor
@@ -76,7 +77,7 @@ def gate_of_task(layer: nn.Module, task: Task | None = None) -> Tensor:
 
 def _tensor(task: Task) -> Tensor:
     try:
-        return torch.as_tensor(task)
+        return host_tensor(task)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"task: expected a task id, or a gate of floats, got {task!r}") from error
 
@@ -219,7 +220,7 @@ def check_merged_task(layer: nn.Module, tasks: Tensor) -> None:
     takes_gates = layer.config.router == "external"
     if layer.config.router is None or tasks.is_floating_point() != takes_gates:
         return
-    if not _samples(tasks) <= _samples(torch.as_tensor(layer.merged_task)[None]):
+    if not _samples(tasks) <= _samples(host_tensor(layer.merged_task)[None]):
         raise ValueError(f"tasks: {merged_with(layer)}, got {tasks.tolist()}; unmerge first")
 
 

@@ -26,6 +26,7 @@ from moelora_kernels.nn.routing_record import RoutedCall
 from moelora_kernels.nn.samples import sample_of_tokens
 from moelora_kernels.nn.token_masks import call_mask, follow_masks, tokens_per_row
 from moelora_kernels.nn.wrappers import named_modules, unwrap
+from moelora_kernels.numerics import host_tensor
 
 
 class LayerReport(NamedTuple):
@@ -100,7 +101,7 @@ class RoutingCounter:
 
         The ids run from 1 to num_tasks. They are used for counting alone.
         """
-        tasks = torch.as_tensor(tasks)
+        tasks = host_tensor(tasks)
         if self.num_tasks is None:
             raise ValueError("num_tasks: expected a number in count_routing, got None")
         if tasks.dim() != 1 or tasks.is_floating_point():

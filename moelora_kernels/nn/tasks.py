@@ -14,6 +14,7 @@ from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.routers import task_routers
 from moelora_kernels.nn.samples import FLAT, Samples
+from moelora_kernels.numerics import host_tensor
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
@@ -187,7 +188,7 @@ def _as_tensor(
     """
     if not isinstance(values, Tensor):
         try:
-            values = torch.as_tensor(values)
+            values = host_tensor(values)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected {expected}, got {values!r}") from error
     if problem := tensor_problem(values):

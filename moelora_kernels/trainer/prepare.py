@@ -63,8 +63,9 @@ def attach(
 
     First step
         Before the first optimizer step, a warning of the logger names the adapters and routers that
-        got no gradient for a reason that does not pass: a layer that is not called, whose weight is
-        read instead, or whose output does not reach the loss. `check_trainable` tells more.
+        got no gradient: a layer that is not called, whose weight is read instead, or whose output
+        does not reach the loss. If the gradients of all adapters are zero (equal rewards in GRPO),
+        they are named after ten such steps. `check_trainable` tells more.
 
     Args:
         trainer: a trainer that has not trained yet. Its model may be a PeftModel.
@@ -81,6 +82,9 @@ def attach(
             trainer would use nn.DataParallel (start one process per GPU with torchrun), the trainer
             packs or makes batches in a way that gates of samples do not work with, or its loss
             reads the weight of an lm_head that has experts (TRL's trainers).
+        RuntimeError: in the first step, if the layers have auxiliary losses and the trainer's
+            training_step does not call compute_loss
+            (TRL's OnlineDPOTrainer).
 
     Example:
         >>> from torch import nn

@@ -13,6 +13,7 @@ from transformers import Trainer
 from moelora_kernels.nn.layer import selected_layers
 from moelora_kernels.nn.routers import TokenTaskRouter
 from moelora_kernels.nn.tasks import set_tasks
+from moelora_kernels.numerics import host_tensor
 
 # model, tasks [n, ...] of the samples, arguments of the model's call -> None
 SetTasks = Callable[[nn.Module, Tensor, Mapping[str, Any]], None]
@@ -84,7 +85,7 @@ class TaskCollator:
     def _task(self, value: Any) -> Tensor:
         """Return the tasks of one sample as a tensor."""
         try:
-            task = torch.as_tensor(value)
+            task = host_tensor(value)
         except (TypeError, ValueError, RuntimeError):
             task = None
         if task is None or task.numel() == 0:

@@ -8,8 +8,11 @@ from ptx.errors import AccessError, RaceError
 from ptx.units import unit
 
 BASE = 1 << 32
-# Bytes between two tensors; a tensor begins at a multiple of it.
-GUARD = 512
+# A tensor begins at a multiple of this.
+ALIGNMENT = 512
+# Bytes between two tensors, at least; and half as many as the larger of them. A tile of rows that
+# hangs over the end of a tensor ends there.
+GUARD = 1 << 15
 # The values of the bytes that no tensor has.
 POISON = 0xFB
 NOBODY = -1
@@ -25,10 +28,12 @@ class GlobalMemory:
     def __init__(self, tensors: list[tuple[np.ndarray, int]]) -> None:
         """tensors: (bytes, remainder of the address by 16) of each."""
         self.starts = []
-        end = GUARD
+        end = 0
         for data, remainder in tensors:
-            self.starts.append(end + remainder)
-            end += -(-(len(data) + remainder) // GUARD) * GUARD + GUARD
+            guard = max(GUARD, len(data) // 2)
+            self.starts.append(-(-(end + guard) // ALIGNMENT) * ALIGNMENT + remainder)
+            end = self.starts[-1] + len(data) + guard
+        end = -(-end // ALIGNMENT) * ALIGNMENT
         self.bytes = np.full(end, POISON, np.uint8)
         # By byte: the tensor; the program that wrote it.
         self.tensor = np.full(end, NOBODY, np.int16)

@@ -10,6 +10,7 @@ kernel, is the registered op
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -63,17 +64,18 @@ def in_parts(launch: Callable, split: int) -> Callable:
     return lambda *arguments: launch(*arguments, split=split)
 
 
-def on_ptx(launch: Callable, architecture: str) -> Callable:
+def on_ptx(launch: Callable, architecture: str, sums: str = "exact") -> Callable:
     """Return a launcher that executes PTX on a CPU.
 
     In every second call, copies and products happen as late as they may, else as early as they may.
+    sums: see `ptx.launcher.executed`.
     """
     copies = itertools.cycle(("early", "late"))
 
     def run(*arguments, **options):
         from ptx.launcher import executed
 
-        with executed(architecture, copies=next(copies)):
+        with executed(architecture, copies=next(copies), sums=sums):
             return launch(*arguments, **options)
 
     return run
@@ -87,17 +89,20 @@ class Backend:
     # The architecture whose PTX is executed, or None.
     ptx: str | None = None
 
-    def implementation(self, op: str) -> Callable:
-        """Return the function that computes an op."""
-        if self.ptx:
-            return on_ptx(op_launcher(op), self.ptx)
-        return getattr(ops, op) if self is NATIVE or op == "route" else op_launcher(op)
+    def implementation(self, op: str, sums: str = "exact", **options) -> Callable:
+        """Return the function that computes an op.
+
+        options: keyword arguments of its launcher. sums: "cut": as tensor cores do, in PTX alone.
+        """
+        if self is NATIVE or op == "route":
+            return getattr(ops, op)
+        launch = functools.partial(op_launcher(op), **options)
+        return on_ptx(launch, self.ptx, sums) if self.ptx else launch
 
     def implementations(self, op: str) -> list[Callable]:
         """Return all functions that compute an op: Triton's with its products whole and cut."""
         if (self is TRITON or self.ptx) and op in SPLIT:
-            launchers = [in_parts(op_launcher(op), split) for split in (1, 3)]
-            return [on_ptx(each, self.ptx) for each in launchers] if self.ptx else launchers
+            return [self.implementation(op, split=split) for split in (1, 3)]
         return [self.implementation(op)]
 
     def inputs(self, case: Case, dtype: torch.dtype) -> Inputs:

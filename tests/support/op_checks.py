@@ -46,11 +46,18 @@ def check(op: str, implementation: Callable, inputs: Inputs) -> None:
         compare(op, implementation, arguments, inputs.dtype)
 
 
-def compare(op: str, implementation: Callable, arguments: list, dtype: torch.dtype) -> None:
+def compare(
+    op: str,
+    implementation: Callable,
+    arguments: list,
+    dtype: torch.dtype,
+    truncates: bool = False,
+) -> None:
     """Assert that an implementation returns the values of the reference, and the same bits twice.
 
     dtype: of x. Shapes, dtypes and integers must be equal; other values must be within the error
-    budget of `assert_within_budget`, in float64 within 1e-13 of the largest.
+    budget of `assert_within_budget`, in float64 within 1e-13 of the largest. truncates: sums in
+    float32 are cut, as on a GPU.
     """
     specification = getattr(reference, op)
     actual = _named(op, implementation(*arguments))
@@ -68,7 +75,7 @@ def compare(op: str, implementation: Callable, arguments: list, dtype: torch.dty
             largest = expected.abs().max().item() if expected.numel() else 0.0
             torch.testing.assert_close(actual[name], expected, rtol=0, atol=1e-13 * (1 + largest))
         elif expected.is_floating_point():
-            steps = _tensor_core_steps(arguments) if name in EXACT else 0
+            steps = _tensor_core_steps(arguments, truncates) if name in EXACT else 0
             assert_within_budget(actual, {name: expected}, baseline, rounded_to, steps)
     again = _named(op, implementation(*arguments))
     for name, value in actual.items():
@@ -90,13 +97,14 @@ def _named(op: str, outputs) -> dict[str, Tensor]:
     return result
 
 
-def _tensor_core_steps(arguments: list) -> int:
+def _tensor_core_steps(arguments: list, truncates: bool) -> int:
     """Return how many additions of tensor cores make one float32 sum; they cut, and do not round.
 
     A sum of 16-bit products takes 16 terms at a time, and no sum of an op is longer than the
-    longest side of its arguments. On a CPU, in the interpreter too, float32 additions round.
+    longest side of its arguments. On a CPU, in the interpreter too, float32 additions round, unless
+    `truncates`.
     """
     flat = registration.flat(arguments)
     tensors = [t for a in flat for t in (a if isinstance(a, (list, tuple)) else [a])]
-    tensors = [t for t in tensors if isinstance(t, Tensor) and t.is_cuda]
+    tensors = [t for t in tensors if isinstance(t, Tensor) and (truncates or t.is_cuda)]
     return max((side for t in tensors for side in t.shape), default=0) // 16

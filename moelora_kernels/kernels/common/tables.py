@@ -13,6 +13,10 @@ from torch import Tensor
 from moelora_kernels.kernels.common.launcher import require_no_capture
 from moelora_kernels.reference import blocks
 
+# Tables are filled on this device, not on torch's default device. Under a default device "cuda"
+# they would be in the memory pool of the caller's thread, see `_outside_pools`.
+_HOST = torch.device("cpu")
+
 
 def rank_divisor(ranks: Sequence[int]) -> int:
     """Return the largest power of two, up to 16, that divides every rank."""
@@ -33,7 +37,8 @@ def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
     if min(ranks) == max(ranks):
         return None
     require_no_capture("the table of ranks", device)
-    table = torch.tensor([(c.start, c.stop - c.start) for c in blocks(ranks)], dtype=torch.int32)
+    rows = [(c.start, c.stop - c.start) for c in blocks(ranks)]
+    table = torch.tensor(rows, dtype=torch.int32, device=_HOST)
     return _outside_pools(lambda: table.to(device))
 
 
@@ -41,7 +46,7 @@ def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
 def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a matrix [E, R] bfloat16: 1 in the columns of expert e, 0 elsewhere."""
     require_no_capture("the table of experts", device)
-    matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16)
+    matrix = torch.zeros(len(ranks), sum(ranks), dtype=torch.bfloat16, device=_HOST)
     for row, columns in zip(matrix, blocks(ranks), strict=True):
         row[columns] = 1
     return _outside_pools(lambda: matrix.to(device))
@@ -51,7 +56,7 @@ def expert_columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
 def scaling_table(scaling: tuple[float, ...], device: torch.device) -> Tensor:
     """Return the scale of every expert, [E] float32."""
     require_no_capture("the scaling of the experts", device)
-    table = torch.tensor(scaling, dtype=torch.float32)
+    table = torch.tensor(scaling, dtype=torch.float32, device=_HOST)
     return _outside_pools(lambda: table.to(device))
 
 
@@ -69,7 +74,7 @@ def column_tile_table(ranks: tuple[int, ...], n: int, width: int, device: torch.
         for e, columns in enumerate(blocks(ranks))
         for start in range(columns.start, columns.stop, width)
     ]
-    table = torch.tensor(tiles, dtype=torch.int32)
+    table = torch.tensor(tiles, dtype=torch.int32, device=_HOST)
     return _outside_pools(lambda: table.to(device))
 
 

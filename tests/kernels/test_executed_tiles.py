@@ -1,0 +1,42 @@
+"""Every entry of `TILE_CONFIGS` (kernels/common/configs.py), executed on the CPU as compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelora_kernels.kernels.common import configs, launcher
+from support.backends import PTX, Backend
+from support.op_checks import compare
+from support.selection import exhaustive
+from support.tile_cases import VARIANTS, tile_calls, tile_entries
+
+# Three tiles of tokens; several steps and tiles of a wide side; tails of all of them.
+TOKENS, WIDTH = 150, {"one_launch": 296, "split": 552}
+
+
+def test_info_names_the_executed_architectures() -> None:
+    assert tuple(backend.ptx for backend in PTX) == configs.EXECUTED
+
+
+@exhaustive
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("backend", "key", "dtype"),
+    [
+        pytest.param(backend, *entry.values, id=f"{backend.name}-{entry.id}", marks=backend.marks)
+        for backend in PTX
+        for entry in tile_entries(backend.ptx)
+    ],
+)
+def test_tile(
+    backend: Backend, key: tuple[str, int, int], dtype: torch.dtype, variant: str
+) -> None:
+    """Right by float64, and the same bits with early and with late copies and products."""
+    op, *_ = key
+    launch, op_calls = tile_calls(backend, key, dtype, variant, TOKENS, WIDTH[variant])
+    for arguments in op_calls:
+        with launcher.recording() as launches:
+            compare(op, launch, arguments, dtype)
+        tile = configs.TILE_CONFIGS[backend.ptx][key]
+        assert any(recorded.tile_config is tile for recorded in launches)

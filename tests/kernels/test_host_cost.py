@@ -1,0 +1,61 @@
+"""The work of the host in a call of a layer or of a launcher: Python calls and kernel launches.
+
+A count does not depend on the machine or its load, unlike a time. `tests/tools/host_cost.py` prints
+the times. Python calls are those of all Python functions, also of torch and Triton.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from support.backends import needs_library
+from support.fake_driver import called_code, fake_driver
+from support.host_cost import launcher_call, layer_calls
+
+# Layer -> the most Python calls. Raise a number only for work that every call needs.
+LAYER_CALLS = {
+    "wide": dict(inference=66, forward=85, backward=67),
+    "grouped": dict(inference=68, forward=87, backward=68),
+    "siblings": dict(inference=143, forward=167, backward=113),
+    "ffn": dict(inference=173, forward=199, backward=149),
+}
+# Launcher -> launches, and the most Python calls of all of them.
+LAUNCHER_CALLS = {
+    "shrink_gate": (1, 54),
+    "shrink_gate_backward": (1, 51),
+    "shrink_dx": (1, 41),
+    "weight_grad": (1, 56),
+    "router_logits": (1, 43),
+    "grouped_shrink": (1, 44),
+    "grouped_expand": (2, 64),
+    "grouped_shrink_backward": (1, 48),
+    "grouped_weight_grad": (2, 101),
+    "router_grad": (1, 37),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", LAYER_CALLS)
+def test_python_calls_of_a_layer(name: str) -> None:
+    """A signature that torch binds in every call is about 30 more."""
+    over = {}
+    for mode, call in layer_calls(name).items():
+        call()
+        count = len(called_code(call))
+        if count > LAYER_CALLS[name][mode]:
+            over[mode] = count
+    assert not over
+
+
+@pytest.mark.parametrize("op", LAUNCHER_CALLS)
+def test_launches_and_python_calls_of_a_launcher(op: str) -> None:
+    """The first call compiles, and the second one finds what it compiled."""
+    launches, most = LAUNCHER_CALLS[op]
+    call = launcher_call(op)
+    with fake_driver("sm_90") as driver:
+        call()
+        assert len(driver.launched) == len(driver.compiled) == launches
+        codes = called_code(call)
+    assert driver.launched[:launches] == driver.launched[launches:]
+    assert len(driver.compiled) == launches
+    assert len([code for code in codes if "fake_driver" not in code.co_filename]) <= most

@@ -1,0 +1,66 @@
+"""Calls that take a given entry of `configs.TILE_CONFIGS`, in the variants of its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moelora_kernels.kernels.common import configs
+from moelora_kernels.types import CHUNK, TILE
+from support.arguments import calls
+from support.backends import DTYPES, SPLIT, Backend
+from support.cases import Case, grouped_case
+from support.op_checks import GROUPED_OPS, WIDE_OPS
+
+# The variants of the wide ops. name -> options of the case and parts; the comment says which
+# programs it makes.
+VARIANTS = {
+    # Router, gate and its gradient in the epilogue: two products per step, one launch.
+    "one_launch": (dict(router_bias=True), 1),
+    # Sums to partials; the mask drawn beside the product.
+    "split": (dict(gate="dense", dropout=0.1), 2),
+}
+# An op that is not in this list has nothing to qualify its tiles.
+OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
+
+
+def tile_entries(architecture: str) -> list:
+    """Return parameters (key of the table, dtype) of an architecture."""
+    return [
+        pytest.param(key, dtype, id=f"{key[0]}-{name}-{key[2]}")
+        for key in configs.TILE_CONFIGS[architecture]
+        for name, dtype in DTYPES.items()
+        if dtype.itemsize == key[1]
+    ]
+
+
+def tile_calls(
+    backend: Backend,
+    key: tuple[str, int, int],
+    dtype: torch.dtype,
+    variant: str,
+    tokens: int,
+    width: int,
+) -> tuple[Callable, list[list]]:
+    """Return the implementation of the op that takes a tile, and its calls.
+
+    tokens: T. width: of both wide sides. With tails of every tile, if they are no multiples. In the
+    variant "split" of a grouped op the tokens of an expert make several chunks.
+    """
+    op, _, columns = key
+    assert op in OPS, op
+    if op in WIDE_OPS:
+        options, split = VARIANTS[variant]
+        case = Case(T=tokens, I=width, O=width, ranks=(columns // 4,) * 4, **options)
+        options = {"split": split} if op in SPLIT else {}
+        implementation = backend.implementation(op, **options)
+        return implementation, calls(op, backend.inputs(case, dtype))
+    case = grouped_case(
+        T=tokens, I=width, O=width, start="bias", router_bias=True, tile=TILE, chunk=CHUNK,
+        ranks=(1,) * columns if op.startswith("router") else (columns,) * 4,
+    )  # fmt: skip
+    if variant == "split":
+        case = case._replace(chunk=65, dropout=0.1)
+    return backend.implementation(op), calls(op, backend.inputs(case, dtype))

@@ -1,0 +1,55 @@
+"""Print the CPU time of layer calls and launchers without a GPU: the launch itself does nothing.
+
+    PYTHONPATH=tests:. python tests/tools/host_cost.py
+
+The times depend on the machine. Each is the lower decile of the CPU time of this thread, in
+microseconds, beside the number of Python calls. Layers run on the CPU at one token; launchers run
+up to the point at which Triton calls cuLaunchKernel.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+# Read when Triton is imported; the kernels of the tests are then made anew by `fake_driver`.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+
+from support.fake_driver import called_code, fake_driver
+from support.host_cost import LAYERS, launcher_call, layer_calls
+from support.op_checks import GROUPED_OPS, WIDE_OPS
+
+REPEATS, CALLS = 100, 20
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Return the lower decile of the CPU time of one call."""
+    times = []
+    for _ in range(REPEATS):
+        started = time.thread_time_ns()
+        for _ in range(CALLS):
+            call()
+        times.append((time.thread_time_ns() - started) / CALLS / 1e3)
+    return sorted(times)[REPEATS // 10]
+
+
+def line(name: str, call: Callable[[], object]) -> None:
+    call()
+    print(f"{name:36s} {microseconds(call):8.1f} us {len(called_code(call)):5d} calls", flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in LAYERS:
+        for mode, call in layer_calls(name).items():
+            line(f"{name}, {mode}", call)
+    for op in [op for op in {**WIDE_OPS, **GROUPED_OPS} if op != "route"]:
+        with fake_driver("sm_90"):
+            line(f"{op}, launcher", launcher_call(op))
+
+
+if __name__ == "__main__":
+    main()
