@@ -105,7 +105,7 @@ def grouped_shrink_backward_kernel(
         # are 0, nor pairs that are not routed.
         columns_in = (columns < rank)[None, :]
         in_bounds = positions_in[:, None] & (columns < MAX_RANK)[None, :]
-        h = tl.load(h_ptr + offsets, mask=in_bounds & columns_in, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
         inner += tl.sum(tl.where(columns_in & routed[:, None], du * h, 0.0), axis=1)
         selected = columns_in & (gate != 0)
         dh = tl.where(selected, gate * du, 0.0)

@@ -71,13 +71,13 @@ def exact_sum(left, selection, total, UPCAST: tl.constexpr):
     to all sums of its row, because 0 * NaN is NaN. So they multiply the finite elements only, and
     another product counts the infinities: 1 for infinity, 128 for minus infinity, both for NaN.
     """
-    code = tl.where(left < float("inf"), 0.0, 1.0) + tl.where(left > float("-inf"), 0.0, 128.0)
-    counts = product(code.to(tl.bfloat16), selection, tl.zeros_like(total), UPCAST).to(tl.int32)
     rest = tl.where(is_finite(left), left, 0.0)
     for _ in tl.static_range(3):
         high = rest.to(tl.bfloat16)
         rest = rest - high.to(tl.float32)
         total = product(high, selection, total, UPCAST)
+    code = tl.where(left < float("inf"), 0.0, 1.0) + tl.where(left > float("-inf"), 0.0, 128.0)
+    counts = product(code.to(tl.bfloat16), selection, tl.zeros_like(total), UPCAST).to(tl.int32)
     total += tl.where(counts % 128 > 0, float("inf"), 0.0)
     total += tl.where(counts >= 128, float("-inf"), 0.0)
     return total
