@@ -122,11 +122,18 @@ def attach(
     callbacks.insert(0, callback)
     if any(layer.config.router == "task" and layer.is_selected for layer in layers):
         trainer.prediction_step = callback.prediction_step
-        trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
+        # A caller may have added the collator already.
+        if not _adds_tasks(trainer.data_collator, task_column):
+            trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
         # The columns that remove_unused_columns keeps. SFTTrainer fills the list differently.
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
     return callback
+
+
+def _adds_tasks(collator: object, task_column: str) -> bool:
+    """Return whether a collator puts the tasks into the batch already."""
+    return isinstance(collator, TaskCollator) and collator.column == task_column
 
 
 def head_of_fused_loss(model: nn.Module) -> str | None:
