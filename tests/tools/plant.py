@@ -147,12 +147,6 @@ FAULTS = (
         "        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty))",
         WIDE, "shrink_gate-plain", None,
     ),
-    Fault(
-        "a pass of grouped_expand adds to what another program writes", "grouped_expand.py",
-        "        address = y_ptr + y_rows[:, None] * O + o[None, :]",
-        "        address = y_ptr + y_rows[:, None] * O + o[None, :] // 2 * 2",
-        GROUPED, "grouped_expand-plain",
-    ),
 )  # fmt: skip
 
 
