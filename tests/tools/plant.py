@@ -106,9 +106,13 @@ FAULTS = (
     ),
     # --- sums
     Fault(
-        "gate_partials: a sum that is rounded after every split", "common/reduce_partials.py",
-        "    return total", "    return total.to(tl.bfloat16).to(tl.float32)",
-        WIDE, "shrink_gate_backward-mixed_ranks_dense",
+        "gate_partials: a sum that is rounded after every split",
+        "common/reduce_partials.py",
+        "        address = partials_ptr + row + columns[None, :]",
+        "        address = partials_ptr + row + columns[None, :]\n"
+        "        total = total.to(tl.bfloat16).to(tl.float32)",
+        WIDE,
+        "shrink_gate-many_experts",
     ),
     Fault(
         "gate_rows: masked tokens are added to row 0", "common/gate_rows.py",
