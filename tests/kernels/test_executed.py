@@ -6,12 +6,14 @@ interpreter does not distinguish.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
 from support.arguments import calls
-from support.backends import DTYPES, PTX, SPLIT, Backend
+from support.backends import DTYPES, PTX, SPLIT, Backend, needs_triton, op_launcher
 from support.cases import Case, grouped_case
 from support.inputs import Inputs, map_tensors
 from support.op_checks import GROUPED_OPS, WIDE_OPS, check, compare
@@ -79,3 +81,30 @@ def test_a_sum_over_a_thousand_tokens_that_is_cut(backend: Backend) -> None:
     implementation = backend.implementation("weight_grad", sums="cut", split=1)
     for arguments in calls("weight_grad", inputs):
         compare("weight_grad", implementation, arguments, torch.bfloat16, truncates=True)
+
+
+# name -> op, case, and what a strict execution says with Triton 3.6.
+ORDER_OF_PRODUCTS = {
+    "a fence behind a copy": ("shrink_gate", Case(I=400), "since the last fence"),
+    "a fence behind writes to registers": (
+        "shrink_gate_backward",
+        Case(T=70, I=136, O=136, router_bias=True),
+        "was written since the last wgmma",
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.ptx
+@pytest.mark.parametrize(
+    ("op", "case", "problem"), ORDER_OF_PRODUCTS.values(), ids=ORDER_OF_PRODUCTS
+)
+def test_products_have_the_fences_that_ptx_asks_for(op: str, case: Case, problem: str) -> None:
+    """Triton 3.6 leaves them out."""
+    from ptx.errors import RaceError
+    from ptx.launcher import TRITON_IS_STRICT, executed
+
+    (arguments,) = calls(op, Inputs(case, torch.bfloat16))
+    expected = nullcontext() if TRITON_IS_STRICT else pytest.raises(RaceError, match=problem)
+    with executed("sm_90", strict=True), expected:
+        op_launcher(op)(*arguments, split=1)

@@ -39,9 +39,13 @@ class Batch:
     programs        [programs, 1] uint32, their numbers
     late            cp.async and wgmma happen at their wait, not when they are issued
     cut             sums of tensor cores are cut, not rounded
+    strict          wgmma asks for a fence.proxy.async behind a cp.async, for a wgmma.fence behind
+                    writes to its registers, and for registers of A that stay until its wait
     block           the block to run
     mask            the threads that run it; None: all
     waiting         block -> threads that wait to run it, for threads that have parted
+    fenced          the registers at the last wgmma.fence; None before the first
+    of_products     the registers that a wgmma wrote since
     """
 
     registers: list[np.ndarray]
@@ -52,6 +56,7 @@ class Batch:
     shared: SharedMemory
     late: bool
     cut: bool
+    strict: bool
     block: int = 0
     mask: np.ndarray | None = None
     waiting: dict[int, np.ndarray] = field(default_factory=dict)
@@ -59,6 +64,8 @@ class Batch:
     copy_groups: list = field(default_factory=list)
     products: list = field(default_factory=list)
     product_groups: list = field(default_factory=list)
+    fenced: list[np.ndarray] | None = None
+    of_products: set[int] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +111,8 @@ class Batch:
             return value if value is None or len(value) == 1 else value[rows]
 
         part.registers = [cut(value) for value in self.registers]
+        # Which of them were written since is not known any more.
+        part.fenced = None if self.fenced is None else part.registers.copy()
         part.programs = self.programs[rows]
         part.shared = self.shared.select(rows)
         part.mask = cut(self.mask)
@@ -152,17 +161,19 @@ class Kernel:
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
+        strict: bool = True,
     ) -> None:
-        """Run all programs. parameters: their raw bits."""
+        """Run all programs. parameters: their raw bits. strict: see `Batch`."""
         at_once = max(1, THREADS // self.threads)
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
+            shared = SharedMemory(len(numbers), self.shared, self.threads, strict)
             batch = Batch(
-                registers, numbers, self.threads, np.array(parameters, np.uint64), memory,
-                SharedMemory(len(numbers), self.shared, self.threads), late, cut,
+                registers, numbers, self.threads, np.array(parameters, np.uint64), memory, shared,
+                late, cut, strict,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)

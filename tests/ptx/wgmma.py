@@ -68,6 +68,8 @@ class Product:
     b: np.ndarray
     # Whether D is added to, [1 or programs, 1 or threads].
     adds: np.ndarray
+    # The registers of A when it was issued; None: they are read when the product happens.
+    values: list[np.ndarray] | None
 
     def select(self, rows: np.ndarray) -> Product:
         """Return the product of some of the programs."""
@@ -76,6 +78,7 @@ class Product:
             a=None if self.a is None else self.a[rows],
             b=self.b[rows],
             adds=self.adds if len(self.adds) == 1 else self.adds[rows],
+            values=self.values and [v if len(v) == 1 else v[rows] for v in self.values],
         )
 
     def chunks(self):
@@ -132,7 +135,7 @@ class Operation:
         programs, groups = shape[0], shape[1] // GROUP
         if self.a:
             table = fragments.layout("A", self.size)
-            bits = fragments.gather([r[i] for i in self.a], shape, table)
+            bits = fragments.gather(product.values or [r[i] for i in self.a], shape, table)
             a = fragments.numbers(bits, self.kind).reshape(programs, groups, 64, self.depth)
         else:
             a = self.matrix(batch, product.a, 64, self.transposed_a)
@@ -152,6 +155,7 @@ class Operation:
         bits = result.reshape(programs, groups * 4, -1).view(np.uint32)
         for i, value in zip(self.d, fragments.scatter(bits, table), strict=True):
             r[i] = value
+        batch.of_products.update(self.d)
 
 
 def _descriptors(value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -194,11 +198,14 @@ def wgmma(build: Builder, ins: Instruction) -> Run:
 
     def run(batch) -> None:
         r = batch.registers
+        if batch.strict:
+            _require_fence(batch, (*operation.a, *operation.d))
         product = Product(
             operation,
             None if in_registers else _descriptors(r[a_descriptor], batch.shape),
             _descriptors(r[b_descriptor], batch.shape),
             r[scale],
+            None if batch.strict else [r[i] for i in operation.a],
         )
         for programs, chunks in product.chunks():
             batch.shared.begin_wgmma(programs, chunks)
@@ -219,8 +226,25 @@ def finish(batch, product: Product) -> None:
 
 @implements("wgmma.fence.sync.aligned", together=True)
 def fence(build: Builder, ins: Instruction) -> Run:
-    """Order the registers of a wgmma behind earlier accesses: all accesses here are in order."""
-    return lambda batch: None
+    """Order earlier writes to registers before the products behind it."""
+
+    def run(batch: Any) -> None:
+        batch.fenced = batch.registers.copy()
+        batch.of_products = set()
+
+    return run
+
+
+def _require_fence(batch: Any, registers: tuple[int, ...]) -> None:
+    """Raise RaceError if a thread wrote to registers of a product since the last wgmma.fence.
+
+    Products of one shape that add to the same registers need no fence between them.
+    """
+    if batch.fenced is None:
+        raise RaceError("a wgmma without a wgmma.fence before it")
+    for i in registers:
+        if batch.registers[i] is not batch.fenced[i] and i not in batch.of_products:
+            raise RaceError("a register of a wgmma was written since the last wgmma.fence")
 
 
 @implements("wgmma.commit_group.sync.aligned", together=True)
