@@ -164,13 +164,13 @@ def launch(
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
     tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
-    u = u.contiguous()
+    u = launcher.aligned(u)
     previous, stride = start, 0
     if start_is_matrix:
         previous = launcher.rows_dense(start)
         stride = previous.stride(0)
     for number, (sibling, k) in enumerate(slots):
-        matrix = matrices[sibling - first_sibling]
+        matrix = launcher.lines_dense(matrices[sibling - first_sibling])
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,

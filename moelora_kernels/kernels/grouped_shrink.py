@@ -134,8 +134,8 @@ def launch(
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            a_ptrs=launcher.contiguous(lora_a),
-            weights_ptr=launcher.contiguous_or_none(weights),
+            a_ptrs=launcher.all_aligned(lora_a),
+            weights_ptr=launcher.aligned_or_none(weights),
             scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
             order_ptr=order,
             tiles_ptr=tiles,

@@ -146,10 +146,10 @@ def launch(
         dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
-            b_ptrs=launcher.contiguous(lora_b),
+            b_ptrs=launcher.all_aligned(lora_b),
             out_features=tuple(g.shape[1] for g in dy),
-            h_ptr=h.contiguous(),
-            weights_ptr=launcher.contiguous_or_none(weights),
+            h_ptr=launcher.aligned(h),
+            weights_ptr=launcher.aligned_or_none(weights),
             scaling_ptr=tables.scaling_table(tuple(scaling), h.device),
             order_ptr=order,
             tiles_ptr=tiles,

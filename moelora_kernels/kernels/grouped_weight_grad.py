@@ -311,7 +311,7 @@ def sum_pairs(
         | dict(
             wide_ptrs=tuple(wide),
             stride_wide=tuple(matrix.stride(0) for matrix in wide),
-            narrow_ptr=narrow.contiguous(),
+            narrow_ptr=launcher.aligned(narrow),
             order_ptr=order,
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             dropout_scale=1.0 / keep_probability(dropout.p),

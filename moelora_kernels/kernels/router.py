@@ -159,8 +159,8 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            router_ptrs=launcher.contiguous(router_weight),
-            bias_ptrs=launcher.contiguous(router_bias),
+            router_ptrs=launcher.all_aligned(router_weight),
+            bias_ptrs=launcher.all_aligned(router_bias),
             logits_ptr=partials.targets[0],
             T=T,
             I=I,
@@ -211,7 +211,7 @@ def launch_grad(
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            dlogits_ptr=dlogits.contiguous(),
+            dlogits_ptr=launcher.aligned(dlogits),
             drouter_ptr=drouter_target,
             dbias_ptr=dbias_target,
             T=T,

@@ -333,10 +333,10 @@ def launch(
 
     # Arguments that both launches take.
     arguments = dict(
-        bias_ptrs=launcher.contiguous(router_bias),
-        gate_weights_ptr=None if has_router else gate_weights.contiguous(),
-        gate_experts_ptr=None if has_router else launcher.contiguous_or_none(experts),
-        gate_rows_ptr=launcher.contiguous_or_none(rows),
+        bias_ptrs=launcher.all_aligned(router_bias),
+        gate_weights_ptr=None if has_router else launcher.aligned(gate_weights),
+        gate_experts_ptr=None if has_router else launcher.aligned_or_none(experts),
+        gate_rows_ptr=launcher.aligned_or_none(rows),
         expert_columns_ptr=tables.expert_columns(tuple(ranks), x.device),
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         h_ptr=h,
@@ -362,8 +362,8 @@ def launch(
         | dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            a_ptrs=launcher.contiguous(lora_a),
-            router_ptrs=launcher.contiguous(router_weight),
+            a_ptrs=launcher.all_aligned(lora_a),
+            router_ptrs=launcher.all_aligned(router_weight),
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tile_table,
             I=I,

@@ -280,12 +280,12 @@ def launch(
 
     # Arguments that both launches take.
     arguments = dict(
-        h_ptr=h.contiguous(),
-        gate_weights_ptr=gate_weights.contiguous(),
-        gate_experts_ptr=launcher.contiguous_or_none(experts),
-        gate_rows_ptr=launcher.contiguous_or_none(rows),
-        logits_ptr=None if renormalize or not has_router else logits.contiguous(),
-        dlogits_ptr=launcher.contiguous_or_none(dlogits),
+        h_ptr=launcher.aligned(h),
+        gate_weights_ptr=launcher.aligned(gate_weights),
+        gate_experts_ptr=launcher.aligned_or_none(experts),
+        gate_rows_ptr=launcher.aligned_or_none(rows),
+        logits_ptr=None if renormalize or not has_router else launcher.aligned(logits),
+        dlogits_ptr=launcher.aligned_or_none(dlogits),
         expert_columns_ptr=tables.expert_columns(tuple(ranks), h.device),
         scaling_ptr=tables.scaling_table(tuple(scaling), h.device),
         dh_ptr=dh,
@@ -318,7 +318,7 @@ def launch(
         | dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
-            b_ptrs=launcher.contiguous(lora_b),
+            b_ptrs=launcher.all_aligned(lora_b),
             out_features=tuple(out_features),
             o_per_split=tuple(launcher.ceil_div(s, split) * tile_config.step for s in steps),
         ),

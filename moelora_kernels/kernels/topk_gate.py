@@ -97,7 +97,7 @@ def launch(logits, top_k, renormalize, temperature):
         launcher.ceil_div(G, ROW_TILE.tokens),
         ROW_TILE,
         dict(
-            logits_ptr=logits.contiguous(),
+            logits_ptr=launcher.aligned(logits),
             weights_ptr=weights,
             experts_ptr=experts,
             G=G,
@@ -123,10 +123,10 @@ def launch_backward(dweights, weights, experts, logits, renormalize, temperature
         launcher.ceil_div(G, ROW_TILE.tokens),
         ROW_TILE,
         dict(
-            dweights_ptr=dweights.contiguous(),
-            weights_ptr=weights.contiguous(),
-            experts_ptr=experts.contiguous(),
-            logits_ptr=None if renormalize else logits.contiguous(),
+            dweights_ptr=launcher.aligned(dweights),
+            weights_ptr=launcher.aligned(weights),
+            experts_ptr=launcher.aligned(experts),
+            logits_ptr=None if renormalize else launcher.aligned(logits),
             dlogits_ptr=dlogits,
             G=G,
             temperature=float(temperature),

@@ -6,6 +6,8 @@ interpreter does not distinguish.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,17 +101,28 @@ def test_a_sum_over_a_thousand_tokens_that_is_cut(backend: Backend) -> None:
         compare("weight_grad", implementation, arguments, torch.bfloat16, truncates=True)
 
 
+# name -> op, case, and what a strict execution says with Triton 3.6.
+ORDER_OF_PRODUCTS = {
+    "a fence behind a copy": ("shrink_gate", Case(I=400), "since the last fence"),
+    "a fence behind writes to registers": (
+        "shrink_gate_backward",
+        Case(T=70, I=136, O=136, router_bias=True),
+        "was written since the last wgmma",
+    ),
+}
+
+
 @needs_triton
 @pytest.mark.ptx
-def test_products_see_the_copies_before_them() -> None:
-    """Triton 3.6 leaves out the fence that PTX asks for between a cp.async and a wgmma."""
+@pytest.mark.parametrize(
+    ("op", "case", "problem"), ORDER_OF_PRODUCTS.values(), ids=ORDER_OF_PRODUCTS
+)
+def test_products_have_the_fences_that_ptx_asks_for(op: str, case: Case, problem: str) -> None:
+    """Triton 3.6 leaves them out."""
     from ptx.errors import RaceError
-    from ptx.launcher import TRITON_FENCES_COPIES, executed
+    from ptx.launcher import TRITON_IS_STRICT, executed
 
-    (arguments,) = calls("shrink_gate", Inputs(Case(I=400), torch.bfloat16))
-    with executed("sm_90", copies_need_fence=True):
-        if TRITON_FENCES_COPIES:
-            op_launcher("shrink_gate")(*arguments, split=1)
-            return
-        with pytest.raises(RaceError, match="written since the last fence"):
-            op_launcher("shrink_gate")(*arguments, split=1)
+    (arguments,) = calls(op, Inputs(case, torch.bfloat16))
+    expected = nullcontext() if TRITON_IS_STRICT else pytest.raises(RaceError, match=problem)
+    with executed("sm_90", strict=True), expected:
+        op_launcher(op)(*arguments, split=1)

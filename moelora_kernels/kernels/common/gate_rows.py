@@ -82,7 +82,7 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
         tile_config,
         dict(
             dgate_ptr=dgate,
-            rows_ptr=None if rows is None else rows.contiguous(),
+            rows_ptr=None if rows is None else launcher.aligned(rows),
             partials_ptr=partials.targets[0],
             T=T,
             G=G,

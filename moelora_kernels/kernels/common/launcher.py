@@ -16,6 +16,9 @@ from moelora_kernels.kernels.common.configs import TileConfig
 
 # Whether Triton interprets kernels on the CPU instead of compiling them.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton compiles a kernel for pointers that are multiples of this number of bytes, and for numbers
+# that are multiples of it.
+ALIGNMENT = 16
 
 
 class Launch(NamedTuple):
@@ -124,15 +127,38 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def rows_dense(matrix: Tensor) -> Tensor:
-    """Return the matrix itself if the elements of a row are contiguous, else a contiguous copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    """Return the matrix, copied unless its rows are contiguous and aligned.
+
+    Triton loads 16 bytes at a time only if the pointer is a multiple of 16 bytes and the row pitch
+    is a multiple of 16 elements. Slices and views of flat buffers often are not; a copy is, if the
+    width is a multiple of 16, and costs one pass over the matrix.
+    """
+    width, pitch = matrix.shape[1], matrix.stride(0)
+    if matrix.stride(1) != 1 and width != 1:
+        return matrix.contiguous()
+    if width % ALIGNMENT or not (pitch % ALIGNMENT or matrix.data_ptr() % ALIGNMENT):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
-def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """Return the tensors as a tuple of pointers for a kernel; None if there are none."""
-    return tuple(t.contiguous() for t in tensors) or None
+def lines_dense(matrix: Tensor) -> Tensor:
+    """Return the matrix, copied unless its rows or its columns are contiguous and aligned."""
+    if matrix.stride(1) == 1:
+        return rows_dense(matrix)
+    return rows_dense(matrix.t()).t()
 
 
-def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
-    """Return a contiguous tensor as a pointer for a kernel; None for None."""
-    return None if tensor is None else tensor.contiguous()
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied unless it is contiguous and its pointer is aligned."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def aligned_or_none(tensor: Tensor | None) -> Tensor | None:
+    """Return `aligned(tensor)`; None for None."""
+    return None if tensor is None else aligned(tensor)
+
+
+def all_aligned(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Return `aligned(tensor)` of all tensors, for a kernel; None if there are none."""
+    return tuple([aligned(t) for t in tensors]) or None
