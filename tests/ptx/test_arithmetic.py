@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptx import build  # noqa: F401: fills the table
+# The module fills the table of instructions.
+from ptx import build  # noqa: F401
 from ptx.errors import Unsupported
 from ptx.harness import apply, run
 
