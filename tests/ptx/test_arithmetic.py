@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # The module fills the table of instructions.
-from ptx import build  # noqa: F401
+from ptx import build
 from ptx.errors import Unsupported
 from ptx.harness import apply, run
 
