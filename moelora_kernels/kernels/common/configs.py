@@ -117,7 +117,7 @@ _SM_100 = {
     ("shrink_gate", 2, 16): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
-    ("weight_grad", 2, 128): TileConfig(64, 128, 8, 2),
+    ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
