@@ -62,7 +62,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
 
     x [T, I]; seed one int64; stream the index of the mask. Returns [T, I] in x's dtype.
     """
-    keep = mask_numbers(*x.shape, seed, stream) >= dropout_threshold(p)
+    tokens, width = x.shape
+    keep = mask_numbers(tokens, width, seed, stream) >= dropout_threshold(p)
     scaled = x.to(compute_dtype(x)) / keep_probability(p)
     return torch.where(keep, scaled, 0).to(x.dtype)
 
