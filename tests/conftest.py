@@ -47,6 +47,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_gpu)
 
 
+def pytest_collectstart():
+    """Values that a module draws when it is imported are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """torch.empty returns NaN (or the largest integer), so that memory never written shows."""
