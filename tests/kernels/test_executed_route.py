@@ -1,112 +1,60 @@
-"""The device code of `route` without a device: its results on the host, and what nvcc makes of it.
+"""The CUDA code of `route`, compiled by nvcc and executed on a CPU; and planted faults.
 
-tests/kernels/emulation runs the blocks one by one, their threads as coroutines in several orders.
+Every execution checks that accesses are aligned and inside of the arrays, that blocks do not share
+memory, and that a barrier parts any two accesses of different threads of which one is a write
+(`tests/ptx`). So the result does not depend on the order in which threads run.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from moelora_kernels import reference
-from moelora_kernels.types import CHUNK, TILE, count_tiles
-from support.backends import REQUIRED
+from moelora_kernels.types import CHUNK, TILE
+from ptx.errors import PtxError
 from support.route_cases import CASES, NAMES, drawn
-from support.selection import default_cases
+from support.route_ptx import KERNELS, ROUTE, compile_ptx, compile_source, execute, needs_nvcc
+from support.route_ptx import route_plan as plan
+from support.selection import default_cases, exhaustive
 
-ROOT = Path(__file__).resolve().parents[2]
-GUARD, GARBAGE = 16, -77
-LOWEST_FIRST, HIGHEST_FIRST, SHUFFLED = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory) -> ctypes.CDLL:
-    """tests/kernels/emulation/route.cpp as a library."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None and not REQUIRED:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("emulation") / "route.so"
-    source = ROOT / "tests" / "kernels" / "emulation" / "route.cpp"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas"]
-    subprocess.run([compiler, *flags, source, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.route.restype = ctypes.c_char_p
-    return loaded
+pytestmark = needs_nvcc
+each_architecture = pytest.mark.parametrize("architecture", ("80", "90a"))
+each_memory = pytest.mark.parametrize("in_shared", (True, False), ids=("shared", "global"))
 
 
-def planned(emulation: ctypes.CDLL, pairs: int, experts: int, of_sibling: int) -> tuple[int, int]:
-    """Warps of a block and its bytes of shared memory."""
-    found = (ctypes.c_int64 * 2)()
-    sizes = [ctypes.c_int64(size) for size in (pairs, experts, of_sibling)]
-    emulation.plan(*sizes, ctypes.byref(found, 0), ctypes.byref(found, 8))
-    return found[0], found[1]
-
-
-def emulate(
-    emulation: ctypes.CDLL,
-    indices: Tensor,
-    num_experts: int,
-    siblings: int,
-    tile: int,
-    chunk: int,
-    warps: int = 2,
-    schedule: int = LOWEST_FIRST,
-) -> list[Tensor]:
-    """The routing arrays as the device code gives them."""
-    pairs, experts = indices.numel(), siblings * num_experts
-    tokens, slots = indices.shape if pairs else (0, 0)
-    tiles = [count_tiles(pairs, experts, size) for size in (tile, chunk)]
-    lengths = [pairs, experts + 1, *(2 * count for count in tiles)]
-    outputs = [torch.full((n + GUARD,), GARBAGE, dtype=torch.int32) for n in lengths]
-    sizes = [tokens, slots, num_experts, siblings, tile, chunk, *tiles]
-    problem = emulation.route(
-        ctypes.c_void_p(indices.data_ptr()),
-        ctypes.c_int64(indices.element_size()),
-        (ctypes.c_int64 * 2)(*indices.stride()),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        *(ctypes.c_void_p(output.data_ptr()) for output in outputs),
-        ctypes.c_int64(warps),
-        ctypes.c_int64(schedule),
-    )
-    assert problem is None, problem.decode()
-    for name, output, length in zip(NAMES, outputs, lengths, strict=True):
-        assert (output[length:] == GARBAGE).all(), f"{name}: written beyond its end"
-    order, offsets, *maps = (o[:n] for o, n in zip(outputs, lengths, strict=True))
-    return [order, offsets, *(each.view(-1, 2) for each in maps)]
-
-
-def check(emulation: ctypes.CDLL, *arguments, **options) -> None:
+def difference(*arguments, **options) -> str | None:
+    """Return the name of a routing array that is not that of the reference, or None."""
     expected = reference.route(*arguments)
-    for name, one, other in zip(
-        NAMES, emulate(emulation, *arguments, **options), expected, strict=True
-    ):
-        assert torch.equal(one, other), name
+    for name, one, other in zip(NAMES, execute(*arguments, **options), expected, strict=True):
+        if not torch.equal(one, other):
+            return name
+    return None
 
 
-@pytest.mark.parametrize("warps", (1, 2, 4))
+@each_architecture
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(emulation, name: str, warps: int) -> None:
-    check(emulation, *CASES[name], TILE, CHUNK, warps=warps)
+def test_equals_the_reference(name: str, architecture: str) -> None:
+    assert difference(*CASES[name], TILE, CHUNK, architecture=architecture) is None
 
 
-@pytest.mark.parametrize("sizes", ((1, 3), (3, 64)), ids=str)
-@pytest.mark.parametrize("schedule", (HIGHEST_FIRST, SHUFFLED, 3))
-@pytest.mark.parametrize("name", ("zipf-3", "adversarial-torch.int64", "one-2", "every_third"))
-def test_any_order_of_threads(emulation, name: str, schedule: int, sizes: tuple[int, int]) -> None:
-    """Between two barriers threads do not see one another."""
-    check(emulation, *CASES[name], *sizes, warps=3, schedule=schedule)
+@exhaustive
+@each_memory
+@pytest.mark.parametrize(("warps", "sizes"), ((1, (64, 1)), (2, (1, 3)), (4, (3, 64))), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_warps(
+    name: str, warps: int, sizes: tuple[int, int], in_shared: bool
+) -> None:
+    assert difference(*CASES[name], *sizes, warps=warps, in_shared=in_shared) is None
 
 
 # (T, E, K, siblings, warps), each for what the cases above do not reach.
-LARGE = {
+SHAPES = {
     # Nine bits of a label, a scan of several numbers per thread.
     "many_experts": (333, 256, 8, 1, 4),
     # Several batches of tokens per warp, whole ones and one that ends in the middle of a warp.
@@ -120,58 +68,172 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_large_cases(emulation, name: str) -> None:
-    tokens, experts, top_k, siblings, warps = LARGE[name]
-    indices = drawn("uniform", tokens, experts, top_k, siblings)
-    indices[1::5, 0] = -1
-    arguments = (indices.int(), experts, siblings, TILE, CHUNK)
-    check(emulation, *arguments, warps=warps, schedule=SHUFFLED)
+def indices(routing: str, T: int, E: int, K: int, siblings: int = 1) -> Tensor:
+    """Return experts [T, n K], some of which are not routed; int32 if T is odd, else int64."""
+    experts = drawn(routing, T, E, K, siblings)
+    experts[1::5, 0] = -1
+    return experts.int() if T % 2 else experts
 
 
-def test_the_plan_fits_every_device(emulation) -> None:
-    """48 KiB need no permission; where not even one warp fits there is no shared memory at all."""
-    assert planned(emulation, 16384, 8, 8) == (32, 4 * (2 * 9 + 32 * 9 + 32))
-    assert planned(emulation, 1, 8, 8)[0] == 1
-    assert planned(emulation, 0, 8, 8)[0] == 1
-    assert planned(emulation, 100, 8, 8)[0] == 4
-    assert planned(emulation, 2**31 - 1, 256, 256)[0] == 32
-    assert planned(emulation, 1 << 16, 4000, 4000)[0] == 1
-    assert planned(emulation, 1 << 16, 5000, 5000) == (32, 0)
+@each_memory
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name: str, in_shared: bool) -> None:
+    T, E, K, siblings, warps = SHAPES[name]
+    arguments = indices("uniform", T, E, K, siblings), E, siblings, TILE, CHUNK
+    assert difference(*arguments, warps=warps, in_shared=in_shared) is None
+
+
+# (routing, T, E, K, siblings), launched as planned.
+PLANNED = {
+    "one_expert": ("uniform", 301, 1, 1, 3),
+    # 32 warps, and then 16, count in shared memory.
+    "359_experts": ("zipf", 600, 359, 2, 1),
+    "360_experts": ("zipf", 601, 360, 2, 1),
+    # One warp does, and then all warps count in global memory.
+    "4094_experts": ("uniform", 601, 4094, 2, 1),
+    "4095_experts": ("uniform", 600, 4095, 2, 1),
+    "siblings_beyond_shared_memory": ("uniform", 601, 3000, 2, 3),
+    # More than 2^16 pairs.
+    "80000_pairs": ("zipf", 40_000, 8, 2, 1),
+    "identical_experts": ("one", 70_003, 8, 1, 1),
+    "262144_pairs": ("uniform", 32_768, 128, 8, 1),
+    "empty_experts": ("empty", 20_001, 64, 4, 2),
+}
+
+
+@each_architecture
+@pytest.mark.parametrize("case", default_cases(PLANNED, "one_expert", "4095_experts"))
+def test_launches_as_planned(case: tuple, architecture: str) -> None:
+    routing, T, E, K, siblings = case
+    arguments = indices(routing, T, E, K, siblings), E, siblings, TILE, CHUNK
+    assert difference(*arguments, architecture=architecture) is None
+
+
+def test_the_plan_fits_every_device() -> None:
+    """48 KiB need no permission. If one warp does not fit there is no shared memory at all."""
+    assert plan(16384, 8, 8) == (32, 4 * (2 * 9 + 32 * 9 + 32))
+    assert plan(1, 8, 8).warps == 1
+    assert plan(0, 8, 8).warps == 1
+    assert plan(100, 8, 8).warps == 4
+    assert plan(2**31 - 1, 256, 256).warps == 32
+    assert [plan(1 << 16, E, E).warps for E in (359, 360)] == [32, 16]
+    assert plan(1 << 16, 4094, 4094) == (1, 4 * (3 * 4095 + 1))
+    assert plan(1 << 16, 4095, 4095) == (32, 0)
     for experts in range(1, 5000, 7):
         for siblings in (1, 3):
-            warps, shared = planned(emulation, 1 << 16, siblings * experts, experts)
+            warps, shared = plan(1 << 16, siblings * experts, experts)
             assert warps in (1, 2, 4, 8, 16, 32)
             assert 0 <= shared <= 48 << 10
 
 
-KERNELS = """
-#include "cuda/route.cuh"
-using moelora::RouteArguments;
-template __global__ void moelora::route_kernel<int, true>(RouteArguments, const int*, int*);
-template __global__ void moelora::route_kernel<int, false>(RouteArguments, const int*, int*);
-template __global__ void moelora::route_kernel<long, true>(RouteArguments, const long*, int*);
-template __global__ void moelora::route_kernel<long, false>(RouteArguments, const long*, int*);
-"""
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", default_cases(("80", "89", "90a", "100"), "90a"))
-def test_compiles_without_spills(tmp_path: Path, architecture: str) -> None:
+def test_compiles_without_spills(architecture: str) -> None:
     """1024 threads share 65536 registers."""
-    source = tmp_path / "route.cu"
-    source.write_text(KERNELS)
-    done = subprocess.run(
-        ["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}",
-         "-Xptxas=-v", "-Werror=all-warnings", source, "-o", tmp_path / "route.cubin"],
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    if "Value 'sm_100' is not defined" in done.stderr:
-        pytest.skip("this nvcc does not know sm_100")
-    assert done.returncode == 0, done.stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    flags = ("-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings")
+    try:
+        _, messages = compile_source(KERNELS, *flags)
+    except subprocess.CalledProcessError as error:
+        if "Value 'sm_100' is not defined" in error.stderr:
+            pytest.skip("this nvcc does not know sm_100")
+        raise AssertionError(error.stderr) from None
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", messages)]
     assert len(registers) == 4
     assert max(registers) <= 64
-    stack = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    stack = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", messages)
     assert stack == [("0", "0")] * 4
+
+
+# --- planted faults -----------------------------------------------------------------------------
+
+# (experts, E, siblings), and the warps of a block: several batches per warp; more counters than
+# threads; ids outside of the range.
+FAULTED = (
+    ((indices("zipf", 700, 5, 2, 2), 5, 2), 4),
+    ((indices("uniform", 132, 40, 2, 2), 40, 2), 2),
+    (CASES["adversarial-torch.int64"], 2),
+)
+
+
+def noticed(in_shared: bool = True, **options) -> bool:
+    """Return whether an execution fails, or returns other arrays than the reference."""
+    for routing, warps in FAULTED:
+        arguments = *routing, TILE, CHUNK
+        try:
+            if difference(*arguments, warps=warps, in_shared=in_shared, **options):
+                return True
+        except PtxError:
+            return True
+    return False
+
+
+# Instruction -> what takes its place.
+INSTRUCTIONS = {
+    "__syncthreads": (r"bar\.sync\s+0;", ""),
+    "__syncwarp": (r"bar\.warp\.sync\s+-1;", ""),
+    "atomicAdd": (
+        r"atom\.(\w+)\.add\.u32\s+(%r\d+), (\[[^\]]+\]), (%r\d+);",
+        r"ld.\1.u32 \2, \3; add.u32 \2, \2, \4; st.\1.u32 \3, \2;",
+    ),
+}
+
+
+def one_at_a_time(instruction: str, in_shared: bool) -> list[Callable[[str], str]]:
+    """Return the changes of PTX, each of one instruction of the kernel for int64."""
+    pattern, place = INSTRUCTIONS[instruction]
+    ptx = compile_ptx("90a")
+    start = re.search(rf"\.entry\s+\w*route_kernelIlLb{int(in_shared)}E", ptx).end()
+    end = ptx.find(".entry", start)
+    matches = list(re.compile(pattern).finditer(ptx, start, end if end > 0 else len(ptx)))
+    return [
+        lambda ptx, m=match: ptx[: m.start()] + m.expand(place) + ptx[m.end() :]
+        for match in matches
+    ]
+
+
+def test_nothing_is_noticed_without_a_fault() -> None:
+    assert not noticed()
+    assert not noticed(in_shared=False)
+
+
+@each_memory
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_an_instruction_that_is_missing(instruction: str, in_shared: bool) -> None:
+    """Every one is noticed: 13 barriers, 8 of warps and 10 atomics in each kernel."""
+    changes = one_at_a_time(instruction, in_shared)
+    missed = [n for n, change in enumerate(changes) if not noticed(in_shared, change=change)]
+    assert len(changes) >= {"__syncthreads": 8, "__syncwarp": 2, "atomicAdd": 2}[instruction]
+    assert not missed, f"{missed} of {len(changes)}"
+
+
+# What is wrong -> text of route.cuh, and what takes its place.
+SOURCE = {
+    "a token too many is read": ("if (t < end) {", "if (t <= end) {"),
+    "expert E is routed": ("id >= 0 && id < E ?", "id >= 0 && id <= E ?"),
+    "a negative expert is routed": ("id >= 0 && id < E ?", "id < E ?"),
+    "the high half of an id is lost": ("const int64_t id = ids", "const int id = ids"),
+    "a run of one is not counted": ("if (run > 0) atomicAdd", "if (run > 1) atomicAdd"),
+    "the last run is not counted": ("    counter.flush();\n  }\n}", "  }\n}"),
+    "a slot counts as earlier than itself": ("(slot < block_slot ?", "(slot <= block_slot ?"),
+    "the last counter is not zeroed": ("n < sums - counters; n", "n < sums - counters - 1; n"),
+    "one counter too few": ("warps * (E + 1) + warps;", "warps * (E + 1) + warps - 1;"),
+    "a share goes on behind the end": (": count;\n", ": begin + share;\n"),
+    "a warp's sum is left out": ("if (w < warp) before", "if (w + 1 < warp) before"),
+    "a lane adds its own sum twice": ("before = up_to - thread_sum", "before = up_to"),
+    "the last batch of a warp is lost": ("first < share.end;", "first + BATCH * WARP < share.end;"),
+    "the highest bit of a label is ignored": ("while (a.E >> bits)", "while (a.E >> bits > 1)"),
+    "a lane counts as lower than itself": ("(1u << lane) - 1;", "(2u << lane) - 1;"),
+    "every peer moves the position": ("valid && (peers & lower_lanes) == 0", "valid"),
+    "not routed has no tiles": ("e <= a.N; e +=", "e < a.N; e +="),
+    "a tile too many": ("m < count; m", "m <= count; m"),
+    "the first of several experts gets a tile": ("[middle] <= m", "[middle] < m"),
+    "the last tile has no expert": ("if (m < used) {", "if (m + 1 < used) {"),
+}
+
+
+@exhaustive
+@pytest.mark.parametrize("fault", SOURCE)
+def test_a_fault_in_the_source(fault: str) -> None:
+    text, place = SOURCE[fault]
+    source = ROUTE.read_text()
+    assert source.count(text) == 1
+    assert noticed(header=source.replace(text, place))
