@@ -208,7 +208,7 @@ def test_an_instruction_that_is_missing(instruction: str, in_shared: bool) -> No
 # What is wrong -> text of route.cuh, and what takes its place.
 SOURCE = {
     "a token too many is read": ("if (t < end) {", "if (t <= end) {"),
-    "expert E is routed": ("id >= 0 && id < E ?", "id >= 0 && id <= E ?"),
+    "not routed means expert 0": ("static_cast<int>(id) : E;", "static_cast<int>(id) : 0;"),
     "a negative expert is routed": ("id >= 0 && id < E ?", "id < E ?"),
     "the high half of an id is lost": ("const int64_t id = ids", "const int id = ids"),
     "a run of one is not counted": ("if (run > 0) atomicAdd", "if (run > 1) atomicAdd"),
