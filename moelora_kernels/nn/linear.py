@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -331,8 +331,8 @@ class MoeLoraLinear(LoraLayer):
         return super().extra_repr() + merged
 
 
-def forget_outputs(model: nn.Module) -> None:
-    """Drop the outputs that linked siblings of `model` keep for one another."""
-    for layer in model.modules():
+def forget_outputs(modules: Iterable[nn.Module]) -> None:
+    """Drop the outputs that linked siblings in `modules` keep for one another."""
+    for layer in modules:
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()

@@ -57,7 +57,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.check_merged_task(tasks)
-    forget_outputs(model)
+    forget_outputs(model.modules())
     if tasks.is_floating_point():
         layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
         routers_of = {
@@ -154,7 +154,7 @@ def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) 
         raise ValueError("model: expected a model with mixture layers, got none")
     for layer in layers:
         layer.samples = value
-    forget_outputs(model)
+    forget_outputs(model.modules())
 
 
 def _checked_samples(samples: Tensor | Sequence[int] | str | None) -> Samples | str | None:

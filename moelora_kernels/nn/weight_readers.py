@@ -128,8 +128,8 @@ def child_uses(module: nn.Module) -> ChildUses:
     """
     if "forward" in module.__dict__:
         # Not cached: a patched forward can hold the model.
-        return _uses(type(module), _function(module.__dict__["forward"]))
-    return _cached_uses(type(module), _function(type(module).forward))
+        return _uses(type(module), python_function(module.__dict__["forward"]))
+    return _cached_uses(type(module), python_function(type(module).forward))
 
 
 def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
@@ -145,8 +145,10 @@ def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
         for path, is_value in _paths_of_self(function):
             child, _, last = path.rpartition(".")
             if child == "super()":
-                functions += [_function(vars(base).get(last)) for base in kind.__mro__]
-            elif not child and (method := _function(inspect.getattr_static(kind, last, None))):
+                functions += [python_function(vars(base).get(last)) for base in kind.__mro__]
+            elif not child and (
+                method := python_function(inspect.getattr_static(kind, last, None))
+            ):
                 functions.append(method)
             elif not is_value:
                 continue
@@ -162,7 +164,7 @@ def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
 _cached_uses = functools.lru_cache(maxsize=None)(_uses)
 
 
-def _function(method: object) -> FunctionType | None:
+def python_function(method: object) -> FunctionType | None:
     """Return the Python function behind a method, a property or a decorated function."""
     method = getattr(method, "fget", None) or method
     method = inspect.unwrap(method) if callable(method) else method
