@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moelora_kernels.nn.base_linear import missing_size
+from moelora_kernels.nn.base_linear import conv1d_remedy, missing_size
 
 # The first always reads the weights of its linears; the second in evaluation without gradients.
 TORCH_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -52,6 +52,7 @@ def check_target(name: str, module: nn.Module, modules: Mapping[str, nn.Module])
     if missing := missing_size(module):
         raise TypeError(
             f"target_modules: {name} is a {type(module)} without {missing}; expected a linear"
+            f"{conv1d_remedy(module)}"
         )
     reader = weight_reader(modules, name)
     if reader is not None and reader.is_known:

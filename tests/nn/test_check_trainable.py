@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from moelora_kernels import (
     MoeLoraAdapter,
@@ -191,6 +192,25 @@ def test_batches_and_losses() -> None:
         check_trainable(model, (x, 1.0), lambda output: output["logits"])
     with pytest.raises(ValueError, match="expected a model with mixture layers"):
         check_trainable(nn.Linear(8, 8), x)
+
+
+@pytest.mark.parametrize("batch", (None, DataLoader([torch.zeros(8)])), ids=type)
+def test_a_batch_that_is_missing_is_named(batch) -> None:
+    layer = MoeLoraLinear(8, 8, config=small_config())
+    with pytest.raises(TypeError, match=r"^batch: expected .*, got <.*; pass one batch, or \(\)"):
+        check_trainable(layer, batch)
+
+
+def test_a_model_without_arguments() -> None:
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = MoeLoraLinear(8, 8, config=small_config())
+
+        def forward(self):
+            return self.q(torch.ones(2, 8))
+
+    assert check_trainable(Model(), ()).ok
 
 
 class Checkpointed(nn.Module):
