@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from moelora_kernels import collect_aux_loss, set_tasks
 from support.siblings import NAMES, pair, random_x
 
 
@@ -73,10 +74,51 @@ def test_a_sibling_that_is_not_called_gets_no_gradient():
         torch.testing.assert_close(actual[name], grad, msg=name)
 
 
+# Forms whose gate is not computed by the op, and the reference.
+FORMS = {
+    "wide": dict(top_k=2),
+    "dense": dict(),
+    "mlp": dict(router="mlp", top_k=2),
+    "mlp of all": dict(router="mlp"),
+    "shared expert": dict(top_k=2, shared_expert="complement"),
+    "threshold": dict(select="learned_threshold"),
+    "top-p": dict(select="topp", top_p=0.6),
+    "sqrt": dict(top_k=2, grad_gate="sqrt"),
+    "task": dict(router="task", num_tasks=4, task_gate="per_layer"),
+    "sequence": dict(granularity="sequence", top_k=2),
+    "share A": dict(share="A", router="mlp"),
+    "aux": dict(router="mlp", top_k=2, aux={"z": 1.0, "load_balance": 1.0}),
+    "external": dict(router="external"),
+}
+
+
+@pytest.mark.parametrize("impl", ("auto", "reference"))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sibling_that_is_not_called_gets_no_gradient_in_any_form(form, impl):
+    """Weight decay would change a parameter that has a gradient of zeros."""
+    plain, linked = pair(impl=impl, **FORMS[form])
+    x = random_x(2, 5)
+
+    def step(model):
+        if form == "task":
+            set_tasks(model, [1, 3])
+        if form == "external":
+            set_tasks(model, torch.tensor([[0.3, 0.2, 0.5], [1.0, 0.0, 2.0]]))
+        loss = (model.q_proj(x).sin() * model.v_proj(x).sum()).sum()
+        return gradients(model, [loss + collect_aux_loss(model) if form == "aux" else loss])
+
+    expected, actual = step(plain), step(linked)
+    assert not any(name.startswith("k_proj") for name in expected)
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("options", (dict(top_k=2), dict(router="mlp"), dict(impl="reference")))
 @pytest.mark.parametrize("retain_graph", (False, True))
-def test_a_call_after_backward(retain_graph):
+def test_a_call_after_backward(retain_graph, options):
     """A stored output whose graph is freed is computed again."""
-    plain, linked = pair(top_k=2)
+    plain, linked = pair(**options)
     x = random_x(2, 5)
     for model in (plain, linked):
         model.q_proj(x).sum().backward(retain_graph=retain_graph)
