@@ -21,7 +21,6 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Return the weighted sum of all auxiliary losses of the last forward; zero if there are none.
 
     A layer that the forward did not reach adds nothing. A layer that it called several times counts
-    A layer that the forward did not reach adds nothing. A layer that it called several times counts
     the tokens of all calls: a gate row (a token, or a sequence) counts with the number of its
     tokens.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.forward_hooks import ModelHooks
 from moelora_kernels.nn.samples import Samples
-from moelora_kernels.nn.token_order import SELECTED
+from moelora_kernels.nn.token_order import SELECTED, TokenOrder
 from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
     if not per_sequence and (order is None or count == 1):
         return
     rows, other = x.shape[config.batch_dim], x.shape[1 - config.batch_dim]
-    start = f"x: {[*x.shape]}" + (f" for {order.name}" if order is not None else "")
     sizes = {count: set()}
     if per_sequence:
         if torch.compiler.is_compiling() or not _calls.sizes:
@@ -62,15 +61,15 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
         sizes = _calls.sizes[-1]
         if rows == 1 and PACKED in sizes:
             raise ValueError(
-                f"{start}: position_ids or cu_seq_lens say that several samples are packed into "
-                "the row, but granularity='sequence' has one gate for each row; call "
+                f"{_subject(x, order)}: position_ids or cu_seq_lens say that several samples are "
+                "packed into the row, but granularity='sequence' has one gate for each row; call "
                 "set_samples(model, samples) with the sample of each token, or do not pack"
             )
     if rows in sizes:
         if other in sizes and order is not None:
             raise ValueError(
-                f"{start}: {order.kind} seems to swap the first two dimensions, and the "
-                "shape does not tell which of them counts samples. If x is [sequence, batch, "
+                f"{_subject(x, order)}: {order.kind} seems to swap the first two dimensions, and "
+                "the shape does not tell which of them counts samples. If x is [sequence, batch, "
                 "features], use batch_dim=1 for this layer; if it is [batch, sequence, features], "
                 f"call set_samples(model, torch.arange({rows}))"
             )
@@ -84,16 +83,22 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
     batch = " or ".join(str(size) for size in sorted(sizes) if size != PACKED)
     if other in sizes:
         raise ValueError(
-            f"{start}: dimension {config.batch_dim} counts sequences, because "
+            f"{_subject(x, order)}: dimension {config.batch_dim} counts sequences, because "
             f"batch_dim={config.batch_dim}, but the model was called with {batch} rows; use "
             f"batch_dim={1 - config.batch_dim} for this layer, or call set_samples(model, samples) "
             "with the sample of each row or token"
         )
     if rows == 1 and any(x.shape[:-1].numel() in tokens for tokens in sizes.values()):
         raise ValueError(
-            f"{start}: one row, but the model was called with {batch} rows, so several samples may "
-            "be packed into it; call set_samples(model, samples) with the sample of each token"
+            f"{_subject(x, order)}: one row, but the model was called with {batch} rows, so "
+            "several samples may be packed into it; call set_samples(model, samples) with the "
+            "sample of each token"
         )
+
+
+def _subject(x: Tensor, order: TokenOrder | None) -> str:
+    """Return the words for x in an error: its shape and the layer that got it."""
+    return f"x: {[*x.shape]}" if order is None else f"x: {[*x.shape]} for {order.name}"
 
 
 class _Calls(threading.local):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from moelora_kernels.functional import run_layer
@@ -17,6 +18,7 @@ from moelora_kernels.nn.base_linear import (
 from moelora_kernels.nn.gates import concat_gates, row_of_tokens
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.merge import forward_merged
+from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LinearTensors
 
@@ -102,8 +104,16 @@ def gate_rows_differ(layers: Sequence[LoraLayer]) -> bool:
         return False
     count = _num_task_rows(first)
     return any(
-        layer.samples is not first.samples or _num_task_rows(layer) != count for layer in others
+        not _same_samples(layer.samples, first.samples) or _num_task_rows(layer) != count
+        for layer in others
     )
+
+
+def _same_samples(samples: Samples | str | None, other: Samples | str | None) -> bool:
+    """Return whether two settings of `set_samples` are known to be equal, without a wait."""
+    if samples is other or not isinstance(samples, Samples) or not isinstance(other, Samples):
+        return samples == other if isinstance(samples, str) else samples is other
+    return not samples.ids.is_cuda and not other.ids.is_cuda and torch.equal(samples.ids, other.ids)
 
 
 def _num_task_rows(layer: LoraLayer) -> int | None:

@@ -33,6 +33,7 @@ ZERO = (
     "and masks of the batch"
 )
 ZERO_B = "B is zero, as in every new layer: the gradient comes with the next step"
+ZERO_GRADIENT = "the gradient is zero"
 FROZEN = (
     "it is frozen: requires_grad is False; freeze the model before you add the experts, or call "
     "requires_grad_(True) on each of adapter_parameters(model)"
@@ -197,7 +198,7 @@ def _reason(
         return "A is zero, so B has no gradient; call reset_parameters() on the layer", False
     if step.selected is not None and not step.selected.any():
         return "no token selected an expert of the layer", True
-    return "the gradient is zero", False
+    return ZERO_GRADIENT, False
 
 
 def _constant_gate(config: MoeLoraConfig, problem: str) -> tuple[str, bool]:

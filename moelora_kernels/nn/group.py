@@ -206,8 +206,10 @@ def run_pass(layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: Tensor |
 def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None) -> bool:
     """Return whether linked layers have to run one by one on x."""
     # An inference tensor has no version counter, so a change of x between two calls would go
-    # unnoticed. Other types of tensors, and those of functorch, may have no address.
+    # unnoticed. Sparse tensors, other types of tensors, and those of functorch have no address.
     if type(x) not in (Tensor, nn.Parameter) or x.is_inference():
+        return True
+    if x.layout is not torch.strided:
         return True
     if gates is not None and (not isinstance(gates, Tensor) or gates.is_inference()):
         return True

@@ -92,7 +92,13 @@ def _mismatch(start: str, count: int, x_shape: Sequence[int], batch_dim: int) ->
         "expected one for all, one per token (router='external' only), or one per sequence "
         f"({rows}: dimension {batch_dim} of x, because batch_dim={batch_dim})"
     )
-    if rows and count % rows == 0:
+    if rows == 1:
+        text += (
+            ". If the samples are packed into the row, call set_samples(model, samples) with the "
+            "sample of each token; if the row does not depend on the samples (embeddings of "
+            "positions), leave this linear out of target_modules"
+        )
+    elif rows and count % rows == 0:
         text += (
             ". If the ids are repeated for beams or images, this part of the model has one row for "
             "each sample: call set_tasks on it with the ids before the repeat"

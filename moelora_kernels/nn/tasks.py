@@ -91,7 +91,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         return
     task_layers = [layer for layer in selected_layers(model) if layer.config.router == "task"]
     if not task_layers:
-        raise ValueError("model: no layer with router='task' takes task ids")
+        raise ValueError(_no_task_ids(model, tasks))
     routers = {layer.router for layer in task_layers}
     for router in routers:
         router.check_tasks(tasks)
@@ -101,6 +101,18 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         # The router moved the ids to its device. Layers outside of `model` keep their own.
         layer.task_ids = layer.router.task_ids
         layer.router.layers_have_ids = True
+
+
+def _no_task_ids(model: nn.Module, tasks: Tensor) -> str:
+    """Return the text of the error for whole numbers that no layer takes."""
+    layers = selected_layers(model)
+    if any(layer.config.router == "external" for layer in layers):
+        floats = "gates, floats [batch, num_experts], for router='external'"
+    elif any(layer.router is not None and task_routers(layer.router) for layer in layers):
+        floats = "task vectors, floats [batch, D], for its TokenTaskRouter"
+    else:
+        return "model: no layer with router='task' takes task ids"
+    return f"tasks: expected {floats}, got {tasks.dtype} {[*tasks.shape]}; pass tasks.float()"
 
 
 def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) -> None:

@@ -178,8 +178,12 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         """Return the names of the adapters that a forward uses, in their order."""
         if self.disable_adapters:
             return []
-        present = self.moelora_experts.keys() - self.merged_adapters
-        return [name for name in self.active_adapters if name in present]
+        # A difference of sets would break a compiled graph.
+        return [
+            name
+            for name in self.active_adapters
+            if name in self.moelora_experts and name not in self.merged_adapters
+        ]
 
     def below(self, adapter_name: str) -> nn.Module:
         """Return the module whose output an adapter adds to: the adapter before it, or the base."""

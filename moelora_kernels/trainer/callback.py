@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ class MoeLoraCallback(TrainerCallback):
         self._prediction_step = trainer.prediction_step
         self._model: nn.Module | None = None
         self._was_reached = False
+        self._was_computed = False
+        self._has_warned = False
         self._prepare(trainer.model)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -102,6 +105,7 @@ class MoeLoraCallback(TrainerCallback):
         with self._tasks_of(inputs) as batch:
             if not (model.training and torch.is_grad_enabled()):
                 return self._compute_loss(model, batch, **options)
+            self._was_computed = True
             with record_routing(self._model):
                 with self._first_step.watch(), all_forwards(self._model):
                     result = self._compute_loss(model, batch, **options)
@@ -142,8 +146,34 @@ class MoeLoraCallback(TrainerCallback):
         return trainer.current_gradient_accumulation_steps if scaled else 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Name the adapters and routers that the first training step gave no gradient."""
+        """Name the adapters and routers that the first training step gave no gradient.
+
+        Raises:
+            RuntimeError: the trainer did not call `compute_loss`, and the layers have auxiliary
+                losses. Without auxiliary losses it is a warning.
+        """
+        if not self._was_computed:
+            name = type(self._trainer).__name__
+            text = f"trainer: the training_step of {name} does not call compute_loss, so attach "
+            if self._has_aux():
+                raise RuntimeError(
+                    f"{text}can neither add the auxiliary losses nor count the load of the "
+                    "experts; use a trainer that calls compute_loss, or train without attach and, "
+                    "in training_step, add collect_aux_loss(model) to the loss"
+                )
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{text}cannot count the load of the experts, and does not check which layers "
+                    "train; check_trainable(model, batch) does",
+                    stacklevel=2,
+                )
+            return
         self._first_step.finish(self._trainer)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Name the adapters whose gradient was zero in all steps."""
+        self._first_step.end(self._trainer)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the counted numbers to the logs of a training loss, and start counting again."""

@@ -13,6 +13,7 @@ from transformers import Trainer
 from moelora_kernels.nn.check import lines_by_reason
 from moelora_kernels.nn.gradient_reasons import (
     UNUSED,
+    ZERO_GRADIENT,
     LayerStep,
     gradient_reasons,
     layer_steps,
@@ -25,17 +26,31 @@ from moelora_kernels.nn.weight_readers import watch_reads
 logger = logging.getLogger(__name__)
 
 
+# A step can give every adapter a gradient of zero: equal rewards in GRPO. If all of them are zero
+# without another reason, they are named after this many optimizer steps.
+MAX_STEPS = 10
+
+
 class FirstStep:
     """The calls and the gradients of the layers of a model in the first optimizer step.
 
     Attributes:
-        is_open: whether the first optimizer step is still to come.
+        is_open: whether more optimizer steps are needed: the first one, or up to MAX_STEPS if the
+            gradients of all adapters are zero.
+        num_steps: the number of optimizer steps so far.
+        exists, largest: id of a parameter -> whether it had a gradient, and its largest absolute
+            value, in the steps so far.
+        named: the layers and parameters that a warning has named.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.is_open = True
+        self.num_steps = 0
         self.model = model
         self.steps = layer_steps(model)
+        self.exists: dict[int, bool] = {}
+        self.largest: dict[int, float] = {}
+        self.named: set[str] = set()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -51,13 +66,50 @@ class FirstStep:
             step.reader = step.reader or reads.readers.get(step.layer)
 
     def finish(self, trainer: Trainer) -> None:
-        """Warn once of what has no gradient, before the first optimizer step.
+        """Warn of what has no gradient, before an optimizer step. Each name is warned of once.
 
         All processes call it: a layer counts as called if any process called it.
         """
         if not (self.is_open and self.steps):
             return
-        self.is_open = False
+        self.num_steps += 1
+        self._add_gradients(trainer)
+        names = [(p, name) for step in self.steps for name, p in own_parameters(step.layer)]
+        is_zero = not any(self.largest[id(p)] for p, name in names if "lora_" in name)
+        self.is_open = (
+            is_zero
+            and self.num_steps < MAX_STEPS
+            and ZERO_GRADIENT in self._problems(trainer).values()
+        )
+        self._warn(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """Warn of gradients that were zero in all steps of a training with few steps."""
+        if self.is_open and self.num_steps:
+            self.is_open = False
+            self._warn(trainer)
+
+    def _warn(self, trainer: Trainer) -> None:
+        """Warn of the names that no warning has had. A zero gradient waits while `is_open`."""
+        left_out = {
+            name: why
+            for name, why in self._problems(trainer).items()
+            if name not in self.named and not (self.is_open and why == ZERO_GRADIENT)
+        }
+        self.named |= left_out.keys()
+        if left_out and trainer.is_world_process_zero():
+            count = self.num_steps
+            steps = "training step" if count == 1 else f"{count} training steps"
+            logger.warning(
+                "some adapters or routers got no gradient in the first %s:\n%s\n"
+                "they do not train unless a later step reaches them; check_trainable(model, batch) "
+                "checks the model with any batch, without a trainer",
+                steps,
+                "\n".join(lines_by_reason("no gradient", left_out)),
+            )
+
+    def _add_gradients(self, trainer: Trainer) -> None:
+        """Add the calls and the gradients of this step, of all processes, to those before it."""
         parameters = {
             id(parameter): parameter
             for step in self.steps
@@ -69,26 +121,22 @@ class FirstStep:
         flat = torch.cat([calls, *flags])
         flat = trainer.accelerator.reduce(flat, "sum").cpu()
         for step, count in zip(self.steps, flat.tolist(), strict=False):
-            step.calls = int(count)
-        sums = flat[len(calls) :].view(-1, 2)
-        exists = dict(zip(parameters, (sums[:, 0] > 0).tolist(), strict=True))
-        magnitudes = dict(zip(parameters, sums[:, 1].tolist(), strict=True))
+            step.calls = int(count > 0)
+        for key, (count, size) in zip(parameters, flat[len(calls) :].view(-1, 2), strict=True):
+            self.exists[key] = self.exists.get(key, False) or bool(count > 0)
+            self.largest[key] = max(self.largest.get(key, 0.0), float(size))
+
+    def _problems(self, trainer: Trainer) -> dict[str, str]:
+        """Return the layers and parameters without gradient in the steps so far -> why."""
         problems = {s.name: reason for s in self.steps if (reason := s.call_problem())}
-        left_out = dict(problems)
-        if not _hides_gradients(trainer):
-            for step in self.steps:
-                if step.name not in problems and not _is_reached(step, exists):
-                    problems[step.name] = left_out[step.name] = UNUSED
-            unexpected, _ = gradient_reasons(self.steps, magnitudes, problems)
-            known = set(problems.values())
-            left_out |= {name: why for name, why in unexpected.items() if why not in known}
-        if left_out and trainer.is_world_process_zero():
-            logger.warning(
-                "some adapters or routers got no gradient in the first training step, so they do "
-                "not train:\n%s\n"
-                "check_trainable(model, batch) checks the model with any batch, without a trainer",
-                "\n".join(lines_by_reason("no gradient", left_out)),
-            )
+        if _hides_gradients(trainer):
+            return problems
+        for step in self.steps:
+            if step.name not in problems and not _is_reached(step, self.exists):
+                problems[step.name] = UNUSED
+        unexpected, _ = gradient_reasons(self.steps, self.largest, problems)
+        known = set(problems.values())
+        return problems | {name: why for name, why in unexpected.items() if why not in known}
 
 
 def _gradient_flags(parameter: nn.Parameter) -> Tensor:

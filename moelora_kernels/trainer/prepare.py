@@ -63,8 +63,9 @@ def attach(
 
     First step
         Before the first optimizer step, a warning of the logger names the adapters and routers that
-        got no gradient for a reason that does not pass: a layer that is not called, whose weight is
-        read instead, or whose output does not reach the loss. `check_trainable` tells more.
+        got no gradient: a layer that is not called, whose weight is read instead, or whose output
+        does not reach the loss. If the gradients of all adapters are zero (equal rewards in GRPO),
+        they are named after ten such steps. `check_trainable` tells more.
 
     Args:
         trainer: a trainer that has not trained yet. Its model may be a PeftModel.
@@ -81,6 +82,9 @@ def attach(
             trainer would use nn.DataParallel (start one process per GPU with torchrun), the trainer
             packs or makes batches in a way that gates of samples do not work with, or its loss
             reads the weight of an lm_head that has experts (TRL's trainers).
+        RuntimeError: in the first step, if the layers have auxiliary losses and the trainer's
+            training_step does not call compute_loss
+            (TRL's OnlineDPOTrainer).
 
     Example:
         >>> from torch import nn
@@ -118,11 +122,18 @@ def attach(
     callbacks.insert(0, callback)
     if any(layer.config.router == "task" and layer.is_selected for layer in layers):
         trainer.prediction_step = callback.prediction_step
-        trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
+        # A caller may have added the collator already.
+        if not _adds_tasks(trainer.data_collator, task_column):
+            trainer.data_collator = TaskCollator(trainer.data_collator, task_column)
         # The columns that remove_unused_columns keeps. SFTTrainer fills the list differently.
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append(task_column)
     return callback
+
+
+def _adds_tasks(collator: object, task_column: str) -> bool:
+    """Return whether a collator puts the tasks into the batch already."""
+    return isinstance(collator, TaskCollator) and collator.column == task_column
 
 
 def head_of_fused_loss(model: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from support.arguments import calls
-from support.backends import DTYPES, PTX, SPLIT, Backend
+from support.backends import DTYPES, PTX, SPLIT, Backend, needs_triton, op_launcher
 from support.cases import Case, grouped_case
 from support.inputs import Inputs, map_tensors
 from support.op_checks import GROUPED_OPS, WIDE_OPS, check, compare
@@ -79,3 +79,19 @@ def test_a_sum_over_a_thousand_tokens_that_is_cut(backend: Backend) -> None:
     implementation = backend.implementation("weight_grad", sums="cut", split=1)
     for arguments in calls("weight_grad", inputs):
         compare("weight_grad", implementation, arguments, torch.bfloat16, truncates=True)
+
+
+@needs_triton
+@pytest.mark.ptx
+def test_products_see_the_copies_before_them() -> None:
+    """Triton 3.6 leaves out the fence that PTX asks for between a cp.async and a wgmma."""
+    from ptx.errors import RaceError
+    from ptx.launcher import TRITON_FENCES_COPIES, executed
+
+    (arguments,) = calls("shrink_gate", Inputs(Case(I=400), torch.bfloat16))
+    with executed("sm_90", copies_need_fence=True):
+        if TRITON_FENCES_COPIES:
+            op_launcher("shrink_gate")(*arguments, split=1)
+            return
+        with pytest.raises(RaceError, match="written since the last fence"):
+            op_launcher("shrink_gate")(*arguments, split=1)

@@ -15,6 +15,10 @@ from support.tile_cases import VARIANTS, tile_calls, tile_entries
 TOKENS, WIDTH = 150, {"one_launch": 296, "split": 552}
 
 
+def test_info_names_the_executed_architectures() -> None:
+    assert tuple(backend.ptx for backend in PTX) == configs.EXECUTED
+
+
 @exhaustive
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(

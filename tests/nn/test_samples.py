@@ -214,6 +214,14 @@ def test_errors_name_ids_that_are_repeated_too_often():
         layer(torch.randn(B, L, IN, dtype=torch.float64))
 
 
+def test_errors_for_one_row_name_packing_and_shared_rows():
+    """x [1, L, I] is a packed row, or the embeddings of positions that all samples share."""
+    layer = task_layer()
+    set_tasks(layer, IDS)
+    with pytest.raises(ValueError, match=r"packed into the row, call set_samples.*leave this"):
+        layer(torch.randn(1, L, IN, dtype=torch.float64))
+
+
 def test_one_task_for_all_needs_no_samples():
     layer = task_layer()
     set_tasks(layer, [2])

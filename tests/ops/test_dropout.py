@@ -15,6 +15,7 @@ from support.backends import (
     INTERPRETED,
     KERNEL_DTYPES,
     NATIVE,
+    PTX,
     TRITON,
     Backend,
     each_cpu_backend,
@@ -44,6 +45,13 @@ SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131), (67, 264))
             masks((0.0, 0.1, 0.999), SHAPES),
             KERNEL_DTYPES,
             lambda name, dtype: name.startswith("0.1-"),
+        ),
+        *(
+            parameter
+            for ptx in PTX
+            for parameter in parameters(
+                ptx, masks((0.1,), SHAPES), KERNEL_DTYPES, lambda name, dtype: False
+            )
         ),
         *parameters(GPU, masks((0.1,), ((1000, 4099),)), HALF),
     ),

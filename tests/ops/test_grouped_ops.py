@@ -34,6 +34,20 @@ def ptx_by_default(case: str, dtype: str) -> bool:
     return case == "mixed_ranks" and dtype == "bf16"
 
 
+def ptx_parameters() -> list:
+    """Other dtypes than bfloat16 change casts and products, and no addresses."""
+    dtypes = {name: DTYPES[name] for name in ("fp16", "fp32")}
+    in_other_dtypes = {name: GROUPED[name] for name in IN_OTHER_DTYPES}
+    return [
+        parameter
+        for ptx in PTX
+        for parameter in (
+            *parameters(ptx, GROUPED, {"bf16": torch.bfloat16}, ptx_by_default),
+            *parameters(ptx, in_other_dtypes, dtypes, ptx_by_default),
+        )
+    ]
+
+
 PARAMETERS = [
     *parameters(NATIVE, GROUPED, DTYPES),
     *parameters(TRITON, GROUPED, {"fp16": torch.float16}, triton_by_default),
@@ -43,7 +57,7 @@ PARAMETERS = [
         {name: DTYPES[name] for name in ("bf16", "fp32")},
         triton_by_default,
     ),
-    *(each for ptx in PTX for each in parameters(ptx, GROUPED, HALF, ptx_by_default)),
+    *ptx_parameters(),
     *parameters(GPU, LARGE_GROUPED, HALF),
 ]
 

@@ -12,6 +12,7 @@ from support.backends import (
     HALF,
     KERNEL_DTYPES,
     NATIVE,
+    PTX,
     TRITON,
     Backend,
     each_cpu_backend,
@@ -34,6 +35,11 @@ LARGE = {
     (
         *parameters(NATIVE, SMALL, DTYPES),
         *parameters(TRITON, SMALL, KERNEL_DTYPES),
+        *(
+            parameter
+            for ptx in PTX
+            for parameter in parameters(ptx, SMALL, KERNEL_DTYPES, lambda name, dtype: False)
+        ),
         *parameters(GPU, LARGE, HALF),
     ),
 )

@@ -37,12 +37,26 @@ def ptx_by_default(case: str, dtype: str) -> bool:
     return case == "siblings" and dtype == "bf16"
 
 
+def ptx_parameters() -> list:
+    """In float16 two cases: it has the addresses of bfloat16, and other products."""
+    dtypes = {name: DTYPES[name] for name in ("bf16", "fp32")}
+    in_float16 = {name: WIDE[name] for name in EVERY_DTYPE}
+    return [
+        parameter
+        for ptx in PTX
+        for parameter in (
+            *parameters(ptx, WIDE, dtypes, ptx_by_default),
+            *parameters(ptx, in_float16, {"fp16": torch.float16}, ptx_by_default),
+        )
+    ]
+
+
 @pytest.mark.parametrize(
     ("backend", "case", "dtype"),
     (
         *parameters(NATIVE, WIDE, DTYPES),
         *parameters(TRITON, WIDE, KERNEL_DTYPES, triton_by_default),
-        *(each for ptx in PTX for each in parameters(ptx, WIDE, KERNEL_DTYPES, ptx_by_default)),
+        *ptx_parameters(),
         *parameters(GPU, LARGE_WIDE, HALF),
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx.build import BITS, TYPES, Builder, Run, implements
 from ptx.errors import Unsupported
-from ptx.floats import fused_multiply_add, maximum, minimum
+from ptx.floats import SIGN, from_bf16, fused_multiply_add, maximum, minimum
 from ptx.program import Instruction
 
 INTEGERS = "{u16,s16,u32,s32,u64,s64}"
@@ -74,10 +74,21 @@ def negate(build: Builder, ins: Instruction) -> Run:
     return _compute(build, ins, lambda a: ~a + a.dtype.type(1), typed=False)
 
 
-@implements("neg.f32")
+@implements("{neg,abs}.f32")
 def negate_float(build: Builder, ins: Instruction) -> Run:
-    """d = a with its sign bit flipped."""
-    return _compute(build, ins, lambda a: a ^ np.uint32(1 << 31), typed=False)
+    """d = -a or |a|: the sign bit is flipped or cleared, of a NaN too."""
+    if ins.parts[0] == "neg":
+        return _compute(build, ins, lambda a: a ^ SIGN, typed=False)
+    return _compute(build, ins, lambda a: a & ~SIGN, typed=False)
+
+
+@implements("abs.{bf16,f16,bf16x2,f16x2}")
+def absolute_16(build: Builder, ins: Instruction) -> Run:
+    """d = |a|, of both halves in x2: the sign bits are cleared, of a NaN too."""
+    size, mask = (4, np.uint32(0x7FFF7FFF)) if ins.opcode.endswith("x2") else (2, np.uint16(0x7FFF))
+    target, a = ins.operands
+    sources = (build.source(a, size),)
+    return build.compute(ins, lambda a: a & mask, build.target(target, size), sources)
 
 
 def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -229,3 +240,44 @@ def _compare_floats(name: str) -> Callable:
         ordered = _compare_floats(name[:-1])
         return lambda a, b: ordered(a, b) | ~_is_number(a, b)
     return COMPARE[name]
+
+
+# Raw bits -> numbers.
+READ_16 = {
+    "bf16": lambda bits: from_bf16(bits).view(np.float32),
+    "f16": lambda bits: bits.view(np.float16),
+}
+
+
+@implements("setp.{eq,ne,lt,le,gt,ge}.{bf16,f16}")
+def compare_16(build: Builder, ins: Instruction) -> Run:
+    """p = a op b; false with a NaN."""
+    _, name, kind = ins.parts
+    read, function = READ_16[kind], _compare_floats(name)
+    target, *operands = ins.operands
+    return build.compute(
+        ins,
+        lambda a, b: function(read(a), read(b)),
+        build.target(target, 0),
+        tuple(build.source(each, 2) for each in operands),
+    )
+
+
+@implements("setp.{eq,ne,lt,le,gt,ge}.{bf16x2,f16x2}")
+def compare_pair(build: Builder, ins: Instruction) -> Run:
+    """p|q = a op b of the low halves | of the high halves; false with a NaN."""
+    _, name, kind = ins.parts
+    read, function = READ_16[kind.removesuffix("x2")], _compare_floats(name)
+    targets, *operands = ins.operands
+    first, second = (build.source(each, 4) for each in operands)
+    p, q = (build.target(each.strip(), 0) for each in targets.split("|"))
+
+    def run(batch) -> None:
+        r = batch.registers
+        a, b = r[first], r[second]
+        low = function(read(a.astype(np.uint16)), read(b.astype(np.uint16)))
+        shift = np.uint32(16)
+        r[q] = function(read((a >> shift).astype(np.uint16)), read((b >> shift).astype(np.uint16)))
+        r[p] = low
+
+    return build.guarded(ins, run, [p, q])

@@ -42,6 +42,8 @@ class Batch:
     block           the block to run
     mask            the threads that run it; None: all
     waiting         block -> threads that wait to run it, for threads that have parted
+    fenced          the registers at the last wgmma.fence; None before the first
+    of_products     the registers that a wgmma wrote since
     """
 
     registers: list[np.ndarray]
@@ -59,6 +61,8 @@ class Batch:
     copy_groups: list = field(default_factory=list)
     products: list = field(default_factory=list)
     product_groups: list = field(default_factory=list)
+    fenced: list[np.ndarray] | None = None
+    of_products: set[int] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +108,8 @@ class Batch:
             return value if value is None or len(value) == 1 else value[rows]
 
         part.registers = [cut(value) for value in self.registers]
+        # Which of them were written since is not known any more.
+        part.fenced = None if self.fenced is None else part.registers.copy()
         part.programs = self.programs[rows]
         part.shared = self.shared.select(rows)
         part.mask = cut(self.mask)
@@ -152,17 +158,19 @@ class Kernel:
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
+        copies_need_fence: bool = True,
     ) -> None:
-        """Run all programs. parameters: their raw bits."""
+        """Run all programs. parameters: their raw bits. copies_need_fence: see `SharedMemory`."""
         at_once = max(1, THREADS // self.threads)
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
+            shared = SharedMemory(len(numbers), self.shared, self.threads, copies_need_fence)
             batch = Batch(
-                registers, numbers, self.threads, np.array(parameters, np.uint64), memory,
-                SharedMemory(len(numbers), self.shared, self.threads), late, cut,
+                registers, numbers, self.threads, np.array(parameters, np.uint64), memory, shared,
+                late, cut,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
+from packaging.version import Version
 from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher
@@ -25,6 +27,10 @@ from ptx.errors import Unsupported
 from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
+
+# Until 3.7.0 Triton emits no fence.proxy.async between a cp.async and the wgmma that reads its
+# bytes (github.com/triton-lang/triton/pull/10537). PTX asks for one.
+TRITON_FENCES_COPIES = Version(triton.__version__) >= Version("3.7.1")
 
 
 @lru_cache(maxsize=24)
@@ -43,12 +49,14 @@ class Executor:
     late       copies and products happen at their wait, not when they are issued
     cut        sums of tensor cores are cut, not rounded
     change     a function (name of the kernel, PTX) -> PTX, to plant faults
+    copies_need_fence: see `SharedMemory`
     """
 
     architecture: str
     late: bool = False
     cut: bool = False
     change: Callable[[str, str], str] | None = None
+    copies_need_fence: bool = True
     launches: int = 0
     programs: int = 0
     # Instructions, by program.
@@ -92,7 +100,7 @@ class Executor:
         ]
         # Triton appends pointers to scratch memory that these kernels do not use.
         parameters += [0] * (len(ready.program.parameters) - len(parameters))
-        ready.launch(programs, parameters, memory, self.late, self.cut)
+        ready.launch(programs, parameters, memory, self.late, self.cut, self.copies_need_fence)
         for number, storage in enumerate(storages):
             if memory.stored[number]:
                 _bytes(storage)[:] = memory.contents(number)
@@ -151,13 +159,15 @@ def executed(
     copies: str = "early",
     sums: str = "exact",
     change: Callable[[str, str], str] | None = None,
+    copies_need_fence: bool = TRITON_FENCES_COPIES,
 ) -> Iterator[Executor]:
     """Run launches in the context as compiled for an architecture.
 
     copies: "early": cp.async and wgmma happen when they are issued; "late": at their wait.
     sums: "exact": products of tensor cores are summed exactly and rounded; "cut": as in hardware.
+    copies_need_fence: whether a missing fence between a cp.async and a wgmma is an error.
     """
-    executor = Executor(architecture, copies == "late", sums == "cut", change)
+    executor = Executor(architecture, copies == "late", sums == "cut", change, copies_need_fence)
     saved = launcher.run, launcher.INTERPRET
     launcher.run, launcher.INTERPRET = executor.run, False
     try:

@@ -69,6 +69,8 @@ _GUARD = re.compile(r"^@(!?)(%\w+)\s+")
 
 def split_operands(text: str) -> list[str]:
     """Return the operands between the commas that no bracket encloses."""
+    if not any(bracket in text for bracket in "[{("):
+        return [operand.strip() for operand in text.split(",")] if text else []
     operands, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "[{(") - (character in "]})")

@@ -185,6 +185,37 @@ def test_floats(name: str) -> None:
     assert same_floats(d.view(np.float32), expected)
 
 
+def test_signs() -> None:
+    a = np.array(FLOATS, np.float32).view(np.uint32)
+    negated = apply("neg.f32 {d}, {a}", a, result=np.uint32)
+    assert negated.tolist() == [bits ^ 1 << 31 for bits in a.tolist()]
+    assert apply("abs.f32 {d}, {a}", negated, result=np.uint32).tolist() == [
+        bits & ~(1 << 31) for bits in a.tolist()
+    ]
+
+
+@pytest.mark.parametrize("kind", ("bf16", "f16"))
+def test_signs_and_comparisons_of_16_bits(kind: str) -> None:
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    a, b = (torch.from_numpy(side).to(dtype) for side in float_pairs())
+    a_bits, b_bits = (t.view(torch.int16).numpy().view(np.uint16) for t in (a, b))
+    absolute = apply(f"abs.{kind} {{d}}, {{a}}", a_bits, result=np.uint16)
+    assert absolute.tolist() == (a_bits & 0x7FFF).tolist()
+    both = b_bits.astype(np.uint32) << 16 | a_bits
+    absolute = apply(f"abs.{kind}x2 {{d}}, {{a}}", both, result=np.uint32)
+    assert absolute.tolist() == (both & 0x7FFF7FFF).tolist()
+    swapped = a_bits.astype(np.uint32) << 16 | b_bits
+    for name in ("eq", "ne", "lt", "ge"):
+        nan = a.isnan() | b.isnan()
+        forward = (getattr(operator, name)(a.float(), b.float()) & ~nan).tolist()
+        backward = (getattr(operator, name)(b.float(), a.float()) & ~nan).tolist()
+        d = apply(f"setp.{name}.{kind} {{d}}, {{a}}, {{b}}", a_bits, b_bits, result=bool)
+        assert d.tolist() == forward
+        for pair, expected in (("{d}|%p9", forward), ("%p9|{d}", backward)):
+            d = apply(f"setp.{name}.{kind}x2 {pair}, {{a}}, {{b}}", both, swapped, result=bool)
+            assert d.tolist() == expected
+
+
 @pytest.mark.parametrize("name", ("min", "max"))
 def test_smaller_and_larger_float(name: str) -> None:
     """A NaN gives the other operand; -0 is smaller than +0."""

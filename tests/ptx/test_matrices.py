@@ -263,6 +263,7 @@ def test_wgmma_with_a_in_registers(kind: str) -> None:
         fence.proxy.async.shared::cta; bar.sync 0;
         {address(1, 16)} ld.global.v4.b32 {registers(30, 4)}, [%rd90];
         mov.u64 %rd11, {descriptor};
+        wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n8k{K}.f32.{kind}.{kind} {registers(40, 4)},
             {registers(30, 4)}, %rd11, 0, {numbers};
         wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;

@@ -185,7 +185,8 @@ FILL = f"""shl.b32 %r20, %r0, 4; mov.u32 %r1, 0;
     st.shared.v4.b32 [%r20+2048], {{%r1, %r1, %r1, %r1}};
     mov.u64 %rd10, {A}; mov.u64 %rd11, {B};"""
 FENCE = "fence.proxy.async.shared::cta;"
-PRODUCT = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd10, %rd11,
+PRODUCT = """wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd10, %rd11,
     0, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;"""
 END = "wgmma.wait_group.sync.aligned 0;"
 REWRITE = "st.shared.b32 [%r20], %r0;"
@@ -220,3 +221,15 @@ def test_registers_of_a_pending_wgmma_hold_the_old_sum_if_products_are_late() ->
         )  # fmt: skip
         results.append(result[0])
     assert results == [16.0, 0.0]
+
+
+def test_registers_of_a_wgmma_are_fenced() -> None:
+    options = dict(threads=128, shared=4096)
+    add = PRODUCT.replace("0, 1, 1, 0, 0", "1, 1, 1, 0, 0")
+    without = add.replace("wgmma.fence.sync.aligned;", "")
+    start = FILL + FENCE + BARRIER
+    run(start + PRODUCT + without + END, **options)
+    with pytest.raises(RaceError, match=r"without a wgmma\.fence"):
+        run(start + without, **options)
+    with pytest.raises(RaceError, match="was written since the last wgmma"):
+        run(start + "wgmma.fence.sync.aligned; mov.u32 %r3, 0;" + without, **options)

@@ -152,6 +152,7 @@ class Operation:
         bits = result.reshape(programs, groups * 4, -1).view(np.uint32)
         for i, value in zip(self.d, fragments.scatter(bits, table), strict=True):
             r[i] = value
+        batch.of_products.update(self.d)
 
 
 def _descriptors(value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -194,6 +195,7 @@ def wgmma(build: Builder, ins: Instruction) -> Run:
 
     def run(batch) -> None:
         r = batch.registers
+        _require_fence(batch, (*operation.a, *operation.d))
         product = Product(
             operation,
             None if in_registers else _descriptors(r[a_descriptor], batch.shape),
@@ -219,8 +221,25 @@ def finish(batch, product: Product) -> None:
 
 @implements("wgmma.fence.sync.aligned", together=True)
 def fence(build: Builder, ins: Instruction) -> Run:
-    """Order the registers of a wgmma behind earlier accesses: all accesses here are in order."""
-    return lambda batch: None
+    """Order earlier writes to registers before the products behind it."""
+
+    def run(batch: Any) -> None:
+        batch.fenced = batch.registers.copy()
+        batch.of_products = set()
+
+    return run
+
+
+def _require_fence(batch: Any, registers: tuple[int, ...]) -> None:
+    """Raise RaceError if a thread wrote to registers of a product since the last wgmma.fence.
+
+    Products of one shape that add to the same registers need no fence between them.
+    """
+    if batch.fenced is None:
+        raise RaceError("a wgmma without a wgmma.fence before it")
+    for i in registers:
+        if batch.registers[i] is not batch.fenced[i] and i not in batch.of_products:
+            raise RaceError("a register of a wgmma was written since the last wgmma.fence")
 
 
 @implements("wgmma.commit_group.sync.aligned", together=True)

@@ -3,7 +3,8 @@
 A launcher selects its entry by shape; nothing is timed at run time. The `gpu` tests (float64
 comparison, NaN scan, 50 bitwise repeats) qualify an entry on the hardware that it names. An entry
 without a name was only compiled ahead of time for its architecture: it does not spill, fits into
-shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`).
+shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`). For the architectures
+in EXECUTED its compiled code also ran on a CPU.
 """
 
 from __future__ import annotations
@@ -149,6 +150,9 @@ _SM_89 = {
 }
 
 TILE_CONFIGS = {"sm_80": _SM_80, "sm_89": _SM_89, "sm_90": _SM_90, "sm_100": _SM_100}
+# The architectures for which the tests execute the compiled code of every entry on a CPU
+# (`tests/kernels/test_executed_tiles.py`).
+EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)

@@ -142,6 +142,13 @@ class Unlabelled:
         return {k: v for k, v in batch.items() if k != "labels"}
 
 
+def test_a_collator_that_adds_tasks_already_is_kept(tmp_path):
+    trainer = make_trainer(make_model("moelora"), tmp_path, attached=False)
+    trainer.data_collator = collator = TaskCollator(trainer.data_collator)
+    attach(trainer)
+    assert trainer.data_collator is collator
+
+
 def test_collating_sets_nothing():
     """A collator runs before the model does, so it must not set the tasks."""
     model = make_model("moelora")
