@@ -52,10 +52,11 @@ def load_partials(
 ):
     """Return the sum over all splits of a tile of partials [splits, T, n WIDTH]."""
     total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
-    for split in range(splits):
-        row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
-        address = partials_ptr + row + columns[None, :]
-        total += tl.load(address, mask=tokens_in[:, None] & columns_in[None, :], other=0.0)
+    in_bounds = tokens_in[:, None] & columns_in[None, :]
+    offsets = tokens[:, None] * (n * WIDTH) + (sibling * WIDTH + columns)[None, :]
+    for _ in range(splits):
+        total += tl.load(partials_ptr + offsets, mask=in_bounds, other=0.0)
+        partials_ptr += T.to(tl.int64) * (n * WIDTH)
     return total
 
 
