@@ -6,6 +6,9 @@ And the folder of compiled kernels, for tests that compile in another process.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +47,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_gpu)
 
 
+def pytest_collectstart():
+    """Values that a module draws when it is imported are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """torch.empty returns NaN (or the largest integer), so that memory never written shows."""
@@ -73,3 +81,26 @@ def compiled_kernels(request, tmp_path):
         return folder
     cache = getattr(request.config, "cache", None)
     return str(cache.mkdir("triton") if cache else tmp_path)
+
+
+@pytest.fixture
+def run_compiling(compiled_kernels):
+    """Run a script of the repository in another process: in this one Triton may interpret.
+
+    It must exit with 0. Returns what it printed.
+    """
+
+    def run(script: str, *arguments: str, timeout: int = 1800) -> str:
+        environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, script, *arguments],
+            cwd=Path(__file__).resolve().parents[1],
+            env={**environment, "TRITON_CACHE_DIR": compiled_kernels},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

@@ -43,7 +43,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: gathered(tensor.value()) for key, tensor in _tensors(model).items()}
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model)}")
+
+
 def _tensors(model: nn.Module) -> dict[str, LayerTensor]:
+    _check_model(model)
     tensors = layer_tensors(model)
     if not tensors:
         raise ValueError(
@@ -73,6 +79,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         >>> bool((target.lora_A == source.lora_A).all())
         True
     """
+    _check_model(model)
     reshard(model)
     tensors = _tensors(model)
     state = portable_keys(state, tensors)
@@ -106,6 +113,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     The metadata of the file describe the layers (see `checkpoints.description`), so that
     `python -m moelora_kernels.export` works without the model. `load_adapter` does not read them.
 
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+
     Example:
         >>> import os, tempfile
         >>> from moelora_kernels import MoeLoraLinear, save_adapter
@@ -116,6 +126,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         ['adapter.safetensors']
     """
     state = adapter_state_dict(model)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {os.fspath(Path(path).parent)!r} does not exist")
     if empty := [key for key, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"model: {', '.join(empty)}: on the meta device, without values")
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
@@ -134,6 +146,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the file is not a safetensors file, or `load_adapter_state_dict` raises.
+        FileNotFoundError, IsADirectoryError: there is no file at `path`.
 
     Example:
         >>> import os, tempfile
@@ -146,4 +159,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         >>> bool((fresh.lora_A == trained.lora_A).all())
         True
     """
+    _check_model(model)
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            f"path: expected the file that save_adapter wrote, got the folder {os.fspath(path)!r}"
+        )
     load_adapter_state_dict(model, load_safetensors(path))

@@ -91,12 +91,15 @@ def grouped_shrink_kernel(
                 kept = keep_tile(seed, stream, x_rows, first_i, I, DROPOUT, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             h = product(x, a, h, UPCAST)
-    h = (h * dropout_scale).to(h_ptr.dtype.element_ty)
+    # A NaN or infinity of x or of the gate does not reach the columns beyond the rank, which are 0.
+    columns_in = (columns < rank)[None, :]
+    h = tl.where(columns_in, h * dropout_scale, 0.0).to(h_ptr.dtype.element_ty)
 
     # Gate.
     routed = positions < tl.where(expert < n * E, end, first)
     gate = load_pair_gate(weights_ptr, scaling_ptr, local_expert, pairs, routed)
-    u = tl.where(gate[:, None] == 0, 0.0, gate[:, None] * h.to(tl.float32))
+    selected = columns_in & (gate != 0)[:, None]
+    u = tl.where(selected, gate[:, None] * h.to(tl.float32), 0.0)
 
     # Store.
     offsets = positions.to(tl.int64)[:, None] * MAX_RANK + columns[None, :]

@@ -101,12 +101,16 @@ def grouped_shrink_backward_kernel(
 
         # Gate and store.
         offsets = positions.to(tl.int64)[:, None] * MAX_RANK + columns[None, :]
+        # A NaN or infinity of dy or of the gate does not reach the columns beyond the rank, which
+        # are 0, nor pairs that are not routed.
+        columns_in = (columns < rank)[None, :]
         in_bounds = positions_in[:, None] & (columns < MAX_RANK)[None, :]
         h = tl.load(h_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        inner += tl.sum(du * h, axis=1)
-        dh = tl.where(gate == 0, 0.0, gate * du)
+        inner += tl.sum(tl.where(columns_in & routed[:, None], du * h, 0.0), axis=1)
+        selected = columns_in & (gate != 0)
+        dh = tl.where(selected, gate * du, 0.0)
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
-        u = tl.where(gate == 0, 0.0, gate * h)
+        u = tl.where(selected, gate * h, 0.0)
         tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)
 
     # Gradient of the weights; 0 for pairs that are not routed, whose du is 0.

@@ -118,7 +118,8 @@ def router_grad_kernel(
         tokens_in = tokens < T
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i_in)  # [BLOCK_T, BLOCK_W]
         dlogits = load_rows(dlogits_ptr, L, tokens, columns, tokens_in, columns_in)
-        dbias += tl.sum(dlogits, axis=0)
+        if first_i == 0:
+            dbias += tl.sum(dlogits, axis=0)
         drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
 
     # Store. The programs of the first tile of I store the bias.

@@ -32,6 +32,8 @@ from moelora_kernels.types import Gate, Mixture
 # Columns of rank space that are gated at a time: du, h, the gate, dh and u of 128 columns together
 # do not fit into the registers. A program holds du of twice as many columns.
 COLUMNS = 64
+# The same for the second launch, whose programs have few tokens: more spill for R = 256 on sm_89.
+PARTIAL_COLUMNS = 32
 
 
 @triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
@@ -332,7 +334,7 @@ def launch(
     )
     if not one_launch:
         row_tile = configs.ROW_TILE
-        block_r = min(launcher.block(R), row_tile.step)
+        block_r = min(launcher.block(R), PARTIAL_COLUMNS)
         launcher.run(
             gate_partials_backward_kernel,
             launcher.ceil_div(T, row_tile.tokens) * n,

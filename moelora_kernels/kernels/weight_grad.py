@@ -81,7 +81,8 @@ def weight_grad_of_x(
         dh = load_rows(dh_ptr, H, tokens, columns, tokens_in, columns < end)
         if L > 0:
             dlogits = load_rows(dlogits_ptr, L, tokens, logit_columns, tokens_in, logit_columns < L)
-            dbias += tl.sum(dlogits, axis=0)
+            if first_i == 0:
+                dbias += tl.sum(dlogits, axis=0)
             drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, BLOCK_W)

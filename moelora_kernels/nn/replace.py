@@ -235,6 +235,11 @@ def _matching(
     A target may also be written with the children that wrappers add ("_orig_mod.q_proj").
     """
     by_pattern = isinstance(target_modules, str)
+    if not by_pattern and not isinstance(target_modules, Iterable):
+        raise TypeError(
+            "target_modules: expected names of modules, such as ['q_proj', 'v_proj'], or a regular "
+            f"expression, got {target_modules!r}"
+        )
     targets = [target_modules] if by_pattern else list(target_modules)
     if by_pattern:
         try:
@@ -256,8 +261,24 @@ def _matching(
 
     unmatched = [t for t in targets if not any(matches(name, t) for name in names)]
     if unmatched or not targets:
-        raise ValueError(f"target_modules: no module matches {unmatched or targets}")
+        raise ValueError(
+            f"target_modules: no module matches {unmatched or targets}; {_candidates(model, names)}"
+        )
     return [name for name in names if any(matches(name, target) for target in targets)]
+
+
+def _candidates(model: nn.Module, names: Iterable[str]) -> str:
+    """Return words for the modules that a target could have named."""
+    if isinstance(model, nn.Linear):
+        return "the model is a linear itself, so use MoeLoraLinear.from_linear(model, config)"
+    modules = dict(named_modules(model))
+    linears = {
+        name.rpartition(".")[2]: None for name in names if isinstance(modules.get(name), nn.Linear)
+    }
+    if not linears:
+        return "the model has no nn.Linear without experts"
+    listed = ", ".join([*linears][:10]) + (", ..." if len(linears) > 10 else "")
+    return f"the names of its linears end in {listed}"
 
 
 def fitting_task_router(layers: Iterable[nn.Module], config: MoeLoraConfig) -> TaskRouter | None:

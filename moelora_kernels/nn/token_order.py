@@ -11,12 +11,13 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from moelora_kernels.nn.weight_readers import method_definition
 
 SWAPPED, SELECTED = "swapped", "selected"
 # Functions that return positions of tokens.
@@ -109,12 +110,8 @@ class _Reader(ast.NodeVisitor):
         if function is None or key in self.seen:
             return
         self.seen.add(key)
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            return
-        definition = tree.body[0]
-        if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
+        definition = method_definition(function)
+        if definition is None:
             return
         owner, *names = [argument.arg for argument in definition.args.args]
         by_position = dict(enumerate(names))

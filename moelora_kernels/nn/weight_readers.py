@@ -170,6 +170,16 @@ def _function(method: object) -> FunctionType | None:
     return method if isinstance(method, FunctionType) else None
 
 
+def method_definition(function: FunctionType) -> ast.FunctionDef | None:
+    """Return the parsed source of a method; None without source or without arguments."""
+    try:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    is_method = isinstance(definition, ast.FunctionDef) and definition.args.args
+    return definition if is_method else None
+
+
 def _paths_of_self(function: FunctionType) -> Iterator[tuple[str, bool]]:
     """Yield the dotted paths after the first argument of a function, such as "q_proj.weight".
 
@@ -177,15 +187,11 @@ def _paths_of_self(function: FunctionType) -> Iterator[tuple[str, bool]]:
     value: `self.q.weight.t()` is one, `self.q.weight.dtype` and `isinstance(self.q.weight, Tensor)`
     are not.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
+    definition = method_definition(function)
+    if definition is None:
         return
     owner = definition.args.args[0].arg
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(definition):
         if not (isinstance(node, ast.Name) and node.id in (owner, "super")):
             continue

@@ -56,7 +56,7 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
         "forward": staticmethod(forward),
         "backward": staticmethod(function.backward),
     }
-    eager = type(function.__name__, (torch.autograd.Function,), methods)
+    eager: Any = type(function.__name__, (torch.autograd.Function,), methods)
     # In older versions of torch, `Function.apply` is a Python method that looks for functorch
     # transforms before it calls the `apply` of its base class, which is in C++.
     return super(torch.autograd.Function, eager).apply

@@ -62,7 +62,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
 
     x [T, I]; seed one int64; stream the index of the mask. Returns [T, I] in x's dtype.
     """
-    keep = mask_numbers(*x.shape, seed, stream) >= dropout_threshold(p)
+    tokens, width = x.shape
+    keep = mask_numbers(tokens, width, seed, stream) >= dropout_threshold(p)
     scaled = x.to(compute_dtype(x)) / keep_probability(p)
     return torch.where(keep, scaled, 0).to(x.dtype)
 
@@ -168,7 +169,7 @@ def dense_gate_backward(dgate: Tensor, gate: Gate) -> Tensor:
     flat = dgate.reshape(tokens, siblings * num_experts)
     if rows is not None:
         reads_row = rows[None, :] == torch.arange(weights.shape[0], device=weights.device)[:, None]
-        return reads_row.to(flat.dtype) @ flat
+        return torch.where(reads_row[:, :, None], flat, 0).sum(dim=1)
     return flat.sum(dim=0, keepdim=True) if weights.shape[0] == 1 else flat
 
 

@@ -91,6 +91,16 @@ def _scale_of_position(
     return scale[:, None]
 
 
+def _is_rank(expert: Tensor, num_experts: int, ranks: Sequence[int]) -> Tensor:
+    """Return which of the columns of a sorted position belong to its expert, [P, largest rank].
+
+    None of them if its pair is not routed: its expert is then num_experts.
+    """
+    of_expert = torch.tensor([*ranks], device=expert.device)[expert % len(ranks)]
+    of_position = torch.where(expert < num_experts, of_expert, 0)
+    return torch.arange(max(ranks), device=expert.device) < of_position[:, None]
+
+
 def _experts(
     matrices: Sequence[Tensor], ranks: Sequence[int], first_sibling: int = 0
 ) -> Iterator[tuple[int, int, slice]]:
@@ -136,8 +146,8 @@ def grouped_shrink(
         h = torch.where((expert == e)[:, None], padded, h)
     h = h.to(x.dtype)
     scale = _scale_of_position(routing, expert, weights, scaling, dtype)
-    unrouted = (expert == len(lora_a) * len(ranks))[:, None]
-    u = torch.where((scale == 0) | unrouted, 0, scale * h)
+    is_rank = _is_rank(expert, len(lora_a) * len(ranks), ranks)
+    u = torch.where(is_rank & (scale != 0), scale * h, 0)
     return h, u.to(x.dtype)
 
 
@@ -173,7 +183,7 @@ def grouped_expand(
         product = u_e @ matrices[i][:, columns].to(dtype).t()
         if dropout.p > 0.0:
             mask = _dropped(product.new_ones((num_rows, outputs)), dropout, e % len(ranks))
-            product = product * mask[row]
+            product = torch.where(mask[row] == 0, 0, product * mask[row])
         terms = torch.where((expert == e)[:, None], product, terms)
     by_pair = torch.zeros_like(terms)
     by_pair[routing.order.long()] = terms
@@ -219,16 +229,16 @@ def grouped_shrink_backward(
         padded = pad(product_e, (0, widest - product_e.shape[1]))
         product = torch.where((expert == e)[:, None], padded, product)
     scale = _scale_of_position(routing, expert, weights, scaling, dtype)
-    unrouted = expert == len(dy) * len(ranks)
-    zero = (scale == 0) | unrouted[:, None]
-    dh = torch.where(zero, 0, scale * product).to(h.dtype)
-    u = torch.where(zero, 0, scale * h.to(dtype)).to(h.dtype)
+    is_rank = _is_rank(expert, len(dy) * len(ranks), ranks)
+    selected = is_rank & (scale != 0)
+    dh = torch.where(selected, scale * product, 0).to(h.dtype)
+    u = torch.where(selected, scale * h.to(dtype), 0).to(h.dtype)
     if weights is None:
         return dh, u, absent(h, dtype)
     factors = _scale_of_position(routing, expert, None, scaling, dtype)[:, 0]
-    inner = factors * (product * h.to(dtype)).sum(dim=1)
-    dweights = torch.zeros_like(inner)
-    dweights[routing.order.long()] = torch.where(unrouted, 0, inner)
+    inner = torch.where(is_rank, product * h.to(dtype), 0)
+    dweights = torch.zeros_like(factors)
+    dweights[routing.order.long()] = factors * inner.sum(dim=1)
     return dh, u, dweights.view(weights.shape)
 
 

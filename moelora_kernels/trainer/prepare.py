@@ -97,6 +97,11 @@ def attach(
         >>> attach(trainer).load  # empty before the first log
         {}
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"trainer: expected a transformers.Trainer, got {type(trainer)}; attach(trainer) takes "
+            "the trainer that holds the model"
+        )
     layers = mixture_layers(trainer.model)
     if not layers:
         raise ValueError(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,20 +49,11 @@ def test_only_cells_with_all_providers_are_compared():
 
 
 @exhaustive
-def test_command(tmp_path, compiled_kernels):
-    """In another process: in this one Triton may interpret."""
-    (tmp_path / "linear.json").write_text(json.dumps(on_an_h200()))
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "benchmarks/predictions.py", tmp_path / "linear.json", "--jobs", "1"],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": compiled_kernels},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| 2048x2048")]
+def test_command(tmp_path, run_compiling):
+    file = tmp_path / "linear.json"
+    file.write_text(json.dumps(on_an_h200()))
+    printed = run_compiling("benchmarks/predictions.py", str(file), "--jobs", "1", timeout=600)
+    lines = [line for line in printed.splitlines() if line.startswith("| 2048x2048")]
     assert len(lines) == 6
     assert "| 2048x2048 | 128 | frozen | " in lines[0]
     assert all(float(line.split("|")[5]) > 0 for line in lines)

@@ -216,3 +216,16 @@ def test_a_model_without_layers_is_refused(tmp_path):
         ValueError, match="model: expected a model with MoeLoraLinear or MoeLoraFFN layers"
     ):
         save_adapter(nn.Linear(2, 2), tmp_path / "a.safetensors")
+
+
+def test_wrong_paths_and_swapped_arguments_are_named(tmp_path):
+    layer, path = MoeLoraLinear(8, 6, num_experts=2, rank=2), tmp_path / "adapter.safetensors"
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got .*str"):
+            call(str(path), layer)
+    with pytest.raises(FileNotFoundError, match=r"path: the folder '.*missing' does not"):
+        save_adapter(layer, tmp_path / "missing" / "adapter.safetensors")
+    with pytest.raises(IsADirectoryError, match="path: expected the file that save_adapter wrote"):
+        load_adapter(layer, tmp_path)
+    save_adapter(layer, path)
+    load_adapter(layer, str(path))

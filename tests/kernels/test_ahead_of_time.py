@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from benchmarks import ahead_of_time
@@ -15,22 +10,10 @@ from benchmarks.model.machine_code import innermost_loops, width
 from moelora_kernels.kernels.common import configs
 from support.selection import exhaustive
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @exhaustive
-def test_every_kernel_may_ship(compiled_kernels):
-    """In another process: in this one Triton may interpret."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "benchmarks/ahead_of_time.py", "--architectures", "sm_80,sm_90,sm_100"],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": compiled_kernels},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_kernel_may_ship(run_compiling):
+    run_compiling("benchmarks/ahead_of_time.py", "--architectures", "sm_80,sm_90,sm_100")
 
 
 @pytest.mark.parametrize("architecture", ahead_of_time.ARCHITECTURES)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.ops.apply import apply
 from moelora_kernels.ops.topk_gate import TopkGate
 from support.compare import FLOAT64, assert_same, backward_step, training_step
+from support.fake_driver import called_code
 from support.ffns import make_ffn
 from support.linears import IN, make_layer
 
@@ -53,18 +52,6 @@ each_module = pytest.mark.parametrize("name", MODULES)
 
 def features(layer: nn.Module) -> int:
     return getattr(layer, "in_features", None) or layer.hidden_size
-
-
-def called_code(function: Callable) -> list:
-    """Return the code objects of the Python functions that run while `function()` runs."""
-    codes = []
-    previous = sys.getprofile()
-    sys.setprofile(lambda frame, event, _: event == "call" and codes.append(frame.f_code))
-    try:
-        function()
-    finally:
-        sys.setprofile(previous)
-    return codes
 
 
 @each_module

@@ -39,6 +39,8 @@ class Batch:
     programs        [programs, 1] uint32, their numbers
     late            cp.async and wgmma happen at their wait, not when they are issued
     cut             sums of tensor cores are cut, not rounded
+    strict          wgmma asks for a fence.proxy.async behind a cp.async, for a wgmma.fence behind
+                    writes to its registers, and for registers of A that stay until its wait
     block           the block to run
     mask            the threads that run it; None: all
     waiting         block -> threads that wait to run it, for threads that have parted
@@ -54,6 +56,7 @@ class Batch:
     shared: SharedMemory
     late: bool
     cut: bool
+    strict: bool
     block: int = 0
     mask: np.ndarray | None = None
     waiting: dict[int, np.ndarray] = field(default_factory=dict)
@@ -158,19 +161,19 @@ class Kernel:
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
-        copies_need_fence: bool = True,
+        strict: bool = True,
     ) -> None:
-        """Run all programs. parameters: their raw bits. copies_need_fence: see `SharedMemory`."""
+        """Run all programs. parameters: their raw bits. strict: see `Batch`."""
         at_once = max(1, THREADS // self.threads)
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
-            shared = SharedMemory(len(numbers), self.shared, self.threads, copies_need_fence)
+            shared = SharedMemory(len(numbers), self.shared, self.threads, strict)
             batch = Batch(
                 registers, numbers, self.threads, np.array(parameters, np.uint64), memory, shared,
-                late, cut,
+                late, cut, strict,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)

@@ -28,9 +28,9 @@ from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
 
-# Until 3.7.0 Triton emits no fence.proxy.async between a cp.async and the wgmma that reads its
-# bytes (github.com/triton-lang/triton/pull/10537). PTX asks for one.
-TRITON_FENCES_COPIES = Version(triton.__version__) >= Version("3.7.1")
+# Triton 3.6 leaves out what `Batch.strict` asks for; 3.9 does not. In between it was mended
+# (github.com/triton-lang/triton/pull/9530 and pull/10537).
+TRITON_IS_STRICT = Version(triton.__version__) >= Version("3.7")
 
 
 @lru_cache(maxsize=24)
@@ -49,14 +49,14 @@ class Executor:
     late       copies and products happen at their wait, not when they are issued
     cut        sums of tensor cores are cut, not rounded
     change     a function (name of the kernel, PTX) -> PTX, to plant faults
-    copies_need_fence: see `SharedMemory`
+    strict     see `ptx.execution.Batch`
     """
 
     architecture: str
     late: bool = False
     cut: bool = False
     change: Callable[[str, str], str] | None = None
-    copies_need_fence: bool = True
+    strict: bool = True
     launches: int = 0
     programs: int = 0
     # Instructions, by program.
@@ -100,7 +100,7 @@ class Executor:
         ]
         # Triton appends pointers to scratch memory that these kernels do not use.
         parameters += [0] * (len(ready.program.parameters) - len(parameters))
-        ready.launch(programs, parameters, memory, self.late, self.cut, self.copies_need_fence)
+        ready.launch(programs, parameters, memory, self.late, self.cut, self.strict)
         for number, storage in enumerate(storages):
             if memory.stored[number]:
                 _bytes(storage)[:] = memory.contents(number)
@@ -159,15 +159,15 @@ def executed(
     copies: str = "early",
     sums: str = "exact",
     change: Callable[[str, str], str] | None = None,
-    copies_need_fence: bool = TRITON_FENCES_COPIES,
+    strict: bool = TRITON_IS_STRICT,
 ) -> Iterator[Executor]:
     """Run launches in the context as compiled for an architecture.
 
     copies: "early": cp.async and wgmma happen when they are issued; "late": at their wait.
     sums: "exact": products of tensor cores are summed exactly and rounded; "cut": as in hardware.
-    copies_need_fence: whether a missing fence between a cp.async and a wgmma is an error.
+    strict: whether the fences and waits that PTX asks for around a wgmma are required.
     """
-    executor = Executor(architecture, copies == "late", sums == "cut", change, copies_need_fence)
+    executor = Executor(architecture, copies == "late", sums == "cut", change, strict)
     saved = launcher.run, launcher.INTERPRET
     launcher.run, launcher.INTERPRET = executor.run, False
     try:

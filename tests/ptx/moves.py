@@ -129,6 +129,18 @@ def convert_pair(build: Builder, ins: Instruction) -> Run:
     return build.compute(ins, function, build.target(target, 4), sources)
 
 
+@implements("cvt.rzi.s32.f32")
+def convert_to_integer(build: Builder, ins: Instruction) -> Run:
+    """d = a without its fraction, at the nearest limit if it does not fit; 0 for NaN."""
+    target, a = ins.operands
+
+    def function(a: np.ndarray) -> np.ndarray:
+        whole = np.nan_to_num(np.trunc(a.view(np.float32).astype(np.float64)), nan=0.0)
+        return whole.clip(-(2**31), 2**31 - 1).astype(np.int32).view(np.uint32)
+
+    return build.compute(ins, function, build.target(target, 4), (build.source(a, 4),))
+
+
 @implements("cvt.rn.f32.{u32,s32}")
 def convert_to_float(build: Builder, ins: Instruction) -> Run:
     """d = the integer a, rounded to nearest even."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptx import build  # noqa: F401: fills the table
+# The module fills the table of instructions.
+from ptx import build
 from ptx.errors import Unsupported
 from ptx.harness import apply, run
 
@@ -315,6 +316,14 @@ def test_conversions_between_integers(opcode: str, from_bits: int, to_bits: int)
     a = np.array(edges(from_bits), BITS[from_bits])
     d = apply(f"{opcode} {{d}}, {{a}}", a, result=BITS[to_bits])
     assert d.tolist() == [read(x) % (1 << to_bits) for x in a.tolist()]
+
+
+def test_integers_of_floats_are_cut_and_saturate() -> None:
+    values = [0.0, -0.0, 2.9, -2.9, 255.0, 1e10, -1e10, np.inf, -np.inf, np.nan]
+    a = np.array(values, np.float32).view(np.uint32)
+    d = apply("cvt.rzi.s32.f32 {d}, {a}", a, result=np.uint32).view(np.int32)
+    limits = [2**31 - 1, -(2**31)]
+    assert d.tolist() == [0, 0, 2, -2, 255, *limits, *limits, 0]
 
 
 def test_selections_and_parts_of_registers() -> None:

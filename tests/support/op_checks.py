@@ -40,6 +40,32 @@ OUTPUTS = {**WIDE_OPS, **GROUPED_OPS, **GATE_OPS}
 EXACT = ("logits", "weights", "dweights", "drouter", "dlogits")
 
 
+def _sums_of_gate(dy, lora_b, h, gate, dlogits, mixture) -> tuple[int, ...]:
+    """du sums over O, dgate over the ranks of an expert, and the gradient of a row over tokens."""
+    shares_rows = gate.experts is None and gate.weights.shape[0] != len(h)
+    tokens = len(h) if shares_rows or gate.rows is not None else 0
+    return max(g.shape[1] for g in dy), lora_b[0].shape[1], tokens
+
+
+# Op -> the lengths of the sums that one of its values goes through, by the arguments of the op.
+# Tensor cores cut a sum, so the budget of every output grows with its length.
+SUMS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "shrink_gate": lambda x, *_: (x.shape[1],),
+    "shrink_gate_backward": _sums_of_gate,
+    "weight_grad": lambda x, *_: (len(x),),
+    "shrink_dx": lambda dh, dlogits, *_: (
+        dh.shape[1],
+        0 if dlogits is None else dlogits.shape[1],
+    ),
+    "router_logits": lambda x, *_: (x.shape[1],),
+    "grouped_shrink": lambda x, *_: (x.shape[1],),
+    "grouped_shrink_backward": lambda dy, *_: (max(g.shape[1] for g in dy),),
+    "grouped_expand": lambda u, *_: (u.shape[1],),
+    "grouped_weight_grad": lambda x, dh, *_: (len(dh),),
+    "router_grad": lambda dlogits, *_: (len(dlogits),),
+}
+
+
 def check(op: str, implementation: Callable, inputs: Inputs) -> None:
     """Compare every call of an op that a training step of this layer makes."""
     for arguments in calls(op, inputs):
@@ -60,9 +86,9 @@ def compare(
     float32 are cut, as on a GPU.
     """
     specification = getattr(reference, op)
-    actual = _named(op, implementation(*arguments))
-    baseline = _named(op, specification(*arguments))
-    truth = _named(op, specification(*as_float64(arguments)))
+    actual = named(op, implementation(*arguments))
+    baseline = named(op, specification(*arguments))
+    truth = named(op, specification(*as_float64(arguments)))
     for name, expected in baseline.items():
         assert actual[name].dtype == expected.dtype, name
         assert actual[name].shape == expected.shape, name
@@ -75,9 +101,9 @@ def compare(
             largest = expected.abs().max().item() if expected.numel() else 0.0
             torch.testing.assert_close(actual[name], expected, rtol=0, atol=1e-13 * (1 + largest))
         elif expected.is_floating_point():
-            steps = _tensor_core_steps(arguments, truncates) if name in EXACT else 0
-            assert_within_budget(actual, {name: expected}, baseline, rounded_to, steps)
-    again = _named(op, implementation(*arguments))
+            cut = _cut_additions(op, arguments, dtype, truncates)
+            assert_within_budget(actual, {name: expected}, baseline, rounded_to, cut)
+    again = named(op, implementation(*arguments))
     for name, value in actual.items():
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
 
@@ -88,7 +114,7 @@ def opcheck(op: str, arguments: list, **options) -> None:
     torch.library.opcheck(overload, tuple(registration.flat(arguments)), **options)
 
 
-def _named(op: str, outputs) -> dict[str, Tensor]:
+def named(op: str, outputs) -> dict[str, Tensor]:
     """Return the outputs of an op by name; a list of n dB becomes db0, db1, ..."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     result = dict(zip(OUTPUTS[op].split(), outputs, strict=True))
@@ -97,14 +123,17 @@ def _named(op: str, outputs) -> dict[str, Tensor]:
     return result
 
 
-def _tensor_core_steps(arguments: list, truncates: bool) -> int:
-    """Return how many additions of tensor cores make one float32 sum; they cut, and do not round.
+def _cut_additions(op: str, arguments: list, dtype: torch.dtype, truncates: bool) -> int:
+    """Return how many additions of tensor cores make one value; they cut the sum to float32.
 
-    A sum of 16-bit products takes 16 terms at a time, and no sum of an op is longer than the
-    longest side of its arguments. On a CPU, in the interpreter too, float32 additions round, unless
-    `truncates`.
+    One addition takes 8 products of float32 operands, or 16 of 16-bit ones. An operand in float32
+    has three parts, which are multiplied one after the other. On a CPU, in the interpreter too,
+    additions round, unless `truncates`.
     """
     flat = registration.flat(arguments)
     tensors = [t for a in flat for t in (a if isinstance(a, (list, tuple)) else [a])]
-    tensors = [t for t in tensors if isinstance(t, Tensor) and (truncates or t.is_cuda)]
-    return max((side for t in tensors for side in t.shape), default=0) // 16
+    if not truncates and not any(isinstance(t, Tensor) and t.is_cuda for t in tensors):
+        return 0
+    products = 32 // dtype.itemsize
+    lengths = SUMS[op](*arguments) if op in SUMS else ()
+    return 3 * sum(-(-length // products) for length in lengths)

@@ -52,7 +52,7 @@ FAULTS = (
     ),
     Fault(
         "gate_partials: last split", "common/reduce_partials.py",
-        "    for split in range(SPLIT):", "    for split in range(max(SPLIT - 1, 1)):",
+        "    for _ in range(splits):", "    for _ in range(tl.maximum(splits - 1, 1)):",
         WIDE, "shrink_gate-long",
     ),
     Fault(
@@ -72,8 +72,8 @@ FAULTS = (
     ),
     Fault(
         "reduce_partials: last split", "common/reduce_partials.py",
-        "            for split in range(SPLIT):",
-        "            for split in range(max(SPLIT - 1, 1)):", WIDE, "weight_grad-long",
+        "            for split in range(splits):",
+        "            for split in range(tl.maximum(splits - 1, 1)):", WIDE, "weight_grad-long",
     ),
     Fault(
         "grouped_shrink: last step", "grouped_shrink.py",
@@ -106,9 +106,13 @@ FAULTS = (
     ),
     # --- sums
     Fault(
-        "gate_partials: a sum that is rounded after every split", "common/reduce_partials.py",
-        "    return total", "    return total.to(tl.bfloat16).to(tl.float32)",
-        WIDE, "shrink_gate_backward-mixed_ranks_dense",
+        "gate_partials: a sum that is rounded after every split",
+        "common/reduce_partials.py",
+        "        partials_ptr += T.to(tl.int64) * (n * WIDTH)",
+        "        partials_ptr += T.to(tl.int64) * (n * WIDTH)\n"
+        "        total = total.to(tl.bfloat16).to(tl.float32)",
+        WIDE,
+        "shrink_gate-many_experts",
     ),
     Fault(
         "gate_rows: masked tokens are added to row 0", "common/gate_rows.py",
@@ -142,12 +146,6 @@ FAULTS = (
         "        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)",
         "        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty))",
         WIDE, "shrink_gate-plain", None,
-    ),
-    Fault(
-        "a pass of grouped_expand adds to what another program writes", "grouped_expand.py",
-        "        address = y_ptr + y_rows[:, None] * O + o[None, :]",
-        "        address = y_ptr + y_rows[:, None] * O + o[None, :] // 2 * 2",
-        GROUPED, "grouped_expand-plain",
     ),
 )  # fmt: skip
 

@@ -79,13 +79,13 @@ def test_a_stage_that_fails_does_not_stop_the_next(gpu, monkeypatch, tmp_path):
 
 def test_a_stage_that_takes_too_long_is_cut_with_its_children(gpu, monkeypatch, tmp_path):
     mark = tmp_path / "mark"
-    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    child = f"import time; time.sleep(20); open({str(mark)!r}, 'w')"
     code = "import subprocess, sys; print('begun', flush=True); "
     code += f"subprocess.run([sys.executable, '-c', {child!r}])"
-    slow, after = stage(gpu, "slow", code, seconds=2), stage(gpu, "after", "print('ran')")
+    slow, after = stage(gpu, "slow", code, seconds=8), stage(gpu, "after", "print('ran')")
     exit_code, page = run(gpu, monkeypatch, tmp_path, [slow, after])
     assert exit_code == 1
-    assert "| slow | cut after 2 s |" in page
+    assert "| slow | cut after 8 s |" in page
     assert "begun" in (tmp_path / "out" / "log.txt").read_text()
     assert "| after | passed |" in page
     assert not mark.exists()

@@ -9,12 +9,14 @@ in EXECUTED its compiled code also ran on a CPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class TileConfig(NamedTuple):
@@ -115,7 +117,7 @@ _SM_100 = {
     ("shrink_gate", 2, 16): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
-    ("weight_grad", 2, 128): TileConfig(64, 128, 8, 2),
+    ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
@@ -127,7 +129,7 @@ _SM_80 = {
     **_SM_90,
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3),
-    ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 4, 3),
+    ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 8, 3),
     ("weight_grad", 2, 128): TileConfig(32, 64, 8, 3),
@@ -157,6 +159,9 @@ EXECUTED = ("sm_80", "sm_90")
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)
 
+# The first Triton whose code for sm_90 has all fences; see kernels/README.md.
+FENCED_TRITON = (3, 7)
+
 _assumed: str | None = None
 
 
@@ -178,6 +183,12 @@ def assume(architecture: str) -> Iterator[None]:
         _assumed = outer
 
 
+def triton_version() -> tuple[int, int]:
+    """Return the major and minor version of Triton."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @cache
 def _query_gpu(index: int | None) -> tuple[str, int]:
     """Return the architecture whose table serves this GPU, and its number of multiprocessors."""
@@ -187,6 +198,13 @@ def _query_gpu(index: int | None) -> tuple[str, int]:
         raise RuntimeError(
             f"{properties.name} has compute capability {major}.{minor}, and the Triton kernels "
             'need 8.0 or newer; impl="reference" runs everywhere'
+        )
+    if major == 9 and triton_version() < FENCED_TRITON:
+        warnings.warn(
+            f"{properties.name}: Triton {triton.__version__} leaves out fences in code for sm_90, "
+            "so results of the kernels may be wrong; use Triton 3.7 or newer, or "
+            'impl="reference"',
+            stacklevel=2,
         )
     # GPUs with the 99 KiB of shared memory of an L40S use its tiles: 8.6, 8.9, 12.x.
     name = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher
-from moelora_kernels.kernels.common.memory import load_rows
+from moelora_kernels.kernels.common.memory import load_rows, store_transposed
+from moelora_kernels.kernels.common.products import exact_sum
 from moelora_kernels.kernels.common.reduce_partials import Partials
 
 # Gate rows of one program: the smallest operand of a product.
@@ -27,6 +28,7 @@ def gate_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """partials[s, g] = sum of dgate[t] over the tokens t of split s whose gate row is g.
 
@@ -44,7 +46,7 @@ def gate_rows_kernel(
     g = (pid // (splits * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
 
     # Sum: the product with a matrix that is 1 if a token has the gate row, else 0.
-    total = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
+    total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
     for first in range(split * t_per_split, tl.minimum((split + 1) * t_per_split, T), BLOCK_T):
         tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
         tokens_in = tokens < T
@@ -52,11 +54,13 @@ def gate_rows_kernel(
         if rows_ptr is not None:
             row = tl.load(rows_ptr + tokens, mask=tokens_in, other=-1).to(tl.int64)
         dgate = load_rows(dgate_ptr, WIDTH, tokens, columns, tokens_in, columns_in)
-        has_row = (g[:, None] == row[None, :]).to(tl.float32)  # [BLOCK_G, BLOCK_T]
-        total = tl.dot(has_row, dgate, total, input_precision="tf32x3")
+        has_row = tl.where(row[:, None] == g[None, :], 1.0, 0.0).to(
+            tl.bfloat16
+        )  # [BLOCK_T, BLOCK_G]
+        total = exact_sum(tl.trans(dgate), has_row, total, UPCAST)
 
-    offsets = (split * G + g)[:, None] * WIDTH + columns[None, :]
-    tl.store(partials_ptr + offsets, total, mask=(g < G)[:, None] & columns_in[None, :])
+    partial_rows = split * G + g
+    store_transposed(partials_ptr, WIDTH, partial_rows, columns, g < G, columns_in, total)
 
 
 def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
@@ -85,7 +89,13 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
             t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
             splits=split,
         ),
-        dict(WIDTH=width, BLOCK_T=tile_config.tokens, BLOCK_G=BLOCK_G, BLOCK_E=block_e),
+        dict(
+            WIDTH=width,
+            BLOCK_T=tile_config.tokens,
+            BLOCK_G=BLOCK_G,
+            BLOCK_E=block_e,
+            UPCAST=launcher.INTERPRET,
+        ),
     )
     partials.reduce()
     return total

@@ -20,13 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelora_kernels.kernels.common.products import exact_sum, select_from
-
-
-@triton.jit
-def is_finite(tile):
-    """Return for every element whether it is neither NaN nor infinite."""
-    return tl.abs(tile) < float("inf")
+from moelora_kernels.kernels.common.products import exact_sum, is_finite, select_from
 
 
 @triton.jit

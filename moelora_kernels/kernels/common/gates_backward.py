@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moelora_kernels.kernels.common.gates import gate_per_column, is_finite, load_expert_columns
+from moelora_kernels.kernels.common.gates import gate_per_column, load_expert_columns
 from moelora_kernels.kernels.common.products import exact_sum
 
 
@@ -72,11 +72,7 @@ def gate_columns(
     if A_ROWS == R:
         dh = tl.where(column_gate == 0, 0.0, column_gate * du)
         tl.store(dh_ptr + offsets, dh.to(dh_ptr.dtype.element_ty), mask=in_bounds)
-    # The product with the transpose of expert_columns adds 0 * NaN = NaN to every other expert, so
-    # a NaN of an expert whose gate is 0 must not enter it.
-    inner = du * h
-    inner = tl.where((column_gate == 0) & (is_finite(inner) == 0), 0.0, inner)
-    return exact_sum(inner, tl.trans(expert_columns), dgate, UPCAST)
+    return exact_sum(du * h, tl.trans(expert_columns), dgate, UPCAST)
 
 
 @triton.jit

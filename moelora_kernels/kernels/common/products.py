@@ -1,4 +1,10 @@
-"""Device functions: products of two tiles, summed in float32."""
+"""Device functions: products of two tiles, summed in float32.
+
+Tensor cores compute each product of two elements exactly. They add the products of one instruction
+and the running sum, and cut the result to float32; they do not round it. So the error of a sum
+grows with the number of instructions, which is its length over 8 (TF32) or 16 (16 bits), times
+three if an operand is split into three parts.
+"""
 
 import triton
 import triton.language as tl
@@ -32,8 +38,9 @@ def product(left, right, total, UPCAST: tl.constexpr):
 def exact_product(left, right, total, UPCAST: tl.constexpr):
     """Return total + left @ right without rounding a float32 `right` to a 16-bit `left`.
 
-    Three bfloat16 hold the 24 bits of a float32, so under a bfloat16 `left` the product is the sum
-    of three products. float16 has too small a range for that, but TF32 holds a float16 exactly.
+    Three bfloat16 hold the 24 bits of a float32, so under a bfloat16 `left` the result is the sum
+    of three products, each of them exact. float16 has too small a range for that, but TF32 holds a
+    float16 exactly.
     """
     if left.dtype == right.dtype:
         total = product(left, right, total, UPCAST)
@@ -48,14 +55,29 @@ def exact_product(left, right, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def exact_sum(left, selection, total, UPCAST: tl.constexpr):
-    """Return total + left @ selection for a float32 `left`.
+def is_finite(tile):
+    """Return for every element whether it is neither NaN nor infinite."""
+    return tl.abs(tile) < float("inf")
 
-    `selection` is a bfloat16 matrix of zeros and ones. `left` is the sum of three bfloat16, and
-    their products with 0 and 1 are exact.
+
+@triton.jit
+def exact_sum(left, selection, total, UPCAST: tl.constexpr):
+    """Return total + left @ selection for a float32 `left`: sums of selected elements.
+
+    `selection` is a bfloat16 matrix of zeros and ones; a sum selects at most 127 elements. `left`
+    is the sum of three bfloat16, and their products with 0 and 1 are exact; their sums are cut.
+
+    An element that is not finite reaches only the sums that select it. The products would carry it
+    to all sums of its row, because 0 * NaN is NaN. So they multiply the finite elements only, and
+    another product counts the infinities: 1 for infinity, 128 for minus infinity, both for NaN.
     """
+    rest = tl.where(is_finite(left), left, 0.0)
     for _ in tl.static_range(3):
-        high = left.to(tl.bfloat16)
-        left = left - high.to(tl.float32)
+        high = rest.to(tl.bfloat16)
+        rest = rest - high.to(tl.float32)
         total = product(high, selection, total, UPCAST)
+    code = tl.where(left < float("inf"), 0.0, 1.0) + tl.where(left > float("-inf"), 0.0, 128.0)
+    counts = product(code.to(tl.bfloat16), selection, tl.zeros_like(total), UPCAST).to(tl.int32)
+    total += tl.where(counts % 128 > 0, float("inf"), 0.0)
+    total += tl.where(counts >= 128, float("-inf"), 0.0)
     return total
