@@ -165,7 +165,8 @@ def launch(
         sums = y.new_empty(y.shape, dtype=torch.float32)
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
-    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
+    divisor = tables.rank_divisor(ranks)
+    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r, divisor)
     u, row_counters = launcher.aligned(u), num_counters(width)
     previous, stride = start, 0
     if start is not None:

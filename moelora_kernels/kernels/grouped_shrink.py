@@ -125,7 +125,8 @@ def launch(
     if P == 0:
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r)
+    divisor = tables.rank_divisor(ranks)
+    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, divisor)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741

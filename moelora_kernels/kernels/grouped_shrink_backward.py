@@ -137,7 +137,10 @@ def launch(
     if P == 0:
         return dh, u, dweights
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_shrink_backward", h.device, h.dtype, block_r)
+    divisor = tables.rank_divisor(ranks)
+    tile_config = configs.tile_config(
+        "grouped_shrink_backward", h.device, h.dtype, block_r, divisor
+    )
     dy = [launcher.rows_dense(g) for g in dy]
     R, out_features = sum(ranks), [g.shape[1] for g in dy]
     launcher.run(

@@ -266,7 +266,10 @@ def sum_pairs(
 
     # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
+    divisor = tables.rank_divisor(ranks)
+    tile_config = configs.tile_config(
+        "grouped_weight_grad", narrow.device, narrow.dtype, block_r, divisor
+    )
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     tiles = launcher.ceil_div(max(widths), tile_config.step) * column_tiles
 

@@ -91,4 +91,4 @@ def test_what_pads_a_matrix_does_not_reach_the_results(width: int) -> None:
     rows = launcher.rows_dense(matrix[:, :width])
     assert rows.shape == (4, launcher.padded_width(width))
     assert rows.sum() == 4 * width
-    assert torch.equal(launcher.cropped(rows, width), matrix[:, :width])
+    assert torch.equal(launcher.cropped(rows, 4, width), matrix[:, :width])

@@ -237,10 +237,22 @@ def processors(device: torch.device) -> tuple[str, int]:
 
 
 def tile_config(
-    kernel: str, device: torch.device, dtype: torch.dtype, rank_columns: int
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank_columns: int,
+    rank_divisor: int = 16,
 ) -> TileConfig:
-    """Return the entry of the table for tiles of `rank_columns` columns of rank space."""
-    return TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    """Return the entry of the table for tiles of `rank_columns` columns of rank space.
+
+    rank_divisor: a divisor of all ranks, if a row of rank space begins at each multiple of it. If
+    float32 rows begin at any multiple of 4 or 8 bytes, a step is half as long, because the
+    addresses of single elements take registers.
+    """
+    entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    if dtype.itemsize == 4 and rank_divisor < 4:
+        return entry._replace(step=entry.step // 2)
+    return entry
 
 
 def num_splits(device: torch.device, programs: int, steps: int, least: int = 4) -> int:
