@@ -165,7 +165,8 @@ def launch(
         sums = y.new_empty(y.shape, dtype=torch.float32)
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
-    divisor = tables.rank_divisor(ranks)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r, divisor)
     u, row_counters = launcher.aligned(u), num_counters(width)
     previous, stride = start, 0
@@ -203,7 +204,7 @@ def launch(
                 N=N,
                 E=E,
                 S=S,
-                **tables.rank_constants(ranks),
+                **rank_constants,
                 PER_PAIR=per_pair,
                 IN_PLACE=target is previous,
                 DROPOUT=dropout_threshold(dropout.p),

@@ -125,7 +125,8 @@ def launch(
     if P == 0:
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    divisor = tables.rank_divisor(ranks)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, divisor)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
@@ -156,7 +157,7 @@ def launch(
             n=len(lora_a),
             E=len(ranks),
             PAIRS_PER_ROW=P // x.shape[0],
-            **tables.rank_constants(ranks),
+            **rank_constants,
             DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=dropout.per_expert,
             COLUMN_TILES=column_tiles,

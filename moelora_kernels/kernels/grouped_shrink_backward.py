@@ -137,7 +137,8 @@ def launch(
     if P == 0:
         return dh, u, dweights
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    divisor = tables.rank_divisor(ranks)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config(
         "grouped_shrink_backward", h.device, h.dtype, block_r, divisor
     )
@@ -171,7 +172,7 @@ def launch(
             E=len(ranks),
             R=R,
             PAIRS_PER_ROW=P // dy[0].shape[0],
-            **tables.rank_constants(ranks),
+            **rank_constants,
             BLOCK_P=tile_config.tokens,
             BLOCK_O=tile_config.step,
             BLOCK_R=block_r,

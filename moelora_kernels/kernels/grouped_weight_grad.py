@@ -266,7 +266,8 @@ def sum_pairs(
 
     # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    divisor = tables.rank_divisor(ranks)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config(
         "grouped_weight_grad", narrow.device, narrow.dtype, block_r, divisor
     )
@@ -304,7 +305,7 @@ def sum_pairs(
     constants = dict(
         n=len(wide),
         E=len(ranks),
-        **tables.rank_constants(ranks),
+        **rank_constants,
         COLUMN_TILES=column_tiles,
         BLOCK_R=block_r,
     )
