@@ -32,7 +32,9 @@ def query(monkeypatch):
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90"),
         ((10, 0), "sm_100"),
-        ((12, 0), "sm_89"),
+        ((11, 0), "sm_89"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
     ),
 )
 def test_table_of_a_gpu(query, capability, table):
