@@ -18,7 +18,7 @@ from moelora_kernels.types import RouterTensors
 COLUMNS = 64
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["splits", "T"])
 def router_logits_kernel(
     x_ptr,
     stride_x,
@@ -28,9 +28,9 @@ def router_logits_kernel(
     T,
     I,  # noqa: E741
     i_per_split,
+    splits,
     n: tl.constexpr,
     E: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -41,7 +41,7 @@ def router_logits_kernel(
     x        [T, I], rows stride_x apart
     router   n x [E, I], in the dtype of x or float32
     bias     n x [E]; None without one
-    logits   [SPLIT, T, n E] float32: partial sums if SPLIT > 1
+    logits   [splits, T, n E] float32: partial sums if splits > 1
 
     Programs: (token tile, split of I, sibling, tile of E), the last fastest.
     """
@@ -50,8 +50,8 @@ def router_logits_kernel(
     first_e = pid % E_TILES * BLOCK_E
     experts = first_e + tl.arange(0, BLOCK_E)
     sibling = pid // E_TILES % n
-    split = pid // (E_TILES * n) % SPLIT
-    tokens = (pid // (E_TILES * n * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // (E_TILES * n) % splits
+    tokens = (pid // (E_TILES * n * splits)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
     experts_in = experts < E
     router_ptr = select_from(router_ptrs, sibling)
@@ -136,6 +136,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     split: number of parts that I is cut into; None fills the GPU.
     """
     router_weight, router_bias = router
+    x = launcher.rows_dense(x)
     (T, I), n, E = x.shape, len(router_weight), router_weight[0].shape[0]  # noqa: E741
     logits = x.new_empty((T, n * E), dtype=compute_dtype(x))
     if T == 0:
@@ -151,7 +152,6 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
 
     # The kernel computes the address of a partial sum from T, n and E: no space between them.
     partials = Partials([logits], split, alignment=1)
-    x = launcher.rows_dense(x)
     launcher.run(
         router_logits_kernel,
         programs * split,
@@ -159,17 +159,17 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            router_ptrs=launcher.all_aligned(router_weight),
+            router_ptrs=launcher.all_padded(router_weight, E, I),
             bias_ptrs=launcher.all_aligned(router_bias),
             logits_ptr=partials.targets[0],
             T=T,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
+            splits=split,
         ),
         dict(
             n=n,
             E=E,
-            SPLIT=split,
             BLOCK_T=tile_config.tokens,
             BLOCK_I=tile_config.step,
             BLOCK_E=block_e,
@@ -187,11 +187,13 @@ def launch_grad(
 
     split: number of parts that T is cut into; None fills the GPU.
     """
+    width = x.shape[1]
+    x = launcher.rows_dense(x)
     (T, I), L = x.shape, dlogits.shape[1]  # noqa: E741
     new = x.new_zeros if T == 0 else x.new_empty
     drouter, dbias = new((L, I), dtype=router_dtype), new(L, dtype=router_dtype)
     if T == 0:
-        return drouter, dbias
+        return launcher.cropped(drouter, L, width), dbias
 
     # Grid.
     block_l = min(launcher.block(L), COLUMNS)
@@ -203,7 +205,6 @@ def launch_grad(
 
     partials = Partials([drouter, dbias], split)
     drouter_target, dbias_target = partials.targets
-    x = launcher.rows_dense(x)
     launcher.run(
         router_grad_kernel,
         programs * split,
@@ -228,4 +229,4 @@ def launch_grad(
         ),
     )
     partials.reduce()
-    return drouter, dbias
+    return launcher.cropped(drouter, L, width), dbias

@@ -36,7 +36,7 @@ COLUMNS = 64
 PARTIAL_COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
 def shrink_gate_backward_kernel(
     dy_ptrs,
     stride_dy,
@@ -58,9 +58,11 @@ def shrink_gate_backward_kernel(
     T,
     G,
     temperature,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
+    B_COLUMNS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     FORM: tl.constexpr,
@@ -68,7 +70,6 @@ def shrink_gate_backward_kernel(
     RENORMALIZE: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -79,7 +80,7 @@ def shrink_gate_backward_kernel(
     """du = dy B, dh = scale * gate (.) du, u = scale * gate (.) h, dgate = scale * <du, h>.
 
     dy             n x [T, O_i], rows stride_dy[i] apart
-    b              n x [O_i, R]
+    b              n x [O_i, B_COLUMNS]: R columns, and zeros up to a multiple of 16 bytes
     out_features, o_per_split: n numbers each, O_i and how much of it one split sums
     h              [T, n A_ROWS]; A_ROWS is R, or r if the experts share A
     gate_weights, gate_experts, gate_rows: the gate, as FORM says (`gates`)
@@ -88,7 +89,7 @@ def shrink_gate_backward_kernel(
     expert_columns [E, R] bfloat16, scaling [E] float32
     dh, u          [T, n A_ROWS] and [T, n R], in the dtype of h
     dgate          float32, see `store_dgate`
-    partials       [SPLIT, T, n R] float32, stored unless ONE_LAUNCH
+    partials       [splits, T, n R] float32, stored unless ONE_LAUNCH
 
     ONE_LAUNCH: this kernel computes all outputs, and A_ROWS is R. Otherwise it stores du to
     `partials` only, and `gate_partials_backward_kernel` computes the outputs.
@@ -99,8 +100,8 @@ def shrink_gate_backward_kernel(
     sibling = pid % COLUMN_TILES // (COLUMN_TILES // n)
     columns = pid % (COLUMN_TILES // n) * (COLUMN_BLOCKS * BLOCK_R) + tl.arange(0, BLOCK_R)
     columns_2 = columns + BLOCK_R
-    split = pid // COLUMN_TILES % SPLIT
-    tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // COLUMN_TILES % splits
+    tokens = (pid // (COLUMN_TILES * splits)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
     dy_ptr = select_from(dy_ptrs, sibling)
     stride = select_from(stride_dy, sibling)
@@ -114,10 +115,10 @@ def shrink_gate_backward_kernel(
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
-        b = load_rows(b_ptr, R, o, columns, o < O, columns < R)
+        b = load_rows(b_ptr, B_COLUMNS, o, columns, o < O, columns < B_COLUMNS)
         du = product(dy, b, du, UPCAST)
         if COLUMN_BLOCKS == 2:
-            b = load_rows(b_ptr, R, o, columns_2, o < O, columns_2 < R)
+            b = load_rows(b_ptr, B_COLUMNS, o, columns_2, o < O, columns_2 < B_COLUMNS)
             du_2 = product(dy, b, du_2, UPCAST)
 
     if ONE_LAUNCH:
@@ -152,7 +153,7 @@ def shrink_gate_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
 def gate_partials_backward_kernel(
     partials_ptr,
     h_ptr,
@@ -169,6 +170,7 @@ def gate_partials_backward_kernel(
     T,
     G,
     temperature,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -177,7 +179,6 @@ def gate_partials_backward_kernel(
     FORM: tl.constexpr,
     ROUTER: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -205,7 +206,7 @@ def gate_partials_backward_kernel(
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         du = load_partials(
-            partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
+            partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, splits
         )
         dgate = gate_columns(
             du, scaled_gate, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
@@ -224,7 +225,7 @@ def gate_partials_backward_kernel(
             for e in range(E):
                 columns = tl.where(a_columns < A_ROWS, e * A_ROWS + a_columns, R)
                 du = load_partials(
-                    partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
+                    partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, splits
                 )
                 expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
                 column_gate = gate_per_column(scaled_gate, expert_columns, UPCAST)
@@ -271,11 +272,15 @@ def launch(
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
     # Grid: split O until the programs fill the GPU.
+    dy = [launcher.rows_dense(g) for g in dy]
+    b_columns = launcher.aligned_columns(lora_b[0])
     out_features = [g.shape[1] for g in dy]
     steps = [launcher.ceil_div(O, tile_config.step) for O in out_features]  # noqa: E741
     if split is None:
         split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
     one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
+    # Rows of h and u at any multiple of 2 or 4 bytes take more registers than the gate leaves.
+    one_launch = one_launch and R * h.itemsize % 8 == 0
     partials = None if one_launch else h.new_empty((split, T, n * R), dtype=dtype)
 
     # Arguments that both launches take.
@@ -295,6 +300,7 @@ def launch(
         T=T,
         G=gate_weights.shape[0],
         temperature=float(temperature),
+        splits=split,
     )
     constants = dict(
         n=n,
@@ -305,11 +311,9 @@ def launch(
         FORM=form,
         ROUTER=has_router,
         RENORMALIZE=bool(renormalize),
-        SPLIT=split,
         BLOCK_E=block_e,
         UPCAST=launcher.INTERPRET,
     )
-    dy = [launcher.rows_dense(g) for g in dy]
     launcher.run(
         shrink_gate_backward_kernel,
         token_tiles * split * column_tiles,
@@ -318,12 +322,18 @@ def launch(
         | dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
-            b_ptrs=launcher.all_aligned(lora_b),
+            b_ptrs=tuple(
+                [
+                    launcher.padded(b, rows, b_columns)
+                    for b, rows in zip(lora_b, out_features, strict=True)
+                ]
+            ),
             out_features=tuple(out_features),
             o_per_split=tuple(launcher.ceil_div(s, split) * tile_config.step for s in steps),
         ),
         constants
         | dict(
+            B_COLUMNS=b_columns,
             ONE_LAUNCH=one_launch,
             COLUMN_TILES=column_tiles,
             BLOCK_T=tile_config.tokens,
