@@ -35,16 +35,17 @@ def ptx_by_default(case: str, dtype: str) -> bool:
 
 
 def ptx_parameters() -> list:
-    """Other dtypes than bfloat16 change casts and products, and no addresses."""
-    dtypes = {name: DTYPES[name] for name in ("fp16", "fp32")}
-    in_other_dtypes = {name: GROUPED[name] for name in IN_OTHER_DTYPES}
+    """Every case in bfloat16. Another dtype changes casts and products, and no addresses."""
+    cases = {
+        "bf16": GROUPED,
+        "fp16": {name: GROUPED[name] for name in ("mixed_ranks", "float32_adapters")},
+        "fp32": {name: GROUPED[name] for name in ("mixed_ranks", "dropout_per_pair")},
+    }
     return [
         parameter
         for ptx in PTX
-        for parameter in (
-            *parameters(ptx, GROUPED, {"bf16": torch.bfloat16}, ptx_by_default),
-            *parameters(ptx, in_other_dtypes, dtypes, ptx_by_default),
-        )
+        for dtype, values in cases.items()
+        for parameter in parameters(ptx, values, {dtype: DTYPES[dtype]}, ptx_by_default)
     ]
 
 

@@ -28,6 +28,12 @@ from support.op_checks import WIDE_OPS, check
 EVERY_DTYPE = ("plain", "float32_adapters")
 SLOWEST = ("long", "many_experts", "rows_int64", "siblings_sparse")
 
+# Sums of float32 values in several launches, over ranks, tokens and shared rows; wide masks.
+PTX_IN_FLOAT32 = (
+    "many_experts", "mixed_ranks", "mixed_ranks_dense", "siblings_sparse", "siblings_dense",
+    "rows", "one_row", "share_a_dense", "dropout_per_expert",
+)  # fmt: skip
+
 
 def triton_by_default(case: str, dtype: str) -> bool:
     return case in EVERY_DTYPE or (dtype == "fp16" and case not in SLOWEST)
@@ -38,16 +44,17 @@ def ptx_by_default(case: str, dtype: str) -> bool:
 
 
 def ptx_parameters() -> list:
-    """In float16 two cases: it has the addresses of bfloat16, and other products."""
-    dtypes = {name: DTYPES[name] for name in ("bf16", "fp32")}
-    in_float16 = {name: WIDE[name] for name in EVERY_DTYPE}
+    """Every case in bfloat16. Another dtype changes casts and products, and no addresses."""
+    cases = {
+        "bf16": WIDE,
+        "fp16": {name: WIDE[name] for name in EVERY_DTYPE},
+        "fp32": {name: WIDE[name] for name in PTX_IN_FLOAT32},
+    }
     return [
         parameter
         for ptx in PTX
-        for parameter in (
-            *parameters(ptx, WIDE, dtypes, ptx_by_default),
-            *parameters(ptx, in_float16, {"fp16": torch.float16}, ptx_by_default),
-        )
+        for dtype, values in cases.items()
+        for parameter in parameters(ptx, values, {dtype: DTYPES[dtype]}, ptx_by_default)
     ]
 
 

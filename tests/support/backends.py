@@ -89,6 +89,11 @@ class Backend:
     # The architecture whose PTX is executed, or None.
     ptx: str | None = None
 
+    @property
+    def marks_of_edges(self) -> tuple[pytest.MarkDecorator, ...]:
+        """The marks of a test that executes PTX with --exhaustive only."""
+        return (*self.marks, exhaustive) if self.ptx else self.marks
+
     def implementation(self, op: str, sums: str = "exact", **options) -> Callable:
         """Return the function that computes an op.
 
@@ -123,10 +128,23 @@ PTX = tuple(
     Backend(f"ptx-{architecture}", "cpu", (needs_triton, pytest.mark.ptx), architecture)
     for architecture in ("sm_80", "sm_90")
 )
-each_cpu_backend = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(backend, id=backend.name, marks=backend.marks) for backend in (NATIVE, TRITON)],
-)
+SM_90 = PTX[1]
+
+
+def each_backend(*backends: Backend) -> pytest.MarkDecorator:
+    """Return the parameter `backend` of a test. PTX is executed with --exhaustive only."""
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(backend, id=backend.name, marks=backend.marks_of_edges)
+            for backend in backends
+        ],
+    )
+
+
+each_cpu_backend = each_backend(NATIVE, TRITON)
+# For masks, addresses and choices: they do not depend on the products of an architecture.
+each_cpu_backend_and_sm_90 = each_backend(NATIVE, TRITON, SM_90)
 
 
 def parameters(
