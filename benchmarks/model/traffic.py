@@ -91,12 +91,12 @@ def _shrink_gate(s: Sizes) -> tuple[int, int]:
     if s.ONE_LAUNCH:
         gate_read, written = _gated(s)
         return read + gate_read, written
-    return read, s.SPLIT * s.T * s.n * (s.A_ROWS + s.ROUTER_E) * 4
+    return read, s.splits * s.T * s.n * (s.A_ROWS + s.ROUTER_E) * 4
 
 
 def _gate_partials(s: Sizes) -> tuple[int, int]:
     read, written = _gated(s)
-    return read + s.SPLIT * s.T * s.n * (s.R + s.ROUTER_E) * 4, written
+    return read + s.splits * s.T * s.n * (s.R + s.ROUTER_E) * 4, written
 
 
 def _gated_backward(s: Sizes) -> tuple[int, int]:
@@ -118,12 +118,12 @@ def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     if s.ONE_LAUNCH:
         gate_read, written = _gated_backward(s)
         return read + gate_read, written
-    return read, s.SPLIT * s.T * s.n * s.R * 4
+    return read, s.splits * s.T * s.n * s.R * 4
 
 
 def _gate_partials_backward(s: Sizes) -> tuple[int, int]:
     read, written = _gated_backward(s)
-    partials = s.SPLIT * s.T * s.n * s.R * 4
+    partials = s.splits * s.T * s.n * s.R * 4
     if s.A_ROWS < s.R:
         # Once more for dh, which sums over the experts.
         read += partials + ceil_div(s.T, s.BLOCK_T) * s.n * s.E * s.R * 2
@@ -163,13 +163,13 @@ def _weight_grad(s: Sizes) -> tuple[int, int]:
 
 def _reduce_partials(s: Sizes) -> tuple[int, int]:
     written = sum(size * out.dtype.itemsize for size, out in zip(s.sizes, s.out_ptrs, strict=True))
-    return s.SPLIT * sum(s.sizes) * 4, written
+    return s.splits * sum(s.sizes) * 4, written
 
 
 def _gate_rows(s: Sizes) -> tuple[int, int]:
     width_tiles, g_tiles = ceil_div(s.WIDTH, s.BLOCK_E), ceil_div(s.G, s.BLOCK_G)
     read = s.T * s.WIDTH * 4 * g_tiles + s.T * s.size("rows_ptr") * width_tiles * g_tiles
-    return read, s.SPLIT * s.G * s.WIDTH * 4
+    return read, s.splits * s.G * s.WIDTH * 4
 
 
 def _topk_gate_backward(s: Sizes) -> tuple[int, int]:
@@ -181,7 +181,7 @@ def _router_logits(s: Sizes) -> tuple[int, int]:
     token_tiles, e_tiles = ceil_div(s.T, s.BLOCK_T), ceil_div(s.E, s.BLOCK_E)
     read = s.T * s.I * s.n * e_tiles * s.size("x_ptr")
     read += token_tiles * s.n * s.E * (s.I * s.size("router_ptrs") + s.size("bias_ptrs"))
-    return read, s.SPLIT * s.T * s.n * s.E * 4
+    return read, s.splits * s.T * s.n * s.E * 4
 
 
 def _router_grad(s: Sizes) -> tuple[int, int]:

@@ -6,8 +6,8 @@
 // launch, and needs no memory between launches. Atomics add integers only, so their order does not
 // change the result.
 //
-// This file uses no header of torch, and only built-in functions of CUDA, so that the tests can run
-// it on the host (tests/kernels/emulation).
+// This file uses no header of torch, so that the tests can compile it alone. They execute its PTX
+// on a CPU (tests/kernels/test_executed_route.py).
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ struct RoutePlan {
 
 // Chooses as many warps as there is work for and as shared memory allows.
 inline RoutePlan route_plan(int64_t P, int64_t N, int64_t E) {
-  // Every device grants this much by default: 32 warps up to E = 350, one warp up to E = 4090.
+  // Every device grants this much by default: 32 warps up to E = 359, one warp up to E = 4094.
   constexpr int64_t SHARED_BYTES = 48 << 10;
   constexpr int64_t BYTES = sizeof(int);
   int max_warps = MAX_WARPS;
@@ -315,7 +315,6 @@ __device__ void route_block(const RouteArguments& a, const Id* ids, int* counter
   }
 }
 
-#if defined(__CUDACC__)
 // SHARED: the counters are in shared memory; otherwise in `scratch` [blocks, route_counters].
 template <class Id, bool SHARED>
 __global__ __launch_bounds__(MAX_WARPS* WARP) void route_kernel(RouteArguments arguments,
@@ -328,6 +327,5 @@ __global__ __launch_bounds__(MAX_WARPS* WARP) void route_kernel(RouteArguments a
     route_block(arguments, ids, scratch + blockIdx.x * counters);
   }
 }
-#endif
 
 }  // namespace moelora

@@ -18,7 +18,7 @@ from moelora_kernels.types import RouterTensors
 COLUMNS = 64
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["splits", "T"])
 def router_logits_kernel(
     x_ptr,
     stride_x,
@@ -28,9 +28,9 @@ def router_logits_kernel(
     T,
     I,  # noqa: E741
     i_per_split,
+    splits,
     n: tl.constexpr,
     E: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -41,7 +41,7 @@ def router_logits_kernel(
     x        [T, I], rows stride_x apart
     router   n x [E, I], in the dtype of x or float32
     bias     n x [E]; None without one
-    logits   [SPLIT, T, n E] float32: partial sums if SPLIT > 1
+    logits   [splits, T, n E] float32: partial sums if splits > 1
 
     Programs: (token tile, split of I, sibling, tile of E), the last fastest.
     """
@@ -50,8 +50,8 @@ def router_logits_kernel(
     first_e = pid % E_TILES * BLOCK_E
     experts = first_e + tl.arange(0, BLOCK_E)
     sibling = pid // E_TILES % n
-    split = pid // (E_TILES * n) % SPLIT
-    tokens = (pid // (E_TILES * n * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // (E_TILES * n) % splits
+    tokens = (pid // (E_TILES * n * splits)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
     experts_in = experts < E
     router_ptr = select_from(router_ptrs, sibling)
@@ -165,11 +165,11 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
             T=T,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
+            splits=split,
         ),
         dict(
             n=n,
             E=E,
-            SPLIT=split,
             BLOCK_T=tile_config.tokens,
             BLOCK_I=tile_config.step,
             BLOCK_E=block_e,

@@ -39,7 +39,7 @@ ONE_LAUNCH_EXPERTS = 16
 MAX_ROUTER_COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature", "dropout_scale"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature", "dropout_scale"])
 def shrink_gate_kernel(
     x_ptr,
     stride_x,
@@ -65,6 +65,7 @@ def shrink_gate_kernel(
     i_per_split,
     temperature,
     dropout_scale,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -78,7 +79,6 @@ def shrink_gate_kernel(
     RANK_DIVISOR: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     ROUTER_E: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -97,7 +97,7 @@ def shrink_gate_kernel(
     h, u           [T, n A_ROWS] and [T, n R], in the dtype of x
     out_weights, out_experts, out_logits: the gate of a router, [T, n K], [T, n K] int32 and
                    [T, n E]; None without a router; out_experts is None if K = E
-    partials       [SPLIT, T, n (A_ROWS + ROUTER_E)] float32, stored unless ONE_LAUNCH
+    partials       [splits, T, n (A_ROWS + ROUTER_E)] float32, stored unless ONE_LAUNCH
     i_per_split    how many features of x one split sums, a multiple of BLOCK_I
     ROUTER_E       E with a router, else 0
     BLOCK_E        the experts whose logits one program computes: all of them if ONE_LAUNCH
@@ -109,8 +109,8 @@ def shrink_gate_kernel(
     """
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
-    split = pid // COLUMN_TILES % SPLIT
-    tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // COLUMN_TILES % splits
+    tokens = (pid // (COLUMN_TILES * splits)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
 
     # Columns of rank space, and the experts whose logits are computed beside them.
@@ -189,7 +189,7 @@ def shrink_gate_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
 def gate_partials_kernel(
     partials_ptr,
     bias_ptrs,
@@ -206,6 +206,7 @@ def gate_partials_kernel(
     T,
     G,
     temperature,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -214,7 +215,6 @@ def gate_partials_kernel(
     FORM: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     ROUTER_E: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -236,7 +236,7 @@ def gate_partials_kernel(
     if ROUTER_E:
         logits = load_partials(
             partials_ptr, tokens, tokens_in, sibling, A_ROWS + experts, experts < E, T, n, WIDTH,
-            SPLIT,
+            splits,
         )  # fmt: skip
         logits += load_router_bias(bias_ptrs, sibling, E, BLOCK_E)[None, :]
     gate = make_gate(
@@ -252,7 +252,7 @@ def gate_partials_kernel(
         a_columns = columns % A_ROWS
         in_bounds = tokens_in[:, None] & (columns < R)[None, :]
         h = load_partials(
-            partials_ptr, tokens, tokens_in, sibling, a_columns, columns < R, T, n, WIDTH, SPLIT
+            partials_ptr, tokens, tokens_in, sibling, a_columns, columns < R, T, n, WIDTH, splits
         )
         h = h.to(h_ptr.dtype.element_ty)
         tl.store(
@@ -348,10 +348,11 @@ def launch(
         T=T,
         G=0 if has_router else gate_weights.shape[0],
         temperature=float(temperature),
+        splits=split,
     )
     constants = dict(
         n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
-        ROUTER_E=E if has_router else 0, SPLIT=split, UPCAST=launcher.INTERPRET,
+        ROUTER_E=E if has_router else 0, UPCAST=launcher.INTERPRET,
     )  # fmt: skip
     x = launcher.rows_dense(x)
     launcher.run(

@@ -36,7 +36,7 @@ COLUMNS = 64
 PARTIAL_COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
 def shrink_gate_backward_kernel(
     dy_ptrs,
     stride_dy,
@@ -58,6 +58,7 @@ def shrink_gate_backward_kernel(
     T,
     G,
     temperature,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -68,7 +69,6 @@ def shrink_gate_backward_kernel(
     RENORMALIZE: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -88,7 +88,7 @@ def shrink_gate_backward_kernel(
     expert_columns [E, R] bfloat16, scaling [E] float32
     dh, u          [T, n A_ROWS] and [T, n R], in the dtype of h
     dgate          float32, see `store_dgate`
-    partials       [SPLIT, T, n R] float32, stored unless ONE_LAUNCH
+    partials       [splits, T, n R] float32, stored unless ONE_LAUNCH
 
     ONE_LAUNCH: this kernel computes all outputs, and A_ROWS is R. Otherwise it stores du to
     `partials` only, and `gate_partials_backward_kernel` computes the outputs.
@@ -99,8 +99,8 @@ def shrink_gate_backward_kernel(
     sibling = pid % COLUMN_TILES // (COLUMN_TILES // n)
     columns = pid % (COLUMN_TILES // n) * (COLUMN_BLOCKS * BLOCK_R) + tl.arange(0, BLOCK_R)
     columns_2 = columns + BLOCK_R
-    split = pid // COLUMN_TILES % SPLIT
-    tokens = (pid // (COLUMN_TILES * SPLIT)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // COLUMN_TILES % splits
+    tokens = (pid // (COLUMN_TILES * splits)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens_in = tokens < T
     dy_ptr = select_from(dy_ptrs, sibling)
     stride = select_from(stride_dy, sibling)
@@ -152,7 +152,7 @@ def shrink_gate_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "G", "temperature"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature"])
 def gate_partials_backward_kernel(
     partials_ptr,
     h_ptr,
@@ -169,6 +169,7 @@ def gate_partials_backward_kernel(
     T,
     G,
     temperature,
+    splits,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -177,7 +178,6 @@ def gate_partials_backward_kernel(
     FORM: tl.constexpr,
     ROUTER: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -205,7 +205,7 @@ def gate_partials_backward_kernel(
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         du = load_partials(
-            partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
+            partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, splits
         )
         dgate = gate_columns(
             du, scaled_gate, dgate, h_ptr, dh_ptr, u_ptr, expert_columns_ptr, tokens, tokens_in,
@@ -224,7 +224,7 @@ def gate_partials_backward_kernel(
             for e in range(E):
                 columns = tl.where(a_columns < A_ROWS, e * A_ROWS + a_columns, R)
                 du = load_partials(
-                    partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, SPLIT
+                    partials_ptr, tokens, tokens_in, sibling, columns, columns < R, T, n, R, splits
                 )
                 expert_columns = load_expert_columns(expert_columns_ptr, columns, E, R, BLOCK_E)
                 column_gate = gate_per_column(scaled_gate, expert_columns, UPCAST)
@@ -295,6 +295,7 @@ def launch(
         T=T,
         G=gate_weights.shape[0],
         temperature=float(temperature),
+        splits=split,
     )
     constants = dict(
         n=n,
@@ -305,7 +306,6 @@ def launch(
         FORM=form,
         ROUTER=has_router,
         RENORMALIZE=bool(renormalize),
-        SPLIT=split,
         BLOCK_E=block_e,
         UPCAST=launcher.INTERPRET,
     )

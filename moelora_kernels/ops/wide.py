@@ -70,8 +70,9 @@ def _forward(
     outputs = []
     for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
         if base_output:
-            # The result has the base's dtype. It is a new tensor, because autograd may have saved
-            # the base's output.
+            # The result has the base's dtype. It is a new tensor, because autograd, a hook or a
+            # stream may still need the base's output; see "Bases that are called" in
+            # kernels/README.md.
             dtype = base_output[i].dtype
             outputs.append(torch.addmm(base_output[i], u_i.to(dtype), b.to(dtype).t()))
             continue

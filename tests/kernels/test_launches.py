@@ -200,6 +200,22 @@ def test_launches_of_wide_are_counted(
     assert (len(launches) + len(aten.ops), aten.ops) == (backward, ["addmm_"] * n)
 
 
+@pytest.mark.parametrize("n", (1, 3))
+def test_the_output_of_a_called_base_costs_one_product(n: int, monkeypatch) -> None:
+    """y0 goes into `addmm` without a copy by the package. Backward has no product with W."""
+    wide = use_kernels("wide", monkeypatch)
+    mixture = Mixture((16,) * 8, (2.0,) * 8, router_top_k=2)
+    x, dy, tensors = empty_layer(8192, n, 128, 8)
+    tensors = tensors._replace(weight=[], base_output=[empty(8192, 4096) for _ in range(n)])
+    with CountLaunches() as aten:
+        _, h, *router_gate = wide._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+    assert aten.ops == ["addmm"] * n
+    gate = mixture.router_gate(*router_gate)
+    with CountLaunches() as aten:
+        wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, Needs(True, True))
+    assert not aten.ops
+
+
 # case -> sizes, kernels forward, kernels backward; products of ATen and `route` are not counted.
 GROUPED_LAUNCHES = {
     "E=64 r=64 K=4": (

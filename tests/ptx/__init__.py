@@ -1,4 +1,4 @@
-"""Execute the PTX that Triton compiles for a kernel, on a CPU, in NumPy, and check it.
+"""Execute the PTX that Triton or nvcc compiles for a kernel, on a CPU, in NumPy, and check it.
 
 The programs of a launch run in step, like the lanes of a vector: a register is an array
 [programs, threads]. What is checked, beside the results:
@@ -7,6 +7,7 @@ The programs of a launch run in step, like the lanes of a vector: a register is 
 * no two programs of a launch write the same byte, or one of them reads what the other writes;
 * shared memory: bytes that nobody wrote, accesses of two warps without a barrier between them,
   bytes under a pending cp.async or wgmma, a missing fence.proxy.async before a wgmma;
+* PTX of nvcc: accesses of any two threads of a program without a barrier between them;
 * copies and products may happen as soon as they are issued, or as late as their wait allows.
 
 What stays unchecked: ptxas and its machine code, the order of memory between programs, time.
@@ -15,9 +16,9 @@ What stays unchecked: ptxas and its machine code, the order of memory between pr
 |---|---|
 | `program.py` | parses PTX |
 | `build.py` | the table opcode -> function, and the operands of an instruction |
-| `arithmetic.py`, `moves.py`, `loads.py`, `copies.py`, `warp.py`, `mma.py`, `wgmma.py`, `control.py` | the instructions |
+| `arithmetic.py`, `moves.py`, `loads.py`, `atomics.py`, `copies.py`, `warp.py`, `mma.py`, `wgmma.py`, `control.py` | the instructions |
 | `floats.py`, `fragments.py` | number formats, the sums of tensor cores, matrices in registers |
-| `global_memory.py`, `shared_memory.py` | memory, and the checks of its accesses |
+| `global_memory.py`, `shared_memory.py`, `ordering.py` | memory, and the checks of its accesses |
 | `execution.py` | runs the programs of a launch |
 | `compiler.py`, `launcher.py` | compile a launch, and run it in the place of a GPU |
 """  # noqa: E501

@@ -92,19 +92,20 @@ def absolute_16(build: Builder, ins: Instruction) -> Run:
 
 
 def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return a / b rounded toward zero; 0 for b = 0, whose result PTX leaves open."""
-    wide = a.astype(np.int64), np.where(b == 0, 1, b).astype(np.int64)
-    quotient = np.abs(wide[0]) // np.abs(wide[1])
-    return np.where((wide[0] < 0) != (wide[1] < 0), -quotient, quotient)
+    """Return a / b rounded toward zero; a for b = 0, whose result PTX leaves open."""
+    b = np.where(b == 0, b.dtype.type(1), b)
+    # NumPy rounds down.
+    quotient = a // b
+    negative = (a < 0) != (b < 0)
+    return quotient + (negative & (quotient * b != a)).astype(a.dtype)
 
 
-@implements("{div,rem}.{s16,u16,s32,u32}")
+@implements(f"{{div,rem}}.{INTEGERS}")
 def divide(build: Builder, ins: Instruction) -> Run:
     """d = a / b toward zero, or the remainder, which has the sign of a."""
-    kind = TYPES[ins.parts[1]]
     if ins.parts[0] == "div":
-        return _compute(build, ins, lambda a, b: _truncated(a, b).astype(kind))
-    return _compute(build, ins, lambda a, b: (a - _truncated(a, b) * b).astype(kind))
+        return _compute(build, ins, _truncated)
+    return _compute(build, ins, lambda a, b: a - _truncated(a, b) * b)
 
 
 @implements(f"mul.lo.{INTEGERS}")
@@ -176,6 +177,12 @@ def shift(build: Builder, ins: Instruction) -> Run:
         return operator(a.view(kind), np.minimum(b, largest).astype(kind)).view(BITS[size])
 
     return build.compute(ins, function, d, (first, second))
+
+
+@implements("popc.b32")
+def count_bits(build: Builder, ins: Instruction) -> Run:
+    """d = how many bits of a are 1."""
+    return _compute(build, ins, lambda a: np.bitwise_count(a).astype(np.uint32), typed=False)
 
 
 @implements("bfe.{u32,s32}")

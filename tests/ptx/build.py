@@ -31,8 +31,8 @@ TYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 UNDEFINED = {0: False, 2: 0xFFEF, 4: 0xFFFFFFEF, 8: 0xFFFFFFFFFFFFFFEF}
 # Opcodes that `execution` runs.
 BRANCHES = ("bra", "bra.uni", "ret")
-# Distance of two parameters in the space of parameters.
-PARAMETER = 16
+# The threads that must run an instruction together.
+WARP, PROGRAM = "warp", "program"
 
 Run = Callable[[Any], None]
 
@@ -43,13 +43,13 @@ class Step(NamedTuple):
     run: Run
     # Registers that it writes.
     writes: tuple[int, ...]
-    # Whether all threads of a warp, or of the program, must run it together.
-    together: bool
+    # WARP or PROGRAM: the threads that must run it together; None: each thread for itself.
+    together: str | None
     instruction: Instruction
 
 
 TABLE: dict[str, Callable[[Builder, Instruction], Run]] = {}
-TOGETHER: set[str] = set()
+TOGETHER: dict[str, str] = {}
 
 
 def expand(pattern: str) -> list[str]:
@@ -59,17 +59,18 @@ def expand(pattern: str) -> list[str]:
     return ["".join(words) for words in itertools.product(*choices)]
 
 
-def implements(*patterns: str, together: bool = False) -> Callable:
+def implements(*patterns: str, together: str | None = None) -> Callable:
     """Enter a function into the table, under every opcode of the patterns.
 
-    together: all threads of a warp, or of the program, must run the instruction together.
+    together: WARP or PROGRAM: its threads must run the instruction together. Instructions that
+    read or write shared memory ask for PROGRAM, because they do so for all warps.
     """
 
     def enter(function: Callable) -> Callable:
         for opcode in itertools.chain.from_iterable(map(expand, patterns)):
             TABLE[opcode] = function
             if together:
-                TOGETHER.add(opcode)
+                TOGETHER[opcode] = together
         return function
 
     return enter
@@ -100,7 +101,7 @@ class Builder:
         for instruction in self.program.instructions:
             self._written: list[int] = []
             if instruction.opcode in BRANCHES:
-                steps.append(Step(None, (), False, instruction))
+                steps.append(Step(None, (), None, instruction))
                 continue
             function = TABLE.get(instruction.opcode)
             if function is None:
@@ -109,7 +110,7 @@ class Builder:
                 run = function(self, instruction)
             except Unsupported as error:
                 raise Unsupported(f"{self.program.name}: {instruction}: {error}") from None
-            together = instruction.opcode in TOGETHER
+            together = TOGETHER.get(instruction.opcode)
             steps.append(Step(run, tuple(self._written), together, instruction))
         return steps
 
@@ -166,7 +167,7 @@ class Builder:
         if text in self.program.variables:
             return self.program.variables[text]
         if text in self.program.parameters:
-            return PARAMETER * self.program.parameters.index(text)
+            return self.program.parameters[text].offset
         if text.startswith(("0f", "0F", "0d", "0D")):
             return int(text[2:], 16)
         try:

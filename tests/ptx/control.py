@@ -1,27 +1,21 @@
-"""Barriers and fences. Branches are run by `execution`."""
+"""Barriers and fences of a program. Branches are run by `execution`."""
 
 from __future__ import annotations
 
-from ptx.build import Builder, Run, implements
+from ptx.build import PROGRAM, Builder, Run, implements
 from ptx.errors import Unsupported
 from ptx.program import Instruction
 
 
-@implements("bar.sync", together=True)
+@implements("bar.sync", together=PROGRAM)
 def barrier(build: Builder, ins: Instruction) -> Run:
     """All threads of a program wait for one another."""
     if ins.operands != ("0",) or ins.predicate is not None:
         raise Unsupported("a barrier of some threads")
-    return lambda batch: batch.shared.barrier()
+    return lambda batch: batch.barrier()
 
 
-@implements("bar.warp.sync", together=True)
-def warp_barrier(build: Builder, ins: Instruction) -> Run:
-    """The threads of a warp wait for one another: here they run together anyway."""
-    return lambda batch: None
-
-
-@implements("fence.proxy.async.shared::cta", "fence.proxy.async", together=True)
+@implements("fence.proxy.async.shared::cta", "fence.proxy.async", together=PROGRAM)
 def proxy_fence(build: Builder, ins: Instruction) -> Run:
     """Writes to shared memory before it are visible to the products of wgmma behind it."""
     return lambda batch: batch.shared.fence()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptx.build import Builder, Run, implements
+from ptx.build import PROGRAM, Builder, Run, implements
 from ptx.errors import Unsupported
 from ptx.program import Instruction
 from ptx.units import unit
@@ -80,7 +80,7 @@ def copy(build: Builder, ins: Instruction) -> Run:
     return run
 
 
-@implements("cp.async.commit_group", together=True)
+@implements("cp.async.commit_group", together=PROGRAM)
 def commit(build: Builder, ins: Instruction) -> Run:
     """The copies since the last commit make a group."""
 
@@ -91,7 +91,7 @@ def commit(build: Builder, ins: Instruction) -> Run:
     return run
 
 
-@implements("cp.async.wait_group", together=True)
+@implements("cp.async.wait_group", together=PROGRAM)
 def wait(build: Builder, ins: Instruction) -> Run:
     """Wait until at most N groups are pending."""
     left = int(ins.operands[0])

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx import arithmetic, control, copies, loads, mma, moves, warp, wgmma  # noqa: F401
-from ptx.build import BRANCHES, Builder, Step
+from ptx import arithmetic, atomics, control, copies, loads, mma, moves, warp, wgmma  # noqa: F401
+from ptx.build import BRANCHES, PROGRAM, WARP, Builder, Step
 from ptx.errors import PtxError, Unsupported
-from ptx.global_memory import GlobalMemory
+from ptx.global_memory import BASE, GlobalMemory
+from ptx.ordering import Ordering
 from ptx.program import Instruction, Program
 from ptx.shared_memory import SharedMemory
 
@@ -37,6 +38,8 @@ class Batch:
 
     registers       by index: [1 or programs, 1 or threads] raw bits
     programs        [programs, 1] uint32, their numbers
+    parameters      uint8, the space of parameters
+    ordering        checks the order of all accesses by thread; None: not checked
     late            cp.async and wgmma happen at their wait, not when they are issued
     cut             sums of tensor cores are cut, not rounded
     strict          wgmma asks for a fence.proxy.async behind a cp.async, for a wgmma.fence behind
@@ -57,6 +60,7 @@ class Batch:
     late: bool
     cut: bool
     strict: bool
+    ordering: Ordering | None = None
     block: int = 0
     mask: np.ndarray | None = None
     waiting: dict[int, np.ndarray] = field(default_factory=dict)
@@ -99,6 +103,38 @@ class Batch:
         """Store the units of active threads: [programs, threads], or [n] if not all do."""
         address, programs = self._addresses(address, active)
         self.memory.store(address, data, programs)
+
+    def add_global(
+        self, address: np.ndarray, data: np.ndarray, active: np.ndarray | None
+    ) -> np.ndarray:
+        """Add to the units of active threads, and return what each met: shaped like a load."""
+        address, programs = self._addresses(address, active)
+        return self.memory.add(address, data, programs)
+
+    def check_order(
+        self, kind: str, space: str, at: np.ndarray, size: int, active: np.ndarray | None
+    ) -> None:
+        """Raise RaceError if no barrier parts an access from one that it conflicts with."""
+        if self.ordering is None:
+            return
+        active = np.broadcast_to(True if active is None else active, self.shape)
+        rows, threads = np.nonzero(active)
+        at = np.broadcast_to(at, self.shape)[active] - (BASE if space == "global" else 0)
+        numbers = self.programs[rows, 0].astype(np.int64)
+        self.ordering.access(kind, space, at, size, numbers, threads)
+
+    def barrier(self) -> None:
+        """All threads of every program wait for one another."""
+        self.shared.barrier()
+        if self.ordering is not None:
+            self.ordering.barrier(self.programs)
+
+    def warp_barrier(self) -> None:
+        """The threads of every warp that runs wait for one another."""
+        if self.ordering is not None:
+            runs = np.broadcast_to(True if self.mask is None else self.mask, self.shape)
+            rows, warps = np.nonzero(runs[:, ::32])
+            self.ordering.warp_barrier(self.programs[rows, 0], warps)
 
     def select(self, rows: np.ndarray) -> Batch:
         """Return a batch of some of the programs."""
@@ -157,13 +193,21 @@ class Kernel:
     def launch(
         self,
         programs: int,
-        parameters: list[int],
+        parameters: list[int | bytes],
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
         strict: bool = True,
+        by_thread: bool = False,
     ) -> None:
-        """Run all programs. parameters: their raw bits. strict: see `Batch`."""
+        """Run all programs.
+
+        parameters: see `Program.pack`. strict: see `Batch`. by_thread: a program needs barriers
+        between the accesses of any two threads (`ordering.py`), not only of two warps.
+        """
+        space, ordering = self.program.pack(parameters), None
+        if by_thread:
+            ordering = Ordering(programs, self.threads, self.shared, len(memory.bytes))
         at_once = max(1, THREADS // self.threads)
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
@@ -172,8 +216,8 @@ class Kernel:
             registers[self.program_id] = numbers
             shared = SharedMemory(len(numbers), self.shared, self.threads, strict)
             batch = Batch(
-                registers, numbers, self.threads, np.array(parameters, np.uint64), memory, shared,
-                late, cut, strict,
+                registers, numbers, self.threads, space, memory, shared, late, cut, strict,
+                ordering,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)
@@ -241,12 +285,18 @@ class Kernel:
 
 def _run_masked(step: Step, batch: Batch) -> None:
     """Run a step for some threads; registers of the others keep their values."""
-    if step.together:
+    if step.together == PROGRAM or (step.together == WARP and not _whole_warps(batch.mask)):
         raise PtxError("threads that must run it together have parted")
     before = [batch.registers[i] for i in step.writes]
     step.run(batch)
     for i, value in zip(step.writes, before, strict=True):
         batch.registers[i] = np.where(batch.mask, batch.registers[i], value)
+
+
+def _whole_warps(mask: np.ndarray) -> bool:
+    """Return whether the threads of a mask [programs, threads] make up whole warps."""
+    warps = mask.reshape(len(mask), -1, 32)
+    return bool((warps == warps[..., :1]).all())
 
 
 def _blocks(program: Program, build: Builder) -> list[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptx.errors import AccessError, RaceError
-from ptx.units import unit
+from ptx.units import add_in_turn, unit
 
 BASE = 1 << 32
 # A tensor begins at a multiple of this.
@@ -98,6 +98,20 @@ class GlobalMemory:
     def store(self, address: np.ndarray, data: np.ndarray, programs: np.ndarray) -> None:
         """Write the units of active threads. Raise RaceError if another program wrote there."""
         size = data.dtype.itemsize
+        first = self._written(address, size, programs)
+        view = self.bytes.view(unit(size))
+        view[first // size] = data
+        if (view[first // size].view(np.uint8) != np.ascontiguousarray(data).view(np.uint8)).any():
+            raise RaceError("two threads write different values to the same byte")
+
+    def add(self, address: np.ndarray, data: np.ndarray, programs: np.ndarray) -> np.ndarray:
+        """Add to the units of active threads, which take turns. Return what each of them met."""
+        size = data.dtype.itemsize
+        first = self._written(address, size, programs)
+        return add_in_turn(self.bytes.view(unit(size)), first // size, data)
+
+    def _written(self, address: np.ndarray, size: int, programs: np.ndarray) -> np.ndarray:
+        """Enter writes of active threads, and return their first bytes."""
         first, tensor = self._positions(address, size)
         self.stored[tensor] = True
         every = first[..., None] + np.arange(size)
@@ -109,10 +123,7 @@ class GlobalMemory:
             self.writer[every] != programs
         ).any():
             raise RaceError("two programs write the same byte")
-        view = self.bytes.view(unit(size))
-        view[first // size] = data
-        if (view[first // size].view(np.uint8) != np.ascontiguousarray(data).view(np.uint8)).any():
-            raise RaceError("two threads write different values to the same byte")
+        return first
 
     def finish(self) -> None:
         """Raise RaceError if a program read a byte that another program wrote."""

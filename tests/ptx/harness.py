@@ -43,11 +43,14 @@ def run(
     shared: int = 0,
     late: bool = False,
     cut: bool = False,
+    by_thread: bool = False,
 ) -> None:
     """Run a kernel of this body on arrays, which it may change."""
     memory = GlobalMemory([(array.view(np.uint8).reshape(-1), 0) for array in arrays])
     pointers = [memory.address(i) for i in range(len(arrays))]
-    kernel(body, len(arrays), threads, shared).launch(programs, pointers, memory, late, cut)
+    kernel(body, len(arrays), threads, shared).launch(
+        programs, pointers, memory, late, cut, by_thread=by_thread
+    )
     for i, array in enumerate(arrays):
         array.view(np.uint8).reshape(-1)[:] = memory.contents(i)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.build import BITS, PARAMETER, TYPES, Builder, Run, implements
+from ptx.build import BITS, TYPES, Builder, Run, implements
 from ptx.errors import AccessError, Unsupported
 from ptx.program import Instruction
 from ptx.units import elements, units
@@ -12,25 +12,25 @@ from ptx.units import elements, units
 _ACCESS = "{,.v2,.v4}.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64}"
 
 
-@implements("ld.param.{b32,u32,s32,f32,b64,u64,s64}")
+@implements("ld.param{,.v2,.v4}.{b32,u32,s32,f32,b64,u64,s64}")
 def load_parameter(build: Builder, ins: Instruction) -> Run:
-    """d = a parameter; a signed one is extended to the width of d."""
-    kind = TYPES[ins.parts[2]]
-    target, source = ins.operands
-    width = build.width(target)
-    if width < kind.itemsize:
-        raise Unsupported(f"{target} is narrower than the parameter")
-    d, (base, offset) = build.target(target), build.address(source)
-    wide = np.dtype(f"{kind.kind}{width}") if kind.kind in "iu" else np.dtype(kind)
+    """d = 1, 2 or 4 values in the space of parameters, extended like those of other loads."""
+    kind, names = TYPES[ins.parts[-1]], build.vector(ins.operands[0])
+    size = kind.itemsize * len(names)
+    targets = [build.target(name) for name in names]
+    kinds = [_register_kind(build.width(name), kind) for name in names]
+    base, offset = build.address(ins.operands[1])
 
     def run(batch) -> None:
         at = batch.registers[base].astype(np.int64) + offset
-        if (at % PARAMETER).any():
-            raise AccessError("an address between two parameters")
-        value = batch.parameters[at // PARAMETER].astype(BITS[kind.itemsize]).view(kind)
-        batch.registers[d] = value.astype(wide).view(BITS[width])
+        if (at % size).any() or at.min() < 0 or at.max() + size > len(batch.parameters):
+            raise AccessError("a misaligned address, or one outside of the parameters")
+        values = batch.parameters.view(kind)
+        for k, (target, (wide, bits)) in enumerate(zip(targets, kinds, strict=True)):
+            value = values[at // kind.itemsize + k]
+            batch.registers[target] = value.astype(wide, copy=False).view(bits)
 
-    return build.guarded(ins, run, [d])
+    return build.guarded(ins, run, targets)
 
 
 @implements(f"ld.global{_ACCESS}", f"ld.shared{_ACCESS}")
@@ -44,16 +44,17 @@ def load(build: Builder, ins: Instruction) -> Run:
     targets = [build.target(name) for name in names]
     kinds = [_register_kind(build.width(name), kind) for name in names]
     base, offset = build.address(ins.operands[1])
-    guard, is_global = build.predicate(ins), ins.parts[1] == "global"
+    guard, space = build.predicate(ins), ins.parts[1]
 
     def run(batch) -> None:
         r = batch.registers
         active = batch.active(guard)
         at = r[base].astype(np.int64) + offset
-        if is_global:
+        if space == "global":
             values = batch.load_global(at, size, active)
         else:
             values = batch.shared.load(at, size, active)
+        batch.check_order("load", space, at, size, active)
         parts = elements(values, kind)
         for k, (target, (wide, bits)) in enumerate(zip(targets, kinds, strict=True)):
             value = np.ascontiguousarray(parts[..., k].astype(wide, copy=False)).view(bits)
@@ -80,7 +81,7 @@ def store(build: Builder, ins: Instruction) -> Run:
     kind = BITS[TYPES[ins.parts[-1]].itemsize]
     base, offset = build.address(ins.operands[0])
     sources = [_stored(build, text, kind) for text in build.vector(ins.operands[1])]
-    guard, is_global = build.predicate(ins), ins.parts[1] == "global"
+    guard, space = build.predicate(ins), ins.parts[1]
 
     def run(batch) -> None:
         r = batch.registers
@@ -89,10 +90,11 @@ def store(build: Builder, ins: Instruction) -> Run:
         data = units([r[s].astype(kind, copy=False) for s in sources], batch.shape)
         if active is not None:
             data = data[np.broadcast_to(active, batch.shape)]
-        if is_global:
+        if space == "global":
             batch.store_global(at, data, active)
         else:
             batch.shared.store(at, data, active)
+        batch.check_order("store", space, at, data.dtype.itemsize, active)
 
     return run
 

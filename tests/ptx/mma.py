@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptx import fragments
-from ptx.build import Builder, Run, implements
+from ptx.build import PROGRAM, Builder, Run, implements
 from ptx.errors import Unsupported
 from ptx.program import Instruction
 
@@ -16,7 +16,7 @@ SUMS = {"bf16": (8, 1), "f16": (8, 1), "tf32": (4, 1)}
 @implements(
     "mma.sync.aligned.m16n8k16.row.col.f32.{bf16.bf16,f16.f16}.f32",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-    together=True,
+    together=PROGRAM,
 )
 def mma(build: Builder, ins: Instruction) -> Run:
     """D = A B + C of every warp: A [16, K], B [K, 8], C and D [16, 8]."""
@@ -59,7 +59,7 @@ def _rows(batch, at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return at, None if count == 4 else active
 
 
-@implements("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16", together=True)
+@implements("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16", together=PROGRAM)
 def ldmatrix(build: Builder, ins: Instruction) -> Run:
     """Load 8 x 8 matrices of 16 bits: lane l gets elements (g, 2t), (g, 2t + 1) of each.
 
@@ -88,7 +88,7 @@ def ldmatrix(build: Builder, ins: Instruction) -> Run:
     return build.guarded(ins, run, d)
 
 
-@implements("stmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16", together=True)
+@implements("stmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16", together=PROGRAM)
 def stmatrix(build: Builder, ins: Instruction) -> Run:
     """Store 8 x 8 matrices of 16 bits; the inverse of ldmatrix."""
     base, offset = build.address(ins.operands[0])

@@ -64,6 +64,13 @@ def select(build: Builder, ins: Instruction) -> Run:
     return build.compute(ins, np.where, build.target(target, size), sources)
 
 
+@implements("cvta.to.global.u64")
+def global_address(build: Builder, ins: Instruction) -> Run:
+    """d = the generic address a as one of global memory: the same number."""
+    target, a = ins.operands
+    return build.compute(ins, lambda a: a, build.target(target, 8), (build.source(a, 8),))
+
+
 @implements("prmt.b32")
 def permute(build: Builder, ins: Instruction) -> Run:
     """Byte k of d = byte c[4k : 4k+3] of (b, a); its sign alone, 8 times, if bit 4k+3 of c is 1."""

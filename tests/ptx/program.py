@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from ptx.errors import Unsupported
 
 
@@ -32,13 +34,20 @@ class Instruction(NamedTuple):
         return f"#{self.number} {guard}{self.opcode} {', '.join(self.operands)}"
 
 
+class Parameter(NamedTuple):
+    """The bytes of a parameter in the space of parameters."""
+
+    offset: int
+    size: int
+
+
 @dataclass
 class Program:
     """A kernel."""
 
     name: str
-    # Names of the parameters, in order.
-    parameters: list[str]
+    # In the order of the arguments.
+    parameters: dict[str, Parameter]
     # Threads of a program; None if the PTX does not say.
     threads: int | None
     instructions: list[Instruction] = field(default_factory=list)
@@ -59,7 +68,23 @@ class Program:
             raise Unsupported(f"register {register} is not declared")
         return width
 
+    def pack(self, arguments: list[int | bytes]) -> np.ndarray:
+        """Return the space of parameters, uint8.
 
+        arguments: the value of every parameter: raw bits, or the bytes of a structure.
+        """
+        end = max((p.offset + p.size for p in self.parameters.values()), default=0)
+        space = np.zeros(-(-end // 8) * 8, np.uint8)
+        for (offset, size), value in zip(self.parameters.values(), arguments, strict=True):
+            if isinstance(value, int):
+                value = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+            space[offset : offset + size] = np.frombuffer(value, np.uint8)
+        return space
+
+
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w(\d+)\s+(?:\.ptr\b[^,]*\s)?(\w+)(?:\[(\d+)\])?"
+)
 _VARIABLE = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(%?[\w.]+)(?:<\d+>)?")
 _DIRECTIVE = re.compile(r"^\.(?:loc|file|section|pragma|branchtargets|noreturn)\b.*")
@@ -93,7 +118,7 @@ def parse(ptx: str, name: str | None = None) -> Program:
     threads = re.search(r"\.reqntid\s+(\d+)", attributes)
     program = Program(
         entry.group(1),
-        re.findall(r"(\w+)\s*(?:,|$)", signature.lstrip("( \n")),
+        _parameters(signature),
         int(threads.group(1)) if threads else None,
     )
     body = body[: _end(body)]
@@ -107,6 +132,18 @@ def parse(ptx: str, name: str | None = None) -> Program:
     for statement in "\n".join(line for line in lines if line).split(";"):
         _add_statement(program, statement.strip())
     return program
+
+
+def _parameters(signature: str) -> dict[str, Parameter]:
+    """Return the parameters of a kernel: each begins at a multiple of its alignment."""
+    parameters, end = {}, 0
+    for align, bits, name, count in _PARAMETER.findall(signature):
+        size = int(bits) // 8 * int(count or 1)
+        alignment = int(align or size)
+        offset = -(-end // alignment) * alignment
+        parameters[name] = Parameter(offset, size)
+        end = offset + size
+    return parameters
 
 
 def _end(body: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptx.errors import AccessError, RaceError
-from ptx.units import unit
+from ptx.units import add_in_turn, unit
 
 # The last write to a byte: nobody's; a cp.async that nobody waited for; one before the last
 # barrier; FIRST_WARP + w: one of warp w since the last barrier.
@@ -100,6 +100,20 @@ class SharedMemory:
         if (view[where].view(np.uint8) != data.view(np.uint8)).any():
             raise RaceError("two threads write different values to the same byte")
         self._mark_written(where, size, codes)
+
+    def add(self, at: np.ndarray, data: np.ndarray, active: np.ndarray | None) -> np.ndarray:
+        """Add to the units of active threads, which take turns. Return what each of them met.
+
+        `ordering.py` checks that barriers part them from loads and stores.
+        """
+        size = data.dtype.itemsize
+        where = self._units(at, size, active)
+        writer = self._flat(self.writer, size)
+        before = writer[where].view(np.uint8)
+        if (before < VISIBLE).any():
+            raise RaceError(_problem_of_read(before.min()))
+        writer[where] = np.full(size, VISIBLE, np.uint8).view(unit(size))
+        return add_in_turn(self._flat(self.bytes, size), where, data)
 
     def begin_copy(self, at: np.ndarray, size: int, active: np.ndarray | None) -> None:
         """A cp.async is issued: from now on it may write at any time."""

@@ -73,17 +73,19 @@ def test_products_of_twice_the_width(kind: str) -> None:
     assert added.tolist() == [(p + z) % 2**64 for p, z in zip(products, c.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("kind", ("u32", "s32"))
+@pytest.mark.parametrize("kind", ("u16", "s16", "u32", "s32", "u64", "s64"))
 def test_quotients_and_remainders(kind: str) -> None:
-    read = (lambda v: signed(v, 32)) if kind == "s32" else int
-    values = [(x, y) for x, y in pairs(32) if y and (read(x), read(y)) != (-(2**31), -1)]
-    a, b = (np.array(side, np.uint32) for side in zip(*values, strict=True))
+    bits = int(kind[1:])
+    read = (lambda v: signed(v, bits)) if kind[0] == "s" else int
+    smallest = -(1 << bits - 1)
+    values = [(x, y) for x, y in pairs(bits) if y and (read(x), read(y)) != (smallest, -1)]
+    a, b = (np.array(side, BITS[bits]) for side in zip(*values, strict=True))
     quotients = [truncated(read(x), read(y)) for x, y in values]
-    d = apply(f"div.{kind} {{d}}, {{a}}, {{b}}", a, b, result=np.uint32)
-    assert d.tolist() == [q % 2**32 for q in quotients]
-    d = apply(f"rem.{kind} {{d}}, {{a}}, {{b}}", a, b, result=np.uint32)
+    d = apply(f"div.{kind} {{d}}, {{a}}, {{b}}", a, b, result=BITS[bits])
+    assert d.tolist() == [q % (1 << bits) for q in quotients]
+    d = apply(f"rem.{kind} {{d}}, {{a}}, {{b}}", a, b, result=BITS[bits])
     expected = [
-        (read(x) - q * read(y)) % 2**32 for (x, y), q in zip(values, quotients, strict=True)
+        (read(x) - q * read(y)) % (1 << bits) for (x, y), q in zip(values, quotients, strict=True)
     ]
     assert d.tolist() == expected
 
@@ -96,6 +98,12 @@ def test_bits(name: str, bits: int) -> None:
     a, b = (np.array(side, BITS[bits]) for side in zip(*values, strict=True))
     d = apply(f"{name}.b{bits} {{d}}, {{a}}, {{b}}", a, b, result=BITS[bits])
     assert d.tolist() == [function(x, y) for x, y in values]
+
+
+def test_how_many_bits_are_set() -> None:
+    a = np.array(edges(32), np.uint32)
+    d = apply("popc.b32 {d}, {a}", a, result=np.uint32)
+    assert d.tolist() == [x.bit_count() for x in a.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +342,11 @@ def test_selections_and_parts_of_registers() -> None:
     assert wide.tolist() == [x | y << 32 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     assert apply("mov.b64 {{_, {d}}}, {a}", wide, result=np.uint32).tolist() == b.tolist()
     assert apply("mov.b64 {{{d}, _}}, {a}", wide, result=np.uint32).tolist() == a.tolist()
+
+
+def test_an_address_of_global_memory_is_the_generic_one() -> None:
+    a = np.array(edges(64), np.uint64)
+    assert (apply("cvta.to.global.u64 {d}, {a}", a, result=np.uint64) == a).all()
 
 
 def test_a_false_predicate_keeps_the_register() -> None:

@@ -123,25 +123,6 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     assert (back == source).all()
 
 
-def test_shuffles_and_the_smallest_of_a_warp() -> None:
-    values = np.random.default_rng(1).integers(-50, 50, 64).astype(np.int32)
-    flipped, first, least = (np.zeros(64, np.int32) for _ in range(3))
-    run(
-        f"""{address(0, 4)} ld.global.b32 %r1, [%rd90];
-        shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;
-        shfl.sync.idx.b32 %r3, %r1, 7, 31, -1;
-        redux.sync.min.s32 %r4, %r1, -1;
-        {address(1, 4)} st.global.b32 [%rd90], %r2;
-        {address(2, 4)} st.global.b32 [%rd90], %r3;
-        {address(3, 4)} st.global.b32 [%rd90], %r4;""",
-        values, flipped, first, least, threads=64,
-    )  # fmt: skip
-    lanes = np.arange(64)
-    assert (flipped == values[lanes ^ 5]).all()
-    assert (first == values[lanes // 32 * 32 + 7]).all()
-    assert (least == values.reshape(2, 32).min(1).repeat(32)).all()
-
-
 # --- wgmma --------------------------------------------------------------------------------------
 
 PITCH = {"none": 16, "128B": 128, "64B": 64, "32B": 32}

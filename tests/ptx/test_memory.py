@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from ptx.errors import AccessError, RaceError
+from ptx.execution import Kernel
+from ptx.global_memory import GlobalMemory
 from ptx.harness import address, run
+from ptx.program import parse
 
 NEIGHBOURS = "shl.b32 %r20, %r0, 2; xor.b32 %r21, %r20, 128;"
 WRITE = "st.shared.b32 [%r20], %r0;"
@@ -91,6 +94,42 @@ def test_widths_of_loads_and_stores() -> None:
     )  # fmt: skip
     assert (copy == source).all()
     assert (extended.view(np.int32) == source.view(np.int16)[::8]).all()
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+# A structure of 24 bytes behind a number of 4: it begins at a multiple of 8.
+SIGNATURE = """.visible .entry test(
+    .param .u32 number, .param .align 8 .b8 structure[24], .param .u64 .ptr .global .align 1 out
+    ) .reqntid 32 { .reg .b32 %r<9>; .reg .b64 %rd<9>; ld.param.u64 %rd0, [out];
+    BODY ret; }"""
+
+
+def with_parameters(body: str) -> list[int]:
+    """Return what a kernel stores in 8 words of 32 bits."""
+    result = np.zeros(8, np.uint32)
+    memory = GlobalMemory([(result.view(np.uint8), 0)])
+    structure = np.array([1, -2, 3, 4, 5, 6], np.int32).tobytes()
+    program = parse(SIGNATURE.replace("BODY", body))
+    Kernel(program, 32, 0).launch(1, [7, structure, memory.address(0)], memory)
+    return memory.contents(0).view(np.uint32).tolist()
+
+
+def test_parameters_that_are_structures() -> None:
+    stored = with_parameters(
+        """ld.param.u32 %r1, [number]; st.global.b32 [%rd0], %r1;
+        ld.param.v2.u32 {%r2, %r3}, [structure]; st.global.v2.b32 [%rd0+8], {%r2, %r3};
+        ld.param.v4.u32 {%r2, %r3, %r4, %r5}, [structure+8]; st.global.b32 [%rd0+4], %r5;
+        ld.param.s32 %rd1, [structure+4]; st.global.b64 [%rd0+16], %rd1;
+        mov.u64 %rd2, structure; ld.param.u32 %r6, [%rd2+12]; st.global.b32 [%rd0+24], %r6;"""
+    )
+    assert stored == [7, 6, 1, 2**32 - 2, 2**32 - 2, 2**32 - 1, 4, 0]
+
+
+@pytest.mark.parametrize("address", ("structure+2", "structure-12", "out+8"))
+def test_addresses_of_no_parameter(address: str) -> None:
+    with pytest.raises(AccessError, match="misaligned address, or one outside of the parameters"):
+        with_parameters(f"ld.param.u32 %r1, [{address}];")
 
 
 # --- shared memory ------------------------------------------------------------------------------

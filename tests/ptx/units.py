@@ -22,6 +22,21 @@ def elements(values: np.ndarray, kind: np.dtype) -> np.ndarray:
     return values.view(kind).reshape(*values.shape, values.dtype.itemsize // kind.itemsize)
 
 
+def add_in_turn(view: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Add each value to the element at its place, one after the other. Return what each met there.
+
+    view: [n]. places and values have the same shape.
+    """
+    order = np.argsort(places, axis=None, kind="stable")
+    place, value = places.reshape(-1)[order], values.reshape(-1)[order]
+    before = np.cumsum(value, dtype=value.dtype) - value
+    first = np.searchsorted(place, place)
+    met = np.empty_like(value)
+    met[order] = view[place] + before - before[first]
+    np.add.at(view, place, value)
+    return met.reshape(places.shape)
+
+
 def units(values: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Return the vector of each thread, [programs, threads], as one unit."""
     if len(values) == 1:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ptx import fragments
-from ptx.build import Builder, Run, implements
+from ptx.build import PROGRAM, Builder, Run, implements
 from ptx.errors import RaceError, Unsupported
 from ptx.program import Instruction
 from ptx.shared_memory import CHUNK
@@ -171,7 +171,7 @@ def _descriptors(value: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     "wgmma.mma_async.sync.aligned.m64n{8,16,24,32,40,48,56,64,96,128,160,192,256}k16.f32"
     ".{bf16.bf16,f16.f16}",
     "wgmma.mma_async.sync.aligned.m64n{8,16,24,32,40,48,56,64,96,128,160,192,256}k8.f32.tf32.tf32",
-    together=True,
+    together=PROGRAM,
 )
 def wgmma(build: Builder, ins: Instruction) -> Run:
     """D = A B, or D + A B if the predicate is true: issued, and seen at the wait of its group."""
@@ -224,7 +224,7 @@ def finish(batch, product: Product) -> None:
         batch.shared.end_wgmma(programs, chunks)
 
 
-@implements("wgmma.fence.sync.aligned", together=True)
+@implements("wgmma.fence.sync.aligned", together=PROGRAM)
 def fence(build: Builder, ins: Instruction) -> Run:
     """Order earlier writes to registers before the products behind it."""
 
@@ -247,7 +247,7 @@ def _require_fence(batch: Any, registers: tuple[int, ...]) -> None:
             raise RaceError("a register of a wgmma was written since the last wgmma.fence")
 
 
-@implements("wgmma.commit_group.sync.aligned", together=True)
+@implements("wgmma.commit_group.sync.aligned", together=PROGRAM)
 def commit(build: Builder, ins: Instruction) -> Run:
     """The products since the last commit make a group."""
 
@@ -258,7 +258,7 @@ def commit(build: Builder, ins: Instruction) -> Run:
     return run
 
 
-@implements("wgmma.wait_group.sync.aligned", together=True)
+@implements("wgmma.wait_group.sync.aligned", together=PROGRAM)
 def wait(build: Builder, ins: Instruction) -> Run:
     """Wait until at most N groups are pending."""
     left = int(ins.operands[0])

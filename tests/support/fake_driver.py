@@ -66,14 +66,17 @@ class FakeDriver:
         return FakeKernel(source.name, self.launched)
 
 
-def _kernels() -> Iterator[tuple[Any, str, Callable]]:
-    """Yield module, name and Python function of every kernel of the package."""
+def _kernels() -> Iterator[tuple[Any, str, JITFunction]]:
+    """Yield module, name and an unused compiled form of every kernel of the package."""
     package = moelora_kernels.kernels
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if name.endswith("_kernel") and hasattr(value, "fn"):
-                yield module, name, value.fn
+                # Triton's interpreter keeps the options of @triton.jit in `kwargs`.
+                options = getattr(value, "kwargs", None) or vars(value)
+                unspecialized = options.get("do_not_specialize")
+                yield module, name, JITFunction(value.fn, do_not_specialize=unspecialized)
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def fake_driver(architecture: str) -> Iterator[FakeDriver]:
         mock.patch.object(active, "_active", driver),
         mock.patch.object(triton.compiler, "compile", driver.compile),
         mock.patch.object(launcher, "INTERPRET", False),
-        *(mock.patch.object(module, name, JITFunction(fn)) for module, name, fn in _kernels()),
+        *(mock.patch.object(module, name, kernel) for module, name, kernel in _kernels()),
     ]
     with configs.assume(architecture):
         for patch in patches:

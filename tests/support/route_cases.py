@@ -34,7 +34,7 @@ def adversarial(tokens: int, slots: int, experts: int, dtype: torch.dtype) -> Te
 
 
 def cases() -> Iterator[tuple[str, Tensor, int, int]]:
-    """(name, indices, E, siblings) of every routing, small enough for an emulated device."""
+    """(name, indices, E, siblings) of every routing, small enough for PTX on a CPU."""
     for routing in ROUTINGS:
         for siblings in (1, 2, 3):
             yield f"{routing}-{siblings}", drawn(routing, 117, 6, 2, siblings), 6, siblings

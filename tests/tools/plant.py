@@ -52,7 +52,7 @@ FAULTS = (
     ),
     Fault(
         "gate_partials: last split", "common/reduce_partials.py",
-        "    for split in range(SPLIT):", "    for split in range(max(SPLIT - 1, 1)):",
+        "    for _ in range(splits):", "    for _ in range(tl.maximum(splits - 1, 1)):",
         WIDE, "shrink_gate-long",
     ),
     Fault(
@@ -72,8 +72,8 @@ FAULTS = (
     ),
     Fault(
         "reduce_partials: last split", "common/reduce_partials.py",
-        "            for split in range(SPLIT):",
-        "            for split in range(max(SPLIT - 1, 1)):", WIDE, "weight_grad-long",
+        "            for split in range(splits):",
+        "            for split in range(tl.maximum(splits - 1, 1)):", WIDE, "weight_grad-long",
     ),
     Fault(
         "grouped_shrink: last step", "grouped_shrink.py",
@@ -108,8 +108,8 @@ FAULTS = (
     Fault(
         "gate_partials: a sum that is rounded after every split",
         "common/reduce_partials.py",
-        "        address = partials_ptr + row + columns[None, :]",
-        "        address = partials_ptr + row + columns[None, :]\n"
+        "        partials_ptr += T.to(tl.int64) * (n * WIDTH)",
+        "        partials_ptr += T.to(tl.int64) * (n * WIDTH)\n"
         "        total = total.to(tl.bfloat16).to(tl.float32)",
         WIDE,
         "shrink_gate-many_experts",

@@ -30,7 +30,8 @@ class TileConfig(NamedTuple):
     step: int
     warps: int
     stages: int
-    # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if it was only compiled.
+    # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
+    # `EXECUTED` says which entries ran on a CPU.
     qualified: str = ""
 
 

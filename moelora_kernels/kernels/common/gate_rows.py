@@ -15,7 +15,7 @@ from moelora_kernels.kernels.common.reduce_partials import Partials
 BLOCK_G = 16
 
 
-@triton.jit(do_not_specialize=["T", "G"])
+@triton.jit(do_not_specialize=["splits", "T", "G"])
 def gate_rows_kernel(
     dgate_ptr,
     rows_ptr,
@@ -23,8 +23,8 @@ def gate_rows_kernel(
     T,
     G,
     t_per_split,
+    splits,
     WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -34,16 +34,16 @@ def gate_rows_kernel(
 
     dgate    [T, WIDTH] float32
     rows     [T] integer; None if every token has row 0
-    partials [SPLIT, G, WIDTH] float32
+    partials [splits, G, WIDTH] float32
 
     Programs: (tile of G, tile of WIDTH, split), the last fastest.
     """
     pid = tl.program_id(0)
-    split = pid % SPLIT
+    split = pid % splits
     WIDTH_TILES: tl.constexpr = (WIDTH + BLOCK_E - 1) // BLOCK_E
-    columns = pid // SPLIT % WIDTH_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = pid // splits % WIDTH_TILES * BLOCK_E + tl.arange(0, BLOCK_E)
     columns_in = columns < WIDTH
-    g = (pid // (SPLIT * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    g = (pid // (splits * WIDTH_TILES)).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
 
     # Sum: the product with a matrix that is 1 if a token has the gate row, else 0.
     total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
@@ -87,10 +87,10 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
             T=T,
             G=G,
             t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
+            splits=split,
         ),
         dict(
             WIDTH=width,
-            SPLIT=split,
             BLOCK_T=tile_config.tokens,
             BLOCK_G=BLOCK_G,
             BLOCK_E=block_e,

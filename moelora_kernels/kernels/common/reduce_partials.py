@@ -31,7 +31,7 @@ def store_partial(
     n: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store the tile `partial` of one split to partials [SPLIT, T, n WIDTH] float32."""
+    """Store the tile `partial` of one split to partials [splits, T, n WIDTH] float32."""
     row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
     in_bounds = tokens_in[:, None] & columns_in[None, :]
     tl.store(partials_ptr + row + columns[None, :], partial, mask=in_bounds)
@@ -48,24 +48,25 @@ def load_partials(
     T,
     n: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
+    splits,
 ):
-    """Return the sum over all splits of a tile of partials [SPLIT, T, n WIDTH]."""
+    """Return the sum over all splits of a tile of partials [splits, T, n WIDTH]."""
     total = tl.zeros((tokens.shape[0], columns.shape[0]), tl.float32)
-    for split in range(SPLIT):
-        row = (split * T + tokens)[:, None] * (n * WIDTH) + sibling * WIDTH
-        address = partials_ptr + row + columns[None, :]
-        total += tl.load(address, mask=tokens_in[:, None] & columns_in[None, :], other=0.0)
+    in_bounds = tokens_in[:, None] & columns_in[None, :]
+    offsets = tokens[:, None] * (n * WIDTH) + (sibling * WIDTH + columns)[None, :]
+    for _ in range(splits):
+        total += tl.load(partials_ptr + offsets, mask=in_bounds, other=0.0)
+        partials_ptr += T.to(tl.int64) * (n * WIDTH)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def reduce_partials_kernel(
-    partials_ptr, partial_stride, out_ptrs, sizes, starts, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+    partials_ptr, partial_stride, out_ptrs, sizes, starts, splits, BLOCK: tl.constexpr
 ):
     """out_i = sum over s of partials[s, start_i : start_i + size_i].
 
-    partials [SPLIT, *] float32, rows `partial_stride` apart; out_i contiguous, of any dtype.
+    partials [splits, *] float32, rows `partial_stride` apart; out_i contiguous, of any dtype.
     Programs: blocks of BLOCK elements, one output after the other.
     """
     block = tl.program_id(0)
@@ -76,7 +77,7 @@ def reduce_partials_kernel(
             elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             elements_in = elements < sizes[i]
             total = tl.zeros((BLOCK,), tl.float32)
-            for split in range(SPLIT):
+            for split in range(splits):
                 address = partials_ptr + split * partial_stride + starts[i] + elements
                 total += tl.load(address, mask=elements_in, other=0.0)
             out = total.to(out_ptrs[i].dtype.element_ty)
@@ -120,6 +121,7 @@ class Partials:
                 out_ptrs=tuple(self.outputs),
                 sizes=sizes,
                 starts=tuple(self.starts),
+                splits=self.workspace.shape[0],
             ),
-            dict(SPLIT=self.workspace.shape[0], BLOCK=tile_config.step),
+            dict(BLOCK=tile_config.step),
         )
