@@ -24,6 +24,11 @@ IN_FLOAT16 = (
 # Other dtypes change casts and products, and no addresses. Two passes at most: Triton's interpreter
 # cuts a float32 down to bfloat16, which a GPU rounds, in every pass.
 IN_OTHER_DTYPES = ("mixed_ranks", "dropout_per_pair", "float32_adapters")
+# Sizes and numbers of experts that make no other loads or products than their neighbours.
+PTX_OF_ONE_ARCHITECTURE = {
+    "one_expert": "sm_80", "rank_1": "sm_90", "few_pairs": "sm_80", "full": "sm_90",
+    "four_slots": "sm_80", "empty": "sm_90",
+}  # fmt: skip
 
 
 def triton_by_default(case: str, dtype: str) -> bool:
@@ -36,16 +41,25 @@ def ptx_by_default(case: str, dtype: str) -> bool:
 
 def ptx_parameters() -> list:
     """Every case in bfloat16. Another dtype changes casts and products, and no addresses."""
-    cases = {
+    names = {
         "bf16": GROUPED,
-        "fp16": {name: GROUPED[name] for name in ("mixed_ranks", "float32_adapters")},
-        "fp32": {name: GROUPED[name] for name in ("mixed_ranks", "dropout_per_pair")},
+        "fp16": ("mixed_ranks", "float32_adapters"),
+        "fp32": ("mixed_ranks", "dropout_per_pair"),
     }
     return [
         parameter
         for ptx in PTX
-        for dtype, values in cases.items()
-        for parameter in parameters(ptx, values, {dtype: DTYPES[dtype]}, ptx_by_default)
+        for dtype in names
+        for parameter in parameters(
+            ptx,
+            {
+                name: GROUPED[name]
+                for name in names[dtype]
+                if PTX_OF_ONE_ARCHITECTURE.get(name, ptx.ptx) == ptx.ptx
+            },
+            {dtype: DTYPES[dtype]},
+            ptx_by_default,
+        )
     ]
 
 

@@ -61,7 +61,8 @@ def test_a_token_that_is_not_routed_gets_exact_zeros(expert: int, backend: Backe
 @each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 def test_experts_out_of_range_and_repeated(dtype: torch.dtype, backend: Backend) -> None:
-    inputs = Inputs(Case(T=6, gate="sparse"), torch.float32)
+    # Products of three parts in tf32 miss the float32 budget of sums as short as these.
+    inputs = Inputs(Case(T=6, gate="sparse"), FP16 if backend.ptx else torch.float32)
     far = 2**40 if dtype is torch.int64 else 2**31 - 1
     inputs.experts = torch.tensor(
         [[-1, 4], [far, 0], [-far, 2], [2, 2], [2**31 - 1, -1], [1, 3]], dtype=dtype

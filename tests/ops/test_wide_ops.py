@@ -33,6 +33,12 @@ PTX_IN_FLOAT32 = (
     "many_experts", "mixed_ranks", "mixed_ranks_dense", "siblings_sparse", "siblings_dense",
     "rows", "one_row", "share_a_dense", "dropout_per_expert",
 )  # fmt: skip
+# Gates that differ from others in a few instructions, which are the same on each architecture.
+PTX_OF_ONE_ARCHITECTURE = {
+    "one_token": "sm_90", "one_expert": "sm_80", "one_expert_dense": "sm_90",
+    "all_experts": "sm_80", "all_experts_softmax": "sm_90", "softmax_before_topk": "sm_80",
+    "sparse_int64": "sm_90", "rows_int64": "sm_80",
+}  # fmt: skip
 
 
 def triton_by_default(case: str, dtype: str) -> bool:
@@ -45,16 +51,21 @@ def ptx_by_default(case: str, dtype: str) -> bool:
 
 def ptx_parameters() -> list:
     """Every case in bfloat16. Another dtype changes casts and products, and no addresses."""
-    cases = {
-        "bf16": WIDE,
-        "fp16": {name: WIDE[name] for name in EVERY_DTYPE},
-        "fp32": {name: WIDE[name] for name in PTX_IN_FLOAT32},
-    }
+    names = {"bf16": WIDE, "fp16": EVERY_DTYPE, "fp32": PTX_IN_FLOAT32}
     return [
         parameter
         for ptx in PTX
-        for dtype, values in cases.items()
-        for parameter in parameters(ptx, values, {dtype: DTYPES[dtype]}, ptx_by_default)
+        for dtype in names
+        for parameter in parameters(
+            ptx,
+            {
+                name: WIDE[name]
+                for name in names[dtype]
+                if PTX_OF_ONE_ARCHITECTURE.get(name, ptx.ptx) == ptx.ptx
+            },
+            {dtype: DTYPES[dtype]},
+            ptx_by_default,
+        )
     ]
 
 
