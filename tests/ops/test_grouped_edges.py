@@ -100,7 +100,10 @@ each_dtype_and_backend = pytest.mark.parametrize(
             backend, DTYPES[name], id=f"{backend.name}-{name}", marks=backend.marks_of_edges
         )
         for backend, names in (
-            (NATIVE, DTYPES), (TRITON, ("fp16", "fp32")), (SM_90, ("fp16",)), (GPU, HALF)
+            (NATIVE, DTYPES),
+            (TRITON, ("fp16", "fp32")),
+            (SM_90, ("fp16",)),
+            (GPU, HALF),
         )
         for name in names
     ],

@@ -212,13 +212,15 @@ def test_offsets_past_2_to_the_31() -> None:
 
 # --- NaN and errors -----------------------------------------------------------------------------
 
+SPARSE_AND_DENSE = {"sparse": "sparse", "dense": "dense"}
+
 
 @pytest.mark.parametrize(
     ("backend", "gate", "dtype"),
     (
-        *parameters(NATIVE, {"sparse": "sparse", "dense": "dense"}, DTYPES),
-        *parameters(TRITON, {"sparse": "sparse", "dense": "dense"}, {"fp16": FP16}),
-        *parameters(SM_90, {"sparse": "sparse", "dense": "dense"}, {"fp16": FP16}, lambda *_: False),
+        *parameters(NATIVE, SPARSE_AND_DENSE, DTYPES),
+        *parameters(TRITON, SPARSE_AND_DENSE, {"fp16": FP16}),
+        *parameters(SM_90, SPARSE_AND_DENSE, {"fp16": FP16}, lambda *_: False),
     ),
 )
 def test_nan_of_an_expert_that_is_not_selected_stays_there(
