@@ -9,7 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.backends import DTYPES, GPU, HALF, NATIVE, PTX, TRITON, Backend, parameters
+from support.backends import (
+    DTYPES,
+    GPU,
+    HALF,
+    NATIVE,
+    TRITON,
+    Backend,
+    parameters,
+    ptx_parameters,
+)
 from support.cases import GROUPED, Case
 from support.large_cases import LARGE_GROUPED
 from support.op_checks import GROUPED_OPS, check
@@ -24,10 +33,17 @@ IN_FLOAT16 = (
 # Other dtypes change casts and products, and no addresses. Two passes at most: Triton's interpreter
 # cuts a float32 down to bfloat16, which a GPU rounds, in every pass.
 IN_OTHER_DTYPES = ("mixed_ranks", "dropout_per_pair", "float32_adapters")
-# Sizes and numbers of experts that make no other loads or products than their neighbours.
-PTX_OF_ONE_ARCHITECTURE = {
-    "one_expert": "sm_80", "rank_1": "sm_90", "few_pairs": "sm_80", "full": "sm_90",
-    "four_slots": "sm_80", "empty": "sm_90",
+# PTX runs in every case in bfloat16.
+PTX_NAMES = {
+    "bf16": tuple(GROUPED),
+    "fp16": ("mixed_ranks", "float32_adapters"),
+    "fp32": ("mixed_ranks", "dropout_per_pair"),
+}
+# They make no other loads or products than their neighbours.
+PTX_ON_ONE_ARCHITECTURE = {
+    "one_expert-bf16": "sm_80", "rank_1-bf16": "sm_90", "few_pairs-bf16": "sm_80",
+    "full-bf16": "sm_90", "four_slots-bf16": "sm_80", "empty-bf16": "sm_90",
+    "mixed_ranks-fp16": "sm_90", "float32_adapters-fp16": "sm_80", "dropout_per_pair-fp32": "sm_80",
 }  # fmt: skip
 
 
@@ -39,30 +55,6 @@ def ptx_by_default(case: str, dtype: str) -> bool:
     return case == "mixed_ranks" and dtype == "bf16"
 
 
-def ptx_parameters() -> list:
-    """Every case in bfloat16. Another dtype changes casts and products, and no addresses."""
-    names = {
-        "bf16": GROUPED,
-        "fp16": ("mixed_ranks", "float32_adapters"),
-        "fp32": ("mixed_ranks", "dropout_per_pair"),
-    }
-    return [
-        parameter
-        for ptx in PTX
-        for dtype in names
-        for parameter in parameters(
-            ptx,
-            {
-                name: GROUPED[name]
-                for name in names[dtype]
-                if PTX_OF_ONE_ARCHITECTURE.get(name, ptx.ptx) == ptx.ptx
-            },
-            {dtype: DTYPES[dtype]},
-            ptx_by_default,
-        )
-    ]
-
-
 PARAMETERS = [
     *parameters(NATIVE, GROUPED, DTYPES),
     *parameters(TRITON, GROUPED, {"fp16": torch.float16}, triton_by_default),
@@ -72,7 +64,7 @@ PARAMETERS = [
         {name: DTYPES[name] for name in ("bf16", "fp32")},
         triton_by_default,
     ),
-    *ptx_parameters(),
+    *ptx_parameters(GROUPED, PTX_NAMES, PTX_ON_ONE_ARCHITECTURE, ptx_by_default),
     *parameters(GPU, LARGE_GROUPED, HALF),
 ]
 

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -169,6 +169,34 @@ def parameters(
         )
         for dtype_name, dtype in dtypes.items()
         for name, value in values.items()
+    ]
+
+
+def ptx_parameters(
+    cases: Mapping[str, Case],
+    names: Mapping[str, Iterable[str]],
+    only: Mapping[str, str],
+    runs_by_default: Callable[[str, str], bool],
+) -> list:
+    """Return the parameters (backend, case, dtype) of a test, for PTX of both architectures.
+
+    names: dtype -> the cases that run in it.
+    only: "case-dtype" -> the architecture, if it runs on one.
+    """
+    return [
+        parameter
+        for backend in PTX
+        for dtype in names
+        for parameter in parameters(
+            backend,
+            {
+                name: cases[name]
+                for name in names[dtype]
+                if only.get(f"{name}-{dtype}", backend.ptx) == backend.ptx
+            },
+            {dtype: DTYPES[dtype]},
+            runs_by_default,
+        )
     ]
 
 
