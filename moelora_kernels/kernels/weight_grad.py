@@ -70,6 +70,8 @@ def weight_grad_of_x(
     logit_columns = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)
+    # Whether the product with dlogits converts x to float32 (`exact_product`).
+    CONVERTED: tl.constexpr = L > 0 and x_ptr.dtype.element_ty == tl.float16
 
     # Products: the experts read x after dropout, the router reads x itself.
     da = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
@@ -88,7 +90,7 @@ def weight_grad_of_x(
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        da = product(tl.trans(x), dh, da, UPCAST)
+        da = product(tl.trans(x), dh, da, UPCAST, WAIT=DROPOUT > 0 or CONVERTED)
     da *= dropout_scale
 
     # Store. The programs of the first tile of I store the bias.

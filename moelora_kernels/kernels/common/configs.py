@@ -9,14 +9,12 @@ in EXECUTED its compiled code also ran on a CPU.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class TileConfig(NamedTuple):
@@ -174,9 +172,6 @@ EXECUTED = ("sm_80", "sm_90")
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)
 
-# The first Triton whose code for sm_90 has all fences; see kernels/README.md.
-FENCED_TRITON = (3, 7)
-
 _assumed: str | None = None
 
 
@@ -198,12 +193,6 @@ def assume(architecture: str) -> Iterator[None]:
         _assumed = outer
 
 
-def triton_version() -> tuple[int, int]:
-    """Return the major and minor version of Triton."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 @cache
 def _query_gpu(index: int | None) -> tuple[str, int]:
     """Return the architecture whose table serves this GPU, and its number of multiprocessors."""
@@ -213,13 +202,6 @@ def _query_gpu(index: int | None) -> tuple[str, int]:
         raise RuntimeError(
             f"{properties.name} has compute capability {major}.{minor}, and the Triton kernels "
             'need 8.0 or newer; impl="reference" runs everywhere'
-        )
-    if major == 9 and triton_version() < FENCED_TRITON:
-        warnings.warn(
-            f"{properties.name}: Triton {triton.__version__} leaves out fences in code for sm_90, "
-            "so results of the kernels may be wrong; use Triton 3.7 or newer, or "
-            'impl="reference"',
-            stacklevel=2,
         )
     name = {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major)
     # Other GPUs have at least the 99 KiB of shared memory of an L40S: 8.6, 8.7, 8.9, 11.0.
