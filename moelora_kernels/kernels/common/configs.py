@@ -229,16 +229,16 @@ def tile_config(
     device: torch.device,
     dtype: torch.dtype,
     rank_columns: int,
-    rank_divisor: int = 16,
+    row: int = 16,
 ) -> TileConfig:
     """Return the entry of the table for tiles of `rank_columns` columns of rank space.
 
-    rank_divisor: a divisor of all ranks, if a row of rank space begins at each multiple of it. If
-    float32 rows begin at any multiple of 4 or 8 bytes, a step is half as long, because the
-    addresses of single elements take registers.
+    row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
+    are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
+    registers.
     """
     entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
-    if dtype.itemsize == 4 and rank_divisor < 4:
+    if dtype.itemsize == 4 and row % 4:
         return entry._replace(step=entry.step // 2)
     return entry
 
