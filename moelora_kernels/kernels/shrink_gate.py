@@ -282,7 +282,7 @@ def launch(
 ):
     """Return h, u and the gate of the routers, like `reference.shrink_gate`.
 
-    split: number of parts that I is cut into; None fills the GPU.
+    split: number of parts that I is cut into; None balances the programs.
     """
     router_weight, router_bias = router
     gate_weights, experts, rows, _ = gate
@@ -316,13 +316,15 @@ def launch(
     elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
-    # Grid: split I until the programs fill the GPU.
+    # Grid.
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
+        split = configs.num_splits(
+            x.device, tile_config, token_tiles * column_tiles, steps, stores_partials=not fits
+        )
     one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.

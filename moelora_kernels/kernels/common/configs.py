@@ -9,9 +9,10 @@ in EXECUTED its compiled code also ran on a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ class TileConfig(NamedTuple):
     step: int
     warps: int
     stages: int
+    # Programs that one multiprocessor runs at the same time: of the kernel that stores outputs, and
+    # of the one that stores partial sums. From `BLOCKS`.
+    blocks: tuple[int, int] = (1, 1)
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
     qualified: str = ""
@@ -162,21 +166,96 @@ _SM_89 = {
 # Without wgmma and with 99 KiB of shared memory, like sm_89.
 _SM_120 = {**_SM_89}
 
-TILE_CONFIGS = {
+# Architecture -> (kernel, bytes of an element of x) -> `TileConfig.blocks` of the tiles of 16, 32,
+# 64 and 128 columns. From the machine code of Triton 3.9 for a router, without dropout. Other forms
+# of a layer and other versions may differ by one: then the programs of a split sum are balanced less
+# well.
+BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
+    "sm_80": {
+        ("shrink_gate", 2): ((3, 3), (5, 5), (1, 1), (1, 2)),
+        ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
+        ("shrink_gate_backward", 2): ((4, 4), (3, 3), (1, 2), (1, 4)),
+        ("shrink_gate_backward", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
+        ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
+        ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
+        ("router_logits", 2): ((4, 4), (3, 3), (4, 4)),
+        ("router_logits", 4): ((5, 5), (4, 4), (1, 1)),
+        ("router_grad", 2): ((3, 3), (1, 1), (1, 1)),
+        ("router_grad", 4): ((4, 4), (4, 4), (1, 1)),
+    },
+    "sm_89": {
+        ("shrink_gate", 2): ((2, 2), (3, 3), (1, 2), (2, 2)),
+        ("shrink_gate", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
+        ("shrink_gate_backward", 2): ((2, 2), (2, 2), (1, 3), (2, 2)),
+        ("shrink_gate_backward", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
+        ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
+        ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
+        ("router_logits", 2): ((2, 2), (2, 2), (3, 3)),
+        ("router_logits", 4): ((4, 4), (4, 4), (1, 1)),
+        ("router_grad", 2): ((2, 2), (1, 1), (1, 1)),
+        ("router_grad", 4): ((4, 4), (3, 3), (1, 1)),
+    },
+    "sm_90": {
+        ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (1, 2)),
+        ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
+        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (1, 3)),
+        ("shrink_gate_backward", 4): ((5, 5), (4, 4), (1, 1), (1, 1)),
+        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (1, 1)),
+        ("weight_grad", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
+        ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
+        ("router_logits", 4): ((6, 6), (4, 4), (2, 2)),
+        ("router_grad", 2): ((3, 3), (3, 3), (2, 2)),
+        ("router_grad", 4): ((5, 5), (4, 4), (1, 1)),
+    },
+    "sm_100": {
+        ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (2, 2)),
+        ("shrink_gate", 4): ((5, 5), (4, 4), (3, 3), (1, 1)),
+        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (2, 3)),
+        ("shrink_gate_backward", 4): ((6, 6), (4, 4), (2, 2), (1, 1)),
+        ("weight_grad", 2): ((2, 2), (2, 2), (2, 2), (2, 2)),
+        ("weight_grad", 4): ((5, 5), (4, 4), (2, 2), (2, 2)),
+        ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
+        ("router_logits", 4): ((7, 7), (4, 4), (4, 4)),
+        ("router_grad", 2): ((3, 3), (2, 2), (2, 2)),
+        ("router_grad", 4): ((5, 5), (5, 5), (3, 3)),
+    },
+}
+BLOCKS["sm_120"] = BLOCKS["sm_89"]
+
+
+def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], TileConfig]:
+    """Return the table with the `blocks` of its entries."""
+    blocks = {
+        (kernel, itemsize, 16 << i): each
+        for (kernel, itemsize), by_columns in BLOCKS[architecture].items()
+        for i, each in enumerate(by_columns)
+    }
+    return {key: tile._replace(blocks=blocks.get(key, (1, 1))) for key, tile in table.items()}
+
+
+_TABLES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
     "sm_90": _SM_90,
     "sm_100": _SM_100,
     "sm_120": _SM_120,
 }
+TILE_CONFIGS = {name: _with_blocks(name, table) for name, table in _TABLES.items()}
 # The architectures for which the tests execute the compiled code of every entry on a CPU
 # (`tests/kernels/test_executed_tiles.py`).
 EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
-ROW_TILE = TileConfig(16, 64, 4, 1)
+ROW_TILE = TileConfig(16, 64, 4, 1, blocks=(6, 6))
 # For the second launch of a shrink, which adds partial sums and applies the gate.
 PARTIALS_TILE = ROW_TILE._replace(registers=255)
+
+# The cost of a split, in steps of the loop: the start and end of a program, the second launch, and
+# to store and load a partial sum. PARTIALS_AT_ONCE: partial sums that the second launch loads
+# before it waits. Chosen by the model of `benchmarks/budget.py`; nothing was measured.
+PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 8, 2, 4
+# A part has at least so many steps, and a sum at most so many parts if the programs fill the GPU.
+LEAST_STEPS, MOST_SPLITS = 4, 16
 
 _assumed: str | None = None
 
@@ -243,15 +322,45 @@ def tile_config(
     return entry
 
 
-def num_splits(device: torch.device, programs: int, steps: int, least: int = 4) -> int:
-    """Return into how many parts to split a loop of `steps`, so that the programs fill the GPU.
+def num_splits(
+    device: torch.device,
+    tile_config: TileConfig,
+    programs: int,
+    steps: int,
+    stores_partials: bool = False,
+) -> int:
+    """Return into how many parts to split the loops of `programs` programs, of `steps` steps each.
 
-    The result is 1 if three quarters of the multiprocessors have a program without a split: the
-    last quarter saves less time than the second launch costs, which adds the partial sums. Each
-    part keeps `least` steps.
+    stores_partials: there is a second launch, which adds partial sums, also without a split.
     """
-    _, count = processors(device)
-    split = 1
-    while 4 * programs * split < 3 * count and steps >= 2 * split * least:
-        split *= 2
-    return split
+    _, multiprocessors = processors(device)
+    return _cheapest_split(multiprocessors, tile_config.blocks, programs, steps, stores_partials)
+
+
+@lru_cache(maxsize=4096)
+def _cheapest_split(
+    multiprocessors: int,
+    blocks: tuple[int, int],
+    programs: int,
+    steps: int,
+    stores_partials: bool,
+) -> int:
+    """Return the split that costs the fewest steps; the smallest one if several do.
+
+    Programs run in waves of `multiprocessors` times blocks. A wave that is not full takes as long
+    as a full one, unless it is the only one.
+    """
+
+    def cost(split: int) -> float:
+        has_partials = stores_partials or split > 1
+        at_once = blocks[has_partials]
+        load = programs * split / multiprocessors
+        # Programs that a multiprocessor runs one after the other, or in the place of each other.
+        runs = at_once * math.ceil(load / at_once) if load > at_once else max(1.0, load)
+        total = runs * (math.ceil(steps / split) + PROGRAM_STEPS)
+        if has_partials:
+            total += LAUNCH_STEPS + load * PARTIAL_STEPS + split / PARTIALS_AT_ONCE
+        return total
+
+    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // programs))
+    return min(range(1, max(1, most) + 1), key=cost)
