@@ -126,8 +126,8 @@ def launch(
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
     rank_constants = tables.rank_constants(ranks)
-    divisor = rank_constants["RANK_DIVISOR"]
-    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, divisor)
+    row = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, row)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741

@@ -388,7 +388,7 @@ def launch(
         ),
     )
     if not one_launch:
-        row_tile = configs.ROW_TILE
+        row_tile = configs.PARTIALS_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
             gate_partials_kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -262,7 +263,8 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
-    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
+    columns, row = max(block_a, block_b), math.gcd(H, R)
+    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row)
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
