@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.model.launches import Layer, record, stores_partials
+from benchmarks.model.gpus import GPUS as MODEL_GPUS
+from benchmarks.model.gpus import blocks_per_multiprocessor
+from benchmarks.model.launches import LAYERS, Layer, record, stores_partials
+from benchmarks.model.machine_code import MachineCode
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.configs import TileConfig
 
@@ -15,6 +21,7 @@ GPUS = {
     "H100 PCIe": ("sm_90", 114),
     "H200": ("sm_90", 132),
 }
+REPORT = Path(__file__).parents[2] / "benchmarks/results/ahead-of-time/kernels.json"
 SPLIT = ("shrink_gate_kernel", "shrink_gate_backward_kernel", "weight_grad_kernel")
 
 
@@ -85,3 +92,38 @@ def test_a_split_is_free_to_fill_a_gpu_that_adds_partial_sums_anyway(gpu) -> Non
         for stores_partials in (False, True)
     ]
     assert splits == [1, 2]
+
+
+def machine_code_of(row: dict) -> MachineCode:
+    """Return the machine code of a row of the report; without fields that blocks do not need."""
+    return MachineCode(
+        threads=32 * row["tile"][2], registers=row["registers"], shared=row["shared"],
+        spills=row["spills"], stack=row["stack"], instructions=0, loop=0,
+        tensor_core=row["tensor_core"], accesses=row["accesses"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("A100", "L40S", "H200", "B200"))
+def test_blocks_are_those_of_the_compiled_kernels(name: str) -> None:
+    """If tiles or kernels change, the report and `configs.BLOCKS` change with them."""
+    gpu = MODEL_GPUS[name]
+    rows = {
+        (row["layer"], row["kernel"]): row
+        for row in json.loads(REPORT.read_text())["rows"]
+        if row["architecture"] == gpu.architecture
+    }
+    compared, wrong = 0, {}
+    with configs.assume(gpu.architecture):
+        for layer in (each for each in LAYERS if each.plain):
+            for launch in record(layer):
+                kernel = launch.kernel.fn.__name__
+                # What several layers share is a row of the first of them.
+                row = rows.get((layer.name, kernel))
+                if kernel not in SPLIT or row is None:
+                    continue
+                compared += 1
+                compiled = blocks_per_multiprocessor(machine_code_of(row), gpu)
+                if launch.tile_config.blocks[stores_partials(launch)] != compiled:
+                    wrong[layer.name, kernel] = compiled
+    assert compared >= 24
+    assert not wrong
