@@ -91,7 +91,7 @@ def grouped_shrink_kernel(
             if DROPOUT > 0:
                 kept = keep_tile(seed, stream, x_rows, first_i, row_counters, DROPOUT, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
-            h = product(x, a, h, UPCAST, WAIT=DROPOUT > 0)
+            h = product(x, a, h, UPCAST, COMPUTED=DROPOUT > 0)
     # A NaN or infinity of x or of the gate does not reach the columns beyond the rank, which are 0.
     columns_in = (columns < rank)[None, :]
     h = tl.where(columns_in, h * dropout_scale, 0.0).to(h_ptr.dtype.element_ty)

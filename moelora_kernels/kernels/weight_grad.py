@@ -91,7 +91,7 @@ def weight_grad_of_x(
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        da = product(tl.trans(x), dh, da, UPCAST, WAIT=DROPOUT > 0 or CONVERTED)
+        da = product(tl.trans(x), dh, da, UPCAST, COMPUTED=DROPOUT > 0, WAIT=CONVERTED)
     da *= dropout_scale
 
     # Store. The programs of the first tile of I store the bias.

@@ -31,6 +31,9 @@ class TileConfig(NamedTuple):
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
     qualified: str = ""
+    # Registers that a thread may use. None: ptxas decides, and may spill a few to run more programs
+    # at the same time.
+    registers: int | None = None
 
 
 # Multiprocessors of A100, L40S, H100 and H200, B200, RTX 5090.
@@ -124,6 +127,7 @@ _SM_100 = {
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
     ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    ("router_logits", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
@@ -182,6 +186,8 @@ EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)
+# For the second launch of a shrink, which adds partial sums and applies the gate.
+PARTIALS_TILE = ROW_TILE._replace(registers=255)
 
 _assumed: str | None = None
 
