@@ -34,7 +34,7 @@ from benchmarks.model.machine_code import key_of, machine_code
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.launcher import Launch
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
+ARCHITECTURES = tuple(configs.TILE_CONFIGS)
 
 
 def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
         return [*loads, router] if s.ROUTER_E else loads
     if name == "shrink_gate_backward_kernel":
         wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
-        return [*wide, (s.BLOCK_O * s.BLOCK_R, s.R, s.size("b_ptrs"))]
+        return [*wide, (s.BLOCK_O * s.BLOCK_R, s.B_COLUMNS, s.size("b_ptrs"))]
     if name == "shrink_dx_kernel":
         loads = [
             (s.BLOCK_T * s.BLOCK_R, s.A_ROWS, s.size("dh_ptr")),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config_rules import AUX_WEIGHTS, check, check_number, check_one_of
-from moelora_kernels.presets import PRESETS
+from moelora_kernels.presets import PRESETS, check_preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,8 +211,7 @@ class MoeLoraConfig:
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoeLoraConfig:
         """Return the options of a published method, with `options` changed."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        check_preset(name)
         return cls(**{**PRESETS[name], **options})
 
     @classmethod

@@ -44,6 +44,7 @@ THRESHOLDS = {
     "sm_89": Threshold(230, 1024, _MODEL),
     "sm_90": Threshold(245, 1024, _MODEL),
     "sm_100": Threshold(305, 1024, _MODEL),
+    "sm_120": Threshold(140, 1024, _MODEL),
     "cuda": Threshold(205, 1024, _MODEL),
 }
 

@@ -291,3 +291,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Presets whose experts are whole FFNs. Use them with `MoeLoraFFN` or `replace_ffns`.
 FFN_PRESETS = ("mixlora", "llava-mole")
+
+
+def check_preset(name: object) -> None:
+    """Raise ValueError unless `name` is the name of a preset."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -69,6 +69,17 @@ LAYERS = [
     Layer("dropout", dropout=0.05),
     Layer("task gates, dropout per expert", gate="rows", dropout=0.05, per_expert=True),
     Layer("shared A", share_a=True, ranks=(8,) * 3, top_k=3),
+    # Widths that are not a multiple of 8, and ranks whose rows are not aligned.
+    Layer("odd widths", in_features=4099, out_features=(4097,)),
+    Layer("odd widths fp32", in_features=4099, out_features=(4097,), dtype=FP32),
+    Layer("odd ranks R=35", ranks=(5,) * 7),
+    Layer("odd ranks R=35 qkv", out_features=(4096, 1024, 1024), ranks=(5,) * 7),
+    Layer("odd ranks R=35 fp32", ranks=(5,) * 7, dtype=FP32),
+    Layer("odd ranks R=35 fp32 adapters", ranks=(5,) * 7, adapters=FP32),
+    Layer("odd ranks R=36", ranks=(9,) * 4),
+    Layer("odd ranks R=118 fp32", ranks=(59,) * 2, dtype=FP32),
+    Layer("odd ranks R=119", ranks=(17,) * 7),
+    Layer("odd ranks R=119 fp32", ranks=(17,) * 7, dtype=FP32),
     # More experts than the tiles are made for: these have to launch, and may spill.
     Layer("E=32", ranks=(4,) * 32, top_k=32, oversized=True),
     Layer("E=64", ranks=(8,) * 64, oversized=True),
@@ -85,6 +96,12 @@ LAYERS = [
     Layer("grouped E=32 r=32", ranks=(32,) * 32, grouped=True),
     Layer("grouped mixed ranks", ranks=(8, 24, 64, 128), grouped=True),
     Layer("grouped dropout per expert", dropout=0.05, per_expert=True, grouped=True),
+    Layer("grouped odd widths", in_features=4099, out_features=(4097,), grouped=True),
+    Layer("grouped odd ranks r=5", ranks=(5,) * 7, dropout=0.05, grouped=True),
+    Layer("grouped odd ranks r=33", ranks=(33,) * 16, grouped=True),
+    Layer("grouped odd ranks r=5 fp32", ranks=(5,) * 7, dtype=FP32, grouped=True),
+    Layer("grouped odd ranks r=17 fp32", ranks=(17,) * 7, dtype=FP32, grouped=True),
+    Layer("grouped odd ranks r=33 fp32", ranks=(33,) * 7, dtype=FP32, grouped=True),
     Layer("grouped fp32 adapters", adapters=FP32, ranks=(64,) * 16, grouped=True),
     *(
         Layer(f"grouped E={r} r={r} fp32", ranks=(r,) * r, dtype=FP32, grouped=True)

@@ -26,6 +26,7 @@ ASSUMED = {
     "NVIDIA L40S": Rates(250.0, 0.78),
     "NVIDIA GeForce RTX 4090": Rates(160.0, 0.93),
     "NVIDIA B200": Rates(1600.0, 7.0),
+    "NVIDIA GeForce RTX 5090": Rates(168.0, 1.6),
 }
 
 # Every time that is computed from these is NaN: there is no prediction.

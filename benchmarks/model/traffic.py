@@ -114,7 +114,7 @@ def _gated_backward(s: Sizes) -> tuple[int, int]:
 def _shrink_gate_backward(s: Sizes) -> tuple[int, int]:
     outputs = sum(s.out_features)
     read = s.T * outputs * (s.COLUMN_TILES // s.n) * s.size("dy_ptrs")
-    read += ceil_div(s.T, s.BLOCK_T) * outputs * s.R * s.size("b_ptrs")
+    read += ceil_div(s.T, s.BLOCK_T) * outputs * s.B_COLUMNS * s.size("b_ptrs")
     if s.ONE_LAUNCH:
         gate_read, written = _gated_backward(s)
         return read + gate_read, written

@@ -174,7 +174,7 @@ class MoeLora(torch.autograd.Function):
         needs = Needs(needs_input.x, needs_adapters)
         unused: set[int] = set()
         if n > 1 and not torch.compiler.is_compiling():
-            unused = {*getattr(ctx, "unused", ())}
+            unused = getattr(ctx, "unused", unused)
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 _keep_tensors(ctx, flat, grads[:n], unused)
         mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
@@ -238,12 +238,44 @@ class _Kept(NamedTuple):
     pending: set[int]
 
 
-def share_unused(y: Tensor, unused: set[int]) -> None:
-    """Set the positions of the outputs of `run` that are not used, so that they get no gradient.
+class Unused(set[int]):
+    """The positions of the outputs of `run` that are not used, so that they get no gradient.
 
-    y: an output of `run`, or a view of one.
-    unused: the caller removes the position of an output when it uses it. A backward that frees the
-        graph removes all others: these outputs can no longer be used.
+    The caller removes the position of an output when it uses it.
+
+    is_closed: whether a backward has freed the graph, so that the others can no longer be used.
+    """
+
+    is_closed = False
+
+
+class SkipUnused(torch.autograd.Function):
+    """Return tensors of n siblings unchanged. Those of unused siblings get no gradient.
+
+    The backward of a concatenation returns zeros for them. With a gradient of zeros, weight decay
+    would change the parameters of a sibling that was not called.
+
+    The inputs are an `Unused`, n, and the tensors: one of every sibling, then the next of every
+    sibling. A tensor can be None.
+    """
+
+    @staticmethod
+    def forward(ctx, unused, n, *tensors):
+        ctx.unused, ctx.n = unused, n
+        ctx.set_materialize_grads(False)
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.unused.is_closed = True
+        return (None, None, *[None if i % ctx.n in ctx.unused else g for i, g in enumerate(grads)])
+
+
+def share_unused(y: Tensor, unused: Unused) -> None:
+    """Set the positions of the outputs of `run` that are not used. y: an output, or a view of one.
+
+    A backward that frees the graph closes `unused`.
     """
     node = y.grad_fn
     if node is not None and y._is_view():
@@ -263,9 +295,7 @@ def _keep_tensors(
     Each layer alone has a graph, so the outputs of siblings can also run backward one by one.
     """
     if unused:
-        # The graph ends here, so the caller must not return the other outputs any more.
-        ctx.unused.clear()
-        ctx.unused = unused
+        ctx.unused.is_closed = True
     kept = getattr(ctx, "kept", None)
     waiting = range(len(dy)) if kept is None else kept.pending
     pending = {i for i in waiting if dy[i] is None and i not in unused}

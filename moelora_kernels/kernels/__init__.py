@@ -8,6 +8,9 @@ With TRITON_INTERPRET=1 in the environment before the import, the launchers run 
 
 Kernels share these conventions.
 
+    Widths    I and O, the widths of x, dy, A and the router's weight, are multiples of 16 in a
+              kernel: `launcher.rows_dense` pads the tensors with zeros, so that every load of a row
+              is aligned. `launcher.cropped` removes what a kernel stored beyond the width.
     Names     `types` explains T, I, O, E, K, R, n, P, N.
     Masks     `tokens_in`, `columns_in`, ... [BLOCK]: which elements of `tokens`, `columns` exist.
               `in_bounds` [BLOCK, BLOCK] is the mask of a tile.
@@ -19,7 +22,8 @@ Kernels share these conventions.
     Dropout   DROPOUT is the smallest random number of 16 bits whose element is kept
               (`numerics.dropout_threshold`), 0 without dropout. dropout_scale =
               1 / keep_probability(p) multiplies the elements that are kept. PER_EXPERT: every
-              expert has a separate mask.
+              expert has a separate mask. row_counters is `dropout.num_counters` of the width
+              before padding.
     Ranks     RANK_DIVISOR is a power of two that divides every rank, so that Triton can load
               several elements at a time.
     K         the slots of a sparse gate or of a router; 0 for a dense gate.

@@ -13,7 +13,7 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 
@@ -25,7 +25,7 @@ STEP = {2: 64, 4: 32}
 ROUNDINGS = 4
 
 
-@triton.jit(do_not_specialize=["P", "M", "slot", "sibling", "dropout_scale"])
+@triton.jit(do_not_specialize=["P", "M", "slot", "sibling", "row_counters", "dropout_scale"])
 def grouped_expand_kernel(
     u_ptr,
     matrix_ptr,
@@ -43,6 +43,7 @@ def grouped_expand_kernel(
     O,  # noqa: E741
     slot,
     sibling,
+    row_counters,
     dropout_scale,
     N: tl.constexpr,
     E: tl.constexpr,
@@ -119,7 +120,7 @@ def grouped_expand_kernel(
             if DROPOUT > 0:
                 stream = local_expert if PER_EXPERT else local_expert * 0
                 seed = tl.load(seed_ptr)
-                kept = keep_tile(seed, stream, y_rows, first_o, O, DROPOUT, BLOCK_O)
+                kept = keep_tile(seed, stream, y_rows, first_o, row_counters, DROPOUT, BLOCK_O)
                 y = tl.where(kept, y * dropout_scale, 0.0)
 
         # Add the start and store.
@@ -143,12 +144,13 @@ def launch(
 ):
     """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings."""
     order, offsets, tiles, _ = routing
-    P, O, E = order.shape[0], matrices[0].shape[0], len(ranks)  # noqa: E741
+    P, width, E = order.shape[0], matrices[0].shape[0], len(ranks)
+    O = launcher.padded_width(width)  # noqa: E741
     start_is_matrix = start is not None and start.dim() == 2
     dtype = start.dtype if start_is_matrix else u.dtype
     y = u.new_empty((P if per_pair else tokens, O), dtype=dtype)
     if P == 0:
-        return y
+        return launcher.cropped(y, y.shape[0], width)
 
     # The slots of every sibling: one launch each, and one for all slots with per_pair.
     N, S = len(offsets) - 1, P // tokens
@@ -163,14 +165,16 @@ def launch(
         sums = y.new_empty(y.shape, dtype=torch.float32)
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
-    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r)
-    u = launcher.aligned(u)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r, divisor)
+    u, row_counters = launcher.aligned(u), num_counters(width)
     previous, stride = start, 0
-    if start_is_matrix:
-        previous = launcher.rows_dense(start)
-        stride = previous.stride(0)
+    if start is not None:
+        previous = launcher.rows_dense(start if start_is_matrix else start[None])
+        stride = previous.stride(0) if start_is_matrix else 0
     for number, (sibling, k) in enumerate(slots):
-        matrix = launcher.lines_dense(matrices[sibling - first_sibling])
+        matrix = _lines_dense(matrices[sibling - first_sibling], O)
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,
@@ -193,13 +197,14 @@ def launch(
                 O=O,
                 slot=sibling * K + k,
                 sibling=sibling,
+                row_counters=row_counters,
                 dropout_scale=1.0 / keep_probability(dropout.p),
             ),
             dict(
                 N=N,
                 E=E,
                 S=S,
-                **tables.rank_constants(ranks),
+                **rank_constants,
                 PER_PAIR=per_pair,
                 IN_PLACE=target is previous,
                 DROPOUT=dropout_threshold(dropout.p),
@@ -211,4 +216,14 @@ def launch(
             ),
         )
         previous, stride = target, O
-    return y
+    return launcher.cropped(y, y.shape[0], width)
+
+
+def _lines_dense(matrix: Tensor, rows: int) -> Tensor:
+    """Return the matrix [rows, R], copied unless its rows or its columns are contiguous.
+
+    Like `launcher.rows_dense` for the side that is contiguous; rows that it adds are 0.
+    """
+    if matrix.stride(1) == 1:
+        return launcher.padded(matrix, rows, matrix.shape[1])
+    return launcher.rows_dense(matrix.t()).t()

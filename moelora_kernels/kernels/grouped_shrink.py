@@ -12,7 +12,7 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Routing
 
@@ -21,7 +21,7 @@ from moelora_kernels.types import Dropout, Routing
 COLUMNS = 64
 
 
-@triton.jit(do_not_specialize=["P", "M", "dropout_scale"])
+@triton.jit(do_not_specialize=["P", "M", "row_counters", "dropout_scale"])
 def grouped_shrink_kernel(
     x_ptr,
     stride_x,
@@ -37,6 +37,7 @@ def grouped_shrink_kernel(
     P,
     M,
     I,  # noqa: E741
+    row_counters,
     dropout_scale,
     n: tl.constexpr,
     E: tl.constexpr,
@@ -88,9 +89,9 @@ def grouped_shrink_kernel(
             x = load_rows(x_ptr, stride_x, x_rows, i, positions_in, i < I)  # [BLOCK_P, BLOCK_I]
             a = load_transposed(a_ptr, I, a_rows, i, columns < rank, i < I)
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, x_rows, first_i, I, DROPOUT, BLOCK_I)
+                kept = keep_tile(seed, stream, x_rows, first_i, row_counters, DROPOUT, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
-            h = product(x, a, h, UPCAST)
+            h = product(x, a, h, UPCAST, WAIT=DROPOUT > 0)
     # A NaN or infinity of x or of the gate does not reach the columns beyond the rank, which are 0.
     columns_in = (columns < rank)[None, :]
     h = tl.where(columns_in, h * dropout_scale, 0.0).to(h_ptr.dtype.element_ty)
@@ -119,14 +120,17 @@ def launch(
 ):
     """Return h and u [P, max(ranks)] by sorted position, like `reference.grouped_shrink`."""
     order, _offsets, tiles, _ = routing
-    P, I = order.shape[0], x.shape[1]  # noqa: E741
+    P, width = order.shape[0], x.shape[1]
     h, u = (x.new_empty((P, max(ranks))) for _ in range(2))
     if P == 0:
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, divisor)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
+    I = x.shape[1]  # noqa: E741
     launcher.run(
         grouped_shrink_kernel,
         len(tiles) * column_tiles,
@@ -134,7 +138,7 @@ def launch(
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            a_ptrs=launcher.all_aligned(lora_a),
+            a_ptrs=launcher.all_padded(lora_a, sum(ranks), I),
             weights_ptr=launcher.aligned_or_none(weights),
             scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
             order_ptr=order,
@@ -146,13 +150,14 @@ def launch(
             P=P,
             M=len(tiles),
             I=I,
+            row_counters=num_counters(width),
             dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
             n=len(lora_a),
             E=len(ranks),
             PAIRS_PER_ROW=P // x.shape[0],
-            **tables.rank_constants(ranks),
+            **rank_constants,
             DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=dropout.per_expert,
             COLUMN_TILES=column_tiles,

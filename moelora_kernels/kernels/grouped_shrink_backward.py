@@ -137,8 +137,13 @@ def launch(
     if P == 0:
         return dh, u, dweights
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_shrink_backward", h.device, h.dtype, block_r)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config(
+        "grouped_shrink_backward", h.device, h.dtype, block_r, divisor
+    )
     dy = [launcher.rows_dense(g) for g in dy]
+    R, out_features = sum(ranks), [g.shape[1] for g in dy]
     launcher.run(
         grouped_shrink_backward_kernel,
         len(tiles),
@@ -146,8 +151,10 @@ def launch(
         dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
-            b_ptrs=launcher.all_aligned(lora_b),
-            out_features=tuple(g.shape[1] for g in dy),
+            b_ptrs=tuple(
+                [launcher.padded(b, rows, R) for b, rows in zip(lora_b, out_features, strict=True)]
+            ),
+            out_features=tuple(out_features),
             h_ptr=launcher.aligned(h),
             weights_ptr=launcher.aligned_or_none(weights),
             scaling_ptr=tables.scaling_table(tuple(scaling), h.device),
@@ -163,9 +170,9 @@ def launch(
         dict(
             n=len(dy),
             E=len(ranks),
-            R=sum(ranks),
+            R=R,
             PAIRS_PER_ROW=P // dy[0].shape[0],
-            **tables.rank_constants(ranks),
+            **rank_constants,
             BLOCK_P=tile_config.tokens,
             BLOCK_O=tile_config.step,
             BLOCK_R=block_r,

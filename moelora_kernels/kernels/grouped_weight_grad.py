@@ -19,7 +19,7 @@ from moelora_kernels.kernels.common.configs import TileConfig
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.kernels.grouped_shrink import COLUMNS
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
@@ -79,7 +79,7 @@ def store_zeros(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["P", "M", "dropout_scale"])
+@triton.jit(do_not_specialize=["P", "M", "row_counters", "dropout_scale"])
 def grouped_weight_grad_kernel(
     wide_ptrs,
     stride_wide,
@@ -99,6 +99,7 @@ def grouped_weight_grad_kernel(
     partial_c,
     P,
     M,
+    row_counters,
     dropout_scale,
     n: tl.constexpr,
     E: tl.constexpr,
@@ -178,9 +179,9 @@ def grouped_weight_grad_kernel(
                 narrow_ptr, MAX_RANK, positions, columns, positions_in, columns_in
             )  # [BLOCK_P, BLOCK_R]
             if DROPOUT > 0:
-                kept = keep_tile(seed, stream, wide_rows, first_w, W, DROPOUT, BLOCK_W)
+                kept = keep_tile(seed, stream, wide_rows, first_w, row_counters, DROPOUT, BLOCK_W)
                 wide = tl.where(kept, wide, 0.0).to(wide.dtype)
-            total = product(tl.trans(wide), narrow, total, UPCAST)
+            total = product(tl.trans(wide), narrow, total, UPCAST, WAIT=DROPOUT > 0)
         total *= dropout_scale
 
         # Store the gradient, or a partial sum if the expert has more pairs.
@@ -251,11 +252,13 @@ def sum_pairs(
     outputs: Sequence[Tensor],
     routing: Routing,
     ranks: Sequence[int],
-    dropout: Dropout,
+    dropout: Dropout = NO_DROPOUT,
+    row_counters: int = 0,
 ) -> None:
     """Fill `outputs` n x [W_i, R], which have the same strides, with the sums of all experts.
 
-    wide n x [P / PAIRS_PER_ROW, W_i] and narrow [P, max(ranks)]: see `grouped_weight_grad_kernel`.
+    wide n x [P / PAIRS_PER_ROW, W_i], as `launcher.rows_dense` returns it, and narrow
+    [P, max(ranks)]: see `grouped_weight_grad_kernel`. row_counters: of wide, with dropout.
     """
     order, offsets, _, chunks = routing
     P, N = order.shape[0], len(offsets) - 1
@@ -263,7 +266,11 @@ def sum_pairs(
 
     # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    tile_config = configs.tile_config("grouped_weight_grad", narrow.device, narrow.dtype, block_r)
+    rank_constants = tables.rank_constants(ranks)
+    divisor = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config(
+        "grouped_weight_grad", narrow.device, narrow.dtype, block_r, divisor
+    )
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     tiles = launcher.ceil_div(max(widths), tile_config.step) * column_tiles
 
@@ -298,11 +305,10 @@ def sum_pairs(
     constants = dict(
         n=len(wide),
         E=len(ranks),
-        **tables.rank_constants(ranks),
+        **rank_constants,
         COLUMN_TILES=column_tiles,
         BLOCK_R=block_r,
     )
-    wide = [launcher.rows_dense(matrix) for matrix in wide]
     launcher.run(
         grouped_weight_grad_kernel,
         len(chunks) * tiles,
@@ -314,6 +320,7 @@ def sum_pairs(
             narrow_ptr=launcher.aligned(narrow),
             order_ptr=order,
             seed_ptr=dropout.seed if dropout.p > 0 else None,
+            row_counters=row_counters,
             dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         constants
@@ -350,13 +357,14 @@ def launch(
     lora_dtype: torch.dtype,
 ):
     """Return da [n R, I] and n x db [O_i, R], like `reference.grouped_weight_grad`."""
-    n, R, I = len(dy), sum(ranks), x.shape[1]  # noqa: E741
+    n, R, width = len(dy), sum(ranks), x.shape[1]
+    x, padded_dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     new = x.new_empty if routing.order.shape[0] else x.new_zeros
-    da = new((n * R, I), dtype=lora_dtype)
-    db = [new((g.shape[1], R), dtype=lora_dtype) for g in dy]
-    if routing.order.shape[0] == 0:
-        return da, db
-    da_by_sibling = [da_i.t() for da_i in da.split(R)]
-    sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, dropout)
-    sum_pairs(dy, u, db, routing, ranks, NO_DROPOUT)
-    return da, db
+    da = new((n * R, x.shape[1]), dtype=lora_dtype)
+    db = [new((g.shape[1], R), dtype=lora_dtype) for g in padded_dy]
+    if routing.order.shape[0] > 0:
+        da_by_sibling = [da_i.t() for da_i in da.split(R)]
+        sum_pairs([x] * n, dh, da_by_sibling, routing, ranks, dropout, num_counters(width))
+        sum_pairs(padded_dy, u, db, routing, ranks)
+    db = [launcher.cropped(b, g.shape[1], R) for b, g in zip(db, dy, strict=True)]
+    return launcher.cropped(da, n * R, width), db

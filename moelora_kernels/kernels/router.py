@@ -136,6 +136,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     split: number of parts that I is cut into; None fills the GPU.
     """
     router_weight, router_bias = router
+    x = launcher.rows_dense(x)
     (T, I), n, E = x.shape, len(router_weight), router_weight[0].shape[0]  # noqa: E741
     logits = x.new_empty((T, n * E), dtype=compute_dtype(x))
     if T == 0:
@@ -151,7 +152,6 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
 
     # The kernel computes the address of a partial sum from T, n and E: no space between them.
     partials = Partials([logits], split, alignment=1)
-    x = launcher.rows_dense(x)
     launcher.run(
         router_logits_kernel,
         programs * split,
@@ -159,7 +159,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
         dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            router_ptrs=launcher.all_aligned(router_weight),
+            router_ptrs=launcher.all_padded(router_weight, E, I),
             bias_ptrs=launcher.all_aligned(router_bias),
             logits_ptr=partials.targets[0],
             T=T,
@@ -187,11 +187,13 @@ def launch_grad(
 
     split: number of parts that T is cut into; None fills the GPU.
     """
+    width = x.shape[1]
+    x = launcher.rows_dense(x)
     (T, I), L = x.shape, dlogits.shape[1]  # noqa: E741
     new = x.new_zeros if T == 0 else x.new_empty
     drouter, dbias = new((L, I), dtype=router_dtype), new(L, dtype=router_dtype)
     if T == 0:
-        return drouter, dbias
+        return launcher.cropped(drouter, L, width), dbias
 
     # Grid.
     block_l = min(launcher.block(L), COLUMNS)
@@ -203,7 +205,6 @@ def launch_grad(
 
     partials = Partials([drouter, dbias], split)
     drouter_target, dbias_target = partials.targets
-    x = launcher.rows_dense(x)
     launcher.run(
         router_grad_kernel,
         programs * split,
@@ -228,4 +229,4 @@ def launch_grad(
         ),
     )
     partials.reduce()
-    return drouter, dbias
+    return launcher.cropped(drouter, L, width), dbias

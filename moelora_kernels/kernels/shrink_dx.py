@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows
 from moelora_kernels.kernels.common.products import product, select_from
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
 
@@ -50,7 +51,7 @@ def add_columns(
     return dx
 
 
-@triton.jit(do_not_specialize=["T", "dropout_scale"])
+@triton.jit(do_not_specialize=["T", "row_counters", "dropout_scale"])
 def shrink_dx_kernel(
     dh_ptr,
     dlogits_ptr,
@@ -62,6 +63,7 @@ def shrink_dx_kernel(
     T,
     I,  # noqa: E741
     num_column_tiles,
+    row_counters,
     dropout_scale,
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
@@ -111,7 +113,7 @@ def shrink_dx_kernel(
                 expert_dx, dh_ptr, n * A_ROWS, a_ptr, tokens, tokens_in, i, i_in, I, start, end,
                 BLOCK_R, UPCAST,
             )  # fmt: skip
-            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, BLOCK_I)
+            kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_I)
             dx += tl.where(kept, expert_dx, 0.0)
     else:
         for sibling in range(n):
@@ -121,7 +123,7 @@ def shrink_dx_kernel(
             )  # fmt: skip
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)
-            kept = keep_tile(seed, 0, tokens, first_i, I, DROPOUT, BLOCK_I)
+            kept = keep_tile(seed, 0, tokens, first_i, row_counters, DROPOUT, BLOCK_I)
             dx = tl.where(kept, dx, 0.0)
     dx *= dropout_scale
 
@@ -145,11 +147,17 @@ def launch(
 ):
     """Return dx [T, I] in the dtype of dh, like `reference.shrink_dx`."""
     T, n = dh.shape[0], len(lora_a)
-    A_ROWS, I = lora_a[0].shape  # noqa: E741
+    A_ROWS, width = lora_a[0].shape
+    per_expert = dropout.p > 0 and dropout.per_expert
+    if A_ROWS * dh.itemsize % launcher.ALIGNMENT and not per_expert:
+        # Zeros between the columns of the siblings: then all rows of dh are aligned.
+        rows = launcher.padded_width(A_ROWS)
+        dh = pad(dh.view(T, n, A_ROWS), (0, rows - A_ROWS)).view(T, n * rows)
+        A_ROWS = rows
+    I = launcher.padded_width(width)  # noqa: E741
     dx = dh.new_empty((T, I))
 
     # Tiles.
-    per_expert = dropout.p > 0 and dropout.per_expert
     widest = max(ranks) if per_expert else A_ROWS
     block_r = min(launcher.block(widest), STEP)
     tile_config = configs.tile_config("shrink_dx", dh.device, dh.dtype, block_r)
@@ -164,14 +172,15 @@ def launch(
         dict(
             dh_ptr=launcher.aligned(dh),
             dlogits_ptr=launcher.aligned_or_none(dlogits),
-            a_ptrs=launcher.all_aligned(lora_a),
-            router_ptrs=launcher.all_aligned(router_weight),
+            a_ptrs=launcher.all_padded(lora_a, A_ROWS, I),
+            router_ptrs=launcher.all_padded(router_weight, len(ranks), I),
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tiles,
             dx_ptr=dx,
             T=T,
             I=I,
             num_column_tiles=0 if column_tiles is None else len(column_tiles),
+            row_counters=num_counters(width),
             dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
@@ -188,4 +197,4 @@ def launch(
             UPCAST=launcher.INTERPRET,
         ),
     )
-    return dx
+    return launcher.cropped(dx, T, width)

@@ -27,7 +27,7 @@ from moelora_kernels.kernels.common.gates import (
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import compute_dtype, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
 
@@ -39,7 +39,7 @@ ONE_LAUNCH_EXPERTS = 16
 MAX_ROUTER_COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["splits", "T", "G", "temperature", "dropout_scale"])
+@triton.jit(do_not_specialize=["splits", "T", "G", "temperature", "row_counters", "dropout_scale"])
 def shrink_gate_kernel(
     x_ptr,
     stride_x,
@@ -64,6 +64,7 @@ def shrink_gate_kernel(
     G,
     i_per_split,
     temperature,
+    row_counters,
     dropout_scale,
     splits,
     n: tl.constexpr,
@@ -153,9 +154,9 @@ def shrink_gate_kernel(
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
             logits = exact_product(x, router, logits, UPCAST)
         if DROPOUT > 0:
-            kept = keep_tile(seed, stream, tokens, first, I, DROPOUT, BLOCK_I)
+            kept = keep_tile(seed, stream, tokens, first, row_counters, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        h = product(x, a, h, UPCAST)
+        h = product(x, a, h, UPCAST, WAIT=DROPOUT > 0)
     h *= dropout_scale
 
     if ONE_LAUNCH:
@@ -286,7 +287,7 @@ def launch(
     router_weight, router_bias = router
     gate_weights, experts, rows, _ = gate
     ranks, scaling, _, top_k, renormalize, temperature = mixture
-    T, I = x.shape  # noqa: E741
+    T, width = x.shape
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0
 
@@ -316,6 +317,8 @@ def launch(
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
     # Grid: split I until the programs fill the GPU.
+    x = launcher.rows_dense(x)
+    I = x.shape[1]  # noqa: E741
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
@@ -328,8 +331,8 @@ def launch(
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
-        width = n * (A_ROWS + (E if has_router else 0))
-        partials = x.new_empty((split, T, width), dtype=dtype)
+        columns = n * (A_ROWS + (E if has_router else 0))
+        partials = x.new_empty((split, T, columns), dtype=dtype)
 
     # Arguments that both launches take.
     arguments = dict(
@@ -354,7 +357,6 @@ def launch(
         n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
         ROUTER_E=E if has_router else 0, UPCAST=launcher.INTERPRET,
     )  # fmt: skip
-    x = launcher.rows_dense(x)
     launcher.run(
         shrink_gate_kernel,
         token_tiles * split * column_tiles,
@@ -363,12 +365,13 @@ def launch(
         | dict(
             x_ptr=x,
             stride_x=x.stride(0),
-            a_ptrs=launcher.all_aligned(lora_a),
-            router_ptrs=launcher.all_aligned(router_weight),
+            a_ptrs=launcher.all_padded(lora_a, A_ROWS, I),
+            router_ptrs=launcher.all_padded(router_weight, E, I),
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tile_table,
             I=I,
             i_per_split=launcher.ceil_div(steps, split) * tile_config.step,
+            row_counters=num_counters(width),
             dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         constants

@@ -62,6 +62,7 @@ def shrink_gate_backward_kernel(
     n: tl.constexpr,
     A_ROWS: tl.constexpr,
     R: tl.constexpr,
+    B_COLUMNS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     FORM: tl.constexpr,
@@ -79,7 +80,7 @@ def shrink_gate_backward_kernel(
     """du = dy B, dh = scale * gate (.) du, u = scale * gate (.) h, dgate = scale * <du, h>.
 
     dy             n x [T, O_i], rows stride_dy[i] apart
-    b              n x [O_i, R]
+    b              n x [O_i, B_COLUMNS]: R columns, and zeros up to a multiple of 16 bytes
     out_features, o_per_split: n numbers each, O_i and how much of it one split sums
     h              [T, n A_ROWS]; A_ROWS is R, or r if the experts share A
     gate_weights, gate_experts, gate_rows: the gate, as FORM says (`gates`)
@@ -114,10 +115,10 @@ def shrink_gate_backward_kernel(
     for first in range(split * part, tl.minimum((split + 1) * part, O), BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         dy = load_rows(dy_ptr, stride, tokens, o, tokens_in, o < O)  # [BLOCK_T, BLOCK_O]
-        b = load_rows(b_ptr, R, o, columns, o < O, columns < R)
+        b = load_rows(b_ptr, B_COLUMNS, o, columns, o < O, columns < B_COLUMNS)
         du = product(dy, b, du, UPCAST)
         if COLUMN_BLOCKS == 2:
-            b = load_rows(b_ptr, R, o, columns_2, o < O, columns_2 < R)
+            b = load_rows(b_ptr, B_COLUMNS, o, columns_2, o < O, columns_2 < B_COLUMNS)
             du_2 = product(dy, b, du_2, UPCAST)
 
     if ONE_LAUNCH:
@@ -271,11 +272,15 @@ def launch(
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
     # Grid: split O until the programs fill the GPU.
+    dy = [launcher.rows_dense(g) for g in dy]
+    b_columns = launcher.aligned_columns(lora_b[0])
     out_features = [g.shape[1] for g in dy]
     steps = [launcher.ceil_div(O, tile_config.step) for O in out_features]  # noqa: E741
     if split is None:
         split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
     one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
+    # Rows of h and u at any multiple of 2 or 4 bytes take more registers than the gate leaves.
+    one_launch = one_launch and R * h.itemsize % 8 == 0
     partials = None if one_launch else h.new_empty((split, T, n * R), dtype=dtype)
 
     # Arguments that both launches take.
@@ -309,7 +314,6 @@ def launch(
         BLOCK_E=block_e,
         UPCAST=launcher.INTERPRET,
     )
-    dy = [launcher.rows_dense(g) for g in dy]
     launcher.run(
         shrink_gate_backward_kernel,
         token_tiles * split * column_tiles,
@@ -318,12 +322,18 @@ def launch(
         | dict(
             dy_ptrs=tuple(dy),
             stride_dy=tuple(g.stride(0) for g in dy),
-            b_ptrs=launcher.all_aligned(lora_b),
+            b_ptrs=tuple(
+                [
+                    launcher.padded(b, rows, b_columns)
+                    for b, rows in zip(lora_b, out_features, strict=True)
+                ]
+            ),
             out_features=tuple(out_features),
             o_per_split=tuple(launcher.ceil_div(s, split) * tile_config.step for s in steps),
         ),
         constants
         | dict(
+            B_COLUMNS=b_columns,
             ONE_LAUNCH=one_launch,
             COLUMN_TILES=column_tiles,
             BLOCK_T=tile_config.tokens,

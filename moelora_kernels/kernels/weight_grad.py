@@ -13,7 +13,7 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials
-from moelora_kernels.kernels.dropout import keep_tile
+from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
 
@@ -39,6 +39,7 @@ def weight_grad_of_x(
     end_t,
     T,
     I,  # noqa: E741
+    row_counters,
     dropout_scale,
     H: tl.constexpr,
     L: tl.constexpr,
@@ -69,6 +70,8 @@ def weight_grad_of_x(
     logit_columns = column_tile * BLOCK_L + tl.arange(0, BLOCK_L)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)
+    # Whether the product with dlogits converts x to float32 (`exact_product`).
+    CONVERTED: tl.constexpr = L > 0 and x_ptr.dtype.element_ty == tl.float16
 
     # Products: the experts read x after dropout, the router reads x itself.
     da = tl.zeros((BLOCK_W, BLOCK_A), tl.float32)
@@ -85,9 +88,9 @@ def weight_grad_of_x(
                 dbias += tl.sum(dlogits, axis=0)
             drouter = exact_product(tl.trans(x), dlogits, drouter, UPCAST)
         if DROPOUT > 0:
-            kept = keep_tile(seed, stream, tokens, first_i, I, DROPOUT, BLOCK_W)
+            kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        da = product(tl.trans(x), dh, da, UPCAST)
+        da = product(tl.trans(x), dh, da, UPCAST, WAIT=DROPOUT > 0 or CONVERTED)
     da *= dropout_scale
 
     # Store. The programs of the first tile of I store the bias.
@@ -132,7 +135,7 @@ def weight_grad_of_dy(
     store_rows(db_ptr, R, o, columns, o < O, columns < R, db)
 
 
-@triton.jit(do_not_specialize=["T", "dropout_scale"])
+@triton.jit(do_not_specialize=["T", "row_counters", "dropout_scale"])
 def weight_grad_kernel(
     x_ptr,
     stride_x,
@@ -152,6 +155,7 @@ def weight_grad_kernel(
     out_features,
     t_per_split,
     partial_stride,
+    row_counters,
     dropout_scale,
     n: tl.constexpr,
     H: tl.constexpr,
@@ -203,8 +207,8 @@ def weight_grad_kernel(
             dbias_ptr += partial
         weight_grad_of_x(
             x_ptr, stride_x, dh_ptr, dlogits_ptr, seed_ptr, column_tiles_ptr, da_ptr + partial,
-            drouter_ptr, dbias_ptr, tile, start_t, end_t, T, I, dropout_scale, H, L, DROPOUT,
-            PER_EXPERT, RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
+            drouter_ptr, dbias_ptr, tile, start_t, end_t, T, I, row_counters, dropout_scale, H, L,
+            DROPOUT, PER_EXPERT, RANK_DIVISOR, A_TILES, BLOCK_T, BLOCK_W, BLOCK_A, BLOCK_L, UPCAST,
         )  # fmt: skip
     else:
         # The tiles of sibling i begin where those of sibling i - 1 end.
@@ -240,18 +244,19 @@ def launch(
 
     split: number of parts that T is cut into; None fills the GPU.
     """
-    (T, I), n, H = x.shape, len(dy), dh.shape[1]  # noqa: E741
-    R, out_features = u.shape[1] // n, [g.shape[1] for g in dy]
+    (T, width), n, H = x.shape, len(dy), dh.shape[1]
+    x, padded_dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
+    R, I, out_features = u.shape[1] // n, x.shape[1], [g.shape[1] for g in padded_dy]  # noqa: E741
     L = 0 if dlogits is None else dlogits.shape[1]
 
-    # Outputs.
+    # Outputs, as wide as x and dy are after padding.
     new = x.new_zeros if T == 0 else x.new_empty
     da = new((H, I), dtype=lora_dtype)
-    drouter = new((L, I) if L else 0, dtype=router_dtype)
+    drouter = new((L, I), dtype=router_dtype)
     dbias = new(L, dtype=router_dtype)
     db = [new((O, R), dtype=lora_dtype) for O in out_features]  # noqa: E741
     if T == 0:
-        return da, drouter, dbias, db
+        return _cropped(da, drouter, dbias, db, width, dy)
 
     # Tiles.
     per_expert = dropout.p > 0 and dropout.per_expert
@@ -278,7 +283,6 @@ def launch(
     partials = Partials([da, drouter, dbias, *db] if L else [da, *db], split)
     da_target, *router_targets = partials.targets[:-n]
     drouter_target, dbias_target = router_targets or (None, None)
-    x, dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
     launcher.run(
         weight_grad_kernel,
         programs * split,
@@ -288,8 +292,8 @@ def launch(
             stride_x=x.stride(0),
             dh_ptr=launcher.aligned(dh),
             dlogits_ptr=launcher.aligned_or_none(dlogits),
-            dy_ptrs=tuple(dy),
-            stride_dy=tuple(g.stride(0) for g in dy),
+            dy_ptrs=tuple(padded_dy),
+            stride_dy=tuple(g.stride(0) for g in padded_dy),
             u_ptr=launcher.aligned(u),
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             column_tiles_ptr=column_tiles,
@@ -302,6 +306,7 @@ def launch(
             out_features=tuple(out_features),
             t_per_split=launcher.ceil_div(steps, split) * tile_config.tokens,
             partial_stride=partials.stride,
+            row_counters=num_counters(width),
             dropout_scale=1.0 / keep_probability(dropout.p),
         ),
         dict(
@@ -323,4 +328,23 @@ def launch(
         ),
     )
     partials.reduce()
+    return _cropped(da, drouter, dbias, db, width, dy)
+
+
+def _cropped(
+    da: Tensor,
+    drouter: Tensor,
+    dbias: Tensor,
+    db: list[Tensor],
+    width: int,
+    dy: Sequence[Tensor],
+):
+    """Return the gradients of the features of x [T, width] and dy, without those of the padding.
+
+    drouter is [0] without a router.
+    """
+    L = len(dbias)
+    da = launcher.cropped(da, len(da), width)
+    drouter = launcher.cropped(drouter, L, width) if L else drouter.flatten()
+    db = [launcher.cropped(b, g.shape[1], b.shape[1]) for b, g in zip(db, dy, strict=True)]
     return da, drouter, dbias, db

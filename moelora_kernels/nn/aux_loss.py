@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.base_linear import tensor_problem
 from moelora_kernels.nn.gates import normalized_entropy, split_threshold
 from moelora_kernels.nn.layer import MixtureLayer, mixture_layers
 from moelora_kernels.nn.recorded_forwards import drop_calls, follow_forwards, last_calls
@@ -20,6 +21,8 @@ MaskOfCall = Callable[[MixtureLayer, RoutedCall], Tensor | None]
 def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Return the weighted sum of all auxiliary losses of the last forward; zero if there are none.
 
+    There are none if no layer has `aux` in its config, or if the forward reached no layer that has.
+
     A layer that the forward did not reach adds nothing. A layer that it called several times counts
     the tokens of all calls: a gate row (a token, or a sequence) counts with the number of its
     tokens.
@@ -31,7 +34,7 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
         entropy      = mean H(p) / max H    0 if every token is certain. H: see `entropy_index`.
 
     Args:
-        model: a model whose layers have `aux` in their config.
+        model: a model with mixture layers.
         mask: [batch, sequence] (also with batch_dim=1), or one entry per token in the order of x;
             nonzero if a token counts. For per-sequence or per-task gates, a sequence counts if any
             of its tokens counts; a mask with one entry per gate row is also accepted.
@@ -41,7 +44,9 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
             activation checkpointing use use_reentrant=False.) A forward without autograd between
             the training forward and this call does not matter. Or a layer was called several times
             outside of the forwards of `model`, so that the last forward is not known.
-        ValueError: the mask does not fit the tokens or the gate rows.
+        ValueError: `model` has no mixture layer, or the mask does not fit the tokens or the gate
+            rows.
+        TypeError: the mask is not a tensor.
 
     Example:
         >>> import torch
@@ -54,6 +59,10 @@ def collect_aux_loss(model: nn.Module, mask: Tensor | None = None) -> Tensor:
     Source: arXiv 2101.03961 (load balance), arXiv 2202.08906 (z), arXiv 2504.00661 (entropy),
     arXiv 2405.00361 (load balance with a learned threshold).
     """
+    if mask is not None and (problem := tensor_problem(mask)):
+        raise TypeError(
+            f"mask: expected a tensor [batch, sequence], or one entry per token, got {problem}"
+        )
     return _collect(model, lambda layer, call: _given_mask(mask, layer, call))
 
 
@@ -67,7 +76,13 @@ def collect_aux_loss_of_parts(model: nn.Module) -> Tensor:
 
 
 def _collect(model: nn.Module, mask_of: MaskOfCall, needs_forward: bool = True) -> Tensor:
-    layers = [layer for layer in mixture_layers(model) if layer.config.aux and layer.is_running]
+    all_layers = mixture_layers(model)
+    if needs_forward and not all_layers:
+        raise ValueError(
+            "model: expected a model with mixture layers, got none; call replace_linears first, or "
+            "do not collect the loss of this model"
+        )
+    layers = [layer for layer in all_layers if layer.config.aux and layer.is_running]
     if layers:
         follow_forwards(model)
     calls = last_calls(model, layers)

@@ -34,6 +34,19 @@ def missing_size(module: nn.Module) -> str | None:
     return None
 
 
+def conv1d_remedy(module: nn.Module) -> str:
+    """Return the end of an error that refuses a Conv1D of transformers (GPT-2), or "".
+
+    It computes y = x W + b with W [I, O]. A merge or an export would need the transposed experts.
+    """
+    if type(module).__name__ != "Conv1D" or not isinstance(getattr(module, "nf", None), int):
+        return ""
+    return (
+        "; its weight is [in_features, out_features]: put an nn.Linear in its place first, with "
+        "weight=nn.Parameter(conv.weight.t().contiguous()) and bias=conv.bias"
+    )
+
+
 def state_without_graph(module: nn.Module, name: str) -> dict:
     """Return the state for a copy or a pickle, with the tensor attribute `name` detached."""
     tensor = module.__dict__[name]

@@ -22,8 +22,6 @@ from moelora_kernels.nn.wrappers import is_pretrained, named_modules, unwrap
 if TYPE_CHECKING:
     from moelora_kernels.nn.layer import MixtureLayer
 
-# The entry of `_Calls.sizes` for a call with packed samples.
-PACKED = -1
 # Arguments of models whose first dimension may not be that of samples.
 NOT_ROWS = ("position", "pos_", "rotary", "freq", "cache", "grid", "past_", "mems")
 
@@ -54,12 +52,13 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
     if not per_sequence and (order is None or count == 1):
         return
     rows, other = x.shape[config.batch_dim], x.shape[1 - config.batch_dim]
-    sizes = {count: set()}
+    sizes: dict[int, set[int]] = {count: set()}
     if per_sequence:
-        if torch.compiler.is_compiling() or not _calls.sizes:
+        if torch.compiler.is_compiling() or not _calls.batches:
             return
-        sizes = _calls.sizes[-1]
-        if rows == 1 and PACKED in sizes:
+        batch = _calls.batches[-1]
+        sizes = batch.sizes
+        if rows == 1 and batch.is_packed():
             raise ValueError(
                 f"{_subject(x, order)}: position_ids or cu_seq_lens say that several samples are "
                 "packed into the row, but granularity='sequence' has one gate for each row; call "
@@ -80,17 +79,17 @@ def check_rows(layer: MixtureLayer, x: Tensor, count: int) -> None:
         return
     if not per_sequence or not sizes:
         return
-    batch = " or ".join(str(size) for size in sorted(sizes) if size != PACKED)
+    numbers = " or ".join(map(str, sorted(sizes)))
     if other in sizes:
         raise ValueError(
             f"{_subject(x, order)}: dimension {config.batch_dim} counts sequences, because "
-            f"batch_dim={config.batch_dim}, but the model was called with {batch} rows; use "
+            f"batch_dim={config.batch_dim}, but the model was called with {numbers} rows; use "
             f"batch_dim={1 - config.batch_dim} for this layer, or call set_samples(model, samples) "
             "with the sample of each row or token"
         )
     if rows == 1 and any(x.shape[:-1].numel() in tokens for tokens in sizes.values()):
         raise ValueError(
-            f"{_subject(x, order)}: one row, but the model was called with {batch} rows, so "
+            f"{_subject(x, order)}: one row, but the model was called with {numbers} rows, so "
             "several samples may be packed into it; call set_samples(model, samples) with the "
             "sample of each token"
         )
@@ -101,14 +100,48 @@ def _subject(x: Tensor, order: TokenOrder | None) -> str:
     return f"x: {[*x.shape]}" if order is None else f"x: {[*x.shape]} for {order.name}"
 
 
-class _Calls(threading.local):
-    """The tensors that the running forwards of a thread got, innermost last.
+class _Batch:
+    """The tensors that a forward of a model got.
 
     sizes: the rows of a tensor -> the numbers of tokens [batch, sequence] of such tensors.
     """
 
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        named = {k: v for k, v in kwargs.items() if not any(part in k for part in NOT_ROWS)}
+        self.sizes: dict[int, set[int]] = {}
+        for tensor in (*args, *named.values()):
+            if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                self.sizes.setdefault(tensor.shape[0], set()).add(tensor.shape[:2].numel())
+        self._packed = any(v is not None and "cu_seq" in k for k, v in kwargs.items())
+        self._positions = None if self._packed else _single_row_positions(kwargs)
+
+    def is_packed(self) -> bool:
+        """Return whether the arguments say that a row holds several samples.
+
+        If only the values of position_ids tell, the first call waits for the device that has them.
+        A later check could not stop a forward that is wrong.
+        """
+        if self._positions is not None:
+            self._packed = bool((self._positions[1:] == 0).any())
+            self._positions = None
+        return self._packed
+
+
+def _single_row_positions(kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the position_ids [L] of a single row with several tokens; None without such a row."""
+    positions = kwargs.get("position_ids")
+    # With a mask, positions start again after the padding.
+    if not isinstance(positions, Tensor) or kwargs.get("attention_mask") is not None:
+        return None
+    is_row = positions.dim() == 2 and len(positions) == 1 and positions.shape[1] > 1
+    return positions[0] if is_row else None
+
+
+class _Calls(threading.local):
+    """The batches of the running forwards of a thread, innermost last."""
+
     def __init__(self) -> None:
-        self.sizes: list[dict[int, set[int]]] = []
+        self.batches: list[_Batch] = []
 
 
 _calls = _Calls()
@@ -132,29 +165,10 @@ class BatchHooks(ModelHooks):
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note the rows of the tensors of a forward."""
-        if torch.compiler.is_compiling():
-            return
-        named = {k: v for k, v in kwargs.items() if not any(part in k for part in NOT_ROWS)}
-        sizes: dict[int, set[int]] = {}
-        for tensor in (*args, *named.values()):
-            if isinstance(tensor, Tensor) and tensor.dim() > 1:
-                sizes.setdefault(tensor.shape[0], set()).add(tensor.shape[:2].numel())
-        if _is_packed(kwargs):
-            sizes[PACKED] = set()
-        _calls.sizes.append(sizes)
+        if not torch.compiler.is_compiling():
+            _calls.batches.append(_Batch(args, kwargs))
 
     def end(self, model: nn.Module) -> None:
         """Forget the rows of a forward."""
-        if not torch.compiler.is_compiling() and _calls.sizes:
-            _calls.sizes.pop()
-
-
-def _is_packed(kwargs: dict[str, Any]) -> bool:
-    """Return whether the arguments of a model say that a row holds several samples."""
-    if any(value is not None and "cu_seq" in name for name, value in kwargs.items()):
-        return True
-    positions = kwargs.get("position_ids")
-    # With a mask, positions start again after the padding.
-    if not isinstance(positions, Tensor) or kwargs.get("attention_mask") is not None:
-        return False
-    return positions.dim() == 2 and len(positions) == 1 and bool((positions[0, 1:] == 0).any())
+        if not torch.compiler.is_compiling() and _calls.batches:
+            _calls.batches.pop()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from moelora_kernels.nn.base_linear import is_plain_linear
 from moelora_kernels.nn.ffn import PROJECTIONS
@@ -115,6 +116,7 @@ def check_trainable(
     Raises:
         ValueError: the model has no mixture layer, is sharded by FSDP, or was built under
             torch.inference_mode; or there is no loss.
+        TypeError: `batch` is None or a DataLoader.
 
     Example:
         >>> import torch
@@ -129,6 +131,11 @@ def check_trainable(
     if not layers:
         raise ValueError(
             "model: expected a model with mixture layers, got none; call replace_linears first"
+        )
+    if batch is None or isinstance(batch, DataLoader):
+        raise TypeError(
+            "batch: expected keyword arguments by name, a tuple or a list of positional arguments, "
+            f"or one tensor, got {type(batch)}; pass one batch, or () for a model without arguments"
         )
     _check_sharding(model)
     model = unwrap(model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.autograd.linear import SkipUnused, Unused
 from moelora_kernels.functional import run_layer
 from moelora_kernels.nn.base_linear import (
     call_base,
@@ -21,6 +23,8 @@ from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, dropout_seed
 from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LinearTensors
+
+Structure = TypeVar("Structure", Gate, LinearTensors)
 
 
 def forward_siblings(
@@ -44,6 +48,8 @@ def forward_siblings(
     Raises:
         ValueError, TypeError: x or gates do not fit the layers.
     """
+    if len(layers) > 1 and (any(layer.merged for layer in layers) or gate_rows_differ(layers)):
+        return [forward_siblings((layer,), x, gates)[0] for layer in layers]
     outputs, gate = run_siblings(layers, x, gates)
     for i, layer in enumerate(layers):
         if layer.record.is_on:
@@ -52,19 +58,30 @@ def forward_siblings(
 
 
 def run_siblings(
-    layers: Sequence[LoraLayer], x: Tensor, gates: Tensor | None = None
+    layers: Sequence[LoraLayer],
+    x: Tensor,
+    gates: Tensor | None = None,
+    unused: Unused | None = None,
 ) -> tuple[list[Tensor], Gate | None]:
     """Return the outputs of `forward_siblings`, and the gate of all layers side by side.
 
-    The gate is None if the layers run one by one. The records of the layers change only then.
+    The records of the layers do not change.
+
+    Args:
+        layers: one layer, or siblings that are not merged and for which `gate_rows_differ` is
+            False.
+        x, gates: as in `forward_siblings`.
+        unused: the positions of the layers that get no gradient. The gate and the reference join
+            the tensors of all siblings, so these are passed through `SkipUnused`.
+
+    Returns:
+        The outputs; and the gate, or None for a merged layer.
     """
     first = layers[0]
     config = first.config
     check_input(x, first.in_features, gates, config.router)
-    if any(layer.merged for layer in layers) or (len(layers) > 1 and gate_rows_differ(layers)):
-        if len(layers) == 1:
-            return [forward_merged(first, x, gates)], None
-        return [forward_siblings((layer,), x, gates)[0] for layer in layers], None
+    if first.merged:
+        return [forward_merged(first, x, gates)], None
     dtype = active_dtype(x)
     tokens = x if x.dim() == 2 else flat_rows(x)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
@@ -79,7 +96,9 @@ def run_siblings(
     if config.dropout > 0.0 and first.training:
         seed = dropout_seed(config.dropout, None, x.device)
         dropout = Dropout(config.dropout, config.dropout_mask == "per_expert", seed)
-    passed_gate = None if fuse_router else siblings_gate(layers, x, tokens, gates)
+    if unused is not None and config.impl == "reference":
+        linears = _skip_unused(linears, unused)
+    passed_gate = None if fuse_router else siblings_gate(layers, x, tokens, gates, unused)
     outputs, gate = run_layer(
         mixture,
         tokens,
@@ -146,8 +165,20 @@ def _linear_tensors(
     )
 
 
+def _skip_unused(siblings: list[Structure], unused: Unused) -> list[Structure]:
+    """Return the tensors of siblings. Those of unused siblings get no gradient."""
+    n = len(siblings)
+    by_field = [tensor for field in zip(*siblings, strict=True) for tensor in field]
+    tensors = SkipUnused.apply(unused, n, *by_field)
+    return [type(sibling)(*tensors[i::n]) for i, sibling in enumerate(siblings)]
+
+
 def siblings_gate(
-    layers: Sequence[LoraLayer], x: Tensor, tokens: Tensor, gates: Tensor | None
+    layers: Sequence[LoraLayer],
+    x: Tensor,
+    tokens: Tensor,
+    gates: Tensor | None,
+    unused: Unused | None = None,
 ) -> Gate:
     """Return the gate of n siblings side by side, with the gate row of each token.
 
@@ -156,11 +187,13 @@ def siblings_gate(
         x: [..., I], the input of the layers.
         tokens: [T, I], x in the dtype the layers compute in.
         gates: external gates [..., E]; None means the gates that `set_tasks` set.
+        unused: as in `run_siblings`.
 
     Raises:
         ValueError: the number of gate rows does not fit x.
     """
-    gate = concat_gates([layer.make_gate(x, tokens, gates) for layer in layers])
+    parts = [layer.make_gate(x, tokens, gates) for layer in layers]
+    gate = concat_gates(parts if unused is None else _skip_unused(parts, unused))
     source = "set_tasks" if gates is None else "gates"
     first = layers[0]
     rows = row_of_tokens(gate.weights, x.shape, x.device, source, first.config, first.samples)

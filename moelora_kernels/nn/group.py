@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.linear import share_unused
+from moelora_kernels.autograd.linear import Unused, share_unused
 from moelora_kernels.nn.base_linear import given_input
 from moelora_kernels.nn.forward import (
     forward_siblings,
@@ -173,12 +173,12 @@ class Pass:
     state: tuple
     # The position of a layer -> its output. Empty after x is freed.
     outputs: dict[int, Output]
-    # The positions of the layers that were not called; see `share_unused`.
-    unused: set[int]
+    # The positions of the layers that were not called.
+    unused: Unused
 
     def pop(self, i: int, x: Tensor, gates: Tensor | None) -> Output | None:
         """Remove and return output i; None if there is none for this x and these gates."""
-        if self.x() is not x or (self.gates and self.gates()) is not gates or i not in self.unused:
+        if self.x() is not x or (self.gates and self.gates()) is not gates or self.unused.is_closed:
             return None
         return self.outputs.pop(i, None) if self.state == _state(x, gates) else None
 
@@ -191,12 +191,13 @@ class StoredOutputs(threading.local):
 
 def run_pass(layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: Tensor | None) -> Pass:
     """Run linked layers together on x, for a call of layer i."""
-    ys, gate = run_siblings(layers, x, gates)
+    unused = Unused(range(len(layers)))
+    trains = torch.is_grad_enabled()
+    ys, gate = run_siblings(layers, x, gates, unused if trains else None)
     outputs: dict[int, Output] = {}
     for j, layer in enumerate(layers):
         outputs[j] = Output(ys[j], gate, None if j == i else snapshot(layer))
-    unused = {*outputs}
-    if torch.is_grad_enabled():
+    if trains:
         share_unused(ys[0], unused)
     x_ref = weakref.ref(x, lambda _: outputs.clear())
     gates_ref = None if gates is None else weakref.ref(gates)

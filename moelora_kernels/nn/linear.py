@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import given_input, missing_size
+from moelora_kernels.nn.base_linear import conv1d_remedy, given_input, missing_size
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.initialization import start_from_svd
 from moelora_kernels.nn.layer import LoraLayer
@@ -111,7 +111,10 @@ class MoeLoraLinear(LoraLayer):
             torch.Size([3, 32])
         """
         if missing := missing_size(linear):
-            raise TypeError(f"linear: expected a module with {missing}, got {type(linear)}")
+            raise TypeError(
+                f"linear: expected a module with {missing}, got {type(linear)}"
+                f"{conv1d_remedy(linear)}"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._attach(linear, config, options)
@@ -331,8 +334,8 @@ class MoeLoraLinear(LoraLayer):
         return super().extra_repr() + merged
 
 
-def forget_outputs(model: nn.Module) -> None:
-    """Drop the outputs that linked siblings of `model` keep for one another."""
-    for layer in model.modules():
+def forget_outputs(modules: Iterable[nn.Module]) -> None:
+    """Drop the outputs that linked siblings in `modules` keep for one another."""
+    for layer in modules:
         if isinstance(layer, MoeLoraLinear) and layer.link is not None:
             layer.link.forget()

@@ -36,9 +36,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
 
     Raises:
         TypeError: `tasks` are neither numbers nor a tensor; or `model` is not a module.
-        ValueError: `tasks` are empty; no layer uses them; the model uses both gates and task
-            vectors; an id is out of range; a gate or a vector has another size; or a layer is
-            merged with another task.
+        ValueError: `tasks` are empty, or a number without a list; no layer uses them; the model
+            uses both gates and task vectors; an id is out of range; a gate or a vector has another
+            size; or a layer is merged with another task.
 
     Example:
         >>> import torch
@@ -53,11 +53,16 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     follow_forwards(model)
     expected = "a tensor or a list of numbers, with rows of one length (0 pads task ids)"
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    tasks = _as_tensor("tasks", tasks, expected, is_meta)
+    passed, tasks = tasks, _as_tensor("tasks", tasks, expected, is_meta)
+    if tasks.dim() == 0 and not tasks.is_floating_point():
+        raise ValueError(
+            f"tasks: expected one entry per sample, got {passed!r}; pass [{passed!r}] if all "
+            "samples have this task"
+        )
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.check_merged_task(tasks)
-    forget_outputs(model)
+    forget_outputs(model.modules())
     if tasks.is_floating_point():
         layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
         routers_of = {
@@ -154,7 +159,7 @@ def set_samples(model: nn.Module, samples: Tensor | Sequence[int] | str | None) 
         raise ValueError("model: expected a model with mixture layers, got none")
     for layer in layers:
         layer.samples = value
-    forget_outputs(model)
+    forget_outputs(model.modules())
 
 
 def _checked_samples(samples: Tensor | Sequence[int] | str | None) -> Samples | str | None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moelora_kernels.nn.weight_readers import method_definition
+from moelora_kernels.nn.weight_readers import method_definition, python_function
 
 SWAPPED, SELECTED = "swapped", "selected"
 # Functions that return positions of tokens.
@@ -66,7 +66,7 @@ def passed_changes(kind: type) -> dict[str, str]:
         "" stands for all children. Code without source changes nothing.
     """
     reader = _Reader(kind, _State)
-    reader.read(_function(inspect.getattr_static(kind, "forward", None)), {})
+    reader.read(python_function(inspect.getattr_static(kind, "forward", None)), {})
     return reader.passed
 
 
@@ -77,18 +77,13 @@ def argument_sources(kind: type) -> dict[str, frozenset[str]]:
     Returns:
         The path of a child -> the names of the arguments.
     """
-    function = _function(inspect.getattr_static(kind, "forward", None))
+    function = python_function(inspect.getattr_static(kind, "forward", None))
     if function is None:
         return {}
     names = [*inspect.signature(function).parameters][1:]
     reader = _Reader(kind, _Sources)
     reader.read(function, {name: frozenset({name}) for name in names})
     return reader.passed
-
-
-def _function(method: object) -> FunctionType | None:
-    method = inspect.unwrap(method) if callable(method) else method
-    return method if isinstance(method, FunctionType) else None
 
 
 class _Reader(ast.NodeVisitor):
@@ -154,14 +149,14 @@ class _Reader(ast.NodeVisitor):
             # A function such as that of checkpointing can call a child that is an argument.
             paths = {path} if path is not None else {*map(state.path, values.values())} - {""}
             for child in paths - {None}:
-                method = _function(inspect.getattr_static(self.kind, child, None))
+                method = python_function(inspect.getattr_static(self.kind, child, None))
                 if method is not None:
                     self.read(method, changes)
                 else:
                     self.passed[child] = state.joined([*changes.values(), self.passed.get(child)])
             if _is_super(node.func):
                 for base in self.kind.__mro__[1:]:
-                    self.read(_function(vars(base).get(node.func.attr)), changes)
+                    self.read(python_function(vars(base).get(node.func.attr)), changes)
 
 
 class _State:

@@ -16,13 +16,14 @@ import functools
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.recorded_forwards import kept_records
 
 # A forward does not write Parameters, codes of quantised weights, or masks above this size, so they
@@ -37,12 +38,11 @@ class TrialStep:
         # id of a Parameter or buffer -> its copy
         self.copies: dict[int, Tensor] = {}
 
-    def use_copies(self, modules: Iterable[nn.Module]) -> None:
+    def use_copies(self, modules: Collection[nn.Module]) -> None:
         """Put copies in the place of the tensors of modules."""
+        # The stored outputs are put back afterwards.
+        forget_outputs(modules)
         for module in modules:
-            # Linked siblings keep outputs for each other. The stored ones are put back afterwards.
-            if (link := getattr(module, "link", None)) is not None:
-                link.forget()
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from moelora_kernels.nn.base_linear import missing_size
+from moelora_kernels.nn.base_linear import conv1d_remedy, missing_size
 
 # The first always reads the weights of its linears; the second in evaluation without gradients.
 TORCH_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -52,6 +52,7 @@ def check_target(name: str, module: nn.Module, modules: Mapping[str, nn.Module])
     if missing := missing_size(module):
         raise TypeError(
             f"target_modules: {name} is a {type(module)} without {missing}; expected a linear"
+            f"{conv1d_remedy(module)}"
         )
     reader = weight_reader(modules, name)
     if reader is not None and reader.is_known:
@@ -128,8 +129,8 @@ def child_uses(module: nn.Module) -> ChildUses:
     """
     if "forward" in module.__dict__:
         # Not cached: a patched forward can hold the model.
-        return _uses(type(module), _function(module.__dict__["forward"]))
-    return _cached_uses(type(module), _function(type(module).forward))
+        return _uses(type(module), python_function(module.__dict__["forward"]))
+    return _cached_uses(type(module), python_function(type(module).forward))
 
 
 def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
@@ -145,8 +146,10 @@ def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
         for path, is_value in _paths_of_self(function):
             child, _, last = path.rpartition(".")
             if child == "super()":
-                functions += [_function(vars(base).get(last)) for base in kind.__mro__]
-            elif not child and (method := _function(inspect.getattr_static(kind, last, None))):
+                functions += [python_function(vars(base).get(last)) for base in kind.__mro__]
+            elif not child and (
+                method := python_function(inspect.getattr_static(kind, last, None))
+            ):
                 functions.append(method)
             elif not is_value:
                 continue
@@ -162,7 +165,7 @@ def _uses(kind: type, forward: FunctionType | None) -> ChildUses:
 _cached_uses = functools.lru_cache(maxsize=None)(_uses)
 
 
-def _function(method: object) -> FunctionType | None:
+def python_function(method: object) -> FunctionType | None:
     """Return the Python function behind a method, a property or a decorated function."""
     method = getattr(method, "fget", None) or method
     method = inspect.unwrap(method) if callable(method) else method

@@ -69,11 +69,14 @@ class TopkGate(torch.autograd.Function):
         logits, _, ctx.renormalize, ctx.temperature = inputs
         weights, experts = output
         ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, weights, experts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dweights: Tensor, _):
+    def backward(ctx, dweights: Tensor | None, _):
+        if dweights is None:
+            return None, None, None, None
         logits, weights, experts = ctx.saved_tensors
         dlogits = _op_backward(
             dweights.contiguous(), weights, experts, logits, ctx.renormalize, ctx.temperature

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.presets import FFN_PRESETS
+from moelora_kernels.presets import FFN_PRESETS, check_preset
 
 # The default of an option that the caller did not pass. None is a valid value of some options.
 _UNSET = object()
@@ -85,7 +85,7 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        if self.preset in FFN_PRESETS:
+        if isinstance(self.preset, str) and self.preset in FFN_PRESETS:
             raise ValueError(
                 f"preset: {self.preset!r} has whole-FFN experts, and PEFT adapts single linears; "
                 "use replace_ffns"
@@ -139,3 +139,13 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
     def moe_lora_config(self) -> MoeLoraConfig:
         """Return the options as the `MoeLoraConfig` of the layers."""
         return MoeLoraConfig.from_dict({name: getattr(self, name) for name in _OPTIONS})
+
+
+def _preset(cls: type[MoeLoraPeftConfig], name: str, **options: Any) -> MoeLoraPeftConfig:
+    """Return the options of a published method, with `options` changed."""
+    check_preset(name)
+    return cls(preset=name, **options)
+
+
+# Like `MoeLoraConfig.preset`. A config has its field `preset` in the place of this method.
+MoeLoraPeftConfig.preset = classmethod(_preset)

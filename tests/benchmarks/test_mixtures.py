@@ -264,7 +264,11 @@ def test_the_cheapest_threshold_is_found():
 
 
 def test_the_model_is_that_of_the_thresholds():
-    for device, name in (("NVIDIA H200", "sm_90"), ("NVIDIA A100-SXM4-80GB", "sm_80")):
+    for device, name in (
+        ("NVIDIA H200", "sm_90"),
+        ("NVIDIA A100-SXM4-80GB", "sm_80"),
+        ("NVIDIA GeForce RTX 5090", "sm_120"),
+    ):
         columns, of = thresholds.modelled(device)
         assert of == device
         assert columns == pytest.approx(dispatch.THRESHOLDS[name].columns, abs=1)

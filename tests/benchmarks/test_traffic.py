@@ -137,7 +137,8 @@ def test_moved_is_what_the_gate_loads_and_stores(renormalize: bool, counted) -> 
 def test_compulsory_is_every_tensor_once() -> None:
     case = WIDE["plain"]
     recorded = launches(case, 1)
-    T, I, R, E = case.T, case.I, sum(case.ranks), len(case.ranks)  # noqa: E741
+    T, I = case.T, launcher.padded_width(case.I)  # noqa: E741
+    R, E = sum(case.ranks), len(case.ranks)
     table = E * R * 2 + E * 4
     routing = T * (E * 4 + 2 * case.K * 4)
     expected = 2 * (T * I + R * I + E * I + 2 * T * R) + table + routing

@@ -50,7 +50,14 @@ def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    (((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((7, 5), None)),
+    (
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((7, 5), None),
+    ),
     ids=str,
 )
 def test_a_gpu_is_of_its_compute_capability(capability, name, monkeypatch):

@@ -228,3 +228,45 @@ def test_bases_of_distributed_tensors(mesh):
         grads = {n: p.grad.full_tensor() for n, p in sharded.named_parameters() if p.requires_grad}
         expected_grads = {n: t for n, t in expected.items() if n not in ("y", "dx")}
         assert_same(grads, expected_grads, rtol=1e-5, atol=1e-5)
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(n_embd=8, n_head=2, n_layer=1, vocab_size=20, n_positions=16)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+def adapt_with_peft(model, config):
+    peft = pytest.importorskip("peft")
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    return peft.get_peft_model(model, MoeLoraPeftConfig(**config.to_dict()))
+
+
+@pytest.mark.parametrize(
+    "adapt_conv",
+    (
+        lambda model, config: replace_linears(model, config, ["c_attn"]),
+        lambda model, config: MoeLoraLinear.from_linear(model.transformer.h[0].mlp.c_fc, config),
+        adapt_with_peft,
+    ),
+    ids=("replace_linears", "from_linear", "peft"),
+)
+def test_a_conv1d_is_refused_with_the_remedy(adapt_conv):
+    """The linear of GPT-2 has its weight transposed."""
+    remedy = r"Conv1D.*in_features.*put an nn.Linear in its place.*conv\.weight\.t\(\)"
+    with pytest.raises(TypeError, match=remedy):
+        adapt_conv(gpt2(), MoeLoraConfig(**MING))
+
+
+def test_the_remedy_for_a_conv1d():
+    model, ids = gpt2(), torch.arange(6)[None]
+    expected = model(ids).logits
+    attention = model.transformer.h[0].attn
+    conv = attention.c_attn
+    attention.c_attn = nn.Linear(conv.nx, conv.nf)
+    attention.c_attn.weight = nn.Parameter(conv.weight.t().contiguous())
+    attention.c_attn.bias = conv.bias
+    replace_linears(model, MoeLoraConfig(**MING), ["c_attn"])
+    torch.testing.assert_close(model(ids).logits, expected)

@@ -1,8 +1,7 @@
-"""Which table of tiles serves a GPU, and what the user reads about it."""
+"""Which table of tiles serves a GPU."""
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +12,13 @@ from moelora_kernels.kernels.common import configs
 
 @pytest.fixture
 def query(monkeypatch):
-    """The table for a GPU of some compute capability under some version of Triton."""
+    """The table for a GPU of some compute capability."""
 
-    def query(capability: tuple[int, int], triton_version: str) -> tuple[str, int]:
+    def query(capability: tuple[int, int]) -> tuple[str, int]:
         properties = SimpleNamespace(
             name="GPU", major=capability[0], minor=capability[1], multi_processor_count=100
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-        monkeypatch.setattr(configs.triton, "__version__", triton_version)
         return configs._query_gpu.__wrapped__(0)
 
     return query
@@ -34,23 +32,15 @@ def query(monkeypatch):
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90"),
         ((10, 0), "sm_100"),
-        ((12, 0), "sm_89"),
+        ((11, 0), "sm_89"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
     ),
 )
 def test_table_of_a_gpu(query, capability, table):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert query(capability, "3.9.0") == (table, 100)
+    assert query(capability) == (table, 100)
 
 
 def test_old_gpus_are_refused(query):
     with pytest.raises(RuntimeError, match=r"compute capability 7\.5"):
-        query((7, 5), "3.9.0")
-
-
-def test_a_triton_that_leaves_out_fences_is_named_on_hopper(query):
-    with pytest.warns(UserWarning, match=r"GPU: Triton 3\.6\.0 leaves out fences"):
-        assert query((9, 0), "3.6.0") == ("sm_90", 100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert query((8, 0), "3.6.0") == ("sm_80", 100)
+        query((7, 5))

@@ -1,5 +1,6 @@
 """collect_aux_loss returns the published losses: for every granularity, mask and checkpointing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -206,12 +207,18 @@ def test_layers_and_groups_add_up():
 
 
 def test_without_auxiliary_losses_the_sum_is_zero():
-    """Without auxiliary losses the result is zero, so that a training loop can always add it."""
+    """A training loop can add it for every preset."""
     layer = make_layer()
+    assert collect_aux_loss(layer).item() == 0.0
     layer(torch.randn(3, IN, dtype=torch.float64))
     assert collect_aux_loss(layer).item() == 0.0
-    assert collect_aux_loss(nn.Linear(2, 2)).item() == 0.0
-    assert collect_aux_loss(nn.ReLU()).item() == 0.0
+
+
+@pytest.mark.parametrize("model", (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.ReLU()))
+def test_a_model_without_layers_is_named(model):
+    """The call of replace_linears was forgotten."""
+    with pytest.raises(ValueError, match=r"^model: expected .* mixture layers, got none; call"):
+        collect_aux_loss(model)
 
 
 def test_the_loss_without_counted_tokens_is_zero():
@@ -305,6 +312,15 @@ def test_a_mask_of_another_size_is_named(entries):
     layer(torch.randn(3, 7, IN, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"mask: expected one entry for each of 21 tokens"):
         collect_aux_loss(layer, torch.ones(entries, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("mask", ([[1, 1, 0]], np.ones((1, 3)), "1"), ids=type)
+def test_a_mask_that_is_not_a_tensor_is_named(mask):
+    layer = make_layer(aux="z")
+    layer(torch.randn(1, 3, IN, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"^mask: expected a tensor \[batch, sequence\].* got <"):
+        collect_aux_loss(layer, mask)
+    collect_aux_loss(layer, torch.tensor([[1, 1, 0]]))
 
 
 def test_the_loss_is_float32_under_autocast():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -241,12 +243,21 @@ def test_tasks_that_are_no_numbers(router, tasks):
 
 
 @pytest.mark.parametrize(
-    "tasks", ([-1], [0], [9], 2, [True], torch.ones(1, 1, 1).long(), torch.ones(1, 4).cfloat())
+    "tasks", ([-1], [0], [9], [True], torch.ones(1, 1, 1).long(), torch.ones(1, 4).cfloat())
 )
 def test_ids_out_of_range(tasks):
     layer = MoeLoraLinear(8, 8, router="task", num_tasks=3, **OPTIONS)
     with pytest.raises(ValueError, match=r"^ids: expected"):
         set_tasks(layer, tasks)
+
+
+@pytest.mark.parametrize("router", ("task", "external", "linear"))
+@pytest.mark.parametrize("task", (2, True, torch.tensor(2)), ids=str)
+def test_a_task_that_is_not_in_a_list(task, router):
+    layer = MoeLoraLinear(8, 8, router=router, num_tasks=3, **OPTIONS)
+    text = re.escape(f"tasks: expected one entry per sample, got {task!r}; pass [{task!r}]")
+    with pytest.raises(ValueError, match=f"^{text}"):
+        set_tasks(layer, task)
 
 
 @pytest.mark.parametrize("gates", (1.5, [1.0, 2.0], torch.rand(4), torch.rand(1, 3)))

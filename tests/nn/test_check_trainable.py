@@ -7,26 +7,21 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from moelora_kernels import (
     MoeLoraAdapter,
     MoeLoraConfig,
     MoeLoraFFN,
-    MoeLoraGroup,
     MoeLoraLinear,
     check_trainable,
     collect_aux_loss,
-    link_siblings,
     replace_linears,
     set_tasks,
 )
-from support.linears import randomise
+from support.linears import randomise, small_config
 
 NAMES = ("called", "read", "skipped", "unused", "cut", "without_grad", "multiplied")
-
-
-def config_of(**options) -> MoeLoraConfig:
-    return MoeLoraConfig.preset("ming", **{"num_experts": 2, "rank": 2, **options})
 
 
 class Every(nn.Module):
@@ -35,7 +30,7 @@ class Every(nn.Module):
     def __init__(self, **options):
         super().__init__()
         for name in NAMES:
-            self.add_module(name, MoeLoraLinear(8, 8, config=config_of(**options)))
+            self.add_module(name, MoeLoraLinear(8, 8, config=small_config(**options)))
 
     def forward(self, x):
         self.unused(x)
@@ -64,7 +59,7 @@ def test_every_layer_that_is_left_out_is_named_with_the_reason() -> None:
 
 
 def test_a_zero_b_is_expected_and_other_reasons_are_not() -> None:
-    layer = MoeLoraLinear(8, 8, config=config_of())
+    layer = MoeLoraLinear(8, 8, config=small_config())
     report = check_trainable(layer, torch.randn(6, 8))
     assert report.ok
     assert set(report.expected) == {"lora_A", "router.weight", "router.bias"}
@@ -93,7 +88,7 @@ SOFTMAX = dict(score="softmax", normalize="sum", top_k=None)
     ),
 )
 def test_a_router_with_a_constant_weight_is_named(options, reason) -> None:
-    layer = randomise(MoeLoraLinear(8, 8, config=config_of(**options)))
+    layer = randomise(MoeLoraLinear(8, 8, config=small_config(**options)))
     report = check_trainable(nn.Sequential(layer), torch.randn(6, 8))
     assert report.ok == (reason is None)
     if reason is not None:
@@ -105,7 +100,7 @@ def test_a_router_with_a_constant_weight_is_named(options, reason) -> None:
 def test_a_router_that_only_another_loss_trains() -> None:
     options = dict(top_k=1, score="sigmoid", normalize="sum")
     model = nn.Sequential(
-        randomise(MoeLoraLinear(8, 8, config=config_of(aux={"z": 1.0}, **options)))
+        randomise(MoeLoraLinear(8, 8, config=small_config(aux={"z": 1.0}, **options)))
     )
     report = check_trainable(model, torch.randn(6, 8))
     assert report.ok
@@ -116,7 +111,7 @@ def test_a_router_that_only_another_loss_trains() -> None:
     assert with_aux.ok
     assert not with_aux.expected
     # A loss of the logits that the config does not know.
-    plain = nn.Sequential(randomise(MoeLoraLinear(8, 8, config=config_of(**options))))
+    plain = nn.Sequential(randomise(MoeLoraLinear(8, 8, config=small_config(**options))))
     report = check_trainable(
         plain, torch.randn(6, 8), lambda y: y.mean() + plain[0].record.logits.square().mean()
     )
@@ -126,14 +121,14 @@ def test_a_router_that_only_another_loss_trains() -> None:
 
 def test_a_frozen_router_of_the_user_is_expected() -> None:
     router = nn.Linear(8, 2).requires_grad_(False)
-    model = nn.Sequential(MoeLoraLinear(8, 8, config=config_of(router=router)))
+    model = nn.Sequential(MoeLoraLinear(8, 8, config=small_config(router=router)))
     report = check_trainable(model, torch.randn(6, 8))
     assert report.ok
     assert "router that you passed is frozen" in report.expected["0.router.weight"]
 
 
 def test_frozen_parameters_are_named() -> None:
-    model = nn.Sequential(MoeLoraLinear(8, 8, config=config_of()))
+    model = nn.Sequential(MoeLoraLinear(8, 8, config=small_config()))
     model[0].lora_B.requires_grad_(False)
     report = check_trainable(model, torch.randn(6, 8))
     assert set(report.without_gradient) == {"0.lora_B"}
@@ -142,7 +137,7 @@ def test_frozen_parameters_are_named() -> None:
     report = check_trainable(model, torch.randn(6, 8))
     assert len(report.without_gradient) == 4
     assert not report.ok
-    frozen = MoeLoraLinear(8, 8, config=config_of(freeze="A"))
+    frozen = MoeLoraLinear(8, 8, config=small_config(freeze="A"))
     report = check_trainable(nn.Sequential(frozen), torch.randn(6, 8))
     assert report.ok
     assert "freeze='A'" in report.expected["0.lora_A"]
@@ -168,7 +163,7 @@ def test_a_base_without_a_gradient_for_x_is_named() -> None:
             return x.detach() * 2
 
     model = nn.Sequential(nn.Linear(8, 8), Codes())
-    replace_linears(model, config_of(), ["0", "1"])
+    replace_linears(model, small_config(), ["0", "1"])
     with pytest.warns(UserWarning, match="without a gradient"):
         report = check_trainable(model, torch.randn(6, 8))
     assert report.cut_bases == ("1",)
@@ -179,7 +174,7 @@ def test_batches_and_losses() -> None:
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q = MoeLoraLinear(8, 8, config=config_of())
+            self.q = MoeLoraLinear(8, 8, config=small_config())
 
         def forward(self, x, scale, labels=None):
             y = scale * self.q(x)
@@ -199,11 +194,30 @@ def test_batches_and_losses() -> None:
         check_trainable(nn.Linear(8, 8), x)
 
 
+@pytest.mark.parametrize("batch", (None, DataLoader([torch.zeros(8)])), ids=type)
+def test_a_batch_that_is_missing_is_named(batch) -> None:
+    layer = MoeLoraLinear(8, 8, config=small_config())
+    with pytest.raises(TypeError, match=r"^batch: expected .*, got <.*; pass one batch, or \(\)"):
+        check_trainable(layer, batch)
+
+
+def test_a_model_without_arguments() -> None:
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = MoeLoraLinear(8, 8, config=small_config())
+
+        def forward(self):
+            return self.q(torch.ones(2, 8))
+
+    assert check_trainable(Model(), ()).ok
+
+
 class Checkpointed(nn.Module):
     def __init__(self, use_reentrant: bool):
         super().__init__()
         self.use_reentrant = use_reentrant
-        self.q = MoeLoraLinear(8, 8, config=config_of())
+        self.q = MoeLoraLinear(8, 8, config=small_config())
 
     def forward(self, x):
         return checkpoint(self.q, x, use_reentrant=self.use_reentrant)
@@ -218,39 +232,6 @@ def test_activation_checkpointing() -> None:
     assert "reentrant" in report.unreached["q"]
 
 
-def siblings() -> nn.ModuleDict:
-    torch.manual_seed(0)
-    return nn.ModuleDict({name: MoeLoraLinear(8, 8, config=config_of()) for name in "qkv"})
-
-
-class Linked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = siblings()
-        link_siblings(self.layers, [("q", "k", "v")])
-
-    def forward(self, x):
-        q, k, _ = (layer(x) for layer in self.layers.values())
-        return q + k
-
-
-class Grouped(Linked):
-    def __init__(self):
-        super().__init__()
-        self.layers = MoeLoraGroup(**siblings())
-
-    def forward(self, x):
-        q, k, _ = self.layers(x)
-        return q + k
-
-
-@pytest.mark.parametrize("kind", (Linked, Grouped))
-def test_siblings_are_told_apart(kind) -> None:
-    report = check_trainable(kind(), torch.randn(6, 8))
-    assert set(report.unreached) == {"layers.v"}
-    assert {n.rpartition(".")[0] for n in report.expected} >= {"layers.q", "layers.k"}
-
-
 def test_whole_ffn_experts_and_adapters() -> None:
     ffn = MoeLoraFFN(8, 12, config=MoeLoraConfig.preset("mixlora", num_experts=2, rank=2))
     adapter = MoeLoraAdapter(nn.Linear(8, 8), 8, MoeLoraConfig.preset("pesc", num_experts=2))
@@ -259,146 +240,6 @@ def test_whole_ffn_experts_and_adapters() -> None:
     assert report.ok, report
     assert {"0.gate_lora_A", "0.up_lora_A", "0.down_lora_A", "1.lora_A"} <= set(report.expected)
     assert not check_trainable(randomise(model), torch.randn(6, 8)).expected
-
-
-def test_a_weight_that_the_loss_reads_is_named() -> None:
-    """Losses in chunks multiply by `lm_head.weight`."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = MoeLoraLinear(8, 8, config=config_of())
-            self.lm_head = MoeLoraLinear(8, 12, config=config_of())
-
-        def forward(self, x):
-            h = self.body(x)
-            self.lm_head(h[:1])
-            return h
-
-    def chunked_loss(h):
-        return (h @ model.lm_head.weight.t()).square().mean()
-
-    model = Model()
-    report = check_trainable(model, torch.randn(6, 8), chunked_loss)
-    assert "chunked_loss reads its weight" in report.unreached["lm_head"]
-
-
-@pytest.mark.parametrize("is_peft", (False, True))
-def test_a_read_of_the_weight_compiles_to_one_graph(is_peft) -> None:
-    class Caller(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.q(x.to(self.q.weight.dtype))
-
-    model, x = Caller(), torch.randn(6, 8)
-    if is_peft:
-        peft = pytest.importorskip("peft")
-        from moelora_kernels.peft import MoeLoraPeftConfig
-
-        model = peft.get_peft_model(model, MoeLoraPeftConfig(target_modules=["q"]))
-    else:
-        replace_linears(model, config_of(), ["q"])
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    assert check_trainable(compiled, x).ok
-
-
-@pytest.mark.parametrize("is_linked", (False, True))
-@pytest.mark.parametrize("layout", ("tokens", "batch", "sequence first", "slice"))
-def test_an_output_that_is_written_in_place_reaches_the_loss(layout, is_linked) -> None:
-    """As the attention of Longformer divides its queries."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.unused = siblings().values()
-            if is_linked:
-                link_siblings(self, [("q", "k", "unused")])
-
-        def forward(self, x):
-            x = x.transpose(0, 1) if layout == "sequence first" else x
-            q, k, other = self.q(x), self.k(x), self.unused(x)
-            q /= 2
-            other += 1
-            if layout == "slice":
-                k[..., :4] = 0
-            return q * k
-
-    x = torch.randn(6, 8) if layout == "tokens" else torch.randn(2, 3, 8)
-    report = check_trainable(randomise(Model()), x)
-    assert set(report.unreached) == {"unused"}, report
-
-
-class DirectCaller(nn.Module):
-    """Calls `forward` itself, so that no hook sees the output of the layer."""
-
-    def __init__(self, is_used: bool):
-        super().__init__()
-        self.q, self.k = (MoeLoraLinear(8, 8, config=config_of()) for _ in range(2))
-        self.is_used = is_used
-
-    def forward(self, x):
-        y = self.q.forward(x)
-        return self.k(x) + (y if self.is_used else 0)
-
-
-def test_a_forward_that_is_called_directly() -> None:
-    x = torch.randn(6, 8)
-    assert check_trainable(DirectCaller(True), x).ok
-    assert "never reached the loss" in check_trainable(DirectCaller(False), x).unreached["q"]
-
-
-class Weights(nn.Module):
-    """Computes with the weight of q in a way that no source of a forward shows."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.q, self.k, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
-
-    def forward(self, x):
-        return self.k(self.way(self, x))
-
-
-WAYS = {
-    "getattr": lambda m, x: x @ getattr(m.q, "we" + "ight").T,
-    "data": lambda m, x: torch.einsum("ti,oi->to", x, m.q.weight.data),
-    "parameters": lambda m, x: x @ next(p for p in m.parameters() if p.shape == (8, 8)).T,
-    "modules": lambda m, x: linear(x, next(c for c in m.modules() if hasattr(c, "weight")).weight),
-    "class": lambda m, x: nn.Linear.forward(m.q, x),
-    "state_dict": lambda m, x: x @ next(v for k, v in m.state_dict().items() if "weight" in k).T,
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_weight_that_is_read_in_a_hidden_way_is_named(way) -> None:
-    model = Weights(WAYS[way])
-    x = torch.randn(6, 8)
-    y = model(x)
-    replace_linears(model, config_of(), ["q", "k"])
-    nn.init.normal_(model.q.lora_B)
-    torch.testing.assert_close(model(x), y)  # the experts of q have no effect
-    report = check_trainable(model, x)
-    assert set(report.not_called) == {"q"}
-
-
-def test_calls_through_functional_call_and_tied_weights_count() -> None:
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(12, 8)
-            self.q, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
-            self.lm_head.weight = self.embed.weight
-
-        def forward(self, ids):
-            values = dict(self.q.named_parameters())
-            return self.lm_head(torch.func.functional_call(self.q, values, (self.embed(ids),)))
-
-    model = Model()
-    replace_linears(model, config_of(), ["q", "lm_head"])
-    assert check_trainable(model, torch.arange(6)).ok
 
 
 def test_a_shared_router_is_named_once() -> None:

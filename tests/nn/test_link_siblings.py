@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
-from moelora_kernels.nn import forward
+from moelora_kernels.nn import forward, group
 from support import linears
 from support.compare import FLOAT64, assert_same, backward_step, training_step
 
@@ -43,11 +43,10 @@ def models():
 def count_passes(monkeypatch):
     """Return a list that gets the number of siblings of each coming pass."""
     passes = []
-    from moelora_kernels.nn import group
 
-    def counting_forward(layers, x, gates=None):
+    def counting_forward(layers, *args):
         passes.append(len(layers))
-        return forward.run_siblings(layers, x, gates)
+        return forward.run_siblings(layers, *args)
 
     monkeypatch.setattr(group, "run_siblings", counting_forward)
     return passes
@@ -62,6 +61,19 @@ def test_outputs_gradients_and_state_dict(models, monkeypatch):
     assert_same(training_step(linked, x), training_step(model, x), **FLOAT64)
     assert linked.state_dict().keys() == model.state_dict().keys()
     assert all(m.link.stored.last is None for m in linked.modules() if hasattr(m, "link"))
+
+
+def test_a_pass_compares_the_gate_rows_once(models, monkeypatch):
+    counts = []
+
+    def counting(layers):
+        counts.append(len(layers))
+        return False
+
+    for module in (forward, group):
+        monkeypatch.setattr(module, "gate_rows_differ", counting)
+    models[1][0](torch.randn(3, 12, dtype=torch.float64))
+    assert counts == [3]
 
 
 @pytest.mark.parametrize("reentrant", (False, True))

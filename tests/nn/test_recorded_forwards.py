@@ -1,10 +1,7 @@
-"""Which calls belong to the last forward: methods, shared layers, threads, interrupts, first steps.
+"""Which calls belong to the last forward: first steps, methods, shared layers, compiled parts.
 
 Every case gives the right value or an error; none gives the value of other calls.
 """
-
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,20 +11,15 @@ from moelora_kernels import (
     MoeLoraConfig,
     MoeLoraLinear,
     adapter_parameters,
-    check_trainable,
     collect_aux_loss,
-    count_routing,
     link_siblings,
     record_routing,
     replace_linears,
     routing_report,
-    set_samples,
     set_tasks,
-    warmup,
 )
-from moelora_kernels.nn.forward_hooks import RUNNING
 from moelora_kernels.nn.layer import mixture_layers
-from support.branches import AUX, Branches, branches, loss_of, tokens
+from support.branches import AUX, Branches, Outer, branches, loss_of, tokens
 
 UNKNOWN = "its calls cannot be assigned to one forward"
 
@@ -221,19 +213,6 @@ def test_a_report_of_unknown_calls_is_an_error():
         routing_report(model)
 
 
-class Outer(nn.Module):
-    """A model around another one, which it calls `count` times."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.head = inner, branches().a
-
-    def forward(self, x, path="a", count=1):
-        for _ in range(count):
-            x = self.inner(x, path)
-        return self.head(x)
-
-
 def test_two_models_that_share_a_part_have_their_own_forwards():
     shared, x, y = branches(), tokens(), tokens(8, seed=2)
     first, second = Outer(shared), Outer(shared)
@@ -277,182 +256,6 @@ def test_the_loss_of_a_part_is_of_the_last_forward_of_the_part():
     inner(y, "b")
     with pytest.raises(RuntimeError, match=f"^inner.a: {UNKNOWN}|^inner.b: {UNKNOWN}"):
         collect_aux_loss(outer)
-
-
-# Exceptions and threads.
-
-
-class Interrupted(Branches):
-    def forward(self, x, path="abc"):
-        x = super().forward(x, path.rstrip("!"))
-        if path.endswith("!"):
-            raise KeyboardInterrupt
-        return x
-
-
-def interrupted():
-    model = Interrupted()
-    replace_linears(model, MoeLoraConfig(**AUX), ["a", "b", "c"])
-    with pytest.raises(KeyboardInterrupt):
-        model(tokens(seed=3), "ab!")
-    return model
-
-
-def test_an_interrupted_forward_counts_for_nothing():
-    model, x = interrupted(), tokens()
-    model(x, "a")
-    assert len(RUNNING.stack) == 0
-    torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
-
-
-def test_no_loss_of_an_interrupted_forward():
-    model = interrupted()
-    with pytest.raises(RuntimeError, match="run a forward first"):
-        collect_aux_loss(model)
-
-
-def test_an_interrupted_forward_of_a_model_around_the_part():
-    inner, x = branches(), tokens()
-    outer = Outer(inner)
-    adapter_parameters(outer)
-    outer.head.register_forward_pre_hook(lambda layer, args: (_ for _ in ()).throw(SystemExit))
-    with pytest.raises(SystemExit):
-        outer(x, "abc")
-    inner(x, "b")
-    torch.testing.assert_close(collect_aux_loss(inner), loss_of(inner, ("b", x)))
-
-
-def test_training_while_another_thread_evaluates():
-    model, stop = branches(), threading.Event()
-
-    def evaluate():
-        x = tokens(7, seed=3)
-        with torch.no_grad():
-            while not stop.is_set():
-                model(x, "abc")
-
-    x = tokens()
-    model(x, "ab")
-    expected = collect_aux_loss(model).detach()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(evaluate)
-        try:
-            for _ in range(100):
-                model(x, "ab")
-                torch.testing.assert_close(collect_aux_loss(model).detach(), expected)
-        finally:
-            stop.set()
-        running.result()
-
-
-def test_two_threads_that_train():
-    model = branches()
-    barrier = threading.Barrier(2)
-
-    def train(name):
-        x = tokens(4 if name == "a" else 9, seed=ord(name))
-        for _ in range(20):
-            barrier.wait(30)
-            model(x, f"{name}c")
-            barrier.wait(30)
-            loss = collect_aux_loss(model)
-        return x, loss
-
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip("ab", pool.map(train, "ab"), strict=True))
-    for name, (x, loss) in results.items():
-        hidden = getattr(model, name)(x).detach()
-        torch.testing.assert_close(loss, loss_of(model, (name, x), ("c", hidden)))
-
-
-def test_a_forward_in_another_thread_can_be_read():
-    model, x = branches(), tokens()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(model, x, "a").result()
-    torch.testing.assert_close(collect_aux_loss(model), loss_of(model, ("a", x)))
-
-
-def test_contexts_of_two_threads_end_in_any_order():
-    model, x = branches(aux=()), tokens()
-    first = record_routing(model)
-    first.__enter__()
-
-    def other():
-        with record_routing(model):
-            model(x, "a")
-            first.__exit__(None, None, None)
-            model(x, "a")
-            return len(model.a.record.last)
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(other).result() == 1
-    assert not any(layer.record.is_on for layer in mixture_layers(model))
-    assert model.a.record.weights is None
-
-
-@pytest.mark.parametrize("run", (warmup, lambda m: check_trainable(m, tokens())))
-def test_a_pending_loss_survives(run):
-    model, x = branches(), tokens()
-    model(x, "ab")
-    expected = collect_aux_loss(model).detach()
-    model(x, "ab")
-    run(model)
-    torch.testing.assert_close(collect_aux_loss(model).detach(), expected)
-
-
-# Gates of sequences.
-
-
-class Ratio(nn.Module):
-    """Call a layer with a granularity of sequences on inputs of several lengths."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = MoeLoraLinear(
-            6, 6, granularity="sequence", dtype=torch.float64, **(AUX | dict(aux={"z": 1.0}))
-        )
-
-    def forward(self, *inputs):
-        for x in inputs:
-            self.layer(x)
-
-
-def z_of(layer, x):
-    logits = layer.router(x.mean(dim=1).double())
-    return logits.logsumexp(dim=1).square()
-
-
-def test_sequences_count_by_their_tokens():
-    model = Ratio()
-    adapter_parameters(model)
-    short, long = (
-        tokens(rows * length)[None].reshape(rows, length, 6) for rows, length in ((3, 2), (1, 9))
-    )
-    model(short, long)
-    expected = (2 * z_of(model.layer, short).sum() + 9 * z_of(model.layer, long).sum()) / 15
-    torch.testing.assert_close(collect_aux_loss(model), expected)
-
-
-def test_packed_sequences_count_by_their_tokens():
-    model, x = Ratio(), tokens(10)[None]
-    adapter_parameters(model)
-    set_samples(model, torch.tensor([0] * 7 + [1] * 2 + [-1]))
-    model(x)
-    parts = [z_of(model.layer, part) for part in (x[:, :7], x[:, 7:9])]
-    expected = (7 * parts[0].sum() + 2 * parts[1].sum()) / 9
-    torch.testing.assert_close(collect_aux_loss(model), expected)
-
-
-def test_reports_count_sequences_by_their_tokens():
-    model = Ratio()
-    short, long = torch.zeros(3, 2, 6).double(), torch.ones(1, 9, 6).double()
-    with count_routing(model):
-        model(short, long)
-        load = routing_report(model).layers["layer"].load
-    with record_routing(model):
-        model(short, long)
-        gates = [call.weights.float() for call in model.layer.record.last]
-    torch.testing.assert_close(load, (2 * gates[0].sum(dim=0) + 9 * gates[1].sum(dim=0)) / 15)
 
 
 # Compiled parts.

@@ -223,9 +223,11 @@ def test_bad_tasks_raise():
             set_tasks(model, ids)
     with pytest.raises(ValueError, match="no layer with router='external' takes gates"):
         set_tasks(model, [0.5, 0.5])
-    for ids in ([[[1, 2]]], torch.tensor(1), torch.tensor([True, True])):
+    for ids in ([[[1, 2]]], torch.tensor([True, True])):
         with pytest.raises(ValueError, match="ids: expected whole numbers"):
             set_tasks(model, ids)
+    with pytest.raises(ValueError, match="tasks: expected one entry per sample"):
+        set_tasks(model, torch.tensor(1))
     set_tasks(model, [1, 2, 3])
     with pytest.raises(ValueError, match=r"set_tasks: 3 gate rows for x \[2, 3, 6\]"):
         model["layers"](x)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import (
@@ -247,6 +248,38 @@ def test_rows_that_a_model_packs_raise():
     expected = one_by_one(model, x, None)
     set_samples(model, torch.arange(3).repeat_interleave(4))
     close(model(x), expected)
+
+
+class NotedReads(TorchDispatchMode):
+    """Counts the values of tensors that the host reads. On a GPU it waits for each of them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("length", "is_known", "count"),
+    ((5, False, 1), (5, True, 0), (1, False, 0)),
+    ids=("row", "samples", "token"),
+)
+def test_position_ids_are_read_once_if_a_gate_needs_them(length, is_known, count):
+    class WithPositions(Plain):
+        def forward(self, x, position_ids):
+            return super().forward(x)
+
+    model = adapted(WithPositions, SEQUENCE, ["up", "down", "head"])
+    x, positions = torch.randn(1, length, IN, dtype=torch.float64), torch.arange(length)[None]
+    if is_known:
+        set_samples(model, torch.zeros(length, dtype=torch.int64))
+    with NotedReads() as reads:
+        model(x, position_ids=positions)
+    assert reads.count == count
+    if count:
+        with pytest.raises(ValueError, match="several samples are packed"):
+            model(x, position_ids=positions % 3)
 
 
 def test_positions_are_one_row_for_all_samples():

@@ -42,8 +42,6 @@ class Batch:
     ordering        checks the order of all accesses by thread; None: not checked
     late            cp.async and wgmma happen at their wait, not when they are issued
     cut             sums of tensor cores are cut, not rounded
-    strict          wgmma asks for a fence.proxy.async behind a cp.async, for a wgmma.fence behind
-                    writes to its registers, and for registers of A that stay until its wait
     block           the block to run
     mask            the threads that run it; None: all
     waiting         block -> threads that wait to run it, for threads that have parted
@@ -59,7 +57,6 @@ class Batch:
     shared: SharedMemory
     late: bool
     cut: bool
-    strict: bool
     ordering: Ordering | None = None
     block: int = 0
     mask: np.ndarray | None = None
@@ -197,13 +194,12 @@ class Kernel:
         memory: GlobalMemory,
         late: bool = False,
         cut: bool = False,
-        strict: bool = True,
         by_thread: bool = False,
     ) -> None:
         """Run all programs.
 
-        parameters: see `Program.pack`. strict: see `Batch`. by_thread: a program needs barriers
-        between the accesses of any two threads (`ordering.py`), not only of two warps.
+        parameters: see `Program.pack`. by_thread: a program needs barriers between the accesses of
+        any two threads (`ordering.py`), not only of two warps.
         """
         space, ordering = self.program.pack(parameters), None
         if by_thread:
@@ -214,10 +210,9 @@ class Kernel:
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
-            shared = SharedMemory(len(numbers), self.shared, self.threads, strict)
+            shared = SharedMemory(len(numbers), self.shared, self.threads)
             batch = Batch(
-                registers, numbers, self.threads, space, memory, shared, late, cut, strict,
-                ordering,
+                registers, numbers, self.threads, space, memory, shared, late, cut, ordering,
             )  # fmt: skip
             with np.errstate(all="ignore"):
                 self._run(batch)

@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-from packaging.version import Version
 from torch import Tensor
 
 from moelora_kernels.kernels.common import configs, launcher
@@ -27,10 +25,6 @@ from ptx.errors import Unsupported
 from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
-
-# Triton 3.6 leaves out what `Batch.strict` asks for; 3.9 does not. In between it was mended
-# (github.com/triton-lang/triton/pull/9530 and pull/10537).
-TRITON_IS_STRICT = Version(triton.__version__) >= Version("3.7")
 
 
 @lru_cache(maxsize=24)
@@ -49,14 +43,12 @@ class Executor:
     late       copies and products happen at their wait, not when they are issued
     cut        sums of tensor cores are cut, not rounded
     change     a function (name of the kernel, PTX) -> PTX, to plant faults
-    strict     see `ptx.execution.Batch`
     """
 
     architecture: str
     late: bool = False
     cut: bool = False
     change: Callable[[str, str], str] | None = None
-    strict: bool = True
     launches: int = 0
     programs: int = 0
     # Instructions, by program.
@@ -100,7 +92,7 @@ class Executor:
         ]
         # Triton appends pointers to scratch memory that these kernels do not use.
         parameters += [0] * (len(ready.program.parameters) - len(parameters))
-        ready.launch(programs, parameters, memory, self.late, self.cut, self.strict)
+        ready.launch(programs, parameters, memory, self.late, self.cut)
         for number, storage in enumerate(storages):
             if memory.stored[number]:
                 _bytes(storage)[:] = memory.contents(number)
@@ -159,15 +151,13 @@ def executed(
     copies: str = "early",
     sums: str = "exact",
     change: Callable[[str, str], str] | None = None,
-    strict: bool = TRITON_IS_STRICT,
 ) -> Iterator[Executor]:
     """Run launches in the context as compiled for an architecture.
 
     copies: "early": cp.async and wgmma happen when they are issued; "late": at their wait.
     sums: "exact": products of tensor cores are summed exactly and rounded; "cut": as in hardware.
-    strict: whether the fences and waits that PTX asks for around a wgmma are required.
     """
-    executor = Executor(architecture, copies == "late", sums == "cut", change, strict)
+    executor = Executor(architecture, copies == "late", sums == "cut", change)
     saved = launcher.run, launcher.INTERPRET
     launcher.run, launcher.INTERPRET = executor.run, False
     try:

@@ -25,11 +25,8 @@ class SharedMemory:
     wgmma_reads   [programs, size / 16]: how many wgmma that nobody waited for read a chunk
     """
 
-    def __init__(
-        self, programs: int, size: int, threads: int, copies_need_fence: bool = True
-    ) -> None:
-        """copies_need_fence: a wgmma that reads what a cp.async wrote needs a fence before it."""
-        self.programs, self.limit, self.copies_need_fence = programs, size, copies_need_fence
+    def __init__(self, programs: int, size: int, threads: int) -> None:
+        self.programs, self.limit = programs, size
         self.size = -(-size // 128) * 128
         self.code = (np.arange(threads) // 32 + FIRST_WARP).astype(np.uint8)
         # By bytes of an access: the code of the warp of every byte of every thread.
@@ -129,7 +126,7 @@ class SharedMemory:
     def end_copy(self, at: np.ndarray, size: int, active: np.ndarray | None) -> None:
         """The threads of a cp.async waited for it: they see the bytes, and others do not yet."""
         where = self._units(at, size, active)
-        self._mark_written(where, size, self._codes(size, active), self.copies_need_fence)
+        self._mark_written(where, size, self._codes(size, active))
 
     def barrier(self) -> None:
         """bar.sync: every thread sees what the others wrote before it."""
@@ -203,12 +200,10 @@ class SharedMemory:
         if self.pending_wgmma and self.wgmma_reads.reshape(-1)[where * size // CHUNK].any():
             raise RaceError("overwrites bytes that a pending wgmma reads")
 
-    def _mark_written(
-        self, where: np.ndarray, size: int, codes: np.ndarray, unfenced: bool = True
-    ) -> None:
+    def _mark_written(self, where: np.ndarray, size: int, codes: np.ndarray) -> None:
         kind = unit(size)
         self._flat(self.writer, size)[where] = codes.view(kind)
-        self._flat(self.unfenced, size)[where] = np.full(size, unfenced).view(kind)
+        self._flat(self.unfenced, size)[where] = np.full(size, True).view(kind)
 
 
 def _problem_of_read(writer: int) -> str:

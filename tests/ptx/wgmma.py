@@ -68,8 +68,6 @@ class Product:
     b: np.ndarray
     # Whether D is added to, [1 or programs, 1 or threads].
     adds: np.ndarray
-    # The registers of A when it was issued; None: they are read when the product happens.
-    values: list[np.ndarray] | None
 
     def select(self, rows: np.ndarray) -> Product:
         """Return the product of some of the programs."""
@@ -78,7 +76,6 @@ class Product:
             a=None if self.a is None else self.a[rows],
             b=self.b[rows],
             adds=self.adds if len(self.adds) == 1 else self.adds[rows],
-            values=self.values and [v if len(v) == 1 else v[rows] for v in self.values],
         )
 
     def chunks(self):
@@ -135,7 +132,7 @@ class Operation:
         programs, groups = shape[0], shape[1] // GROUP
         if self.a:
             table = fragments.layout("A", self.size)
-            bits = fragments.gather(product.values or [r[i] for i in self.a], shape, table)
+            bits = fragments.gather([r[i] for i in self.a], shape, table)
             a = fragments.numbers(bits, self.kind).reshape(programs, groups, 64, self.depth)
         else:
             a = self.matrix(batch, product.a, 64, self.transposed_a)
@@ -198,14 +195,12 @@ def wgmma(build: Builder, ins: Instruction) -> Run:
 
     def run(batch) -> None:
         r = batch.registers
-        if batch.strict:
-            _require_fence(batch, (*operation.a, *operation.d))
+        _require_fence(batch, (*operation.a, *operation.d))
         product = Product(
             operation,
             None if in_registers else _descriptors(r[a_descriptor], batch.shape),
             _descriptors(r[b_descriptor], batch.shape),
             r[scale],
-            None if batch.strict else [r[i] for i in operation.a],
         )
         for programs, chunks in product.chunks():
             batch.shared.begin_wgmma(programs, chunks)

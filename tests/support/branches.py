@@ -33,6 +33,19 @@ def branches(**options):
     return model
 
 
+class Outer(nn.Module):
+    """A model around another one, which it calls `count` times."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, branches().a
+
+    def forward(self, x, path="a", count=1):
+        for _ in range(count):
+            x = self.inner(x, path)
+        return self.head(x)
+
+
 def tokens(count=5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 6, dtype=torch.float64, generator=generator)

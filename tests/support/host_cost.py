@@ -59,8 +59,9 @@ def layer_calls(name: str) -> dict[str, Callable]:
 
 
 def launcher_call(op: str) -> Callable[[], object]:
-    """Return a call of a launcher on 20 tokens: one tile."""
-    case = Case(T=20) if op in WIDE_OPS else GROUPED["plain"]
+    """Return a call of a launcher on 20 tokens: one tile. The widths need no padding."""
+    widths = dict(I=64, O=48)
+    case = Case(T=20, **widths) if op in WIDE_OPS else GROUPED["plain"]._replace(**widths)
     arguments = calls(op, Inputs(case, torch.bfloat16))[0]
     launch = op_launcher(op)
     return lambda: launch(*arguments)

@@ -32,6 +32,11 @@ def make_layer(dtype=torch.float64, base=None, seed=0, bias=True, **options):
     return layer
 
 
+def small_config(**options):
+    """Return the options of the preset ming with two experts of rank 2, and `options` on top."""
+    return MoeLoraConfig.preset("ming", **{"num_experts": 2, "rank": 2, **options})
+
+
 def formulations(cases):
     """Return pairs (impl, options): "wide" for every case, "grouped" if the gate is sparse."""
     sparse = [case for case in cases if MoeLoraConfig(**layer_options(**case)).is_sparse()]

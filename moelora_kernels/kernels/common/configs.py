@@ -9,14 +9,12 @@ in EXECUTED its compiled code also ran on a CPU.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class TileConfig(NamedTuple):
@@ -35,11 +33,17 @@ class TileConfig(NamedTuple):
     qualified: str = ""
 
 
-# Multiprocessors of A100, L40S, H100 and H200, B200.
-PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148}
+# Multiprocessors of A100, L40S, H100 and H200, B200, RTX 5090.
+PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
 # Shared memory that one program may use, in bytes.
-SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+}
 
 # (kernel, bytes of an element of x, columns of the rank tile) -> TileConfig. Found by compiling
 # ahead of time. Tiles are as large as the registers hold without spills, because every program
@@ -151,17 +155,22 @@ _SM_89 = {
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
 }
+# Without wgmma and with 99 KiB of shared memory, like sm_89.
+_SM_120 = {**_SM_89}
 
-TILE_CONFIGS = {"sm_80": _SM_80, "sm_89": _SM_89, "sm_90": _SM_90, "sm_100": _SM_100}
+TILE_CONFIGS = {
+    "sm_80": _SM_80,
+    "sm_89": _SM_89,
+    "sm_90": _SM_90,
+    "sm_100": _SM_100,
+    "sm_120": _SM_120,
+}
 # The architectures for which the tests execute the compiled code of every entry on a CPU
 # (`tests/kernels/test_executed_tiles.py`).
 EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)
-
-# The first Triton whose code for sm_90 has all fences; see kernels/README.md.
-FENCED_TRITON = (3, 7)
 
 _assumed: str | None = None
 
@@ -184,12 +193,6 @@ def assume(architecture: str) -> Iterator[None]:
         _assumed = outer
 
 
-def triton_version() -> tuple[int, int]:
-    """Return the major and minor version of Triton."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 @cache
 def _query_gpu(index: int | None) -> tuple[str, int]:
     """Return the architecture whose table serves this GPU, and its number of multiprocessors."""
@@ -200,16 +203,10 @@ def _query_gpu(index: int | None) -> tuple[str, int]:
             f"{properties.name} has compute capability {major}.{minor}, and the Triton kernels "
             'need 8.0 or newer; impl="reference" runs everywhere'
         )
-    if major == 9 and triton_version() < FENCED_TRITON:
-        warnings.warn(
-            f"{properties.name}: Triton {triton.__version__} leaves out fences in code for sm_90, "
-            "so results of the kernels may be wrong; use Triton 3.7 or newer, or "
-            'impl="reference"',
-            stacklevel=2,
-        )
-    # GPUs with the 99 KiB of shared memory of an L40S use its tiles: 8.6, 8.9, 12.x.
-    name = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
-    return name or ("sm_100" if major == 10 else "sm_89"), properties.multi_processor_count
+    name = {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major)
+    # Other GPUs have at least the 99 KiB of shared memory of an L40S: 8.6, 8.7, 8.9, 11.0.
+    name = name or ("sm_80" if (major, minor) == (8, 0) else "sm_89")
+    return name, properties.multi_processor_count
 
 
 def processors(device: torch.device) -> tuple[str, int]:
@@ -222,10 +219,22 @@ def processors(device: torch.device) -> tuple[str, int]:
 
 
 def tile_config(
-    kernel: str, device: torch.device, dtype: torch.dtype, rank_columns: int
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank_columns: int,
+    rank_divisor: int = 16,
 ) -> TileConfig:
-    """Return the entry of the table for tiles of `rank_columns` columns of rank space."""
-    return TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    """Return the entry of the table for tiles of `rank_columns` columns of rank space.
+
+    rank_divisor: a divisor of all ranks, if a row of rank space begins at each multiple of it. If
+    float32 rows begin at any multiple of 4 or 8 bytes, a step is half as long, because the
+    addresses of single elements take registers.
+    """
+    entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    if dtype.itemsize == 4 and rank_divisor < 4:
+        return entry._replace(step=entry.step // 2)
+    return entry
 
 
 def num_splits(device: torch.device, programs: int, steps: int, least: int = 4) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moelora_kernels.kernels.common.configs import TileConfig
 
@@ -156,26 +157,54 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def rows_dense(matrix: Tensor) -> Tensor:
-    """Return the matrix, copied unless its rows are contiguous and aligned.
+def padded_width(width: int) -> int:
+    """Return the width of a matrix that `rows_dense` returns: a multiple of ALIGNMENT."""
+    return width + -width % ALIGNMENT
 
-    Triton loads 16 bytes at a time only if the pointer is a multiple of 16 bytes and the row pitch
-    is a multiple of 16 elements. Slices and views of flat buffers often are not; a copy is, if the
-    width is a multiple of 16, and costs one pass over the matrix.
+
+def rows_dense(matrix: Tensor) -> Tensor:
+    """Return the matrix [N, padded_width], copied unless its rows are contiguous and aligned.
+
+    Triton loads 16 bytes at a time only if the pointer is a multiple of 16 bytes, and if the row
+    pitch and the width, which is in the masks, are multiples of 16 elements. A copy costs one pass
+    over the matrix. Columns that it adds are 0.
     """
     width, pitch = matrix.shape[1], matrix.stride(0)
-    if matrix.stride(1) != 1 and width != 1:
-        return matrix.contiguous()
-    if width % ALIGNMENT or not (pitch % ALIGNMENT or matrix.data_ptr() % ALIGNMENT):
+    if width % ALIGNMENT:
+        return padded(matrix, matrix.shape[0], padded_width(width))
+    if matrix.stride(1) != 1 or pitch % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
+        return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
+
+
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the matrix [rows, columns], contiguous and aligned. Elements that it adds are 0."""
+    if matrix.shape != (rows, columns):
+        return pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+    if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
-def lines_dense(matrix: Tensor) -> Tensor:
-    """Return the matrix, copied unless its rows or its columns are contiguous and aligned."""
-    if matrix.stride(1) == 1:
-        return rows_dense(matrix)
-    return rows_dense(matrix.t()).t()
+def aligned_columns(matrix: Tensor) -> int:
+    """Return the columns of a matrix whose rows are padded to a multiple of 16 bytes.
+
+    For a matrix whose number of columns is compiled in, like B: Triton then sees the alignment.
+    """
+    columns = matrix.shape[1]
+    return columns if columns * matrix.itemsize % ALIGNMENT == 0 else padded_width(columns)
+
+
+def all_padded(matrices: Sequence[Tensor], rows: int, columns: int) -> tuple[Tensor, ...] | None:
+    """Return `padded(matrix)` of all matrices, for a kernel; None if there are none."""
+    return tuple([padded(matrix, rows, columns) for matrix in matrices]) or None
+
+
+def cropped(result: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the first rows and columns of what a kernel stored, contiguous."""
+    if result.shape == (rows, columns):
+        return result
+    return result[:rows, :columns].contiguous()
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -6,8 +6,57 @@ grows with the number of instructions, which is its length over 8 (TF32) or 16 (
 three if an operand is split into three parts.
 """
 
+import re
+
 import triton
 import triton.language as tl
+from triton.language import core
+
+# The first Triton that orders the steps of a wgmma by itself (`kernels/README.md`).
+ORDERED_TRITON = (3, 7, 1)
+
+
+def _is_wgmma(semantic) -> bool:
+    """Return whether a kernel is compiled for wgmma, which other architectures do not have."""
+    return semantic.builder.options.arch == "sm90"
+
+
+def _is_ordered() -> bool:
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= ORDERED_TRITON
+
+
+@core.builtin
+def fence_copies(_semantic=None):
+    """Let wgmma see the bytes that asynchronous copies wrote to shared memory."""
+    if _is_wgmma(_semantic) and not _is_ordered():
+        core.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r,r", [0], core.int32,
+            is_pure=False, pack=1, _semantic=_semantic,
+        )  # fmt: skip
+
+
+@core.builtin
+def before_product(left, _semantic=None):
+    """Return a 16-bit operand that is computed in registers before a wgmma begins to read them."""
+    if not _is_wgmma(_semantic) or _is_ordered():
+        return left
+    return core.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [left], left.dtype, is_pure=False, pack=2, _semantic=_semantic
+    )
+
+
+@core.builtin
+def after_product(total, wait, _semantic=None):
+    """Return `total` after the end of the wgmma that computes it, if this must be waited for.
+
+    wait: the package asks for it. Triton before ORDERED_TRITON needs it everywhere.
+    """
+    if not _is_wgmma(_semantic) or (_is_ordered() and not wait):
+        return total
+    # No instruction: Triton waits because the loop uses the result.
+    return core.inline_asm_elementwise(
+        "", "=r,0", [total], total.dtype, is_pure=True, pack=1, _semantic=_semantic
+    )
 
 
 @triton.jit
@@ -21,17 +70,27 @@ def select_from(values, i):
 
 
 @triton.jit
-def product(left, right, total, UPCAST: tl.constexpr):
+def product(left, right, total, UPCAST: tl.constexpr, WAIT: tl.constexpr = False):
     """Return total + left @ right.
 
     `right` is rounded to the dtype of `left`. float32 tiles keep float32 precision: each operand is
     split into parts of TF32 (`tf32x3`).
+
+    WAIT: the product ends before the loop goes on. Without it, a wgmma reads its operands while
+    the loop goes on, which is wrong in two cases: `left` is computed in the loop, so it is in
+    registers, or another product reads the same loaded tile from registers. Triton protects the
+    first (from 3.7 on), but the assembler before CUDA 13.3 does not respect it; and not the second.
     """
     right = right.to(left.dtype)
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="tf32x3")
+    else:
+        fence_copies()
+    total = tl.dot(left, right, total, input_precision="tf32x3")
+    if not UPCAST:
+        total = after_product(total, WAIT)
+    return total
 
 
 @triton.jit
@@ -75,9 +134,14 @@ def exact_sum(left, selection, total, UPCAST: tl.constexpr):
     for _ in tl.static_range(3):
         high = rest.to(tl.bfloat16)
         rest = rest - high.to(tl.float32)
+        if not UPCAST:
+            high = before_product(high)
         total = product(high, selection, total, UPCAST)
     code = tl.where(left < float("inf"), 0.0, 1.0) + tl.where(left > float("-inf"), 0.0, 128.0)
-    counts = product(code.to(tl.bfloat16), selection, tl.zeros_like(total), UPCAST).to(tl.int32)
+    code = code.to(tl.bfloat16)
+    if not UPCAST:
+        code = before_product(code)
+    counts = product(code, selection, tl.zeros_like(total), UPCAST).to(tl.int32)
     total += tl.where(counts % 128 > 0, float("inf"), 0.0)
     total += tl.where(counts >= 128, float("-inf"), 0.0)
     return total

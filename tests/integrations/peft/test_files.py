@@ -125,6 +125,23 @@ def test_bad_options(options, error, message):
         MoeLoraPeftConfig(**options)
 
 
+def test_the_preset_as_a_method():
+    """As in MoeLoraConfig. The field of the same name stays the name of the preset."""
+    config = MoeLoraPeftConfig.preset("ming", top_k=1, target_modules=["up"])
+    assert config == MoeLoraPeftConfig(preset="ming", top_k=1, target_modules=["up"])
+    assert config.to_dict()["preset"] == config.preset == "ming"
+    assert MoeLoraPeftConfig().preset is None
+
+
+@pytest.mark.parametrize("name", ("mixlore", None, ["ming"], MoeLoraConfig()), ids=type)
+def test_a_preset_that_does_not_exist_is_named(name):
+    for build in (MoeLoraConfig.preset, MoeLoraPeftConfig.preset):
+        with pytest.raises(ValueError, match=r"^preset: expected one of lora, .*, got "):
+            build(name)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'r'"):
+            build("ming", r=8)
+
+
 def test_unknown_options_of_a_file_are_not_dropped(tmp_path):
     """PEFT would only warn, and load another gate than the trained one."""
     MoeLoraPeftConfig(**MING).save_pretrained(tmp_path)
