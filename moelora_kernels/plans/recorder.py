@@ -36,6 +36,7 @@ _CALLS = {
     _aten.cat.default,
     _aten.clone.default,
     _aten._to_copy.default,
+    _aten.constant_pad_nd.default,
     _aten.copy_.default,
 }
 
