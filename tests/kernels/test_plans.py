@@ -317,8 +317,7 @@ def test_a_call_that_is_observed_is_not_replayed(wide) -> None:
     assert count["wide"] == 3
 
 
-def print_nothing(*_) -> None:
-    pass
+def print_nothing(*_) -> None: ...
 
 
 def test_threads_share_the_plans() -> None:
