@@ -172,6 +172,8 @@ _SM_120 = {
     ("weight_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("weight_grad", 4, 128): TileConfig(32, 32, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    # With Triton 3.6, ptxas spills two registers without the limit that is written out.
+    ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
 
