@@ -15,7 +15,7 @@ from moelora_kernels.numerics import absent, compute_dtype
 from moelora_kernels.ops.grouped_expand import grouped_expand
 from moelora_kernels.ops.grouped_shrink import grouped_shrink, grouped_shrink_backward
 from moelora_kernels.ops.grouped_weight_grad import grouped_weight_grad, grouped_weight_grad_fake
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_planned
 from moelora_kernels.ops.route import route, route_fake
 from moelora_kernels.ops.router import router_grad, router_logits
 from moelora_kernels.ops.topk_gate import _op as topk_gate
@@ -194,6 +194,8 @@ _op_backward = register(
     _backward,
     _fake_backward,
 )
+register_planned("grouped", _forward)
+register_planned("grouped_backward", _backward)
 
 
 def grouped(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -45,8 +46,8 @@ FIELDS: dict[type, str] = {
     Dropout: "float dropout, bool dropout_per_expert, Tensor? seed",
 }
 
-# Ops that have a Triton kernel for GPUs.
-KERNELS: set[str] = set()
+# Op with a Triton kernel for GPUs -> the function that launches it, with flat arguments.
+KERNELS: dict[str, Callable] = {}
 # Op -> the arguments that were passed to `register`.
 ARGUMENTS: dict[str, Sequence[str | type]] = {}
 
@@ -148,8 +149,26 @@ def register_kernels(name: str, function: str = "launch", module: str | None = N
             return reference(*arguments)
         return getattr(importlib.import_module(path), function)(*arguments)
 
-    torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", with_structures(ARGUMENTS[name], launch))
-    KERNELS.add(name)
+    KERNELS[name] = with_structures(ARGUMENTS[name], launch)
+    torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", KERNELS[name])
+
+
+def register_planned(name: str, composition: Callable) -> None:
+    """Register `composition`, with plans, as the CUDA implementation of `moelora::name`.
+
+    composition: calls ops with Triton kernels and ATen; takes structures.
+    """
+    if kernels_problem():
+        return
+    function = with_structures(ARGUMENTS[name], composition)
+
+    @cache
+    def planned() -> Callable:
+        # The package imports Triton.
+        plans = importlib.import_module("moelora_kernels.plans")
+        return plans.PlannedOp(function, KERNELS)
+
+    torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", lambda *flat: planned()(*flat))
 
 
 def _first(argument):

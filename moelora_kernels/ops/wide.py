@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.numerics import absent
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_planned
 from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import (
     shrink_gate,
@@ -179,6 +179,8 @@ _op_backward = register(
     _backward,
     _fake_backward,
 )
+register_planned("wide", _forward)
+register_planned("wide_backward", _backward)
 
 
 def wide(

@@ -11,6 +11,7 @@ import pytest
 from support.backends import needs_library
 from support.fake_driver import called_code, fake_driver
 from support.host_cost import launcher_call, layer_calls
+from support.kernels_on_cpu import kernels_on_cpu
 
 # Layer -> the most Python calls. Raise a number only for work that every call needs.
 LAYER_CALLS = {
@@ -18,6 +19,12 @@ LAYER_CALLS = {
     "grouped": dict(inference=68, forward=87, backward=68),
     "siblings": dict(inference=143, forward=167, backward=113),
     "ffn": dict(inference=173, forward=199, backward=149),
+}
+# The same on the kernels, with the plans of `plans/`: what runs on a GPU.
+PLANNED_CALLS = {
+    "wide": dict(inference=95, forward=113, backward=102),
+    "grouped": dict(inference=112, forward=130, backward=120),
+    "siblings": dict(inference=185, forward=208, backward=151),
 }
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {
@@ -45,6 +52,23 @@ def test_python_calls_of_a_layer(name: str) -> None:
         if count > LAYER_CALLS[name][mode]:
             over[mode] = count
     assert not over
+
+
+@pytest.mark.parametrize("name", PLANNED_CALLS)
+def test_python_calls_of_a_layer_with_plans(name: str) -> None:
+    """Without plans they are 140 to 440."""
+    with kernels_on_cpu() as planned, fake_driver("sm_90"):
+        calls = layer_calls(name)
+        # The second call records.
+        for call in [*calls.values()] * 3:
+            call()
+        over = {}
+        for mode, call in calls.items():
+            codes = [code for code in called_code(call) if "fake_driver" not in code.co_filename]
+            if len(codes) > PLANNED_CALLS[name][mode]:
+                over[mode] = len(codes)
+    assert not over
+    assert not any(op.problems for op in planned.values())
 
 
 @pytest.mark.parametrize("op", LAUNCHER_CALLS)

@@ -11,17 +11,20 @@ compiled kernel, and looks it up.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 import triton.compiler
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -34,20 +37,49 @@ class FakeKernel:
 
     function = packed_metadata = None
 
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
+    def __init__(self, source: Any, driver: FakeDriver) -> None:
+        self.name, self.source, self.driver = source.name, source, driver
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
 
-    def run(self, *arguments: Any) -> None:
-        self.launched.append(self.name)
+    def run(self, programs: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+        self.driver.launched.append(self.name)
+        # Before the arguments of the kernel: function, metadata, and the metadata and two hooks
+        # of a profiler.
+        if self.driver.interpret:
+            self.driver.run_interpreted(self.source, programs, arguments[5:])
+
+
+# The element type of a pointer in a signature of Triton -> dtype.
+_DTYPES = {
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*fp32": torch.float32,
+    "*fp64": torch.float64,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
+
+
+def _at_address(value: Any, type_: Any) -> Any:
+    """Return the argument of a kernel with a tensor in the place of every address."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_at_address(v, t) for v, t in zip(value, type_, strict=True))
+    if not isinstance(value, int) or type_ not in _DTYPES:
+        return value
+    # The interpreter reads the address and the dtype, and no size.
+    memory = (ctypes.c_byte * 16).from_address(value)
+    return torch.frombuffer(memory, dtype=_DTYPES[type_])
 
 
 class FakeDriver:
     """Stands in for the driver of Triton, with one device."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, interpret: bool) -> None:
+        self.interpret = interpret
+        # Name of a kernel -> the kernel that Triton interprets.
+        self.interpreted = {k.fn.__name__: k for _, _, k in _package_kernels()}
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
         self.launched: list[str] = []
         self.compiled: list[str] = []
@@ -63,31 +95,48 @@ class FakeDriver:
 
     def compile(self, source, target=None, options=None, **_: Any) -> FakeKernel:
         self.compiled.append(source.name)
-        return FakeKernel(source.name, self.launched)
+        return FakeKernel(source, self)
+
+    def run_interpreted(self, source: Any, programs: int, arguments: Sequence[Any]) -> None:
+        """Interpret a launch. arguments: in the order of the kernel, tensors or addresses."""
+        types = source.signature.values()
+        values = [_at_address(v, t) for v, t in zip(arguments, types, strict=True)]
+        # The interpreter calls torch, and a launch on a GPU does not.
+        with _disable_current_modes():
+            self.interpreted[source.fn.fn.__name__][(programs,)](*values)
 
 
-def _kernels() -> Iterator[tuple[Any, str, JITFunction]]:
-    """Yield module, name and an unused compiled form of every kernel of the package."""
+def _package_kernels() -> Iterator[tuple[Any, str, Any]]:
+    """Yield module, name and kernel, for every kernel of the package."""
     package = moelora_kernels.kernels
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if name.endswith("_kernel") and hasattr(value, "fn"):
-                # Triton's interpreter keeps the options of @triton.jit in `kwargs`.
-                options = getattr(value, "kwargs", None) or vars(value)
-                unspecialized = options.get("do_not_specialize")
-                yield module, name, JITFunction(value.fn, do_not_specialize=unspecialized)
+                yield module, name, value
+
+
+def _kernels() -> Iterator[tuple[Any, str, JITFunction]]:
+    """Yield module, name and an unused compiled form of every kernel of the package."""
+    for module, name, value in _package_kernels():
+        # Triton's interpreter keeps the options of @triton.jit in `kwargs`.
+        options = getattr(value, "kwargs", None) or vars(value)
+        unspecialized = options.get("do_not_specialize")
+        yield module, name, JITFunction(value.fn, do_not_specialize=unspecialized)
 
 
 @contextmanager
-def fake_driver(architecture: str) -> Iterator[FakeDriver]:
-    """Launch kernels in the context on a FakeDriver of one architecture, with empty caches."""
-    driver = FakeDriver(architecture)
+def fake_driver(architecture: str, interpret: bool = False) -> Iterator[FakeDriver]:
+    """Launch kernels in the context on a FakeDriver of one architecture, with empty caches.
+
+    interpret: a launch runs in Triton's interpreter; else it does nothing.
+    """
+    driver = FakeDriver(architecture, interpret)
     active = triton.runtime.driver
     patches = [
         mock.patch.object(active, "_active", driver),
         mock.patch.object(triton.compiler, "compile", driver.compile),
-        mock.patch.object(launcher, "INTERPRET", False),
+        mock.patch.object(launcher, "INTERPRET", interpret),
         *(mock.patch.object(module, name, kernel) for module, name, kernel in _kernels()),
     ]
     with configs.assume(architecture):

@@ -3,8 +3,9 @@
     PYTHONPATH=tests:. python tests/tools/host_cost.py
 
 The times depend on the machine. Each is the lower decile of the CPU time of this thread, in
-microseconds, beside the number of Python calls. Layers run on the CPU at one token; launchers run
-up to the point at which Triton calls cuLaunchKernel.
+microseconds, beside the number of Python calls. Layers run at one token: on the ops of the CPU, and
+on the kernels without and with plans. Kernels run up to the point at which Triton calls
+cuLaunchKernel.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 
 from support.fake_driver import called_code, fake_driver
 from support.host_cost import LAYERS, launcher_call, layer_calls
+from support.kernels_on_cpu import kernels_on_cpu
 from support.op_checks import GROUPED_OPS, WIDE_OPS
 
 REPEATS, CALLS = 100, 20
+LAYERS_ON_KERNELS = ("wide", "grouped", "siblings")
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -46,6 +49,15 @@ def main() -> None:
     for name in LAYERS:
         for mode, call in layer_calls(name).items():
             line(f"{name}, {mode}", call)
+    for name in LAYERS_ON_KERNELS:
+        for plans in (False, True):
+            with kernels_on_cpu(plans), fake_driver("sm_90"):
+                calls = layer_calls(name)
+                # The second call with plans records.
+                for call in [*calls.values()] * 2:
+                    call()
+                for mode, call in calls.items():
+                    line(f"{name}, {mode}, {'plans' if plans else 'kernels'}", call)
     for op in [op for op in {**WIDE_OPS, **GROUPED_OPS} if op != "route"]:
         with fake_driver("sm_90"):
             line(f"{op}, launcher", launcher_call(op))

@@ -32,7 +32,13 @@ class Launch(NamedTuple):
     tile_config: TileConfig
 
 
+class _Thread(threading.local):
+    # Records the steps of an op of this thread, see `plans.recorder`.
+    recorder: Any = None
+
+
 _records: list[Launch] | None = None
+_thread = _Thread()
 _capture_lock = threading.Lock()
 
 
@@ -69,7 +75,31 @@ def run(
         if elsewhere or torch.cuda.is_current_stream_capturing():
             guard = _guard(first.device)
     with guard:
-        kernel[(programs,)](**arguments, **constants, **options(tile_config))
+        compiled = kernel[(programs,)](**arguments, **constants, **options(tile_config))
+    if _thread.recorder is not None:
+        _thread.recorder.launch(compiled, kernel, programs, arguments | constants)
+
+
+_run = run
+
+
+def is_plain() -> bool:
+    """Return whether a launch only launches: nothing records it, observes it or replaces it."""
+    runtime = triton.knobs.runtime
+    # In older versions of Triton a hook is a function or None.
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    observed = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return _records is None and run is _run and not observed
+
+
+@contextmanager
+def passing_launches_to(recorder: Any) -> Iterator[None]:
+    """Pass the launches of this thread to `recorder.launch`, after they ran."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
 
 
 def options(tile_config: TileConfig) -> dict[str, Any]:

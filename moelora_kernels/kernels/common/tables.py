@@ -18,6 +18,15 @@ from moelora_kernels.reference import blocks
 _HOST = torch.device("cpu")
 
 
+# Every table by its id. The caches below keep the tables for ever.
+_tables: dict[int, Tensor] = {}
+
+
+def is_table(tensor: Tensor) -> bool:
+    """Return whether a function of this module built the tensor."""
+    return _tables.get(id(tensor)) is tensor
+
+
 def rank_divisor(ranks: Sequence[int]) -> int:
     """Return the largest power of two, up to 16, that divides every rank."""
     return math.gcd(16, *ranks)
@@ -85,4 +94,6 @@ def _outside_pools(make: Callable[[], Tensor]) -> Tensor:
     pool. A tensor in the pool must not live longer than a run, but these tables do.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+        table = thread.submit(make).result()
+    _tables[id(table)] = table
+    return table

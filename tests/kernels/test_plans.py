@@ -1,0 +1,400 @@
+"""Plans: a replay computes the bits of the call that it replaces, from tensors that moved."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from moelora_kernels.autograd.linear import siblings_of
+from moelora_kernels.kernels.common import launcher
+from moelora_kernels.plans import PlannedOp, cache
+from moelora_kernels.plans.steps import Address, Call, Launch, Plan
+from support.cases import GROUPED, LAYERS, WIDE, Case, layer_case
+from support.fake_driver import fake_driver
+from support.inputs import Inputs
+from support.kernels_on_cpu import kernels_on_cpu
+from support.selection import exhaustive
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None, name
+            continue
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].is_contiguous() == value.is_contiguous(), name
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_replays_are_the_calls(
+    case: Case, dtype: torch.dtype, impl: str, change: Callable = lambda inputs: None
+) -> None:
+    """The first call with a key computes as ever, the second records, the next two replay."""
+    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True) as driver:
+        calls = Counter()
+        for name, op in planned.items():
+            op.function = counted(op.function, name, calls)
+        expected, launched = {}, {}
+
+        def step(seed: int) -> dict[str, Tensor]:
+            inputs = Inputs(case, dtype, seed)
+            change(inputs)
+            return inputs.step(impl)
+
+        for seed in (1, 0):
+            expected[seed] = step(seed)
+        called = dict(calls)
+        assert called
+        assert not problems(planned), problems(planned)
+        compiled = len(driver.compiled)
+        for seed in (1, 0):
+            driver.launched.clear()
+            assert_same_bits(step(seed), expected[seed])
+            launched[seed] = [*driver.launched]
+        assert dict(calls) == called, "a call with a plan was not replayed"
+        assert len(driver.compiled) == compiled
+
+
+def problems(planned: dict[str, PlannedOp]) -> list[str]:
+    """Return why calls have no plan."""
+    return [f"{n}: {p}" for n, op in planned.items() for p in op.problems]
+
+
+def counted(function, name: str, calls: Counter):
+    def call(*arguments):
+        calls[name] += 1
+        return function(*arguments)
+
+    return call
+
+
+CASES = {
+    **{f"layer-{name}": case for name, case in LAYERS.items() if name != "rank_4000"},
+    **{f"wide-{name}": case for name, case in WIDE.items() if case.start in ("", "bias")},
+    **{
+        f"grouped-{name}": case
+        for name, case in GROUPED.items()
+        if case.start in ("", "bias") and not case.per_pair and case.gate == "sparse"
+    },
+}
+
+
+# The others take minutes in the interpreter.
+BY_DEFAULT = (
+    "layer-router",
+    "layer-siblings",
+    "layer-share_a",
+    "layer-dropout_per_expert",
+    "layer-rows",
+    "layer-one_row",
+    "layer-aux",
+    "wide-mixed_ranks",
+    "wide-float32_adapters",
+    "wide-no_token",
+    "grouped-plain",
+    "grouped-mostly_one",
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "impl"),
+    [
+        pytest.param(
+            case, impl, id=f"{name}-{impl}", marks=() if name in BY_DEFAULT else exhaustive
+        )
+        for name, case in CASES.items()
+        for impl in case.impls
+    ],
+)
+def test_a_replay_has_the_bits_of_the_call(case: Case, impl: str) -> None:
+    assert_replays_are_the_calls(case, torch.float16, impl)
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("name", ("layer-siblings", "layer-dropout_per_expert", "layer-sparse"))
+def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    assert_replays_are_the_calls(CASES[name], dtype, CASES[name].impls[-1])
+
+
+def unaligned(inputs: Inputs) -> None:
+    """x, a weight and dy begin at an odd element of their storage."""
+    inputs.x = shifted(inputs.x)
+    inputs.base_weight[0] = shifted(inputs.base_weight[0])
+    inputs.dy[-1] = shifted(inputs.dy[-1])
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return flat.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def strided(inputs: Inputs) -> None:
+    """A slice of columns, the transpose of a matrix, and one number for a whole gradient."""
+    columns = inputs.x.shape[1]
+    inputs.x = torch.cat([inputs.x, inputs.x], dim=1)[:, :columns]
+    inputs.lora_b[0] = inputs.lora_b[0].t().contiguous().t()
+    inputs.dy[0] = inputs.dy[0][:1, :1].expand(inputs.dy[0].shape)
+
+
+def float32_dy(inputs: Inputs) -> None:
+    inputs.dy = [dy.float() for dy in inputs.dy]
+
+
+def packed(inputs: Inputs) -> None:
+    """The parameters of all siblings lie in one storage, and all gradients are one tensor."""
+    for name in ("base_weight", "lora_a", "lora_b", "router_weight"):
+        setattr(inputs, name, list(torch.stack(getattr(inputs, name))))
+    inputs.dy = [inputs.dy[0]] * len(inputs.dy)
+
+
+CHANGES = (unaligned, strided, float32_dy, packed)
+
+
+@pytest.mark.parametrize("impl", ("wide", "grouped"))
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_layouts_of_tensors(change: Callable, impl: str) -> None:
+    assert_replays_are_the_calls(layer_case(n=2, I=32, O=24), torch.float16, impl, change)
+
+
+@pytest.mark.parametrize("impl", ("wide", "grouped"))
+def test_a_plan_of_shared_storages_serves_separate_ones(impl: str) -> None:
+    """Packed tensors have the key of separate ones, so each address is that of its own input."""
+    case = layer_case(n=2, I=32, O=24)
+    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True):
+        for _ in range(2):
+            inputs = Inputs(case, torch.float16, 1)
+            packed(inputs)
+            inputs.step(impl)
+        plans = plans_of(planned)
+        inputs = Inputs(case, torch.float16, 2)
+        actual = inputs.step(impl)
+        assert plans_of(planned) == plans
+    with kernels_on_cpu(plans=False), fake_driver("sm_90", interpret=True):
+        assert_same_bits(actual, inputs.step(impl))
+
+
+def wide_arguments(T: int = 9) -> tuple:
+    """Return the flat arguments of the op `wide`, and those of a call on other tensors."""
+    case = layer_case(T=T, I=32, O=24)
+
+    def arguments(seed: int) -> list:
+        i = Inputs(case, torch.float16, seed)
+        tensors = siblings_of(i.linears)
+        return [i.x, *tensors, *i.gate, *map_lists(i.mixture), *i.dropout]
+
+    return arguments(1), arguments(2)
+
+
+def map_lists(values) -> list:
+    """Return the values with lists in the place of tuples, as the dispatcher passes them."""
+    return [[*value] if isinstance(value, tuple) else value for value in values]
+
+
+def plans_of(planned: dict[str, PlannedOp]) -> list:
+    return [p for op in planned.values() for p in op.plans.values() if isinstance(p, Plan)]
+
+
+@pytest.fixture
+def wide():
+    """The op `wide` with plans, on a driver that computes nothing."""
+    with kernels_on_cpu() as planned, fake_driver("sm_90"):
+        op = planned["wide"]
+        yield op
+
+
+def test_outputs_of_two_replays_are_separate(wide) -> None:
+    arguments, _ = wide_arguments()
+    for _ in range(2):
+        wide(*arguments)
+    first, second = flat_outputs(wide(*arguments)), flat_outputs(wide(*arguments))
+    assert plans_of({"wide": wide})
+    storages = [t.untyped_storage().data_ptr() for t in first + second if t.numel()]
+    assert len({*storages}) == len(storages)
+
+
+def flat_outputs(result) -> list[Tensor]:
+    return [t for each in result for t in ([each] if isinstance(each, Tensor) else each)]
+
+
+def test_a_plan_keeps_no_tensor_of_a_call(wide) -> None:
+    arguments, _ = wide_arguments()
+    for _ in range(3):
+        result = wide(*arguments)
+    references = [weakref.ref(t) for t in [arguments[0], *arguments[1], *flat_outputs(result)]]
+    del arguments, result
+    assert not any(reference() is not None for reference in references)
+
+
+def test_another_key_has_another_plan(wide) -> None:
+    """Tokens, strides, dtypes, alignment, and options of the op."""
+    arguments, _ = wide_arguments()
+    x, *others = arguments
+    longer = wide_arguments(T=10)[0]
+    temperature = len(arguments) - 4
+    assert arguments[temperature] == 1.0
+    changed = [*arguments]
+    changed[temperature] = 2.0
+    calls = [
+        arguments,
+        longer,
+        [shifted(x), *others],
+        [torch.cat([x, x], dim=1)[:, : x.shape[1]], *others],
+        changed,
+    ]
+    for count, call in enumerate(calls, start=1):
+        for _ in range(3):
+            wide(*call)
+        assert len(plans_of({"wide": wide})) == len(wide.plans) == count
+
+
+def test_the_key_that_was_seen_first_leaves(wide, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "MAX_KEYS", 2)
+    calls = [wide_arguments(T)[0] for T in (5, 6, 7)]
+    for call in calls:
+        wide(*call)
+    keys = [cache.key_of(call)[0] for call in calls]
+    assert [*wide.plans] == keys[1:]
+
+
+def test_work_that_is_not_known_is_never_replayed(wide) -> None:
+    arguments, _ = wide_arguments()
+    function, calls = wide.function, []
+
+    def with_sine(*arguments):
+        calls.append(len(calls))
+        ys, *others = function(*arguments)
+        return [y.sin() for y in ys], *others
+
+    wide.function = with_sine
+    for _ in range(4):
+        wide(*arguments)
+    assert len(calls) == 4
+    assert [*wide.problems] == ["aten.sin.default is not known"]
+
+
+def test_an_op_that_returns_its_input_is_never_replayed(wide) -> None:
+    arguments, _ = wide_arguments()
+    wide.function = lambda x, *_: (x.view(-1),)
+    for _ in range(3):
+        (y,) = wide(*arguments)
+        assert y.data_ptr() == arguments[0].data_ptr()
+    assert wide.problems
+    assert not plans_of({"wide": wide})
+
+
+def test_a_call_that_is_observed_is_not_replayed(wide) -> None:
+    """A profiler of Triton, a recording of launches, and a replaced launcher see every launch."""
+    arguments, _ = wide_arguments()
+    for _ in range(3):
+        wide(*arguments)
+    count = Counter()
+    wide.function = counted(wide.function, "wide", count)
+    wide(*arguments)
+    assert not count
+    with launcher.recording() as launches:
+        wide(*arguments)
+    assert count["wide"] == len(launches) == 1
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print_nothing)
+    try:
+        wide(*arguments)
+    finally:
+        hook.remove(print_nothing)
+    assert count["wide"] == 2
+    with mock.patch.object(launcher, "run"):
+        wide(*arguments)
+    assert count["wide"] == 3
+
+
+def print_nothing(*_) -> None: ...
+
+
+def test_threads_share_the_plans() -> None:
+    """Four threads call two shapes at once; each result is that of its own tensors."""
+    case = layer_case(I=32, O=24)
+    inputs = [Inputs(case._replace(T=T), torch.float16, T) for T in (5, 6, 7, 8)]
+    with kernels_on_cpu(plans=False), fake_driver("sm_90", interpret=True):
+        expected = [i.step("wide") for i in inputs]
+    errors: list[Exception] = []
+    # Triton's interpreter is not safe for threads.
+    interpreter = threading.Lock()
+    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True) as driver:
+        run = driver.run_interpreted
+        driver.run_interpreted = lambda *arguments: locked(interpreter, run, arguments)
+        barrier = threading.Barrier(len(inputs))
+
+        def work(i: int) -> None:
+            try:
+                barrier.wait()
+                for turn in range(4):
+                    k = (i + turn) % len(inputs)
+                    assert_same_bits(inputs[k].step("wide"), expected[k])
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not problems(planned)
+        assert plans_of(planned)
+    assert not errors
+
+
+def locked(lock: threading.Lock, function: Callable, arguments: tuple) -> None:
+    with lock:
+        function(*arguments)
+
+
+def swap_addresses(plan: Plan) -> None:
+    """h and u are exchanged in the launch."""
+    launch = next(step for step in plan.steps if isinstance(step, Launch))
+    (i, *h), (j, *u) = launch.single[-5:-3]
+    launch.single[-5:-3] = [(i, *u), (j, *h)]
+
+
+def keep_an_address(plan: Plan) -> None:
+    """The address of an input is that of the recorded call."""
+    launch = next(step for step in plan.steps if isinstance(step, Launch))
+    launch.values = tuple(STALE.data_ptr() if v.__class__ is Address else v for v in launch.values)
+    launch.single = [entry for entry in launch.single if entry[1] != 0]
+
+
+def launch_one_program(plan: Plan) -> None:
+    launch = next(step for step in plan.steps if isinstance(step, Launch))
+    launch.programs = 1
+
+
+def skip_a_product(plan: Plan) -> None:
+    call = [step for step in plan.steps if isinstance(step, Call)][-1]
+    plan.steps = tuple(step for step in plan.steps if step is not call)
+
+
+STALE = torch.zeros(1 << 20, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "fault", (swap_addresses, keep_an_address, launch_one_program, skip_a_product)
+)
+def test_a_fault_in_a_plan_changes_bits(fault: Callable) -> None:
+    """So the comparisons above would see it."""
+    case = layer_case(T=200, I=32, O=24)
+    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True):
+        for _ in range(2):
+            expected = Inputs(case, torch.float16, 1).step("wide")
+        (plan,) = plans_of({"wide": planned["wide"]})
+        fault(plan)
+        with pytest.raises(AssertionError):
+            assert_same_bits(Inputs(case, torch.float16, 1).step("wide"), expected)
