@@ -189,7 +189,7 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
         ("shrink_gate", 2): ((3, 3), (5, 5), (1, 1), (1, 2)),
         ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
         ("shrink_gate_backward", 2): ((4, 4), (3, 3), (1, 2), (1, 4)),
-        ("shrink_gate_backward", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
+        ("shrink_gate_backward", 4): ((4, 4), (4, 4), (1, 1), (1, 2)),
         ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
         ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
         ("router_logits", 2): ((4, 4), (3, 3), (4, 4)),
@@ -200,7 +200,7 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
     "sm_89": {
         ("shrink_gate", 2): ((2, 2), (3, 3), (1, 2), (2, 2)),
         ("shrink_gate", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
-        ("shrink_gate_backward", 2): ((2, 2), (2, 2), (1, 3), (2, 2)),
+        ("shrink_gate_backward", 2): ((2, 2), (2, 2), (1, 3), (1, 2)),
         ("shrink_gate_backward", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
         ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
         ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
@@ -214,7 +214,7 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
         ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
         ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (1, 3)),
         ("shrink_gate_backward", 4): ((5, 5), (4, 4), (1, 1), (1, 1)),
-        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (1, 1)),
+        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (2, 1)),
         ("weight_grad", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
         ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
         ("router_logits", 4): ((6, 6), (4, 4), (2, 2)),
@@ -223,9 +223,9 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
     },
     "sm_100": {
         ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (2, 2)),
-        ("shrink_gate", 4): ((5, 5), (4, 4), (3, 3), (1, 1)),
+        ("shrink_gate", 4): ((5, 6), (4, 5), (3, 3), (1, 1)),
         ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (2, 3)),
-        ("shrink_gate_backward", 4): ((6, 6), (4, 4), (2, 2), (1, 1)),
+        ("shrink_gate_backward", 4): ((6, 7), (4, 5), (2, 4), (1, 1)),
         ("weight_grad", 2): ((2, 2), (2, 2), (2, 2), (2, 2)),
         ("weight_grad", 4): ((5, 5), (4, 4), (2, 2), (2, 2)),
         ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
@@ -267,7 +267,7 @@ PARTIALS_TILE = ROW_TILE._replace(registers=255)
 # The cost of a split, in steps of the loop: the start and end of a program, the second launch, and
 # to store and load a partial sum. PARTIALS_AT_ONCE: partial sums that the second launch loads
 # before it waits. Chosen by the model of `benchmarks/budget.py`; nothing was measured.
-PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 8, 2, 4
+PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 10, 2, 4
 # A part has at least so many steps, and a sum at most so many parts if the programs fill the GPU.
 LEAST_STEPS, MOST_SPLITS = 4, 16
 
