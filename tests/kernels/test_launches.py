@@ -161,11 +161,12 @@ class CountLaunches(TorchDispatchMode):
 
 
 # case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill an
-# H200; at 1024 its inner dimension is cut into parts, which one more launch adds up. The tiles of
-# the gradients fill it alone for R = 256 or three siblings; T = 1 is not worth a cut.
+# H200; at 1024 its inner dimension is cut into parts, which one more launch adds up. The weight
+# gradients are cut at 8192 tokens, unless R = 256 or three siblings fill the GPU with their tiles.
+# At 1 and 1024 tokens a cut of them would cost more than it saves.
 WIDE_LAUNCHES = {
     "T=8192": (dict(T=8192), 3, 5),
-    "T=1024": (dict(T=1024), 4, 6),
+    "T=1024": (dict(T=1024), 4, 5),
     "T=1": (dict(T=1), 4, 5),
     "T=8192 qkv": (dict(T=8192, n=3), 1 + 2 * 3, 1 + 1 + 3 + 1),
     "T=8192 R=256": (dict(T=8192, rank=32), 4, 5),
@@ -239,7 +240,6 @@ GROUPED_LAUNCHES = {
             "grouped_expand": 2,
             "grouped_weight_grad": 2,
             "router_grad": 1,
-            "reduce_partials": 1,
         },
     ),
     "qkv": (
