@@ -72,6 +72,8 @@ def test_no_second_wave_is_mostly_empty(gpu, name: str, tokens: int) -> None:
         # Too few steps for two parts of 4.
         ((1, 1), 133, 7, 1),
         ((1, 1), 1, 1, 1),
+        # Nothing to do: a table without rows.
+        ((1, 1), 0, 1, 1),
         # Many waves: the last one is a small part.
         ((2, 2), 3000, 64, 1),
     ),

@@ -376,5 +376,5 @@ def _cheapest_split(
             total += LAUNCH_STEPS + load * PARTIAL_STEPS + split / PARTIALS_AT_ONCE
         return total
 
-    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // programs))
+    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // max(1, programs)))
     return min(range(1, max(1, most) + 1), key=cost)
