@@ -187,7 +187,7 @@ _SM_120 = {
 # of a layer, or another version, may differ by one: then a split balances its programs less well.
 BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
     "sm_80": {
-        ("shrink_gate", 2): ((3, 3), (5, 5), (1, 1), (1, 2)),
+        ("shrink_gate", 2): ((3, 3), (5, 5), (1, 2), (1, 2)),
         ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
         ("shrink_gate_backward", 2): ((4, 4), (3, 3), (1, 2), (1, 4)),
         ("shrink_gate_backward", 4): ((4, 4), (4, 4), (1, 1), (1, 2)),
