@@ -20,8 +20,8 @@ from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
 # twice the space, because tf32x3 splits each into two parts.
 STEP = {2: 64, 4: 32}
-# Columns of O that a program walks over: enough to hide the loads before its loop, and few enough to
-# fill the GPU.
+# Columns of O that a program walks over: enough to hide the loads before its loop, and few enough
+# to fill the GPU.
 WALK = 512
 # Up to this many launches add to a 16-bit result, which each of them rounds: their errors together
 # stay below twice the error of one launch. More launches add to a float32 result.
@@ -85,8 +85,8 @@ def grouped_expand_kernel(
     that are not routed stay as they are. A token has one pair of a slot, so that only one program
     writes an element of y.
 
-    Programs: (tile, WALK columns of O), the last fastest, so that u is read from L2. A program keeps
-    its first BLOCK_R columns of u, and walks over its columns of O.
+    Programs: (tile, WALK columns of O), the last fastest, so that u is read from L2. A program
+    keeps its first BLOCK_R columns of u while it walks over its columns of O.
     """
     walks = tl.cdiv(O, WALK)
     begin_o = tl.program_id(0) % walks * WALK

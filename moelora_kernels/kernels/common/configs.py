@@ -23,8 +23,8 @@ class TileConfig(NamedTuple):
     # Tokens of a tile. In the weight gradients: tokens of one step of the loop. In grouped kernels:
     # sorted positions of a tile, at least `types.TILE`.
     tokens: int
-    # Columns of one step of the loop. In the weight gradients, `shrink_dx` and `grouped_expand`:
-    # columns of the wide side (I or O) that a program owns.
+    # Columns of one step of the loop. In the weight gradients and `shrink_dx`: columns of the wide
+    # side (I or O) that a program owns.
     step: int
     warps: int
     stages: int
