@@ -128,10 +128,13 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.RANK_DIVISOR, s.size("b_ptrs"))]
     if name == "grouped_expand_kernel":
         row = s.RANK_DIVISOR if s.stride_r == 1 else s.O
-        return [
+        loads = [
             (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("u_ptr")),
             (s.BLOCK_O * s.BLOCK_R, row, s.size("matrix_ptr")),
         ]
+        if s.start_ptr is not None:
+            loads.append((s.BLOCK_P * s.BLOCK_O, s.O, s.size("start_ptr")))
+        return loads
     if name == "grouped_weight_grad_kernel":
         wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
         # `order` is loaded too: 4 bytes for each row of wide.

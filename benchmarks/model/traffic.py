@@ -246,21 +246,23 @@ def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
 
 
 def _grouped_expand(s: Sizes) -> tuple[int, int]:
-    o_tiles, order = ceil_div(s.O, s.BLOCK_O), s.order_ptr.tolist()
+    o_tiles, walks, order = ceil_div(s.O, s.BLOCK_O), ceil_div(s.O, s.WALK), s.order_ptr.tolist()
     read, rows = _tile_map(s, s.tiles_ptr), 0
     for tile in _tiles(s, s.tiles_ptr):
         slots = [pair % s.S for pair in order[tile.first : tile.end]]
         pairs = tile.positions if s.PER_PAIR else slots.count(s.slot)
-        read += 0 if s.PER_PAIR else 8 * o_tiles
+        read += 0 if s.PER_PAIR else 8 * walks
         skipped = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
         if skipped or (s.IN_PLACE and tile.expert >= s.N):
             continue
         rows += pairs
-        read += tile.positions * 4 * o_tiles
+        read += (tile.positions * 4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr")) * walks
         if tile.expert < s.N:
+            # A program keeps the first columns of u.
             rank = _rank(s, tile.expert)
-            read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
-            read += rank * (pairs * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
+            kept = min(rank, s.BLOCK_R)
+            read += pairs * (kept * walks + (rank - kept) * o_tiles) * s.size("u_ptr")
+            read += rank * s.O * s.size("matrix_ptr")
     return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 

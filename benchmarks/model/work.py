@@ -84,7 +84,8 @@ def _grouped_shrink_backward(s: Sizes) -> Work:
 
 
 def _grouped_expand(s: Sizes) -> Work:
-    steps = ceil_div(s.MAX_RANK, s.BLOCK_R)
+    o_tiles = ceil_div(min(s.O, s.WALK), s.BLOCK_O)
+    steps = o_tiles * ceil_div(s.MAX_RANK, s.BLOCK_R)
     # A tile of an expert holds the pairs of all slots in the order of slots, and a launch writes
     # those of one slot. Programs whose tile has none return before their product.
     busy = 1.0 if s.PER_PAIR else 1.0 / s.S

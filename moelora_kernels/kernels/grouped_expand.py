@@ -20,9 +20,19 @@ from moelora_kernels.types import NO_DROPOUT, Dropout, Routing
 # Columns of rank space that one step multiplies, by the bytes of an element. float32 operands take
 # twice the space, because tf32x3 splits each into two parts.
 STEP = {2: 64, 4: 32}
+# Columns of O that a program walks over: enough to hide the loads before its loop, and few enough
+# to fill the GPU.
+WALK = 512
 # Up to this many launches add to a 16-bit result, which each of them rounds: their errors together
 # stay below twice the error of one launch. More launches add to a float32 result.
 ROUNDINGS = 4
+
+
+@triton.jit
+def load_matrix(matrix_ptr, stride_o, stride_r, columns, columns_in, o, o_in):
+    """Return matrix[o, columns] transposed, [BLOCK_R, BLOCK_O], for a matrix of any strides."""
+    offsets = columns.to(tl.int64)[:, None] * stride_r + o.to(tl.int64)[None, :] * stride_o
+    return tl.load(matrix_ptr + offsets, mask=columns_in[:, None] & o_in[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["P", "M", "slot", "sibling", "row_counters", "dropout_scale"])
@@ -55,6 +65,7 @@ def grouped_expand_kernel(
     IN_PLACE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PER_EXPERT: tl.constexpr,
+    WALK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -74,12 +85,12 @@ def grouped_expand_kernel(
     that are not routed stay as they are. A token has one pair of a slot, so that only one program
     writes an element of y.
 
-    Programs: (tile, tile of O), the last fastest, so that u is read from L2.
+    Programs: (tile, WALK columns of O), the last fastest, so that u is read from L2. A program
+    keeps its first BLOCK_R columns of u while it walks over its columns of O.
     """
-    o_tiles = tl.cdiv(O, BLOCK_O)
-    first_o = tl.program_id(0) % o_tiles * BLOCK_O
-    o = first_o + tl.arange(0, BLOCK_O)
-    expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // o_tiles, M, P)
+    walks = tl.cdiv(O, WALK)
+    begin_o = tl.program_id(0) % walks * WALK
+    expert, first, end = load_tile(tiles_ptr, tl.program_id(0) // walks, M, P)
 
     # Most tiles have no pair of this slot. Their programs return early.
     has_work = first < end
@@ -91,44 +102,52 @@ def grouped_expand_kernel(
     if IN_PLACE:
         has_work = has_work & (expert < N)
     if has_work:
-        local_expert = expert - sibling * E
         positions, positions_in, pairs, tokens = load_pairs(order_ptr, first, end, S, BLOCK_P)
         y_rows = tokens
         if PER_PAIR:
             y_rows = pairs.to(tl.int64)
         else:
             positions_in = positions_in & (pairs % S == slot)
-        in_bounds = positions_in[:, None] & (o < O)[None, :]
 
-        # Product and dropout. Pairs that are not routed (expert N) have none.
-        y = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-        if expert < N:
-            first_column, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
-            for first_r in range(0, rank, BLOCK_R):
-                columns = first_r + tl.arange(0, BLOCK_R)
-                columns_in = columns < rank
-                u = load_rows(
-                    u_ptr, MAX_RANK, positions, columns, positions_in, columns_in
-                )  # [BLOCK_P, BLOCK_R]
-                matrix_row = (first_column + columns).to(tl.int64)[:, None] * stride_r
-                matrix = tl.load(
-                    matrix_ptr + matrix_row + o.to(tl.int64)[None, :] * stride_o,
-                    mask=columns_in[:, None] & (o < O)[None, :],
-                    other=0.0,
-                )  # [BLOCK_R, BLOCK_O]
-                y = product(u, matrix, y, UPCAST)
+        # Pairs that are not routed (expert N) have rank 0, so that their product is 0.
+        local_expert = tl.where(expert < N, expert - sibling * E, 0)
+        first_column, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
+        rank = tl.multiple_of(tl.where(expert < N, rank, 0), RANK_DIVISOR)
+        columns = tl.arange(0, BLOCK_R)
+        u = load_rows(u_ptr, MAX_RANK, positions, columns, positions_in, columns < rank)
+        if DROPOUT > 0:
+            stream = local_expert if PER_EXPERT else local_expert * 0
+            seed = tl.load(seed_ptr)
+
+        for first_o in range(begin_o, tl.minimum(begin_o + WALK, O), BLOCK_O):
+            o = first_o + tl.arange(0, BLOCK_O)
+            o_in = o < O
+
+            # Product and dropout.
+            matrix = load_matrix(
+                matrix_ptr, stride_o, stride_r, first_column + columns, columns < rank, o, o_in
+            )
+            y = product(u, matrix, tl.zeros((BLOCK_P, BLOCK_O), tl.float32), UPCAST)
+            if MAX_RANK > BLOCK_R:
+                for first_r in range(BLOCK_R, rank, BLOCK_R):
+                    more = first_r + columns
+                    more_in = more < rank
+                    matrix = load_matrix(
+                        matrix_ptr, stride_o, stride_r, first_column + more, more_in, o, o_in
+                    )
+                    more_u = load_rows(u_ptr, MAX_RANK, positions, more, positions_in, more_in)
+                    y = product(more_u, matrix, y, UPCAST)
             if DROPOUT > 0:
-                stream = local_expert if PER_EXPERT else local_expert * 0
-                seed = tl.load(seed_ptr)
                 kept = keep_tile(seed, stream, y_rows, first_o, row_counters, DROPOUT, BLOCK_O)
                 y = tl.where(kept, y * dropout_scale, 0.0)
 
-        # Add the start and store.
-        if start_ptr is not None:
-            offsets = tokens[:, None] * stride_start + o[None, :]
-            y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        address = y_ptr + y_rows[:, None] * O + o[None, :]
-        tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
+            # Add the start and store.
+            in_bounds = positions_in[:, None] & o_in[None, :]
+            if start_ptr is not None:
+                offsets = tokens[:, None] * stride_start + o[None, :]
+                y += tl.load(start_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+            address = y_ptr + y_rows[:, None] * O + o[None, :]
+            tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def launch(
@@ -178,7 +197,7 @@ def launch(
         target = y if number == len(slots) - 1 else sums
         launcher.run(
             grouped_expand_kernel,
-            len(tiles) * launcher.ceil_div(O, tile_config.step),
+            len(tiles) * launcher.ceil_div(O, WALK),
             tile_config,
             dict(
                 u_ptr=u,
@@ -209,6 +228,7 @@ def launch(
                 IN_PLACE=target is previous,
                 DROPOUT=dropout_threshold(dropout.p),
                 PER_EXPERT=dropout.per_expert,
+                WALK=WALK,
                 BLOCK_P=tile_config.tokens,
                 BLOCK_O=tile_config.step,
                 BLOCK_R=block_r,

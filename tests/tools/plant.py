@@ -88,8 +88,8 @@ FAULTS = (
     ),
     Fault(
         "grouped_expand: last step of ranks", "grouped_expand.py",
-        "            for first_r in range(0, rank, BLOCK_R):",
-        "            for first_r in range(0, rank - BLOCK_R, BLOCK_R):",
+        "                for first_r in range(BLOCK_R, rank, BLOCK_R):",
+        "                for first_r in range(BLOCK_R, rank - BLOCK_R, BLOCK_R):",
         GROUPED, "grouped_expand-large_ranks",
     ),
     Fault(

@@ -24,8 +24,8 @@ class TileConfig(NamedTuple):
     # Tokens of a tile. In the weight gradients: tokens of one step of the loop. In grouped kernels:
     # sorted positions of a tile, at least `types.TILE`.
     tokens: int
-    # Columns of one step of the loop. In the weight gradients, `shrink_dx` and `grouped_expand`:
-    # columns of the wide side (I or O) that a program owns.
+    # Columns of one step of the loop. In the weight gradients and `shrink_dx`: columns of the wide
+    # side (I or O) that a program owns.
     step: int
     warps: int
     stages: int
@@ -110,9 +110,9 @@ _SM_90 = {
     ("grouped_shrink_backward", 4, 16): TileConfig(64, 32, 4, 3),
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 4, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 3),
-    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 2),
-    ("grouped_expand", 2, 32): TileConfig(64, 128, 8, 2),
-    ("grouped_expand", 2, 64): TileConfig(64, 128, 8, 2),
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 2, 32): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 2, 64): TileConfig(64, 128, 8, 3),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2),
     ("grouped_expand", 4, 32): TileConfig(64, 64, 4, 2),
     ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
@@ -136,6 +136,8 @@ _SM_100 = {
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 2),
+    # ptxas spills registers to run seven programs at the same time, if the ranks are odd.
+    ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -151,8 +153,7 @@ _SM_80 = {
     ("shrink_dx", 4, 64): TileConfig(32, 64, 4, 2),
     ("router_grad", 2, 32): TileConfig(64, 128, 8, 3),
     ("router_grad", 2, 64): TileConfig(32, 64, 8, 3),
-    ("grouped_expand", 2, 16): TileConfig(64, 64, 8, 2),
-    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
+    ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
     ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 8, 3),
 }
 _SM_89 = {
@@ -178,6 +179,8 @@ _SM_120 = {
     ("weight_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("weight_grad", 4, 128): TileConfig(32, 32, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    # ptxas spills registers to run three programs at the same time.
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
