@@ -177,11 +177,18 @@ _SM_120 = {
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
 
+# Tiles of A that stay in shared memory while a program goes over its tokens.
+_RESIDENT = {
+    ("shrink_dx", 2, 128): TileConfig(64, 256, 8, 3),
+    ("shrink_dx", 2, 192): TileConfig(64, 256, 8, 3),
+    ("shrink_dx", 2, 256): TileConfig(64, 128, 8, 3),
+}
+
 TILE_CONFIGS = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
-    "sm_90": _SM_90,
-    "sm_100": _SM_100,
+    "sm_90": _SM_90 | _RESIDENT,
+    "sm_100": _SM_100 | _RESIDENT,
     "sm_120": _SM_120,
 }
 # The architectures for which the tests execute the compiled code of every entry on a CPU
@@ -237,6 +244,14 @@ def processors(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         return _query_gpu(device.index)
     return "sm_90", PROCESSORS["sm_90"]
+
+
+def keeps_operands(device: torch.device) -> bool:
+    """Return whether products read their right operand from shared memory.
+
+    A loop can then keep it there. Other architectures load it into registers for every product.
+    """
+    return processors(device)[0] in ("sm_90", "sm_100")
 
 
 def tile_config(
