@@ -1,4 +1,8 @@
-"""dx of the shrink: dropout(dh A) + dlogits Wr, summed over the siblings."""
+"""dx of the shrink: dropout(dh A) + dlogits Wr, summed over the siblings.
+
+On sm_90 and sm_100 a program keeps its columns of A in shared memory, if all rows of A fit there,
+and goes over many tokens. Otherwise every program loads A for one tile of tokens.
+"""
 
 from __future__ import annotations
 
@@ -246,9 +250,15 @@ def launch(
     # Tiles. The rows of all A, one below the other, stay in shared memory if they fit.
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), STEP)
     block_e, columns = ROUTER_STEP, block_r
-    is_resident = _is_resident(dh, n * A_ROWS, lora_a, router_weight, dropout)
+    router_rows = len(router_weight) * len(ranks)
+    architecture, multiprocessors = configs.processors(dh.device)
+    is_resident = (
+        dropout.p == 0
+        and architecture in configs.SHARED_OPERANDS
+        and _is_resident(dh, lora_a, router_weight, n * A_ROWS, router_rows)
+    )
     if is_resident:
-        block_r, block_e = STEP, launcher.block(n * len(ranks))
+        block_r, block_e = STEP, launcher.block(router_rows)
         columns = launcher.ceil_div(n * A_ROWS, STEP) * STEP
     tile_config = configs.tile_config("shrink_dx", dh.device, dh.dtype, columns)
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
@@ -276,7 +286,7 @@ def launch(
     )
     if is_resident:
         # As many ranges of tokens as let all programs run at the same time.
-        ranges = max(1, configs.processors(dh.device)[1] // i_tiles)
+        ranges = max(1, multiprocessors // i_tiles)
         tiles = max(1, launcher.ceil_div(token_tiles, ranges))
         arguments["t_per_program"] = tiles * tile_config.tokens
         programs = launcher.ceil_div(token_tiles, tiles) * i_tiles
@@ -304,22 +314,17 @@ def launch(
 
 def _is_resident(
     dh: Tensor,
-    rows: int,
     lora_a: Sequence[Tensor],
     router_weight: Sequence[Tensor],
-    dropout: Dropout,
+    rows: int,
+    router_rows: int,
 ) -> bool:
-    """Return whether `resident_dx_kernel` serves a layer. rows: of all A.
+    """Return whether A and the routers fit into shared memory, as operands of 16-bit products.
 
-    With at most STEP rows, A is a small part of the bytes.
+    rows, router_rows: of all siblings. With at most STEP rows, A is a small part of the bytes.
     """
-    router_rows = sum(len(weight) for weight in router_weight)
-    return (
-        STEP < rows <= RESIDENT_ROWS
-        and router_rows <= RESIDENT_ROUTER_ROWS
-        and dh.dtype == lora_a[0].dtype
-        and (dh.dtype == torch.bfloat16 or (dh.dtype == torch.float16 and router_rows == 0))
-        and all(weight.dtype == torch.bfloat16 for weight in router_weight)
-        and dropout.p == 0
-        and configs.keeps_operands(dh.device)
-    )
+    has_two_bytes = dh.itemsize == 2 and dh.dtype == lora_a[0].dtype
+    if router_weight:
+        # dlogits are float32: two bfloat16 hold them, but not two float16.
+        has_two_bytes = has_two_bytes and router_weight[0].dtype == dh.dtype == torch.bfloat16
+    return has_two_bytes and STEP < rows <= RESIDENT_ROWS and router_rows <= RESIDENT_ROUTER_ROWS

@@ -177,7 +177,7 @@ _SM_120 = {
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
 
-# Tiles of A that stay in shared memory while a program goes over its tokens.
+# Tiles of a program that keeps the rows of all A in shared memory, by their number.
 _RESIDENT = {
     ("shrink_dx", 2, 128): TileConfig(64, 256, 8, 3),
     ("shrink_dx", 2, 192): TileConfig(64, 256, 8, 3),
@@ -191,6 +191,9 @@ TILE_CONFIGS = {
     "sm_100": _SM_100 | _RESIDENT,
     "sm_120": _SM_120,
 }
+# The architectures whose products read their right operand from shared memory. A loop can keep it
+# there; the others load it into registers for every product.
+SHARED_OPERANDS = ("sm_90", "sm_100")
 # The architectures for which the tests execute the compiled code of every entry on a CPU
 # (`tests/kernels/test_executed_tiles.py`).
 EXECUTED = ("sm_80", "sm_90")
@@ -244,14 +247,6 @@ def processors(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         return _query_gpu(device.index)
     return "sm_90", PROCESSORS["sm_90"]
-
-
-def keeps_operands(device: torch.device) -> bool:
-    """Return whether products read their right operand from shared memory.
-
-    A loop can then keep it there. Other architectures load it into registers for every product.
-    """
-    return processors(device)[0] in ("sm_90", "sm_100")
 
 
 def tile_config(
