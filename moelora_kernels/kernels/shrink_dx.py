@@ -25,7 +25,8 @@ from moelora_kernels.types import Dropout
 # columns do not fit beside 64 columns of dh on an L40S.
 STEP = 64
 ROUTER_STEP = 16
-# Rows of all A, and of all routers, that fit into the shared memory of one program.
+# Rows of all A, and of all routers, that fit into the shared memory of one program. A of at most
+# STEP rows is a small part of the bytes.
 RESIDENT_ROWS = 256
 RESIDENT_ROUTER_ROWS = 32
 
@@ -251,11 +252,15 @@ def launch(
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), STEP)
     block_e, columns = ROUTER_STEP, block_r
     router_rows = len(router_weight) * len(ranks)
-    architecture, multiprocessors = configs.processors(dh.device)
     is_resident = (
-        dropout.p == 0
-        and architecture in configs.SHARED_OPERANDS
-        and _is_resident(dh, lora_a, router_weight, n * A_ROWS, router_rows)
+        STEP < n * A_ROWS <= RESIDENT_ROWS
+        and router_rows <= RESIDENT_ROUTER_ROWS
+        and dh.itemsize == 2
+        and dh.dtype == lora_a[0].dtype
+        # dlogits are float32: two bfloat16 hold them, but not two float16.
+        and (not router_weight or router_weight[0].dtype == dh.dtype == torch.bfloat16)
+        and dropout.p == 0
+        and configs.processors(dh.device)[0] in configs.SHARED_OPERANDS
     )
     if is_resident:
         block_r, block_e = STEP, launcher.block(router_rows)
@@ -286,7 +291,7 @@ def launch(
     )
     if is_resident:
         # As many ranges of tokens as let all programs run at the same time.
-        ranges = max(1, multiprocessors // i_tiles)
+        ranges = max(1, configs.processors(dh.device)[1] // i_tiles)
         tiles = max(1, launcher.ceil_div(token_tiles, ranges))
         arguments["t_per_program"] = tiles * tile_config.tokens
         programs = launcher.ceil_div(token_tiles, tiles) * i_tiles
@@ -310,21 +315,3 @@ def launch(
     )
     launcher.run(shrink_dx_kernel, token_tiles * i_tiles, tile_config, arguments, constants)
     return launcher.cropped(dx, T, width)
-
-
-def _is_resident(
-    dh: Tensor,
-    lora_a: Sequence[Tensor],
-    router_weight: Sequence[Tensor],
-    rows: int,
-    router_rows: int,
-) -> bool:
-    """Return whether A and the routers fit into shared memory, as operands of 16-bit products.
-
-    rows, router_rows: of all siblings. With at most STEP rows, A is a small part of the bytes.
-    """
-    has_two_bytes = dh.itemsize == 2 and dh.dtype == lora_a[0].dtype
-    if router_weight:
-        # dlogits are float32: two bfloat16 hold them, but not two float16.
-        has_two_bytes = has_two_bytes and router_weight[0].dtype == dh.dtype == torch.bfloat16
-    return has_two_bytes and STEP < rows <= RESIDENT_ROWS and router_rows <= RESIDENT_ROUTER_ROWS
