@@ -176,6 +176,9 @@ def complaints(
     rows = launch.constants.get(WGMMA_ROWS.get(row["kernel"]), 0)
     if architecture == "sm_90" and rows >= 64 and not row["tensor_core"].get("HGMMA"):
         reasons.append(f"no wgmma for a tile of {rows} rows")
+    if rows and not row["tensor_core"]:
+        # On sm_100, a kernel that needs too much tensor memory compiles to nothing.
+        reasons.append("no product on tensor cores")
     reasons += [f"{text} before the product has read it" for text in row["overwrites"][:1]]
     allowed = natural_widths(launch)
     for access in row["accesses"]:
