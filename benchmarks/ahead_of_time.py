@@ -65,6 +65,7 @@ WGMMA_ROWS = {
     "shrink_gate_kernel": "BLOCK_T",
     "shrink_gate_backward_kernel": "BLOCK_T",
     "shrink_dx_kernel": "BLOCK_T",
+    "resident_dx_kernel": "BLOCK_T",
     "weight_grad_kernel": "BLOCK_W",
     "router_logits_kernel": "BLOCK_T",
     "router_grad_kernel": "BLOCK_W",
@@ -89,7 +90,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
     if name == "shrink_gate_backward_kernel":
         wide = [(s.BLOCK_T * s.BLOCK_O, O, s.size("dy_ptrs")) for O in s.out_features]  # noqa: E741
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.B_COLUMNS, s.size("b_ptrs"))]
-    if name == "shrink_dx_kernel":
+    if name in ("shrink_dx_kernel", "resident_dx_kernel"):
         loads = [
             (s.BLOCK_T * s.BLOCK_R, s.A_ROWS, s.size("dh_ptr")),
             (s.BLOCK_R * s.BLOCK_I, s.I, s.size("a_ptrs")),
@@ -178,6 +179,9 @@ def complaints(
     rows = launch.constants.get(WGMMA_ROWS.get(row["kernel"]), 0)
     if architecture == "sm_90" and rows >= 64 and not row["tensor_core"].get("HGMMA"):
         reasons.append(f"no wgmma for a tile of {rows} rows")
+    if rows and not row["tensor_core"]:
+        # On sm_100, a kernel that needs too much tensor memory compiles to nothing.
+        reasons.append("no product on tensor cores")
     reasons += [f"{text} before the product has read it" for text in row["overwrites"][:1]]
     allowed = natural_widths(launch)
     for access in row["accesses"]:

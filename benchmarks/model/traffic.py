@@ -141,6 +141,17 @@ def _shrink_dx(s: Sizes) -> tuple[int, int]:
     return read, s.dx_ptr.nbytes
 
 
+def _resident_dx(s: Sizes) -> tuple[int, int]:
+    i_tiles = ceil_div(s.I, s.BLOCK_I)
+    ranges = s.programs // i_tiles
+    read = s.T * s.n * s.A_ROWS * s.size("dh_ptr") * i_tiles
+    read += ranges * s.n * s.A_ROWS * s.I * s.size("a_ptrs")
+    if s.router_ptrs is not None:
+        read += s.T * s.n * s.E * 4 * i_tiles
+        read += ranges * s.n * s.E * s.I * s.size("router_ptrs")
+    return read, s.dx_ptr.nbytes
+
+
 def weight_grad_split(s: Sizes) -> int:
     """Return into how many parts T is split: programs over tiles of the wide sides."""
     output_tiles = sum(ceil_div(width, s.BLOCK_W) for width in s.out_features) * s.B_TILES
@@ -330,6 +341,7 @@ KERNELS = {
     "shrink_gate_backward_kernel": _shrink_gate_backward,
     "gate_partials_backward_kernel": _gate_partials_backward,
     "shrink_dx_kernel": _shrink_dx,
+    "resident_dx_kernel": _resident_dx,
     "weight_grad_kernel": _weight_grad,
     "reduce_partials_kernel": _reduce_partials,
     "gate_rows_kernel": _gate_rows,

@@ -56,6 +56,16 @@ def _shrink_dx(s: Sizes) -> Work:
     return Work(flops, steps)
 
 
+def _resident_dx(s: Sizes) -> Work:
+    rows = ceil_div(s.n * s.A_ROWS, s.BLOCK_R) * s.BLOCK_R
+    if s.router_ptrs is not None:
+        # dlogits are two bfloat16.
+        rows += 2 * s.BLOCK_E
+    tokens = ceil_div(s.T, s.BLOCK_T) * s.BLOCK_T
+    flops = 2.0 * tokens * ceil_div(s.I, s.BLOCK_I) * s.BLOCK_I * rows
+    return Work(flops, s.t_per_program // s.BLOCK_T)
+
+
 def _weight_grad(s: Sizes) -> Work:
     columns = max(s.BLOCK_A + s.BLOCK_L, s.BLOCK_B)
     flops = 2.0 * s.programs * s.t_per_split * s.BLOCK_W * columns
@@ -105,6 +115,7 @@ PRODUCTS = {
     "shrink_gate_kernel": _shrink_gate,
     "shrink_gate_backward_kernel": _shrink_gate_backward,
     "shrink_dx_kernel": _shrink_dx,
+    "resident_dx_kernel": _resident_dx,
     "weight_grad_kernel": _weight_grad,
     "router_logits_kernel": _router_logits,
     "router_grad_kernel": _router_grad,

@@ -1,9 +1,14 @@
-"""dx of the shrink: dropout(dh A) + dlogits Wr, summed over the siblings."""
+"""dx of the shrink: dropout(dh A) + dlogits Wr, summed over the siblings.
+
+On sm_90 and sm_100 a program keeps its columns of A in shared memory, if all rows of A fit there,
+and goes over many tokens. Otherwise every program loads A for one tile of tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +16,7 @@ from torch.nn.functional import pad
 
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows
-from moelora_kernels.kernels.common.products import product, select_from
+from moelora_kernels.kernels.common.products import exact_left_product, product, select_from
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
@@ -20,6 +25,10 @@ from moelora_kernels.types import Dropout
 # columns do not fit beside 64 columns of dh on an L40S.
 STEP = 64
 ROUTER_STEP = 16
+# Rows of all A, and of all routers, that fit into the shared memory of one program. A of at most
+# STEP rows is a small part of the bytes.
+RESIDENT_ROWS = 256
+RESIDENT_ROUTER_ROWS = 32
 
 
 @triton.jit
@@ -137,6 +146,88 @@ def shrink_dx_kernel(
     store_rows(dx_ptr, I, tokens, i, tokens_in, i_in, dx)
 
 
+@triton.jit
+def stacked_tiles(
+    matrix_ptrs,
+    i,
+    i_in,
+    I,  # noqa: E741
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the columns i of all matrices [ROWS, I], one below the other, as a tuple of tiles.
+
+    Each tile is [BLOCK, BLOCK_I]; rows below the last matrix are 0.
+    """
+    tiles = ()
+    for first in tl.static_range(0, len(matrix_ptrs) * ROWS, BLOCK):
+        tile = tl.zeros((BLOCK, i.shape[0]), matrix_ptrs[0].dtype.element_ty)
+        for sibling in tl.static_range(len(matrix_ptrs)):
+            if first < (sibling + 1) * ROWS and first + BLOCK > sibling * ROWS:
+                rows = first - sibling * ROWS + tl.arange(0, BLOCK)
+                rows_in = (rows >= 0) & (rows < ROWS)
+                part = load_rows(matrix_ptrs[sibling], I, rows, i, rows_in, i_in)
+                tile = tl.where(rows_in[:, None], part, tile)
+        tiles = tiles + (tile,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def add_stacked(
+    dx, left_ptr, tiles, tokens, tokens_in, COLUMNS: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Return dx + left M. left [T, COLUMNS]; `tiles` are those of `stacked_tiles` for M."""
+    BLOCK: tl.constexpr = tiles[0].shape[0]
+    for j in tl.static_range(len(tiles)):
+        columns = j * BLOCK + tl.arange(0, BLOCK)
+        left = load_rows(left_ptr, COLUMNS, tokens, columns, tokens_in, columns < COLUMNS)
+        dx = exact_left_product(left, tiles[j], dx, UPCAST)
+    return dx
+
+
+@triton.jit(do_not_specialize=["T"])
+def resident_dx_kernel(
+    dh_ptr,
+    dlogits_ptr,
+    a_ptrs,
+    router_ptrs,
+    dx_ptr,
+    T,
+    I,  # noqa: E741
+    t_per_program,
+    n: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The same as `shrink_dx_kernel`, without dropout, for 16-bit dh, and routers in bfloat16.
+
+    A program loads its columns of all A and routers once, and goes over t_per_program tokens. So A
+    is read once per range of tokens, not once per tile of tokens.
+    Programs: (range of tokens, tile of I), the last fastest.
+    """
+    i_tiles = tl.cdiv(I, BLOCK_I)
+    i = tl.program_id(0) % i_tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+    start_t = tl.program_id(0) // i_tiles * t_per_program
+    i_in = i < I
+    a_tiles = stacked_tiles(a_ptrs, i, i_in, I, A_ROWS, BLOCK_R)
+    if router_ptrs is not None:
+        router_tiles = stacked_tiles(router_ptrs, i, i_in, I, E, BLOCK_E)
+
+    for first in range(start_t, tl.minimum(start_t + t_per_program, T), BLOCK_T):
+        tokens = tl.arange(0, BLOCK_T).to(tl.int64) + first
+        tokens_in = tokens < T
+        dx = tl.zeros((BLOCK_T, BLOCK_I), tl.float32)
+        dx = add_stacked(dx, dh_ptr, a_tiles, tokens, tokens_in, n * A_ROWS, UPCAST)
+        if router_ptrs is not None:
+            dx = add_stacked(dx, dlogits_ptr, router_tiles, tokens, tokens_in, n * E, UPCAST)
+        store_rows(dx_ptr, I, tokens, i, tokens_in, i_in, dx)
+
+
 def launch(
     dh: Tensor,
     dlogits: Tensor | None,
@@ -157,44 +248,70 @@ def launch(
     I = launcher.padded_width(width)  # noqa: E741
     dx = dh.new_empty((T, I))
 
-    # Tiles.
-    widest = max(ranks) if per_expert else A_ROWS
-    block_r = min(launcher.block(widest), STEP)
-    tile_config = configs.tile_config("shrink_dx", dh.device, dh.dtype, block_r)
+    # Tiles. The rows of all A, one below the other, stay in shared memory if they fit.
+    block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), STEP)
+    block_e, columns = ROUTER_STEP, block_r
+    router_rows = len(router_weight) * len(ranks)
+    is_resident = (
+        STEP < n * A_ROWS <= RESIDENT_ROWS
+        and router_rows <= RESIDENT_ROUTER_ROWS
+        and dh.itemsize == 2
+        and dh.dtype == lora_a[0].dtype
+        # dlogits are float32: two bfloat16 hold them, but not two float16.
+        and (not router_weight or router_weight[0].dtype == dh.dtype == torch.bfloat16)
+        and dropout.p == 0
+        and configs.processors(dh.device)[0] in configs.SHARED_OPERANDS
+    )
+    if is_resident:
+        block_r, block_e = STEP, launcher.block(router_rows)
+        columns = launcher.ceil_div(n * A_ROWS, STEP) * STEP
+    tile_config = configs.tile_config("shrink_dx", dh.device, dh.dtype, columns)
+    token_tiles = launcher.ceil_div(T, tile_config.tokens)
+    i_tiles = launcher.ceil_div(I, tile_config.step)
+
+    # Arguments and constants of both kernels.
+    arguments = dict(
+        dh_ptr=launcher.aligned(dh),
+        dlogits_ptr=launcher.aligned_or_none(dlogits),
+        a_ptrs=launcher.all_padded(lora_a, A_ROWS, I),
+        router_ptrs=launcher.all_padded(router_weight, len(ranks), I),
+        dx_ptr=dx,
+        T=T,
+        I=I,
+    )
+    constants = dict(
+        n=n,
+        A_ROWS=A_ROWS,
+        E=len(ranks),
+        BLOCK_T=tile_config.tokens,
+        BLOCK_I=tile_config.step,
+        BLOCK_R=block_r,
+        BLOCK_E=block_e,
+        UPCAST=launcher.INTERPRET,
+    )
+    if is_resident:
+        # As many ranges of tokens as let all programs run at the same time.
+        ranges = max(1, configs.processors(dh.device)[1] // i_tiles)
+        tiles = max(1, launcher.ceil_div(token_tiles, ranges))
+        arguments["t_per_program"] = tiles * tile_config.tokens
+        programs = launcher.ceil_div(token_tiles, tiles) * i_tiles
+        launcher.run(resident_dx_kernel, programs, tile_config, arguments, constants)
+        return launcher.cropped(dx, T, width)
+
     column_tiles = None
     if per_expert:
-        column_tiles = tables.column_tile_table(tuple(ranks), n, widest, dh.device)
-
-    launcher.run(
-        shrink_dx_kernel,
-        launcher.ceil_div(T, tile_config.tokens) * launcher.ceil_div(I, tile_config.step),
-        tile_config,
-        dict(
-            dh_ptr=launcher.aligned(dh),
-            dlogits_ptr=launcher.aligned_or_none(dlogits),
-            a_ptrs=launcher.all_padded(lora_a, A_ROWS, I),
-            router_ptrs=launcher.all_padded(router_weight, len(ranks), I),
-            seed_ptr=dropout.seed if dropout.p > 0 else None,
-            column_tiles_ptr=column_tiles,
-            dx_ptr=dx,
-            T=T,
-            I=I,
-            num_column_tiles=0 if column_tiles is None else len(column_tiles),
-            row_counters=num_counters(width),
-            dropout_scale=1.0 / keep_probability(dropout.p),
-        ),
-        dict(
-            n=n,
-            A_ROWS=A_ROWS,
-            E=len(ranks),
-            DROPOUT=dropout_threshold(dropout.p),
-            PER_EXPERT=per_expert,
-            RANK_DIVISOR=tables.rank_divisor(ranks),
-            BLOCK_T=tile_config.tokens,
-            BLOCK_I=tile_config.step,
-            BLOCK_R=block_r,
-            BLOCK_E=ROUTER_STEP,
-            UPCAST=launcher.INTERPRET,
-        ),
+        column_tiles = tables.column_tile_table(tuple(ranks), n, max(ranks), dh.device)
+    arguments |= dict(
+        seed_ptr=dropout.seed if dropout.p > 0 else None,
+        column_tiles_ptr=column_tiles,
+        num_column_tiles=0 if column_tiles is None else len(column_tiles),
+        row_counters=num_counters(width),
+        dropout_scale=1.0 / keep_probability(dropout.p),
     )
+    constants |= dict(
+        DROPOUT=dropout_threshold(dropout.p),
+        PER_EXPERT=per_expert,
+        RANK_DIVISOR=tables.rank_divisor(ranks),
+    )
+    launcher.run(shrink_dx_kernel, token_tiles * i_tiles, tile_config, arguments, constants)
     return launcher.cropped(dx, T, width)

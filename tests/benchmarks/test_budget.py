@@ -11,7 +11,7 @@ from benchmarks import budget as command
 from benchmarks.model import budget
 from benchmarks.model.budget import Modelled
 from benchmarks.model.gpus import GPUS, blocks_per_multiprocessor
-from benchmarks.model.launches import Layer, record
+from benchmarks.model.launches import FP32, Layer, record
 from benchmarks.model.machine_code import MachineCode
 from benchmarks.model.work import work
 from moelora_kernels.kernels.common import configs
@@ -64,8 +64,10 @@ def launch_of(kernel: str, layer: Layer):
         # 128 columns of A, and 16 for the router of 8 experts.
         ("shrink_gate_kernel", Layer("x"), 2 * 8192 * 4096 * (128 + 16)),
         ("shrink_gate_backward_kernel", Layer("x"), 2 * 8192 * 4096 * 128),
-        ("shrink_dx_kernel", Layer("x", gate="dense"), 2 * 8192 * 4096 * 128),
-        ("shrink_dx_kernel", Layer("x"), 2 * 8192 * 4096 * (128 + 6 * 16)),
+        ("resident_dx_kernel", Layer("x", gate="dense"), 2 * 8192 * 4096 * 128),
+        # dlogits are two bfloat16.
+        ("resident_dx_kernel", Layer("x"), 2 * 8192 * 4096 * (128 + 2 * 16)),
+        ("shrink_dx_kernel", Layer("x", dtype=FP32), 6 * 2 * 8192 * 4096 * (128 + 16)),
         # 64 experts of rank 16: each multiplies its pairs.
         (
             "grouped_expand_kernel",

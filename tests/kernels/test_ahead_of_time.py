@@ -89,6 +89,12 @@ def test_launches_with_other_compiler_options_are_compiled_too(monkeypatch):
     assert key_of(limited) != key_of(launch)
 
 
+def test_a_kernel_that_compiles_to_nothing():
+    kernel = "shrink_gate_backward_kernel"
+    row = {"kernel": kernel, **GOOD, "tensor_core": {}}
+    assert complaints(row, one(kernel), "sm_100") == ["no product on tensor cores"]
+
+
 def test_narrow_loads_are_allowed_where_rows_are_not_aligned():
     launch = one("weight_grad_kernel", "R=24 of mixed ranks")
     assert ahead_of_time.natural_widths(launch) == {4, 16}

@@ -182,8 +182,8 @@ def test_launches_of_a_layer() -> None:
         y = layer(x)
         backward = device_kernels(lambda: torch.autograd.grad(y, trained, dy, retain_graph=True))
         assert len(backward) == 5, backward
-        for kernel in ("shrink_gate_backward", "shrink_dx", "weight_grad", "reduce_partials"):
-            assert any(name.startswith(f"{kernel}_kernel") for name in backward), backward
+        for kernel in ("shrink_gate_backward", "_dx", "weight_grad", "reduce_partials"):
+            assert any(f"{kernel}_kernel" in name for name in backward), backward
 
 
 @pytest.mark.parametrize(

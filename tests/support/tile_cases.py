@@ -22,6 +22,8 @@ VARIANTS = {
     # Sums to partials; the mask drawn beside the product.
     "split": (dict(gate="dense", dropout=0.1), 2),
 }
+# Wider tiles of shrink_dx serve layers without dropout.
+RESIDENT_COLUMNS = 64
 # An op that is not in this list has nothing to qualify its tiles.
 OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
 
@@ -53,6 +55,8 @@ def tile_calls(
     assert op in OPS, op
     if op in WIDE_OPS:
         options, split = VARIANTS[variant]
+        if op == "shrink_dx" and columns > RESIDENT_COLUMNS:
+            options = {**options, "dropout": 0.0}
         case = Case(T=tokens, I=width, O=width, ranks=(columns // 4,) * 4, **options)
         options = {"split": split} if op in SPLIT else {}
         implementation = backend.implementation(op, **options)

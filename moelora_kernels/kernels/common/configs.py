@@ -185,60 +185,18 @@ _SM_120 = {
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
 
-# Architecture -> (kernel, bytes of an element of x) -> `TileConfig.blocks` of the tiles of 16, 32,
-# 64 and 128 columns. From the machine code of Triton 3.9 for a router, without dropout. Another form
-# of a layer, or another version, may differ by one: then a split balances its programs less well.
-BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
-    "sm_80": {
-        ("shrink_gate", 2): ((3, 3), (5, 5), (1, 2), (1, 2)),
-        ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
-        ("shrink_gate_backward", 2): ((4, 4), (3, 3), (1, 2), (1, 4)),
-        ("shrink_gate_backward", 4): ((4, 4), (4, 4), (1, 1), (1, 2)),
-        ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
-        ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
-        ("router_logits", 2): ((4, 4), (3, 3), (4, 4)),
-        ("router_logits", 4): ((5, 5), (4, 4), (1, 1)),
-        ("router_grad", 2): ((3, 3), (1, 1), (1, 1)),
-        ("router_grad", 4): ((4, 4), (4, 4), (1, 1)),
-    },
-    "sm_89": {
-        ("shrink_gate", 2): ((2, 2), (3, 3), (1, 2), (2, 2)),
-        ("shrink_gate", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
-        ("shrink_gate_backward", 2): ((2, 2), (2, 2), (1, 3), (1, 2)),
-        ("shrink_gate_backward", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
-        ("weight_grad", 2): ((2, 2), (1, 1), (1, 1), (1, 1)),
-        ("weight_grad", 4): ((3, 3), (3, 3), (1, 1), (1, 1)),
-        ("router_logits", 2): ((2, 2), (2, 2), (3, 3)),
-        ("router_logits", 4): ((4, 4), (4, 4), (1, 1)),
-        ("router_grad", 2): ((2, 2), (1, 1), (1, 1)),
-        ("router_grad", 4): ((4, 4), (3, 3), (1, 1)),
-    },
-    "sm_90": {
-        ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (1, 2)),
-        ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
-        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (1, 3)),
-        ("shrink_gate_backward", 4): ((5, 5), (4, 4), (1, 1), (1, 1)),
-        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (2, 1)),
-        ("weight_grad", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
-        ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
-        ("router_logits", 4): ((6, 6), (4, 4), (2, 2)),
-        ("router_grad", 2): ((3, 3), (3, 3), (2, 2)),
-        ("router_grad", 4): ((5, 5), (4, 4), (1, 1)),
-    },
-    "sm_100": {
-        ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (2, 2)),
-        ("shrink_gate", 4): ((5, 6), (4, 5), (3, 3), (1, 1)),
-        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (2, 3)),
-        ("shrink_gate_backward", 4): ((6, 7), (4, 5), (2, 4), (1, 1)),
-        ("weight_grad", 2): ((2, 2), (2, 2), (2, 2), (2, 2)),
-        ("weight_grad", 4): ((5, 5), (4, 4), (2, 2), (2, 2)),
-        ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
-        ("router_logits", 4): ((7, 7), (4, 4), (4, 4)),
-        ("router_grad", 2): ((3, 3), (2, 2), (2, 2)),
-        ("router_grad", 4): ((5, 5), (5, 5), (3, 3)),
-    },
+# Tiles of a program that keeps the rows of all A in shared memory, by their number.
+_RESIDENT = {
+    ("shrink_dx", 2, 128): TileConfig(64, 256, 8, 3),
+    ("shrink_dx", 2, 192): TileConfig(64, 256, 8, 3),
+    ("shrink_dx", 2, 256): TileConfig(64, 128, 8, 3),
 }
-BLOCKS["sm_120"] = BLOCKS["sm_89"]
+# With Triton 3.6, sums of 256 columns do not fit into the tensor memory beside their operands.
+_RESIDENT_SM_100 = {
+    **_RESIDENT,
+    ("shrink_dx", 2, 128): TileConfig(64, 128, 8, 3),
+    ("shrink_dx", 2, 192): TileConfig(64, 128, 8, 3),
+}
 
 
 def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], TileConfig]:
@@ -254,11 +212,14 @@ def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], T
 _TABLES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
-    "sm_90": _SM_90,
-    "sm_100": _SM_100,
+    "sm_90": _SM_90 | _RESIDENT,
+    "sm_100": _SM_100 | _RESIDENT_SM_100,
     "sm_120": _SM_120,
 }
 TILE_CONFIGS = {name: _with_blocks(name, table) for name, table in _TABLES.items()}
+# The architectures whose products read their right operand from shared memory. A loop can keep it
+# there; the others load it into registers for every product.
+SHARED_OPERANDS = ("sm_90", "sm_100")
 # The architectures for which the tests execute the compiled code of every entry on a CPU
 # (`tests/kernels/test_executed_tiles.py`).
 EXECUTED = ("sm_80", "sm_90")

@@ -124,6 +124,23 @@ def exact_product(left, right, total, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def exact_left_product(left, right, total, UPCAST: tl.constexpr):
+    """Return total + left @ right without rounding a float32 `left` to the bfloat16 of `right`.
+
+    `left` becomes the sum of two bfloat16, which hold 16 of its 24 bits.
+    """
+    if left.dtype == right.dtype:
+        total = product(left, right, total, UPCAST)
+    else:
+        tl.static_assert(right.dtype == tl.bfloat16)
+        for _ in tl.static_range(2):
+            high = left.to(tl.bfloat16)
+            left = left - high.to(tl.float32)
+            total = product(high, right, total, UPCAST, COMPUTED=True)
+    return total
+
+
+@triton.jit
 def is_finite(tile):
     """Return for every element whether it is neither NaN nor infinite."""
     return tl.abs(tile) < float("inf")
