@@ -13,6 +13,7 @@ MOELORA_TILES=path chooses another file; MOELORA_TILES=0 makes the package read 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from moelora_kernels import __version__, build_id, dispatch
+import moelora_kernels
+from moelora_kernels import build_id, dispatch
 from moelora_kernels.kernels.common import tuned
 from moelora_kernels.kernels.common.tuned import Key, TunedFile
 from moelora_kernels.ops import registration
@@ -29,7 +31,7 @@ from moelora_kernels.tune import sizes
 from moelora_kernels.tune.calls import Layer
 from moelora_kernels.tune.clocks import CudaClock, HostClock
 from moelora_kernels.tune.progress import Progress
-from moelora_kernels.tune.search import Options, Search, Weighted, count_steps, search
+from moelora_kernels.tune.search import Options, Search, Weighted, search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,12 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     effort = QUICK if args.quick else EFFORT
     clock = CudaClock(device, effort.samples) if device.type == "cuda" else HostClock(1)
-    options = Options(device, clock, effort.repeats, args.quick)
-    progress = Progress(count_steps(layers, options), unit="tile")
-    try:
-        result = search(layers, options, progress)
-    finally:
-        progress.close()
+    progress = functools.partial(Progress, unit="tile")
+    options = Options(device, clock, progress, effort.repeats, args.quick)
+    result = search(layers, options)
     machine = tuned.describe_machine(device)
     commit = git_commit() if args.commit is None else args.commit
     tiles = tiles_of(result)
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Entries that this run did not tune.
         tiles |= {k: tile for k, tile in earlier.tiles.items() if k not in result.entries}
     refused = refused_tiles(result)
-    content = TunedFile(machine, __version__, commit, vars(args), tiles, refused)
+    content = TunedFile(machine, moelora_kernels.__version__, commit, vars(args), tiles, refused)
     tuned.write(path, content)
     print(report(result))
     shipped = [entry[0].problem for entry in result.entries.values()]

@@ -6,7 +6,7 @@ The device, the clock and the launchers are arguments, so that the tests run thi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from moelora_kernels.tune.calls import Call, Layer, draw_calls, op_launcher
 from moelora_kernels.tune.candidates import candidates
 from moelora_kernels.tune.check import Expectation, named
 from moelora_kernels.tune.clocks import Clock
+from moelora_kernels.tune.progress import Progress
 
 # A tile takes the place of the shipped one if it saves at least this share of the time.
 LEAST_GAIN = 0.02
@@ -73,47 +74,51 @@ class Search:
 
 
 class Options(NamedTuple):
-    """repeats: how often a candidate must return the same bits. quick: fewer candidates."""
+    """The device, the clock and the effort of a search.
+
+    progress: takes the number of steps, and returns an object that is called after each of them.
+    repeats: how often a candidate must return the same bits. quick: fewer candidates.
+    """
 
     device: torch.device
     clock: Clock
+    progress: Callable[[int], Progress]
     repeats: int = 50
     quick: bool = False
     # Op -> the function that launches its kernel.
     launcher_of: Callable[[str], Callable] = op_launcher
 
 
-def search(layers: Sequence[Weighted], options: Options, progress: Callable[[str], None]) -> Search:
-    """Return the candidates with their times and problems. progress: called after each of them."""
+def search(layers: Sequence[Weighted], options: Options) -> Search:
+    """Return the candidates of every entry that the layers take, with times and problems."""
     result = Search()
     with configs.shipped_tiles(options.device) as table:
         keys = _taken_keys(layers, table, options)
-        for key, tiles in _all_candidates(keys, options).items():
+        architecture, _ = configs.processors(options.device)
+        for key in {key: None for by_op in keys.values() for key in by_op.values()}:
+            tiles = candidates(key, table[key], architecture, options.quick)
             result.entries[key] = [Candidate(tile) for tile in tiles]
-        for layer, number in layers:
-            small = layer._replace(tokens=min(layer.tokens, SPLIT_TOKENS))
-            pairs = zip(
-                draw_calls(layer, options.device),
-                draw_calls(small, options.device, "split"),
-                strict=True,
-            )
-            for call, split in pairs:
-                key = keys[layer.form][call.op]
-                trial = Trial(call, split, layer.dtype, options)
-                for candidate in result.entries[key]:
-                    if not candidate.problem:
-                        with _tile(table, key, candidate.tile):
-                            trial.run(candidate, number)
-                    progress(f"{layer.name} {call.op}")
+        total = sum(
+            len(result.entries[key]) for layer, _ in layers for key in keys[layer.form].values()
+        )
+        with closing(options.progress(total)) as progress:
+            for layer, number in layers:
+                for trial in _trials(layer, options):
+                    key = keys[layer.form][trial.call.op]
+                    for candidate in result.entries[key]:
+                        if not candidate.problem:
+                            with _tile(table, key, candidate.tile):
+                                trial.run(candidate, number)
+                        progress(f"{layer.name} {trial.call.op}")
     return result
 
 
-def count_steps(layers: Sequence[Weighted], options: Options) -> int:
-    """Return how often `search` calls `progress`."""
-    with configs.shipped_tiles(options.device) as table:
-        keys = _taken_keys(layers, table, options)
-        tiles = _all_candidates(keys, options)
-        return sum(len(tiles[key]) for layer, _ in layers for key in keys[layer.form].values())
+def _trials(layer: Layer, options: Options) -> Iterator[Trial]:
+    """Yield a trial of every op of a layer."""
+    small = layer._replace(tokens=min(layer.tokens, SPLIT_TOKENS))
+    calls = draw_calls(layer, options.device), draw_calls(small, options.device, "split")
+    for call, split in zip(*calls, strict=True):
+        yield Trial(call, split, layer.dtype, options)
 
 
 def _taken_keys(
@@ -134,18 +139,6 @@ def _taken_keys(
             key = next(key for key, tile in table.items() if id(tile) in tiles)
             keys[layer.form][call.op] = key
     return keys
-
-
-def _all_candidates(
-    keys: dict[str, dict[str, Key]], options: Options
-) -> dict[Key, list[TileConfig]]:
-    architecture, _ = configs.processors(options.device)
-    shipped = configs.TILE_CONFIGS[architecture]
-    return {
-        key: candidates(key, shipped[key], architecture, options.quick)
-        for by_op in keys.values()
-        for key in by_op.values()
-    }
 
 
 class Trial:
