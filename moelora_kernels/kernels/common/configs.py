@@ -1,10 +1,11 @@
 """The tile sizes and compiler options of every kernel: one table per architecture.
 
-A launcher selects its entry by shape; nothing is timed at run time. The `gpu` tests (float64
-comparison, NaN scan, 50 bitwise repeats) qualify an entry on the hardware that it names. An entry
-without a name was only compiled ahead of time for its architecture: it does not spill, fits into
-shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`). For the architectures
-in EXECUTED its compiled code also ran on a CPU.
+A launcher selects its entry by shape; nothing is timed at run time. Tiles that were tuned on this
+GPU take the place of shipped entries (`tuned.py`). The `gpu` tests (float64 comparison, NaN scan,
+50 bitwise repeats) qualify an entry on the hardware that it names. An entry without a name was only
+compiled ahead of time for its architecture: it does not spill, fits into shared memory and loads
+wide vectors (`tests/kernels/test_ahead_of_time.py`). For the architectures in EXECUTED its compiled
+code also ran on a CPU.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 10, 2, 4
 LEAST_STEPS, MOST_SPLITS = 4, 16
 
 _assumed: str | None = None
+# Device -> its table, with the tiles tuned on it. Read once in a process.
+_tables: dict[torch.device, dict[tuple[str, int, int], TileConfig]] = {}
 
 
 @contextmanager
@@ -282,6 +285,33 @@ def processors(device: torch.device) -> tuple[str, int]:
     return "sm_90", PROCESSORS["sm_90"]
 
 
+def _table(device: torch.device) -> dict[tuple[str, int, int], TileConfig]:
+    """Return the table that serves a device: that of its architecture, with its tuned tiles."""
+    if _assumed is not None:
+        return TILE_CONFIGS[_assumed]
+    table = _tables.get(device)
+    if table is None:
+        # This module is imported by the other one.
+        from moelora_kernels.kernels.common import tuned
+
+        tiles = {} if device.type == "meta" else tuned.tiles(device)
+        table = _tables[device] = TILE_CONFIGS[processors(device)[0]] | tiles
+    return table
+
+
+@contextmanager
+def shipped_tiles(device: torch.device) -> Iterator[dict[tuple[str, int, int], TileConfig]]:
+    """Take the shipped tiles on a device, and not the tuned ones. Yield the table, to change it."""
+    outer = _tables.pop(device, None)
+    _tables[device] = dict(TILE_CONFIGS[processors(device)[0]])
+    try:
+        yield _tables[device]
+    finally:
+        del _tables[device]
+        if outer is not None:
+            _tables[device] = outer
+
+
 def tile_config(
     kernel: str,
     device: torch.device,
@@ -295,7 +325,7 @@ def tile_config(
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
     registers.
     """
-    entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    entry = _table(device)[kernel, dtype.itemsize, rank_columns]
     if dtype.itemsize == 4 and row % 4:
         return entry._replace(step=entry.step // 2)
     return entry
