@@ -4,9 +4,11 @@
 #include <torch/headeronly/version.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu/simd.h"
 #include "cuda/architectures.h"
+#include "plan/cache.h"
 
 #if !defined(TORCH_TARGET_VERSION)
 #error "build with -DTORCH_TARGET_VERSION: then one library works with several torch releases"
@@ -61,7 +63,37 @@ pybind11::dict build_info() {
   }
 #endif
   info["cuda"] = pybind11::tuple(gpus);
+  // The layer ops on CUDA tensors, which replay plans.
+  info["planned_ops"] =
+      pybind11::make_tuple("grouped", "grouped_backward", "wide", "wide_backward");
   return info;
+}
+
+// The Python function behind `set_plain_check`. It is never freed.
+PyObject* plain_check = nullptr;
+
+bool is_plain() {
+  if (!Py_IsInitialized()) return false;
+  const pybind11::gil_scoped_acquire gil;
+  return pybind11::reinterpret_borrow<pybind11::object>(plain_check)().cast<bool>();
+}
+
+void set_plain_check(const pybind11::object& function) {
+  PyObject* previous = plain_check;
+  plain_check = function.inc_ref().ptr();
+  Py_XDECREF(previous);
+  moelora::set_plain_check(&is_plain);
+}
+
+void keep_plan(const pybind11::list& numbers) {
+  std::vector<int64_t> values;
+  values.reserve(numbers.size());
+  for (const auto& number : numbers) values.push_back(number.cast<int64_t>());
+  moelora::keep_plan(values);
+}
+
+void set_cpu_launch(uintptr_t address) {
+  moelora::set_cpu_launch(reinterpret_cast<moelora::LaunchKernel>(address));
 }
 
 }  // namespace
@@ -69,4 +101,13 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of moelora_kernels; loading the module registers them.";
   m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
+  m.def("set_plain_check", &set_plain_check,
+        "Set the function that returns whether nothing observes the launches of kernels.");
+  m.def("keep_plan", &keep_plan, "Give a plan to the call of this thread that had none.");
+  m.def("clear_plans", &moelora::clear_plans, "Forget all plans.");
+  m.def("count_replays", &moelora::count_replays, "Return how many calls were replayed.");
+  m.def("register_plans_for_cpu", &moelora::register_plans_for_cpu,
+        "Replay layer ops on CPU tensors, or end that; for tests.");
+  m.def("set_cpu_launch", &set_cpu_launch,
+        "Set the address of the function that launches kernels for CPU tensors; for tests.");
 }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moelora_kernels import native
 from moelora_kernels.types import (
     Dropout,
     Gate,
@@ -156,19 +157,29 @@ def register_kernels(name: str, function: str = "launch", module: str | None = N
 def register_planned(name: str, composition: Callable) -> None:
     """Register `composition`, with plans, as the CUDA implementation of `moelora::name`.
 
+    If the native library replays plans, it implements `moelora::name` for CUDA. The composition
+    is then `moelora::name_python`, which the library calls if it has no plan.
+
     composition: calls ops with Triton kernels and ATen; takes structures.
     """
+    function = with_structures(ARGUMENTS[name], composition)
+    library = native.plan_library()
+    qualified = f"{NAMESPACE}::{name}"
+    if library is not None:
+        schema = str(getattr(getattr(torch.ops, NAMESPACE), name).default._schema)
+        qualified += "_python"
+        torch.library.define(qualified, schema[schema.index("(") :])
+        torch.library.impl(qualified, "CompositeExplicitAutograd", function)
     if kernels_problem():
         return
-    function = with_structures(ARGUMENTS[name], composition)
 
     @cache
     def planned() -> Callable:
         # The package imports Triton.
         plans = importlib.import_module("moelora_kernels.plans")
-        return plans.PlannedOp(function, KERNELS)
+        return plans.PlannedOp(function, KERNELS, library)
 
-    torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", lambda *flat: planned()(*flat))
+    torch.library.impl(qualified, "CUDA", lambda *flat: planned()(*flat))
 
 
 def _first(argument):

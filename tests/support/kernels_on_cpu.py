@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from moelora_kernels import native
 from moelora_kernels.ops import registration
 from moelora_kernels.plans import PlannedOp
 
@@ -30,19 +31,34 @@ def composition(op: str) -> Callable:
 
 
 @contextmanager
-def kernels_on_cpu(plans: bool = True) -> Iterator[dict[str, PlannedOp]]:
-    """Yield the layer ops by name. plans: whether they have plans."""
+def kernels_on_cpu(plans: bool = True, launch: int = 0) -> Iterator[dict[str, PlannedOp]]:
+    """Yield the layer ops by name. plans: whether they have plans.
+
+    launch: the address of a function like cuLaunchKernel; the native library then replays plans.
+    """
+    library = native.plan_library() if launch else None
     functions = {op: composition(op) for op in LAYER_OPS}
-    planned = {op: PlannedOp(function, registration.KERNELS) for op, function in functions.items()}
-    library = torch.library.Library(registration.NAMESPACE, "IMPL")
+    planned = {
+        op: PlannedOp(function, registration.KERNELS, library) for op, function in functions.items()
+    }
+    # Without plans of the library its ops for the CPU are replaced too.
+    suffix = "_python" if launch else ""
+    layers = {
+        f"{op}{suffix}": function for op, function in (planned if plans else functions).items()
+    }
+    implementations = torch.library.Library(registration.NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for op, function in {
-                **registration.KERNELS,
-                **(planned if plans else functions),
-            }.items():
-                library.impl(op, function, "CPU", allow_override=True)
+            for op, function in {**registration.KERNELS, **layers}.items():
+                implementations.impl(op, function, "CPU", allow_override=True)
+            if library is not None:
+                library.clear_plans()
+                library.set_cpu_launch(launch)
+                library.register_plans_for_cpu(True)
         yield planned
     finally:
-        library._destroy()
+        if library is not None:
+            library.register_plans_for_cpu(False)
+            library.clear_plans()
+        implementations._destroy()
