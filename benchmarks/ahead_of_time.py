@@ -52,6 +52,7 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
         "shared": code.shared,
         "tensor_core": code.tensor_core,
         "accesses": code.accesses,
+        "overwrites": list(code.overwrites),
         "read": read,
         "written": written,
         "compulsory": traffic.compulsory(launch),
@@ -173,6 +174,7 @@ def complaints(
     rows = launch.constants.get(WGMMA_ROWS.get(row["kernel"]), 0)
     if architecture == "sm_90" and rows >= 64 and not row["tensor_core"].get("HGMMA"):
         reasons.append(f"no wgmma for a tile of {rows} rows")
+    reasons += [f"{text} before the product has read it" for text in row["overwrites"][:1]]
     allowed = natural_widths(launch)
     for access in row["accesses"]:
         kind, size = access.split(".")

@@ -22,6 +22,17 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 JUMP = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\d+,\s*)?(0x[0-9a-f]+)")
 
 
+# HGMMA.64x16x16.F32.BF16 R24, R56, gdesc[UR20], R24, gsb0: the second register is the first of the
+# four of a left operand in registers; gsb0 ends a group.
+PRODUCT = re.compile(r"\bHGMMA\S*\s+R\d+, (?:R(\d+), )?")
+WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\S*\s+gsb0, (0x[0-9a-f]+)")
+# The register that an instruction writes, and its opcode. Stores and jumps write none; the result
+# of a product is its accumulator.
+RESULT = re.compile(
+    r"^(?:@!?U?P\w+\s+)?(?!ST|RED|BRA|LDGSTS|HGMMA)([\w.]+)\s+(?:!?U?P\w+, )*R(\d+),"
+)
+
+
 class MachineCode(NamedTuple):
     """What the compiler made of a kernel.
 
@@ -36,6 +47,7 @@ class MachineCode(NamedTuple):
             a loop.
         tensor_core: instruction -> how often it occurs.
         accesses: "LDG.16", a kind and its bytes -> how often it occurs.
+        overwrites: instructions that write to a register while a product may still read it.
     """
 
     threads: int
@@ -47,6 +59,7 @@ class MachineCode(NamedTuple):
     loop: int
     tensor_core: dict[str, int]
     accesses: dict[str, int]
+    overwrites: tuple[str, ...] = ()
 
 
 def arguments_of(launch: Launch) -> tuple[dict, dict, dict]:
@@ -125,19 +138,25 @@ def width(suffix: str) -> int:
     return next((WIDTHS[part] for part in suffix.split(".") if part in WIDTHS), 4)
 
 
+def instructions_and_jumps(sass: str) -> tuple[list[str], dict[int, int]]:
+    """Return the instructions, and by the number of a jump the number of its target."""
+    instructions = [(int(at, 16), text) for at, text in INSTRUCTION.findall(sass)]
+    position = {at: i for i, (at, _) in enumerate(instructions)}
+    jumps = {
+        i: position[int(jump.group(1), 16)]
+        for i, (_, text) in enumerate(instructions)
+        if (jump := JUMP.search(text)) and int(jump.group(1), 16) in position
+    }
+    return [text for _, text in instructions], jumps
+
+
 def innermost_loops(sass: str) -> list[int]:
     """Return the number of instructions of every loop that contains no other loop.
 
     A loop is a jump backwards. A jump to itself, which ends a kernel, is none.
     """
-    instructions = [(int(at, 16), text) for at, text in INSTRUCTION.findall(sass)]
-    position = {at: i for i, (at, _) in enumerate(instructions)}
-    loops = []
-    for at, text in instructions:
-        if jump := JUMP.search(text):
-            target = int(jump.group(1), 16)
-            if target < at and target in position:
-                loops.append((position[target], position[at]))
+    _, jumps = instructions_and_jumps(sass)
+    loops = [(target, i) for i, target in jumps.items() if target < i]
     return [
         end - start + 1
         for start, end in loops
@@ -146,6 +165,57 @@ def innermost_loops(sass: str) -> list[int]:
             for other_start, other_end in loops
         )
     ]
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Return the instructions that write to a left operand of a product before a wait for it.
+
+    A product reads its operands until a wait for its group: WARPGROUP.DEPBAR with the number of
+    later groups that may go on. All ways through the program are followed.
+    """
+    instructions, jumps = instructions_and_jumps(sass)
+    found = []
+    for start, text in enumerate(instructions):
+        product = PRODUCT.search(text)
+        if not product or not product.group(1):
+            continue
+        operand = range(int(product.group(1)), int(product.group(1)) + 4)
+        # (instruction, groups that ended since the product was issued)
+        ways, seen = [(start + 1, int("gsb0" in text))], set()
+        while ways:
+            way = ways.pop()
+            i, groups = way
+            if i >= len(instructions) or way in seen:
+                continue
+            seen.add(way)
+            text = instructions[i]
+            if PRODUCT.search(text):
+                # More groups than a wait can name make no difference.
+                groups = min(groups + ("gsb0" in text), 9)
+            elif wait := WAIT.search(text):
+                if groups > int(wait.group(1), 16):
+                    continue
+            elif result := RESULT.match(text):
+                first = int(result.group(2))
+                written = range(first, first + written_registers(result.group(1)))
+                if set(written) & set(operand):
+                    found.append(f"{text} behind {instructions[start]}")
+                    break
+            if i in jumps:
+                ways.append((jumps[i], groups))
+            # Only a jump or an exit without a condition does not go on.
+            if not re.match(r"(BRA\S* 0x|EXIT)", text):
+                ways.append((i + 1, groups))
+    return found
+
+
+def written_registers(opcode: str) -> int:
+    """Return how many registers an instruction writes."""
+    if opcode.startswith("LDSM"):
+        return int(opcode[-1]) if opcode[-1] in "24" else 1
+    if opcode.startswith("LD"):
+        return max(1, width(opcode) // 4)
+    return 2 if "WIDE" in opcode or ".64" in opcode else 1
 
 
 def machine_code(launch: Launch, architecture: str) -> MachineCode:
@@ -164,4 +234,5 @@ def machine_code(launch: Launch, architecture: str) -> MachineCode:
         loop=max(innermost_loops(sass), default=0),
         tensor_core=dict(Counter(TENSOR_CORE.findall(sass))),
         accesses={f"{kind}.{size}": n for (kind, size), n in sorted(accesses.items())},
+        overwrites=tuple(overwritten_operands(sass)),
     )

@@ -166,8 +166,8 @@ def launch(
 
     block_r = min(launcher.block(max(ranks)), STEP[u.dtype.itemsize])
     rank_constants = tables.rank_constants(ranks)
-    divisor = rank_constants["RANK_DIVISOR"]
-    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r, divisor)
+    row = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config("grouped_expand", u.device, u.dtype, block_r, row)
     u, row_counters = launcher.aligned(u), num_counters(width)
     previous, stride = start, 0
     if start is not None:

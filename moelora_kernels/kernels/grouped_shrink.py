@@ -91,7 +91,7 @@ def grouped_shrink_kernel(
             if DROPOUT > 0:
                 kept = keep_tile(seed, stream, x_rows, first_i, row_counters, DROPOUT, BLOCK_I)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
-            h = product(x, a, h, UPCAST, WAIT=DROPOUT > 0)
+            h = product(x, a, h, UPCAST, COMPUTED=DROPOUT > 0)
     # A NaN or infinity of x or of the gate does not reach the columns beyond the rank, which are 0.
     columns_in = (columns < rank)[None, :]
     h = tl.where(columns_in, h * dropout_scale, 0.0).to(h_ptr.dtype.element_ty)
@@ -126,8 +126,8 @@ def launch(
         return h, u
     block_r = min(launcher.block(max(ranks)), COLUMNS)
     rank_constants = tables.rank_constants(ranks)
-    divisor = rank_constants["RANK_DIVISOR"]
-    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, divisor)
+    row = rank_constants["RANK_DIVISOR"]
+    tile_config = configs.tile_config("grouped_shrink", x.device, x.dtype, block_r, row)
     column_tiles = launcher.ceil_div(max(ranks), block_r)
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741

@@ -181,7 +181,7 @@ def grouped_weight_grad_kernel(
             if DROPOUT > 0:
                 kept = keep_tile(seed, stream, wide_rows, first_w, row_counters, DROPOUT, BLOCK_W)
                 wide = tl.where(kept, wide, 0.0).to(wide.dtype)
-            total = product(tl.trans(wide), narrow, total, UPCAST, WAIT=DROPOUT > 0)
+            total = product(tl.trans(wide), narrow, total, UPCAST, COMPUTED=DROPOUT > 0)
         total *= dropout_scale
 
         # Store the gradient, or a partial sum if the expert has more pairs.

@@ -156,7 +156,7 @@ def shrink_gate_kernel(
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, row_counters, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        h = product(x, a, h, UPCAST, WAIT=DROPOUT > 0)
+        h = product(x, a, h, UPCAST, COMPUTED=DROPOUT > 0)
     h *= dropout_scale
 
     if ONE_LAUNCH:
@@ -388,7 +388,7 @@ def launch(
         ),
     )
     if not one_launch:
-        row_tile = configs.ROW_TILE
+        row_tile = configs.PARTIALS_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
             gate_partials_kernel,

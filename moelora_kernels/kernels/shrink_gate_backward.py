@@ -343,7 +343,7 @@ def launch(
         ),
     )
     if not one_launch:
-        row_tile = configs.ROW_TILE
+        row_tile = configs.PARTIALS_TILE
         block_r = min(launcher.block(R), PARTIAL_COLUMNS)
         launcher.run(
             gate_partials_backward_kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,7 +91,7 @@ def weight_grad_of_x(
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_W)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        da = product(tl.trans(x), dh, da, UPCAST, WAIT=DROPOUT > 0 or CONVERTED)
+        da = product(tl.trans(x), dh, da, UPCAST, COMPUTED=DROPOUT > 0, WAIT=CONVERTED)
     da *= dropout_scale
 
     # Store. The programs of the first tile of I store the bias.
@@ -262,7 +263,8 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
-    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, max(block_a, block_b))
+    columns, row = max(block_a, block_b), math.gcd(H, R)
+    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row)
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)

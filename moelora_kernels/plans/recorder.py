@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
             self._call(op, args, kwargs, result)
         elif _is_view(op):
             for view in [result] if isinstance(result, Tensor) else result:
-                if not torch._C._is_alias_of(view, args[0]):
+                if not _shares_storage(view, args[0]):
                     self._fail(f"{op} returned a tensor that is not a view")
                 self._views.append(view)
                 self._numbers[id(view)] = self._number(args[0])
@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
         number = self._number(tensor)
         base = self.tensors[number]
         size, stride = tuple(tensor.shape), tensor.stride()
-        offset = tensor.storage_offset() - base.storage_offset()
+        offset = int(tensor.storage_offset() - base.storage_offset())
         kind = "strided"
         if offset == 0 and (size, stride) == (tuple(base.shape), base.stride()):
             kind = "whole"
@@ -233,6 +233,10 @@ def _replaced(argument: Any, aliases: Iterator[Tensor]) -> Any:
     if isinstance(argument, (list, tuple)):
         return [_replaced(each, aliases) for each in argument]
     return next(aliases) if isinstance(argument, Tensor) else argument
+
+
+def _shares_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _is_composite(op: Any) -> bool:

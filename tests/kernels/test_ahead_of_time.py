@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import LAYERS, complaints, record
-from benchmarks.model.machine_code import innermost_loops, width
+from benchmarks.model.machine_code import innermost_loops, overwritten_operands, width
 from moelora_kernels.kernels.common import configs
 from support.selection import exhaustive
 
@@ -41,7 +41,10 @@ def one(kernel: str, layer: str = "R=128"):
     return next(each for each in launches if each.kernel.fn.__name__ == kernel)
 
 
-GOOD = dict(spills=0, stack=0, shared=100_000, tensor_core={"HGMMA": 8}, accesses={"LDGSTS.16": 4})
+GOOD = dict(
+    spills=0, stack=0, shared=100_000, tensor_core={"HGMMA": 8}, accesses={"LDGSTS.16": 4},
+    overwrites=[],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,7 @@ GOOD = dict(spills=0, stack=0, shared=100_000, tensor_core={"HGMMA": 8}, accesse
         ({"shared": (227 << 10) + 1}, "shared memory"),
         ({"tensor_core": {"HMMA": 8}}, "no wgmma"),
         ({"accesses": {"LDGSTS.4": 1}}, "loads of 4 bytes"),
+        ({"overwrites": ["MOV R4, R5"]}, "MOV R4, R5 before the product has read it"),
         ({"accesses": {"LDG.4": 1, "STG.2": 1}}, ""),
     ),
 )
@@ -109,3 +113,35 @@ SASS = """
 def test_innermost_loops():
     """The loop of two instructions lies in one of four; the jump to itself is no loop."""
     assert innermost_loops(SASS) == [2]
+
+
+# Two products in a loop, each a group. R4 to R7 and R8 to R11 are their left operands.
+PRODUCTS = """
+        /*0000*/                   LDSM.16.M88.4 R4, [R82] ;
+        /*0010*/                   HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR20], R24, gsb0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/                   LDS.128 R8, [R83] ;
+        /*0040*/                   HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR20], R24, gsb0 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0060*/              @!P0 BRA 0x0 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "overwritten"),
+    (
+        ("", "", ()),
+        # The products of the last pass may still read both.
+        ("0x1 ;", "0x2 ;", ("LDSM.16.M88.4 R4", "LDS.128 R8")),
+        # The second product reads nothing but shared memory.
+        (" R8, gdesc", " gdesc", ()),
+        ("EXIT", "MOV R10, R2", ("MOV R10, R2",)),
+        ("EXIT", "STS.128 [R8], R8", ()),
+    ),
+)
+def test_operands_that_are_overwritten(old, new, overwritten):
+    found = overwritten_operands(PRODUCTS.replace(old, new))
+    assert sorted(text.split(",")[0] for text in found) == sorted(
+        text.split(",")[0] for text in overwritten
+    )

@@ -21,6 +21,7 @@ from support.cases import GROUPED, LAYERS, WIDE, Case, layer_case
 from support.fake_driver import fake_driver
 from support.inputs import Inputs
 from support.kernels_on_cpu import kernels_on_cpu
+from support.selection import exhaustive
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -89,10 +90,29 @@ CASES = {
 }
 
 
+# The others take minutes in the interpreter.
+BY_DEFAULT = (
+    "layer-router",
+    "layer-siblings",
+    "layer-share_a",
+    "layer-dropout_per_expert",
+    "layer-rows",
+    "layer-one_row",
+    "layer-aux",
+    "wide-mixed_ranks",
+    "wide-float32_adapters",
+    "wide-no_token",
+    "grouped-plain",
+    "grouped-mostly_one",
+)
+
+
 @pytest.mark.parametrize(
     ("case", "impl"),
     [
-        pytest.param(case, impl, id=f"{name}-{impl}")
+        pytest.param(
+            case, impl, id=f"{name}-{impl}", marks=() if name in BY_DEFAULT else exhaustive
+        )
         for name, case in CASES.items()
         for impl in case.impls
     ],

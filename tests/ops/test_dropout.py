@@ -19,6 +19,7 @@ from support.backends import (
     TRITON,
     Backend,
     each_cpu_backend,
+    each_cpu_backend_and_sm_90,
     needs_library,
     op_launcher,
     parameters,
@@ -50,7 +51,10 @@ SHAPES = ((0, 5), (1, 1), (3, 7), (129, 131), (67, 264))
             parameter
             for ptx in PTX
             for parameter in parameters(
-                ptx, masks((0.1,), SHAPES), KERNEL_DTYPES, lambda name, dtype: False
+                ptx,
+                masks((0.1,), SHAPES),
+                {name: DTYPES[name] for name in ("fp32", "bf16")},
+                lambda *_: False,
             )
         ),
         *parameters(GPU, masks((0.1,), ((1000, 4099),)), HALF),
@@ -85,7 +89,7 @@ def test_a_dropped_nan_is_zero() -> None:
     assert (dropped[~dropped.isnan()] == 0).all()
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 def test_the_smallest_number_that_is_kept(backend) -> None:
     """An element is kept if its number is at least dropout_threshold(p)."""
     x = torch.ones(1, 1, device=backend.device)

@@ -18,9 +18,10 @@ from support.backends import (
     HALF,
     KERNEL_DEVICE,
     NATIVE,
+    SM_90,
     TRITON,
     Backend,
-    each_cpu_backend,
+    each_cpu_backend_and_sm_90,
     in_parts,
     needs_triton,
     op_launcher,
@@ -34,9 +35,9 @@ FP16 = torch.float16
 each_op_and_backend = pytest.mark.parametrize(
     ("op", "backend"),
     [
-        pytest.param(op, backend, id=f"{op}-{backend.name}", marks=backend.marks)
+        pytest.param(op, backend, id=f"{op}-{backend.name}", marks=backend.marks_of_edges)
         for op in GROUPED_OPS
-        for backend in (NATIVE, TRITON)
+        for backend in (NATIVE, TRITON, SM_90)
         if op != "route" or backend is NATIVE
     ],
 )
@@ -95,8 +96,15 @@ def draw_poisoned(backend: Backend, dtype: torch.dtype) -> Poisoned:
 each_dtype_and_backend = pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        pytest.param(backend, DTYPES[name], id=f"{backend.name}-{name}", marks=backend.marks)
-        for backend, names in ((NATIVE, DTYPES), (TRITON, ("fp16", "fp32")), (GPU, HALF))
+        pytest.param(
+            backend, DTYPES[name], id=f"{backend.name}-{name}", marks=backend.marks_of_edges
+        )
+        for backend, names in (
+            (NATIVE, DTYPES),
+            (TRITON, ("fp16", "fp32")),
+            (SM_90, ("fp16",)),
+            (GPU, HALF),
+        )
         for name in names
     ],
 )
@@ -163,7 +171,7 @@ def test_grouped_weight_grad_is_zero_for_experts_without_tokens(
             assert da_i[columns].count_nonzero() == 0
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 def test_grouped_expand_rounds_after_the_last_slot(backend: Backend) -> None:
     """Terms of 3/8 of the last place of y: rounded one by one they would all be lost."""
     case = grouped_case(T=3, K=8, O=5, ranks=(1,) * 8, routing="all")

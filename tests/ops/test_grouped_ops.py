@@ -9,7 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.backends import DTYPES, GPU, HALF, NATIVE, PTX, TRITON, Backend, parameters
+from support.backends import (
+    DTYPES,
+    GPU,
+    HALF,
+    NATIVE,
+    TRITON,
+    Backend,
+    parameters,
+    ptx_parameters,
+)
 from support.cases import GROUPED, Case
 from support.large_cases import LARGE_GROUPED
 from support.op_checks import GROUPED_OPS, check
@@ -24,6 +33,18 @@ IN_FLOAT16 = (
 # Other dtypes change casts and products, and no addresses. Two passes at most: Triton's interpreter
 # cuts a float32 down to bfloat16, which a GPU rounds, in every pass.
 IN_OTHER_DTYPES = ("mixed_ranks", "dropout_per_pair", "float32_adapters")
+# PTX runs in every case in bfloat16.
+PTX_NAMES = {
+    "bf16": tuple(GROUPED),
+    "fp16": ("mixed_ranks", "float32_adapters"),
+    "fp32": ("mixed_ranks", "dropout_per_pair"),
+}
+# They make no other loads or products than their neighbours.
+PTX_ON_ONE_ARCHITECTURE = {
+    "one_expert-bf16": "sm_80", "rank_1-bf16": "sm_90", "few_pairs-bf16": "sm_80",
+    "full-bf16": "sm_90", "four_slots-bf16": "sm_80", "empty-bf16": "sm_90",
+    "mixed_ranks-fp16": "sm_90", "float32_adapters-fp16": "sm_80", "dropout_per_pair-fp32": "sm_80",
+}  # fmt: skip
 
 
 def triton_by_default(case: str, dtype: str) -> bool:
@@ -32,20 +53,6 @@ def triton_by_default(case: str, dtype: str) -> bool:
 
 def ptx_by_default(case: str, dtype: str) -> bool:
     return case == "mixed_ranks" and dtype == "bf16"
-
-
-def ptx_parameters() -> list:
-    """Other dtypes than bfloat16 change casts and products, and no addresses."""
-    dtypes = {name: DTYPES[name] for name in ("fp16", "fp32")}
-    in_other_dtypes = {name: GROUPED[name] for name in IN_OTHER_DTYPES}
-    return [
-        parameter
-        for ptx in PTX
-        for parameter in (
-            *parameters(ptx, GROUPED, {"bf16": torch.bfloat16}, ptx_by_default),
-            *parameters(ptx, in_other_dtypes, dtypes, ptx_by_default),
-        )
-    ]
 
 
 PARAMETERS = [
@@ -57,7 +64,7 @@ PARAMETERS = [
         {name: DTYPES[name] for name in ("bf16", "fp32")},
         triton_by_default,
     ),
-    *ptx_parameters(),
+    *ptx_parameters(GROUPED, PTX_NAMES, PTX_ON_ONE_ARCHITECTURE, ptx_by_default),
     *parameters(GPU, LARGE_GROUPED, HALF),
 ]
 

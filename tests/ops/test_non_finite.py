@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from support.arguments import calls
-from support.backends import Backend, each_cpu_backend
+from support.backends import NATIVE, PTX, TRITON, Backend, each_backend
 from support.cases import Case, grouped_case
 from support.inputs import Inputs
 from support.op_checks import GROUPED_OPS, WIDE_OPS, named
@@ -51,6 +51,10 @@ CASES = {
         if op != "route"
     },
 }
+
+# Case -> the architecture that executes it. Products of tensor cores, and the selects of float32's
+# three parts, have rules of their own.
+ON_PTX = {"router": "sm_90", "rows": "sm_80", "one_row": "sm_90", "mixed_ranks": "sm_90"}
 
 
 def replace_tensors(value, function: Callable[[Tensor], Tensor]):
@@ -90,8 +94,15 @@ def kinds(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), 2, tensor.isposinf().int() - tensor.isneginf().int())
 
 
-@each_cpu_backend
-@pytest.mark.parametrize(("op", "case"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("op", "case", "backend"),
+    [
+        pytest.param(*value, backend, id=f"{name}-{backend.name}", marks=backend.marks_of_edges)
+        for backend in (NATIVE, TRITON, *PTX)
+        for name, value in CASES.items()
+        if not backend.ptx or ON_PTX.get(name.split("-")[1]) == backend.ptx
+    ],
+)
 def test_pattern_of_the_reference(op: str, case: Case, backend: Backend) -> None:
     for arguments in calls(op, Inputs(case, torch.float32)):
         variants = (poisoned(arguments, values) for values in SETS.get(op, [VALUES]))
@@ -106,7 +117,7 @@ def test_pattern_of_the_reference(op: str, case: Case, backend: Backend) -> None
                         assert same, f"{name}, tensor {number} of the arguments is poisoned"
 
 
-@each_cpu_backend
+@each_backend(NATIVE, TRITON, *PTX)
 def test_a_value_stays_with_its_expert_and_its_gate_row(backend: Backend) -> None:
     """The examples that the formulas give by hand: <du, h> of one expert, rows of one token."""
     inputs = Inputs(Case(T=6, ranks=(4, 4), gate="rows"), torch.float32)

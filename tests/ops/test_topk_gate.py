@@ -16,6 +16,7 @@ from support.backends import (
     TRITON,
     Backend,
     each_cpu_backend,
+    each_cpu_backend_and_sm_90,
     parameters,
 )
 from support.op_checks import compare
@@ -38,7 +39,9 @@ LARGE = {
         *(
             parameter
             for ptx in PTX
-            for parameter in parameters(ptx, SMALL, KERNEL_DTYPES, lambda name, dtype: False)
+            for parameter in parameters(
+                ptx, SMALL, {name: DTYPES[name] for name in ("fp32", "bf16")}, lambda *_: False
+            )
         ),
         *parameters(GPU, LARGE, HALF),
     ),
@@ -73,7 +76,7 @@ def test_ties_go_to_the_lower_expert(K: int, backend: Backend) -> None:
     assert_same_choice(backend, logits, K, True)
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
 def test_bad_logits_choose_valid_and_different_experts(bad: float, backend: Backend) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -85,7 +88,7 @@ def test_bad_logits_choose_valid_and_different_experts(bad: float, backend: Back
             assert_same_choice(backend, logits, K, renormalize)
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("renormalize", (True, False))
 @pytest.mark.parametrize("K", (1, 2, 4))
 def test_logits_that_are_equal_infinite_or_nan(K: int, renormalize: bool, backend: Backend) -> None:

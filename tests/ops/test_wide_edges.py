@@ -14,9 +14,11 @@ from support.backends import (
     DTYPES,
     KERNEL_DEVICE,
     NATIVE,
+    SM_90,
     TRITON,
     Backend,
     each_cpu_backend,
+    each_cpu_backend_and_sm_90,
     needs_library,
     parameters,
 )
@@ -56,10 +58,11 @@ def test_a_token_that_is_not_routed_gets_exact_zeros(expert: int, backend: Backe
         assert not output.any()
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 def test_experts_out_of_range_and_repeated(dtype: torch.dtype, backend: Backend) -> None:
-    inputs = Inputs(Case(T=6, gate="sparse"), torch.float32)
+    # Products of three parts in tf32 miss the float32 budget of sums as short as these.
+    inputs = Inputs(Case(T=6, gate="sparse"), FP16 if backend.ptx else torch.float32)
     far = 2**40 if dtype is torch.int64 else 2**31 - 1
     inputs.experts = torch.tensor(
         [[-1, 4], [far, 0], [-far, 2], [2, 2], [2**31 - 1, -1], [1, 3]], dtype=dtype
@@ -74,7 +77,7 @@ def test_one_expert_twice_adds_up(backend: Backend) -> None:
     check_all(backend, inputs)
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 @pytest.mark.parametrize("G", (0, 1, 3))
 def test_rows_out_of_range_gate_with_zero(G: int, dtype: torch.dtype, backend: Backend) -> None:
@@ -111,7 +114,7 @@ LARGE_RANKS = {
 }
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("case", LARGE_RANKS.values(), ids=LARGE_RANKS)
 def test_ranks_past_one_tile(case: Case, backend: Backend) -> None:
     check_all(backend, Inputs(case, FP16))
@@ -140,7 +143,7 @@ def test_masks_of_rows_that_begin_within_and_at_a_counter(
 # --- strides ------------------------------------------------------------------------------------
 
 
-@each_cpu_backend
+@each_cpu_backend_and_sm_90
 @pytest.mark.parametrize("gate", ("router", "dense"))
 def test_strides(gate: str, backend: Backend) -> None:
     """Rows at a distance, columns at a distance, one element for all, overlapping rows."""
@@ -209,12 +212,15 @@ def test_offsets_past_2_to_the_31() -> None:
 
 # --- NaN and errors -----------------------------------------------------------------------------
 
+SPARSE_AND_DENSE = {"sparse": "sparse", "dense": "dense"}
+
 
 @pytest.mark.parametrize(
     ("backend", "gate", "dtype"),
     (
-        *parameters(NATIVE, {"sparse": "sparse", "dense": "dense"}, DTYPES),
-        *parameters(TRITON, {"sparse": "sparse", "dense": "dense"}, {"fp16": FP16}),
+        *parameters(NATIVE, SPARSE_AND_DENSE, DTYPES),
+        *parameters(TRITON, SPARSE_AND_DENSE, {"fp16": FP16}),
+        *parameters(SM_90, SPARSE_AND_DENSE, {"fp16": FP16}, lambda *_: False),
     ),
 )
 def test_nan_of_an_expert_that_is_not_selected_stays_there(

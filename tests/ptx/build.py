@@ -41,7 +41,8 @@ class Step(NamedTuple):
     """An instruction that is ready to run."""
 
     run: Run
-    # Registers that it writes.
+    # Registers that it reads, and those that it writes.
+    reads: frozenset[int]
     writes: tuple[int, ...]
     # WARP or PROGRAM: the threads that must run it together; None: each thread for itself.
     together: str | None
@@ -84,6 +85,9 @@ class Builder:
         # Name of a register, or (value, bytes) of a constant -> index.
         self.index: dict[Any, int] = {}
         self.initial: list[np.ndarray] = []
+        # Registers that the instruction at hand reads, and those that it writes.
+        self._read: list[int] = []
+        self._written: list[int] = []
         self.special("%tid.x", np.arange(threads, dtype=np.uint32)[None, :])
         self.special("%ntid.x", np.full((1, 1), threads, np.uint32))
         # The launch sets these two.
@@ -99,9 +103,9 @@ class Builder:
         """Return the steps of all instructions. `execution` runs branches, so theirs do nothing."""
         steps = []
         for instruction in self.program.instructions:
-            self._written: list[int] = []
+            self._read, self._written = [], []
             if instruction.opcode in BRANCHES:
-                steps.append(Step(None, (), None, instruction))
+                steps.append(Step(None, frozenset(), (), None, instruction))
                 continue
             function = TABLE.get(instruction.opcode)
             if function is None:
@@ -111,7 +115,8 @@ class Builder:
             except Unsupported as error:
                 raise Unsupported(f"{self.program.name}: {instruction}: {error}") from None
             together = TOGETHER.get(instruction.opcode)
-            steps.append(Step(run, tuple(self._written), together, instruction))
+            reads, writes = frozenset(self._read), tuple(self._written)
+            steps.append(Step(run, reads, writes, together, instruction))
         return steps
 
     # --- operands
@@ -160,6 +165,7 @@ class Builder:
             return self.constant(self.value(text), size)
         if self.initial[index].dtype.itemsize != max(size, 1):
             raise Unsupported(f"{text} does not have {size} bytes")
+        self._read.append(index)
         return index
 
     def value(self, text: str) -> int:

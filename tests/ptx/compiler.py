@@ -1,6 +1,6 @@
-"""Compile the kernel of a launch in a process in which Triton does not interpret.
+"""Compile the kernel of a launch to PTX in a process in which Triton does not interpret.
 
-`compiled(...)` returns the PTX. Triton's cache keeps the result (TRITON_CACHE_DIR).
+`compiled(...)` returns the PTX. The folder `ptx` of Triton's cache (TRITON_CACHE_DIR) keeps it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compiled(
 @cache
 def _process() -> ProcessPoolExecutor:
     """Return a process without TRITON_INTERPRET, which Triton reads when it is imported."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_ptx)
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         pool.submit(os.getpid).result()
@@ -75,6 +75,24 @@ def _process() -> ProcessPoolExecutor:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
     return pool
+
+
+def _end_with_ptx() -> None:
+    """Make Triton's compiler leave out ptxas and the lines of the source.
+
+    Its cache does not tell such a kernel from a whole one, so the cache is another folder.
+    """
+    from triton import knobs
+
+    def change_stages(backend=None, stages=None, *_: Any) -> tuple[str, str]:
+        """Triton calls this for a part of its key, too: without arguments."""
+        if stages is not None:
+            stages["cubin"] = lambda ptx, metadata: b""
+        return "ptx", "ptx"
+
+    knobs.runtime.add_stages_inspection_hook = change_stages
+    knobs.compilation.disable_line_info = True
+    knobs.cache.dir = os.path.join(knobs.cache.dir, "ptx")
 
 
 def _tensors(value: Any) -> Any:

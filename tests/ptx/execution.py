@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx import arithmetic, atomics, control, copies, loads, mma, moves, warp, wgmma  # noqa: F401
 from ptx.build import BRANCHES, PROGRAM, WARP, Builder, Step
-from ptx.errors import PtxError, Unsupported
+from ptx.errors import PtxError, RaceError, Unsupported
 from ptx.global_memory import BASE, GlobalMemory
 from ptx.ordering import Ordering
 from ptx.program import Instruction, Program
@@ -47,6 +47,7 @@ class Batch:
     waiting         block -> threads that wait to run it, for threads that have parted
     fenced          the registers at the last wgmma.fence; None before the first
     of_products     the registers that a wgmma wrote since
+    pending         the registers that a wgmma writes whose wait has not come
     """
 
     registers: list[np.ndarray]
@@ -67,6 +68,7 @@ class Batch:
     product_groups: list = field(default_factory=list)
     fenced: list[np.ndarray] | None = None
     of_products: set[int] = field(default_factory=set)
+    pending: frozenset[int] = frozenset()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -237,6 +239,8 @@ class Kernel:
         try:
             if batch.mask is None:
                 for step in steps:
+                    if batch.pending and not batch.pending.isdisjoint(step.reads):
+                        raise RaceError("reads a register that a pending wgmma writes")
                     step.run(batch)
             else:
                 for step in steps:

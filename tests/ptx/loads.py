@@ -104,6 +104,7 @@ def _stored(build: Builder, text: str, kind: type) -> int:
     size = np.dtype(kind).itemsize
     if not text.startswith("%"):
         return build.constant(build.value(text), size)
-    if build.width(text) < size:
+    width = build.width(text)
+    if width < size:
         raise Unsupported(f"{text} has fewer than {size} bytes")
-    return build.register(text)
+    return build.source(text, width)

@@ -248,18 +248,29 @@ def test_a_wgmma_is_fenced_and_waited_for() -> None:
                 run(body, **options)
 
 
-def test_registers_of_a_pending_wgmma_hold_the_old_sum_if_products_are_late() -> None:
+def test_a_late_wgmma_writes_its_registers_at_the_wait() -> None:
+    """An instruction that writes one of them before the wait is overwritten."""
     ones = " ".join(f"st.shared.b32 [%r20+{4 * i}], %r5;" for i in (0, 1, 2, 3, 512, 513, 514, 515))
     results = []
     for late in (False, True):
         result = np.zeros(128, np.float32)
         run(
-            f"""{FILL} mov.u32 %r5, 0x3F803F80; {ones} {FENCE} {BARRIER} mov.b32 %r1, 0;
-            {PRODUCT} mov.b32 %r9, %r1; {END} {address(0, 4)} st.global.b32 [%rd90], %r9;""",
+            f"""{FILL} mov.u32 %r5, 0x3F803F80; {ones} {FENCE} {BARRIER} {PRODUCT}
+            mov.b32 %r1, 0f40A00000; {END} {address(0, 4)} st.global.b32 [%rd90], %r1;""",
             result, threads=128, shared=4096, late=late,
         )  # fmt: skip
         results.append(result[0])
-    assert results == [16.0, 0.0]
+    assert results == [5.0, 16.0]
+
+
+@pytest.mark.parametrize("late", (False, True))
+def test_a_register_of_a_pending_wgmma_is_not_read(late: bool) -> None:
+    start, options = FILL + FENCE + BARRIER + PRODUCT, dict(threads=128, shared=8192, late=late)
+    for reads in ("mov.b32 %r9, %r2;", "st.shared.v2.b32 [%r20+4096], {%r9, %r3};"):
+        run(start + END + reads, **options)
+        for body in (start + reads, start + "wgmma.wait_group.sync.aligned 1;" + reads):
+            with pytest.raises(RaceError, match="reads a register that a pending wgmma writes"):
+                run(body, **options)
 
 
 def test_registers_of_a_wgmma_are_fenced() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -207,6 +208,7 @@ def wgmma(build: Builder, ins: Instruction) -> Run:
         if not batch.late:
             operation.run(batch, product)
         batch.products.append(product)
+        batch.pending = batch.pending.union(operation.d)
 
     return run
 
@@ -262,5 +264,7 @@ def wait(build: Builder, ins: Instruction) -> Run:
         while len(batch.product_groups) > left:
             for product in batch.product_groups.pop(0):
                 finish(batch, product)
+        pending = (*itertools.chain(*batch.product_groups), *batch.products)
+        batch.pending = frozenset().union(*(product.operation.d for product in pending))
 
     return run

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -89,6 +89,11 @@ class Backend:
     # The architecture whose PTX is executed, or None.
     ptx: str | None = None
 
+    @property
+    def marks_of_edges(self) -> tuple[pytest.MarkDecorator, ...]:
+        """The marks of a test that executes PTX with --exhaustive only."""
+        return (*self.marks, exhaustive) if self.ptx else self.marks
+
     def implementation(self, op: str, sums: str = "exact", **options) -> Callable:
         """Return the function that computes an op.
 
@@ -123,10 +128,23 @@ PTX = tuple(
     Backend(f"ptx-{architecture}", "cpu", (needs_triton, pytest.mark.ptx), architecture)
     for architecture in ("sm_80", "sm_90")
 )
-each_cpu_backend = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(backend, id=backend.name, marks=backend.marks) for backend in (NATIVE, TRITON)],
-)
+SM_90 = PTX[1]
+
+
+def each_backend(*backends: Backend) -> pytest.MarkDecorator:
+    """Return the parameter `backend` of a test. PTX is executed with --exhaustive only."""
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(backend, id=backend.name, marks=backend.marks_of_edges)
+            for backend in backends
+        ],
+    )
+
+
+each_cpu_backend = each_backend(NATIVE, TRITON)
+# For masks, addresses and choices: they do not depend on the products of an architecture.
+each_cpu_backend_and_sm_90 = each_backend(NATIVE, TRITON, SM_90)
 
 
 def parameters(
@@ -151,6 +169,34 @@ def parameters(
         )
         for dtype_name, dtype in dtypes.items()
         for name, value in values.items()
+    ]
+
+
+def ptx_parameters(
+    cases: Mapping[str, Case],
+    names: Mapping[str, Iterable[str]],
+    only: Mapping[str, str],
+    runs_by_default: Callable[[str, str], bool],
+) -> list:
+    """Return the parameters (backend, case, dtype) of a test, for PTX of both architectures.
+
+    names: dtype -> the cases that run in it.
+    only: "case-dtype" -> the architecture, if it runs on one.
+    """
+    return [
+        parameter
+        for backend in PTX
+        for dtype in names
+        for parameter in parameters(
+            backend,
+            {
+                name: cases[name]
+                for name in names[dtype]
+                if only.get(f"{name}-{dtype}", backend.ptx) == backend.ptx
+            },
+            {dtype: DTYPES[dtype]},
+            runs_by_default,
+        )
     ]
 
 

@@ -31,6 +31,9 @@ class TileConfig(NamedTuple):
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
     qualified: str = ""
+    # Registers that a thread may use. None: ptxas decides, and may spill a few to run more programs
+    # at the same time.
+    registers: int | None = None
 
 
 # Multiprocessors of A100, L40S, H100 and H200, B200, RTX 5090.
@@ -124,6 +127,7 @@ _SM_100 = {
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
     ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    ("router_logits", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
@@ -155,8 +159,19 @@ _SM_89 = {
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
 }
-# Without wgmma and with 99 KiB of shared memory, like sm_89.
-_SM_120 = {**_SM_89}
+# Without wgmma and with 99 KiB of shared memory, like sm_89, but more of its tiles spill.
+_SM_120 = {
+    **_SM_89,
+    ("shrink_gate", 2, 64): TileConfig(32, 64, 8, 3),
+    ("shrink_gate", 4, 64): TileConfig(32, 32, 8, 3),
+    ("shrink_gate_backward", 2, 128): TileConfig(16, 64, 8, 3),
+    ("shrink_gate_backward", 4, 64): TileConfig(32, 32, 8, 3),
+    ("shrink_gate_backward", 4, 128): TileConfig(16, 32, 8, 3),
+    ("weight_grad", 4, 16): TileConfig(32, 64, 8, 3),
+    ("weight_grad", 4, 128): TileConfig(32, 32, 8, 3),
+    ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
+}
 
 TILE_CONFIGS = {
     "sm_80": _SM_80,
@@ -171,6 +186,8 @@ EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
 ROW_TILE = TileConfig(16, 64, 4, 1)
+# For the second launch of a shrink, which adds partial sums and applies the gate.
+PARTIALS_TILE = ROW_TILE._replace(registers=255)
 
 _assumed: str | None = None
 
@@ -223,16 +240,16 @@ def tile_config(
     device: torch.device,
     dtype: torch.dtype,
     rank_columns: int,
-    rank_divisor: int = 16,
+    row: int = 16,
 ) -> TileConfig:
     """Return the entry of the table for tiles of `rank_columns` columns of rank space.
 
-    rank_divisor: a divisor of all ranks, if a row of rank space begins at each multiple of it. If
-    float32 rows begin at any multiple of 4 or 8 bytes, a step is half as long, because the
-    addresses of single elements take registers.
+    row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
+    are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
+    registers.
     """
     entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
-    if dtype.itemsize == 4 and rank_divisor < 4:
+    if dtype.itemsize == 4 and row % 4:
         return entry._replace(step=entry.step // 2)
     return entry
 

@@ -107,6 +107,7 @@ def options(tile_config: TileConfig) -> dict[str, Any]:
     return {
         "num_warps": tile_config.warps,
         "num_stages": tile_config.stages,
+        "maxnreg": tile_config.registers,
         "enable_fp_fusion": True,
     }
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language import core
 
 # The first Triton that orders the steps of a wgmma by itself (`kernels/README.md`).
-ORDERED_TRITON = (3, 7, 1)
+ORDERED_TRITON = (3, 9)
 
 
 def _is_wgmma(semantic) -> bool:
@@ -37,12 +37,13 @@ def fence_copies(_semantic=None):
 
 @core.builtin
 def before_product(left, _semantic=None):
-    """Return a 16-bit operand that is computed in registers before a wgmma begins to read them."""
+    """Return an operand that is computed in registers before a wgmma begins to read them."""
     if not _is_wgmma(_semantic) or _is_ordered():
         return left
     return core.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [left], left.dtype, is_pure=False, pack=2, _semantic=_semantic
-    )
+        "mov.b32 $0, $1;", "=r,r", [left], left.dtype, is_pure=False,
+        pack=32 // left.dtype.primitive_bitwidth, _semantic=_semantic,
+    )  # fmt: skip
 
 
 @core.builtin
@@ -70,26 +71,35 @@ def select_from(values, i):
 
 
 @triton.jit
-def product(left, right, total, UPCAST: tl.constexpr, WAIT: tl.constexpr = False):
+def product(
+    left,
+    right,
+    total,
+    UPCAST: tl.constexpr,
+    COMPUTED: tl.constexpr = False,
+    WAIT: tl.constexpr = False,
+):
     """Return total + left @ right.
 
     `right` is rounded to the dtype of `left`. float32 tiles keep float32 precision: each operand is
     split into parts of TF32 (`tf32x3`).
 
-    WAIT: the product ends before the loop goes on. Without it, a wgmma reads its operands while
-    the loop goes on, which is wrong in two cases: `left` is computed in the loop, so it is in
-    registers, or another product reads the same loaded tile from registers. Triton protects the
-    first (from 3.7 on), but the assembler before CUDA 13.3 does not respect it; and not the second.
+    A wgmma reads its operands while the loop goes on, unless Triton waits for its end. It must wait
+    in two cases. COMPUTED: `left` is computed in the loop, so it is in registers; Triton protects
+    them from 3.9 on, but the assembler before CUDA 13.3 does not. WAIT: another product takes the
+    same loaded tile through registers; then Triton loads the next tile too early.
     """
     right = right.to(left.dtype)
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     else:
+        if COMPUTED:
+            left = before_product(left)
         fence_copies()
     total = tl.dot(left, right, total, input_precision="tf32x3")
     if not UPCAST:
-        total = after_product(total, WAIT)
+        total = after_product(total, COMPUTED or WAIT)
     return total
 
 
