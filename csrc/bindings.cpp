@@ -69,6 +69,22 @@ pybind11::dict build_info() {
   return info;
 }
 
+// The exception that a Python op raised on this thread.
+thread_local PyObject* python_error = nullptr;
+
+void set_error(const pybind11::object& error) {
+  Py_XDECREF(python_error);
+  python_error = pybind11::object(error).release().ptr();
+}
+
+void rethrow() {
+  const pybind11::gil_scoped_acquire gil;
+  if (python_error == nullptr) return;
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(python_error)), python_error);
+  Py_CLEAR(python_error);
+  throw pybind11::error_already_set();
+}
+
 // The Python function behind `set_plain_check`. It is never freed.
 PyObject* plain_check = nullptr;
 
@@ -83,6 +99,7 @@ void set_plain_check(const pybind11::object& function) {
   plain_check = function.inc_ref().ptr();
   Py_XDECREF(previous);
   moelora::set_plain_check(&is_plain);
+  moelora::set_rethrow(&rethrow);
 }
 
 void keep_plan(const pybind11::list& numbers) {
@@ -103,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
   m.def("set_plain_check", &set_plain_check,
         "Set the function that returns whether nothing observes the launches of kernels.");
+  m.def("set_error", &set_error, "Keep the exception that a Python op of this thread raises.");
   m.def("keep_plan", &keep_plan, "Give a plan to the call of this thread that had none.");
   m.def("clear_plans", &moelora::clear_plans, "Forget all plans.");
   m.def("count_replays", &moelora::count_replays, "Return how many calls were replayed.");

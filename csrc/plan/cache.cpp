@@ -27,6 +27,7 @@ std::mutex mutex;
 std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
 std::deque<std::string> order;
 std::atomic<bool (*)()> plain_check{nullptr};
+std::atomic<void (*)()> rethrow{nullptr};
 std::atomic<int64_t> replays{0};
 // The key of the call of this thread that found no plan.
 thread_local std::string pending;
@@ -36,15 +37,19 @@ struct Op {
   // One letter for each argument: T tensor, O optional tensor, L list of tensors, N list of
   // numbers; a number otherwise.
   const char* arguments;
+  // How many results the op returns, and which of them is a list of tensors.
+  int64_t results;
+  int64_t list;
 };
 
 // x, tensors, gate, mixture, dropout.
-constexpr Op WIDE{"moelora::wide_python", "TLLLLLLLOOOONNbibffbO"};
-constexpr Op GROUPED{"moelora::grouped_python", "TLLLLLLLOOOONNbibffbO"};
+constexpr Op WIDE{"moelora::wide_python", "TLLLLLLLOOOONNbibffbO", 5, 0};
+constexpr Op GROUPED{"moelora::grouped_python", "TLLLLLLLOOOONNbibffbO", 9, 0};
 // dy, x, tensors, h, gate, dlogits, mixture, dropout, needs.
-constexpr Op WIDE_BACKWARD{"moelora::wide_backward_python", "LTLLLLLLLTOOOOONNbibffbObb"};
+constexpr Op WIDE_BACKWARD{"moelora::wide_backward_python", "LTLLLLLLLTOOOOONNbibffbObb", 6, 5};
 // The same with the routing before the mixture.
-constexpr Op GROUPED_BACKWARD{"moelora::grouped_backward_python", "LTLLLLLLLTOOOOOTTTTNNbibffbObb"};
+constexpr Op GROUPED_BACKWARD{"moelora::grouped_backward_python", "LTLLLLLLLTOOOOOTTTTNNbibffbObb",
+                              6, 5};
 
 // The tensors of a call, which its arguments own, and its key.
 struct Call {
@@ -136,12 +141,51 @@ std::shared_ptr<const Plan> find(const std::string& key) {
   return found == plans.end() ? nullptr : found->second;
 }
 
-std::vector<std::vector<Handle>> replay(const Plan& plan, const Call& call) {
+std::vector<Handle> replay(const Plan& plan, const Call& call) {
   if (call.device_type == aoti_torch_device_type_cpu()) {
     return plan.replay(call.inputs, call.addresses, false, 0);
   }
   const torch::stable::accelerator::DeviceGuard guard(call.device);
   return plan.replay(call.inputs, call.addresses, true, call.device);
+}
+
+// Runs the Python op, and returns its results. An exception of Python passes through.
+std::vector<Handle> run_python(const Op& op, StableIValue* stack) {
+  const AOTITorchError error = torch_call_dispatcher(op.python, "", stack, TORCH_ABI_VERSION);
+  pending.clear();
+  auto* raise = rethrow.load();
+  if (error != 0 && raise != nullptr) raise();
+  TORCH_ERROR_CODE_CHECK(error);
+  std::vector<Handle> results;
+  auto* list = to<StableListHandle>(stack[0]);
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    results.emplace_back(to<AtenTensorHandle>(element));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return results;
+}
+
+// Puts the results of an op on the stack. All results but one are a tensor.
+void return_results(const Op& op, std::vector<Handle> results, StableIValue* stack) {
+  const int64_t listed = int64_t(results.size()) - op.results + 1;
+  size_t next = 0;
+  for (int64_t i = 0; i < op.results; ++i) {
+    if (i != op.list) {
+      stack[i] = torch::stable::detail::from(results[next++].release());
+      continue;
+    }
+    StableListHandle list = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(listed, &list));
+    for (int64_t j = 0; j < listed; ++j) {
+      const auto tensor = torch::stable::detail::from(results[next++].release());
+      TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, tensor));
+    }
+    stack[i] = torch::stable::detail::from(list);
+  }
 }
 
 // Runs a layer op, in the calling convention of StableLibrary::impl.
@@ -151,29 +195,15 @@ void run(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   if (is_plain != nullptr && is_plain()) {
     const Call call(op, stack);
     if (const auto plan = find(call.key)) {
-      auto results = replay(*plan, call);
+      std::vector<Handle> results = replay(*plan, call);
       free_arguments(op, stack);
-      for (size_t i = 0; i < results.size(); ++i) {
-        if (!plan->lists()[i]) {
-          stack[i] = torch::stable::detail::from(results[i][0].release());
-          continue;
-        }
-        StableListHandle list = nullptr;
-        TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(results[i].size(), &list));
-        for (Handle& tensor : results[i]) {
-          TORCH_ERROR_CODE_CHECK(
-              torch_list_push_back(list, torch::stable::detail::from(tensor.release())));
-        }
-        stack[i] = torch::stable::detail::from(list);
-      }
+      return_results(op, std::move(results), stack);
       ++replays;
       return;
     }
     pending = call.key;
   }
-  const AOTITorchError error = torch_call_dispatcher(op.python, "", stack, TORCH_ABI_VERSION);
-  pending.clear();
-  TORCH_ERROR_CODE_CHECK(error);
+  return_results(op, run_python(op, stack), stack);
 }
 
 template <class Library>
@@ -206,6 +236,8 @@ void clear_plans() {
 int64_t count_replays() { return replays; }
 
 void set_plain_check(bool (*is_plain)()) { plain_check = is_plain; }
+
+void set_rethrow(void (*function)()) { rethrow = function; }
 
 void register_plans_for_cpu(bool on) {
   using torch::stable::detail::StableLibrary;

@@ -21,6 +21,9 @@ int64_t count_replays();
 // replayed.
 void set_plain_check(bool (*is_plain)());
 
+// Sets the function that throws the exception which a Python op raised, if there is one.
+void set_rethrow(void (*function)());
+
 // Registers the layer ops for tensors of the CPU, or ends that. Tests do this.
 void register_plans_for_cpu(bool on);
 

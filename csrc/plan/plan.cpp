@@ -112,16 +112,12 @@ Plan::Plan(const std::vector<int64_t>& list) {
     tables_.emplace_back(number, static_cast<uint64_t>(numbers.next()));
   }
   for (int64_t i = numbers.next(); i > 0; --i) steps_.emplace_back(numbers);
-  for (int64_t i = numbers.next(); i > 0; --i) {
-    lists_.push_back(numbers.next());
-    outputs_.emplace_back();
-    for (int64_t j = numbers.next(); j > 0; --j) outputs_.back().emplace_back(numbers);
-  }
+  for (int64_t i = numbers.next(); i > 0; --i) outputs_.emplace_back(numbers);
 }
 
-std::vector<std::vector<Handle>> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
-                                              const std::vector<uint64_t>& addresses, bool cuda,
-                                              int32_t device) const {
+std::vector<Handle> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
+                                 const std::vector<uint64_t>& addresses, bool cuda,
+                                 int32_t device) const {
   const Driver& functions = driver(cuda);
   void* stream = cuda ? current_stream(device) : nullptr;
   const int32_t device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
@@ -172,11 +168,8 @@ std::vector<std::vector<Handle>> Plan::replay(const std::vector<AtenTensorHandle
         break;
     }
   }
-  std::vector<std::vector<Handle>> results;
-  for (const auto& views : outputs_) {
-    results.emplace_back();
-    for (const View& view : views) results.back().push_back(tensors.view(view));
-  }
+  std::vector<Handle> results;
+  for (const View& view : outputs_) results.push_back(tensors.view(view));
   return results;
 }
 

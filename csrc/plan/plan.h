@@ -94,22 +94,17 @@ class Plan {
  public:
   explicit Plan(const std::vector<int64_t>& numbers);
 
-  // Replays the steps for the inputs, and returns the outputs: one list of tensors for each result
-  // of the op.
-  std::vector<std::vector<Handle>> replay(const std::vector<AtenTensorHandle>& inputs,
-                                          const std::vector<uint64_t>& addresses, bool cuda,
-                                          int32_t device) const;
-
-  // For each result of the op: whether it is a list.
-  const std::vector<int64_t>& lists() const { return lists_; }
+  // Replays the steps for the inputs, and returns the outputs.
+  std::vector<Handle> replay(const std::vector<AtenTensorHandle>& inputs,
+                             const std::vector<uint64_t>& addresses, bool cuda,
+                             int32_t device) const;
 
  private:
   size_t count_;
   // Number and address of each table.
   std::vector<std::pair<int64_t, uint64_t>> tables_;
   std::vector<Step> steps_;
-  std::vector<std::vector<View>> outputs_;
-  std::vector<int64_t> lists_;
+  std::vector<View> outputs_;
 };
 
 }  // namespace moelora

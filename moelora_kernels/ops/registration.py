@@ -162,13 +162,15 @@ def register_planned(name: str, composition: Callable) -> None:
 
     composition: calls ops with Triton kernels and ATen; takes structures.
     """
-    function = with_structures(ARGUMENTS[name], composition)
+    composition_of_flat = function = with_structures(ARGUMENTS[name], composition)
     library = native.plan_library()
     qualified = f"{NAMESPACE}::{name}"
     if library is not None:
         schema = str(getattr(getattr(torch.ops, NAMESPACE), name).default._schema)
         qualified += "_python"
-        torch.library.define(qualified, schema[schema.index("(") :])
+        arguments = schema[schema.index("(") : schema.index(" -> ")]
+        torch.library.define(qualified, f"{arguments} -> Tensor[]")
+        function = for_library(function, library)
         torch.library.impl(qualified, "CompositeExplicitAutograd", function)
     if kernels_problem():
         return
@@ -177,9 +179,31 @@ def register_planned(name: str, composition: Callable) -> None:
     def planned() -> Callable:
         # The package imports Triton.
         plans = importlib.import_module("moelora_kernels.plans")
-        return plans.PlannedOp(function, KERNELS, library)
+        return plans.PlannedOp(composition_of_flat, KERNELS, library)
 
-    torch.library.impl(qualified, "CUDA", lambda *flat: planned()(*flat))
+    def call(*flat):
+        return planned()(*flat)
+
+    call = for_library(call, library) if library is not None else call
+    torch.library.impl(qualified, "CUDA", call)
+
+
+def for_library(function: Callable, library: Any) -> Callable:
+    """Return `function` for a call by the native library.
+
+    It returns all tensors in one list, because torch mixes up the types of several results. It
+    keeps an exception, because torch keeps only that there was one.
+    """
+
+    def call(*flat):
+        try:
+            results = function(*flat)
+        except BaseException as error:
+            library.set_error(error)
+            raise
+        return [t for each in results for t in ([each] if isinstance(each, torch.Tensor) else each)]
+
+    return call
 
 
 def _first(argument):

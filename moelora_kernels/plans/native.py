@@ -49,12 +49,12 @@ def encoded(plan: Plan) -> list[int] | None:
     result.append(len(steps))
     for numbers in steps:
         result += numbers
-    result.append(len(plan.outputs))
-    for output in plan.outputs:
-        views = [output] if isinstance(output, View) else output
-        result += [int(not isinstance(output, View)), len(views)]
-        for view in views:
-            result += _view(view)
+    views = [
+        v for output in plan.outputs for v in ([output] if isinstance(output, View) else output)
+    ]
+    result.append(len(views))
+    for view in views:
+        result += _view(view)
     return result
 
 
