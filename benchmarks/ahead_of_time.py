@@ -2,6 +2,7 @@
 
     python benchmarks/ahead_of_time.py                       exit 1 if a kernel must not ship
     python benchmarks/ahead_of_time.py --out benchmarks/results/ahead-of-time
+    python benchmarks/ahead_of_time.py --choice              only layers that take every tile once
 
 The command runs the launchers on tensors of the meta device, with sizes of real models, and records
 their launches. It compiles each kernel with the arguments, constants and tiles of its launch, for
@@ -185,6 +186,25 @@ def complaints(
     return reasons
 
 
+def entries_taken(layer: Layer, architecture: str) -> set[tuple[str, int, int]]:
+    """Return the keys of the table of tiles whose entries the launches of a layer take."""
+    with configs.assume(architecture):
+        tiles = {id(launch.tile_config) for launch in record(layer)}
+    return {key for key, tile in configs.TILE_CONFIGS[architecture].items() if id(tile) in tiles}
+
+
+def choose_layers(architecture: str) -> list[Layer]:
+    """Return few layers that together take every entry of the table of tiles."""
+    taken = {layer.name: entries_taken(layer, architecture) for layer in LAYERS}
+    missing = set(configs.TILE_CONFIGS[architecture])
+    chosen = []
+    while missing:
+        layer = max(LAYERS, key=lambda each: len(taken[each.name] & missing))
+        chosen.append(layer)
+        missing -= taken[layer.name]
+    return chosen
+
+
 def unique_launches(layers: list[Layer], architecture: str) -> list[tuple[str, int, str]]:
     """Return (layer, index of the launch in it, architecture) of every distinct launch."""
     keys, launches = set(), []
@@ -252,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write kernels.json and kernels.md")
     parser.add_argument("--architectures", type=lambda text: text.split(","), default=ARCHITECTURES)
+    parser.add_argument("--choice", action="store_true", help="few layers that take every tile")
     parser.add_argument("--layers", help="compile only layers whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
@@ -260,8 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--architectures: expected some of {ARCHITECTURES}, got {sorted(unknown)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
-    layers = [layer for layer in LAYERS if (args.layers or "") in layer.name]
-    work = [one for each in args.architectures for one in unique_launches(layers, each)]
+    work = []
+    for architecture in args.architectures:
+        layers = choose_layers(architecture) if args.choice else LAYERS
+        layers = [layer for layer in layers if (args.layers or "") in layer.name]
+        work += unique_launches(layers, architecture)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(compile_one, work, chunksize=4))
     wrong = [row for row in rows if row["wrong"]]

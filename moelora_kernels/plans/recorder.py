@@ -190,18 +190,11 @@ class Recorder(TorchDispatchMode):
         base = self.tensors[number]
         size, stride = tuple(tensor.shape), tensor.stride()
         offset = int(tensor.storage_offset() - base.storage_offset())
+        whole = tuple(base.shape), base.stride()
         kind = "strided"
-        if offset == 0 and (size, stride) == (tuple(base.shape), base.stride()):
+        if offset == 0 and (size, stride) == whole:
             kind = "whole"
-        elif (
-            offset == 0
-            and base.dim() == 2
-            and (size[::-1], stride[::-1])
-            == (
-                tuple(base.shape),
-                base.stride(),
-            )
-        ):
+        elif offset == 0 and base.dim() == 2 and (size[::-1], stride[::-1]) == whole:
             kind = "t"
         return View(number, size, stride, offset, kind)
 

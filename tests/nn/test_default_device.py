@@ -30,12 +30,12 @@ from support.linears import IN, TASKS, make_layer, task_layer
 
 @contextmanager
 def default_device(device: str):
-    previous = torch.get_default_device()
     torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(previous)
+        # None removes the mode, which a device would leave in every call of torch.
+        torch.set_default_device(None)
 
 
 # Both ways to set the default device. With "meta" a tensor in the wrong place has no value.

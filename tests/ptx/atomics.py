@@ -7,6 +7,7 @@ import numpy as np
 from ptx.build import Builder, Run, implements
 from ptx.errors import Unsupported
 from ptx.program import Instruction
+from ptx.units import written
 
 
 @implements("atom.{global,shared}.add.{u32,s32}")
@@ -30,10 +31,6 @@ def atomic_add(build: Builder, ins: Instruction) -> Run:
         else:
             value = batch.shared.add(address, data, active)
         batch.check_order("atomic", space, address, 4, active)
-        if active is not None:
-            result = np.broadcast_to(r[d], batch.shape).copy()
-            result[np.broadcast_to(active, batch.shape)] = value
-            value = result
-        r[d] = value
+        r[d] = written(r[d], value, active, batch.shape)
 
     return run

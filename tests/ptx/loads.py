@@ -7,7 +7,7 @@ import numpy as np
 from ptx.build import BITS, TYPES, Builder, Run, implements
 from ptx.errors import AccessError, Unsupported
 from ptx.program import Instruction
-from ptx.units import elements, units
+from ptx.units import elements, units, written
 
 _ACCESS = "{,.v2,.v4}.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64}"
 
@@ -58,11 +58,7 @@ def load(build: Builder, ins: Instruction) -> Run:
         parts = elements(values, kind)
         for k, (target, (wide, bits)) in enumerate(zip(targets, kinds, strict=True)):
             value = np.ascontiguousarray(parts[..., k].astype(wide, copy=False)).view(bits)
-            if active is not None:
-                result = np.broadcast_to(r[target], batch.shape).copy()
-                result[np.broadcast_to(active, batch.shape)] = value
-                value = result
-            r[target] = value
+            r[target] = written(r[target], value, active, batch.shape)
 
     return run
 

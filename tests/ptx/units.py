@@ -37,6 +37,20 @@ def add_in_turn(view: np.ndarray, places: np.ndarray, values: np.ndarray) -> np.
     return met.reshape(places.shape)
 
 
+def written(
+    register: np.ndarray, values: np.ndarray, active: np.ndarray | None, shape: tuple[int, int]
+) -> np.ndarray:
+    """Return a register after the active threads have written it: one value for each of them.
+
+    active: which threads; None if all of them are.
+    """
+    if active is None:
+        return values
+    result = np.broadcast_to(register, shape).copy()
+    result[np.broadcast_to(active, shape)] = values
+    return result
+
+
 def units(values: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Return the vector of each thread, [programs, threads], as one unit."""
     if len(values) == 1:

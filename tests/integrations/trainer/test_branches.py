@@ -113,6 +113,8 @@ def run_process(rank: int, port: int, folder) -> None:
         alone = routing_report(model, all_ranks=False)
     loads = [{n: layer.load for n, layer in r.layers.items()} for r in (report, alone)]
     torch.save((watch.logs, loads), folder / f"{rank}.pt")
+    # A process that ends while the other one still talks to it may abort.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -86,6 +86,8 @@ def start(rank: int, run, port: int, folder) -> None:
     }  # fmt: skip
     torch.set_num_threads(1)
     torch.save(run(rank, folder), folder / f"{rank}.pt")
+    # A process that ends while the other one still talks to it may abort.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

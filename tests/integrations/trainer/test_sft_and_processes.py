@@ -101,6 +101,8 @@ def run_process(rank: int, port: int, folder) -> None:
         outputs.append(called(ids).logits.detach())
     results["by hand"] = outputs
     torch.save(results, folder / f"{rank}.pt")
+    # A process that ends while the other one still talks to it may abort.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
