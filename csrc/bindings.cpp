@@ -4,7 +4,6 @@
 #include <torch/headeronly/version.h>
 
 #include <string>
-#include <vector>
 
 #include "cpu/simd.h"
 #include "cuda/architectures.h"
@@ -63,50 +62,10 @@ pybind11::dict build_info() {
   }
 #endif
   info["cuda"] = pybind11::tuple(gpus);
-  // The layer ops on CUDA tensors, which replay plans.
+  // The layer ops whose plans the library replays.
   info["planned_ops"] =
       pybind11::make_tuple("grouped", "grouped_backward", "wide", "wide_backward");
   return info;
-}
-
-// The exception that a Python op raised on this thread.
-thread_local PyObject* python_error = nullptr;
-
-void set_error(const pybind11::object& error) {
-  Py_XDECREF(python_error);
-  python_error = pybind11::object(error).release().ptr();
-}
-
-void rethrow() {
-  const pybind11::gil_scoped_acquire gil;
-  if (python_error == nullptr) return;
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(python_error)), python_error);
-  Py_CLEAR(python_error);
-  throw pybind11::error_already_set();
-}
-
-// The Python function behind `set_plain_check`. It is never freed.
-PyObject* plain_check = nullptr;
-
-bool is_plain() {
-  if (!Py_IsInitialized()) return false;
-  const pybind11::gil_scoped_acquire gil;
-  return pybind11::reinterpret_borrow<pybind11::object>(plain_check)().cast<bool>();
-}
-
-void set_plain_check(const pybind11::object& function) {
-  PyObject* previous = plain_check;
-  plain_check = function.inc_ref().ptr();
-  Py_XDECREF(previous);
-  moelora::set_plain_check(&is_plain);
-  moelora::set_rethrow(&rethrow);
-}
-
-void keep_plan(const pybind11::list& numbers) {
-  std::vector<int64_t> values;
-  values.reserve(numbers.size());
-  for (const auto& number : numbers) values.push_back(number.cast<int64_t>());
-  moelora::keep_plan(values);
 }
 
 void set_cpu_launch(uintptr_t address) {
@@ -118,14 +77,8 @@ void set_cpu_launch(uintptr_t address) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of moelora_kernels; loading the module registers them.";
   m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
-  m.def("set_plain_check", &set_plain_check,
-        "Set the function that returns whether nothing observes the launches of kernels.");
-  m.def("set_error", &set_error, "Keep the exception that a Python op of this thread raises.");
-  m.def("keep_plan", &keep_plan, "Give a plan to the call of this thread that had none.");
   m.def("clear_plans", &moelora::clear_plans, "Forget all plans.");
   m.def("count_replays", &moelora::count_replays, "Return how many calls were replayed.");
-  m.def("register_plans_for_cpu", &moelora::register_plans_for_cpu,
-        "Replay layer ops on CPU tensors, or end that; for tests.");
   m.def("set_cpu_launch", &set_cpu_launch,
         "Set the address of the function that launches kernels for CPU tensors; for tests.");
 }

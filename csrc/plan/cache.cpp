@@ -1,5 +1,8 @@
-// The layer ops on CUDA: a call with a known key is replayed. Any other call runs the Python op
-// `<op>_python`, which may record a plan and give it to `keep_plan`.
+// The ops `replay_<op>` and `plan_<op>` of the layer ops. moelora_kernels/plans/native.py defines
+// them.
+//
+// `replay_<op>` takes the arguments of the layer op, and returns its results in one list. The list
+// is empty if the call has no plan, or if its replay failed. `plan_<op>` keeps a plan.
 #include "cache.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -26,30 +29,22 @@ constexpr size_t MAX_PLANS = 4096;
 std::mutex mutex;
 std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
 std::deque<std::string> order;
-std::atomic<bool (*)()> plain_check{nullptr};
-std::atomic<void (*)()> rethrow{nullptr};
 std::atomic<int64_t> replays{0};
-// The key of the call of this thread that found no plan.
-thread_local std::string pending;
 
 struct Op {
-  const char* python;
+  const char* name;
   // One letter for each argument: T tensor, O optional tensor, L list of tensors, N list of
   // numbers; a number otherwise.
   const char* arguments;
-  // How many results the op returns, and which of them is a list of tensors.
-  int64_t results;
-  int64_t list;
 };
 
 // x, tensors, gate, mixture, dropout.
-constexpr Op WIDE{"moelora::wide_python", "TLLLLLLLOOOONNbibffbO", 5, 0};
-constexpr Op GROUPED{"moelora::grouped_python", "TLLLLLLLOOOONNbibffbO", 9, 0};
+constexpr Op WIDE{"wide", "TLLLLLLLOOOONNbibffbO"};
+constexpr Op GROUPED{"grouped", "TLLLLLLLOOOONNbibffbO"};
 // dy, x, tensors, h, gate, dlogits, mixture, dropout, needs.
-constexpr Op WIDE_BACKWARD{"moelora::wide_backward_python", "LTLLLLLLLTOOOOONNbibffbObb", 6, 5};
+constexpr Op WIDE_BACKWARD{"wide_backward", "LTLLLLLLLTOOOOONNbibffbObb"};
 // The same with the routing before the mixture.
-constexpr Op GROUPED_BACKWARD{"moelora::grouped_backward_python", "LTLLLLLLLTOOOOOTTTTNNbibffbObb",
-                              6, 5};
+constexpr Op GROUPED_BACKWARD{"grouped_backward", "LTLLLLLLLTOOOOOTTTTNNbibffbObb"};
 
 // The tensors of a call, which its arguments own, and its key.
 struct Call {
@@ -61,7 +56,7 @@ struct Call {
 
   Call(const Op& op, const StableIValue* stack) {
     key.reserve(1024);
-    key.append(op.python);
+    key.append(op.name);
     for (size_t i = 0; op.arguments[i] != 0; ++i) argument(op.arguments[i], stack[i]);
   }
 
@@ -141,91 +136,77 @@ std::shared_ptr<const Plan> find(const std::string& key) {
   return found == plans.end() ? nullptr : found->second;
 }
 
-std::vector<Handle> replay(const Plan& plan, const Call& call) {
-  if (call.device_type == aoti_torch_device_type_cpu()) {
-    return plan.replay(call.inputs, call.addresses, false, 0);
-  }
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
-  return plan.replay(call.inputs, call.addresses, true, call.device);
-}
-
-// Runs the Python op, and returns its results. An exception of Python passes through.
-std::vector<Handle> run_python(const Op& op, StableIValue* stack) {
-  const AOTITorchError error = torch_call_dispatcher(op.python, "", stack, TORCH_ABI_VERSION);
-  pending.clear();
-  auto* raise = rethrow.load();
-  if (error != 0 && raise != nullptr) raise();
-  TORCH_ERROR_CODE_CHECK(error);
+// Returns the results of a replay. If a step fails, such as an allocation, the list is empty: the
+// caller then runs the op in Python, which raises torch's exception.
+std::vector<Handle> replay(const Plan& plan, const Call& call) try {
   std::vector<Handle> results;
-  auto* list = to<StableListHandle>(stack[0]);
-  size_t size = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-  for (size_t i = 0; i < size; ++i) {
-    StableIValue element = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
-    results.emplace_back(to<AtenTensorHandle>(element));
+  if (call.device_type == aoti_torch_device_type_cpu()) {
+    results = plan.replay(call.inputs, call.addresses, false, 0);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    results = plan.replay(call.inputs, call.addresses, true, call.device);
   }
-  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  ++replays;
   return results;
+} catch (const std::exception&) {
+  return {};
 }
 
-// Puts the results of an op on the stack. All results but one are a tensor.
-void return_results(const Op& op, std::vector<Handle> results, StableIValue* stack) {
-  const int64_t listed = int64_t(results.size()) - op.results + 1;
-  size_t next = 0;
-  for (int64_t i = 0; i < op.results; ++i) {
-    if (i != op.list) {
-      stack[i] = torch::stable::detail::from(results[next++].release());
-      continue;
-    }
-    StableListHandle list = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(listed, &list));
-    for (int64_t j = 0; j < listed; ++j) {
-      const auto tensor = torch::stable::detail::from(results[next++].release());
-      TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, tensor));
-    }
-    stack[i] = torch::stable::detail::from(list);
+// Returns a list of tensors for the stack of an op.
+StableIValue listed(std::vector<Handle> tensors) {
+  StableListHandle list = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
+  for (Handle& tensor : tensors) {
+    const auto element = torch::stable::detail::from(tensor.release());
+    TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, element));
   }
+  return torch::stable::detail::from(list);
 }
 
-// Runs a layer op, in the calling convention of StableLibrary::impl.
+// These functions have the calling convention of StableLibrary::impl.
+
+// Replays a layer op.
 template <const Op& op>
 void run(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
-  auto* is_plain = plain_check.load();
-  if (is_plain != nullptr && is_plain()) {
+  std::vector<Handle> results;
+  {
     const Call call(op, stack);
-    if (const auto plan = find(call.key)) {
-      std::vector<Handle> results = replay(*plan, call);
-      free_arguments(op, stack);
-      return_results(op, std::move(results), stack);
-      ++replays;
-      return;
-    }
-    pending = call.key;
+    if (const auto plan = find(call.key)) results = replay(*plan, call);
   }
-  return_results(op, run_python(op, stack), stack);
+  free_arguments(op, stack);
+  stack[0] = listed(std::move(results));
 }
 
-template <class Library>
-void register_ops(Library& library) {
-  library.impl("wide", &run<WIDE>);
-  library.impl("wide_backward", &run<WIDE_BACKWARD>);
-  library.impl("grouped", &run<GROUPED>);
-  library.impl("grouped_backward", &run<GROUPED_BACKWARD>);
+// Replays nothing.
+template <const Op& op>
+void skip(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+  free_arguments(op, stack);
+  stack[0] = listed({});
 }
 
-}  // namespace
-
-void keep_plan(const std::vector<int64_t>& numbers) {
-  if (pending.empty()) return;
-  auto plan = std::make_shared<const Plan>(numbers);
+// Keeps a plan. The arguments are those of the layer op, then the numbers of the plan.
+template <const Op& op>
+void keep(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  auto plan = std::make_shared<const Plan>(to<std::vector<int64_t>>(stack[inputs - 1]));
+  std::string key = Call(op, stack).key;
+  free_arguments(op, stack);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (plans.insert_or_assign(pending, std::move(plan)).second) order.push_back(pending);
+  if (plans.insert_or_assign(key, std::move(plan)).second) order.push_back(std::move(key));
   if (order.size() > MAX_PLANS) {
     plans.erase(order.front());
     order.pop_front();
   }
 }
+
+template <class Library>
+void skip_replays(Library& library) {
+  library.impl("replay_wide", &skip<WIDE>);
+  library.impl("replay_wide_backward", &skip<WIDE_BACKWARD>);
+  library.impl("replay_grouped", &skip<GROUPED>);
+  library.impl("replay_grouped_backward", &skip<GROUPED_BACKWARD>);
+}
+
+}  // namespace
 
 void clear_plans() {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -235,20 +216,23 @@ void clear_plans() {
 
 int64_t count_replays() { return replays; }
 
-void set_plain_check(bool (*is_plain)()) { plain_check = is_plain; }
-
-void set_rethrow(void (*function)()) { rethrow = function; }
-
-void register_plans_for_cpu(bool on) {
-  using torch::stable::detail::StableLibrary;
-  static std::unique_ptr<StableLibrary> library;
-  library.reset();
-  if (!on) return;
-  library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "moelora", "CPU", __FILE__,
-                                            __LINE__);
-  register_ops(*library);
-}
-
 }  // namespace moelora
 
-STABLE_TORCH_LIBRARY_IMPL(moelora, CUDA, m) { moelora::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(moelora, CompositeExplicitAutograd, m) {
+  using namespace moelora;
+  m.impl("replay_wide", &run<WIDE>);
+  m.impl("replay_wide_backward", &run<WIDE_BACKWARD>);
+  m.impl("replay_grouped", &run<GROUPED>);
+  m.impl("replay_grouped_backward", &run<GROUPED_BACKWARD>);
+  m.impl("plan_wide", &keep<WIDE>);
+  m.impl("plan_wide_backward", &keep<WIDE_BACKWARD>);
+  m.impl("plan_grouped", &keep<GROUPED>);
+  m.impl("plan_grouped_backward", &keep<GROUPED_BACKWARD>);
+}
+
+// A mode of torch sees the layer op, and a subclass of tensors gets it.
+STABLE_TORCH_LIBRARY_IMPL(moelora, Python, m) { moelora::skip_replays(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, FuncTorchDynamicLayerFrontMode, m) { moelora::skip_replays(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(moelora, Tracer, m) { moelora::skip_replays(m); }

@@ -154,56 +154,35 @@ def register_kernels(name: str, function: str = "launch", module: str | None = N
     torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", KERNELS[name])
 
 
-def register_planned(name: str, composition: Callable) -> None:
+def register_planned(name: str, composition: Callable) -> dict[str, Callable]:
     """Register `composition`, with plans, as the CUDA implementation of `moelora::name`.
 
-    If the native library replays plans, it implements `moelora::name` for CUDA. The composition
-    is then `moelora::name_python`, which the library calls if it has no plan.
-
     composition: calls ops with Triton kernels and ATen; takes structures.
+
+    Returns:
+        Type of a device -> a function that computes the op on it with less host time than the op,
+        from flat arguments. It calls the op if it has no shorter way.
     """
-    composition_of_flat = function = with_structures(ARGUMENTS[name], composition)
-    library = native.plan_library()
-    qualified = f"{NAMESPACE}::{name}"
-    if library is not None:
-        schema = str(getattr(getattr(torch.ops, NAMESPACE), name).default._schema)
-        qualified += "_python"
-        arguments = schema[schema.index("(") : schema.index(" -> ")]
-        torch.library.define(qualified, f"{arguments} -> Tensor[]")
-        function = for_library(function, library)
-        torch.library.impl(qualified, "CompositeExplicitAutograd", function)
     if kernels_problem():
-        return
+        return {}
+    function = with_structures(ARGUMENTS[name], composition)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     @cache
     def planned() -> Callable:
         # The package imports Triton.
         plans = importlib.import_module("moelora_kernels.plans")
-        return plans.PlannedOp(composition_of_flat, KERNELS, library)
+        return plans.PlannedOp(function, KERNELS, plans.native_replay(name))
 
-    def call(*flat):
-        return planned()(*flat)
+    @cache
+    def replay() -> Callable:
+        return importlib.import_module("moelora_kernels.plans").native_replay(name)
 
-    call = for_library(call, library) if library is not None else call
-    torch.library.impl(qualified, "CUDA", call)
+    def replayed(*flat):
+        return op(*flat) if torch.compiler.is_compiling() else replay()(*flat)
 
-
-def for_library(function: Callable, library: Any) -> Callable:
-    """Return `function` for a call by the native library.
-
-    It returns all tensors in one list, because torch mixes up the types of several results. It
-    keeps an exception, because torch keeps only that there was one.
-    """
-
-    def call(*flat):
-        try:
-            results = function(*flat)
-        except BaseException as error:
-            library.set_error(error)
-            raise
-        return [t for each in results for t in ([each] if isinstance(each, torch.Tensor) else each)]
-
-    return call
+    torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", lambda *flat: planned()(*flat))
+    return {"cuda": replayed} if native.plan_library() else {}
 
 
 def _first(argument):

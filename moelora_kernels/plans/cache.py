@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from moelora_kernels.kernels.common import launcher
-from moelora_kernels.plans.native import encoded
+from moelora_kernels.plans.native import NativeReplay
 from moelora_kernels.plans.recorder import record
 from moelora_kernels.plans.steps import Plan
 
@@ -39,16 +39,14 @@ class PlannedOp:
         self,
         function: Callable[..., Any],
         launchers: Mapping[str, Callable[..., Any]],
-        library: Any = None,
+        native: NativeReplay | None = None,
     ) -> None:
         """`function`: takes the flat arguments of the dispatcher.
 
         launchers: op of this package -> the function that launches its Triton kernel.
-        library: the native library, if it replays plans.
+        native: gets the plans too, for the native library; None without one.
         """
-        self.function, self.launchers, self.library = function, launchers, library
-        if library is not None:
-            library.set_plain_check(launcher.is_plain)
+        self.function, self.launchers, self.native = function, launchers, native
         self.plans: dict[Any, Plan | str] = {}
         # Why recorded calls have no plan, the last of them.
         self.problems: deque[str] = deque(maxlen=16)
@@ -62,9 +60,6 @@ class PlannedOp:
         plan = self.plans.get(key)
         if plan.__class__ is not Plan:
             return self._without_plan(key, plan, arguments)
-        if plan.native is not None:
-            # The library had no plan for this call.
-            self.library.keep_plan(plan.native)
         driver = triton.runtime.driver.active
         device, current = inputs[0].get_device(), driver.get_current_device()
         if device in (current, -1):
@@ -79,10 +74,8 @@ class PlannedOp:
             self._keep(key, _SEEN)
             return self.function(*arguments)
         result, plan, problem = record(self.function, arguments, self.launchers)
-        if plan is not None and self.library is not None:
-            plan.native = encoded(plan)
-            if plan.native is not None:
-                self.library.keep_plan(plan.native)
+        if plan is not None and self.native is not None:
+            self.native.keep(plan, arguments)
         self._keep(key, plan or _UNPLANNED)
         if problem:
             self.problems.append(problem)

@@ -1,17 +1,21 @@
-"""Give plans to the native library, which replays them without Python.
+"""Plans for the native library, which replays them without Python.
 
-The library has the ops `wide`, `wide_backward`, `grouped` and `grouped_backward` for CUDA tensors.
-A call whose key it does not know runs the Python op `<op>_python`. That op gives it the plan.
+The library has its own table of plans. Its op `replay_<op>` returns nothing if the table has no plan
+of the call, or if a step failed. The layer op then runs in Python, so a user sees the exceptions of
+Python. It also returns nothing under a mode of torch or functorch, and for subclasses of tensors.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
+from moelora_kernels import native
+from moelora_kernels.kernels.common import launcher
 from moelora_kernels.plans.steps import Address, Allocate, Call, Launch, Plan, Release, Step, View
 
 # The steps by number; `Kind` in csrc/plan/plan.h.
@@ -34,6 +38,46 @@ _aten = torch.ops.aten
 
 class NotNative(Exception):
     """The library cannot replay a step."""
+
+
+class NativeReplay:
+    """A layer op that the native library replays if it has a plan."""
+
+    def __init__(self, name: str) -> None:
+        """`name`: the layer op is `moelora::name`."""
+        self.op = getattr(torch.ops.moelora, name).default
+        schema = self.op._schema
+        arguments = str(schema).partition(") -> ")[0].removeprefix(schema.name)
+        # Return the results of the layer op in one list, or an empty list.
+        torch.library.define(f"moelora::replay_{name}", f"{arguments}) -> Tensor[]")
+        self._replay = getattr(torch.ops.moelora, f"replay_{name}").default
+        torch.library.define(f"moelora::plan_{name}", f"{arguments}, int[] plan) -> ()")
+        self._plan = getattr(torch.ops.moelora, f"plan_{name}").default
+        # One result of the layer op is a list.
+        is_list = [str(result.type) == "List[Tensor]" for result in schema.returns]
+        self._before = is_list.index(True)
+        self._after = len(is_list) - self._before - 1
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Return the results of the layer op."""
+        if launcher.is_plain():
+            results = self._replay(*arguments)
+            if results:
+                start, stop = self._before, len(results) - self._after
+                return *results[:start], results[start:stop], *results[stop:]
+        return self.op(*arguments)
+
+    def keep(self, plan: Plan, arguments: Sequence[Any]) -> None:
+        """Give the library the plan of a call, if it can replay it."""
+        numbers = encoded(plan)
+        if numbers is not None:
+            self._plan(*arguments, numbers)
+
+
+@cache
+def native_replay(name: str) -> NativeReplay | None:
+    """Return the replay of the layer op `moelora::name`; None if there is no native library."""
+    return NativeReplay(name) if native.plan_library() else None
 
 
 def encoded(plan: Plan) -> list[int] | None:

@@ -204,8 +204,6 @@ class Plan:
         self.inputs, self.steps, self.outputs = inputs, tuple(steps), tuple(outputs)
         self.constants = list(constants[inputs:])
         self._addresses = [0 if t is None else t.data_ptr() for t in self.constants]
-        # The plan for the native library, see `native`; None if it cannot replay the plan.
-        self.native: list[int] | None = None
 
     def replay(self, inputs: list[Tensor], addresses: list[int], stream: int) -> tuple[Any, ...]:
         """Return the results of the op for `inputs`, whose addresses are `addresses`."""
