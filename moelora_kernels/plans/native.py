@@ -1,8 +1,9 @@
 """Plans for the native library, which replays them without Python.
 
-The library has its own table of plans. Its op `replay_<op>` returns nothing if the table has no plan
-of the call, or if a step failed. The layer op then runs in Python, so a user sees the exceptions of
-Python. It also returns nothing under a mode of torch or functorch, and for subclasses of tensors.
+The library has its own table of plans. Its op `replay_<op>` returns an empty list if the table has
+no plan of the call, or if a step failed. The layer op then runs in Python, so a user sees the
+exceptions of Python. The list is also empty under a mode of torch, under functorch, in
+`torch.jit.trace`, and if an argument is a subclass of a tensor.
 """
 
 from __future__ import annotations

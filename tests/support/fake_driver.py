@@ -44,7 +44,7 @@ class FakeKernel:
         self.function = 1000 + len(driver.kernels)
         driver.kernels[self.function] = self
         self.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=self.function)
-        # The arguments of the first launch, in the order of the kernel.
+        # The arguments of the first launch, in the order of the kernel, without tensors.
         self.arguments: tuple[Any, ...] = ()
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
@@ -57,7 +57,7 @@ class FakeKernel:
 
     def launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
         self.driver.launched.append(self.name)
-        self.arguments = self.arguments or arguments
+        self.arguments = self.arguments or _without_tensors(arguments)
         if self.driver.interpret:
             self.driver.run_interpreted(self.src, programs, arguments)
 
@@ -81,6 +81,18 @@ class FakeKernel:
         # Two pointers to scratch memory come last.
         for _ in range(2):
             assert ctypes.c_uint64.from_address(parameters[next(numbers)]).value == 0
+
+
+def _without_tensors(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of a kernel with None in the place of every tensor."""
+    return tuple(
+        _without_tensors(a)
+        if isinstance(a, (tuple, list))
+        else None
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
+    )
 
 
 # The type of a number in a signature of Triton -> its type in C.
@@ -127,8 +139,9 @@ class FakeDriver:
         self.interpreted = {k.fn.__name__: k for _, _, k in _package_kernels()}
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
         self.kernels: dict[int, FakeKernel] = {}
-        # Stands in for cuLaunchKernel; a C function that calls Python.
-        self.launch_kernel = _LAUNCH(self._launch_packed)
+        # Stands in for cuLaunchKernel: a C function that calls Python, and its address.
+        self._launch_kernel = _LAUNCH(self._launch_packed)
+        self.address = ctypes.cast(self._launch_kernel, ctypes.c_void_p).value or 0
         self.errors: list[BaseException] = []
         self.launched: list[str] = []
         self.compiled: list[str] = []
