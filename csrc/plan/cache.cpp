@@ -51,8 +51,10 @@ struct Call {
   std::vector<AtenTensorHandle> inputs;
   std::vector<uint64_t> addresses;
   std::string key;
+  // Those of the first tensor.
   int32_t device_type = 0;
   int32_t device = 0;
+  bool one_device = true;
 
   Call(const Op& op, const StableIValue* stack) {
     key.reserve(1024);
@@ -100,15 +102,19 @@ struct Call {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
+    int32_t type = 0;
+    int32_t index = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &index));
+    if (inputs.empty()) device_type = type, device = index;
+    one_device = one_device && type == device_type && index == device;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
     const auto bits = reinterpret_cast<uint64_t>(address);
     add(dim);
     add(sizes, dim * sizeof(int64_t));
     add(strides, dim * sizeof(int64_t));
     // Launchers copy a tensor whose address is not a multiple of 16.
-    const std::array<int32_t, 4> others{dtype, device_type, device, int32_t(bits % 16)};
+    const std::array<int32_t, 4> others{dtype, type, index, int32_t(bits % 16)};
     add(others.data(), sizeof(others));
     inputs.push_back(handle);
     addresses.push_back(bits);
@@ -184,14 +190,16 @@ void skip(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   stack[0] = listed({});
 }
 
-// Keeps a plan. The arguments are those of the layer op, then the numbers of the plan.
+// Keeps a plan. The arguments are those of the layer op, then the numbers of the plan. A plan
+// allocates on one device, so a call with tensors of several devices has none.
 template <const Op& op>
 void keep(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   auto plan = std::make_shared<const Plan>(to<std::vector<int64_t>>(stack[inputs - 1]));
-  std::string key = Call(op, stack).key;
+  const Call call(op, stack);
   free_arguments(op, stack);
+  if (!call.one_device) return;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (plans.insert_or_assign(key, std::move(plan)).second) order.push_back(std::move(key));
+  if (plans.insert_or_assign(call.key, std::move(plan)).second) order.push_back(call.key);
   if (order.size() > MAX_PLANS) {
     plans.erase(order.front());
     order.pop_front();

@@ -119,6 +119,7 @@ std::vector<Handle> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
                                  const std::vector<uint64_t>& addresses, bool cuda,
                                  int32_t device) const {
   const Driver& functions = driver(cuda);
+  STD_TORCH_CHECK(functions.launch != nullptr, "plan: expected tensors of a GPU");
   void* stream = cuda ? current_stream(device) : nullptr;
   const int32_t device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   Tensors tensors{inputs, std::vector<Handle>(count_), addresses};

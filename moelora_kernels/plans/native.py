@@ -165,6 +165,8 @@ def _launch(step: Launch) -> list[int]:
     scratch = [getattr(metadata, f"{name}_scratch_size", 0) for name in ("global", "profile")]
     clusters = getattr(metadata, "num_ctas", 1) != 1
     special = [getattr(metadata, f"launch_{name}", False) for name in ("cooperative_grid", "pdl")]
+    # An instrumented kernel has more parameters.
+    special.append(getattr(metadata, "instrumentation_mode", ""))
     if any(scratch) or clusters or any(special):
         raise NotNative
     parameters = [
