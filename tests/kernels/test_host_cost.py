@@ -28,9 +28,9 @@ PLANNED_CALLS = {
 }
 # The same with the plans in the native library.
 NATIVE_CALLS = {
-    "wide": dict(inference=66, forward=84, backward=67),
-    "grouped": dict(inference=68, forward=86, backward=68),
-    "siblings": dict(inference=145, forward=168, backward=109),
+    "wide": dict(inference=68, forward=86, backward=69),
+    "grouped": dict(inference=70, forward=88, backward=70),
+    "siblings": dict(inference=147, forward=170, backward=111),
 }
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {
