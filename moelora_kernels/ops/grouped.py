@@ -194,8 +194,8 @@ _op_backward = register(
     _backward,
     _fake_backward,
 )
-register_planned("grouped", _forward)
-register_planned("grouped_backward", _backward)
+_by_device = register_planned("grouped", _forward)
+_backward_by_device = register_planned("grouped_backward", _backward)
 
 
 def grouped(
@@ -220,7 +220,8 @@ def grouped(
         The results of `wide`, but h is [P, largest rank] by sorted position; and the routing
         arrays.
     """
-    return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
+    op = _by_device.get(x.device.type, _op)
+    return LayerForward(*op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
 
 
 def grouped_backward(
@@ -239,8 +240,9 @@ def grouped_backward(
 
     Arguments and results are as in `wide_backward`, with the routing that `grouped` returned.
     """
+    op = _backward_by_device.get(x.device.type, _op_backward)
     return LayerGrads(
-        *_op_backward(
+        *op(
             dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, *needs,
         )
     )  # fmt: skip

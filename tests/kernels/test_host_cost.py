@@ -26,6 +26,12 @@ PLANNED_CALLS = {
     "grouped": dict(inference=112, forward=130, backward=120),
     "siblings": dict(inference=185, forward=208, backward=151),
 }
+# The same with the plans in the native library.
+NATIVE_CALLS = {
+    "wide": dict(inference=68, forward=86, backward=69),
+    "grouped": dict(inference=70, forward=88, backward=70),
+    "siblings": dict(inference=147, forward=170, backward=111),
+}
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {
     "shrink_gate": (1, 54),
@@ -57,18 +63,33 @@ def test_python_calls_of_a_layer(name: str) -> None:
 @pytest.mark.parametrize("name", PLANNED_CALLS)
 def test_python_calls_of_a_layer_with_plans(name: str) -> None:
     """Without plans they are 140 to 440."""
-    with kernels_on_cpu() as planned, fake_driver("sm_90"):
-        calls = layer_calls(name)
-        # The second call records.
-        for call in [*calls.values()] * 3:
-            call()
-        over = {}
-        for mode, call in calls.items():
-            codes = [code for code in called_code(call) if "fake_driver" not in code.co_filename]
-            if len(codes) > PLANNED_CALLS[name][mode]:
-                over[mode] = len(codes)
+    with fake_driver("sm_90"), kernels_on_cpu() as planned:
+        over = counts_over(name, PLANNED_CALLS[name])
     assert not over
     assert not any(op.problems for op in planned.values())
+
+
+@needs_library
+@pytest.mark.parametrize("name", NATIVE_CALLS)
+def test_python_calls_of_a_layer_with_native_plans(name: str) -> None:
+    with fake_driver("sm_90") as driver, kernels_on_cpu(launch=driver.address) as planned:
+        over = counts_over(name, NATIVE_CALLS[name])
+    assert not over
+    assert not driver.errors
+    assert not any(op.problems for op in planned.values())
+
+
+def counts_over(name: str, most: dict[str, int]) -> dict[str, int]:
+    """Return the Python calls of a layer that are more than `most`, after its plans exist."""
+    calls = layer_calls(name)
+    # The second call records.
+    for call in [*calls.values()] * 3:
+        call()
+    counts = {
+        mode: len([code for code in called_code(call) if "fake_driver" not in code.co_filename])
+        for mode, call in calls.items()
+    }
+    return {mode: count for mode, count in counts.items() if count > most[mode]}
 
 
 @pytest.mark.parametrize("op", LAUNCHER_CALLS)
