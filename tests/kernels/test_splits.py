@@ -107,7 +107,7 @@ def machine_code_of(row: dict) -> MachineCode:
 
 @pytest.mark.parametrize("name", ("A100", "L40S", "H200", "B200"))
 def test_blocks_are_those_of_the_compiled_kernels(name: str) -> None:
-    """If tiles or kernels change, the report and `configs.BLOCKS` change with them."""
+    """If tiles or kernels change, the report and `blocks.BLOCKS` change with them."""
     gpu = MODEL_GPUS[name]
     rows = {
         (row["layer"], row["kernel"]): row

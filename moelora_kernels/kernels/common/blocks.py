@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 # Architecture -> (kernel, bytes of an element of x) -> `TileConfig.blocks` of the tiles of 16, 32,
-# 64 and 128 columns. From the machine code of Triton 3.9 for a router, without dropout. Another form
-# of a layer, or another version, may differ by one: then a split balances its programs less well.
+# 64 and 128 columns. From the machine code of Triton 3.9 for a router, without dropout. Another
+# form of a layer, or another version, may differ by one: then a split balances its programs less
+# well.
 BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
     "sm_80": {
         ("shrink_gate", 2): ((3, 3), (5, 5), (1, 2), (1, 2)),

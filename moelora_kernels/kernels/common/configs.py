@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from moelora_kernels.kernels.common.blocks import BLOCKS
+
 
 class TileConfig(NamedTuple):
     """The tile of one program, and how its kernel is compiled."""
@@ -31,7 +33,7 @@ class TileConfig(NamedTuple):
     warps: int
     stages: int
     # Programs that one multiprocessor runs at the same time: of the kernel that stores outputs, and
-    # of the one that stores partial sums. From `BLOCKS`.
+    # of the one that stores partial sums. From `blocks.BLOCKS`.
     blocks: tuple[int, int] = (1, 1)
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
