@@ -2,7 +2,7 @@
 
 A launch takes the largest of five times, and START:
 
-    memory    every tensor once, at the bandwidth of device memory
+    memory    every tensor that its programs ask for once, at the bandwidth of device memory
     L2        all bytes that its programs ask for, at the bandwidth of the L2 cache
     matrix    its products, at the rate of the tensor cores
     issue     all instructions, one per cycle in each quarter of a multiprocessor
@@ -92,7 +92,8 @@ def kernel(launch: Launch, code: MachineCode, gpu: Gpu, direction: str) -> Model
     stages = max(1, launch.tile_config.stages - 1)
     loads = todo.busy * (1 + todo.steps / stages) + todo.dependent_loads
     limits = {
-        "memory": traffic.compulsory(launch) / (gpu.rates.tbytes * 1e6),
+        # In balanced routing `reduce_chunks` moves nothing.
+        "memory": min(traffic.compulsory(launch), moved) / (gpu.rates.tbytes * 1e6),
         "L2": moved / (gpu.l2 * active * 1e6),
         "matrix": todo.flops / (gpu.rates.tflops * active * 1e6),
         "issue": todo.busy * instructions * warps_per_quarter / (gpu.clock * 1e3),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.model.traffic import Sizes
 from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 
@@ -69,7 +71,9 @@ def _router_logits(s: Sizes) -> Work:
 
 def _router_grad(s: Sizes) -> Work:
     flops = 2.0 * s.programs * s.t_per_split * s.BLOCK_W * s.BLOCK_L
-    return Work(flops * FLOAT32, s.t_per_split // s.BLOCK_T)
+    # dlogits stay in float32: three products of bfloat16 (`exact_product`), else three of TF32.
+    precision = 3.0 if s.x_ptr.dtype == torch.bfloat16 else FLOAT32
+    return Work(flops * precision, s.t_per_split // s.BLOCK_T)
 
 
 def _grouped_shrink(s: Sizes) -> Work:
