@@ -25,6 +25,7 @@ from benchmarks.model.launches import Layer
 from benchmarks.model.machine_code import MachineCode
 from benchmarks.model.work import work
 from moelora_kernels.kernels.common.launcher import Launch
+from moelora_kernels.kernels.grouped_expand import adds_router
 
 # Microseconds of a launch that no limit explains: its start, the ramp and the gap before the next.
 START = 4.0
@@ -162,8 +163,10 @@ def products_of_layer(layer: Layer, gpu: Gpu) -> list[Modelled]:
         rows.append(product(gpu, "y += x Wt", "forward", (T, I, O), adds=True))
         rows.append(product(gpu, "dx += dy W", "backward", (T, O, I), adds=True))
     if layer.grouped and layer.gate == "router":
-        E = len(layer.ranks) * len(layer.out_features)
-        rows.append(product(gpu, "dx += dlogits Wr", "backward", (T, E, I), adds=True))
+        E = len(layer.ranks)
+        L = E * len(layer.out_features)
+        if not adds_router(T, E, L):
+            rows.append(product(gpu, "dx += dlogits Wr", "backward", (T, L, I), adds=True))
     return rows
 
 

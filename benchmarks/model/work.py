@@ -88,12 +88,13 @@ def _grouped_shrink_backward(s: Sizes) -> Work:
 
 
 def _grouped_expand(s: Sizes) -> Work:
-    o_tiles = ceil_div(min(s.O, s.WALK), s.BLOCK_O)
+    o_tiles = ceil_div(min(s.O, s.walk), s.BLOCK_O)
     steps = o_tiles * ceil_div(s.MAX_RANK, s.BLOCK_R)
     # A tile of an expert holds the pairs of all slots in the order of slots, and a launch writes
     # those of one slot. Programs whose tile has none return before their product.
     busy = 1.0 if s.PER_PAIR else 1.0 / s.S
-    flops = 2.0 * busy * s.programs * s.BLOCK_P * s.BLOCK_O * steps * s.BLOCK_R
+    columns = steps * s.BLOCK_R + (o_tiles * s.BLOCK_L if s.L else 0)
+    flops = 2.0 * busy * s.programs * s.BLOCK_P * s.BLOCK_O * columns
     # The tile, its pairs, their rows: each load needs the one before.
     return Work(flops * _precision(s, "u_ptr"), steps, dependent_loads=2, busy=busy)
 

@@ -46,6 +46,7 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cp
 # Ops whose launcher is not `launch` of the module of their name -> (module, function).
 _LAUNCHERS = {
     "router_logits": ("router", "launch_logits"),
+    "grouped_dx": ("grouped_expand", "launch_dx"),
     "router_grad": ("router", "launch_grad"),
     "topk_gate_backward": ("topk_gate", "launch_backward"),
 }

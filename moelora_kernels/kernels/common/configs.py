@@ -132,8 +132,10 @@ _SM_100 = {
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 2),
-    # ptxas spills registers to run seven programs at the same time, if the ranks are odd.
+    # ptxas spills registers to run more programs at the same time.
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
+    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
