@@ -88,7 +88,7 @@ def kernel(launch: Launch, code: MachineCode, gpu: Gpu, direction: str) -> Model
     blocks = blocks_per_multiprocessor(code, gpu)
     waves = launch.programs / (gpu.multiprocessors * blocks)
     active = min(1.0, launch.programs / gpu.multiprocessors)
-    instructions = code.instructions + code.loop * max(0, todo.steps - 1)
+    instructions = code.loop * max(1, todo.steps) + todo.runs * (code.instructions - code.loop)
     warps_per_quarter = launch.programs / gpu.multiprocessors / active * code.threads / 32 / 4
     stages = max(1, launch.tile_config.stages - 1)
     loads = todo.busy * (1 + todo.steps / stages) + todo.dependent_loads

@@ -32,7 +32,7 @@ def compulsory(launch: Launch) -> int:
     return sum(
         tensor.nbytes
         for name, value in launch.arguments.items()
-        if name != "partials_ptr"
+        if not name.endswith("partials_ptr")
         for tensor in _tensors(value)
     )
 
@@ -294,6 +294,10 @@ def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
     partials_of_expert = Counter(partial.expert for partial in partials)
     read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
     written = 0
+    sides = (
+        (s.in_features, "x_ptrs", "dh_ptr", "da_ptrs", s.size("seed_ptr")),
+        (s.out_features, "dy_ptrs", "u_ptr", "db_ptrs", 0),
+    )
     for expert in range(s.n * s.E):
         if expert not in partials_of_expert:
             read += s.TILES * 2 * s.size("ranks_ptr")
@@ -319,9 +323,11 @@ def _reduce_chunks(s: Sizes) -> tuple[int, int]:
     written = 0
     for expert, count in partials_of_expert.items():
         if count > 1:
-            elements = _rank(s, expert) * s.widths[expert // s.E]
-            read += s.TILES * 2 * s.size("ranks_ptr") + elements * 4 * count
-            written += elements * s.size("out_ptrs")
+            read += s.TILES * 2 * s.size("ranks_ptr")
+            for widths, out in ((s.in_features, "da_ptrs"), (s.out_features, "db_ptrs")):
+                elements = _rank(s, expert) * widths[expert // s.E]
+                read += elements * 4 * count
+                written += elements * s.size(out)
     return read, written
 
 

@@ -21,12 +21,14 @@ class Work(NamedTuple):
         steps: steps of the loop of a program.
         dependent_loads: loads before the loop that need the result of the load before them.
         busy: the share of the programs that come to their loop.
+        runs: the share of the instructions outside of the loop that a program runs.
     """
 
     flops: float
     steps: int
     dependent_loads: int = 0
     busy: float = 1.0
+    runs: float = 1.0
 
 
 def _precision(s: Sizes, pointer: str) -> float:
@@ -103,7 +105,8 @@ def _grouped_weight_grad(s: Sizes) -> Work:
     # The chunks of one expert hold as many positions as all others in balanced routing.
     positions = ceil_div(s.P, len(s.chunks_ptr))
     flops = 2.0 * s.programs * positions * s.BLOCK_W * s.BLOCK_R
-    return Work(flops * _precision(s, "wide_ptrs"), ceil_div(positions, s.BLOCK_P))
+    # A program runs the code for dA or the code for dB.
+    return Work(flops * _precision(s, "x_ptrs"), ceil_div(positions, s.BLOCK_P), runs=0.5)
 
 
 PRODUCTS = {

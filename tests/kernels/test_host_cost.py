@@ -35,8 +35,9 @@ LAUNCHER_CALLS = {
     "router_logits": (1, 43),
     "grouped_shrink": (1, 44),
     "grouped_expand": (2, 66),
+    "grouped_dx": (2, 71),
     "grouped_shrink_backward": (1, 48),
-    "grouped_weight_grad": (2, 101),
+    "grouped_weight_grad": (1, 63),
     "router_grad": (1, 37),
 }
 
