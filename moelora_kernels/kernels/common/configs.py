@@ -128,6 +128,7 @@ _SM_100 = {
     ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     ("router_logits", 4, 32): TileConfig(64, 32, 8, 3),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2, registers=255),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
