@@ -206,12 +206,17 @@ def record_grouped(layer: Layer) -> list[Launch]:
         dh, u, dweights = grouped_shrink_backward.launch(
             dy, lora_b, h, weights, routing, ranks, scaling
         )
-        transposed = [a.t() for a in lora_a]
-        grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
-        grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
+        dlogits = None
         if routers:
             dlogits = topk_gate.launch_backward(
                 dweights.view(-1, K), by_sibling, chosen, logits.view(-1, E), layer.renormalize, 1.0
-            )
-            router.launch_grad(dlogits.view(T, n * E), x, of)
+            ).view(T, n * E)
+        if by_pair:
+            transposed = [a.t() for a in lora_a]
+            grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
+        else:
+            grouped_expand.launch_dx(dh, dlogits, lora_a, routers, routing, ranks, dropout, T)
+        grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
+        if dlogits is not None:
+            router.launch_grad(dlogits, x, of)
     return launches

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.numerics import absent, compute_dtype
+from moelora_kernels.ops.grouped_dx import grouped_dx
 from moelora_kernels.ops.grouped_expand import grouped_expand
 from moelora_kernels.ops.grouped_shrink import grouped_shrink, grouped_shrink_backward
 from moelora_kernels.ops.grouped_weight_grad import grouped_weight_grad, grouped_weight_grad_fake
@@ -102,12 +103,9 @@ def _backward(
         dgate = dgate if dlogits is None else dgate + dlogits
     dx = absent(x, x.dtype)
     if needs.x:
-        transposed_a = [a.t() for a in tensors.lora_a]
-        dx = grouped_expand(dh, transposed_a, None, routing, ranks, dropout, tokens=T)
-        if tensors.router_weight:
-            routers = tensors.router_weight
-            stacked = torch.cat([*routers]) if n > 1 else routers[0]
-            dx.addmm_(dgate.to(x.dtype), stacked.to(x.dtype))
+        routers = tensors.router_weight
+        dlogits = dgate if routers else None
+        dx = grouped_dx(dh, dlogits, tensors.lora_a, routers, routing, ranks, dropout, tokens=T)
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)

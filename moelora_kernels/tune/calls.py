@@ -26,6 +26,7 @@ from moelora_kernels.types import (
 # Ops whose launcher is not `launch` of the module with their name -> (module, function).
 _LAUNCHERS = {
     "router_logits": ("router", "launch_logits"),
+    "grouped_dx": ("grouped_expand", "launch_dx"),
     "router_grad": ("router", "launch_grad"),
     "topk_gate_backward": ("topk_gate", "launch_backward"),
 }

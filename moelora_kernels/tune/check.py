@@ -28,6 +28,7 @@ GROUPED_OPS = {
     "grouped_shrink": "h u",
     "grouped_shrink_backward": "dh u dweights",
     "grouped_expand": "y",
+    "grouped_dx": "dx",
     "grouped_weight_grad": "da db",
     "router_grad": "drouter dbias",
 }
@@ -58,6 +59,10 @@ SUMS: dict[str, Callable[..., tuple[int, ...]]] = {
     "grouped_shrink": lambda x, *_: (x.shape[1],),
     "grouped_shrink_backward": lambda dy, *_: (max(g.shape[1] for g in dy),),
     "grouped_expand": lambda u, *_: (u.shape[1],),
+    "grouped_dx": lambda dh, dlogits, *_: (
+        dh.shape[1],
+        0 if dlogits is None else dlogits.shape[1],
+    ),
     "grouped_weight_grad": lambda x, dh, *_: (len(dh),),
     "router_grad": lambda dlogits, *_: (len(dlogits),),
 }

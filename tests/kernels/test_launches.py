@@ -225,8 +225,8 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 4,
-            "grouped_weight_grad": 2,
-            "reduce_chunks": 2,
+            "grouped_weight_grad": 1,
+            "reduce_chunks": 1,
             "router_grad": 1,
             "reduce_partials": 1,
         },
@@ -238,7 +238,7 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 2,
-            "grouped_weight_grad": 2,
+            "grouped_weight_grad": 1,
             "router_grad": 1,
         },
     ),
@@ -248,8 +248,8 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 3 * 2,
-            "grouped_weight_grad": 2,
-            "reduce_chunks": 2,
+            "grouped_weight_grad": 1,
+            "reduce_chunks": 1,
             "router_grad": 1,
             "reduce_partials": 1,
         },

@@ -93,7 +93,7 @@ FAULTS = (
         GROUPED, "grouped_expand-large_ranks",
     ),
     Fault(
-        "reduce_chunks: last chunk", "grouped_weight_grad.py",
+        "reduce_chunks: last chunk", "common/chunks.py",
         "        for position in range(first, expert_end - size + 1, size):",
         "        for position in range(first, expert_end - 2 * size + 1, size):",
         GROUPED, "grouped_weight_grad-skew",

@@ -118,7 +118,7 @@ _SM_90 = {
     ("grouped_expand", 2, 64): TileConfig(64, 128, 8, 3),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2),
     ("grouped_expand", 4, 32): TileConfig(64, 64, 4, 2),
-    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 256, 4, 3),
     ("grouped_weight_grad", 2, 32): TileConfig(64, 128, 4, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 3),
     ("grouped_weight_grad", 4, 16): TileConfig(32, 64, 4, 3),
@@ -135,12 +135,15 @@ _SM_100 = {
     ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     ("router_logits", 4, 32): TileConfig(64, 32, 8, 3),
-    ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2, registers=255),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 2),
-    # ptxas spills registers to run seven programs at the same time, if the ranks are odd.
+    # ptxas spills registers to run more programs at the same time.
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
+    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -157,7 +160,9 @@ _SM_80 = {
     ("router_grad", 2, 32): TileConfig(64, 128, 8, 3),
     ("router_grad", 2, 64): TileConfig(32, 64, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
-    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 8, 3),
+    # ptxas spills registers to run more programs at the same time.
+    ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
 }
 _SM_89 = {
     **_SM_80,
