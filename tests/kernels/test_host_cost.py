@@ -28,9 +28,9 @@ PLANNED_CALLS = {
 }
 # The same with the plans in the native library.
 NATIVE_CALLS = {
-    "wide": dict(inference=68, forward=86, backward=69),
-    "grouped": dict(inference=70, forward=88, backward=70),
-    "siblings": dict(inference=147, forward=170, backward=111),
+    "wide": dict(inference=69, forward=87, backward=70),
+    "grouped": dict(inference=71, forward=89, backward=71),
+    "siblings": dict(inference=148, forward=171, backward=113),
 }
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {
