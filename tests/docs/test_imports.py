@@ -59,7 +59,7 @@ ORDER = (
 FEW = {
     "reference": {"types", "numerics"},
     "kernels": {"types", "numerics", "reference"},
-    "plans": {"kernels"},
+    "plans": {"kernels", "native"},
     "ops": {"types", "numerics", "native", "reference"},
 }
 
