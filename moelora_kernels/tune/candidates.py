@@ -16,6 +16,8 @@ WARPS, STAGES = (4, 8), range(1, 6)
 _FIXED_TOKENS = ("grouped_shrink", "grouped_shrink_backward", "grouped_expand")
 # Kernels with one tile of [tokens, step] columns in float32, and steps over rank space.
 _STEPS_OVER_RANKS = ("shrink_dx", "grouped_expand")
+# Tiles of `shrink_dx` with more columns belong to the kernel that keeps A in shared memory.
+MAX_STEP_COLUMNS = 64
 
 
 def candidates(key: Key, shipped: TileConfig, architecture: str, quick: bool) -> list[TileConfig]:
@@ -42,6 +44,9 @@ def shared_bytes(key: Key, tile: TileConfig) -> int:
     that takes more than there is does not run, and is refused.
     """
     kernel, itemsize, columns = key
+    if kernel == "shrink_dx" and columns > MAX_STEP_COLUMNS:
+        # The columns of A stay, and the tiles of dh are loaded ahead.
+        return (tile.step + tile.tokens * max(1, tile.stages - 1)) * columns * itemsize
     if kernel in _STEPS_OVER_RANKS:
         elements = (tile.tokens + tile.step) * columns
     elif kernel.endswith("_grad"):
