@@ -316,7 +316,6 @@ def launch(
     elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
-    # Grid.
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
@@ -328,8 +327,7 @@ def launch(
     one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
-    router_block = block_e
-    partials = None
+    router_block, partials = block_e, None
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
