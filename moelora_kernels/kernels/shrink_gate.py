@@ -152,7 +152,8 @@ def shrink_gate_kernel(
         a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
         if ROUTER_E:
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
-            logits = exact_product(x, router, logits, UPCAST)
+            # Dropout takes x through registers.
+            logits = exact_product(x, router, logits, UPCAST, WAIT=DROPOUT > 0)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, row_counters, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
