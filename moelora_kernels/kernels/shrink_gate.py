@@ -332,8 +332,7 @@ def launch(
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
-        columns = n * (A_ROWS + (E if has_router else 0))
-        partials = x.new_empty((split, T, columns), dtype=dtype)
+        partials = x.new_empty((split, T, n * (A_ROWS + (E if has_router else 0))), dtype=dtype)
 
     # Arguments that both launches take.
     arguments = dict(
