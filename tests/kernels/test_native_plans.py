@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -188,6 +189,8 @@ def test_python_replays_if_a_step_fails(
 @contextmanager
 def limited_memory(extra: int) -> Iterator[None]:
     """Let the process map at most `extra` bytes more in the context."""
+    # Garbage that is freed in the context would add to `extra`.
+    gc.collect()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
