@@ -156,11 +156,10 @@ def test_an_exception_of_python_is_raised(wide: PlannedOp) -> None:
         call(INPUTS.x[:5])
 
 
-def test_python_replays_if_a_step_fails(
-    wide: PlannedOp, driver: FakeDriver, monkeypatch, capsys
-) -> None:
+def test_python_replays_if_a_step_fails(wide: PlannedOp, driver: FakeDriver, capsys) -> None:
     """The plan is dropped for good. The first failure warns, and `info` prints its reason."""
-    monkeypatch.setattr(plans_native, "_warned", False)
+    # It stays true after the test.
+    plans_native._warned = False
     expected = call()
     failures, _ = native.replay_failures()
     failing = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
