@@ -91,6 +91,15 @@ LAYERS = [
     Layer("grouped E=64 r=16", ranks=(16,) * 64, grouped=True),
     Layer("grouped E=64 r=64 K=4", ranks=(64,) * 64, top_k=4, grouped=True),
     Layer("grouped E=256 r=16 K=8", ranks=(16,) * 256, top_k=8, grouped=True),
+    # The dlogits of all experts: `grouped_dx` multiplies them and Wr.
+    Layer("grouped softmax before top-k", ranks=(16,) * 64, renormalize=False, grouped=True),
+    Layer(
+        "grouped softmax before top-k fp32",
+        ranks=(32,) * 32,
+        renormalize=False,
+        dtype=FP32,
+        grouped=True,
+    ),
     Layer("grouped qkv", out_features=(4096, 1024, 1024), ranks=(16,) * 8, grouped=True),
     Layer(
         "grouped experts by pair", out_features=(11008,), gate="sparse", by_pair=True, grouped=True

@@ -41,25 +41,28 @@ LIMITS = (
     Limit("grouped, 64 experts", 8192, 1.47),
 )
 
-# Launch -> what its programs read from L2 again.
+# Launch -> why its programs ask L2 for more than every tensor once.
 READ_AGAIN = {
-    "shrink_gate": "A and Wr for every tile of tokens, x for every tile of columns",
-    "gate_partials": "the table of experts for every tile of tokens",
-    "u Bt": "u and B for every tile of y",
-    "shrink_gate_backward": "B for every tile of tokens, dy for every tile of columns",
-    "gate_partials_backward": "the table of experts for every tile of tokens",
-    "shrink_dx": "A and Wr for every tile of tokens, dh and dlogits for every tile of columns",
-    "resident_dx": "dh and dlogits for every tile of columns, A and Wr for every range of tokens",
-    "weight_grad": "dh and dlogits for every tile of x, u for every tile of dy",
-    "reduce_partials": "nothing: the partial sums are still in L2",
-    "router_logits": "Wr for every tile of tokens",
-    "router_grad": "dlogits for every tile of x",
-    "route": "the expert ids in every block",
-    "grouped_shrink": "a row of x for each slot of its token, A for every tile",
-    "grouped_shrink_backward": "a row of dy for each slot of its token, B for every tile",
-    "grouped_expand": "the matrix of an expert for every tile of its pairs",
-    "grouped_weight_grad": "a row of x and of dy for each slot of its token",
-}  # fmt: skip
+    "shrink_gate": "every tile of tokens reads A and Wr, every tile of columns reads x",
+    "gate_partials": "every tile of tokens reads the table of experts",
+    "u Bt": "every tile of y reads u and B",
+    "shrink_gate_backward": "every tile of tokens reads B, every tile of columns reads dy",
+    "gate_partials_backward": "every tile of tokens reads the table of experts",
+    "shrink_dx": "every tile of tokens reads A and Wr, every tile of columns reads dh and dlogits",
+    "resident_dx": "every tile of columns reads dh and dlogits, every range of tokens A and Wr",
+    "weight_grad": "every tile of x reads dh and dlogits, every tile of dy reads u",
+    "reduce_partials": "it reads partial sums, which stay in L2",
+    "reduce_chunks": "it reads partial sums, which stay in L2",
+    "router_logits": "every tile of tokens reads Wr",
+    "router_grad": "every tile of x reads dlogits",
+    "route": "every block reads the expert ids",
+    "topk_gate": "nothing is read twice",
+    "topk_gate_backward": "nothing is read twice",
+    "grouped_shrink": "each slot of a token reads its row of x, every tile of pairs reads A",
+    "grouped_shrink_backward": "each slot of a token reads its row of dy, every tile of pairs B",
+    "grouped_expand": "every tile of pairs reads the matrix of its expert",
+    "grouped_weight_grad": "each slot of a token reads its rows of x and dy",
+}
 BOUND_BY = {
     "memory": "every tensor once",
     "matrix": "its operations",
@@ -78,7 +81,7 @@ def reason(launch: Modelled) -> str:
     if is_base(launch):
         return "the frozen product, and a part of the read of the matrix that it adds to"
     if launch.limit == "L2":
-        text = f"L2: it reads again {READ_AGAIN[launch.name]}"
+        text = f"L2: {READ_AGAIN[launch.name]}"
     else:
         text = f"{launch.limit}: {BOUND_BY[launch.limit]}"
     if budget.tail(launch.waves) > 1.0:

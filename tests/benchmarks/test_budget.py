@@ -240,6 +240,20 @@ def test_the_report_keeps_what_was_reached():
         assert ratio <= REACHED[name], name
 
 
+@pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda limit: f"{limit.layer} {limit.tokens}")
+def test_every_launch_of_a_limit_is_explained(limit):
+    layer = next(layer for layer in command.LAYERS if layer.name == limit.layer)
+    layer = layer._replace(tokens=limit.tokens)
+    with configs.assume(GPUS[limits.GPU].architecture):
+        names = {launch.kernel.fn.__name__.removesuffix("_kernel") for launch in record(layer)}
+    names |= {
+        launch.name
+        for launch in budget.other_launches(layer, GPUS[limits.GPU])
+        if not limits.is_base(launch)
+    }
+    assert names <= set(limits.READ_AGAIN)
+
+
 def test_the_page_explains_what_is_left_to_each_limit():
     launches = [
         modelled(),
@@ -258,7 +272,10 @@ def test_the_page_explains_what_is_left_to_each_limit():
         f"If every launch took its floor and its start: {(48 + 5 + 13 + 104) / 100:.2f}." in lines
     )
     tables = "\n".join(lines)
-    assert "| 2 x shrink_gate | forward | 29.0 | 20.0 | L2: it reads again A and Wr for" in tables
+    assert (
+        "| 2 x shrink_gate | forward | 29.0 | 20.0 | L2: every tile of tokens reads A and Wr"
+        in tables
+    )
     assert "| route | forward | 7.0 | 1.0 | latency: loads that wait for each other;" in tables
     assert "| memory: every tensor once; 1.25 waves; the start takes 4.0 |" in tables
     assert "| y += x Wt | forward | 104.0 | 30.0 | the frozen product, and a part of" in tables
