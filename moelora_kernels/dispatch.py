@@ -42,12 +42,12 @@ THRESHOLDS = {
         1,
         "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
     ),
-    "sm_80": Threshold(205, 1024, _MODEL),
-    "sm_89": Threshold(230, 1024, _MODEL),
+    "sm_80": Threshold(205, 512, _MODEL),
+    "sm_89": Threshold(230, 4096, _MODEL),
     "sm_90": Threshold(245, 1024, _MODEL),
-    "sm_100": Threshold(305, 1024, _MODEL),
-    "sm_120": Threshold(140, 1024, _SM_89),
-    "cuda": Threshold(205, 1024, _SM_89),
+    "sm_100": Threshold(305, 2048, _MODEL),
+    "sm_120": Threshold(140, 4096, _SM_89),
+    "cuda": Threshold(205, 4096, _SM_89),
 }
 
 
