@@ -91,6 +91,15 @@ LAYERS = [
     Layer("grouped E=64 r=16", ranks=(16,) * 64, grouped=True),
     Layer("grouped E=64 r=64 K=4", ranks=(64,) * 64, top_k=4, grouped=True),
     Layer("grouped E=256 r=16 K=8", ranks=(16,) * 256, top_k=8, grouped=True),
+    # The dlogits of all experts: `grouped_dx` multiplies them and Wr.
+    Layer("grouped softmax before top-k", ranks=(16,) * 64, renormalize=False, grouped=True),
+    Layer(
+        "grouped softmax before top-k fp32",
+        ranks=(32,) * 32,
+        renormalize=False,
+        dtype=FP32,
+        grouped=True,
+    ),
     Layer("grouped qkv", out_features=(4096, 1024, 1024), ranks=(16,) * 8, grouped=True),
     Layer(
         "grouped experts by pair", out_features=(11008,), gate="sparse", by_pair=True, grouped=True
@@ -121,8 +130,17 @@ def stores_partials(launch: Launch) -> bool:
 
 def record(layer: Layer) -> list[Launch]:
     """Return the launches of one forward and backward of a layer, op by op."""
-    if layer.grouped:
-        return record_grouped(layer)
+    forward, backward = record_directions(layer)
+    return [*forward, *backward]
+
+
+def record_directions(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward of a layer, and those of its backward, op by op."""
+    return record_grouped(layer) if layer.grouped else record_wide(layer)
+
+
+def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward and of one backward of the wide formulation."""
     from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
     from moelora_kernels.kernels.common import launcher
 
@@ -149,17 +167,18 @@ def record(layer: Layer) -> list[Launch]:
     ranks = layer.ranks
     mixture = Mixture(ranks, (2.0,) * E, layer.share_a, top_k, layer.renormalize)
     dropout = Dropout(layer.dropout, layer.per_expert, seed)
-    with launcher.recording() as launches:
+    with launcher.recording() as forward:
         h, u, *router_gate = shrink_gate.launch(
             x, lora_a, router, gate or Gate(*NO_GATE), mixture, dropout
         )
-        if gate is None:
-            gate = mixture.router_gate(*router_gate)
+    if gate is None:
+        gate = mixture.router_gate(*router_gate)
+    with launcher.recording() as backward:
         dh, u, dgate = shrink_gate_backward.launch(dy, lora_b, h, gate, None, mixture)
         dlogits = dgate if top_k else None
         shrink_dx.launch(dh, dlogits, lora_a, router.weight, ranks, dropout)
         weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, of)
-    return launches
+    return forward, backward
 
 
 def _balanced(layer: Layer) -> Routing:
@@ -170,8 +189,8 @@ def _balanced(layer: Layer) -> Routing:
     return reference.route(ids, E, n)
 
 
-def record_grouped(layer: Layer) -> list[Launch]:
-    """Return the launches of one forward and backward of the grouped formulation, op by op."""
+def record_grouped(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward and of one backward of the grouped formulation."""
     from moelora_kernels.kernels import (
         grouped_expand,
         grouped_shrink,
@@ -196,13 +215,14 @@ def record_grouped(layer: Layer) -> list[Launch]:
     ranks, scaling, by_pair = layer.ranks, (2.0,) * E, layer.by_pair
     dropout, routing = Dropout(layer.dropout, layer.per_expert, seed), _balanced(layer)
     weights = empty(T, n * K, dtype=FP32)
-    with launcher.recording() as launches:
+    with launcher.recording() as forward:
         if routers:
             logits = router.launch_logits(x, RouterTensors(routers))
             by_sibling, chosen = topk_gate.launch(logits.view(-1, E), K, layer.renormalize, 1.0)
         h, u = grouped_shrink.launch(x, lora_a, weights, routing, ranks, scaling, dropout)
         for i, b in enumerate(lora_b):
             grouped_expand.launch(u, [b], None, routing, ranks, NO_DROPOUT, T, i, by_pair)
+    with launcher.recording() as backward:
         dh, u, dweights = grouped_shrink_backward.launch(
             dy, lora_b, h, weights, routing, ranks, scaling
         )
@@ -215,8 +235,10 @@ def record_grouped(layer: Layer) -> list[Launch]:
             transposed = [a.t() for a in lora_a]
             grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
         else:
-            grouped_expand.launch_dx(dh, dlogits, lora_a, routers, routing, ranks, dropout, T)
+            grouped_expand.launch_dx(
+                dh, dlogits, lora_a, routers, routing, ranks, dropout, T, layer.renormalize
+            )
         grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
         if dlogits is not None:
             router.launch_grad(dlogits, x, of)
-    return launches
+    return forward, backward

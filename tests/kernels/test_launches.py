@@ -231,7 +231,8 @@ GROUPED_LAUNCHES = {
             "reduce_partials": 1,
         },
     ),
-    # No expert can have two whole chunks: nothing to add up.
+    # No expert can have two whole chunks, so nothing adds up dA and dB. The sums of the router are
+    # cut into parts.
     "T=512": (
         dict(E=64, rank=64, K=2, T=512),
         {"router_logits": 1, "reduce_partials": 1, "grouped_shrink": 1, "grouped_expand": 2},
@@ -240,6 +241,7 @@ GROUPED_LAUNCHES = {
             "grouped_expand": 2,
             "grouped_weight_grad": 1,
             "router_grad": 1,
+            "reduce_partials": 1,
         },
     ),
     "qkv": (
@@ -281,3 +283,29 @@ def test_launches_of_grouped_are_counted(
             dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, Needs(True, True)
         )
     assert counts(launches) == backward
+
+
+@pytest.mark.parametrize(
+    ("renormalize", "aux", "sparse"),
+    ((True, False, True), (True, True, False), (False, False, False)),
+)
+def test_dx_adds_the_router_without_a_pass_if_dlogits_are_sparse(
+    renormalize: bool, aux: bool, sparse: bool, monkeypatch
+) -> None:
+    """Dense dlogits of 256 experts are multiplied by ATen, which reads and writes dx again."""
+    grouped = use_kernels("grouped", monkeypatch)
+    monkeypatch.setattr(grouped, "route", grouped.route_fake)
+    mixture = Mixture((4,) * 256, (2.0,) * 256, router_top_k=2, renormalize=renormalize)
+    x, dy, tensors = empty_layer(8192, 1, 1024, 256)
+    result = grouped._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+    gate, routing = mixture.router_gate(*result[2:5]), Routing(*result[5:])
+    dlogits = empty(8192, 256, dtype=torch.float32) if aux else None
+    with launcher.recording() as launches, CountLaunches() as aten:
+        grouped._backward(
+            dy, x, tensors, result.h, gate, dlogits, routing, mixture, NO_DROPOUT,
+            Needs(True, False),
+        )  # fmt: skip
+    expands = [each for each in launches if each.kernel.fn.__name__ == "grouped_expand_kernel"]
+    assert [each.constants["SPARSE_DLOGITS"] for each in expands] == [sparse, sparse]
+    # The product of dy and W; the other one of dlogits and Wr.
+    assert aten.ops.count("addmm_") == (1 if sparse else 2)

@@ -121,6 +121,8 @@ GROUPED = {
     # As many sums in 16 bits would round too often.
     "eight_slots": grouped_case(T=7, K=8, ranks=(2,) * 10),
     "one_expert": grouped_case(K=1, ranks=(5,)),
+    # Different experts in a token: dx reads the dlogits of these alone.
+    "distinct_experts": grouped_case(n=2, ranks=(4, 9, 16, 2, 4), routing="uniform"),
     # All pairs to the last expert: every other is empty, and its gradients are exact zeros; one
     # sum over all chunks. A token names its expert twice.
     "skew": grouped_case(T=75, routing="last", start="bias"),
