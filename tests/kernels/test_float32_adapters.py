@@ -1,4 +1,4 @@
-"""Float32 adapters under a 16-bit x on the kernels: cast for every call, so never stale."""
+"""Float32 adapters under a 16-bit x on the kernels: a call casts them, so no value is stale."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelora_kernels import MoeLoraConfig, MoeLoraLinear
+from moelora_kernels import MoeLoraConfig, MoeLoraGroup, MoeLoraLinear
 from support.cases import LAYERS, WIDE, Case, layer_case
 from support.inputs import Inputs, assert_layer_within_budget
 from support.plans import BACKENDS, planned_ops
@@ -103,12 +104,16 @@ def copy_in_place(parameter: nn.Parameter, values: Tensor) -> None:
 CHANGES = (assign_data, copy_to_data, swap_storage, copy_in_place)
 
 
-def layer_on_kernels() -> tuple[MoeLoraLinear, Tensor]:
-    torch.manual_seed(0)
+def float32_layer() -> MoeLoraLinear:
     config = MoeLoraConfig(num_experts=4, rank=24, top_k=2, impl="wide", adapter_dtype="float32")
     layer = MoeLoraLinear(48, 32, config=config, dtype=BF16)
     nn.init.normal_(layer.lora_B)
-    return layer, torch.randn(5, 48, dtype=BF16)
+    return layer
+
+
+def layer_and_input() -> tuple[MoeLoraLinear, Tensor]:
+    torch.manual_seed(0)
+    return float32_layer(), torch.randn(5, 48, dtype=BF16)
 
 
 def trained(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -134,7 +139,7 @@ def assert_fresh(layer: nn.Module, x: Tensor) -> None:
 def test_the_next_call_reads_the_new_values(
     name: str, change: Callable, casts, backend: str
 ) -> None:
-    layer, x = layer_on_kernels()
+    layer, x = layer_and_input()
     before = [trained(layer, x)["y"] for _ in range(3)][-1]
     parameter = layer.get_parameter(name)
     change(parameter, parameter.detach().roll(1, 0) * 1.5)
@@ -144,7 +149,7 @@ def test_the_next_call_reads_the_new_values(
 
 @pytest.mark.parametrize("options", (dict(foreach=True), dict(fused=True)), ids=str)
 def test_a_step_of_an_optimizer(options: dict, casts, backend: str) -> None:
-    layer, x = layer_on_kernels()
+    layer, x = layer_and_input()
     optimizer = torch.optim.AdamW(
         [p for p in layer.parameters() if p.requires_grad], lr=0.1, **options
     )
@@ -155,9 +160,39 @@ def test_a_step_of_an_optimizer(options: dict, casts, backend: str) -> None:
 
 
 def test_loaded_values(casts, backend: str) -> None:
-    layer, x = layer_on_kernels()
+    layer, x = layer_and_input()
     state = {name: value * 0.5 for name, value in layer.state_dict().items()}
     before = [trained(layer, x)["y"] for _ in range(3)][-1]
     layer.load_state_dict(state)
     assert_fresh(layer, x)
     assert not torch.equal(trained(layer, x)["y"], before)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+class Names(TorchDispatchMode):
+    """The names of the ops in the context, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not op.is_view:
+            self.names.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", (1, 3))
+def test_gradients_are_neither_cast_nor_copied(n: int) -> None:
+    """The first gradient becomes `.grad` itself; a later one is added in place."""
+    layer = MoeLoraGroup(**{f"sibling_{i}": float32_layer() for i in range(n)})
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(5, 48, dtype=BF16)
+    for names in ([], ["add_"] * len(parameters)):
+        ys = layer(x)
+        with Names() as mode:
+            torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        assert mode.names == ["ones_like"] * n + ["wide_backward", *names]
+    assert {p.grad.dtype for p in parameters} == {FP32}
