@@ -35,8 +35,8 @@ from moelora_kernels.types import (
     SiblingTensors,
 )
 
-# From this many tokens on, kernels get A and B in x's dtype. With fewer tokens they round float32 A
-# and B themselves, tile by tile, because the launch that casts takes longer than it saves
+# From this many tokens on, the kernels get A and B in x's dtype. With fewer tokens they round tiles of
+# float32 A and B as they load them: at 1024 tokens the launch that casts takes as long as it saves
 # (modelled for an H200 with R = 128).
 CAST_TOKENS = 2048
 
