@@ -35,9 +35,9 @@ from moelora_kernels.types import (
     SiblingTensors,
 )
 
-# From this many tokens on, the kernels get A and B in x's dtype. With fewer tokens they round tiles of
-# float32 A and B as they load them: at 1024 tokens the launch that casts takes as long as it saves
-# (modelled for an H200 with R = 128).
+# From this many tokens on, the kernels get A and B in x's dtype. With fewer tokens they round the
+# tiles of float32 A and B that they load: at 1024 tokens the launch that casts takes as long as it
+# saves (modelled for an H200 with R = 128).
 CAST_TOKENS = 2048
 
 RETURNS_GRADS = "(Tensor dx, Tensor dgate, Tensor da, Tensor drouter, Tensor dbias, Tensor[] db)"
@@ -55,7 +55,7 @@ def adapter_dtypes(x: Tensor, tensors: SiblingTensors) -> tuple[torch.dtype, tor
 
 
 def cast_all(matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Return every matrix in its dtype. All copies are one launch."""
+    """Return every matrix in its dtype. If all copies have one dtype, they are one launch."""
     results = [
         matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
         for matrix, dtype in zip(matrices, dtypes, strict=True)
