@@ -47,9 +47,10 @@ LAYERS = (
     Layer("gate/up", out_features=(11008, 11008)),
     Layer("grouped, 64 experts", ranks=(16,) * 64, grouped=True),
 )
-# A layer may exceed its bound by this part: Triton 3.6 makes kernels up to 2.3 % slower
-# than Triton 3.9, whose report is the bound, in this model.
-SLACK = 0.03
+# A layer may exceed its bound by this part. OTHER_SLACK: with another version of Triton than that
+# of the report. In this model Triton 3.6 makes layers up to 4.0 % slower than Triton 3.9: grouped,
+# at 128 tokens.
+SLACK, OTHER_SLACK = 0.005, 0.05
 # A launch shorter than this breaks no rule.
 SHORT_US = 10.0
 
@@ -236,6 +237,7 @@ def problems(report: dict, bounds: dict) -> list[str]:
     def key(row: dict) -> tuple:
         return row["gpu"], row["layer"], row["tokens"]
 
+    slack = SLACK if report["triton"] == bounds["triton"] else OTHER_SLACK
     known, texts = {key(row): row for row in bounds["rows"]}, []
     for row in report["rows"]:
         name = "{} {} T={}".format(*key(row))
@@ -243,7 +245,7 @@ def problems(report: dict, bounds: dict) -> list[str]:
         if bound is None:
             texts.append(f"{name}: the report has no bound")
             continue
-        if row["ratio"] > bound["ratio"] * (1.0 + SLACK):
+        if row["ratio"] > bound["ratio"] * (1.0 + slack):
             texts.append(f"{name}: {row['ratio']} x frozen, at most {bound['ratio']} is allowed")
         if report["triton"] != bounds["triton"]:
             continue

@@ -26,6 +26,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 class Layer(NamedTuple):
     """A layer whose launches are compiled: sizes, gate form and dtypes.
 
+    adapters: of A, B and the routers; None is `dtype`. routers: of the routers; None is `adapters`.
     by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
     oversized: more experts than the tiles are made for; the kernels may spill.
     plain: the layer whose machine code `TileConfig.blocks` states.
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     top_k: int = 2
     dtype: torch.dtype = BF16
     adapters: torch.dtype | None = None
+    routers: torch.dtype | None = None
     share_a: bool = False
     dropout: float = 0.0
     per_expert: bool = False
@@ -58,6 +60,9 @@ LAYERS = [
     Layer("R=128 fp16", dtype=FP16),
     Layer("R=128 fp32 adapters", adapters=FP32),
     Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
+    # The wide form casts float32 A and B from 2048 tokens on.
+    *(Layer(f"R={8 * r} fp32 routers", ranks=(r,) * 8, routers=FP32) for r in (2, 4, 8, 16)),
+    Layer("R=128 fp16 under fp32 routers", dtype=FP16, routers=FP32),
     Layer("R=256", ranks=(32,) * 8),
     Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),
     Layer("R=32 fp32 adapters", ranks=(4,) * 8, adapters=FP32),
@@ -157,7 +162,8 @@ def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     dy = [empty(T, O) for O in layer.out_features]  # noqa: E741
     router, gate, top_k = NO_ROUTER, None, 0
     if layer.gate == "router":
-        router, top_k = RouterTensors([empty(E, I, dtype=of) for _ in range(n)]), layer.top_k
+        weights = [empty(E, I, dtype=layer.routers or of) for _ in range(n)]
+        router, top_k = RouterTensors(weights), layer.top_k
     elif layer.gate == "sparse":
         experts = empty(T, n * layer.top_k, dtype=torch.int32)
         gate = Gate(empty(T, n * layer.top_k), experts)
@@ -177,7 +183,7 @@ def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
         dh, u, dgate = shrink_gate_backward.launch(dy, lora_b, h, gate, None, mixture)
         dlogits = dgate if top_k else None
         shrink_dx.launch(dh, dlogits, lora_a, router.weight, ranks, dropout)
-        weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, of)
+        weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, layer.routers or of)
     return forward, backward
 
 

@@ -193,7 +193,7 @@ def test_a_layer_that_costs_more_is_a_problem():
     report = json.loads(command.REPORT.read_text())
     assert command.problems(report, report) == []
     worse = copy.deepcopy(report)
-    worse["rows"][0]["ratio"] *= 1.05
+    worse["rows"][0]["ratio"] *= 1.06
     worse["rows"][1]["broken"]["forward new_kernel"] = ["waves"]
     worse["rows"].append({**worse["rows"][2], "layer": "another"})
     texts = command.problems(worse, report)

@@ -45,6 +45,8 @@ class Case(NamedTuple):
     per_expert: bool = False
     # Dtype of A, B and the routers; None: the dtype of x.
     adapters: torch.dtype | None = None
+    # Dtype of the routers; None: the dtype of A and B.
+    routers: torch.dtype | None = None
     # The tensor that y begins with: "" (none), "bias" [O], "base" [T, O], or "base_float32",
     # which is [T, O] in float32. A whole layer takes "" and "bias".
     start: str = ""
@@ -108,6 +110,8 @@ WIDE = {
     "dropout": Case(dropout=0.25, n=2),
     "dropout_per_expert": Case(dropout=0.25, per_expert=True, n=2, ranks=(1, 5, 16)),
     "float32_adapters": Case(n=2, adapters=torch.float32, router_bias=True),
+    # The kernels get cast A and B beside float32 routers.
+    "float32_routers": Case(n=2, routers=torch.float32, router_bias=True),
 }
 
 # The ops of the grouped form. name -> case; the comment says what it would catch.
