@@ -1,4 +1,4 @@
-"""Choose the formulation that computes a layer: wide, grouped or reference."""
+"""Choose the formulation that computes a layer: wide, grouped, decode or reference."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ IMPLS: dict[str, str | None] = {
     "reference": None,
     "wide": None,
     "grouped": None,
-    "decode": "the decode kernels are not part of this version",
+    "decode": None,
 }
 CHOICES = (*IMPLS, "auto")
 
+# impl="decode" takes at most this many tokens.
+DECODE_TOKENS = 64
+
 
 class Threshold(NamedTuple):
-    """When impl="auto" takes the grouped form on a device class: R > columns * K, T >= tokens."""
+    """When impl="auto" takes which form on a device class.
+
+    decode if T <= decode_tokens, without gradients and dropout; else grouped if R > columns * K and
+    T >= tokens; else wide.
+    """
 
     # Up to this rank per expert of a token the wide form is faster.
     columns: float
@@ -29,6 +36,8 @@ class Threshold(NamedTuple):
     tokens: int
     # How the two numbers were found.
     source: str
+    # 0 if the class does not take decode: on a GPU it has the launches of the wide form.
+    decode_tokens: int = 0
 
 
 # benchmarks/model/forms.py has the rule of `tokens`.
@@ -41,6 +50,7 @@ THRESHOLDS = {
         32,
         1,
         "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
+        DECODE_TOKENS,
     ),
     "sm_80": Threshold(205, 512, _MODEL),
     "sm_89": Threshold(230, 4096, _MODEL),
@@ -79,6 +89,22 @@ def check_grouped(top_k: int | None, share_a: bool) -> None:
         raise ValueError(f"impl: 'grouped' is not supported for this layer: {problem}")
 
 
+def check_decode(tokens: int, has_gradients: bool, dropout: float) -> None:
+    """Raise ValueError if a call cannot run impl="decode".
+
+    tokens: T. has_gradients: whether grad mode is on. dropout: the probability of this call.
+    """
+    problem = None
+    if has_gradients:
+        problem = "grad mode is on; call the layer inside torch.no_grad()"
+    elif dropout > 0.0:
+        problem = "it has no dropout; call eval() on the layer"
+    elif tokens > DECODE_TOKENS:
+        problem = f"expected at most {DECODE_TOKENS} tokens, got {tokens}"
+    if problem:
+        raise ValueError(f"impl: 'decode' is not supported for this call: {problem}")
+
+
 def choose_impl(
     device: str,
     *,
@@ -87,19 +113,31 @@ def choose_impl(
     total_rank: int,
     top_k: int | None,
     share_a: bool = False,
+    trains: bool = True,
 ) -> str:
-    """Return the formulation that impl="auto" takes: "wide" or "grouped".
+    """Return the formulation that impl="auto" takes: "wide", "grouped" or "decode".
 
     The arguments are as in `explain_choice`. Layers call this function because it works in a
     compiled graph: the graph depends only on whether T is below the threshold. `explain_choice`
     writes T into a text, so the graph would be compiled again for every T.
     """
+    threshold = THRESHOLDS[device_class(device)]
+    if not trains and takes_decode(device, tokens):
+        return "decode"
     top_k = _sparse(top_k, num_experts)
     if top_k is None or grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
         return "wide"
-    threshold = THRESHOLDS[device_class(device)]
     few = tokens < threshold.tokens
     return "wide" if few or total_rank <= threshold.columns * top_k else "grouped"
+
+
+def takes_decode(device: str, tokens: int) -> bool:
+    """Return whether impl="auto" takes decode for T tokens without gradients and dropout."""
+    limit = THRESHOLDS[device_class(device)].decode_tokens
+    if limit == 0 or _grouped_ops_problem(device):
+        return False
+    # A graph that is exported takes every number of tokens.
+    return not torch.compiler.is_exporting() and tokens <= limit
 
 
 def _sparse(top_k: int | None, num_experts: int) -> int | None:
@@ -113,7 +151,7 @@ def device_class(device: str) -> str:
 
 
 def _grouped_ops_problem(device: str) -> str | None:
-    """Return why a device type has no fast grouped ops; None if it has them."""
+    """Return why a device type has no fast grouped and decode ops; None if it has them."""
     return _missing_ops(device)
 
 
@@ -151,6 +189,7 @@ def explain_choice(
     top_k: int | None,
     total_rank: int | None = None,
     share_a: bool = False,
+    trains: bool = True,
 ) -> Choice:
     """Return the formulation that impl="auto" takes for a layer, and the reason.
 
@@ -165,18 +204,22 @@ def explain_choice(
         top_k: K; None or E for a dense gate.
         total_rank: R, the sum of the ranks.
         share_a: whether the experts share A.
+        trains: whether the call computes gradients or has dropout.
     """
     total = num_experts * rank if total_rank is None else total_rank
     impl = choose_impl(
         device, tokens=tokens, num_experts=num_experts, total_rank=total, top_k=top_k,
-        share_a=share_a,
+        share_a=share_a, trains=trains,
     )  # fmt: skip
+    name = device_class(device)
+    threshold = THRESHOLDS[name]
+    if impl == "decode":
+        limit = threshold.decode_tokens
+        return Choice(impl, f"T = {tokens}: not above {limit} tokens, without gradients ({name})")
     top_k = _sparse(top_k, num_experts)
     if problem := grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
         return Choice(impl, f"R = {total}: {problem}")
     assert top_k is not None
-    name = device_class(device)
-    threshold = THRESHOLDS[name]
     if tokens < threshold.tokens:
         return Choice(impl, f"T = {tokens}: below {threshold.tokens} tokens ({name})")
     limit = threshold.columns * top_k

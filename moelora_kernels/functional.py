@@ -35,7 +35,7 @@ def run_layer(
         gate: the gate of every token; None if the linears have routers that compute it
             (`mixture.router_top_k` is then above 0).
         dropout: applied to x before A.
-        impl: "auto", "wide", "grouped" or "reference".
+        impl: "auto", "wide", "grouped", "decode" or "reference".
         sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
 
     Returns:
@@ -44,7 +44,7 @@ def run_layer(
     Raises:
         ValueError: `impl` cannot compute this layer, or the siblings have different fields.
     """
-    impl = _choose_impl(mixture, x, linears, gate, impl)
+    impl = _choose_impl(mixture, x, linears, gate, impl, dropout.p)
     if impl == "reference":
         apply_reference = _reference_sqrt_gate if sqrt_gate else _reference
         if not is_autocast(x.device):
@@ -56,7 +56,12 @@ def run_layer(
 
 
 def _choose_impl(
-    mixture: Mixture, x: Tensor, linears: Sequence[LinearTensors], gate: Gate | None, impl: str
+    mixture: Mixture,
+    x: Tensor,
+    linears: Sequence[LinearTensors],
+    gate: Gate | None,
+    impl: str,
+    dropout: float,
 ) -> str:
     """Return the formulation to run. Raise ValueError if `impl` cannot compute this layer."""
     if impl in ("wide", "reference"):
@@ -66,6 +71,8 @@ def _choose_impl(
         top_k = mixture.router_top_k if mixture.router_top_k < num_experts else None
     else:
         top_k = None if gate.experts is None else gate.experts.shape[1] // len(linears)
+    if impl == "decode":
+        dispatch.check_decode(x.shape[0], torch.is_grad_enabled(), dropout)
     if impl == "grouped":
         dispatch.check_grouped(top_k, mixture.share_a)
     if impl != "auto":
@@ -77,6 +84,7 @@ def _choose_impl(
         total_rank=sum(mixture.ranks),
         top_k=top_k,
         share_a=mixture.share_a,
+        trains=torch.is_grad_enabled() or dropout > 0.0,
     )
 
 

@@ -216,6 +216,16 @@ class LayerForward(NamedTuple):
     chunks: Tensor | None = None
 
 
+class Decoded(NamedTuple):
+    """The results of the op `decode`."""
+
+    y: list[Tensor]  # n x [T, O_i]
+    # The gate of fused routers, as in `Shrunk`.
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor
+
+
 class Needs(NamedTuple):
     """The gradients of a layer that backward computes. The others are returned empty."""
 

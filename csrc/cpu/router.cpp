@@ -29,7 +29,7 @@ constexpr int64_t PAIR_COLUMNS = 256;
 // logits[t] += x[t] Wrt for the tokens [begin, end).
 template <int BYTES, class S, class C>
 MOELORA_INLINE void logits_kernel(const S* x, const C* weight, int64_t begin, int64_t end,
-                                  int64_t I, int64_t N, C* logits) {
+                                  int64_t I, int64_t N, C* logits, int64_t stride) {
   constexpr int TOKENS = 3;
   alignas(64) C widened[TOKENS * COLUMNS];
   for (int64_t block = begin; block < end; block += TOKEN_BLOCK) {
@@ -40,7 +40,8 @@ MOELORA_INLINE void logits_kernel(const S* x, const C* weight, int64_t begin, in
         const int64_t tokens = std::min<int64_t>(TOKENS, block_end - t);
         widen_rows(x + t * I + column, I, tokens, count, widened, COLUMNS);
         const C* token_rows[TOKENS] = {widened, widened + COLUMNS, widened + 2 * COLUMNS};
-        dot_tokens<BYTES>(tokens, token_rows, weight + column, I, count, N, logits + t * N, N);
+        dot_tokens<BYTES>(tokens, token_rows, weight + column, I, count, N, logits + t * stride,
+                          stride);
       }
     }
   }
@@ -140,37 +141,30 @@ MOELORA_INLINE void sum_over_pairs(const Routing& routing, int64_t expert, const
 }  // namespace
 
 Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
-               const std::vector<Tensor>& biases)
-    : weight(row_major(cast(weights[0], compute_dtype(x.scalar_type())))) {
+               const std::vector<Tensor>& biases) {
   // Check the shapes.
+  STD_TORCH_CHECK(!weights.empty(), "router_weight: expected a tensor for each sibling, got none");
   const auto [E, I] = shape<2>(weights[0], "router_weight");
   const auto siblings = int64_t(weights.size());
+  is_bf16 = x.scalar_type() == ScalarType::BFloat16 && simd_level() == Level::avx512bf16;
   for (const Tensor& sibling_weight : weights) {
     const auto [num_experts, in_features] = shape<2>(sibling_weight, "router_weight");
     check_size(num_experts, E, "router_weight, experts");
     check_size(in_features, x.size(1), "router_weight, in_features");
+    is_bf16 = is_bf16 && sibling_weight.scalar_type() == ScalarType::BFloat16;
   }
   for (const Tensor& sibling_bias : biases) check_size(sibling_bias.numel(), E, "router_bias");
 
   // Stack the weights and biases of all siblings.
-  bool all_bf16 = x.scalar_type() == ScalarType::BFloat16 && simd_level() == Level::avx512bf16;
-  for (const Tensor& sibling_weight : weights) {
-    all_bf16 = all_bf16 && sibling_weight.scalar_type() == ScalarType::BFloat16;
-  }
-  if (all_bf16) {
-    bf16_weight =
-        siblings > 1 ? empty(siblings * E, I, ScalarType::BFloat16) : row_major(weights[0]);
-  }
-  if (siblings > 1) weight = empty(siblings * E, I, weight.scalar_type());
-  if (!biases.empty()) bias = empty(1, siblings * E, weight.scalar_type());
+  const ScalarType compute = compute_dtype(x.scalar_type());
+  const ScalarType dtype = is_bf16 ? ScalarType::BFloat16 : compute;
+  const int64_t N = siblings * E;
+  weight = siblings > 1 ? empty(N, I, dtype) : row_major(cast(weights[0], dtype));
+  if (!biases.empty()) bias = empty(1, N, compute);
   for (int64_t i = 0; i < siblings; ++i) {
     if (siblings > 1) {
       Tensor row_block = rows(weight, i * E, E);
       torch::stable::copy_(row_block, weights[i]);
-      if (bf16_weight) {
-        Tensor bf16_block = rows(*bf16_weight, i * E, E);
-        torch::stable::copy_(bf16_block, weights[i]);
-      }
     }
     if (bias) {
       Tensor column_block = columns(*bias, i * E, E);
@@ -179,13 +173,12 @@ Router::Router(const Tensor& x, const std::vector<Tensor>& weights,
   }
 
   // Transpose the pairs of columns, for `panel`.
-  if (!bf16_weight || siblings * E % PANEL != 0 || I % 2 != 0) return;
-  const int64_t N = siblings * E;
-  const auto* bf16_data = bf16_weight->const_data_ptr<BFloat16>();
+  if (!is_bf16 || x.size(0) < PANEL || N % PANEL != 0 || I % 2 != 0) return;
+  const auto* weight_data = weight.const_data_ptr<BFloat16>();
   bf16_pairs.resize(I / 2 * N);
   for (int64_t row = 0; row < N; ++row) {
     for (int64_t n = 0; n < I / 2; ++n) {
-      std::memcpy(&bf16_pairs[n * N + row], bf16_data + row * I + 2 * n, sizeof(uint32_t));
+      std::memcpy(&bf16_pairs[n * N + row], weight_data + row * I + 2 * n, sizeof(uint32_t));
     }
   }
 }
@@ -196,38 +189,39 @@ void Router::logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& o
     using C = Compute<S>;
     const int64_t N = weight.size(0);
     const int64_t I = weight.size(1);
+    const int64_t stride = out.stride(0);
     const S* x_data = x.const_data_ptr<S>();
-    const C* weight_data = weight.const_data_ptr<C>();
     C* logits_data = out.mutable_data_ptr<C>();
     // The logits start from the bias.
     const C* bias_data = bias ? bias->const_data_ptr<C>() : nullptr;
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t row = 0; row < N; ++row) {
-        logits_data[t * N + row] = bias_data ? bias_data[row] : C{0};
+        logits_data[t * stride + row] = bias_data ? bias_data[row] : C{0};
       }
     }
     vectorised([&](auto level) {
       using Level = decltype(level);
       if constexpr (Operand<S, Level::bf16_pairs>::bf16_pairs) {
-        if (bf16_weight) {
+        if (is_bf16) {
           // Blocks of PANEL tokens, then up to three tokens at a time.
-          const S* narrow_weight = bf16_weight->const_data_ptr<S>();
+          const S* narrow_weight = weight.const_data_ptr<S>();
           int64_t first = begin;
           for (; !bf16_pairs.empty() && first + PANEL <= end; first += PANEL) {
             const auto* x_pairs = reinterpret_cast<const uint32_t*>(x_data + first * I);
             panel<level()>(PANEL, N, Factors<uint32_t>{x_pairs, I / 2, 1}, bf16_pairs.data(), N,
-                           I / 2, logits_data + first * N, N);
+                           I / 2, logits_data + first * stride, stride);
           }
           for (int64_t t = first; t < end; t += 3) {
             const S* const token_rows[3] = {x_data + t * I, x_data + (t + 1) * I,
                                             x_data + (t + 2) * I};
             dot_tokens<level()>(std::min<int64_t>(3, end - t), token_rows, narrow_weight, I, I, N,
-                                logits_data + t * N, N);
+                                logits_data + t * stride, stride);
           }
           return;
         }
       }
-      logits_kernel<level()>(x_data, weight_data, begin, end, I, N, logits_data);
+      logits_kernel<level()>(x_data, weight.const_data_ptr<C>(), begin, end, I, N, logits_data,
+                             stride);
     });
   });
 }
@@ -276,8 +270,6 @@ Tensor sum_over_tokens(const Tensor& dlogits) {
 Tensor router_logits(Tensor x, std::vector<Tensor> router_weight, std::vector<Tensor> router_bias) {
   check_floating(x, "x");
   const auto [T, I] = shape<2>(x, "x");
-  STD_TORCH_CHECK(!router_weight.empty(),
-                  "router_weight: expected a tensor for each sibling, got none");
   x = row_major(x);
   const Router router(x, router_weight, router_bias);
   const int64_t N = router.weight.size(0);

@@ -11,20 +11,21 @@ namespace moelora {
 
 // The weights and biases of n routers, stacked. N = n E.
 struct Router {
-  Tensor weight;  // [N, I] in the compute dtype
-  // [N, I] bfloat16, if x and all weights are bfloat16 and the processor multiplies bfloat16 pairs:
-  // these products are exact.
-  std::optional<Tensor> bf16_weight;
-  // [I / 2, N]: `bf16_weight` transposed, a pair of columns in each number. Empty if N is not a
-  // multiple of PANEL, or I is odd.
+  // [N, I] in the compute dtype; in bfloat16 if is_bf16.
+  Tensor weight;
+  // Whether x and all weights are bfloat16, and the processor multiplies bfloat16 pairs: these
+  // products are exact.
+  bool is_bf16 = false;
+  // [I / 2, N]: `weight` transposed, a pair of columns in each number. Empty if not is_bf16, N is
+  // not a multiple of PANEL, I is odd, or x has fewer than PANEL tokens.
   std::vector<uint32_t> bf16_pairs;
   std::optional<Tensor> bias;  // [1, N] in the compute dtype
 
   // weights n x [E, I]; biases n x [E], or empty. `x` names the compute dtype.
   Router(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 
-  // Fills rows [begin, end) of out [T, N] with the logits; x [T, I] row-major. Threads call it for
-  // their tokens.
+  // Fills rows [begin, end) of out [T, N], whose rows are dense, with the logits; x [T, I]
+  // row-major. Threads call it for their tokens.
   void logits(const Tensor& x, int64_t begin, int64_t end, const Tensor& out) const;
 };
 

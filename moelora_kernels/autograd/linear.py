@@ -314,7 +314,9 @@ def run(
     gate: Gate | None,
     dropout: Dropout,
 ) -> LayerOutput:
-    """Run `function`, which is `MoeLora` or derived from it; impl is "wide" or "grouped".
+    """Run `function`, which is `MoeLora` or derived from it; impl is "wide", "grouped" or "decode".
+
+    "decode" needs grad mode off and no dropout; the caller has checked it.
 
     Raises ValueError if some siblings have a tensor that others lack.
     """
@@ -324,7 +326,9 @@ def run(
         if any([[tensor is None for tensor in s] != is_missing for s in linears]):
             names = [_field_names(linear) for linear in linears]
             raise ValueError(f"siblings: expected the same tensors for every linear, got {names}")
-    if torch.is_grad_enabled():
+    if impl == "decode":
+        y, weights, experts, logits = ops.decode(x, siblings_of(linears), gate, mixture)
+    elif torch.is_grad_enabled():
         weights, experts, rows, _ = gate or NO_GATE
         p, per_expert, seed = dropout
         inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *_flat(linears))

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels import dispatch, ops
 from moelora_kernels.autograd.linear import SkipUnused, Unused
 from moelora_kernels.functional import run_layer
 from moelora_kernels.nn.base_linear import (
@@ -16,6 +17,7 @@ from moelora_kernels.nn.base_linear import (
     check_input,
     dense_weight,
     flat_rows,
+    is_plain_linear,
     member,
 )
 from moelora_kernels.nn.gates import concat_gates, row_of_tokens
@@ -23,7 +25,7 @@ from moelora_kernels.nn.layer import LoraLayer, MixtureLayer, WeightBias
 from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, dropout_seed
-from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LinearTensors
+from moelora_kernels.types import NO_DROPOUT, NO_GATE, Dropout, Gate, LinearTensors
 
 Structure = TypeVar("Structure", Gate, LinearTensors)
 
@@ -78,6 +80,10 @@ def run_siblings(
     Returns:
         The outputs; and the gate, or None for a merged layer.
     """
+    if gates is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        decoded = _decode_plain(layers, x)
+        if decoded is not None:
+            return decoded
     first = layers[0]
     config = first.config
     check_input(x, first.in_features, gates, config.router)
@@ -115,6 +121,67 @@ def run_siblings(
     if x.dim() != 2:
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
     return outputs, gate
+
+
+def _decode_plain(
+    layers: Sequence[LoraLayer], x: Tensor
+) -> tuple[list[Tensor], Gate | None] | None:
+    """Return the results of `run_siblings` for the commonest layers on a CPU without gradients.
+
+    These are layers with a plain base and a fused router, on few tokens. One function has all of
+    it, because a call from Python to Python takes as long as a part of the op. Return None for any
+    other call.
+    """
+    first = layers[0]
+    mixture, config, features = first.fused_mixture, first.config, first.in_features
+    if (
+        mixture is None
+        or config.impl not in ("auto", "decode")
+        or (first.training and (config.dropout > 0.0 or config.noise > 0))
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_nested
+        or x.dim() == 0
+        or x.shape[-1] != features
+        or features == 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or not dispatch.takes_decode("cpu", x.numel() // features)
+    ):
+        return None
+    weights, biases, lora_a, lora_b, routers, router_biases = [], [], [], [], [], []
+    for layer in layers:
+        parameters, modules = layer._parameters, layer._modules
+        base, router = modules.get("base_layer"), modules.get("router")
+        if layer.merged or not is_plain_linear(base) or not is_plain_linear(router):
+            return None
+        weights.append(base._parameters.get("weight"))
+        biases.append(base._parameters.get("bias"))
+        lora_a.append(parameters.get("lora_A"))
+        lora_b.append(parameters.get("lora_B"))
+        routers.append(router._parameters.get("weight"))
+        router_biases.append(router._parameters.get("bias"))
+    for tensor in (*weights, *lora_a, *lora_b, *routers):
+        if type(tensor) not in (nn.Parameter, Tensor) or not tensor.is_cpu:
+            return None
+    dtype = x.dtype
+    if any([weight.dtype != dtype for weight in weights]):
+        return None
+    # The op takes the biases of all siblings or of none.
+    for values in (biases, router_biases):
+        missing = sum([bias is None for bias in values])
+        if missing == len(values):
+            values.clear()
+        elif missing:
+            return None
+    tokens = x if x.dim() == 2 else x.reshape(-1, features)
+    ys, gate_weights, experts, logits = ops.decode_flat(
+        tokens, weights, biases, [], lora_a, lora_b, routers, router_biases, *NO_GATE, *mixture
+    )
+    if x.dim() != 2:
+        ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys, mixture.router_gate(gate_weights, experts, logits)
 
 
 def gate_rows_differ(layers: Sequence[LoraLayer]) -> bool:

@@ -5,6 +5,7 @@ implementations take precedence: the native library on a CPU, Triton on a GPU.
 """
 
 from moelora_kernels import native  # noqa: F401  (registers the CPU ops where it is built)
+from moelora_kernels.ops.decode import decode, decode_flat  # noqa: F401
 from moelora_kernels.ops.dropout import dropout
 from moelora_kernels.ops.grouped import grouped, grouped_backward
 from moelora_kernels.ops.grouped_dx import grouped_dx
@@ -20,6 +21,7 @@ from moelora_kernels.ops.weight_grad import weight_grad
 from moelora_kernels.ops.wide import wide, wide_backward
 
 __all__ = [
+    "decode",
     "dropout",
     "grouped",
     "grouped_backward",

@@ -37,6 +37,7 @@ from moelora_kernels.reference.grouped import (
     router_logits,
 )
 from moelora_kernels.reference.wide import (
+    decode,
     shrink_dx,
     shrink_gate,
     shrink_gate_backward,
@@ -47,6 +48,7 @@ from moelora_kernels.reference.wide import (
 __all__ = [
     "blocks",
     "compute_dtype",
+    "decode",
     "dense_gate",
     "dense_gate_backward",
     "dropout",

@@ -24,6 +24,7 @@ from moelora_kernels.reference.gates import (
 )
 from moelora_kernels.types import (
     NO_DROPOUT,
+    Decoded,
     Dropout,
     Gate,
     LayerForward,
@@ -289,3 +290,9 @@ def wide(
         result = base + u_i.to(dtype) @ lora_b_i.to(dtype).t()
         y.append(result.to((base_output[i] if base_output else x).dtype))
     return LayerForward(y, h, weights, experts, logits)
+
+
+def decode(x: Tensor, tensors: SiblingTensors, gate: Gate | None, mixture: Mixture) -> Decoded:
+    """Compute a layer of n siblings without dropout: y, weights, experts and logits of `wide`."""
+    y, _, weights, experts, logits, *_ = wide(x, tensors, gate, mixture)
+    return Decoded(y, weights, experts, logits)
