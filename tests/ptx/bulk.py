@@ -133,7 +133,7 @@ def copy(build: Builder, ins: Instruction) -> Run:
 
 
 def receivers(batch, program: int, mask: int | None) -> list[int]:
-    """Return the programs that a copy writes to: a program, or the ranks of a mask of its cluster."""
+    """Return the programs that a copy writes to: one, or the ranks of a mask of its cluster."""
     if mask is None:
         return [program]
     cluster = batch.mbarriers.clocks.cluster

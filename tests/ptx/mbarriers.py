@@ -91,7 +91,7 @@ class Transfer:
 class Mbarriers:
     """The mbarriers of the programs of a batch, and the copies that they wait for.
 
-    late: the bytes of a copy come when a thread tests its mbarrier, not when it is issued.
+    late: the bytes of a copy come when a thread has to wait for them, not when it is issued.
     visited: when a warp of another rank used something of a program last.
     """
 
@@ -215,11 +215,11 @@ class Mbarriers:
             mine = np.flatnonzero(address == at)
             each = self.use(rows[mine], warps[mine], rows[mine], int(at))
             if self.late:
-                tested = set(rows[mine].tolist())
+                waits = set(rows[mine[each.phase[rows[mine]] & 1 == parity[mine]]].tolist())
                 for transfer in self.transfers:
-                    if transfer.phase is None and transfer.barrier == at:
-                        if transfer.row in tested:
-                            self.land(transfer)
+                    is_next = transfer.phase is None and transfer.barrier == at
+                    if is_next and transfer.row in waits:
+                        self.land(transfer)
             mine = mine[each.phase[rows[mine]] & 1 != parity[mine]]
             result[mine] = True
             known = each.carried[rows[mine]]

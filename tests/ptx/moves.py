@@ -76,9 +76,7 @@ def parameter_address(build: Builder, ins: Instruction) -> Run:
     """d = the generic address of byte a of the parameters."""
     target, a = ins.operands
     start = np.uint64(PARAMETERS)
-    return build.compute(
-        ins, lambda a: a + start, build.target(target, 8), (build.source(a, 8),)
-    )
+    return build.compute(ins, lambda a: a + start, build.target(target, 8), (build.source(a, 8),))
 
 
 @implements("prmt.b32")

@@ -10,7 +10,6 @@ import numpy as np
 
 from ptx.errors import Unsupported
 
-
 # The generic address of byte 0 of the space of parameters.
 PARAMETERS = 1 << 56
 
