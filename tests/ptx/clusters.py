@@ -98,9 +98,8 @@ def test(build: Builder, ins: Instruction) -> Run:
             raise PtxError("a parity that is neither 0 nor 1")
         result = batch.mbarriers.test(rows, threads, address, parities, of_cluster)
         batch.stalled = not result.all()
-        whole = None if active is None else active
-        result = result.reshape(batch.shape) if whole is None else result
-        batch.registers[p] = written(batch.registers[p], result, whole, batch.shape)
+        result = result.reshape(batch.shape) if active is None else result
+        batch.registers[p] = written(batch.registers[p], result, active, batch.shape)
 
     return run
 
@@ -109,15 +108,17 @@ def test(build: Builder, ins: Instruction) -> Run:
 def map_address(build: Builder, ins: Instruction) -> Run:
     """d = the address, in the cluster, of the byte of rank b that has address a in a program."""
     target, a, b = ins.operands
-    sources = build.source(a, 4), build.source(b, 4)
-    cluster = build.program.cluster
+    d, address, rank = build.target(target, 4), build.source(a, 4), build.source(b, 4)
+    cluster, guard = build.program.cluster, build.predicate(ins)
 
-    def function(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        if (b >= cluster).any():
+    def run(batch) -> None:
+        r = batch.registers
+        _, rows, threads = threads_of(batch, guard)
+        if (values_of(batch, rank, rows, threads) >= cluster).any():
             raise PtxError("a rank that the cluster does not have")
-        return (b + np.uint32(1)) << np.uint32(RANK_BIT) | a
+        r[d] = ((r[rank] + np.uint32(1)) << np.uint32(RANK_BIT)) | r[address]
 
-    return build.compute(ins, function, build.target(target, 4), sources)
+    return build.guarded(ins, run, [d])
 
 
 @implements("barrier.cluster.arrive{,.release}.aligned", together=PROGRAM)
