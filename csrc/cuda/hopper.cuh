@@ -119,6 +119,13 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Keeps the compiler from reading the sums of products before this point.
+template <int N>
+__device__ __forceinline__ void read_behind(float (&sums)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 // D [64, N] += A [64, 16] B [N, 16]t in bfloat16, for tiles with these descriptors. A thread has
 // N / 2 elements of D: of rows 16 w + g and 16 w + g + 8 in columns 8 j + 2 t and 8 j + 2 t + 1, in
 // d[4 j], d[4 j + 1] and d[4 j + 2], d[4 j + 3]. w is its warp, and its lane is 4 g + t.

@@ -28,7 +28,7 @@ constexpr int SHRINK_WARPS = SHRINK_THREADS / 32;
 
 struct ShrinkArguments {
   int64_t T;
-  int steps;  // I / SHRINK_STEP, rounded up
+  int steps;                  // I / SHRINK_STEP, rounded up
   int E;
   int K;
   int renormalize;
@@ -194,6 +194,8 @@ __global__ void __cluster_dims__(SHRINK_CLUSTER, 1, 1) __launch_bounds__(SHRINK_
     __syncwarp();
   }
   wait_for_products<0>();
+  read_behind(h);
+  read_behind(logits);
   // Other blocks copy to this one, and arrive at its barriers.
   synchronise_cluster();
 

@@ -17,9 +17,7 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None and not REQUIRED, reason="needs nvcc")
 
 
-def compile_source(
-    text: str, *flags: str, headers: Mapping[str, str | None]
-) -> tuple[bytes, str]:
+def compile_source(text: str, *flags: str, headers: Mapping[str, str | None]) -> tuple[bytes, str]:
     """Compile a source with nvcc. Return the output and the messages, or raise CalledProcessError.
 
     headers: name of a header of csrc/cuda -> its text; None: as it is.
