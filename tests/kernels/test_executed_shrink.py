@@ -124,7 +124,7 @@ SOURCE = {
     "a release of one warp": (SHRINK, "lane < SHRINK_CLUSTER)", "lane < 4 && warp == 0)"),
     "a release to three blocks": (SHRINK, "lane < SHRINK_CLUSTER)", "lane < 3)"),
     "one arrival too few is counted": (SHRINK, "SHRINK_CLUSTER * SHRINK_WARPS);", "15);"),
-    "a stage is filled a step early": (SHRINK, "constexpr int LAG = 2;", "constexpr int LAG = 1;"),
+    "a stage is filled two steps early": (SHRINK, "int LAG = 2;", "int LAG = 0;"),
     "no wait for the last products": (SHRINK, "  wait_for_products<0>();\n", ""),
     "a share of A is left out": (SHRINK, "(1 << SHRINK_CLUSTER) - 1;", "7;"),
     "a block reads the share of its neighbour": (

@@ -100,7 +100,9 @@ def execute(
     shapes = [(T, R), (T, R), (T, K), (T, K) if K < E else (0,), (T, E)]
     dtypes = [x.dtype, x.dtype, torch.float32, torch.int32, torch.float32]
     return tuple(
-        torch.from_numpy(memory.contents(len(inputs) + i).copy()).view(dtype).view(shape)
+        torch.frombuffer(bytearray(memory.contents(len(inputs) + i)), dtype=dtype).view(shape)
+        if 0 not in shape
+        else torch.empty(shape, dtype=dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     )
 
