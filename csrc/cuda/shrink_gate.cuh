@@ -1,5 +1,5 @@
-// h = x At, logits = x Wrt + br, the top-k gate, and u = scale * gate (.) h, in one launch, on sm_90a
-// and in bfloat16. This is `shrink_gate` for one linear with a router.
+// h = x At, logits = x Wrt + br, the top-k gate, and u = scale * gate (.) h, in one launch, on
+// sm_90a and in bfloat16. This is `shrink_gate` for one linear with a router.
 //
 // A block computes the rows of 64 tokens. The blocks of a cluster read the same tiles of A and Wr:
 // each copies a share of them, which reaches all blocks (multicast). So A is read once for 256
@@ -25,22 +25,23 @@ constexpr int SHRINK_STEP = 64;
 constexpr int SHRINK_CLUSTER = 4;
 constexpr int SHRINK_THREADS = 128;
 constexpr int SHRINK_WARPS = SHRINK_THREADS / 32;
+constexpr int SHRINK_EXPERTS = 16;
 
 struct ShrinkArguments {
   int64_t T;
-  int steps;                  // I / SHRINK_STEP, rounded up
+  int steps;  // I / SHRINK_STEP, rounded up
   int E;
   int K;
   int renormalize;
   float temperature;
-  const float* bias;            // [E], or null
-  const float* scaling;         // [E]
-  const int* column_experts;    // [R]: the expert of every column of rank space
-  __nv_bfloat16* h;             // [T, R]
-  __nv_bfloat16* u;             // [T, R]
-  float* weights;               // [T, K]
-  int* experts;                 // [T, K], or null if K = E
-  float* logits;                // [T, E]
+  float scaling[SHRINK_EXPERTS];
+  int end[SHRINK_EXPERTS];  // of the columns of every expert
+  const float* bias;        // [E], or null
+  __nv_bfloat16* h;         // [T, R]
+  __nv_bfloat16* u;         // [T, R]
+  float* weights;           // [T, K]
+  int* experts;             // [T, K], or null if K = E
+  float* logits;            // [T, E]
 };
 
 // The shared memory of a block. R: columns of rank space. E8: experts, rounded up to 8 or 16.
@@ -51,7 +52,8 @@ struct ShrinkMemory {
   static constexpr int STAGES = 6;
   static constexpr int BARRIERS = STAGES * STAGE;
   static constexpr int GATES = BARRIERS + 2 * STAGES * 8;
-  static constexpr int BYTES = GATES + SHRINK_TOKENS * E8 * 4;
+  static constexpr int COLUMN_EXPERTS = GATES + SHRINK_TOKENS * E8 * 4;
+  static constexpr int BYTES = COLUMN_EXPERTS + R * 4;
 };
 
 // The gate of one token: stores its logits, weights and experts, and replaces its logits by
@@ -117,14 +119,22 @@ __device__ __forceinline__ float apply_gate(float gate, float h) {
   return (gate == 0.0f) & !(fabsf(h) < INFINITY) ? 0.0f : product;
 }
 
+// __CUDA_ARCH_FEAT_SM90_ALL is defined for sm_90a. Other architectures have no code of the kernel.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOELORA_CLUSTER __cluster_dims__(SHRINK_CLUSTER, 1, 1)
+#else
+#define MOELORA_CLUSTER
+#endif
+
 // Grid: one block for each 64 tokens, rounded up to whole clusters. x_map has boxes of 64 rows of x
 // [T, I], a_map of R / 4 rows of A [R, I], router_map of E8 rows of Wr [E, I], each of 64 columns.
 template <int R, int E8>
-__global__ void __cluster_dims__(SHRINK_CLUSTER, 1, 1) __launch_bounds__(SHRINK_THREADS)
+__global__ void MOELORA_CLUSTER __launch_bounds__(SHRINK_THREADS)
     shrink_gate_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ CUtensorMap a_map,
                        const __grid_constant__ CUtensorMap router_map,
                        const __grid_constant__ ShrinkArguments arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = ShrinkMemory<R, E8>;
   constexpr int STAGES = Memory::STAGES;
   // A stage is filled again two steps after its products were issued: they end, and the arrivals of
@@ -140,6 +150,14 @@ __global__ void __cluster_dims__(SHRINK_CLUSTER, 1, 1) __launch_bounds__(SHRINK_
   const uint32_t base = shared_address(memory), rank = cluster_rank();
   const uint32_t full = base + Memory::BARRIERS, empty = full + STAGES * 8;
 
+  // The expert of every column of rank space.
+  int* const column_experts = reinterpret_cast<int*>(memory + Memory::COLUMN_EXPERTS);
+  if (thread < R) {
+    int expert = 0;
+#pragma unroll
+    for (int e = 0; e < E8 - 1; ++e) expert += e < arguments.E && thread >= arguments.end[e];
+    column_experts[thread] = expert;
+  }
   if (thread == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(full + stage * 8, 1);
@@ -224,9 +242,9 @@ __global__ void __cluster_dims__(SHRINK_CLUSTER, 1, 1) __launch_bounds__(SHRINK_
     const bool in_bounds = first_token + row < arguments.T;
 #pragma unroll
     for (int j = 0; j < R / 8; ++j) {
-      const int2 experts = *reinterpret_cast<const int2*>(arguments.column_experts + 8 * j + 2 * t);
-      const __nv_bfloat162 rounded = __floats2bfloat162_rn(h[4 * j + 2 * half],
-                                                           h[4 * j + 2 * half + 1]);
+      const int2 experts = *reinterpret_cast<const int2*>(column_experts + 8 * j + 2 * t);
+      const __nv_bfloat162 rounded =
+          __floats2bfloat162_rn(h[4 * j + 2 * half], h[4 * j + 2 * half + 1]);
       const float2 values = __bfloat1622float2(rounded);
       const float u0 = apply_gate(gate[experts.x], values.x);
       const float u1 = apply_gate(gate[experts.y], values.y);
@@ -237,6 +255,7 @@ __global__ void __cluster_dims__(SHRINK_CLUSTER, 1, 1) __launch_bounds__(SHRINK_
       }
     }
   }
+#endif
 }
 
 }  // namespace moelora

@@ -28,6 +28,7 @@ KERNELS = '#include "shrink_gate.cuh"\n' + "".join(
     for R, E in SHAPES
 )
 TOKENS, STEP, CLUSTER, THREADS, STAGES = 64, 64, 4, 128, 6
+MOST_EXPERTS = 16
 # In memory that the kernel writes.
 GARBAGE = 0x5A
 
@@ -45,7 +46,7 @@ def kernel(ptx: str, R: int, E: int) -> Kernel:
     """Return one of the kernels, ready to run."""
     (name,) = re.findall(rf"\.entry\s+(\w*shrink_gate_kernelILi{R}ELi{E}E\w*)", ptx)
     stage = (TOKENS + R + E) * 128
-    shared = STAGES * stage + 2 * STAGES * 8 + TOKENS * E * 4
+    shared = STAGES * stage + 2 * STAGES * 8 + TOKENS * E * 4 + R * 4
     return Kernel(parse(ptx, name), THREADS, shared)
 
 
@@ -71,10 +72,7 @@ def execute(
     (T, I), R, E = x.shape, a.shape[0], len(mixture.ranks)  # noqa: E741
     K, padded = mixture.router_top_k, -(-E // 8) * 8
     bias = router.bias[0].float() if router.bias else None
-    experts_of_columns = np.repeat(np.arange(E, dtype=np.int32), mixture.ranks)
     inputs = [_bytes(x), _bytes(a), _bytes(weight)]
-    inputs += [np.array(mixture.scaling, np.float32).view(np.uint8)]
-    inputs += [experts_of_columns.view(np.uint8)]
     if bias is not None:
         inputs.append(_bytes(bias))
     sizes = [2 * T * R, 2 * T * R, 4 * T * K, 4 * T * K if K < E else 0, 4 * T * E]
@@ -83,10 +81,10 @@ def execute(
     addresses = [memory.address(i) for i in range(len(inputs) + len(outputs))]
     h, u, weights, experts, logits = addresses[len(inputs) :]
     arguments = struct.pack(
-        "<q4if4x8Q",
+        "<q4if16f16i4x6Q",
         T, -(-I // STEP), E, K, mixture.renormalize, mixture.temperature,
-        0 if bias is None else addresses[5], addresses[3], addresses[4], h, u, weights,
-        experts if K < E else 0, logits,
+        *_padded(mixture.scaling), *_padded(np.cumsum(mixture.ranks).tolist()),
+        0 if bias is None else addresses[3], h, u, weights, experts if K < E else 0, logits,
     )  # fmt: skip
     maps = [
         tensor_map(address, rows, I, 2 * I, box, STEP, 2)
@@ -105,6 +103,10 @@ def execute(
         else torch.empty(shape, dtype=dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     )
+
+
+def _padded(values: Sequence[float]) -> list[float]:
+    return [*values, *[0] * (MOST_EXPERTS - len(values))]
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
