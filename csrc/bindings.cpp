@@ -56,7 +56,7 @@ pybind11::dict build_info() {
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;
 #if defined(MOELORA_CUDA)
-  info["cuda_ops"] = pybind11::make_tuple("route");
+  info["cuda_ops"] = pybind11::make_tuple("cluster_shrink", "route");
   for (int architecture : moelora::architectures()) {
     gpus.append("sm_" + std::to_string(architecture / 10));
   }
