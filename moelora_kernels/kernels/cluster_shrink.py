@@ -81,6 +81,20 @@ def _is_on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def launch_op(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    router: RouterTensors,
+    gate: Gate,
+    mixture: Mixture,
+    dropout: Dropout,
+):
+    """Return h, u and the gate of the router, computed by the op."""
+    bias = router.bias[0].float() if router.bias else x.new_empty(0, dtype=torch.float32)
+    ranks, scaling, _, *options = mixture
+    return op()(x, lora_a[0], router.weight[0], bias, ranks, scaling, *options)
+
+
 def launch(
     x: Tensor,
     lora_a: Sequence[Tensor],
@@ -90,10 +104,5 @@ def launch(
     dropout: Dropout,
 ):
     """Return h, u and the gate of the routers, like `reference.shrink_gate`."""
-    if not is_faster(x, lora_a, router, mixture, dropout):
-        return shrink_gate.launch(x, lora_a, router, gate, mixture, dropout)
-    bias = router.bias[0].float() if router.bias else x.new_empty(0, dtype=torch.float32)
-    ranks, scaling, _, top_k, renormalize, temperature = mixture
-    return op()(
-        x, lora_a[0], router.weight[0], bias, ranks, scaling, top_k, renormalize, temperature
-    )
+    chosen = launch_op if is_faster(x, lora_a, router, mixture, dropout) else shrink_gate.launch
+    return chosen(x, lora_a, router, gate, mixture, dropout)

@@ -23,23 +23,10 @@ from support.inputs import Inputs
 from support.nvcc import CUDA, compile_source, needs_nvcc
 from support.op_checks import compare
 from support.selection import default_cases
+from support.shrink_ptx import CASES, R64, R128
 
 pytestmark = needs_nvcc
 
-R128, R64 = (16,) * 8, (8,) * 8
-CASES = {
-    # Less steps than stages; one token.
-    "short": Case(T=1, I=192, ranks=R128),
-    # A tile that ends inside, blocks without tokens; a step that ends inside; more steps than
-    # stages, so that tiles are filled again, some of them twice.
-    "tails": Case(T=300, I=1000, ranks=R128, router_bias=True),
-    "long": Case(T=70, I=1472, ranks=R64, renormalize=False, temperature=0.7),
-    "all_experts": Case(T=64, I=448, ranks=(32, 32), K=2),
-    "one_of_sixteen": Case(T=65, I=512, ranks=(8,) * 16, K=1),
-    "mixed_ranks": Case(T=130, I=512, ranks=(3, 40, 1, 20), K=3, router_bias=True),
-    "nine_experts": Case(T=100, I=640, ranks=(16,) * 7 + (8, 8), K=4, renormalize=False),
-    "two_clusters": Case(T=513, I=832, ranks=R128),
-}
 each_time = pytest.mark.parametrize("late", (False, True), ids=("early", "late"))
 
 

@@ -16,6 +16,7 @@ from ptx.bulk import tensor_map
 from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
+from support.cases import Case
 from support.nvcc import compile_source
 
 HEADERS = ("shrink_gate.cuh", "hopper.cuh")
@@ -31,6 +32,21 @@ TOKENS, STEP, CLUSTER, THREADS, STAGES = 64, 64, 4, 128, 6
 MOST_EXPERTS = 16
 # In memory that the kernel writes.
 GARBAGE = 0x5A
+# Ranks whose sum is the number in the name.
+R128, R64 = (16,) * 8, (8,) * 8
+CASES = {
+    # Less steps than stages; one token.
+    "short": Case(T=1, I=192, ranks=R128),
+    # A tile that ends inside, blocks without tokens; a step that ends inside; more steps than
+    # stages, so that tiles are filled again, some of them twice.
+    "tails": Case(T=300, I=1000, ranks=R128, router_bias=True),
+    "long": Case(T=70, I=1472, ranks=R64, renormalize=False, temperature=0.7),
+    "all_experts": Case(T=64, I=448, ranks=(32, 32), K=2),
+    "one_of_sixteen": Case(T=65, I=512, ranks=(8,) * 16, K=1),
+    "mixed_ranks": Case(T=130, I=512, ranks=(3, 40, 1, 20), K=3, router_bias=True),
+    "nine_experts": Case(T=100, I=640, ranks=(16,) * 7 + (8, 8), K=4, renormalize=False),
+    "two_clusters": Case(T=513, I=832, ranks=R128),
+}
 
 
 @cache
