@@ -77,21 +77,22 @@ void route(const Step& step, Tensors& tensors) {
 }
 
 void cluster_shrink(const Step& step, Tensors& tensors) {
-  using torch::stable::detail::from, torch::stable::detail::to;
+  namespace stable = torch::stable::detail;
   const auto begin = step.options.begin() + 4;
   const int64_t experts = step.options[2];
   std::vector<double> scaling;
   for (int64_t e = 0; e < experts; ++e) scaling.push_back(number(begin[experts + e]));
   std::array<StableIValue, 9> stack;
-  for (size_t i = 0; i < 4; ++i) stack[i] = from(tensors.view(step.views[i]).release());
-  stack[4] = from(std::vector<int64_t>(begin, begin + experts));
-  stack[5] = from(scaling);
-  stack[6] = from(step.options[0]);
-  stack[7] = from(step.options[1] != 0);
-  stack[8] = from(number(step.options[3]));
+  for (size_t i = 0; i < 4; ++i) stack[i] = stable::from(tensors.view(step.views[i]).release());
+  stack[4] = stable::from(std::vector<int64_t>(begin, begin + experts));
+  stack[5] = stable::from(scaling);
+  stack[6] = stable::from(step.options[0]);
+  stack[7] = stable::from(step.options[1] != 0);
+  stack[8] = stable::from(number(step.options[3]));
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("moelora::cluster_shrink", "", stack.data(), TORCH_ABI_VERSION));
-  for (size_t i = 0; i < 5; ++i) tensors.set(step.tensors[i], to<AtenTensorHandle>(stack[i]));
+  for (size_t i = 0; i < 5; ++i)
+    tensors.set(step.tensors[i], stable::to<AtenTensorHandle>(stack[i]));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ the native library if that is built with CUDA for sm_90a.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -103,6 +104,18 @@ def launch(
     mixture: Mixture,
     dropout: Dropout,
 ):
-    """Return h, u and the gate of the routers, like `reference.shrink_gate`."""
-    chosen = launch_op if is_faster(x, lora_a, router, mixture, dropout) else shrink_gate.launch
-    return chosen(x, lora_a, router, gate, mixture, dropout)
+    """Return h, u and the gate of the routers, like `reference.shrink_gate`.
+
+    If the op fails, the kernel of Triton computes them, and a warning gives the reason.
+    """
+    arguments = x, lora_a, router, gate, mixture, dropout
+    if is_faster(x, lora_a, router, mixture, dropout):
+        try:
+            return launch_op(*arguments)
+        except RuntimeError as error:
+            warnings.warn(
+                f"moelora_kernels: cluster_shrink failed, and Triton takes its place: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return shrink_gate.launch(*arguments)

@@ -133,6 +133,20 @@ def test_the_launcher_takes_triton(calls_of_op: list) -> None:
     assert not calls_of_op
 
 
+def test_triton_takes_the_place_of_an_op_that_fails(
+    calls_of_op: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_shrink, "FILL", 0.0)
+    (arguments,) = calls("shrink_gate", Inputs(CASE, torch.bfloat16))
+    failing = mock.Mock(side_effect=RuntimeError("no tensor map"))
+    monkeypatch.setattr(cluster_shrink, "op", lambda: failing)
+    with (
+        mock.patch.object(cluster_shrink.shrink_gate, "launch") as launch,
+        pytest.warns(RuntimeWarning, match="no tensor map"),
+    ):
+        assert cluster_shrink.launch(*arguments) is launch.return_value
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plans_replay_the_op(
     backend: str, calls_of_op: list, monkeypatch: pytest.MonkeyPatch
