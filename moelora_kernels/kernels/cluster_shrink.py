@@ -57,8 +57,10 @@ def fills_waves(tokens: int, processors: int) -> bool:
 
 def _is_matrix(tensor: Tensor) -> bool:
     """Return whether a tensor map describes a matrix: bfloat16, rows at multiples of 16 bytes."""
-    is_aligned = tensor.stride(0) % 8 == 0 and tensor.data_ptr() % launcher.ALIGNMENT == 0
-    return tensor.dtype == torch.bfloat16 and tensor.stride(1) == 1 and is_aligned
+    pitch, step = tensor.stride()
+    is_aligned = pitch % 8 == 0 and tensor.data_ptr() % launcher.ALIGNMENT == 0
+    is_apart = step == 1 and pitch >= tensor.shape[1]
+    return tensor.dtype == torch.bfloat16 and is_apart and is_aligned
 
 
 def is_faster(

@@ -108,7 +108,8 @@ def test_matrices_that_a_tensor_map_describes() -> None:
     x = torch.zeros(4, 64, dtype=torch.bfloat16)
     assert cluster_shrink._is_matrix(x)
     assert cluster_shrink._is_matrix(x[:, 8:])
-    for other in (x[:, 1:], x.t(), x[:, ::2], x.float(), torch.zeros(4, 60, dtype=x.dtype)):
+    odd = torch.zeros(4, 60, dtype=x.dtype)
+    for other in (x[:, 1:], x.t(), x[:, ::2], x[:1].expand(4, -1), x.float(), odd):
         assert not cluster_shrink._is_matrix(other)
 
 

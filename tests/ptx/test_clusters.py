@@ -8,6 +8,7 @@ import pytest
 from ptx.bulk import tensor_map
 from ptx.errors import AccessError, PtxError, RaceError, Unsupported
 from ptx.harness import address, run
+from ptx.program import parse
 
 # Thread 0 runs what is behind @%p1. Its mbarriers lie behind two tiles of 8 rows of 128 bytes.
 FULL, EMPTY = "global_smem+2048", "global_smem+2056"
@@ -300,3 +301,34 @@ def test_the_errors_say_what_they_are() -> None:
         execute(FAULTS["a read before the wait"][0], threads=64)
     with pytest.raises(AccessError):
         execute(FAULTS["a tile behind shared memory"][0], threads=64)
+
+
+def test_the_registers_of_a_cluster() -> None:
+    body = f"""{RANK} mov.u32 %r24, %cluster_nctarank; mad.lo.u32 %r25, %r24, 100, %r22;
+    mad.lo.u32 %r26, %r23, 32, %r0; mad.wide.u32 %rd90, %r26, 4, %rd1;
+    st.global.b32 [%rd90], %r25;"""
+    out = execute(body, programs=6, cluster=3)
+    assert (out.reshape(6, 32)[:, 0] == [300, 301, 302] * 2).all()
+
+
+def test_shared_variables_lie_behind_one_another_and_those_of_the_launch_come_last() -> None:
+    program = parse(
+        """.extern .shared .align 16 .b8 dynamic[];
+        .visible .entry test() .reqnctapercluster 4, 1, 1 {
+        .shared .align 8 .u64 barrier;
+        .shared .align 4 .b8 words[12];
+        ret; }"""
+    )
+    assert program.variables == {"barrier": 0, "words": 8, "dynamic": 32}
+    assert program.cluster == 4
+
+
+def test_threads_that_have_parted_load_parameters() -> None:
+    """The others have no address."""
+    body = f"""setp.lt.u32 %p1, %r0, 5; {address(0, 4)} @!%p1 bra END;
+    mov.b64 %rd10, param_0; mul.wide.u32 %rd11, %r0, 0; add.s64 %rd10, %rd10, %rd11;
+    ld.param.u64 %rd12, [%rd10]; setp.eq.u64 %p2, %rd12, %rd0; selp.b32 %r1, 1, 0, %p2;
+    st.global.b32 [%rd90], %r1; END:"""
+    out = np.zeros(32, np.uint32)
+    run(body, out)
+    assert out.tolist() == [1] * 5 + [0] * 27
