@@ -56,7 +56,11 @@ pybind11::dict build_info() {
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;
 #if defined(MOELORA_CUDA)
+#if defined(MOELORA_SM_90A)
   info["cuda_ops"] = pybind11::make_tuple("cluster_shrink", "route");
+#else
+  info["cuda_ops"] = pybind11::make_tuple("route");
+#endif
   for (int architecture : moelora::architectures()) {
     gpus.append("sm_" + std::to_string(architecture / 10));
   }

@@ -111,6 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster_shrink(
 
 }  // namespace moelora
 
+// Without code for sm_90a there is no implementation, and the package takes the Triton kernel.
+#if defined(MOELORA_SM_90A)
 STABLE_TORCH_LIBRARY_IMPL(moelora, CUDA, m) {
   m.impl("cluster_shrink", TORCH_BOX(&moelora::cluster_shrink));
 }
+#endif

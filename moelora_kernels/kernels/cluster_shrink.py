@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora_kernels import native
 from moelora_kernels.kernels import shrink_gate
 from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
@@ -37,10 +36,9 @@ torch.library.define(
 
 @cache
 def op() -> Any:
-    """Return the op of the native library; None if it has none for sm_90a."""
-    info = native.build_info()
-    is_built = "cluster_shrink" in info.get("cuda_ops", ()) and "sm_90" in info["cuda"]
-    return torch.ops.moelora.cluster_shrink.default if is_built else None
+    """Return the op of the native library; None if the library is not built for sm_90a."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("moelora::cluster_shrink", "CUDA")
+    return torch.ops.moelora.cluster_shrink.default if has_kernel else None
 
 
 def fills_waves(tokens: int, processors: int) -> bool:
