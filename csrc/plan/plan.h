@@ -67,7 +67,17 @@ struct Parameter {
   int64_t value;
 };
 
-enum class Kind : int64_t { ALLOCATE, LAUNCH, MM, ADDMM, COPY, ROUTE, RELEASE, CLUSTER_SHRINK };
+enum class Kind : int64_t {
+  ALLOCATE,
+  LAUNCH,
+  MM,
+  ADDMM,
+  COPY,
+  COPY_ALL,
+  ROUTE,
+  RELEASE,
+  CLUSTER_SHRINK
+};
 
 struct Step {
   Kind kind;
@@ -84,8 +94,8 @@ struct Step {
   unsigned threads = 0;
   unsigned shared = 0;
   std::vector<Parameter> parameters;
-  // MM, ADDMM and COPY: the output, then the inputs. ROUTE: the experts. CLUSTER_SHRINK: x, A, the
-  // router's weight and its bias.
+  // MM, ADDMM and COPY: the output, then the inputs. COPY_ALL: the outputs, then the inputs. ROUTE:
+  // the experts. CLUSTER_SHRINK: x, A, the router's weight and its bias.
   std::vector<View> views;
   // ROUTE: num_experts, siblings, tile, chunk. CLUSTER_SHRINK: top_k, renormalize, E, temperature,
   // E ranks, E scales; numbers with a fraction as the bits of a float64.
