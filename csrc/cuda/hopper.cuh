@@ -29,8 +29,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster wait for one another.
+// All threads of the cluster wait for one another. An `aligned` instruction needs all threads of a
+// warp at once, and some may come from a branch.
 __device__ __forceinline__ void synchronise_cluster() {
+  __syncwarp();
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
@@ -54,21 +56,22 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
-// Arrives at the barrier that block `rank` of the cluster has at the same address.
+// Arrives at the barrier that block `rank` of the cluster has at the same address. The block learns
+// that the products of this warp have ended. Loads and stores are not ordered: `.release.cluster`
+// would order them, but it compiles to a fence of the whole GPU.
 __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(barrier), "r"(rank));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// Waits for the end of the phase with this parity.
+// Waits for the end of the phase with this parity: for copies to this block, and for `arrive_at`.
 __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   do {
     asm volatile(
         "{ .reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p; }"
         : "=r"(ended)
         : "r"(barrier), "r"(parity)
@@ -108,8 +111,10 @@ __device__ __forceinline__ uint64_t describe_tile(uint32_t tile) {
 // What a descriptor grows by for the next 16 columns.
 constexpr uint64_t NEXT_COLUMNS = 32 >> 4;
 
-// Orders writes to registers before the products behind it.
+// Orders writes to registers before the products behind it. All threads of a warp come together,
+// because those of a wait leave it one by one.
 __device__ __forceinline__ void begin_products() {
+  __syncwarp();
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 

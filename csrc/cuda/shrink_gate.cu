@@ -37,6 +37,22 @@ void launch(const Matrices& matrices, const ShrinkArguments& arguments, cudaStre
   check_launch("cluster_shrink");
 }
 
+// Checks that the GPU of x has code of the kernel. Elsewhere the kernel is empty.
+void check_architecture(const Tensor& x) {
+  int major = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "cluster_shrink: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(major == 9, "cluster_shrink: expected a GPU of compute capability 9.0, got ",
+                  major, ".x");
+}
+
+// Checks that a tensor is on the device of x.
+void check_device(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+                  ": expected a tensor on the device of x");
+}
+
 // Checks a matrix [rows, columns] in bfloat16 that a tensor map can describe.
 void check_matrix(const Tensor& matrix, int64_t rows, int64_t columns, const char* name) {
   const auto [actual_rows, actual_columns] = shape<2>(matrix, name);
@@ -78,14 +94,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster_shrink(
   check_matrix(x, T, I, "x");
   check_matrix(lora_a, R, I, "lora_a");
   check_matrix(router_weight, E, I, "router_weight");
+  check_device(lora_a, x, "lora_a");
+  check_device(router_weight, x, "router_weight");
   if (router_bias.numel() > 0) {
     check_size(router_bias.numel(), E, "router_bias");
-    STD_TORCH_CHECK(router_bias.scalar_type() == ScalarType::Float,
-                    "router_bias: expected float32, got ", router_bias.scalar_type());
+    check_device(router_bias, x, "router_bias");
+    STD_TORCH_CHECK(router_bias.scalar_type() == ScalarType::Float && router_bias.is_contiguous(),
+                    "router_bias: expected contiguous float32, got ", router_bias.scalar_type());
     arguments.bias = router_bias.const_data_ptr<float>();
   }
 
   const Device device(x);
+  check_architecture(x);
   const Tensor h = empty_on(x, {T, R}, ScalarType::BFloat16);
   const Tensor u = empty_on(x, {T, R}, ScalarType::BFloat16);
   const Tensor weights = empty_on(x, {T, top_k}, ScalarType::Float);

@@ -91,7 +91,9 @@ def launch_op(
     dropout: Dropout,
 ):
     """Return h, u and the gate of the router, computed by the op."""
-    bias = router.bias[0].float() if router.bias else x.new_empty(0, dtype=torch.float32)
+    bias = x.new_empty(0, dtype=torch.float32)
+    if router.bias:
+        bias = router.bias[0].float().contiguous()
     ranks, scaling, _, *options = mixture
     return op()(x, lora_a[0], router.weight[0], bias, ranks, scaling, *options)
 

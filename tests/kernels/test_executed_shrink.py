@@ -132,10 +132,9 @@ SOURCE = {
     "tokens behind the last": (SHRINK, "      if (in_bounds) {", "      if (true) {"),
     "u of an h that is not rounded": (SHRINK, "gate[experts.y], values.y)", "gate[experts.y], 1)"),
     "a tie goes to the last": (SHRINK, "key > best_key)", "key >= best_key - 1.0f)"),
-    "a release that is not of the cluster": (
-        HOPPER, "arrive.release.cluster.shared::cluster.b64", "arrive.shared::cta.b64",
+    "four releases to the own block": (
+        HOPPER, "mapa.shared::cluster.u32 %0, %1, %2;", "mov.u32 %0, %1;",
     ),
-    "a wait that is not of the cluster": (HOPPER, ".acquire.cluster.shared", ".shared"),
     "rows of another pitch": (HOPPER, "EIGHT_ROWS = 8 * TILE_ROW", "EIGHT_ROWS = 4 * TILE_ROW"),
     "no swizzle": (HOPPER, "SWIZZLE_128B = 1;", "SWIZZLE_128B = 0;"),
 }  # fmt: skip

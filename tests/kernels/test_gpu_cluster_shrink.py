@@ -34,6 +34,16 @@ def test_equals_the_reference(name: str) -> None:
     compare("shrink_gate", cluster_shrink.launch_op, arguments, torch.bfloat16, truncates=True)
 
 
+def test_a_graph_replays_it() -> None:
+    arguments = arguments_of(CASES["tails"])
+    expected = cluster_shrink.launch_op(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = cluster_shrink.launch_op(*arguments)
+    graph.replay()
+    assert all(map(torch.equal, results, expected))
+
+
 def test_the_launcher_takes_it_at_8192_tokens() -> None:
     """And 50 runs have the same bits."""
     arguments = arguments_of(Case(T=8192, I=4096, ranks=R128))

@@ -56,7 +56,8 @@ def fence(build: Builder, ins: Instruction) -> Run:
 
 @implements(
     "mbarrier.arrive{,.release.cta}.shared::cta.b64",
-    "mbarrier.arrive.release.cluster.shared::{cta,cluster}.b64",
+    "mbarrier.arrive{,.release.cluster}.shared::cluster.b64",
+    "mbarrier.arrive.release.cluster.shared::cta.b64",
     "mbarrier.arrive.expect_tx{,.release.cta}.shared::cta.b64",
 )
 def arrive(build: Builder, ins: Instruction) -> Run:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ptx.clocks import BEFORE_ALL, Clocks
+from ptx.clocks import ACCESSES, BEFORE_ALL, Clocks
 from ptx.errors import AccessError, PtxError, RaceError, Unsupported
 from ptx.shared_memory import SharedMemory
 
@@ -33,8 +33,8 @@ class Mbarrier:
     bytes         bytes that it waits for; negative if copies came before they were announced
     phase         number of the phase
     warp, time    the warp that initialised it, and when; fenced: whether a fence followed
-    carrying      [programs, cluster, warps]: what arrivals of this phase know
-    carried       [programs, cluster, warps]: what the last phase that ended hands on
+    carrying      [programs, kinds, cluster, warps]: what arrivals of this phase know
+    carried       [programs, kinds, cluster, warps]: what the last phase that ended hands on
     """
 
     count: np.ndarray
@@ -49,7 +49,7 @@ class Mbarrier:
 
     @classmethod
     def none(cls, like: np.ndarray) -> Mbarrier:
-        """Return mbarriers that nobody initialised; like: an array [programs, cluster, warps]."""
+        """Return mbarriers that nobody initialised; like: [programs, kinds, cluster, warps]."""
         numbers = (np.zeros(len(like), np.int64) for _ in range(6))
         return cls(*numbers, np.zeros(len(like), bool), np.zeros_like(like), np.zeros_like(like))
 
@@ -135,7 +135,7 @@ class Mbarriers:
             raise AccessError("an mbarrier that is not at 8 bytes of shared memory")
         for at in np.unique(address):
             mine = rows[address == at]
-            each = self.by_address.setdefault(int(at), Mbarrier.none(self.visited))
+            each = self.by_address.setdefault(int(at), Mbarrier.none(self.clocks.known[:, 0]))
             if (each.count[mine] > 0).any():
                 raise Unsupported("an mbarrier that is initialised twice")
             each.count[mine] = each.pending[mine] = count[address == at]
@@ -163,7 +163,7 @@ class Mbarriers:
             raise RaceError("uses an mbarrier that nobody initialised")
         far = targets != rows
         own = ~far & (each.warp[targets] == warps)
-        known = clocks.known[rows, warps, targets % clocks.cluster, each.warp[targets]]
+        known = clocks.known[rows, warps, ACCESSES, targets % clocks.cluster, each.warp[targets]]
         if not (own | (known > each.time[targets])).all():
             raise RaceError("uses an mbarrier: no barrier behind its initialisation")
         if not each.fenced[targets[far | needs_fence]].all():
@@ -184,10 +184,11 @@ class Mbarriers:
     def arrive(
         self, rows: np.ndarray, warps: np.ndarray, address: np.ndarray, of_cluster: bool
     ) -> None:
-        """Warps of `rows` arrive, a thread for each element. of_cluster: with .release.cluster."""
+        """Warps of `rows` arrive, a thread for each element.
+
+        of_cluster: with .release.cluster; else other programs learn of products alone.
+        """
         targets, address = self.locate(rows, address)
-        if not of_cluster and (targets != rows).any():
-            raise RaceError("arrives in another program without .release.cluster")
         for at in np.unique(address):
             mine = address == at
             each = self.use(rows[mine], warps[mine], targets[mine], int(at))
@@ -195,6 +196,8 @@ class Mbarriers:
             if (each.pending < 0).any():
                 raise PtxError("more arrivals than a phase of the mbarrier counts")
             known = self.clocks.release(rows[mine], warps[mine])
+            if not of_cluster:
+                known[targets[mine] != rows[mine], ACCESSES] = 0
             np.maximum.at(each.carrying, targets[mine], known)
             each.advance()
 
@@ -208,7 +211,7 @@ class Mbarriers:
     ) -> np.ndarray:
         """Return whether the phases of these parities have ended, [n].
 
-        of_cluster: with .acquire.cluster; else the threads learn nothing of other ranks.
+        of_cluster: with .acquire.cluster; else the threads learn of other ranks products alone.
         """
         result, warps, clocks = np.zeros(len(rows), bool), threads // 32, self.clocks
         for at in np.unique(address):
@@ -225,7 +228,7 @@ class Mbarriers:
             known = each.carried[rows[mine]]
             if not of_cluster:
                 own = rows[mine] % clocks.cluster
-                known = known * (np.arange(clocks.cluster) == own[:, None])[..., None]
+                known[:, ACCESSES] *= (np.arange(clocks.cluster) == own[:, None])[..., None]
             clocks.acquire(rows[mine], warps[mine], known)
             for transfer in self.transfers:
                 if transfer.barrier == at and transfer.is_part_of_an_ended_phase(each):
@@ -258,5 +261,5 @@ class Mbarriers:
         self._finish(lambda transfer: transfer.seen.any())
         if self.transfers:
             raise RaceError("a program ends under a pending cp.async.bulk")
-        if (self.clocks.known.max(axis=1) <= self.visited).any():
+        if (self.clocks.known[:, :, ACCESSES].max(axis=1) <= self.visited).any():
             raise RaceError("a program ends before it knows that others are done with it")

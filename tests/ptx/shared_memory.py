@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.clocks import BEFORE_ALL, Clocks
+from ptx.clocks import ACCESSES, BEFORE_ALL, KINDS, PRODUCTS, Clocks
 from ptx.errors import AccessError, RaceError
 from ptx.units import add_in_turn, unit
 
@@ -24,8 +24,8 @@ class SharedMemory:
     reader        who read a byte since the last barrier
     unfenced      whether the byte was written since the last fence.proxy.async
     wgmma_reads   [programs, size / 16]: how many wgmma that nobody waited for read a chunk
-    touched       [programs, size / 16]: time of the last access to a chunk, and of the last end of
-                  a wgmma that read it; None unless `clocks` give a time (`follow`)
+    touched       [programs, kinds, size / 16]: time of the last access to a chunk, and of the last
+                  end of a wgmma that read it; None unless `clocks` give a time (`follow`)
     """
 
     clocks: Clocks | None = None
@@ -48,7 +48,7 @@ class SharedMemory:
     def follow(self, clocks: Clocks) -> None:
         """Enter the times of accesses, for bulk copies."""
         self.clocks = clocks
-        self.touched = np.full(self.wgmma_reads.shape, BEFORE_ALL, np.int32)
+        self.touched = np.full((self.programs, KINDS, self.size // CHUNK), BEFORE_ALL, np.int32)
 
     def select(self, rows: np.ndarray) -> SharedMemory:
         """Return the memory of some of the programs."""
@@ -81,7 +81,7 @@ class SharedMemory:
             raise AccessError(f"byte {at.max()} of {self.limit} bytes of shared memory")
         where = (rows * self.size + at) // size
         if self.touched is not None:
-            self.touched.reshape(-1)[where * size // CHUNK] = self.clocks.now
+            self.touched[rows, ACCESSES, at // CHUNK] = self.clocks.now
         return where
 
     def _codes(self, size: int, active: np.ndarray | None) -> np.ndarray:
@@ -178,7 +178,7 @@ class SharedMemory:
         self.pending_wgmma -= 1
         self.reader.reshape(self.programs, -1, CHUNK)[where] = SEVERAL
         if self.touched is not None:
-            self.touched[where] = self.clocks.now
+            self.touched[rows[:, None], PRODUCTS, chunks] = self.clocks.now
 
     # --- bulk copies
 
@@ -193,8 +193,9 @@ class SharedMemory:
             raise RaceError("cp.async.bulk overwrites bytes without a fence.proxy.async")
         if self.wgmma_reads[row, chunks].any():
             raise RaceError("overwrites bytes that a pending wgmma reads")
-        if not self.clocks.knows(*issuer, row, self.touched[row, chunks].max()):
-            raise RaceError("cp.async.bulk overwrites bytes that not all warps have released")
+        for kind in (ACCESSES, PRODUCTS):
+            if not self.clocks.knows(*issuer, row, kind, self.touched[row, kind, chunks].max()):
+                raise RaceError("cp.async.bulk overwrites bytes that not all warps have released")
         self.writer[row, at] = PENDING
 
     def put_bulk(self, row: int, at: np.ndarray, values: np.ndarray) -> None:

@@ -168,6 +168,35 @@ def test_a_tile_is_filled_again_behind_arrivals_of_all_its_readers(late: bool) -
     assert (out.reshape(4, 64) == box(4, 0)[:64] + box(8, 0)[:64]).all()
 
 
+# Reads bytes 0 to 2047 as A [64, 16], and the first 256 of them as B [8, 16], without swizzle.
+PRODUCT = f"""mov.u64 %rd10, {1024 >> 4 << 16 | 128 >> 4 << 32};
+mov.u64 %rd11, {128 >> 4 << 16 | 128 >> 4 << 32}; wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r1, %r2, %r3, %r4}}, %rd10, %rd11,
+0, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;"""
+END = "wgmma.wait_group.sync.aligned 0;"
+
+
+@each_time
+def test_the_end_of_a_product_is_known_without_a_scope(late: bool) -> None:
+    """But not that of a load, and not before the wait."""
+
+    def run_cycle(use: str) -> None:
+        body = CYCLE.replace(SUM, "").replace(init(EMPTY, 4), init(EMPTY, 8))
+        body = body.replace(TOUCH + " " + RELEASE, use)
+        body = body.replace("arrive.release.cluster", "arrive").replace(".acquire.cluster", "")
+        execute(body, late, threads=128, programs=2, cluster=2)
+
+    run_cycle(PRODUCT + END + RELEASE)
+    for use, message in (
+        (TOUCH + RELEASE, "not all warps have released"),
+        (PRODUCT + RELEASE, "pending wgmma reads"),
+        (RELEASE + PRODUCT + END, "not all warps have released"),
+    ):
+        with pytest.raises(RaceError, match=message):
+            run_cycle(use)
+
+
 # --- faults --------------------------------------------------------------------------------------
 
 # Name -> (body, part of the message), of 64 threads.
@@ -253,7 +282,7 @@ CLUSTER_FAULTS = {
         "mapa.shared::cluster.u32 %r31, %r30, 0", "mov.u32 %r31, %r30", "does not end",
     ),
     "a release without its scope": (
-        "release.cluster.shared::cluster.b64", "shared::cta.b64", "without .release.cluster",
+        "arrive.release.cluster", "arrive", "not all warps have released",
     ),
     "a wait without its scope": (".acquire.cluster", "", "not all warps have released"),
     "no wait for the release": (WAIT_EMPTY, "", "not all warps have released"),
