@@ -41,15 +41,18 @@ def op() -> Any:
     return torch.ops.moelora.cluster_shrink.default if has_kernel else None
 
 
-def fills_waves(tokens: int, processors: int) -> bool:
-    """Return whether blocks for so many tokens fill their waves well enough.
+def blocks_at_once(processors: int) -> int:
+    """Return how many blocks run at the same time, assumed: 128 on 132 multiprocessors.
 
-    The blocks of a cluster run on neighbouring multiprocessors, so some of these stay empty: 128 of
-    132 have a block.
+    The blocks of a cluster run on neighbouring multiprocessors, so some of these stay empty.
     """
     at_once = processors // CLUSTER * CLUSTER
-    at_once -= CLUSTER if at_once == processors else 0
-    blocks = launcher.ceil_div(tokens, TOKENS)
+    return at_once - CLUSTER if at_once == processors else at_once
+
+
+def fills_waves(tokens: int, processors: int) -> bool:
+    """Return whether blocks for so many tokens fill their waves well enough."""
+    at_once, blocks = blocks_at_once(processors), launcher.ceil_div(tokens, TOKENS)
     return blocks >= FILL * at_once * launcher.ceil_div(blocks, at_once)
 
 
