@@ -20,43 +20,46 @@ struct InnerForward {
   C* h_sums;  // [ranges, num_routed, padded(width)]
 
   // Scratch space of a thread, in numbers of C.
-  int64_t scratch_size() const {
-    return 3 * inner.ranks * STRIP + inner.token_blocks.size() * STRIP + 4 * CHUNK * STRIP +
-           CHUNK * (inner.tensors.width + padded(inner.tensors.width));
+  int64_t scratch_size(const Ranges& ranges) const {
+    return 3 * inner.ranks * STRIP * ranges.size() + inner.token_blocks.size() * STRIP +
+           4 * CHUNK * STRIP + CHUNK * (inner.tensors.width + padded(inner.tensors.width));
   }
 
   // Computes a of a chunk from gate = u_gate Bgt and up = u_up But [CHUNK, STRIP]. Adds w a to the
   // rows of `sums`, and writes dropout(a) to `values`.
-  template <class P, class V>
+  template <class Level, class V>
   MOELORA_INLINE void activate_chunk(const Chunk& chunk, int64_t strip, int64_t first_token,
                                      C* gate, const C* up, C* sums, V* values) const {
-    const int64_t count = inner.columns(strip);
+    constexpr int BYTES = Level{}();
+    constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+    using Numbers = typename Vector<C, BYTES>::type;
+    const InnerTensors& t = inner.tensors;
+    alignas(64) S copies[2][STRIP];
     for (int64_t n = 0; n < chunk.size(); ++n) {
-      const int64_t pair = inner.pair(chunk.begin + n), token = pair / inner.tensors.K;
-      const C weight = inner.weights[pair];
-      const S* gate_out = inner.row(inner.tensors.gate_out, token, strip);
-      const S* up_out = inner.row(inner.tensors.up_out, token, strip);
+      const int64_t pair = inner.pair(chunk.begin + n), token = pair / t.K;
+      const S* gate_out = inner.row(t.gate_out, token, strip, copies[0]);
+      const S* up_out = inner.row(t.up_out, token, strip, copies[1]);
       C* a = gate + n * STRIP;
       const C* up_row = up + n * STRIP;
-      C* sum = sums + (token - first_token) * STRIP;
       for_activation(inner.activation, [&](auto activation) MOELORA_INLINE_LAMBDA {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const C z = C(widen(gate_out[j])) + a[j];
-          a[j] = activate<activation()>(z).value * (C(widen(up_out[j])) + up_row[j]);
+        for (int64_t j = 0; j < STRIP; j += LANES) {
+          const Numbers z = load_widened<S, C, BYTES>(gate_out + j) + load<C, BYTES>(a + j);
+          const Numbers z_up = load_widened<S, C, BYTES>(up_out + j) + load<C, BYTES>(up_row + j);
+          store<C, BYTES>(a + j, activate<activation()>(z).value * z_up);
         }
       });
+      const C weight = inner.weights[pair];
       if (weight != 0) {
+        C* sum = sums + (token - first_token) * STRIP;
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) sum[j] += weight * a[j];
+        for (int64_t j = 0; j < STRIP; ++j) sum[j] += weight * a[j];
       }
       if (inner.mask.active()) {
-        inner.mask.apply(a, pair, strip * STRIP, inner.tensors.F, count, chunk.expert);
+        inner.mask.apply(a, pair, strip * STRIP, t.F, inner.columns(strip), chunk.expert);
       }
-      V* value_row = values + n * STRIP;
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) value_row[j] = Inner<S, C>::template rounded<P>(a[j]);
-      std::fill(value_row + count, value_row + STRIP, V(0.0f));
+      for (int64_t j = 0; j < STRIP; j += LANES) {
+        store_rounded<V, C, BYTES>(values + n * STRIP + j, load<C, BYTES>(a + j));
+      }
     }
   }
 
@@ -69,9 +72,10 @@ struct InnerForward {
     const TokenBlocks& blocks = inner.token_blocks;
     const int64_t w = padded(t.width);
     const Tensor* const us[] = {&t.u_gate, &t.u_up};
-    auto* packed_gate = reinterpret_cast<Unit*>(scratch);  // of gate and up
-    Unit* packed_down = packed_gate + 2 * inner.ranks * STRIP;
-    Unit* u_units = packed_down + inner.ranks * STRIP;
+    // B of gate and up, and Ad, of a strip; the strips of the range follow each other.
+    const int64_t matrix = inner.ranks * STRIP;
+    auto* packed = reinterpret_cast<Unit*>(scratch);
+    Unit* u_units = packed + 3 * matrix * ranges.size();
     C* product = reinterpret_cast<C*>(u_units + CHUNK * t.width);
     C* gate = product + CHUNK * w;  // and up
     C* partial = gate + 2 * CHUNK * STRIP;
@@ -79,39 +83,47 @@ struct InnerForward {
     C* sums = partial + 2 * CHUNK * STRIP;
     C* range_sums = h_sums + range * blocks.num_routed() * w;
 
-    const int64_t first_strip = ranges.first_strip(range),
-                  end_strip = ranges.first_strip(range + 1);
+    const int64_t first_strip = ranges.first_strip(range);
+    const int64_t end_strip = ranges.first_strip(range + 1);
     for (int64_t strip = first_strip; strip < end_strip; ++strip) {
+      Unit* packed_strip = packed + (strip - first_strip) * 3 * matrix;
       for (int64_t i = 0; i < 2; ++i) {
-        inner.template pack_expand<P>(i == 0 ? t.gate_b : t.up_b, strip,
-                                      packed_gate + i * inner.ranks * STRIP);
+        inner.template pack_expand<P, Level{}()>(i == 0 ? t.gate_b : t.up_b, strip,
+                                                 packed_strip + i * matrix);
       }
       for (int64_t e = 0; e < inner.blocks.num_experts(); ++e) {
         if (!inner.has_pairs(e)) continue;
         const S* a = t.down_a.template const_data_ptr<S>() + inner.blocks.begin[e] * t.F;
-        inner.template pack_columns<P>(a + strip * STRIP, t.F, inner.blocks.ranks[e],
-                                       inner.columns(strip), padded(inner.blocks.ranks[e]),
-                                       packed_down + inner.begin[e] * STRIP);
+        inner.template pack_columns<P, Level{}()>(
+            a + strip * STRIP, t.F, inner.blocks.ranks[e], inner.columns(strip),
+            padded(inner.blocks.ranks[e]), packed_strip + 2 * matrix + inner.begin[e] * STRIP);
       }
-      for (int64_t block = 0; block < blocks.count(); ++block) {
-        if (block + 1 < blocks.count()) {
-          inner.prefetch(t.gate_out, block + 1, strip);
-          inner.prefetch(t.up_out, block + 1, strip);
+    }
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      for (int64_t strip = first_strip; strip < end_strip; ++strip) {
+        const Unit* packed_strip = packed + (strip - first_strip) * 3 * matrix;
+        // Fetch the strip after this one.
+        const bool is_last = strip + 1 == end_strip;
+        const int64_t next_block = is_last ? block + 1 : block;
+        if (next_block < blocks.count()) {
+          for (const Tensor* rows : {&t.gate_out, &t.up_out}) {
+            inner.prefetch(*rows, next_block, is_last ? first_strip : strip + 1);
+          }
         }
         std::fill_n(sums, blocks.size() * STRIP, C{0});
         for (int64_t c = blocks.first_chunk(block); c < blocks.first_chunk(block + 1); ++c) {
           const Chunk& chunk = blocks.chunks()[c];
           // One call for both, because every call is inlined.
           for (int64_t i = 0; i < 2; ++i) {
-            inner.template expand<Level>(chunk, *us[i], packed_gate + i * inner.ranks * STRIP,
+            inner.template expand<Level>(chunk, *us[i], packed_strip + i * matrix,
                                          gate + i * CHUNK * STRIP, u_units, partial);
           }
-          activate_chunk<P>(chunk, strip, blocks.first_token(block), gate, gate + CHUNK * STRIP,
-                            sums, values);
-          inner.template shrink<Level>(chunk, strip, strip == first_strip, values, packed_down,
-                                       product, range_sums);
+          activate_chunk<Level>(chunk, strip, blocks.first_token(block), gate, gate + CHUNK * STRIP,
+                                sums, values);
+          inner.template shrink<Level>(chunk, strip, strip == first_strip, values,
+                                       packed_strip + 2 * matrix, product, range_sums);
         }
-        inner.write_block(sums, block, strip, summed);
+        inner.template write_block<Level>(sums, block, strip, summed);
       }
     }
   }
@@ -133,10 +145,10 @@ void run(const InnerTensors& tensors, const Routing& routing, const Blocks& bloc
   const int64_t work =
       (tensors.T * tensors.K + tensors.R) * (3 * width + 32) * tensors.F / ranges.count;
   torch::stable::parallel_for(0, ranges.count, grain(work), [&](int64_t begin, int64_t end) {
-    std::vector<C> scratch(forward.scratch_size());
+    const auto scratch = uninitialised<C>(forward.scratch_size(ranges));
     vectorised([&](auto level) {
       for (int64_t range = begin; range < end; ++range) {
-        forward.template run_range<decltype(level)>(range, ranges, scratch.data());
+        forward.template run_range<decltype(level)>(range, ranges, scratch.get());
       }
     });
   });

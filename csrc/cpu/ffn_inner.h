@@ -8,12 +8,14 @@
 // and the ranges are added in their order: the result does not depend on the number of threads.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "activation.h"
 #include "dropout.h"
 #include "grouped.h"
+#include "vectors.h"
 
 namespace moelora {
 namespace {
@@ -24,7 +26,7 @@ constexpr int64_t CHUNK = 32;
 // Units of a partial sum: a longer sum would lose bits.
 constexpr int64_t SEGMENT = 32;
 // Ranges of strips. More ranges need more memory for the sums over F.
-constexpr int64_t MAX_RANGES = 32;
+constexpr int64_t MAX_RANGES = 16;
 
 // Returns `count`, rounded up to a multiple of 4: the rows of a panel.
 constexpr int64_t panel_height(int64_t count) { return (count + 3) / 4 * 4; }
@@ -39,6 +41,12 @@ MOELORA_INLINE void strip_panel(int64_t rows, const Factors<Unit>& left, const U
   for (int64_t column = 0; column < STRIP; column += COLUMNS) {
     panel_rows<BYTES, VECTORS>(rows, left, right + column, STRIP, steps, out + column, STRIP);
   }
+}
+
+// Returns scratch space that is not initialised.
+template <class C>
+std::unique_ptr<C[]> uninitialised(int64_t size) {
+  return std::make_unique_for_overwrite<C[]>(size);
 }
 
 // The pairs [begin, end) of `TokenBlocks::positions`. They have one expert.
@@ -112,6 +120,8 @@ struct Ranges {
   explicit Ranges(int64_t F)
       : strips((F + STRIP - 1) / STRIP), count(std::clamp<int64_t>(strips, 1, MAX_RANGES)) {}
   int64_t first_strip(int64_t range) const { return range * strips / count; }
+  // Returns how many strips a range has at most.
+  int64_t size() const { return (strips + count - 1) / count; }
 };
 
 // The arguments of both ops, checked and in one dtype.
@@ -195,23 +205,20 @@ struct Inner {
     return routing.pair(token_blocks.position(index));
   }
 
-  // Returns the columns of a strip, of row t of a matrix [T, F].
-  MOELORA_INLINE const S* row(const Tensor& matrix, int64_t t, int64_t strip) const {
-    return matrix.const_data_ptr<S>() + t * matrix.stride(0) + strip * STRIP;
+  // Returns the columns of a strip, of row t of a matrix [T, F]. If the strip is not full, they are
+  // copied to `copy` [STRIP], with zeros at the end.
+  MOELORA_INLINE const S* row(const Tensor& matrix, int64_t t, int64_t strip, S* copy) const {
+    const S* data = matrix.const_data_ptr<S>() + t * matrix.stride(0) + strip * STRIP;
+    const int64_t count = columns(strip);
+    if (count == STRIP) return data;
+    std::copy_n(data, count, copy);
+    std::fill(copy + count, copy + STRIP, S(0.0f));
+    return copy;
   }
 
   // How the values of a step enter a product: bfloat16 in pairs, else as they are.
   template <class P>
   using Value = std::conditional_t<P::bf16_pairs, S, C>;
-
-  template <class P>
-  static MOELORA_INLINE Value<P> rounded(C value) {
-    if constexpr (P::bf16_pairs) {
-      return narrow<S>(value);
-    } else {
-      return value;
-    }
-  }
 
   template <class P>
   static MOELORA_INLINE const typename P::Unit* units_of(const Value<P>* values) {
@@ -231,7 +238,7 @@ struct Inner {
   }
 
   // Packs rows whose columns are summed over: rows [count, columns] become packed [units, width].
-  template <class P>
+  template <class P, int BYTES>
   MOELORA_INLINE void pack_columns(const S* rows, int64_t stride, int64_t count, int64_t columns,
                                    int64_t packed_width, typename P::Unit* packed) const {
     using Unit = typename P::Unit;
@@ -249,22 +256,22 @@ struct Inner {
         for (int64_t k = 0; k < height; ++k) {
           P::pack_row(rows + (first + k) * stride + column, block_columns, block + k * PANEL);
         }
+        transpose_block<BYTES>(block);
         for (int64_t m = 0; m < P::units(block_columns); ++m) {
-          Unit* unit_row = packed + (n + m) * packed_width + first;
-          for (int64_t k = 0; k < height; ++k) unit_row[k] = block[k * PANEL + m];
+          std::copy_n(block + m * PANEL, height, packed + (n + m) * packed_width + first);
         }
       }
     }
   }
 
   // Packs B [F, R] of gate or up for u Bt: packed [units of the ranks, STRIP] of each expert.
-  template <class P>
+  template <class P, int BYTES>
   MOELORA_INLINE void pack_expand(const Tensor& b, int64_t strip, typename P::Unit* packed) const {
     const S* data = b.const_data_ptr<S>() + strip * STRIP * tensors.R;
     for (int64_t e = 0; e < blocks.num_experts(); ++e) {
       if (!has_pairs(e)) continue;
-      pack_columns<P>(data + blocks.begin[e], tensors.R, columns(strip), blocks.ranks[e], STRIP,
-                      packed + begin[e] * STRIP);
+      pack_columns<P, BYTES>(data + blocks.begin[e], tensors.R, columns(strip), blocks.ranks[e],
+                             STRIP, packed + begin[e] * STRIP);
     }
   }
 
@@ -334,14 +341,24 @@ struct Inner {
   }
 
   // Writes the sums [tokens of the block, STRIP] to their strip of `out` [T, F].
+  template <class Level>
   MOELORA_INLINE void write_block(const C* sums, int64_t block, int64_t strip,
                                   const Tensor& out) const {
+    constexpr int BYTES = Level{}();
+    constexpr int64_t LANES = Vector<C, BYTES>::LANES;
     const int64_t first = token_blocks.first_token(block), count = columns(strip);
+    S* data = out.mutable_data_ptr<S>();
     for (int64_t t = first; t < token_blocks.end_token(block); ++t) {
-      S* row = out.mutable_data_ptr<S>() + t * tensors.F + strip * STRIP;
+      S* row = data + t * tensors.F + strip * STRIP;
       const C* sum = sums + (t - first) * STRIP;
+      int64_t j = 0;
+      if constexpr (Operand<S, Level::bf16_pairs>::bf16_pairs) {
+        for (; j + LANES <= count; j += LANES) {
+          store_rounded<S, C, BYTES>(row + j, load<C, BYTES>(sum + j));
+        }
+      }
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) row[j] = narrow<S>(sum[j]);
+      for (int64_t k = j; k < count; ++k) row[k] = narrow<S>(sum[k]);
     }
   }
 

@@ -6,6 +6,7 @@
 // how threads and steps split the work.
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <tuple>
 
 #include "ffn_inner.h"
@@ -27,7 +28,7 @@ struct InnerBackward {
   // A thread's buffers. Two of a kind belong to gate and up. V is how values enter a product.
   template <class Unit, class V>
   struct Buffers {
-    // The right sides of the products u Bt and dh Ad, and dz B.
+    // The right sides of the products u Bt and dh Ad, and dz B: [strips, ranks, STRIP].
     Unit *b_of_ranks[2], *down_of_ranks, *b_of_columns[2];
     Unit* u_units;
     C *z[2], *da, *partial, *product, *dout[2];
@@ -36,15 +37,15 @@ struct InnerBackward {
   };
 
   // Returns how many numbers of C the buffers have, and divides scratch among them unless it is
-  // null.
+  // null. strips: of a range.
   template <class Unit, class V>
-  int64_t divide(C* scratch, Buffers<Unit, V>& b) const {
+  int64_t divide(C* scratch, int64_t strips, Buffers<Unit, V>& b) const {
     int64_t size = 0;
     const auto take = [&](auto& pointer, int64_t count) {
       if (scratch) pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(scratch + size);
       size += padded(count);
     };
-    const int64_t matrix = inner.ranks * STRIP, w = padded(inner.tensors.width);
+    const int64_t matrix = inner.ranks * STRIP * strips, w = padded(inner.tensors.width);
     for (int64_t i = 0; i < 2; ++i) {
       take(b.b_of_ranks[i], matrix);
       take(b.b_of_columns[i], matrix);
@@ -68,104 +69,126 @@ struct InnerBackward {
     return size;
   }
 
-  template <class P, class B>
-  MOELORA_INLINE void pack(int64_t strip, const B& b) const {
+  // Packs strip `index` of a range.
+  template <class P, int BYTES, class B>
+  MOELORA_INLINE void pack(int64_t strip, int64_t index, const B& b) const {
     const InnerTensors& t = inner.tensors;
     const int64_t columns = inner.columns(strip), E = inner.blocks.num_experts();
+    const int64_t first = index * inner.ranks * STRIP;
     for (int64_t i = 0; i < 2; ++i) {
       const Tensor& matrix = i == 0 ? t.gate_b : t.up_b;
-      inner.template pack_expand<P>(matrix, strip, b.b_of_ranks[i]);
+      inner.template pack_expand<P, BYTES>(matrix, strip, b.b_of_ranks[i] + first);
       const S* data = matrix.const_data_ptr<S>() + strip * STRIP * t.R;
       for (int64_t e = 0; e < E; ++e) {
         if (!inner.has_pairs(e)) continue;
         const int64_t rank = inner.blocks.ranks[e];
         inner.template pack_rows<P>(data + inner.blocks.begin[e], t.R, columns, rank, padded(rank),
-                                    b.b_of_columns[i] + inner.begin[e] * STRIP);
+                                    b.b_of_columns[i] + first + inner.begin[e] * STRIP);
       }
     }
     const S* down = t.down_a.const_data_ptr<S>() + strip * STRIP;
     for (int64_t e = 0; e < E; ++e) {
       if (!inner.has_pairs(e)) continue;
       inner.template pack_rows<P>(down + inner.blocks.begin[e] * t.F, t.F, inner.blocks.ranks[e],
-                                  columns, STRIP, b.down_of_ranks + inner.begin[e] * STRIP);
+                                  columns, STRIP, b.down_of_ranks + first + inner.begin[e] * STRIP);
     }
   }
 
   // Computes dz_gate, dz_up and dropout(a) of a chunk, the terms of dgate_out and dup_out, and
   // <dsummed, a>. In: z = u Bt of gate and up, and da = dh Ad.
-  template <class P, class B>
+  template <class Level, class V, class B>
   MOELORA_INLINE void differentiate(const Chunk& chunk, int64_t strip, int64_t first_token,
-                                    bool is_first, C* range_products, const B& b) const {
-    using V = typename Inner<S, C>::template Value<P>;
-    const int64_t count = inner.columns(strip), F = inner.tensors.F;
+                                    bool is_first, C* range_products, V* const* values,
+                                    const B& b) const {
+    constexpr int BYTES = Level{}();
+    constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+    using Numbers = typename Vector<C, BYTES>::type;
+    const InnerTensors& t = inner.tensors;
+    const int64_t columns = inner.columns(strip);
     const Mask& mask = inner.mask;
+    alignas(64) S copies[3][STRIP];
     for (int64_t n = 0; n < chunk.size(); ++n) {
-      const int64_t pair = inner.pair(chunk.begin + n), token = pair / inner.tensors.K;
+      const int64_t pair = inner.pair(chunk.begin + n), token = pair / t.K, row = n * STRIP;
+      const S* gate_out = inner.row(t.gate_out, token, strip, copies[0]);
+      const S* up_out = inner.row(t.up_out, token, strip, copies[1]);
+      const S* dsummed_row = inner.row(dsummed, token, strip, copies[2]);
       const C weight = inner.weights[pair];
-      const S* gate_out = inner.row(inner.tensors.gate_out, token, strip);
-      const S* up_out = inner.row(inner.tensors.up_out, token, strip);
-      const S* dsummed_row = inner.row(dsummed, token, strip);
-      const C *gate = b.z[0] + n * STRIP, *up = b.z[1] + n * STRIP;
-      C *da = b.da + n * STRIP, *a = b.partial + n * STRIP;
-      C* dgate = b.dout[0] + (token - first_token) * STRIP;
-      C* dup = b.dout[1] + (token - first_token) * STRIP;
-      V *dz_gate = b.values[0] + n * STRIP, *dz_up = b.values[1] + n * STRIP;
-      V* a_value = b.values[2] + n * STRIP;
-      if (mask.active()) mask.apply(da, pair, strip * STRIP, F, count, chunk.expert);
-      C product = 0;
+      C *gate = b.z[0] + row, *up = b.z[1] + row, *da = b.da + row;
+      if (mask.active()) mask.apply(da, pair, strip * STRIP, t.F, columns, chunk.expert);
+      // gate, up and da become dz_gate, dz_up and a.
+      Numbers product{};
       for_activation(inner.activation, [&](auto activation) MOELORA_INLINE_LAMBDA {
-#pragma omp simd reduction(+ : product)
-        for (int64_t j = 0; j < count; ++j) {
-          const Activated<C> act = activate<activation()>(C(widen(gate_out[j])) + gate[j]);
-          const C z_up = C(widen(up_out[j])) + up[j];
-          const C dsum = C(widen(dsummed_row[j]));
-          const C da_j = da[j] + weight * dsum;
-          a[j] = act.value * z_up;
-          product += dsum * a[j];
-          // The gradients of a pair with weight zero are zero, and not NaN.
-          const C dgate_j = weight == 0 ? C{0} : da_j * z_up * act.slope;
-          const C dup_j = weight == 0 ? C{0} : da_j * act.value;
-          dgate[j] += dgate_j;
-          dup[j] += dup_j;
-          dz_gate[j] = Inner<S, C>::template rounded<P>(dgate_j);
-          dz_up[j] = Inner<S, C>::template rounded<P>(dup_j);
+        for (int64_t j = 0; j < STRIP; j += LANES) {
+          const Numbers z = load_widened<S, C, BYTES>(gate_out + j) + load<C, BYTES>(gate + j);
+          const Numbers z_up = load_widened<S, C, BYTES>(up_out + j) + load<C, BYTES>(up + j);
+          const Numbers dsum = load_widened<S, C, BYTES>(dsummed_row + j);
+          const Activated<Numbers> act = activate<activation()>(z);
+          const Numbers da_j = load<C, BYTES>(da + j) + weight * dsum;
+          const Numbers a = act.value * z_up;
+          product += dsum * a;
+          store<C, BYTES>(gate + j, da_j * z_up * act.slope);
+          store<C, BYTES>(up + j, da_j * act.value);
+          store<C, BYTES>(da + j, a);
         }
       });
       C& sum = range_products[chunk.begin + n];
-      sum = is_first ? product : sum + product;
-      if (adapters.needed()) {
-        if (mask.active()) mask.apply(a, pair, strip * STRIP, F, count, chunk.expert);
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) a_value[j] = Inner<S, C>::template rounded<P>(a[j]);
+      sum = (is_first ? C{0} : sum) + sum_lanes<C, BYTES>(product);
+      if (weight == 0) {
+        // The pair has no gradient but that of its weight. The product may be NaN.
+        std::fill_n(gate, STRIP, C{0});
+        std::fill_n(up, STRIP, C{0});
       }
-      if (count == STRIP) continue;
-      for (V* row : {dz_gate, dz_up, a_value}) std::fill(row + count, row + STRIP, V(0.0f));
+      C* dgate = b.dout[0] + (token - first_token) * STRIP;
+      C* dup = b.dout[1] + (token - first_token) * STRIP;
+      for (int64_t j = 0; j < STRIP; j += LANES) {
+        const Numbers dz_gate = load<C, BYTES>(gate + j), dz_up = load<C, BYTES>(up + j);
+        store<C, BYTES>(dgate + j, load<C, BYTES>(dgate + j) + dz_gate);
+        store<C, BYTES>(dup + j, load<C, BYTES>(dup + j) + dz_up);
+        store_rounded<V, C, BYTES>(values[0] + row + j, dz_gate);
+        store_rounded<V, C, BYTES>(values[1] + row + j, dz_up);
+      }
+      if (!adapters.needed()) continue;
+      if (mask.active()) mask.apply(da, pair, strip * STRIP, t.F, columns, chunk.expert);
+      for (int64_t j = 0; j < STRIP; j += LANES) {
+        store_rounded<V, C, BYTES>(values[2] + row + j, load<C, BYTES>(da + j));
+      }
     }
   }
 
   template <class Level>
-  MOELORA_INLINE void run_range(int64_t range, const Ranges& ranges, C* scratch,
-                                int64_t* terms) const {
+  MOELORA_INLINE void run_range(int64_t range, const Ranges& ranges, C* scratch, int64_t* terms,
+                                bool* has_total) const {
     using P = Operand<S, Level::bf16_pairs>;
     using Unit = typename P::Unit;
     const InnerTensors& t = inner.tensors;
     const TokenBlocks& blocks = inner.token_blocks;
     const int64_t range_rows = range * blocks.num_routed();
     Buffers<Unit, typename Inner<S, C>::template Value<P>> b{};
-    divide(scratch, b);
+    divide(scratch, ranges.size(), b);
     b.sums.terms = terms;
-    Unit* const packed[] = {b.b_of_ranks[0], b.b_of_ranks[1], b.down_of_ranks};
+    b.sums.has_total = has_total;
+    const Tensor* const us[] = {&t.u_gate, &t.u_up, adapters.coefficients[2]};
     C* const expanded[] = {b.z[0], b.z[1], b.da};
 
+    const int64_t matrix = inner.ranks * STRIP, E = inner.blocks.num_experts();
     const int64_t first_strip = ranges.first_strip(range);
-    for (int64_t strip = first_strip; strip < ranges.first_strip(range + 1); ++strip) {
-      const bool is_first = strip == first_strip;
-      pack<P>(strip, b);
-      if (adapters.needed()) adapters.clear(b.sums);
-      for (int64_t block = 0; block < blocks.count(); ++block) {
-        if (block + 1 < blocks.count()) {
-          for (const Tensor* matrix : {&t.gate_out, &t.up_out, &dsummed}) {
-            inner.prefetch(*matrix, block + 1, strip);
+    const int64_t end_strip = ranges.first_strip(range + 1);
+    for (int64_t strip = first_strip; strip < end_strip; ++strip) {
+      pack<P, Level{}()>(strip, strip - first_strip, b);
+      if (adapters.needed()) adapters.clear(b.sums.strip(strip - first_strip, inner.ranks, E));
+    }
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      for (int64_t strip = first_strip; strip < end_strip; ++strip) {
+        const int64_t offset = (strip - first_strip) * matrix;
+        const Unit* const packed[] = {b.b_of_ranks[0] + offset, b.b_of_ranks[1] + offset,
+                                      b.down_of_ranks + offset};
+        const auto strip_sums = b.sums.strip(strip - first_strip, inner.ranks, E);
+        // Fetch the strip after this one.
+        const bool is_last = strip + 1 == end_strip;
+        const int64_t next_block = is_last ? block + 1 : block;
+        if (next_block < blocks.count()) {
+          for (const Tensor* rows : {&t.gate_out, &t.up_out, &dsummed}) {
+            inner.prefetch(*rows, next_block, is_last ? first_strip : strip + 1);
           }
         }
         for (C* sums : b.dout) std::fill_n(sums, blocks.size() * STRIP, C{0});
@@ -173,20 +196,26 @@ struct InnerBackward {
           const Chunk& chunk = blocks.chunks()[c];
           // One call for all, because every call is inlined.
           for (int64_t i = 0; i < 3; ++i) {
-            inner.template expand<Level>(chunk, *adapters.coefficients[i], packed[i], expanded[i],
-                                         b.u_units, b.partial);
+            inner.template expand<Level>(chunk, *us[i], packed[i], expanded[i], b.u_units,
+                                         b.partial);
           }
-          differentiate<P>(chunk, strip, blocks.first_token(block), is_first, products + range_rows,
-                           b);
+          differentiate<Level>(chunk, strip, blocks.first_token(block), strip == first_strip,
+                               products + range_rows, b.values, b);
           for (int64_t i = 0; i < 2; ++i) {
-            inner.template shrink<Level>(chunk, strip, is_first, b.values[i], b.b_of_columns[i],
-                                         b.product, dh_sums[i] + range_rows * padded(t.width));
+            inner.template shrink<Level>(chunk, strip, strip == first_strip, b.values[i],
+                                         b.b_of_columns[i] + offset, b.product,
+                                         dh_sums[i] + range_rows * padded(t.width));
           }
-          if (adapters.needed()) adapters.template add<Level>(chunk, b.values, b.sums);
+          if (adapters.needed()) adapters.template add<Level>(chunk, b.values, strip_sums);
         }
-        for (int64_t i = 0; i < 2; ++i) inner.write_block(b.dout[i], block, strip, *douts[i]);
+        for (int64_t i = 0; i < 2; ++i) {
+          inner.template write_block<Level>(b.dout[i], block, strip, *douts[i]);
+        }
       }
-      if (adapters.needed()) adapters.finish(strip, b.sums);
+    }
+    if (!adapters.needed()) return;
+    for (int64_t strip = first_strip; strip < end_strip; ++strip) {
+      adapters.template finish<Level>(strip, b.sums.strip(strip - first_strip, inner.ranks, E));
     }
   }
 };
@@ -226,11 +255,13 @@ void run(const Tensor& dsummed, const Tensor& dh, const InnerTensors& tensors,
   torch::stable::parallel_for(0, ranges.count, grain(work), [&](int64_t begin, int64_t end) {
     // Unit and V are at most as large as C.
     typename InnerBackward<S, C>::template Buffers<C, C> unused{};
-    std::vector<C> scratch(backward.divide(nullptr, unused));
-    std::vector<int64_t> terms(blocks.num_experts());
+    const auto scratch = uninitialised<C>(backward.divide(nullptr, ranges.size(), unused));
+    std::vector<int64_t> terms(ranges.size() * blocks.num_experts());
+    const auto has_total = std::make_unique<bool[]>(terms.size());
     vectorised([&](auto level) {
       for (int64_t range = begin; range < end; ++range) {
-        backward.template run_range<decltype(level)>(range, ranges, scratch.data(), terms.data());
+        backward.template run_range<decltype(level)>(range, ranges, scratch.get(), terms.data(),
+                                                     has_total.get());
       }
     });
   });

@@ -16,15 +16,29 @@ constexpr int64_t MAX_TERMS = 256;
 // The gradients: dBg, dBu and dAd.
 constexpr int64_t ADAPTERS = 3;
 
-// A thread's sums of one strip, and scratch space.
+// A thread's sums of the strips of a range, one after the other, and scratch space.
 template <class C, class Unit>
 struct GradSums {
-  // dBg^T, dBu^T and dAd, [ranks, STRIP]: of the last pairs of each expert, and of those before.
+  // dBg^T, dBu^T and dAd, [strips, ranks, STRIP]: of the last pairs of each expert, and of the
+  // pairs before.
   C* partial[ADAPTERS];
   C* total[ADAPTERS];
   Unit* rank_units;  // [CHUNK, padded(width)]
   Unit* row_units;   // [CHUNK, STRIP]
-  int64_t* terms;    // [E], the pairs in `partial`
+  int64_t* terms;    // [strips, E], the pairs in `partial`
+  bool* has_total;   // [strips, E]
+
+  // Returns the sums of a strip. `ranks` and `num_experts` are the sizes of a strip.
+  MOELORA_INLINE GradSums strip(int64_t index, int64_t ranks, int64_t num_experts) const {
+    GradSums sums = *this;
+    for (int64_t i = 0; i < ADAPTERS; ++i) {
+      sums.partial[i] += index * ranks * STRIP;
+      sums.total[i] += index * ranks * STRIP;
+    }
+    sums.terms += index * num_experts;
+    sums.has_total += index * num_experts;
+    return sums;
+  }
 };
 
 template <class S, class C>
@@ -40,11 +54,14 @@ struct AdapterGrads {
   // Starts a strip.
   template <class Sums>
   MOELORA_INLINE void clear(const Sums& sums) const {
-    for (int64_t i = 0; i < ADAPTERS; ++i) {
-      std::fill_n(sums.partial[i], inner.ranks * STRIP, C{0});
-      std::fill_n(sums.total[i], inner.ranks * STRIP, C{0});
+    for (int64_t e = 0; e < inner.blocks.num_experts(); ++e) {
+      sums.terms[e] = 0;
+      sums.has_total[e] = false;
+      if (!inner.has_pairs(e)) continue;
+      for (C* partial : sums.partial) {
+        std::fill_n(partial + inner.begin[e] * STRIP, padded(inner.blocks.ranks[e]) * STRIP, C{0});
+      }
     }
-    std::fill_n(sums.terms, inner.blocks.num_experts(), 0);
   }
 
   // Adds the terms of a chunk. values [CHUNK, STRIP] are dz_gate, dz_up and dropout(a).
@@ -61,13 +78,15 @@ struct AdapterGrads {
   }
 
   // Writes the gradients of a strip.
-  template <class Sums>
+  template <class Level, class Sums>
   MOELORA_INLINE void finish(int64_t strip, const Sums& sums) const {
-    for (int64_t e = 0; e < inner.blocks.num_experts(); ++e) add_partial(e, sums);
+    for (int64_t e = 0; e < inner.blocks.num_experts(); ++e) {
+      if (sums.has_total[e]) add_partial(e, sums);
+    }
     if (grads[0].scalar_type() == inner.tensors.dtype) {
-      write<S>(strip, sums);
+      write<Level, S>(strip, sums);
     } else {
-      write<C>(strip, sums);
+      write<Level, C>(strip, sums);
     }
   }
 
@@ -104,37 +123,61 @@ struct AdapterGrads {
   // Adds the partial sums of an expert to its totals, and clears them.
   template <class Sums>
   MOELORA_INLINE void add_partial(int64_t e, const Sums& sums) const {
-    const int64_t first = inner.begin[e] * STRIP, count = inner.blocks.ranks[e] * STRIP;
+    const int64_t first = inner.begin[e] * STRIP, count = padded(inner.blocks.ranks[e]) * STRIP;
     for (int64_t i = 0; i < ADAPTERS; ++i) {
       C *total = sums.total[i] + first, *partial = sums.partial[i] + first;
+      if (!sums.has_total[e]) std::fill_n(total, count, C{0});
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         total[j] += partial[j];
         partial[j] = 0;
       }
     }
+    sums.has_total[e] = true;
   }
 
-  // Writes the totals in the dtype L of the gradients.
-  template <class L, class Sums>
+  // Writes the sums in the dtype L of the gradients; zeros for an expert without pairs.
+  template <class Level, class L, class Sums>
   MOELORA_INLINE void write(int64_t strip, const Sums& sums) const {
     const InnerTensors& t = inner.tensors;
     const int64_t columns = inner.columns(strip);
     for (int64_t e = 0; e < inner.blocks.num_experts(); ++e) {
       const int64_t rank = inner.blocks.ranks[e], begin = inner.blocks.begin[e];
       const int64_t offset = inner.begin[e] * STRIP;
+      const bool has_pairs = inner.has_pairs(e);
+      C* const* all_sums = sums.has_total[e] ? sums.total : sums.partial;
       for (int64_t i = 0; i < 2; ++i) {
         L* db = grads[i].mutable_data_ptr<L>() + strip * STRIP * t.R + begin;
-        const C* total = sums.total[i] + offset;
-        for (int64_t k = 0; k < columns; ++k) {
-          for (int64_t j = 0; j < rank; ++j) db[k * t.R + j] = narrow<L>(total[j * STRIP + k]);
+        const C* total = all_sums[i] + offset;
+        if (!has_pairs) {
+          for (int64_t k = 0; k < columns; ++k) std::fill_n(db + k * t.R, rank, L(0.0f));
+          continue;
+        }
+        // PANEL ranks and PANEL columns at a time.
+        alignas(64) C block[PANEL * PANEL];
+        for (int64_t j = 0; j < rank; j += PANEL) {
+          for (int64_t k = 0; k < columns; k += PANEL) {
+            for (int64_t m = 0; m < PANEL; ++m) {
+              std::copy_n(total + (j + m) * STRIP + k, PANEL, block + m * PANEL);
+            }
+            transpose_block<Level{}()>(block);
+            const int64_t width = std::min(PANEL, rank - j);
+            for (int64_t m = 0; m < std::min(PANEL, columns - k); ++m) {
+#pragma omp simd
+              for (int64_t n = 0; n < width; ++n) {
+                db[(k + m) * t.R + j + n] = narrow<L>(block[m * PANEL + n]);
+              }
+            }
+          }
         }
       }
       L* da = grads[2].mutable_data_ptr<L>() + begin * t.F + strip * STRIP;
-      const C* total = sums.total[2] + offset;
+      const C* total = all_sums[2] + offset;
       for (int64_t j = 0; j < rank; ++j) {
 #pragma omp simd
-        for (int64_t k = 0; k < columns; ++k) da[j * t.F + k] = narrow<L>(total[j * STRIP + k]);
+        for (int64_t k = 0; k < columns; ++k) {
+          da[j * t.F + k] = narrow<L>(has_pairs ? total[j * STRIP + k] : C{0});
+        }
       }
     }
   }
