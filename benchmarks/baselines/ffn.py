@@ -194,8 +194,10 @@ class MoeLora(nn.Module):
         return (self.module(x),)
 
     def implementation(self, x: Tensor) -> str:
-        """Return "grouped": the activation between the products leaves no other formulation."""
-        return "grouped"
+        """Return the formulation that the layer takes: "fused" or "grouped"."""
+        from moelora_kernels import dispatch
+
+        return dispatch.choose_ffn(x.device.type, total_rank=sum(self.module.mixture.ranks))
 
     def gradients(self) -> dict[str, Tensor]:
         gradients = {"drouter_weight": self.module.router.weight.grad}

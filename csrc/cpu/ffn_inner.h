@@ -4,8 +4,10 @@
 //
 // F is cut into strips of columns, the tokens into blocks, and the pairs of a block into chunks of
 // one expert. A step works on one chunk and one strip, in the cache. Threads split ranges of
-// strips, so the columns of a range belong to one thread. A sum over F is stored for each range,
-// and the ranges are added in their order: the result does not depend on the number of threads.
+// strips, so the columns of a range belong to one thread. It takes one block after the other, and
+// in a block one strip after the other, because neighbours in a row of [T, F] share a page of
+// memory. A sum over F is stored for each range, and the ranges are added in their order: the
+// result does not depend on the number of threads.
 #pragma once
 
 #include <memory>
@@ -14,22 +16,11 @@
 
 #include "activation.h"
 #include "dropout.h"
-#include "grouped.h"
+#include "ffn_blocks.h"
 #include "vectors.h"
 
 namespace moelora {
 namespace {
-
-// Columns of a strip, and pairs of a chunk: a buffer of a step has 16 KiB in float32.
-constexpr int64_t STRIP = 128;
-constexpr int64_t CHUNK = 32;
-// Units of a partial sum: a longer sum would lose bits.
-constexpr int64_t SEGMENT = 32;
-// Ranges of strips. More ranges need more memory for the sums over F.
-constexpr int64_t MAX_RANGES = 16;
-
-// Returns `count`, rounded up to a multiple of 4: the rows of a panel.
-constexpr int64_t panel_height(int64_t count) { return (count + 3) / 4 * 4; }
 
 // `panel` with STRIP columns and rows of STRIP units on the right.
 template <int BYTES, class Unit, class C>
@@ -48,81 +39,6 @@ template <class C>
 std::unique_ptr<C[]> uninitialised(int64_t size) {
   return std::make_unique_for_overwrite<C[]>(size);
 }
-
-// The pairs [begin, end) of `TokenBlocks::positions`. They have one expert.
-struct Chunk {
-  int64_t expert;
-  int64_t begin;
-  int64_t end;
-
-  int64_t size() const { return end - begin; }
-};
-
-// The routed pairs, sorted by block of tokens, then by expert.
-class TokenBlocks {
- public:
-  TokenBlocks(const Routing& routing, int64_t tokens, int64_t slots) : tokens_(tokens) {
-    // An expert should have CHUNK pairs of a block, if the routing is uniform.
-    const int64_t E = routing.num_experts();
-    const int64_t full = CHUNK * E / std::max<int64_t>(slots, 1);
-    size_ = std::clamp<int64_t>((full + 63) / 64 * 64, 128, 512);
-    const int64_t blocks = (tokens + size_ - 1) / size_;
-
-    // Sort by counting.
-    const auto for_positions = [&](const auto& function) {
-      for (int64_t e = 0; e < E; ++e) {
-        for (int64_t position = routing.begin(e); position < routing.end(e); ++position) {
-          const int64_t token = routing.pair(position) / slots;
-          function(token / size_ * E + e, position);
-        }
-      }
-    };
-    std::vector<int32_t> next(blocks * E + 1);
-    for_positions([&](int64_t key, int64_t) { ++next[key + 1]; });
-    for (int64_t key = 0; key < blocks * E; ++key) next[key + 1] += next[key];
-    first_chunk_.push_back(0);
-    for (int64_t key = 0; key < blocks * E; ++key) {
-      for (int64_t begin = next[key]; begin < next[key + 1]; begin += CHUNK) {
-        chunks_.push_back({key % E, begin, std::min<int64_t>(begin + CHUNK, next[key + 1])});
-      }
-      if (key % E == E - 1) first_chunk_.push_back(int64_t(chunks_.size()));
-    }
-    positions_.resize(routing.num_routed());
-    for_positions(
-        [&](int64_t key, int64_t position) { positions_[next[key]++] = int32_t(position); });
-  }
-
-  // Returns how many blocks there are, and how many tokens a block has at most.
-  int64_t count() const { return int64_t(first_chunk_.size()) - 1; }
-  int64_t size() const { return size_; }
-  int64_t first_token(int64_t block) const { return block * size_; }
-  int64_t end_token(int64_t block) const { return std::min(tokens_, (block + 1) * size_); }
-
-  const std::vector<Chunk>& chunks() const { return chunks_; }
-  int64_t first_chunk(int64_t block) const { return first_chunk_[block]; }
-  // Returns the sorted position of a pair.
-  MOELORA_INLINE int64_t position(int64_t index) const { return positions_[index]; }
-  int64_t num_routed() const { return int64_t(positions_.size()); }
-
- private:
-  int64_t tokens_;
-  int64_t size_;
-  std::vector<int32_t> positions_;
-  std::vector<Chunk> chunks_;
-  std::vector<int64_t> first_chunk_;  // [blocks + 1]
-};
-
-// The ranges of strips that threads split.
-struct Ranges {
-  int64_t strips;
-  int64_t count;
-
-  explicit Ranges(int64_t F)
-      : strips((F + STRIP - 1) / STRIP), count(std::clamp<int64_t>(strips, 1, MAX_RANGES)) {}
-  int64_t first_strip(int64_t range) const { return range * strips / count; }
-  // Returns how many strips a range has at most.
-  int64_t size() const { return (strips + count - 1) / count; }
-};
 
 // The arguments of both ops, checked and in one dtype.
 struct InnerTensors {
@@ -237,6 +153,12 @@ struct Inner {
     }
   }
 
+  // Packs PANEL rows of COUNT numbers to the rows of a block [PANEL, PANEL].
+  template <class P, int64_t COUNT>
+  MOELORA_INLINE void load_block(const S* rows, int64_t stride, typename P::Unit* block) const {
+    for (int64_t k = 0; k < PANEL; ++k) P::pack_row(rows + k * stride, COUNT, block + k * PANEL);
+  }
+
   // Packs rows whose columns are summed over: rows [count, columns] become packed [units, width].
   template <class P, int BYTES>
   MOELORA_INLINE void pack_columns(const S* rows, int64_t stride, int64_t count, int64_t columns,
@@ -253,12 +175,25 @@ struct Inner {
       for (int64_t n = 0; n < units; n += PANEL) {
         const int64_t column = n * P::PER_UNIT;
         const int64_t block_columns = std::min(PANEL * P::PER_UNIT, columns - column);
-        for (int64_t k = 0; k < height; ++k) {
-          P::pack_row(rows + (first + k) * stride + column, block_columns, block + k * PANEL);
+        const S* corner = rows + first * stride + column;
+        // A size that the compiler knows, for a block that is full or has half of its columns.
+        if (height == PANEL && block_columns == PANEL * P::PER_UNIT) {
+          load_block<P, PANEL * P::PER_UNIT>(corner, stride, block);
+        } else if (height == PANEL && block_columns == PANEL) {
+          load_block<P, PANEL>(corner, stride, block);
+        } else {
+          for (int64_t k = 0; k < height; ++k) {
+            P::pack_row(corner + k * stride, block_columns, block + k * PANEL);
+          }
         }
         transpose_block<BYTES>(block);
         for (int64_t m = 0; m < P::units(block_columns); ++m) {
-          std::copy_n(block + m * PANEL, height, packed + (n + m) * packed_width + first);
+          Unit* unit_row = packed + (n + m) * packed_width + first;
+          if (height == PANEL) {
+            std::copy_n(block + m * PANEL, PANEL, unit_row);
+          } else {
+            std::copy_n(block + m * PANEL, height, unit_row);
+          }
         }
       }
     }
@@ -319,11 +254,12 @@ struct Inner {
                        std::min(SEGMENT, units - first), product, w);
       for (int64_t n = 0; n < chunk.size(); ++n) {
         C* sum = sums + (chunk.begin + n) * row;
-        if (is_first && first == 0) {
-          std::copy_n(product + n * w, w, sum);
-        } else {
+        const bool has_sum = !is_first || first > 0;
+        for (int64_t j = 0; j < w; j += PANEL) {
 #pragma omp simd
-          for (int64_t j = 0; j < w; ++j) sum[j] += product[n * w + j];
+          for (int64_t k = j; k < j + PANEL; ++k) {
+            sum[k] = (has_sum ? sum[k] : C{0}) + product[n * w + k];
+          }
         }
       }
     }

@@ -162,6 +162,15 @@ struct AdapterGrads {
             }
             transpose_block<Level{}()>(block);
             const int64_t width = std::min(PANEL, rank - j);
+            if (width == PANEL && k + PANEL <= columns) {
+              for (int64_t m = 0; m < PANEL; ++m) {
+#pragma omp simd
+                for (int64_t n = 0; n < PANEL; ++n) {
+                  db[(k + m) * t.R + j + n] = narrow<L>(block[m * PANEL + n]);
+                }
+              }
+              continue;
+            }
             for (int64_t m = 0; m < std::min(PANEL, columns - k); ++m) {
 #pragma omp simd
               for (int64_t n = 0; n < width; ++n) {

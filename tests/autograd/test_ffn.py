@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moelora_kernels import ops
+from moelora_kernels import dispatch, ops
 from moelora_kernels.autograd import ffn as autograd_ffn
 from moelora_kernels.autograd.ffn import ffn_experts
 from moelora_kernels.autograd.router import RouterLogits
@@ -333,3 +333,49 @@ def test_a_broken_layer_does_not_pass(break_it, monkeypatch):
 @pytest.mark.parametrize("break_it", BROKEN_FUSED, ids=lambda b: b.__name__)
 def test_a_broken_fused_layer_does_not_pass(break_it, monkeypatch):
     check_that_a_test_notices(make_ffn(normalize="none"), break_it, monkeypatch)
+
+
+# --- which form runs ----------------------------------------------------------------------------
+
+
+def counted_calls(layer, monkeypatch):
+    """Return how often a forward calls the op of the fused form."""
+    calls, original = [], ops.ffn_inner
+    monkeypatch.setattr(ops, "ffn_inner", lambda *args: calls.append(1) or original(*args))
+    layer(inputs(3)[0])
+    return len(calls)
+
+
+def with_hook():
+    activation = nn.SiLU()
+    activation.register_forward_hook(lambda module, args, output: None)
+    return activation
+
+
+ACTIVATIONS = {
+    "silu": ("silu", 1),
+    "gelu": ("gelu", 1),
+    "gelu_tanh": ("gelu_tanh", 1),
+    "relu": ("relu", 1),
+    "function": (nn.functional.silu, 1),
+    "other": (nn.Mish(), 0),
+    "subclass": (Act(), 0),
+    "lambda": (lambda z: nn.functional.silu(z), 0),
+    "hook": (with_hook(), 0),
+}
+
+
+@needs_library
+@pytest.mark.parametrize(("activation", "expected"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations_that_run_fused(activation, expected, monkeypatch):
+    layer = make_ffn(activation=activation)
+    check(layer, *inputs(3, 4))
+    assert counted_calls(layer, monkeypatch) == expected
+
+
+@needs_library
+def test_many_ranks_run_grouped(monkeypatch):
+    limit = dispatch.THRESHOLDS["cpu"].ffn_rank
+    assert counted_calls(make_ffn(rank=(limit - 3, 1, 1, 1)), monkeypatch) == 1
+    assert counted_calls(make_ffn(rank=(limit - 2, 1, 1, 1)), monkeypatch) == 0
+    assert counted_calls(make_ffn(impl="grouped"), monkeypatch) == 0
