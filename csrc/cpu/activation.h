@@ -40,8 +40,7 @@ MOELORA_INLINE V each(const V& vector, const Function& function) {
 }
 
 // Returns exp(power) for powers of at most 0. The float version has an error of at most 2 units in
-// the last place, and returns about 1e-38 for a power below -87. It has no branch: two conditions
-// on `power` would make the compiler compute the result twice.
+// the last place, and returns 0 for a power below -87.
 template <class V>
 MOELORA_INLINE V exponential_of_negative(const V& power) {
   if constexpr (std::is_same_v<Number<V>, double>) {
@@ -63,7 +62,8 @@ MOELORA_INLINE V exponential_of_negative(const V& power) {
     sum = sum * rest + 0.5f;
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
-    return sum * (V)(((U)shifted << 23) + 0x3F800000u);
+    const V result = sum * (V)(((U)shifted << 23) + 0x3F800000u);
+    return power < smallest ? V{} : result;
   }
 }
 
