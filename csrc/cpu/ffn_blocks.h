@@ -14,7 +14,7 @@ constexpr int64_t STRIP = 128;
 constexpr int64_t CHUNK = 32;
 // Units of a partial sum: a longer sum would lose bits.
 constexpr int64_t SEGMENT = 32;
-// Ranges of strips. More ranges need more memory for the sums over F.
+// Ranges of strips. More ranges are more work for threads, and more memory for the sums over F.
 constexpr int64_t MAX_RANGES = 16;
 
 // Returns `count`, rounded up to a multiple of 4: the rows of a panel.
@@ -88,8 +88,10 @@ struct Ranges {
   int64_t strips;
   int64_t count;
 
-  explicit Ranges(int64_t F)
-      : strips((F + STRIP - 1) / STRIP), count(std::clamp<int64_t>(strips, 1, MAX_RANGES)) {}
+  // The sums of all ranges, [count, P, width], have at most as many numbers as a matrix [P, F].
+  Ranges(int64_t F, int64_t width)
+      : strips((F + STRIP - 1) / STRIP),
+        count(std::clamp<int64_t>(std::min(strips, F / width), 1, MAX_RANGES)) {}
   int64_t first_strip(int64_t range) const { return range * strips / count; }
   // Returns how many strips a range has at most.
   int64_t size() const { return (strips + count - 1) / count; }

@@ -137,8 +137,8 @@ void run(const InnerTensors& tensors, const Routing& routing, const Blocks& bloc
   const TokenBlocks token_blocks(routing, tensors.T, tensors.K);
   const PairWeights<C> weights(tensors.weights, routing, compute_dtype(tensors.dtype));
   const Inner<S, C> inner(tensors, routing, token_blocks, blocks, weights, mask, activation);
-  const Ranges ranges(tensors.F);
   const int64_t width = tensors.width, w = padded(width);
+  const Ranges ranges(tensors.F, w);
   const Tensor h_sums =
       empty(ranges.count * token_blocks.num_routed(), w, compute_dtype(tensors.dtype));
   const InnerForward<S, C> forward{inner, summed, h_sums.mutable_data_ptr<C>()};

@@ -236,8 +236,8 @@ void run(const Tensor& dsummed, const Tensor& dh, const InnerTensors& tensors,
   const TokenBlocks token_blocks(routing, tensors.T, tensors.K);
   const PairWeights<C> weights(tensors.weights, routing, sum_dtype);
   const Inner<S, C> inner(tensors, routing, token_blocks, blocks, weights, mask, activation);
-  const Ranges ranges(tensors.F);
   const int64_t width = tensors.width, w = padded(width), routed = token_blocks.num_routed();
+  const Ranges ranges(tensors.F, w);
   const Tensor dh_gate_sums = empty(ranges.count * routed, w, sum_dtype);
   const Tensor dh_up_sums = empty(ranges.count * routed, w, sum_dtype);
   const Tensor inner_products = empty(ranges.count, routed, sum_dtype);

@@ -43,27 +43,41 @@ class FfnInputs(NamedTuple):
         return Routing(self.order, self.offsets, self.tiles, self.chunks)
 
 
+# Modules that compute an activation of FFN_ACTIVATIONS, by the module and the name of their class:
+# transformers is not imported.
+_MODULES = {
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("torch.nn.modules.activation", "ReLU"): "relu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",
+}
+_FUNCTIONS = (
+    (functional.silu, "silu"),
+    (functional.gelu, "gelu"),
+    (functional.relu, "relu"),
+    (torch.relu, "relu"),
+)
+
+
 def activation_name(activation: Activation) -> str | None:
     """Return the name of an activation in FFN_ACTIVATIONS; None if it is another one.
 
     A subclass, and a module with hooks or a patched forward, is another activation.
     """
     if not isinstance(activation, nn.Module):
-        return _FUNCTIONS.get(activation)
+        for function, name in _FUNCTIONS:
+            if activation is function:
+                return name
+        return None
     hooks = activation._forward_hooks or activation._forward_pre_hooks
     if hooks or activation._backward_hooks or activation._backward_pre_hooks:
         return None
     if "forward" in activation.__dict__:
         return None
-    if type(activation) is nn.GELU:
+    kind = type(activation)
+    if kind is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    return _MODULES.get(type(activation))
-
-
-_MODULES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
-_FUNCTIONS: dict[Callable, str] = {
-    functional.silu: "silu",
-    functional.gelu: "gelu",
-    functional.relu: "relu",
-    torch.relu: "relu",
-}
+    return _MODULES.get((kind.__module__, kind.__qualname__))

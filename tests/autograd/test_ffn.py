@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from moelora_kernels import dispatch, ops
+from moelora_kernels import dispatch, ops, reference
 from moelora_kernels.autograd import ffn as autograd_ffn
 from moelora_kernels.autograd.ffn import ffn_experts
+from moelora_kernels.autograd.ffn_inputs import activation_name
 from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.nn import ffn as nn_ffn
 from moelora_kernels.testing import draw_experts
@@ -366,11 +367,61 @@ ACTIVATIONS = {
 
 
 @needs_library
+@pytest.mark.parametrize("tokens", (0, 1, 2, 31, 127, 257))
+@pytest.mark.parametrize("features", (1, 127, 131))
+def test_numbers_of_tokens_and_features(features, tokens):
+    """Ends of blocks of tokens and of strips of features."""
+    layer = make_ffn(mlp=GatedMlp(HIDDEN, features).double())
+    check(layer, *inputs(tokens))
+
+
+@needs_library
 @pytest.mark.parametrize(("activation", "expected"), ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_activations_that_run_fused(activation, expected, monkeypatch):
     layer = make_ffn(activation=activation)
     check(layer, *inputs(3, 4))
     assert counted_calls(layer, monkeypatch) == expected
+
+
+def patched():
+    activation = nn.SiLU()
+    activation.forward = nn.functional.relu
+    return activation
+
+
+def test_names_of_activations():
+    """The classes of transformers that compute one of the four, and callables that do not."""
+    transformers = pytest.importorskip("transformers.activations")
+    expected = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_python": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_python_tanh": "gelu_tanh",
+        "relu": "relu",
+        "gelu_10": None,
+        "quick_gelu": None,
+        "relu2": None,
+        "mish": None,
+        "linear": None,
+    }
+    names = {
+        name: activation_name(transformers.ACT2FN[name])
+        for name in expected
+        if name in transformers.ACT2FN
+    }
+    assert names == {name: expected[name] for name in names}
+    assert {"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"} <= set(names)
+    z = torch.linspace(-12, 12, 1001, dtype=torch.float64)
+    for name, activation in names.items():
+        if activation is not None:
+            actual = reference.ffn_activation(z, activation)
+            torch.testing.assert_close(actual, transformers.ACT2FN[name](z), rtol=1e-9, atol=1e-9)
+    not_hashable = type("Unhashable", (), {"__call__": lambda self, z: z, "__hash__": None})()
+    assert activation_name(not_hashable) is None
+    assert activation_name(patched()) is None
 
 
 @needs_library
