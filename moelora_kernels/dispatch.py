@@ -38,6 +38,10 @@ class Threshold(NamedTuple):
     source: str
     # 0 if the class does not take decode: on a GPU it has the launches of the wide form.
     decode_tokens: int = 0
+    # Up to this R, whole-FFN experts are fused, if their activation can be; None if the device has
+    # no kernel for it. With more ranks the gradients of a strip of columns do not fit into a cache.
+    # Modelled.
+    ffn_rank: int | None = None
 
 
 # benchmarks/model/forms.py has the rule of `tokens`.
@@ -50,7 +54,8 @@ THRESHOLDS = {
         32,
         1,
         "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
-        DECODE_TOKENS,
+        decode_tokens=DECODE_TOKENS,
+        ffn_rank=1024,
     ),
     "sm_80": Threshold(205, 512, _MODEL),
     "sm_89": Threshold(230, 4096, _MODEL),
@@ -138,6 +143,16 @@ def takes_decode(device: str, tokens: int) -> bool:
         return False
     # A graph that is exported takes every number of tokens.
     return not torch.compiler.is_exporting() and tokens <= limit
+
+
+def choose_ffn(device: str, *, total_rank: int) -> str:
+    """Return how impl="auto" computes whole-FFN experts: "fused" or "grouped".
+
+    total_rank: R, the sum of the ranks of one of the three linears.
+    """
+    limit = THRESHOLDS[device_class(device)].ffn_rank
+    is_fused = limit is not None and total_rank <= limit and not _grouped_ops_problem(device)
+    return "fused" if is_fused else "grouped"
 
 
 def _sparse(top_k: int | None, num_experts: int) -> int | None:
