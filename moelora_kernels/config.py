@@ -206,7 +206,8 @@ class MoeLoraConfig:
 
     impl: str = "auto"
     """How the layer is computed: "auto" chooses (see `dispatch`). "wide", "grouped" (only for
-    gates of select="topk" or "sampling" per token) and "reference" are used or raise."""
+    gates of select="topk" or "sampling" per token), "decode" (at most 64 tokens, without gradients)
+    and "reference" are used or raise."""
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> MoeLoraConfig:

@@ -162,7 +162,8 @@ def moe_lora_linear(
         dropout: the probability in [0, 1) that an element of x is dropped before A, rounded to a
             multiple of 2^-16.
         seed: the seed of the dropout mask. None: it is drawn from torch's default generator.
-        impl: "auto", "wide", "grouped" (needs `indices`) or "reference".
+        impl: "auto", "wide", "grouped" (needs `indices`), "decode" (at most 64 tokens, grad mode
+            off) or "reference".
 
     Returns:
         y [..., O] in x's dtype; under autocast in autocast's dtype.

@@ -43,7 +43,7 @@ def implementations() -> dict[str, dict[str, str]]:
     names = sorted([*ops.__all__, "topk_gate_backward"])
     table = {}
     for name in names:
-        whole_layer = name.removesuffix("_backward") in ("wide", "grouped")
+        whole_layer = name.removesuffix("_backward") in ("wide", "grouped", "decode")
         default = "composite" if whole_layer else "reference"
         on_gpu = "triton" if name in registration.KERNELS else default
         table[name] = {

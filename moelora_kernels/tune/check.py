@@ -37,7 +37,8 @@ FFN_OPS = {
     "ffn_inner_backward": "dgate_out dup_out dh_gate dh_up dweights dgate_b dup_b ddown_a",
 }
 GATE_OPS = {"topk_gate": "weights experts", "topk_gate_backward": "dlogits"}
-OUTPUTS = {**WIDE_OPS, **GROUPED_OPS, **FFN_OPS, **GATE_OPS}
+DECODE_OPS = {"decode": "y weights experts logits"}
+OUTPUTS = {**WIDE_OPS, **DECODE_OPS, **GROUPED_OPS, **FFN_OPS, **GATE_OPS}
 # Computed in float32 whatever x is; every other result has passed through x.dtype.
 EXACT = ("logits", "weights", "dweights", "drouter", "dlogits")
 
@@ -118,8 +119,9 @@ def named(op: str, outputs: Any) -> dict[str, Tensor]:
     """Return the outputs of an op by name; a list of n dB becomes db0, db1, ..."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     result = dict(zip(OUTPUTS[op].split(), outputs, strict=True))
-    if isinstance(result.get("db"), list):
-        result.update({f"db{i}": db for i, db in enumerate(result.pop("db"))})
+    for name in ("db", "y"):
+        if isinstance(result.get(name), list):
+            result.update({f"{name}{i}": value for i, value in enumerate(result.pop(name))})
     return result
 
 

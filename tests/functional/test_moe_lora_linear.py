@@ -87,7 +87,7 @@ BAD = {
         "gates": torch.rand(6, 3),
         "indices": None,
     },
-    "impl: 'decode' is not available": {"impl": "decode"},
+    "impl: 'decode' is not supported for this call: grad mode is on": {"impl": "decode"},
     "lora_b: expected x's device": {"lora_b": torch.empty(5, 6, device="meta")},
 }
 BAD_TYPES = {

@@ -56,7 +56,8 @@ def test_every_vector_width(level: str, request) -> None:
     if level not in native.build_info()["simd"]:
         pytest.skip(f"this library has no {level} code")
     folder = Path(__file__).resolve().parents[1] / "ops"
-    files = [str(folder / f"test_{name}.py") for name in ("wide_ops", "topk_gate", "dropout")]
+    names = ("wide_ops", "decode", "topk_gate", "dropout")
+    files = [str(folder / f"test_{name}.py") for name in names]
     chosen = ["--exhaustive"] if request.config.option.exhaustive else []
     result = run(
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, "-k", "native", *files],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import reference
+from moelora_kernels.autograd.linear import siblings_of
 from moelora_kernels.testing import ROUTINGS
 from moelora_kernels.types import NO_DROPOUT, RouterTensors, Routing
 from support.inputs import Inputs
@@ -60,6 +61,10 @@ def shrink_dx(inputs: Inputs, grads: Sequence[Tensor] | None = None) -> list:
     dlogits = dgate if inputs.has_router else None
     router = inputs.router.weight
     return [dh, dlogits, inputs.lora_a, list(router), inputs.case.ranks, inputs.dropout]
+
+
+def decode(inputs: Inputs) -> list:
+    return [inputs.x, siblings_of(inputs.linears), inputs.gate, inputs.mixture]
 
 
 def router_logits(inputs: Inputs) -> list:
@@ -140,6 +145,7 @@ ARGUMENTS: dict[str, Callable] = {
     "shrink_gate_backward": shrink_gate_backward,
     "weight_grad": weight_grad,
     "shrink_dx": shrink_dx,
+    "decode": decode,
     "router_logits": router_logits,
     "route": route,
     "grouped_shrink": grouped_shrink,

@@ -1,0 +1,287 @@
+"""The op `decode` on every case: native library; and the choice of it by a layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelora_kernels import MoeLoraGroup, ops, reference
+from moelora_kernels.autograd.linear import siblings_of
+from moelora_kernels.dispatch import DECODE_TOKENS
+from moelora_kernels.functional import run_layer
+from moelora_kernels.testing import assert_within_budget
+from moelora_kernels.tune.check import as_float64
+from moelora_kernels.types import NO_DROPOUT, Dropout
+from support.arguments import decode
+from support.backends import DTYPES, NATIVE, needs_library, parameters
+from support.cases import LAYERS, WIDE, Case, layer_case
+from support.inputs import Inputs
+from support.linears import make_layer
+from support.op_checks import check, opcheck
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Tokens and sizes around every block: 3 and 6 tokens of a task, 8 rows of A, 16 columns of y, 64
+# ranks of a partial sum, 512 columns that are widened.
+EDGES = {
+    f"{T}_tokens": layer_case(T=T, ranks=(16,) * 8, I=33, O=50) for T in (1, 2, 3, 4, 7, 16, 61)
+} | {
+    "one_feature": layer_case(I=1, O=1),
+    "two_columns_left": layer_case(T=5, I=1026, O=18),
+    "less_than_a_block": layer_case(I=15, O=15),
+    "more_than_a_strip": layer_case(T=3, I=31, O=16 * 17 + 3),
+    "ranks_of_vectors": layer_case(ranks=(4, 8, 16, 32, 64), K=3, O=37),
+    "ranks_between_vectors": layer_case(ranks=(1, 3, 5, 7, 9, 15, 17, 31, 33), K=5, O=37),
+    "ranks_past_a_block": layer_case(ranks=(65, 130, 2), O=37),
+    "many_pairs": layer_case(T=64, ranks=(4,) * 16, K=8),
+    "siblings_that_differ": layer_case(T=4, n=3, O=(17, 5, 130)),
+    "float32_adapters": layer_case(I=600, adapters=FP32),
+    "float32_routers": layer_case(routers=FP32, n=2, O=(17, 5)),
+}
+CASES = {
+    name: case
+    for name, case in {**WIDE, **{f"layer_{k}": v for k, v in LAYERS.items()}, **EDGES}.items()
+    if not case.dropout
+}
+
+
+@pytest.mark.parametrize(("backend", "case", "dtype"), parameters(NATIVE, CASES, DTYPES))
+def test_op(backend, case: Case, dtype: torch.dtype) -> None:
+    check("decode", backend.implementation("decode"), Inputs(case, dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("base_dtype", DTYPES.values(), ids=DTYPES)
+def test_a_called_base(dtype: torch.dtype, base_dtype: torch.dtype) -> None:
+    """y has the base's dtype, and the base's output keeps its values."""
+    inputs = Inputs(layer_case(n=2, O=(37, 5)), dtype)
+    outputs = [torch.randn(23, 2 * out)[:, ::2].to(base_dtype) for out in (37, 5)]
+    linears = [
+        s._replace(weight=None, bias=None, base_output=output)
+        for s, output in zip(inputs.linears, outputs, strict=True)
+    ]
+    copies = [output.clone() for output in outputs]
+    arguments = [inputs.x, siblings_of(linears), inputs.gate, inputs.mixture]
+    actual, baseline = ops.decode(*arguments), reference.decode(*arguments)
+    truth = reference.decode(*as_float64(arguments))
+    # The dtype with the larger rounding errors has the budget.
+    coarse = max(dtype, base_dtype, key=lambda t: torch.finfo(t).eps)
+    for i, y in enumerate(actual.y):
+        assert y.dtype == base_dtype
+        assert torch.equal(outputs[i], copies[i])
+        if coarse is torch.float64:
+            torch.testing.assert_close(y, truth.y[i], rtol=0, atol=1e-12)
+            continue
+        values = {"y": y}, {"y": truth.y[i]}, {"y": baseline.y[i]}
+        assert_within_budget(*values, coarse)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+def test_strides(dtype: torch.dtype) -> None:
+    inputs = Inputs(layer_case(ranks=(16, 16, 16)), dtype)
+    inputs.x = inputs.x.t().contiguous().t()
+    inputs.lora_a = [torch.cat([a, a], dim=1)[:, : a.shape[1]] for a in inputs.lora_a]
+    inputs.lora_b = [b.t().contiguous().t() for b in inputs.lora_b]
+    inputs.router_weight = [w.t().contiguous().t() for w in inputs.router_weight]
+    check("decode", ops.decode, inputs)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize("name", ("router", "siblings", "many_experts", "float32_routers"))
+def test_the_routing_is_that_of_the_other_forms(name: str, dtype: torch.dtype) -> None:
+    """The same bits of logits and weights as in training, so the same experts."""
+    case = {**LAYERS, **EDGES}[name]._replace(T=11)
+    arguments = decode(Inputs(case, dtype))
+    actual = ops.decode(*arguments)
+    for form in (ops.wide, ops.grouped):
+        expected = form(*arguments)
+        assert torch.equal(actual.logits, expected.logits)
+        assert torch.equal(actual.experts, expected.experts)
+        assert torch.equal(actual.weights, expected.weights)
+
+
+@needs_library
+def test_equal_logits_take_the_lower_expert() -> None:
+    inputs = Inputs(layer_case(T=5, router_bias=False), BF16)
+    inputs.router_weight = [w.zero_() for w in inputs.router_weight]
+    assert ops.decode(*decode(inputs)).experts.tolist() == [[0, 1]] * 5
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+def test_every_row_has_its_own_experts(dtype: torch.dtype) -> None:
+    """A row in a batch gets what it gets alone."""
+    inputs = Inputs(layer_case(T=19, ranks=(16,) * 6, I=64, O=40, router_bias=False), dtype)
+    x, tensors, gate, mixture = decode(inputs)
+    whole = ops.decode(x, tensors, gate, mixture)
+    assert len({tuple(row) for row in whole.experts.tolist()}) > 5
+    for t in range(19):
+        alone = ops.decode(x[t : t + 1], tensors, gate, mixture)
+        assert torch.equal(alone.experts, whole.experts[t : t + 1])
+        rounding = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            alone.y[0], whole.y[0][t : t + 1], rtol=rounding, atol=rounding * 4
+        )
+
+
+@needs_library
+@pytest.mark.parametrize("share_a", (False, True))
+@pytest.mark.parametrize("tensor", ("lora_a", "lora_b"))
+def test_a_nan_stays_in_the_tokens_that_use_its_expert(tensor: str, share_a: bool) -> None:
+    if share_a and tensor == "lora_a":
+        pytest.skip("every expert has this A")
+    inputs = Inputs(layer_case(T=30, share_a=share_a), BF16)
+    expected = ops.decode(*decode(inputs))
+    values = getattr(inputs, tensor)[0]
+    (values[4:8] if tensor == "lora_a" else values[:, 4:8]).fill_(torch.nan)
+    actual = ops.decode(*decode(inputs))
+    uses = (actual.experts == 1).any(dim=1)
+    assert 0 < uses.sum() < 30
+    assert actual.y[0][uses].isnan().all()
+    assert torch.equal(actual.y[0][~uses], expected.y[0][~uses])
+
+
+@needs_library
+@pytest.mark.parametrize("name", ("16_tokens", "siblings_that_differ", "ranks_past_a_block"))
+def test_fifty_calls_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
+    case = EDGES[name]._replace(I=2000)
+    arguments, threads = decode(Inputs(case, BF16)), torch.get_num_threads()
+    first = ops.decode(*arguments)
+    try:
+        for call in range(50):
+            torch.set_num_threads(1 + call % 3)
+            again = ops.decode(*arguments)
+            assert all(map(torch.equal, first.y, again.y)), call
+            assert all(map(torch.equal, first[1:], again[1:])), call
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ("router", "siblings", "all_experts", "sparse", "rows", "share_a"))
+def test_opcheck(name: str) -> None:
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor",
+             "test_aot_dispatch_dynamic")  # fmt: skip
+    opcheck("decode", decode(Inputs(LAYERS[name], FP32)), test_utils=utils)
+
+
+BAD = {
+    "lora_a, ranks": lambda t: t._replace(lora_a=[t.lora_a[0][1:]]),
+    "lora_b, ranks": lambda t: t._replace(lora_b=[t.lora_b[0][:, 1:]]),
+    "lora_b, siblings": lambda t: t._replace(lora_b=[*t.lora_b, *t.lora_b]),
+    "base_weight: expected either": lambda t: t._replace(weight=[]),
+    "base_weight, out_features": lambda t: t._replace(weight=[t.weight[0][1:]]),
+    "base_bias": lambda t: t._replace(bias=[t.bias[0][1:]]),
+    "router_weight, experts": lambda t: t._replace(router_weight=[t.router_weight[0][1:]]),
+    "router_bias": lambda t: t._replace(router_bias=[t.router_bias[0][1:]]),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_shapes_are_refused(name: str) -> None:
+    x, tensors, gate, mixture = decode(Inputs(LAYERS["router"], FP32))
+    with pytest.raises(RuntimeError, match=name):
+        ops.decode(x, BAD[name](tensors), gate, mixture)
+
+
+# --- a layer that decodes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("router", "siblings", "sparse", "rows", "dense", "share_a"))
+def test_a_layer_decodes_if_it_is_told_to(name: str) -> None:
+    inputs = Inputs(LAYERS[name]._replace(T=DECODE_TOKENS), FP32)
+    gate = None if inputs.has_router else inputs.gate
+    arguments = inputs.mixture, inputs.x, inputs.linears, gate, NO_DROPOUT
+    with torch.no_grad():
+        actual, expected = run_layer(*arguments, "decode"), run_layer(*arguments, "reference")
+    for y, reference_y in zip(actual.y, expected.y, strict=True):
+        torch.testing.assert_close(y, reference_y, rtol=1e-5, atol=1e-5)
+    for tensor, reference_tensor in zip(actual.gate, expected.gate, strict=True):
+        assert (tensor is None) == (reference_tensor is None)
+
+
+def test_decode_is_refused_with_the_reason() -> None:
+    inputs = Inputs(layer_case(T=DECODE_TOKENS + 1), FP32)
+    arguments = inputs.mixture, inputs.x, inputs.linears, None
+    start = "^impl: 'decode' is not supported for this call: "
+    with pytest.raises(ValueError, match=f"{start}grad mode is on; call the layer inside torch"):
+        run_layer(*arguments, NO_DROPOUT, "decode")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=f"{start}expected at most 64 tokens, got 65$"):
+            run_layer(*arguments, NO_DROPOUT, "decode")
+        with pytest.raises(ValueError, match=f"{start}it has no dropout"):
+            run_layer(*arguments, Dropout(0.5, False, torch.tensor([1])), "decode")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the ops that a layer called."""
+    names: list[str] = []
+
+    def watch(name: str) -> None:
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a: (names.append(name), op(*a))[1])
+
+    for name in ("wide", "grouped", "decode", "decode_flat"):
+        watch(name)
+    return names
+
+
+OPTIONS = {
+    "plain": dict(top_k=2),
+    "all_experts": {},
+    "share_a": dict(top_k=2, share="A"),
+    "noise_in_training": dict(top_k=2, noise=0.1),
+    "no_router_bias": dict(top_k=2, router_bias=False),
+    "mlp": dict(router="mlp"),
+    "shared_expert": dict(top_k=2, shared_expert="always"),
+    "threshold": dict(select="threshold", threshold=0.2, top_k=None),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("shape", ((), (1,), (2, 3), (DECODE_TOKENS,), (0,), (2, 0)), ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_auto_decodes_without_gradients(options: dict, shape: tuple, calls: list) -> None:
+    layer = make_layer(FP32, **options).eval()
+    specification = make_layer(FP32, impl="reference", **options).eval()
+    x = torch.randn(*shape, 12)
+    with torch.no_grad():
+        actual, expected = layer(x), specification(x)
+    assert len(calls) == 1
+    assert calls[0].startswith("decode")
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_auto_does_not_decode_otherwise(calls: list) -> None:
+    x = torch.randn(3, 12)
+    layer = make_layer(FP32, top_k=2, dropout=0.5, noise=0.1).train()
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+        layer.eval()(torch.randn(DECODE_TOKENS + 1, 12))
+    layer(x)
+    assert not any(name.startswith("decode") for name in calls)
+    assert len(calls) == 4
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_plain_layers_decode_like_all_others(dtype: torch.dtype) -> None:
+    """A hook makes a base that is not plain: the general way gives the same values."""
+    layers = {name: make_layer(dtype, top_k=2).eval() for name in ("q", "k", "v")}
+    group, x = MoeLoraGroup(**layers), torch.randn(2, 3, 12).to(dtype)
+    with torch.no_grad():
+        plain, singles = group(x), [layer(x) for layer in layers.values()]
+        for layer in layers.values():
+            layer.router.register_forward_hook(lambda *arguments: None)
+        general = group(x)
+    rounding = 4 * torch.finfo(dtype).eps
+    for y, single, other in zip(plain, singles, general, strict=True):
+        torch.testing.assert_close(y, single, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(y, other, rtol=rounding, atol=rounding)
