@@ -26,7 +26,7 @@ DECODE_TOKENS = 64
 class Threshold(NamedTuple):
     """When impl="auto" takes which form on a device class.
 
-    decode if T <= decode_tokens, without gradients and dropout; else grouped if R > columns * K and
+    decode if T <= decode_tokens, in evaluation and without gradients; else grouped if R > columns * K and
     T >= tokens; else wide.
     """
 
@@ -137,7 +137,7 @@ def choose_impl(
 
 
 def takes_decode(device: str, tokens: int) -> bool:
-    """Return whether impl="auto" takes decode for T tokens without gradients and dropout."""
+    """Return whether impl="auto" takes decode for T tokens, in evaluation and without gradients."""
     limit = THRESHOLDS[device_class(device)].decode_tokens
     if limit == 0 or _grouped_ops_problem(device):
         return False
@@ -219,7 +219,7 @@ def explain_choice(
         top_k: K; None or E for a dense gate.
         total_rank: R, the sum of the ranks.
         share_a: whether the experts share A.
-        trains: whether the call computes gradients or has dropout.
+        trains: whether the call computes gradients, or the layer is in training mode.
     """
     total = num_experts * rank if total_rank is None else total_rank
     impl = choose_impl(
@@ -229,8 +229,8 @@ def explain_choice(
     name = device_class(device)
     threshold = THRESHOLDS[name]
     if impl == "decode":
-        limit = threshold.decode_tokens
-        return Choice(impl, f"T = {tokens}: not above {limit} tokens, without gradients ({name})")
+        reason = f"not above {threshold.decode_tokens} tokens, without gradients ({name})"
+        return Choice(impl, f"T = {tokens}: {reason}")
     top_k = _sparse(top_k, num_experts)
     if problem := grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
         return Choice(impl, f"R = {total}: {problem}")

@@ -23,6 +23,7 @@ def run_layer(
     impl: str = "auto",
     *,
     sqrt_gate: bool = False,
+    training: bool = False,
 ) -> LayerOutput:
     """Run n siblings on x. The caller has checked the arguments and cast the tensors.
 
@@ -37,6 +38,8 @@ def run_layer(
         dropout: applied to x before A.
         impl: "auto", "wide", "grouped", "decode" or "reference".
         sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
+        training: whether "auto" never decodes. Reentrant activation checkpointing runs a layer
+            without gradients, then again with gradients: both must have the same bits.
 
     Returns:
         y_i [T, O_i] of every sibling; and `gate`, or the gate that the routers computed.
@@ -44,7 +47,7 @@ def run_layer(
     Raises:
         ValueError: `impl` cannot compute this layer, or the siblings have different fields.
     """
-    impl = _choose_impl(mixture, x, linears, gate, impl, dropout.p)
+    impl = _choose_impl(mixture, x, linears, gate, impl, dropout.p, training)
     if impl == "reference":
         apply_reference = _reference_sqrt_gate if sqrt_gate else _reference
         if not is_autocast(x.device):
@@ -62,6 +65,7 @@ def _choose_impl(
     gate: Gate | None,
     impl: str,
     dropout: float,
+    training: bool,
 ) -> str:
     """Return the formulation to run. Raise ValueError if `impl` cannot compute this layer."""
     if impl in ("wide", "reference"):
@@ -84,7 +88,7 @@ def _choose_impl(
         total_rank=sum(mixture.ranks),
         top_k=top_k,
         share_a=mixture.share_a,
-        trains=torch.is_grad_enabled() or dropout > 0.0,
+        trains=training or dropout > 0.0 or torch.is_grad_enabled(),
     )
 
 

@@ -117,6 +117,7 @@ def run_siblings(
         dropout,
         config.impl,
         sqrt_gate=config.grad_gate == "sqrt",
+        training=first.training,
     )
     if x.dim() != 2:
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
@@ -128,7 +129,7 @@ def _decode_plain(
 ) -> tuple[list[Tensor], Gate | None] | None:
     """Return the results of `run_siblings` for the commonest layers on a CPU without gradients.
 
-    These are layers with a plain base and a fused router, on few tokens. One function has all of
+    These are layers in evaluation with a plain base and a fused router, on few tokens. One function has all of
     it, because a call from Python to Python takes as long as a part of the op. Return None for any
     other call.
     """
@@ -137,7 +138,7 @@ def _decode_plain(
     if (
         mixture is None
         or config.impl not in ("auto", "decode")
-        or (first.training and (config.dropout > 0.0 or config.noise > 0))
+        or first.training
         or type(x) is not Tensor
         or not x.is_cpu
         or x.layout is not torch.strided

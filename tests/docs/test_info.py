@@ -22,7 +22,7 @@ def test_json_report(capsys):
     assert report["native"]["failed replays"] == native.replay_failures()[0]
     built, built_cuda = (native.build_info().get(name, ()) for name in ("ops", "cuda_ops"))
     for op, devices in report["implementations"].items():
-        whole_layer = op.removesuffix("_backward") in ("wide", "grouped")
+        whole_layer = op.removesuffix("_backward") in ("wide", "grouped", "decode")
         plain = "composite" if whole_layer else "reference"
         assert devices["cpu"] == ("native" if op in built else plain), op
         plain = "triton" if op in registration.KERNELS else plain
