@@ -308,8 +308,7 @@ def launch(
     block_e = launcher.block(E)
     tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
     fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
-    column_tile_table = None
-    column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
+    column_tile_table, column_tiles = None, n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
         column_tiles = len(column_tile_table)
@@ -323,11 +322,12 @@ def launch(
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
         split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
-    one_launch = fits and split == 1
+    # Rows of h and u that are not aligned take more registers than a large tile leaves.
+    is_large = tile_config.tokens * block_r >= configs.LARGE_TILE
+    one_launch = fits and split == 1 and (not is_large or R * x.itemsize % 16 == 0)
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
-    router_block = block_e
-    partials = None
+    router_block, partials = block_e, None
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))

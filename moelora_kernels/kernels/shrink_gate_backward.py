@@ -281,6 +281,9 @@ def launch(
     one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
     # Rows of h and u at any multiple of 2 or 4 bytes take more registers than the gate leaves.
     one_launch = one_launch and R * h.itemsize % 8 == 0
+    # A dense gate takes more registers than a large tile leaves.
+    is_large = tile_config.tokens * width >= configs.LARGE_TILE
+    one_launch = one_launch and (not is_large or has_router or form == "sparse")
     partials = None if one_launch else h.new_empty((split, T, n * R), dtype=dtype)
 
     # Arguments that both launches take.

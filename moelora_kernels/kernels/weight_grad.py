@@ -264,7 +264,9 @@ def launch(
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
     columns, row = max(block_a, block_b), math.gcd(H, R)
-    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row)
+    # A mask takes registers, and so does x in float32, which float16 needs beside dlogits.
+    is_simple = dropout.p == 0 and (L == 0 or x.dtype != torch.float16)
+    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row, is_simple)
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)

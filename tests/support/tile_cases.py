@@ -22,8 +22,8 @@ VARIANTS = {
     # Sums to partials; the mask drawn beside the product.
     "split": (dict(gate="dense", dropout=0.1), 2),
 }
-# Wider tiles of shrink_dx serve layers without dropout.
-RESIDENT_COLUMNS = 64
+# The widest tiles of these ops serve layers without dropout.
+COLUMNS_WITH_DROPOUT = {"shrink_dx": 64, "weight_grad": 64}
 # An op that is not in this list has nothing to qualify its tiles.
 OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
 
@@ -55,7 +55,7 @@ def tile_calls(
     assert op in OPS, op
     if op in WIDE_OPS:
         options, split = VARIANTS[variant]
-        if op == "shrink_dx" and columns > RESIDENT_COLUMNS:
+        if columns > COLUMNS_WITH_DROPOUT.get(op, columns):
             options = {**options, "dropout": 0.0}
         case = Case(T=tokens, I=width, O=width, ranks=(columns // 4,) * 4, **options)
         options = {"split": split} if op in SPLIT else {}

@@ -48,22 +48,25 @@ SHARED = {
     "sm_120": 99 << 10,
 }
 
+# Elements of a float32 sum that leaves few of the registers of 8 warps.
+LARGE_TILE = 128 * 128
+
 # (kernel, bytes of an element of x, columns of the rank tile) -> TileConfig. Found by compiling
 # ahead of time. Tiles are as large as the registers hold without spills, because every program
 # reads its columns of A or B again. Stages are as many as keep 16 bytes per thread in flight.
 _SM_90 = {
     ("shrink_gate", 2, 16): TileConfig(64, 128, 4, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 4, 3),
-    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
-    ("shrink_gate", 2, 128): TileConfig(64, 64, 8, 4),
+    ("shrink_gate", 2, 64): TileConfig(128, 64, 8, 3),
+    ("shrink_gate", 2, 128): TileConfig(128, 64, 8, 3),
     ("shrink_gate", 4, 16): TileConfig(64, 32, 4, 3),
     ("shrink_gate", 4, 32): TileConfig(64, 32, 4, 3),
     ("shrink_gate", 4, 64): TileConfig(64, 32, 8, 3),
     ("shrink_gate", 4, 128): TileConfig(64, 32, 8, 3),
     ("shrink_gate_backward", 2, 16): TileConfig(64, 128, 4, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 4, 3),
-    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
-    ("shrink_gate_backward", 2, 128): TileConfig(64, 64, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(128, 64, 8, 3),
+    ("shrink_gate_backward", 2, 128): TileConfig(128, 64, 8, 3),
     ("shrink_gate_backward", 4, 16): TileConfig(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 32): TileConfig(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 64): TileConfig(64, 32, 8, 3),
@@ -71,7 +74,7 @@ _SM_90 = {
     ("weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 4, 3),
     ("weight_grad", 2, 64): TileConfig(64, 128, 8, 3),
-    ("weight_grad", 2, 128): TileConfig(64, 128, 8, 3),
+    ("weight_grad", 2, 128): TileConfig(64, 256, 8, 3),
     ("weight_grad", 4, 16): TileConfig(32, 64, 4, 3),
     ("weight_grad", 4, 32): TileConfig(32, 64, 4, 3),
     ("weight_grad", 4, 64): TileConfig(32, 64, 8, 3),
@@ -122,6 +125,10 @@ _SM_90 = {
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
 _SM_100 = {
     **_SM_90,
+    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
+    ("shrink_gate", 2, 128): TileConfig(64, 64, 8, 4),
+    ("shrink_gate_backward", 2, 128): TileConfig(64, 64, 8, 3),
     ("shrink_gate", 2, 16): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
@@ -137,6 +144,8 @@ _SM_100 = {
 _SM_80 = {
     **_SM_90,
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3),
+    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3),
     ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3),
@@ -261,16 +270,21 @@ def tile_config(
     dtype: torch.dtype,
     rank_columns: int,
     row: int = 16,
+    is_simple: bool = True,
 ) -> TileConfig:
     """Return the entry of the table for tiles of `rank_columns` columns of rank space.
 
     row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
-    registers.
+    registers. is_simple: nothing but the products takes registers. Otherwise, and if 16-bit rows
+    are not aligned, a step of 256 columns is half as long.
     """
     entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
-    if dtype.itemsize == 4 and row % 4:
+    is_aligned = row * dtype.itemsize % 16 == 0
+    if dtype.itemsize == 4 and not is_aligned:
         return entry._replace(step=entry.step // 2)
+    if entry.step == 256 and not (is_simple and is_aligned):
+        return entry._replace(step=128)
     return entry
 
 
