@@ -160,8 +160,8 @@ class CountLaunches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-# case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill half of
-# an H200: the inner dimension of every sum is cut into parts, which one more launch adds up. The
+# case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill half
+# of an H200: the inner dimension of every sum is cut into parts, which one more launch adds up. The
 # shrinks of three siblings fill it, but not their gradients; T = 1 is not worth a cut.
 WIDE_LAUNCHES = {
     "T=8192": (dict(T=8192), 4, 6),
