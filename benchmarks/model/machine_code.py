@@ -114,7 +114,7 @@ def compile_launch(launch: Launch, architecture: str):
 
 def key_of(launch: Launch) -> str:
     """Return a key of the compiled code of a launch. It does not depend on the grid."""
-    return str((launch.kernel.fn.__name__, arguments_of(launch), launch.tile_config[:4]))
+    return str((launch.kernel.fn.__name__, arguments_of(launch), options(launch.tile_config)))
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

@@ -144,9 +144,9 @@ _SM_100 = {
 _SM_80 = {
     **_SM_90,
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3),
-    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
-    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
+    ("shrink_gate", 2, 64): TileConfig(64, 64, 8, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 8, 3),
@@ -165,7 +165,6 @@ _SM_89 = {
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3, registers=255),
     # With dropout, 4 warps spill.
     ("grouped_shrink", 2, 16): TileConfig(64, 128, 8, 3),
-    ("shrink_gate", 2, 64): TileConfig(64, 64, 8, 3),
     ("shrink_gate_backward", 2, 64): TileConfig(64, 64, 8, 3),
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
@@ -173,15 +172,16 @@ _SM_89 = {
 # Without wgmma and with 99 KiB of shared memory, like sm_89, but more of its tiles spill.
 _SM_120 = {
     **_SM_89,
+    # Entries with a limit: without it, ptxas of Triton 3.6 spills two to four registers.
     ("shrink_gate", 2, 64): TileConfig(32, 64, 8, 3),
     ("shrink_gate", 4, 64): TileConfig(32, 32, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 64, 8, 3, registers=255),
     ("shrink_gate_backward", 2, 128): TileConfig(16, 64, 8, 3),
     ("shrink_gate_backward", 4, 64): TileConfig(32, 32, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(16, 32, 8, 3),
     ("weight_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("weight_grad", 4, 128): TileConfig(32, 32, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
-    # With Triton 3.6, ptxas spills two registers without the limit that is written out.
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
