@@ -129,15 +129,21 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
         return [*wide, (s.BLOCK_O * s.BLOCK_R, s.RANK_DIVISOR, s.size("b_ptrs"))]
     if name == "grouped_expand_kernel":
         row = s.RANK_DIVISOR if s.stride_r == 1 else s.O
-        return [
+        loads = [
             (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("u_ptr")),
             (s.BLOCK_O * s.BLOCK_R, row, s.size("matrix_ptr")),
         ]
+        if s.start_ptr is not None:
+            loads.append((s.BLOCK_P * s.BLOCK_O, s.O, s.size("start_ptr")))
+        if s.L:
+            loads.append((s.BLOCK_O * s.BLOCK_L, s.O, s.size("router_ptr")))
+        return loads
     if name == "grouped_weight_grad_kernel":
-        wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("wide_ptrs")) for W in s.widths]
+        widths = (*s.in_features, *s.out_features)
+        wide = [(s.BLOCK_P * s.BLOCK_W, W, s.size("x_ptrs")) for W in widths]
         # `order` is loaded too: 4 bytes for each row of wide.
         order = (s.BLOCK_P, 1, 4)
-        return [*wide, (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("narrow_ptr")), order]
+        return [*wide, (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("dh_ptr")), order]
     return []
 
 
@@ -152,7 +158,7 @@ def natural_widths(launch: Launch) -> set[int]:
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
     }
-    wide = launch.arguments.get("x_ptr", launch.arguments.get("wide_ptrs", (None,))[0])
+    wide = launch.arguments.get("x_ptr", launch.arguments.get("x_ptrs", (None,))[0])
     if launch.kernel.fn.__name__.endswith("grad_kernel") and wide.dtype == torch.float32:
         # TF32 tensor cores need both operands contiguous along the tokens, so the small operand is
         # transposed element by element when it is copied into shared memory.

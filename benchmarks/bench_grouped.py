@@ -40,12 +40,12 @@ from benchmarks.measure.inputs import DTYPES, check_mixture
 from benchmarks.output import tables
 from benchmarks.output.pages import all_tables
 from benchmarks.output.plots import plot
-from benchmarks.output.progress import Progress
 from benchmarks.suites import cells, machine
 from benchmarks.suites.jobs import SUITES, Job, grouped_jobs, layer_jobs
 from benchmarks.suites.shapes import linear_case, select_cases
 from benchmarks.suites.sizes import MODES, RUN_SIZES, RunSizes
 from moelora_kernels.testing import ROUTINGS
+from moelora_kernels.tune.progress import Progress
 
 # Besides impl="auto", the suite `grouped` measures both formulations, to find the faster one.
 EXPLICIT = ("moelora_wide", "moelora_grouped")

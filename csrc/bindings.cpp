@@ -7,6 +7,7 @@
 
 #include "cpu/simd.h"
 #include "cuda/architectures.h"
+#include "plan/cache.h"
 
 #if !defined(TORCH_TARGET_VERSION)
 #error "build with -DTORCH_TARGET_VERSION: then one library works with several torch releases"
@@ -46,7 +47,7 @@ pybind11::dict build_info() {
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
   info["ops"] = pybind11::make_tuple(
-      "dropout", "weight_grad", "grouped", "grouped_backward", "grouped_expand",
+      "dropout", "weight_grad", "grouped", "grouped_backward", "grouped_dx", "grouped_expand",
       "grouped_weight_grad", "grouped_shrink", "grouped_shrink_backward", "route", "router_grad",
       "router_logits", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
       "topk_gate_backward", "wide", "wide_backward");
@@ -61,7 +62,14 @@ pybind11::dict build_info() {
   }
 #endif
   info["cuda"] = pybind11::tuple(gpus);
+  // The layer ops whose plans the library replays.
+  info["planned_ops"] =
+      pybind11::make_tuple("grouped", "grouped_backward", "wide", "wide_backward");
   return info;
+}
+
+void set_cpu_launch(uintptr_t address) {
+  moelora::set_cpu_launch(reinterpret_cast<moelora::LaunchKernel>(address));
 }
 
 }  // namespace
@@ -69,4 +77,8 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of moelora_kernels; loading the module registers them.";
   m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
+  m.def("clear_plans", &moelora::clear_plans, "Forget all plans.");
+  m.def("count_replays", &moelora::count_replays, "Return how many calls were replayed.");
+  m.def("set_cpu_launch", &set_cpu_launch,
+        "Set the address of the function that launches kernels for CPU tensors; for tests.");
 }

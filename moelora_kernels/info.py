@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import moelora_kernels
 from moelora_kernels import dispatch, native, ops
-from moelora_kernels.kernels.common import configs
+from moelora_kernels.kernels.common import configs, tuned
 from moelora_kernels.ops import registration
 
 PACKAGES = ("triton", "numpy", "safetensors", "transformers", "peft")
@@ -62,6 +63,14 @@ def tiles() -> dict[str, str]:
     return result
 
 
+def tuned_tiles() -> dict[str, str] | str:
+    """Return device -> which tiles of `python -m moelora_kernels.tune` it takes, and why."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        devices = [torch.device("cpu")]
+    return {str(d): tuned.describe(d) for d in devices} or "none: torch finds no GPU"
+
+
 def _kernels_found(gpus: list[str]) -> str:
     return "available" if gpus else "available, but torch finds no GPU to run them"
 
@@ -96,6 +105,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         },
         "triton kernels": registration.kernels_problem() or _kernels_found(cuda),
         "tiles": tiles(),
+        "tuned tiles": tuned_tiles(),
         "implementations": implementations(),
         "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},
         "auto": {"device": device, **sizes, "impl": choice.impl, "reason": choice.reason},

@@ -103,3 +103,8 @@ def build_info() -> dict[str, Any]:
     The dictionary is empty if the library is not loaded.
     """
     return {} if _library is None else _library.build_info()
+
+
+def plan_library() -> ModuleType | None:
+    """Return the library if it replays plans of layer ops, see `plans`; else None."""
+    return _library if build_info().get("planned_ops") else None

@@ -57,6 +57,24 @@ def draw_experts(
     return torch.multinomial(likelihood.expand(tokens, experts), top_k, generator=generator)
 
 
+def clear_routing(x: Tensor, router: RouterTensors, top_k: int, least: float = 1e-3) -> Tensor:
+    """Return x [T, I] without the tokens whose experts depend on the last bits of their logits.
+
+    A token whose first K + 1 logits of a router are closer than `least` becomes a copy of the token
+    whose logits are farthest apart. With K = E nothing is chosen.
+    """
+    if not len(x) or not router.weight or router.weight[0].shape[0] == top_k:
+        return x
+    gap = x.new_full(x.shape[:1], float("inf"), dtype=torch.float64)
+    for i, weight in enumerate(router.weight):
+        logits = x.double() @ weight.double().t()
+        if router.bias:
+            logits += router.bias[i].double()
+        largest = logits.sort(dim=1, descending=True).values[:, : top_k + 1]
+        gap = gap.minimum((largest[:, :-1] - largest[:, 1:]).amin(dim=1))
+    return torch.where((gap < least)[:, None], x[gap.argmax()], x)
+
+
 def reference_step(
     mixture: Mixture,
     x: Tensor,

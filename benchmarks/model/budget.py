@@ -2,7 +2,7 @@
 
 A launch takes the largest of five times, and START:
 
-    memory    every tensor once, at the bandwidth of device memory
+    memory    every tensor that its programs ask for once, at the bandwidth of device memory
     L2        all bytes that its programs ask for, at the bandwidth of the L2 cache
     matrix    its products, at the rate of the tensor cores
     issue     all instructions, one per cycle in each quarter of a multiprocessor
@@ -25,6 +25,7 @@ from benchmarks.model.launches import Layer
 from benchmarks.model.machine_code import MachineCode
 from benchmarks.model.work import work
 from moelora_kernels.kernels.common.launcher import Launch
+from moelora_kernels.kernels.grouped_expand import adds_router
 
 # Microseconds of a launch that no limit explains: its start, the ramp and the gap before the next.
 START = 4.0
@@ -87,12 +88,13 @@ def kernel(launch: Launch, code: MachineCode, gpu: Gpu, direction: str) -> Model
     blocks = blocks_per_multiprocessor(code, gpu)
     waves = launch.programs / (gpu.multiprocessors * blocks)
     active = min(1.0, launch.programs / gpu.multiprocessors)
-    instructions = code.instructions + code.loop * max(0, todo.steps - 1)
+    instructions = code.loop * max(1, todo.steps) + todo.runs * (code.instructions - code.loop)
     warps_per_quarter = launch.programs / gpu.multiprocessors / active * code.threads / 32 / 4
     stages = max(1, launch.tile_config.stages - 1)
     loads = todo.busy * (1 + todo.steps / stages) + todo.dependent_loads
     limits = {
-        "memory": traffic.compulsory(launch) / (gpu.rates.tbytes * 1e6),
+        # In balanced routing `reduce_chunks` moves nothing.
+        "memory": min(traffic.compulsory(launch), moved) / (gpu.rates.tbytes * 1e6),
         "L2": moved / (gpu.l2 * active * 1e6),
         "matrix": todo.flops / (gpu.rates.tflops * active * 1e6),
         "issue": todo.busy * instructions * warps_per_quarter / (gpu.clock * 1e3),
@@ -161,8 +163,10 @@ def products_of_layer(layer: Layer, gpu: Gpu) -> list[Modelled]:
         rows.append(product(gpu, "y += x Wt", "forward", (T, I, O), adds=True))
         rows.append(product(gpu, "dx += dy W", "backward", (T, O, I), adds=True))
     if layer.grouped and layer.gate == "router":
-        E = len(layer.ranks) * len(layer.out_features)
-        rows.append(product(gpu, "dx += dlogits Wr", "backward", (T, E, I), adds=True))
+        E = len(layer.ranks)
+        L = E * len(layer.out_features)
+        if not adds_router(T, E, L):
+            rows.append(product(gpu, "dx += dlogits Wr", "backward", (T, L, I), adds=True))
     return rows
 
 

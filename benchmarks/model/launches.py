@@ -28,6 +28,7 @@ class Layer(NamedTuple):
 
     by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
     oversized: more experts than the tiles are made for; the kernels may spill.
+    plain: the layer whose machine code `TileConfig.blocks` states.
     """
 
     name: str
@@ -46,13 +47,14 @@ class Layer(NamedTuple):
     oversized: bool = False
     grouped: bool = False
     by_pair: bool = False
+    plain: bool = False
 
 
 # Every entry of the tile tables and every variant of a kernel that a preset leads to.
 LAYERS = [
-    *(Layer(f"R={8 * r}", ranks=(r,) * 8) for r in (2, 4, 8, 16)),
-    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32) for r in (2, 4, 8, 16)),
-    *(Layer(f"R={8 * r} T=1024", tokens=1024, ranks=(r,) * 8) for r in (8, 16)),
+    *(Layer(f"R={8 * r}", ranks=(r,) * 8, plain=True) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32, plain=True) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r} T=1024", tokens=1024, ranks=(r,) * 8, plain=True) for r in (8, 16)),
     Layer("R=128 fp16", dtype=FP16),
     Layer("R=128 fp32 adapters", adapters=FP32),
     Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
@@ -108,6 +110,13 @@ LAYERS = [
         for r in (16, 32, 64)
     ),
 ]
+
+
+def stores_partials(launch: Launch) -> bool:
+    """Return whether a launch stores partial sums, which another launch adds."""
+    if "ONE_LAUNCH" in launch.constants:
+        return not launch.constants["ONE_LAUNCH"]
+    return launch.arguments.get("splits", 1) > 1 or launch.arguments.get("partial_stride", 0) > 0
 
 
 def record(layer: Layer) -> list[Launch]:
@@ -197,12 +206,17 @@ def record_grouped(layer: Layer) -> list[Launch]:
         dh, u, dweights = grouped_shrink_backward.launch(
             dy, lora_b, h, weights, routing, ranks, scaling
         )
-        transposed = [a.t() for a in lora_a]
-        grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
-        grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
+        dlogits = None
         if routers:
             dlogits = topk_gate.launch_backward(
                 dweights.view(-1, K), by_sibling, chosen, logits.view(-1, E), layer.renormalize, 1.0
-            )
-            router.launch_grad(dlogits.view(T, n * E), x, of)
+            ).view(T, n * E)
+        if by_pair:
+            transposed = [a.t() for a in lora_a]
+            grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
+        else:
+            grouped_expand.launch_dx(dh, dlogits, lora_a, routers, routing, ranks, dropout, T)
+        grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
+        if dlogits is not None:
+            router.launch_grad(dlogits, x, of)
     return launches

@@ -32,7 +32,7 @@ def compulsory(launch: Launch) -> int:
     return sum(
         tensor.nbytes
         for name, value in launch.arguments.items()
-        if name != "partials_ptr"
+        if not name.endswith("partials_ptr")
         for tensor in _tensors(value)
     )
 
@@ -257,21 +257,24 @@ def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
 
 
 def _grouped_expand(s: Sizes) -> tuple[int, int]:
-    o_tiles, order = ceil_div(s.O, s.BLOCK_O), s.order_ptr.tolist()
+    o_tiles, walks, order = ceil_div(s.O, s.BLOCK_O), ceil_div(s.O, s.walk), s.order_ptr.tolist()
     read, rows = _tile_map(s, s.tiles_ptr), 0
     for tile in _tiles(s, s.tiles_ptr):
         slots = [pair % s.S for pair in order[tile.first : tile.end]]
         pairs = tile.positions if s.PER_PAIR else slots.count(s.slot)
-        read += 0 if s.PER_PAIR else 8 * o_tiles
+        read += 0 if s.PER_PAIR else 8 * walks
         skipped = not s.PER_PAIR and not slots[0] <= s.slot <= slots[-1]
         if skipped or (s.IN_PLACE and tile.expert >= s.N):
             continue
         rows += pairs
-        read += tile.positions * 4 * o_tiles
+        read += (tile.positions * 4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr")) * walks
         if tile.expert < s.N:
+            # A program keeps the first columns of u.
             rank = _rank(s, tile.expert)
-            read += (2 * s.size("ranks_ptr") + s.size("seed_ptr")) * o_tiles
-            read += rank * (pairs * o_tiles * s.size("u_ptr") + s.O * s.size("matrix_ptr"))
+            kept = min(rank, s.BLOCK_R)
+            read += pairs * (kept * walks + (rank - kept) * o_tiles) * s.size("u_ptr")
+            read += rank * s.O * s.size("matrix_ptr")
+        read += s.L * (pairs * walks * s.size("dlogits_ptr") + s.O * s.size("router_ptr"))
     return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 
@@ -302,21 +305,25 @@ def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
     partials_of_expert = Counter(partial.expert for partial in partials)
     read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
     written = 0
+    sides = (
+        (s.in_features, "x_ptrs", "dh_ptr", "da_ptrs", s.size("seed_ptr")),
+        (s.out_features, "dy_ptrs", "u_ptr", "db_ptrs", 0),
+    )
     for expert in range(s.n * s.E):
         if expert not in partials_of_expert:
             read += s.TILES * 2 * s.size("ranks_ptr")
-            written += _rank(s, expert) * s.widths[expert // s.E] * s.size("out_ptrs")
+            for widths, *_, out, _ in sides:
+                written += _rank(s, expert) * widths[expert // s.E] * s.size(out)
     for partial in partials:
-        W, rank = s.widths[partial.expert // s.E], _rank(s, partial.expert)
-        w_tiles = ceil_div(W, s.BLOCK_W)
-        programs = w_tiles * s.COLUMN_TILES
-        read += programs * (
-            4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr") + 4 * partial.positions
-        )
-        read += partial.positions * W * s.COLUMN_TILES * s.size("wide_ptrs")
-        read += partial.positions * rank * w_tiles * s.size("narrow_ptr")
-        is_whole = partials_of_expert[partial.expert] == 1
-        written += rank * W * (s.size("out_ptrs") if is_whole else 4)
+        is_whole, rank = partials_of_expert[partial.expert] == 1, _rank(s, partial.expert)
+        for widths, wide, narrow, out, seed in sides:
+            W = widths[partial.expert // s.E]
+            w_tiles = ceil_div(W, s.BLOCK_W)
+            programs = w_tiles * s.COLUMN_TILES
+            read += programs * (4 + 2 * s.size("ranks_ptr") + seed + 4 * partial.positions)
+            read += partial.positions * W * s.COLUMN_TILES * s.size(wide)
+            read += partial.positions * rank * w_tiles * s.size(narrow)
+            written += rank * W * (s.size(out) if is_whole else 4)
     return read, written
 
 
@@ -327,9 +334,11 @@ def _reduce_chunks(s: Sizes) -> tuple[int, int]:
     written = 0
     for expert, count in partials_of_expert.items():
         if count > 1:
-            elements = _rank(s, expert) * s.widths[expert // s.E]
-            read += s.TILES * 2 * s.size("ranks_ptr") + elements * 4 * count
-            written += elements * s.size("out_ptrs")
+            read += s.TILES * 2 * s.size("ranks_ptr")
+            for widths, out in ((s.in_features, "da_ptrs"), (s.out_features, "db_ptrs")):
+                elements = _rank(s, expert) * widths[expert // s.E]
+                read += elements * 4 * count
+                written += elements * s.size(out)
     return read, written
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.model.traffic import Sizes
 from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 
@@ -19,12 +21,14 @@ class Work(NamedTuple):
         steps: steps of the loop of a program.
         dependent_loads: loads before the loop that need the result of the load before them.
         busy: the share of the programs that come to their loop.
+        runs: the share of the instructions outside of the loop that a program runs.
     """
 
     flops: float
     steps: int
     dependent_loads: int = 0
     busy: float = 1.0
+    runs: float = 1.0
 
 
 def _precision(s: Sizes, pointer: str) -> float:
@@ -79,7 +83,9 @@ def _router_logits(s: Sizes) -> Work:
 
 def _router_grad(s: Sizes) -> Work:
     flops = 2.0 * s.programs * s.t_per_split * s.BLOCK_W * s.BLOCK_L
-    return Work(flops * FLOAT32, s.t_per_split // s.BLOCK_T)
+    # dlogits stay in float32: three products of bfloat16 (`exact_product`), else three of TF32.
+    precision = 3.0 if s.x_ptr.dtype == torch.bfloat16 else FLOAT32
+    return Work(flops * precision, s.t_per_split // s.BLOCK_T)
 
 
 def _grouped_shrink(s: Sizes) -> Work:
@@ -94,11 +100,13 @@ def _grouped_shrink_backward(s: Sizes) -> Work:
 
 
 def _grouped_expand(s: Sizes) -> Work:
-    steps = ceil_div(s.MAX_RANK, s.BLOCK_R)
+    o_tiles = ceil_div(min(s.O, s.walk), s.BLOCK_O)
+    steps = o_tiles * ceil_div(s.MAX_RANK, s.BLOCK_R)
     # A tile of an expert holds the pairs of all slots in the order of slots, and a launch writes
     # those of one slot. Programs whose tile has none return before their product.
     busy = 1.0 if s.PER_PAIR else 1.0 / s.S
-    flops = 2.0 * busy * s.programs * s.BLOCK_P * s.BLOCK_O * steps * s.BLOCK_R
+    columns = steps * s.BLOCK_R + (o_tiles * s.BLOCK_L if s.L else 0)
+    flops = 2.0 * busy * s.programs * s.BLOCK_P * s.BLOCK_O * columns
     # The tile, its pairs, their rows: each load needs the one before.
     return Work(flops * _precision(s, "u_ptr"), steps, dependent_loads=2, busy=busy)
 
@@ -107,7 +115,8 @@ def _grouped_weight_grad(s: Sizes) -> Work:
     # The chunks of one expert hold as many positions as all others in balanced routing.
     positions = ceil_div(s.P, len(s.chunks_ptr))
     flops = 2.0 * s.programs * positions * s.BLOCK_W * s.BLOCK_R
-    return Work(flops * _precision(s, "wide_ptrs"), ceil_div(positions, s.BLOCK_P))
+    # A program runs the code for dA or the code for dB.
+    return Work(flops * _precision(s, "x_ptrs"), ceil_div(positions, s.BLOCK_P), runs=0.5)
 
 
 PRODUCTS = {

@@ -184,9 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
                                  .coefficients = slot_dlogits,
                                  .expert_rows = slot_dlogits ? router : std::nullopt});
   } else if (needs_x) {
-    dx = grouped_expand(dh, transposed_a, std::nullopt, order, offsets, tiles, chunks, ranks,
-                        dropout_p, dropout_per_expert, seed, T, 0, false);
-    if (router_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
+    dx = grouped_dx(dh, router_dlogits, lora_a, router_weight, order, offsets, tiles, chunks, ranks,
+                    dropout_p, dropout_per_expert, seed, T);
   }
 
   // The gradients of A, B and the routers.

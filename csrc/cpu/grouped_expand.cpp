@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "aten.h"
 #include "ops.h"
 
 namespace moelora {
@@ -225,6 +226,21 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
   return expand_to(std::nullopt, arguments, start, tokens, per_pair);
 }
 
+Tensor grouped_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> lora_a,
+                  std::vector<Tensor> router_weight, Tensor order, Tensor offsets, Tensor tiles,
+                  Tensor chunks, std::vector<int64_t> ranks, double dropout_p,
+                  bool dropout_per_expert, std::optional<Tensor> seed, int64_t tokens) {
+  for (Tensor& a : lora_a) a = transposed(a);
+  const Tensor dx = grouped_expand(dh, lora_a, std::nullopt, order, offsets, tiles, chunks, ranks,
+                                   dropout_p, dropout_per_expert, seed, tokens, 0, false);
+  if (dlogits) {
+    const ScalarType dtype = dh.scalar_type();
+    for (Tensor& weight : router_weight) weight = cast(weight, dtype);
+    addmm_out(dx, dx, cast(*dlogits, dtype), stacked(router_weight, false));
+  }
+  return dx;
+}
+
 void grouped_expand_in_place(const Tensor& y, const ExpandArguments& arguments) {
   const ScalarType dtype = arguments.u.scalar_type();
   STD_TORCH_CHECK(y.is_contiguous(), "y: expected a contiguous tensor");
@@ -236,5 +252,6 @@ void grouped_expand_in_place(const Tensor& y, const ExpandArguments& arguments) 
 }  // namespace moelora
 
 STABLE_TORCH_LIBRARY_IMPL(moelora, CPU, m) {
+  m.impl("grouped_dx", TORCH_BOX(&moelora::grouped_dx));
   m.impl("grouped_expand", TORCH_BOX(&moelora::grouped_expand));
 }

@@ -133,7 +133,7 @@ def router_grad_kernel(
 def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None) -> Tensor:
     """Return logits [T, n E] float32, like `reference.router_logits`.
 
-    split: number of parts that I is cut into; None fills the GPU.
+    split: number of parts that I is cut into; None balances the programs.
     """
     router_weight, router_bias = router
     x = launcher.rows_dense(x)
@@ -148,7 +148,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     programs = launcher.ceil_div(T, tile_config.tokens) * n * launcher.ceil_div(E, block_e)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(x.device, programs, steps)
+        split = configs.num_splits(x.device, tile_config, programs, steps)
 
     # The kernel computes the address of a partial sum from T, n and E: no space between them.
     partials = Partials([logits], split, alignment=1)
@@ -185,7 +185,7 @@ def launch_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return drouter [n E, I] and dbias [n E] in router_dtype, like `reference.router_grad`.
 
-    split: number of parts that T is cut into; None fills the GPU.
+    split: number of parts that T is cut into; None balances the programs.
     """
     width = x.shape[1]
     x = launcher.rows_dense(x)
@@ -201,7 +201,7 @@ def launch_grad(
     programs = launcher.ceil_div(I, tile_config.step) * launcher.ceil_div(L, block_l)
     steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
-        split = configs.num_splits(x.device, programs, steps)
+        split = configs.num_splits(x.device, tile_config, programs, steps)
 
     partials = Partials([drouter, dbias], split)
     drouter_target, dbias_target = partials.targets

@@ -282,7 +282,7 @@ def launch(
 ):
     """Return h, u and the gate of the routers, like `reference.shrink_gate`.
 
-    split: number of parts that I is cut into; None fills the GPU.
+    split: number of parts that I is cut into; None balances the programs.
     """
     router_weight, router_bias = router
     gate_weights, experts, rows, _ = gate
@@ -290,6 +290,7 @@ def launch(
     T, width = x.shape
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0
+    router_e = E if has_router else 0
 
     # Outputs. Without a router, weights, experts and logits are empty.
     h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
@@ -308,6 +309,9 @@ def launch(
     block_e = launcher.block(E)
     tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
     fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
+    # Rows of h and u that are not aligned take more registers than a large tile leaves.
+    is_large = tile_config.tokens * block_r >= configs.LARGE_TILE
+    fits = fits and (not is_large or R * x.itemsize % 16 == 0)
     column_tile_table, column_tiles = None, n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
@@ -315,24 +319,23 @@ def launch(
     elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
-    # Grid: split I until the programs fill the GPU.
+    # Grid.
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(x.device, token_tiles * column_tiles, steps)
-    # Rows of h and u that are not aligned take more registers than a large tile leaves.
-    is_large = tile_config.tokens * block_r >= configs.LARGE_TILE
-    one_launch = fits and split == 1 and (not is_large or R * x.itemsize % 16 == 0)
+        split = configs.num_splits(
+            x.device, tile_config, token_tiles * column_tiles, steps, stores_partials=not fits
+        )
+    one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
     router_block, partials = block_e, None
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
-        columns = n * (A_ROWS + (E if has_router else 0))
-        partials = x.new_empty((split, T, columns), dtype=dtype)
+        partials = x.new_empty((split, T, n * (A_ROWS + router_e)), dtype=dtype)
 
     # Arguments that both launches take.
     arguments = dict(
@@ -355,7 +358,7 @@ def launch(
     )
     constants = dict(
         n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
-        ROUTER_E=E if has_router else 0, UPCAST=launcher.INTERPRET,
+        ROUTER_E=router_e, UPCAST=launcher.INTERPRET,
     )  # fmt: skip
     launcher.run(
         shrink_gate_kernel,
@@ -391,10 +394,7 @@ def launch(
         row_tile = configs.PARTIALS_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
-            gate_partials_kernel,
-            launcher.ceil_div(T, row_tile.tokens) * n,
-            row_tile,
-            arguments,
+            gate_partials_kernel, launcher.ceil_div(T, row_tile.tokens) * n, row_tile, arguments,
             constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r, BLOCK_E=block_e),
-        )
+        )  # fmt: skip
     return h, u, out_weights, out_experts, out_logits

@@ -247,7 +247,7 @@ def launch(
 ):
     """Return dh, u and dgate, like `reference.shrink_gate_backward`.
 
-    split: number of parts that O is cut into; None fills the GPU.
+    split: number of parts that O is cut into; None balances the programs.
     """
     gate_weights, experts, rows, logits = gate
     ranks, scaling, _share_a, top_k, renormalize, temperature = mixture
@@ -271,19 +271,21 @@ def launch(
     column_tiles = n * launcher.ceil_div(R, width)
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
-    # Grid: split O until the programs fill the GPU.
+    # Grid.
     dy = [launcher.rows_dense(g) for g in dy]
     b_columns = launcher.aligned_columns(lora_b[0])
     out_features = [g.shape[1] for g in dy]
     steps = [launcher.ceil_div(O, tile_config.step) for O in out_features]  # noqa: E741
-    if split is None:
-        split = configs.num_splits(h.device, token_tiles * column_tiles, max(steps))
-    one_launch = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and split == 1
     # Rows of h and u at any multiple of 2 or 4 bytes take more registers than the gate leaves.
-    one_launch = one_launch and R * h.itemsize % 8 == 0
+    fits = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and R * h.itemsize % 8 == 0
     # A dense gate takes more registers than a large tile leaves.
     is_large = tile_config.tokens * width >= configs.LARGE_TILE
-    one_launch = one_launch and (not is_large or has_router or form == "sparse")
+    fits = fits and (not is_large or has_router or form == "sparse")
+    if split is None:
+        split = configs.num_splits(
+            h.device, tile_config, token_tiles * column_tiles, max(steps), stores_partials=not fits
+        )
+    one_launch = fits and split == 1
     partials = None if one_launch else h.new_empty((split, T, n * R), dtype=dtype)
 
     # Arguments that both launches take.

@@ -243,7 +243,7 @@ def launch(
 ):
     """Return da, drouter, dbias and n x db, like `reference.weight_grad`.
 
-    split: number of parts that T is cut into; None fills the GPU.
+    split: number of parts that T is cut into; None balances the programs.
     """
     (T, width), n, H = x.shape, len(dy), dh.shape[1]
     x, padded_dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
@@ -277,12 +277,12 @@ def launch(
     b_tiles = launcher.ceil_div(R, block_b)
     block_l = launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16
 
-    # Grid: split T until the programs fill the GPU.
+    # Grid.
     programs = launcher.ceil_div(I, tile_config.step) * a_tiles
     programs += sum(launcher.ceil_div(O, tile_config.step) for O in out_features) * b_tiles  # noqa: E741
     steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
-        split = configs.num_splits(x.device, programs, steps)
+        split = configs.num_splits(x.device, tile_config, programs, steps)
 
     partials = Partials([da, drouter, dbias, *db] if L else [da, *db], split)
     da_target, *router_targets = partials.targets[:-n]

@@ -7,6 +7,7 @@ implementations take precedence: the native library on a CPU, Triton on a GPU.
 from moelora_kernels import native  # noqa: F401  (registers the CPU ops where it is built)
 from moelora_kernels.ops.dropout import dropout
 from moelora_kernels.ops.grouped import grouped, grouped_backward
+from moelora_kernels.ops.grouped_dx import grouped_dx
 from moelora_kernels.ops.grouped_expand import grouped_expand
 from moelora_kernels.ops.grouped_shrink import grouped_shrink, grouped_shrink_backward
 from moelora_kernels.ops.grouped_weight_grad import grouped_weight_grad
@@ -22,6 +23,7 @@ __all__ = [
     "dropout",
     "grouped",
     "grouped_backward",
+    "grouped_dx",
     "grouped_expand",
     "grouped_shrink",
     "grouped_shrink_backward",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels.numerics import absent, compute_dtype
+from moelora_kernels.ops.grouped_dx import grouped_dx
 from moelora_kernels.ops.grouped_expand import grouped_expand
 from moelora_kernels.ops.grouped_shrink import grouped_shrink, grouped_shrink_backward
 from moelora_kernels.ops.grouped_weight_grad import grouped_weight_grad, grouped_weight_grad_fake
@@ -102,12 +103,9 @@ def _backward(
         dgate = dgate if dlogits is None else dgate + dlogits
     dx = absent(x, x.dtype)
     if needs.x:
-        transposed_a = [a.t() for a in tensors.lora_a]
-        dx = grouped_expand(dh, transposed_a, None, routing, ranks, dropout, tokens=T)
-        if tensors.router_weight:
-            routers = tensors.router_weight
-            stacked = torch.cat([*routers]) if n > 1 else routers[0]
-            dx.addmm_(dgate.to(x.dtype), stacked.to(x.dtype))
+        routers = tensors.router_weight
+        dlogits = dgate if routers else None
+        dx = grouped_dx(dh, dlogits, tensors.lora_a, routers, routing, ranks, dropout, tokens=T)
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)
@@ -194,8 +192,8 @@ _op_backward = register(
     _backward,
     _fake_backward,
 )
-register_planned("grouped", _forward)
-register_planned("grouped_backward", _backward)
+_by_device = register_planned("grouped", _forward)
+_backward_by_device = register_planned("grouped_backward", _backward)
 
 
 def grouped(
@@ -220,7 +218,8 @@ def grouped(
         The results of `wide`, but h is [P, largest rank] by sorted position; and the routing
         arrays.
     """
-    return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
+    op = _by_device.get(x.device.type, _op)
+    return LayerForward(*op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
 
 
 def grouped_backward(
@@ -239,8 +238,9 @@ def grouped_backward(
 
     Arguments and results are as in `wide_backward`, with the routing that `grouped` returned.
     """
+    op = _backward_by_device.get(x.device.type, _op_backward)
     return LayerGrads(
-        *_op_backward(
+        *op(
             dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, *needs,
         )
     )  # fmt: skip

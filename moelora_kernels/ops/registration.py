@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moelora_kernels import native
 from moelora_kernels.types import (
     Dropout,
     Gate,
@@ -153,22 +154,35 @@ def register_kernels(name: str, function: str = "launch", module: str | None = N
     torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", KERNELS[name])
 
 
-def register_planned(name: str, composition: Callable) -> None:
+def register_planned(name: str, composition: Callable) -> dict[str, Callable]:
     """Register `composition`, with plans, as the CUDA implementation of `moelora::name`.
 
     composition: calls ops with Triton kernels and ATen; takes structures.
+
+    Returns:
+        Type of a device -> a function that computes the op on it with less host time than the op,
+        from flat arguments. It calls the op if it has no shorter way.
     """
     if kernels_problem():
-        return
+        return {}
     function = with_structures(ARGUMENTS[name], composition)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     @cache
     def planned() -> Callable:
         # The package imports Triton.
         plans = importlib.import_module("moelora_kernels.plans")
-        return plans.PlannedOp(function, KERNELS)
+        return plans.PlannedOp(function, KERNELS, plans.native_replay(name))
+
+    @cache
+    def replay() -> Callable:
+        return importlib.import_module("moelora_kernels.plans").native_replay(name)
+
+    def replayed(*flat):
+        return op(*flat) if torch.compiler.is_compiling() else replay()(*flat)
 
     torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", lambda *flat: planned()(*flat))
+    return {"cuda": replayed} if native.plan_library() else {}
 
 
 def _first(argument):

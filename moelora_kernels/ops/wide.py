@@ -179,8 +179,8 @@ _op_backward = register(
     _backward,
     _fake_backward,
 )
-register_planned("wide", _forward)
-register_planned("wide_backward", _backward)
+_by_device = register_planned("wide", _forward)
+_backward_by_device = register_planned("wide_backward", _backward)
 
 
 def wide(
@@ -205,7 +205,8 @@ def wide(
         y_i [T, O_i] in the dtype of base_output or x; and h, weights, experts and logits of
         `shrink_gate`.
     """
-    return LayerForward(*_op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
+    op = _by_device.get(x.device.type, _op)
+    return LayerForward(*op(x, *tensors, *(gate or NO_GATE), *mixture, *dropout))
 
 
 def wide_backward(
@@ -234,4 +235,5 @@ def wide_backward(
     Returns:
         dx = dy W + `shrink_dx`, dgate of `shrink_gate_backward`, and the results of `weight_grad`.
     """
-    return LayerGrads(*_op_backward(dy, x, *tensors, h, *gate, dlogits, *mixture, *dropout, *needs))
+    op = _backward_by_device.get(x.device.type, _op_backward)
+    return LayerGrads(*op(dy, x, *tensors, h, *gate, dlogits, *mixture, *dropout, *needs))

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from moelora_kernels.kernels.common import launcher
+from moelora_kernels.plans.native import NativeReplay
 from moelora_kernels.plans.recorder import record
 from moelora_kernels.plans.steps import Plan
 
@@ -35,13 +36,17 @@ class PlannedOp:
     """
 
     def __init__(
-        self, function: Callable[..., Any], launchers: Mapping[str, Callable[..., Any]]
+        self,
+        function: Callable[..., Any],
+        launchers: Mapping[str, Callable[..., Any]],
+        native: NativeReplay | None = None,
     ) -> None:
         """`function`: takes the flat arguments of the dispatcher.
 
         launchers: op of this package -> the function that launches its Triton kernel.
+        native: gets the plans too, for the native library; None without one.
         """
-        self.function, self.launchers = function, launchers
+        self.function, self.launchers, self.native = function, launchers, native
         self.plans: dict[Any, Plan | str] = {}
         # Why recorded calls have no plan, the last of them.
         self.problems: deque[str] = deque(maxlen=16)
@@ -69,6 +74,8 @@ class PlannedOp:
             self._keep(key, _SEEN)
             return self.function(*arguments)
         result, plan, problem = record(self.function, arguments, self.launchers)
+        if plan is not None and self.native is not None:
+            self.native.keep(plan, arguments)
         self._keep(key, plan or _UNPLANNED)
         if problem:
             self.problems.append(problem)

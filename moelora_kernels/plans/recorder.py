@@ -160,11 +160,12 @@ class Recorder(TorchDispatchMode):
         if any(isinstance(value, Tensor) for value in _flat(options.values())):
             self._fail(f"{op}: a tensor is passed by name")
         arguments = [argument(each) for each in args]
-        outputs: list[int] = []
-        if not op._schema.is_mutable:
-            results = [result] if isinstance(result, Tensor) else result
-            outputs = [self._add(tensor) for tensor in results]
-        self.steps.append(Call(op, arguments, options, outputs))
+        results: Sequence[Tensor] = [result] if isinstance(result, Tensor) else result
+        if op._schema.is_mutable:
+            results = []
+        made = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
+        outputs = [self._add(tensor) for tensor in results]
+        self.steps.append(Call(op, arguments, options, outputs, made))
 
     def _add(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)

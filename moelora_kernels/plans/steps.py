@@ -121,12 +121,19 @@ class Call:
     """Call an op of ATen. Arguments: `View`s, lists of them, and other values.
 
     outputs: the numbers of the tensors that the op returns; empty if it writes its first argument.
+    made: size, stride and dtype of each of them.
     """
 
     def __init__(
-        self, op: Any, arguments: Sequence[Any], options: dict[str, Any], outputs: Sequence[int]
+        self,
+        op: Any,
+        arguments: Sequence[Any],
+        options: dict[str, Any],
+        outputs: Sequence[int],
+        made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
     ) -> None:
-        self.op, self.arguments, self.options, self.outputs = op, arguments, options, outputs
+        self.op, self.arguments, self.options = op, arguments, options
+        self.outputs, self.made = outputs, made
         self.function = _FUNCTIONS.get(op, op)
         # For a replay: the arguments that are tensors, views or lists of views, by position.
         self.wholes, self.views, self.lists = [], [], []

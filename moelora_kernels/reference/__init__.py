@@ -27,6 +27,7 @@ from moelora_kernels.reference.gates import (
     topk_gate_backward,
 )
 from moelora_kernels.reference.grouped import (
+    grouped_dx,
     grouped_expand,
     grouped_shrink,
     grouped_shrink_backward,
@@ -50,6 +51,7 @@ __all__ = [
     "dense_gate_backward",
     "dropout",
     "ffn",
+    "grouped_dx",
     "grouped_expand",
     "grouped_shrink",
     "grouped_shrink_backward",

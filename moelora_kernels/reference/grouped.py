@@ -201,6 +201,32 @@ def grouped_expand(
     return y.to(start.dtype if start_per_token else u.dtype)
 
 
+def grouped_dx(
+    dh: Tensor,
+    dlogits: Tensor | None,
+    lora_a: Sequence[Tensor],
+    router_weight: Sequence[Tensor],
+    routing: Routing,
+    ranks: Sequence[int],
+    dropout: Dropout = NO_DROPOUT,
+    tokens: int = 0,
+) -> Tensor:
+    """Add the rank-space parts of dx over the pairs of every token, and dlogits Wr.
+
+        dx_t = sum over the pairs p of t: dropout(dh_p A_e) + dlogits_t Wr      [T, I]
+
+    dh [P, largest rank] in the order of sorted positions; dlogits [T, n E] or None; lora_a
+    n x [R, I]; router_weight n x [E, I] or empty. The dropout masks are the same as in the forward.
+    Returns dx in dh's dtype; dlogits and Wr are rounded to it.
+    """
+    transposed = [a.t() for a in lora_a]
+    dx = grouped_expand(dh, transposed, None, routing, ranks, dropout, tokens)
+    if dlogits is None:
+        return dx
+    router = torch.cat([*router_weight]) if len(router_weight) > 1 else router_weight[0]
+    return dx.addmm_(dlogits.to(dx.dtype), router.to(dx.dtype))
+
+
 def grouped_shrink_backward(
     dy: Sequence[Tensor],
     lora_b: Sequence[Tensor],

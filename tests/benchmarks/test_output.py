@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.output import tables
-from benchmarks.output.progress import Progress
+from moelora_kernels.tune.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -81,18 +81,18 @@ def test_what_is_complained_about(change, complaint):
     assert complaint in "".join(found)
 
 
-def test_a_kernel_that_compiles_to_nothing():
-    kernel = "shrink_gate_backward_kernel"
-    row = {"kernel": kernel, **GOOD, "tensor_core": {}}
-    assert complaints(row, one(kernel), "sm_100") == ["no product on tensor cores"]
-
-
 def test_launches_with_other_compiler_options_are_compiled_too(monkeypatch):
     # Only compiled kernels have a signature.
     monkeypatch.setattr(machine_code, "arguments_of", lambda launch: None)
     launch = one("shrink_gate_backward_kernel")
     limited = launch._replace(tile_config=launch.tile_config._replace(registers=128))
     assert key_of(limited) != key_of(launch)
+
+
+def test_a_kernel_that_compiles_to_nothing():
+    kernel = "shrink_gate_backward_kernel"
+    row = {"kernel": kernel, **GOOD, "tensor_core": {}}
+    assert complaints(row, one(kernel), "sm_100") == ["no product on tensor cores"]
 
 
 def test_narrow_loads_are_allowed_where_rows_are_not_aligned():

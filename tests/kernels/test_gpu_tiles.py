@@ -1,6 +1,6 @@
 """Every entry of `TILE_CONFIGS` (kernels/common/configs.py) on a GPU. They pass: it is qualified.
 
-`python tests/tools/qualify.py --commit SHA` runs this file and prints what to write into the table.
+`python -m moelora_kernels.tune` checks the entries of given layers in the same way.
 """
 
 from __future__ import annotations

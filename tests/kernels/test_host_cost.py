@@ -26,6 +26,12 @@ PLANNED_CALLS = {
     "grouped": dict(inference=112, forward=130, backward=120),
     "siblings": dict(inference=185, forward=208, backward=151),
 }
+# The same with the plans in the native library.
+NATIVE_CALLS = {
+    "wide": dict(inference=69, forward=87, backward=70),
+    "grouped": dict(inference=71, forward=89, backward=71),
+    "siblings": dict(inference=148, forward=171, backward=113),
+}
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {
     "shrink_gate": (1, 54),
@@ -35,8 +41,9 @@ LAUNCHER_CALLS = {
     "router_logits": (1, 43),
     "grouped_shrink": (1, 44),
     "grouped_expand": (2, 66),
+    "grouped_dx": (2, 71),
     "grouped_shrink_backward": (1, 48),
-    "grouped_weight_grad": (2, 101),
+    "grouped_weight_grad": (1, 63),
     "router_grad": (1, 37),
 }
 
@@ -57,18 +64,33 @@ def test_python_calls_of_a_layer(name: str) -> None:
 @pytest.mark.parametrize("name", PLANNED_CALLS)
 def test_python_calls_of_a_layer_with_plans(name: str) -> None:
     """Without plans they are 140 to 440."""
-    with kernels_on_cpu() as planned, fake_driver("sm_90"):
-        calls = layer_calls(name)
-        # The second call records.
-        for call in [*calls.values()] * 3:
-            call()
-        over = {}
-        for mode, call in calls.items():
-            codes = [code for code in called_code(call) if "fake_driver" not in code.co_filename]
-            if len(codes) > PLANNED_CALLS[name][mode]:
-                over[mode] = len(codes)
+    with fake_driver("sm_90"), kernels_on_cpu() as planned:
+        over = counts_over(name, PLANNED_CALLS[name])
     assert not over
     assert not any(op.problems for op in planned.values())
+
+
+@needs_library
+@pytest.mark.parametrize("name", NATIVE_CALLS)
+def test_python_calls_of_a_layer_with_native_plans(name: str) -> None:
+    with fake_driver("sm_90") as driver, kernels_on_cpu(launch=driver.address) as planned:
+        over = counts_over(name, NATIVE_CALLS[name])
+    assert not over
+    assert not driver.errors
+    assert not any(op.problems for op in planned.values())
+
+
+def counts_over(name: str, most: dict[str, int]) -> dict[str, int]:
+    """Return the Python calls of a layer that are more than `most`, after its plans exist."""
+    calls = layer_calls(name)
+    # The second call records.
+    for call in [*calls.values()] * 3:
+        call()
+    counts = {
+        mode: len([code for code in called_code(call) if "fake_driver" not in code.co_filename])
+        for mode, call in calls.items()
+    }
+    return {mode: count for mode, count in counts.items() if count > most[mode]}
 
 
 @pytest.mark.parametrize("op", LAUNCHER_CALLS)
@@ -82,4 +104,5 @@ def test_launches_and_python_calls_of_a_launcher(op: str) -> None:
         codes = called_code(call)
     assert driver.launched[:launches] == driver.launched[launches:]
     assert len(driver.compiled) == launches
-    assert len([code for code in codes if "fake_driver" not in code.co_filename]) <= most
+    count = len([code for code in codes if "fake_driver" not in code.co_filename])
+    assert count <= most, count

@@ -160,14 +160,16 @@ class CountLaunches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-# case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill half
-# of an H200: the inner dimension of every sum is cut into parts, which one more launch adds up. The
-# shrinks of three siblings fill it, but not their gradients; T = 1 is not worth a cut.
+# case -> kernels and products forward, backward. At 8192 tokens and R = 128 the tiles of one linear
+# fill half of an H200, and those of three siblings fill it one and a half times: the inner
+# dimension of every sum is cut into parts, which one more launch adds up. At R = 256 the shrinks
+# have two launches anyway. At 1 and 1024 tokens a cut of the weight gradients would cost more than
+# it saves.
 WIDE_LAUNCHES = {
     "T=8192": (dict(T=8192), 4, 6),
-    "T=1024": (dict(T=1024), 4, 6),
+    "T=1024": (dict(T=1024), 4, 5),
     "T=1": (dict(T=1), 4, 5),
-    "T=8192 qkv": (dict(T=8192, n=3), 1 + 2 * 3, 1 + 1 + 3 + 2),
+    "T=8192 qkv": (dict(T=8192, n=3), 2 + 2 * 3, 2 + 1 + 3 + 2),
     "T=8192 R=256": (dict(T=8192, rank=32), 4, 6),
     "T=8192 task gates": (dict(T=8192, router=False), 4, 6 + 2),
 }
@@ -224,8 +226,8 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 4,
-            "grouped_weight_grad": 2,
-            "reduce_chunks": 2,
+            "grouped_weight_grad": 1,
+            "reduce_chunks": 1,
             "router_grad": 1,
             "reduce_partials": 1,
         },
@@ -237,9 +239,8 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 2,
-            "grouped_weight_grad": 2,
+            "grouped_weight_grad": 1,
             "router_grad": 1,
-            "reduce_partials": 1,
         },
     ),
     "qkv": (
@@ -248,8 +249,8 @@ GROUPED_LAUNCHES = {
         {
             "grouped_shrink_backward": 1,
             "grouped_expand": 3 * 2,
-            "grouped_weight_grad": 2,
-            "reduce_chunks": 2,
+            "grouped_weight_grad": 1,
+            "reduce_chunks": 1,
             "router_grad": 1,
             "reduce_partials": 1,
         },

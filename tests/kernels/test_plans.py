@@ -1,11 +1,16 @@
-"""Plans: a replay computes the bits of the call that it replaces, from tensors that moved."""
+"""Plans: a replay computes the bits of the call that it replaces, from tensors that moved.
+
+Every test runs on the replay in Python and on that of the native library.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,17 +18,49 @@ import torch
 import triton
 from torch import Tensor
 
+from moelora_kernels import native
 from moelora_kernels.autograd.linear import siblings_of
 from moelora_kernels.kernels.common import launcher
 from moelora_kernels.plans import PlannedOp, cache
+from moelora_kernels.plans import native as plans_native
+from moelora_kernels.plans.native import encoded
 from moelora_kernels.plans.steps import Address, Call, Launch, Plan
+from support.backends import needs_library
 from support.cases import GROUPED, LAYERS, WIDE, Case, layer_case
-from support.fake_driver import fake_driver
+from support.fake_driver import FakeDriver, fake_driver
 from support.inputs import Inputs
 from support.kernels_on_cpu import kernels_on_cpu
 from support.selection import exhaustive
 
 BF16, FP32 = torch.bfloat16, torch.float32
+BACKENDS = ("python", pytest.param("native", marks=needs_library))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@contextmanager
+def planned_ops(
+    backend: str, interpret: bool = True
+) -> Iterator[tuple[dict[str, PlannedOp], FakeDriver]]:
+    """Yield the layer ops by name, and the driver on which they launch."""
+    with fake_driver("sm_90", interpret) as driver:
+        with kernels_on_cpu(launch=driver.address if backend == "native" else 0) as planned:
+            yield planned, driver
+        assert not driver.errors
+
+
+def native_replays() -> int:
+    """Return how many calls the native library has replayed."""
+    library = native.plan_library()
+    return 0 if library is None else library.count_replays()
+
+
+def native_plans(op: PlannedOp) -> bool:
+    """Return whether the native library replays all plans of an op."""
+    return op.native is not None and all(encoded(plan) for plan in plans_of({"": op}))
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -38,10 +75,14 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 def assert_replays_are_the_calls(
-    case: Case, dtype: torch.dtype, impl: str, change: Callable = lambda inputs: None
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    backend: str,
+    change: Callable = lambda inputs: None,
 ) -> None:
     """The first call with a key computes as ever, the second records, the next two replay."""
-    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True) as driver:
+    with planned_ops(backend) as (planned, driver):
         calls = Counter()
         for name, op in planned.items():
             op.function = counted(op.function, name, calls)
@@ -57,13 +98,15 @@ def assert_replays_are_the_calls(
         called = dict(calls)
         assert called
         assert not problems(planned), problems(planned)
-        compiled = len(driver.compiled)
+        compiled, replays = len(driver.compiled), native_replays()
         for seed in (1, 0):
             driver.launched.clear()
             assert_same_bits(step(seed), expected[seed])
             launched[seed] = [*driver.launched]
         assert dict(calls) == called, "a call with a plan was not replayed"
         assert len(driver.compiled) == compiled
+        expected_replays = sum(calls[name] for name, op in planned.items() if native_plans(op))
+        assert native_replays() - replays == expected_replays
 
 
 def problems(planned: dict[str, PlannedOp]) -> list[str]:
@@ -117,14 +160,14 @@ BY_DEFAULT = (
         for impl in case.impls
     ],
 )
-def test_a_replay_has_the_bits_of_the_call(case: Case, impl: str) -> None:
-    assert_replays_are_the_calls(case, torch.float16, impl)
+def test_a_replay_has_the_bits_of_the_call(case: Case, impl: str, backend: str) -> None:
+    assert_replays_are_the_calls(case, torch.float16, impl, backend)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("name", ("layer-siblings", "layer-dropout_per_expert", "layer-sparse"))
-def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    assert_replays_are_the_calls(CASES[name], dtype, CASES[name].impls[-1])
+def test_other_dtypes(name: str, dtype: torch.dtype, backend: str) -> None:
+    assert_replays_are_the_calls(CASES[name], dtype, CASES[name].impls[-1], backend)
 
 
 def unaligned(inputs: Inputs) -> None:
@@ -163,15 +206,16 @@ CHANGES = (unaligned, strided, float32_dy, packed)
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_layouts_of_tensors(change: Callable, impl: str) -> None:
-    assert_replays_are_the_calls(layer_case(n=2, I=32, O=24), torch.float16, impl, change)
+def test_layouts_of_tensors(change: Callable, impl: str, backend: str) -> None:
+    case = layer_case(n=2, I=32, O=24)
+    assert_replays_are_the_calls(case, torch.float16, impl, backend, change)
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
-def test_a_plan_of_shared_storages_serves_separate_ones(impl: str) -> None:
+def test_a_plan_of_shared_storages_serves_separate_ones(impl: str, backend: str) -> None:
     """Packed tensors have the key of separate ones, so each address is that of its own input."""
     case = layer_case(n=2, I=32, O=24)
-    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True):
+    with planned_ops(backend) as (planned, _):
         for _ in range(2):
             inputs = Inputs(case, torch.float16, 1)
             packed(inputs)
@@ -206,18 +250,22 @@ def plans_of(planned: dict[str, PlannedOp]) -> list:
 
 
 @pytest.fixture
-def wide():
+def wide(backend: str) -> Iterator[PlannedOp]:
     """The op `wide` with plans, on a driver that computes nothing."""
-    with kernels_on_cpu() as planned, fake_driver("sm_90"):
-        op = planned["wide"]
-        yield op
+    with planned_ops(backend, interpret=False) as (planned, _):
+        yield planned["wide"]
+
+
+def run(op: PlannedOp, arguments: Sequence[Any]) -> Any:
+    """Return the results of a call like that of a layer."""
+    return (op.native or op)(*arguments)
 
 
 def test_outputs_of_two_replays_are_separate(wide) -> None:
     arguments, _ = wide_arguments()
     for _ in range(2):
-        wide(*arguments)
-    first, second = flat_outputs(wide(*arguments)), flat_outputs(wide(*arguments))
+        run(wide, arguments)
+    first, second = flat_outputs(run(wide, arguments)), flat_outputs(run(wide, arguments))
     assert plans_of({"wide": wide})
     storages = [t.untyped_storage().data_ptr() for t in first + second if t.numel()]
     assert len({*storages}) == len(storages)
@@ -230,7 +278,7 @@ def flat_outputs(result) -> list[Tensor]:
 def test_a_plan_keeps_no_tensor_of_a_call(wide) -> None:
     arguments, _ = wide_arguments()
     for _ in range(3):
-        result = wide(*arguments)
+        result = run(wide, arguments)
     references = [weakref.ref(t) for t in [arguments[0], *arguments[1], *flat_outputs(result)]]
     del arguments, result
     assert not any(reference() is not None for reference in references)
@@ -254,7 +302,7 @@ def test_another_key_has_another_plan(wide) -> None:
     ]
     for count, call in enumerate(calls, start=1):
         for _ in range(3):
-            wide(*call)
+            run(wide, call)
         assert len(plans_of({"wide": wide})) == len(wide.plans) == count
 
 
@@ -262,7 +310,7 @@ def test_the_key_that_was_seen_first_leaves(wide, monkeypatch) -> None:
     monkeypatch.setattr(cache, "MAX_KEYS", 2)
     calls = [wide_arguments(T)[0] for T in (5, 6, 7)]
     for call in calls:
-        wide(*call)
+        run(wide, call)
     keys = [cache.key_of(call)[0] for call in calls]
     assert [*wide.plans] == keys[1:]
 
@@ -278,7 +326,7 @@ def test_work_that_is_not_known_is_never_replayed(wide) -> None:
 
     wide.function = with_sine
     for _ in range(4):
-        wide(*arguments)
+        run(wide, arguments)
     assert len(calls) == 4
     assert [*wide.problems] == ["aten.sin.default is not known"]
 
@@ -297,30 +345,30 @@ def test_a_call_that_is_observed_is_not_replayed(wide) -> None:
     """A profiler of Triton, a recording of launches, and a replaced launcher see every launch."""
     arguments, _ = wide_arguments()
     for _ in range(3):
-        wide(*arguments)
+        run(wide, arguments)
     count = Counter()
     wide.function = counted(wide.function, "wide", count)
-    wide(*arguments)
+    run(wide, arguments)
     assert not count
     with launcher.recording() as launches:
-        wide(*arguments)
+        run(wide, arguments)
     assert count["wide"] == len(launches) == 1
     hook = triton.knobs.runtime.launch_enter_hook
     hook.add(print_nothing)
     try:
-        wide(*arguments)
+        run(wide, arguments)
     finally:
         hook.remove(print_nothing)
     assert count["wide"] == 2
     with mock.patch.object(launcher, "run"):
-        wide(*arguments)
+        run(wide, arguments)
     assert count["wide"] == 3
 
 
 def print_nothing(*_) -> None: ...
 
 
-def test_threads_share_the_plans() -> None:
+def test_threads_share_the_plans(backend: str) -> None:
     """Four threads call two shapes at once; each result is that of its own tensors."""
     case = layer_case(I=32, O=24)
     inputs = [Inputs(case._replace(T=T), torch.float16, T) for T in (5, 6, 7, 8)]
@@ -329,9 +377,9 @@ def test_threads_share_the_plans() -> None:
     errors: list[Exception] = []
     # Triton's interpreter is not safe for threads.
     interpreter = threading.Lock()
-    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True) as driver:
-        run = driver.run_interpreted
-        driver.run_interpreted = lambda *arguments: locked(interpreter, run, arguments)
+    with planned_ops(backend) as (planned, driver):
+        interpret = driver.run_interpreted
+        driver.run_interpreted = lambda *arguments: locked(interpreter, interpret, arguments)
         barrier = threading.Barrier(len(inputs))
 
         def work(i: int) -> None:
@@ -363,6 +411,9 @@ def swap_addresses(plan: Plan) -> None:
     launch = next(step for step in plan.steps if isinstance(step, Launch))
     (i, *h), (j, *u) = launch.single[-5:-3]
     launch.single[-5:-3] = [(i, *u), (j, *h)]
+    values = [*launch.values]
+    values[i], values[j] = values[j], values[i]
+    launch.values = tuple(values)
 
 
 def keep_an_address(plan: Plan) -> None:
@@ -391,10 +442,33 @@ STALE = torch.zeros(1 << 20, dtype=torch.uint8)
 def test_a_fault_in_a_plan_changes_bits(fault: Callable) -> None:
     """So the comparisons above would see it."""
     case = layer_case(T=200, I=32, O=24)
-    with kernels_on_cpu() as planned, fake_driver("sm_90", interpret=True):
+    with planned_ops("python") as (planned, _):
         for _ in range(2):
             expected = Inputs(case, torch.float16, 1).step("wide")
         (plan,) = plans_of({"wide": planned["wide"]})
         fault(plan)
         with pytest.raises(AssertionError):
             assert_same_bits(Inputs(case, torch.float16, 1).step("wide"), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("fault", (swap_addresses, launch_one_program, skip_a_product))
+def test_a_fault_in_a_plan_of_the_library_changes_bits(fault: Callable, monkeypatch) -> None:
+    case = layer_case(T=200, I=32, O=24)
+    faulty: list[Plan] = []
+
+    def encoded_fault(plan: Plan) -> list[int] | None:
+        # The first plan is that of the forward.
+        if not faulty:
+            fault(plan)
+        faulty.append(plan)
+        return encoded(plan)
+
+    monkeypatch.setattr(plans_native, "encoded", encoded_fault)
+    with planned_ops("native"):
+        for _ in range(2):
+            expected = Inputs(case, torch.float16, 1).step("wide")
+        replays = native_replays()
+        with pytest.raises(AssertionError):
+            assert_same_bits(Inputs(case, torch.float16, 1).step("wide"), expected)
+        assert native_replays() > replays

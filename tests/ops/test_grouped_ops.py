@@ -1,7 +1,7 @@
 """The ops of the grouped form on every case: native library and Triton kernels.
 
-router_logits, route, grouped_shrink, grouped_shrink_backward, grouped_expand, grouped_weight_grad,
-router_grad
+router_logits, route, grouped_shrink, grouped_shrink_backward, grouped_expand, grouped_dx,
+grouped_weight_grad, router_grad
 """
 
 from __future__ import annotations

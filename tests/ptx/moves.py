@@ -94,14 +94,19 @@ def permute(build: Builder, ins: Instruction) -> Run:
 
 @implements("cvt.{u16,s16,u32,s32,u64,s64}.{u16,s16,u32,s32,u64,s64}")
 def convert_integer(build: Builder, ins: Instruction) -> Run:
-    """d = a, cut, or extended by zeros or by the sign of a signed a."""
+    """d = a, cut, or extended by zeros or by the sign of a signed a.
+
+    The register of a may be wider than its type: the type then reads the low bits.
+    """
     to, source = TYPES[ins.parts[1]], TYPES[ins.parts[2]]
-    bits = BITS[to.itemsize]
+    target, a = ins.operands
+    bits, low_bits = BITS[to.itemsize], BITS[source.itemsize]
+    size = max(source.itemsize, build.width(a)) if a.startswith("%") else source.itemsize
     return build.compute(
         ins,
-        lambda a: a.view(source).astype(to).view(bits),
-        build.target(ins.operands[0], to.itemsize),
-        (build.source(ins.operands[1], source.itemsize),),
+        lambda a: a.astype(low_bits).view(source).astype(to).view(bits),
+        build.target(target, to.itemsize),
+        (build.source(a, size),),
     )
 
 

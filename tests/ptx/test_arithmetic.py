@@ -326,6 +326,17 @@ def test_conversions_between_integers(opcode: str, from_bits: int, to_bits: int)
     assert d.tolist() == [read(x) % (1 << to_bits) for x in a.tolist()]
 
 
+@pytest.mark.parametrize("opcode", ("cvt.s64.s32", "cvt.u64.u32", "cvt.s32.s16"))
+def test_a_conversion_reads_the_low_bits_of_a_wider_register(opcode: str) -> None:
+    kind, from_bits = opcode.split(".")[2][0], int(opcode.split(".")[2][1:])
+    a = np.array(edges(64), np.uint64)
+    to_bits = int(opcode.split(".")[1][1:])
+    d = apply(f"{opcode} {{d}}, {{a}}", a, result=BITS[to_bits])
+    low = [x % (1 << from_bits) for x in a.tolist()]
+    read = [signed(x, from_bits) for x in low] if kind == "s" else low
+    assert d.tolist() == [x % (1 << to_bits) for x in read]
+
+
 def test_integers_of_floats_are_cut_and_saturate() -> None:
     values = [0.0, -0.0, 2.9, -2.9, 255.0, 1e10, -1e10, np.inf, -np.inf, np.nan]
     a = np.array(values, np.float32).view(np.uint32)

@@ -111,6 +111,15 @@ def grouped_expand(inputs: Inputs) -> list[list]:
     return result
 
 
+def grouped_dx(inputs: Inputs) -> list:
+    i = inputs
+    dh, *_ = reference.grouped_shrink_backward(*grouped_shrink_backward(i))
+    sizes = i.case.ranks, i.dropout, i.case.T
+    # Rows of tokens, also if x has a row for every pair.
+    dlogits = i.dlogits[: i.case.T]
+    return [dh, dlogits, i.lora_a, i.router_weight, routing(i), *sizes]
+
+
 def grouped_weight_grad(inputs: Inputs) -> list:
     i = inputs
     dh, u, _ = reference.grouped_shrink_backward(*grouped_shrink_backward(i))
@@ -127,6 +136,7 @@ ARGUMENTS: dict[str, Callable] = {
     "grouped_shrink": grouped_shrink,
     "grouped_shrink_backward": grouped_shrink_backward,
     "grouped_expand": grouped_expand,
+    "grouped_dx": grouped_dx,
     "grouped_weight_grad": grouped_weight_grad,
     "router_grad": router_grad,
 }

@@ -11,7 +11,6 @@ kernel, is the registered op
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import itertools
 import os
@@ -22,6 +21,8 @@ import pytest
 import torch
 
 from moelora_kernels import native, ops
+from moelora_kernels.testing import clear_routing
+from moelora_kernels.tune.calls import op_launcher
 from support.cases import Case
 from support.inputs import Inputs
 from support.selection import exhaustive
@@ -43,20 +44,8 @@ KERNEL_DTYPES = {name: DTYPES[name] for name in ("fp32", "bf16", "fp16")}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
-# Ops whose launcher is not `launch` of the module of their name -> (module, function).
-_LAUNCHERS = {
-    "router_logits": ("router", "launch_logits"),
-    "router_grad": ("router", "launch_grad"),
-    "topk_gate_backward": ("topk_gate", "launch_backward"),
-}
 # Ops whose launcher cuts the inner dimension of a product into `split` parts.
 SPLIT = ("shrink_gate", "shrink_gate_backward", "weight_grad")
-
-
-def op_launcher(op: str) -> Callable:
-    """Return the function that launches the Triton kernel of an op."""
-    module, function = _LAUNCHERS.get(op, (op, "launch"))
-    return getattr(importlib.import_module(f"moelora_kernels.kernels.{module}"), function)
 
 
 def in_parts(launch: Callable, split: int) -> Callable:
@@ -200,23 +189,9 @@ def ptx_parameters(
     ]
 
 
-def with_clear_routing(inputs: Inputs, least: float = 1e-3) -> Inputs:
-    """Replace the tokens whose routing depends on the last bits of float32 logits.
-
-    A token whose first K + 1 logits are closer than `least` becomes a copy of the token whose
-    logits are farthest apart. With K = E nothing is chosen.
-    """
-    K, x = inputs.case.K, inputs.x
-    if not inputs.has_router or len(inputs.case.ranks) == K or not len(x):
-        return inputs
-    gap = x.new_full(x.shape[:1], float("inf"), dtype=torch.float64)
-    for i, weight in enumerate(inputs.router_weight):
-        logits = x.double() @ weight.double().t()
-        if inputs.router_bias:
-            logits += inputs.router_bias[i].double()
-        largest = logits.sort(dim=1, descending=True).values[:, : K + 1]
-        gap = gap.minimum((largest[:, :-1] - largest[:, 1:]).amin(dim=1))
-    inputs.x = torch.where((gap < least)[:, None], x[gap.argmax()], x)
+def with_clear_routing(inputs: Inputs) -> Inputs:
+    """Replace the tokens whose routing depends on the last bits of float32 logits."""
+    inputs.x = clear_routing(inputs.x, inputs.router, inputs.case.K)
     return inputs
 
 

@@ -137,8 +137,8 @@ GROUPED = {
     # A rank that takes several steps, or several tiles of columns.
     "large_ranks": grouped_case(T=21, I=33, O=20, ranks=(150, 70), routing="all"),
     "odd": grouped_case(I=37, O=19, ranks=(5, 5, 5)),
-    # Wider than one step or tile of the wide sides, one column past it.
-    "wide": grouped_case(T=9, I=257, O=161, ranks=(8, 8)),
+    # Wider than one step, tile or walk of the wide sides, one column past it.
+    "wide": grouped_case(T=9, I=257, O=1025, ranks=(8, 8)),
     "no_token": grouped_case(T=0, start="bias"),
     "one_token": grouped_case(T=1, start="bias", router_bias=True),
     # More experts than pairs: all sizes come from the pairs.

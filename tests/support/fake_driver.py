@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,20 +36,76 @@ from moelora_kernels.kernels.common import configs, launcher
 class FakeKernel:
     """Stands in for triton.compiler.CompiledKernel. `run` is where Triton calls cuLaunchKernel."""
 
-    function = packed_metadata = None
+    packed_metadata = None
 
-    def __init__(self, source: Any, driver: FakeDriver) -> None:
-        self.name, self.source, self.driver = source.name, source, driver
+    def __init__(self, source: Any, options: dict[str, Any], driver: FakeDriver) -> None:
+        self.name, self.src, self.driver = source.name, source, driver
+        # Stands in for the function of the driver.
+        self.function = 1000 + len(driver.kernels)
+        driver.kernels[self.function] = self
+        self.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=self.function)
+        # The arguments of the first launch, in the order of the kernel, without tensors.
+        self.arguments: tuple[Any, ...] = ()
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
 
     def run(self, programs: int, y: int, z: int, stream: int, *arguments: Any) -> None:
-        self.driver.launched.append(self.name)
         # Before the arguments of the kernel: function, metadata, and the metadata and two hooks
         # of a profiler.
+        self.launch(programs, arguments[5:])
+
+    def launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
+        self.driver.launched.append(self.name)
+        self.arguments = self.arguments or _without_tensors(arguments)
         if self.driver.interpret:
-            self.driver.run_interpreted(self.source, programs, arguments[5:])
+            self.driver.run_interpreted(self.src, programs, arguments)
+
+    def launch_packed(self, grid: tuple[int, ...], block: tuple[int, ...], parameters: Any) -> None:
+        """Launch with the arguments of cuLaunchKernel; `parameters` points to each parameter."""
+        assert (grid[1:], block) == ((1, 1), (32 * self.metadata.num_warps, 1, 1))
+        numbers = itertools.count()
+
+        def unpacked(argument: Any, type_: Any) -> Any:
+            if isinstance(type_, tuple):
+                return tuple(unpacked(a, t) for a, t in zip(argument, type_, strict=True))
+            if type_ == "constexpr":
+                return argument
+            c_type = ctypes.c_uint64 if type_.startswith("*") else _C_TYPES[type_]
+            return c_type.from_address(parameters[next(numbers)]).value
+
+        types = self.src.signature.values()
+        self.launch(
+            grid[0], tuple(unpacked(a, t) for a, t in zip(self.arguments, types, strict=True))
+        )
+        # Two pointers to scratch memory come last.
+        for _ in range(2):
+            assert ctypes.c_uint64.from_address(parameters[next(numbers)]).value == 0
+
+
+def _without_tensors(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of a kernel with None in the place of every tensor."""
+    return tuple(
+        _without_tensors(a)
+        if isinstance(a, (tuple, list))
+        else None
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
+    )
+
+
+# The type of a number in a signature of Triton -> its type in C.
+_C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+# cuLaunchKernel: function, grid, block, shared memory, stream, parameters, extra.
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    *[ctypes.c_uint] * 7,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)
 
 
 # The element type of a pointer in a signature of Triton -> dtype.
@@ -81,6 +138,11 @@ class FakeDriver:
         # Name of a kernel -> the kernel that Triton interprets.
         self.interpreted = {k.fn.__name__: k for _, _, k in _package_kernels()}
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        self.kernels: dict[int, FakeKernel] = {}
+        # Stands in for cuLaunchKernel: a C function that calls Python, and its address.
+        self._launch_kernel = _LAUNCH(self._launch_packed)
+        self.address = ctypes.cast(self._launch_kernel, ctypes.c_void_p).value or 0
+        self.errors: list[BaseException] = []
         self.launched: list[str] = []
         self.compiled: list[str] = []
 
@@ -95,7 +157,18 @@ class FakeDriver:
 
     def compile(self, source, target=None, options=None, **_: Any) -> FakeKernel:
         self.compiled.append(source.name)
-        return FakeKernel(source, self)
+        return FakeKernel(source, options, self)
+
+    def _launch_packed(self, function: int, *arguments: Any) -> int:
+        grid, block, (shared, _, parameters, _) = arguments[:3], arguments[3:6], arguments[6:]
+        try:
+            assert shared == function
+            self.kernels[function].launch_packed(grid, block, parameters)
+        except BaseException as error:
+            # An exception does not pass through C.
+            self.errors.append(error)
+            return 1
+        return 0
 
     def run_interpreted(self, source: Any, programs: int, arguments: Sequence[Any]) -> None:
         """Interpret a launch. arguments: in the order of the kernel, tensors or addresses."""

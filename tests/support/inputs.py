@@ -16,6 +16,7 @@ from moelora_kernels.testing import (
     draw_experts,
     reference_step,
 )
+from moelora_kernels.tune.check import as_float64, map_tensors
 from moelora_kernels.types import (
     NO_GATE,
     NO_ROUTER,
@@ -249,26 +250,6 @@ EXPERTS: dict[str, Callable[[Case, Callable, Tensor], Tensor]] = {
     # Not routed.
     "outside": lambda case, _, position: _outside(case, position),
 }
-
-
-def map_tensors(function: Callable, value):
-    """Return a structure of lists and tuples with `function` applied to all that is in them."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, v) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(function, v) for v in value)
-    return function(value)
-
-
-def as_float64(value):
-    """Return a structure with its floating-point tensors, and its dtypes, in float64."""
-
-    def convert(v):
-        if isinstance(v, Tensor):
-            return v.double() if v.is_floating_point() else v
-        return torch.float64 if isinstance(v, torch.dtype) else v
-
-    return map_tensors(convert, value)
 
 
 def moved(value, device: str | torch.device):

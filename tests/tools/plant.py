@@ -88,12 +88,12 @@ FAULTS = (
     ),
     Fault(
         "grouped_expand: last step of ranks", "grouped_expand.py",
-        "            for first_r in range(0, rank, BLOCK_R):",
-        "            for first_r in range(0, rank - BLOCK_R, BLOCK_R):",
+        "                for first_r in range(BLOCK_R, rank, BLOCK_R):",
+        "                for first_r in range(BLOCK_R, rank - BLOCK_R, BLOCK_R):",
         GROUPED, "grouped_expand-large_ranks",
     ),
     Fault(
-        "reduce_chunks: last chunk", "grouped_weight_grad.py",
+        "reduce_chunks: last chunk", "common/chunks.py",
         "        for position in range(first, expert_end - size + 1, size):",
         "        for position in range(first, expert_end - 2 * size + 1, size):",
         GROUPED, "grouped_weight_grad-skew",

@@ -1,20 +1,24 @@
 """The tile sizes and compiler options of every kernel: one table per architecture.
 
-A launcher selects its entry by shape; nothing is timed at run time. The `gpu` tests (float64
-comparison, NaN scan, 50 bitwise repeats) qualify an entry on the hardware that it names. An entry
-without a name was only compiled ahead of time for its architecture: it does not spill, fits into
-shared memory and loads wide vectors (`tests/kernels/test_ahead_of_time.py`). For the architectures
-in EXECUTED its compiled code also ran on a CPU.
+A launcher selects its entry by shape; nothing is timed at run time. Tiles that were tuned on this
+GPU take the place of shipped entries (`tuned.py`). The `gpu` tests (float64 comparison, NaN scan,
+50 bitwise repeats) qualify an entry on the hardware that it names. An entry without a name was only
+compiled ahead of time for its architecture: it does not spill, fits into shared memory and loads
+wide vectors (`tests/kernels/test_ahead_of_time.py`). For the architectures in EXECUTED its compiled
+code also ran on a CPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+
+from moelora_kernels.kernels.common.blocks import BLOCKS
 
 
 class TileConfig(NamedTuple):
@@ -23,11 +27,14 @@ class TileConfig(NamedTuple):
     # Tokens of a tile. In the weight gradients: tokens of one step of the loop. In grouped kernels:
     # sorted positions of a tile, at least `types.TILE`.
     tokens: int
-    # Columns of one step of the loop. In the weight gradients, `shrink_dx` and `grouped_expand`:
-    # columns of the wide side (I or O) that a program owns.
+    # Columns of one step of the loop. In the weight gradients and `shrink_dx`: columns of the wide
+    # side (I or O) that a program owns.
     step: int
     warps: int
     stages: int
+    # Programs that one multiprocessor runs at the same time: of the kernel that stores outputs, and
+    # of the one that stores partial sums. From `blocks.BLOCKS`.
+    blocks: tuple[int, int] = (1, 1)
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
     qualified: str = ""
@@ -109,12 +116,12 @@ _SM_90 = {
     ("grouped_shrink_backward", 4, 16): TileConfig(64, 32, 4, 3),
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 4, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 3),
-    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 2),
-    ("grouped_expand", 2, 32): TileConfig(64, 128, 8, 2),
-    ("grouped_expand", 2, 64): TileConfig(64, 128, 8, 2),
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 2, 32): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 2, 64): TileConfig(64, 128, 8, 3),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2),
     ("grouped_expand", 4, 32): TileConfig(64, 64, 4, 2),
-    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 256, 4, 3),
     ("grouped_weight_grad", 2, 32): TileConfig(64, 128, 4, 3),
     ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 3),
     ("grouped_weight_grad", 4, 16): TileConfig(32, 64, 4, 3),
@@ -135,10 +142,15 @@ _SM_100 = {
     ("weight_grad", 2, 128): TileConfig(32, 128, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     ("router_logits", 4, 32): TileConfig(64, 32, 8, 3),
-    ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
+    ("grouped_weight_grad", 2, 64): TileConfig(64, 128, 8, 2, registers=255),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 2),
+    # ptxas spills registers to run more programs at the same time.
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
+    ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
+    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -155,9 +167,10 @@ _SM_80 = {
     ("shrink_dx", 4, 64): TileConfig(32, 64, 4, 2),
     ("router_grad", 2, 32): TileConfig(64, 128, 8, 3),
     ("router_grad", 2, 64): TileConfig(32, 64, 8, 3),
-    ("grouped_expand", 2, 16): TileConfig(64, 64, 8, 2),
-    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
-    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 8, 3),
+    ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
+    # ptxas spills registers to run more programs at the same time.
+    ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
+    ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
 }
 _SM_89 = {
     **_SM_80,
@@ -182,6 +195,8 @@ _SM_120 = {
     ("weight_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("weight_grad", 4, 128): TileConfig(32, 32, 8, 3),
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
+    # ptxas spills registers to run three programs at the same time.
+    ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
@@ -200,13 +215,25 @@ _RESIDENT_SM_100 = {
     ("shrink_dx", 2, 192): TileConfig(64, 128, 8, 3),
 }
 
-TILE_CONFIGS = {
+
+def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], TileConfig]:
+    """Return the table with the `blocks` of its entries."""
+    blocks = {
+        (kernel, itemsize, 16 << i): each
+        for (kernel, itemsize), by_columns in BLOCKS[architecture].items()
+        for i, each in enumerate(by_columns)
+    }
+    return {key: tile._replace(blocks=blocks.get(key, (1, 1))) for key, tile in table.items()}
+
+
+_TABLES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
     "sm_90": _SM_90 | _RESIDENT,
     "sm_100": _SM_100 | _RESIDENT_SM_100,
     "sm_120": _SM_120,
 }
+TILE_CONFIGS = {name: _with_blocks(name, table) for name, table in _TABLES.items()}
 # The architectures whose products read their right operand from shared memory. A loop can keep it
 # there; the others load it into registers for every product.
 SHARED_OPERANDS = ("sm_90", "sm_100")
@@ -215,11 +242,20 @@ SHARED_OPERANDS = ("sm_90", "sm_100")
 EXECUTED = ("sm_80", "sm_90")
 
 # For kernels that work on rank space or element by element, and loop over no large product.
-ROW_TILE = TileConfig(16, 64, 4, 1)
+ROW_TILE = TileConfig(16, 64, 4, 1, blocks=(6, 6))
 # For the second launch of a shrink, which adds partial sums and applies the gate.
 PARTIALS_TILE = ROW_TILE._replace(registers=255)
 
+# The cost of a split, in steps of the loop: the start and end of a program, the second launch, and
+# to store and load a partial sum. PARTIALS_AT_ONCE: partial sums that the second launch loads
+# before it waits. Chosen by the model of `benchmarks/budget.py`; nothing was measured.
+PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 10, 2, 4
+# A part has at least so many steps, and a sum at most so many parts if the programs fill the GPU.
+LEAST_STEPS, MOST_SPLITS = 4, 16
+
 _assumed: str | None = None
+# Device -> its table, with the tiles tuned on it. Read once in a process.
+_tables: dict[torch.device, dict[tuple[str, int, int], TileConfig]] = {}
 
 
 @contextmanager
@@ -265,6 +301,33 @@ def processors(device: torch.device) -> tuple[str, int]:
     return "sm_90", PROCESSORS["sm_90"]
 
 
+def _table(device: torch.device) -> dict[tuple[str, int, int], TileConfig]:
+    """Return the table that serves a device: that of its architecture, with its tuned tiles."""
+    if _assumed is not None:
+        return TILE_CONFIGS[_assumed]
+    table = _tables.get(device)
+    if table is None:
+        # This module is imported by the other one.
+        from moelora_kernels.kernels.common import tuned
+
+        tiles = {} if device.type == "meta" else tuned.tiles(device)
+        table = _tables[device] = TILE_CONFIGS[processors(device)[0]] | tiles
+    return table
+
+
+@contextmanager
+def shipped_tiles(device: torch.device) -> Iterator[dict[tuple[str, int, int], TileConfig]]:
+    """Take the shipped tiles on a device, and not the tuned ones. Yield the table, to change it."""
+    outer = _tables.pop(device, None)
+    _tables[device] = dict(TILE_CONFIGS[processors(device)[0]])
+    try:
+        yield _tables[device]
+    finally:
+        del _tables[device]
+        if outer is not None:
+            _tables[device] = outer
+
+
 def tile_config(
     kernel: str,
     device: torch.device,
@@ -280,7 +343,7 @@ def tile_config(
     registers. is_simple: nothing but the products takes registers. Otherwise, and if 16-bit rows
     are not aligned, a step of 256 columns is half as long.
     """
-    entry = TILE_CONFIGS[processors(device)[0]][kernel, dtype.itemsize, rank_columns]
+    entry = _table(device)[kernel, dtype.itemsize, rank_columns]
     is_aligned = row * dtype.itemsize % 16 == 0
     if dtype.itemsize == 4 and not is_aligned:
         return entry._replace(step=entry.step // 2)
@@ -289,15 +352,45 @@ def tile_config(
     return entry
 
 
-def num_splits(device: torch.device, programs: int, steps: int, least: int = 4) -> int:
-    """Return into how many parts to split a loop of `steps`, so that the programs fill the GPU.
+def num_splits(
+    device: torch.device,
+    tile_config: TileConfig,
+    programs: int,
+    steps: int,
+    stores_partials: bool = False,
+) -> int:
+    """Return into how many parts to split the loops of `programs` programs, of `steps` steps each.
 
-    The result is 1 if three quarters of the multiprocessors have a program without a split: the
-    last quarter saves less time than the second launch costs, which adds the partial sums. Each
-    part keeps `least` steps.
+    stores_partials: there is a second launch, which adds partial sums, also without a split.
     """
-    _, count = processors(device)
-    split = 1
-    while 4 * programs * split < 3 * count and steps >= 2 * split * least:
-        split *= 2
-    return split
+    _, multiprocessors = processors(device)
+    return _cheapest_split(multiprocessors, tile_config.blocks, programs, steps, stores_partials)
+
+
+@lru_cache(maxsize=4096)
+def _cheapest_split(
+    multiprocessors: int,
+    blocks: tuple[int, int],
+    programs: int,
+    steps: int,
+    stores_partials: bool,
+) -> int:
+    """Return the split that costs the fewest steps; the smallest one if several do.
+
+    Programs run in waves of `multiprocessors` times blocks. A wave that is not full takes as long
+    as a full one, unless it is the only one.
+    """
+
+    def cost(split: int) -> float:
+        has_partials = stores_partials or split > 1
+        at_once = blocks[has_partials]
+        load = programs * split / multiprocessors
+        # Programs that a multiprocessor runs one after the other, or in the place of each other.
+        runs = at_once * math.ceil(load / at_once) if load > at_once else max(1.0, load)
+        total = runs * (math.ceil(steps / split) + PROGRAM_STEPS)
+        if has_partials:
+            total += LAUNCH_STEPS + load * PARTIAL_STEPS + split / PARTIALS_AT_ONCE
+        return total
+
+    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // max(1, programs)))
+    return min(range(1, max(1, most) + 1), key=cost)

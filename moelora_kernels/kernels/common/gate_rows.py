@@ -69,10 +69,10 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
     tile_config = configs.ROW_TILE
     block_e = min(launcher.block(width), tile_config.step)
 
-    # Grid: split the tokens until the programs fill the GPU.
+    # Grid.
     programs = launcher.ceil_div(G, BLOCK_G) * launcher.ceil_div(width, block_e)
     steps = launcher.ceil_div(T, tile_config.tokens)
-    split = configs.num_splits(dgate.device, programs, steps)
+    split = configs.num_splits(dgate.device, tile_config, programs, steps)
 
     total = dgate.new_empty((G, width))
     partials = Partials([total], split, alignment=1)

@@ -1,4 +1,4 @@
-"""Partial sums. A long sum is split so that its programs fill the GPU.
+"""Partial sums. A long sum is split so that its programs fill whole waves of the GPU.
 
 Each split stores a float32 partial sum, and a second launch adds the partial sums in their order
 and rounds once. Two runs give the same bits.
