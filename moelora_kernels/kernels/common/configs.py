@@ -147,10 +147,14 @@ _SM_100 = {
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 8, 3),
     ("grouped_shrink_backward", 4, 64): TileConfig(64, 32, 8, 2),
+    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
     # ptxas spills registers to run more programs at the same time.
     ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
-    ("grouped_expand", 4, 32): TileConfig(64, 64, 8, 2),
+    # The same, with odd ranks.
+    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
+    ("weight_grad", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
+    ("shrink_gate_backward", 4, 128): TileConfig(64, 32, 8, 3, registers=255),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -197,6 +201,8 @@ _SM_120 = {
     ("router_logits", 2, 16): TileConfig(64, 128, 8, 3),
     # ptxas spills registers to run three programs at the same time.
     ("grouped_expand", 2, 16): TileConfig(64, 128, 8, 3, registers=255),
+    # The same, with float32 adapters.
+    ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3, registers=255),
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
 }
