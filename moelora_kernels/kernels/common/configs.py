@@ -132,7 +132,6 @@ _SM_90 = {
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
 _SM_100 = {
     **_SM_90,
-    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 64, 8, 4),
     ("shrink_gate_backward", 2, 128): TileConfig(64, 64, 8, 3),
@@ -350,11 +349,9 @@ def tile_config(
     are not aligned, a step of 256 columns is half as long.
     """
     entry = _table(device)[kernel, dtype.itemsize, rank_columns]
-    is_aligned = row * dtype.itemsize % 16 == 0
-    if dtype.itemsize == 4 and not is_aligned:
+    is_aligned, is_long = row * dtype.itemsize % 16 == 0, entry.step == 256
+    if (is_long and not is_simple) or (not is_aligned and (is_long or dtype.itemsize == 4)):
         return entry._replace(step=entry.step // 2)
-    if entry.step == 256 and not (is_simple and is_aligned):
-        return entry._replace(step=128)
     return entry
 
 
