@@ -125,10 +125,10 @@ def shrink_dx_kernel(
             kept = keep_tile(seed, stream, tokens, first_i, row_counters, DROPOUT, BLOCK_I)
             dx += tl.where(kept, expert_dx, 0.0)
     else:
-        for sibling in range(n):
+        for sibling in tl.static_range(n):
             dx = add_columns(
-                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, select_from(a_ptrs, sibling), tokens,
-                tokens_in, i, i_in, I, 0, A_ROWS, BLOCK_R, UPCAST,
+                dx, dh_ptr + sibling * A_ROWS, n * A_ROWS, a_ptrs[sibling], tokens, tokens_in,
+                i, i_in, I, 0, A_ROWS, BLOCK_R, UPCAST,
             )  # fmt: skip
         if DROPOUT > 0:
             seed = tl.load(seed_ptr)

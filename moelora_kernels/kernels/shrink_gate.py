@@ -152,7 +152,8 @@ def shrink_gate_kernel(
         a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
         if ROUTER_E:
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
-            logits = exact_product(x, router, logits, UPCAST)
+            # Dropout takes x through registers.
+            logits = exact_product(x, router, logits, UPCAST, WAIT=DROPOUT > 0)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, row_counters, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
@@ -319,7 +320,6 @@ def launch(
     elif has_router and not fits:
         column_tiles = max(column_tiles, n * launcher.ceil_div(E, MAX_ROUTER_COLUMNS))
 
-    # Grid.
     x = launcher.rows_dense(x)
     I = x.shape[1]  # noqa: E741
     token_tiles = launcher.ceil_div(T, tile_config.tokens)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from moelora_kernels.kernels.common import configs
 from support.arguments import calls
 from support.backends import SPLIT, needs_triton, op_launcher
 from support.cases import Case
@@ -26,6 +27,8 @@ from support.selection import exhaustive
 pytestmark = [pytest.mark.ptx, needs_triton]
 
 CASE = Case(T=40, I=400, O=400, router_bias=True)
+# With one multiprocessor, a program of `resident_dx_kernel` goes over all tokens.
+RESIDENT = Case(T=150, I=300, ranks=(32,) * 4, router_bias=True)
 MOST = 12
 
 
@@ -91,14 +94,15 @@ def without_any(ptx: str, fault: str) -> list[str]:
     return [changed] if changed != ptx else []
 
 
-def failures(op: str, architecture: str, change: Callable) -> tuple[int, list[str]]:
+def failures(kernel: str, architecture: str, change: Callable) -> tuple[int, list[str]]:
     """Return how many changed kernels ran, and the messages of those that failed.
 
     change: PTX -> the changed kernels.
     """
     from ptx.launcher import executed
 
-    (arguments,) = calls(op, Inputs(CASE, torch.bfloat16))
+    op, case = ("shrink_dx", RESIDENT) if kernel == "resident_dx" else (kernel, CASE)
+    (arguments,) = calls(op, Inputs(case, torch.bfloat16))
     launch = op_launcher(op)
     if op in SPLIT:
         launch = functools.partial(launch, split=1)
@@ -121,9 +125,10 @@ def failures(op: str, architecture: str, change: Callable) -> tuple[int, list[st
 
 
 each_kernel = pytest.mark.parametrize(
-    ("op", "architecture"),
+    ("kernel", "architecture"),
     (
         pytest.param("shrink_dx", "sm_90"),
+        pytest.param("resident_dx", "sm_90", marks=exhaustive),
         *(pytest.param(op, "sm_90", marks=exhaustive) for op in WIDE_OPS if op != "shrink_dx"),
         *(pytest.param(op, "sm_80", marks=exhaustive) for op in WIDE_OPS),
     ),
@@ -132,13 +137,17 @@ each_kernel = pytest.mark.parametrize(
 
 @each_kernel
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_fault_at_a_time(fault: str, op: str, architecture: str) -> None:
-    total, messages = failures(op, architecture, lambda ptx: planted(ptx, fault))
+def test_one_fault_at_a_time(fault: str, kernel: str, architecture: str, monkeypatch) -> None:
+    if kernel == "resident_dx":
+        monkeypatch.setitem(configs.PROCESSORS, architecture, 1)
+    total, messages = failures(kernel, architecture, lambda ptx: planted(ptx, fault))
     assert len(messages) >= LEAST[fault] * total, f"{len(messages)} of {total}: {messages}"
 
 
 @each_kernel
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_every_place(fault: str, op: str, architecture: str) -> None:
-    total, messages = failures(op, architecture, lambda ptx: without_any(ptx, fault))
+def test_a_fault_at_every_place(fault: str, kernel: str, architecture: str, monkeypatch) -> None:
+    if kernel == "resident_dx":
+        monkeypatch.setitem(configs.PROCESSORS, architecture, 1)
+    total, messages = failures(kernel, architecture, lambda ptx: without_any(ptx, fault))
     assert len(messages) == total

@@ -114,14 +114,17 @@ def multiply_low(build: Builder, ins: Instruction) -> Run:
     return _compute(build, ins, np.multiply, typed=False)
 
 
-@implements("mul.hi.{u32,s32}")
+@implements("mul.hi.{u32,s32,u64,s64}")
 def multiply_high(build: Builder, ins: Instruction) -> Run:
     """d = the high half of a b."""
-    wide = np.int64 if ins.parts[2] == "s32" else np.uint64
     kind = TYPES[ins.parts[2]]
-    return _compute(
-        build, ins, lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(kind)
-    )
+    bits = 8 * kind.itemsize
+
+    def function(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        # Python's integers hold every product.
+        return (a.astype(object) * b.astype(object) >> bits).astype(kind)
+
+    return _compute(build, ins, function)
 
 
 @implements("mul.wide.{u16,s16,u32,s32}", "mad.wide.{u16,s16,u32,s32}")

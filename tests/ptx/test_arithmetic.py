@@ -73,6 +73,15 @@ def test_products_of_twice_the_width(kind: str) -> None:
     assert added.tolist() == [(p + z) % 2**64 for p, z in zip(products, c.tolist(), strict=True)]
 
 
+@pytest.mark.parametrize("kind", ("u64", "s64"))
+def test_high_halves_of_long_products(kind: str) -> None:
+    read = (lambda v: signed(v, 64)) if kind == "s64" else int
+    values = pairs(64)
+    a, b = (np.array(side, np.uint64) for side in zip(*values, strict=True))
+    high = apply(f"mul.hi.{kind} {{d}}, {{a}}, {{b}}", a, b, result=np.uint64)
+    assert high.tolist() == [(read(x) * read(y) >> 64) % 2**64 for x, y in values]
+
+
 @pytest.mark.parametrize("kind", ("u16", "s16", "u32", "s32", "u64", "s64"))
 def test_quotients_and_remainders(kind: str) -> None:
     bits = int(kind[1:])

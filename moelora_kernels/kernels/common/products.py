@@ -104,20 +104,20 @@ def product(
 
 
 @triton.jit
-def exact_product(left, right, total, UPCAST: tl.constexpr):
+def exact_product(left, right, total, UPCAST: tl.constexpr, WAIT: tl.constexpr = False):
     """Return total + left @ right without rounding a float32 `right` to a 16-bit `left`.
 
     Three bfloat16 hold the 24 bits of a float32, so under a bfloat16 `left` the result is the sum
     of three products, each of them exact. float16 has too small a range for that, but TF32 holds a
-    float16 exactly.
+    float16 exactly. WAIT: see `product`.
     """
     if left.dtype == right.dtype:
-        total = product(left, right, total, UPCAST)
+        total = product(left, right, total, UPCAST, WAIT=WAIT)
     elif left.dtype == tl.bfloat16:
         for _ in tl.static_range(3):
             high = right.to(tl.bfloat16)
             right = right - high.to(tl.float32)
-            total = product(left, high, total, UPCAST)
+            total = product(left, high, total, UPCAST, WAIT=WAIT)
     else:
         total = product(left.to(tl.float32), right, total, UPCAST)
     return total
