@@ -79,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Return the versions, ops and vector level of this library.");
   m.def("clear_plans", &moelora::clear_plans, "Forget all plans.");
   m.def("count_replays", &moelora::count_replays, "Return how many calls were replayed.");
+  m.def("replay_failures", &moelora::replay_failures,
+        "Return how many replays failed, and why the last of them failed.");
   m.def("set_cpu_launch", &set_cpu_launch,
         "Set the address of the function that launches kernels for CPU tensors; for tests.");
 }

@@ -82,6 +82,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
     says which formulation impl="auto" takes for this layer on `device`, and why.
     """
     choice = dispatch.explain_choice(device, **sizes)
+    failed_replays, last_failure = native.replay_failures()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "moelora_kernels": moelora_kernels.__version__,
@@ -102,6 +103,8 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
             "file": native.path(),
             "reason": native.reason(),
             **native.build_info(),
+            "failed replays": failed_replays,
+            "last failed replay": last_failure,
         },
         "triton kernels": registration.kernels_problem() or _kernels_found(cuda),
         "tiles": tiles(),

@@ -108,3 +108,12 @@ def build_info() -> dict[str, Any]:
 def plan_library() -> ModuleType | None:
     """Return the library if it replays plans of layer ops, see `plans`; else None."""
     return _library if build_info().get("planned_ops") else None
+
+
+def replay_failures() -> tuple[int, str]:
+    """Return how many replays of plans failed in the library, and why the last of them failed.
+
+    The reason is "" if none failed. Python replays these plans. A failed allocation does not count.
+    """
+    library = plan_library()
+    return (0, "") if library is None else library.replay_failures()

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
 
   // The gradient of the logits: router_dlogits [T, n E]. If all entries are zero except those of
   // the routed experts, slot_dlogits [T n, K] holds these, and dWr and dx read them instead.
-  std::optional<Tensor> router_dlogits, slot_dlogits, router;
+  std::optional<Tensor> router_dlogits, slot_dlogits;
   if (!router_weight.empty()) {
     // With renormalize, only the shape of the logits is read.
     const Tensor logits_rows = renormalize ? empty(T * siblings, E, dgate.scalar_type())
@@ -165,13 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
     }
     router_dlogits = dgate;
     for (Tensor& weight : router_weight) weight = cast(weight, dtype);
-    router = stacked(router_weight, false);
   }
 
   // dx += dropout(dh A) + dlogits Wr.
   std::vector<Tensor> transposed_a;
   for (const Tensor& a : lora_a) transposed_a.push_back(transposed(a));
   if (needs_x && !base_weight.empty()) {
+    std::optional<Tensor> router;
+    if (router_dlogits) router = stacked(router_weight, false);
     if (router_dlogits && !slot_dlogits) addmm_out(dx, dx, cast(*router_dlogits, dtype), *router);
     grouped_expand_in_place(dx, {.u = dh,
                                  .matrices = transposed_a,

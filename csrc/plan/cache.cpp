@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <memory>
@@ -26,9 +27,12 @@ using torch::stable::detail::to;
 // All ops together keep at most this many plans; the oldest leaves.
 constexpr size_t MAX_PLANS = 4096;
 
+// Held to use the variables up to `failures`.
 std::mutex mutex;
+// By key; nullptr if a replay of the plan failed.
 std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
 std::deque<std::string> order;
+std::pair<int64_t, std::string> failures;
 std::atomic<int64_t> replays{0};
 
 struct Op {
@@ -51,7 +55,7 @@ struct Call {
   std::vector<AtenTensorHandle> inputs;
   std::vector<uint64_t> addresses;
   std::string key;
-  // Those of the first tensor.
+  // The device of the first tensor.
   int32_t device_type = 0;
   int32_t device = 0;
   bool one_device = true;
@@ -114,8 +118,8 @@ struct Call {
     add(sizes, dim * sizeof(int64_t));
     add(strides, dim * sizeof(int64_t));
     // Launchers copy a tensor whose address is not a multiple of 16.
-    const std::array<int32_t, 4> others{dtype, type, index, int32_t(bits % 16)};
-    add(others.data(), sizeof(others));
+    const std::array<int32_t, 4> properties{dtype, type, index, int32_t(bits % 16)};
+    add(properties.data(), sizeof(properties));
     inputs.push_back(handle);
     addresses.push_back(bits);
   }
@@ -138,13 +142,21 @@ void free_arguments(const Op& op, const StableIValue* stack) {
 
 std::shared_ptr<const Plan> find(const std::string& key) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = plans.find(key);
-  return found == plans.end() ? nullptr : found->second;
+  const auto entry = plans.find(key);
+  return entry == plans.end() ? nullptr : entry->second;
 }
 
-// Returns the results of a replay. If a step fails, such as an allocation, the list is empty: the
-// caller then runs the op in Python, which raises torch's exception.
-std::vector<Handle> replay(const Plan& plan, const Call& call) try {
+// Keeps the reason of a failed replay, and drops its plan for good: `keep` refuses the key.
+void drop(const Op& op, const std::string& key, const char* reason) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto entry = plans.find(key);
+  if (entry != plans.end()) entry->second = nullptr;
+  failures = {failures.first + 1, std::string(op.name) + ": " + reason};
+}
+
+// Returns the results of a replay. If a step fails, the list is empty: the caller then runs the op
+// in Python, which raises torch's exception if it fails too.
+std::vector<Handle> replay(const Op& op, const Plan& plan, const Call& call) try {
   std::vector<Handle> results;
   if (call.device_type == aoti_torch_device_type_cpu()) {
     results = plan.replay(call.inputs, call.addresses, false, 0);
@@ -154,7 +166,10 @@ std::vector<Handle> replay(const Plan& plan, const Call& call) try {
   }
   ++replays;
   return results;
-} catch (const std::exception&) {
+} catch (const AllocationError&) {
+  return {};
+} catch (const std::exception& error) {
+  drop(op, call.key, error.what());
   return {};
 }
 
@@ -177,7 +192,7 @@ void run(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   std::vector<Handle> results;
   {
     const Call call(op, stack);
-    if (const auto plan = find(call.key)) results = replay(*plan, call);
+    if (const auto plan = find(call.key)) results = replay(op, *plan, call);
   }
   free_arguments(op, stack);
   stack[0] = listed(std::move(results));
@@ -190,8 +205,9 @@ void skip(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   stack[0] = listed({});
 }
 
-// Keeps a plan. The arguments are those of the layer op, then the numbers of the plan. A plan
-// allocates on one device, so a call with tensors of several devices has none.
+// Keeps a plan, unless one with its key failed. The arguments are those of the layer op, then the
+// numbers of the plan. A plan allocates on one device, so a call with tensors of several devices
+// has none.
 template <const Op& op>
 void keep(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   auto plan = std::make_shared<const Plan>(to<std::vector<int64_t>>(stack[inputs - 1]));
@@ -199,7 +215,9 @@ void keep(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   free_arguments(op, stack);
   if (!call.one_device) return;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (plans.insert_or_assign(call.key, std::move(plan)).second) order.push_back(call.key);
+  const auto [entry, is_new] = plans.try_emplace(call.key, plan);
+  if (is_new) order.push_back(call.key);
+  if (entry->second != nullptr) entry->second = std::move(plan);
   if (order.size() > MAX_PLANS) {
     plans.erase(order.front());
     order.pop_front();
@@ -223,6 +241,11 @@ void clear_plans() {
 }
 
 int64_t count_replays() { return replays; }
+
+std::pair<int64_t, std::string> replay_failures() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return failures;
+}
 
 }  // namespace moelora
 

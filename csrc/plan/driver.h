@@ -1,5 +1,5 @@
-// The functions of CUDA and of libtorch_cuda that a plan calls. They are looked up when they are
-// first needed, so the library loads on a machine without a GPU.
+// The functions of CUDA and of torch's libraries that a plan calls. They are looked up when they
+// are first needed. So the library loads without a GPU, and if torch lacks one of the functions.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -24,8 +24,8 @@ struct Driver {
   MatrixSum addmm_out = nullptr;
 };
 
-// Returns the functions for tensors of a CUDA device, or of the CPU. Raises an error if the driver
-// of CUDA cannot be loaded.
+// Returns the functions for tensors of a CUDA device, or of the CPU. Raises an error if a library
+// cannot be loaded, or lacks a function.
 const Driver& driver(bool cuda);
 
 // Sets the function that launches kernels for tensors of the CPU. Tests do this.

@@ -130,9 +130,10 @@ std::vector<Handle> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
     switch (step.kind) {
       case Kind::ALLOCATE: {
         AtenTensorHandle tensor = nullptr;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        const AOTITorchError error = aoti_torch_empty_strided(
             static_cast<int64_t>(step.sizes.size()), step.sizes.data(), step.strides.data(),
-            step.dtype, device_type, cuda ? device : 0, &tensor));
+            step.dtype, device_type, cuda ? device : 0, &tensor);
+        if (error != AOTI_TORCH_SUCCESS) throw AllocationError("plan: an allocation failed");
         tensors.set(step.tensors[0], tensor);
         break;
       }

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -90,11 +91,17 @@ struct Step {
   explicit Step(Numbers& numbers);
 };
 
+// torch did not allocate a tensor of a plan. A later replay may succeed.
+struct AllocationError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class Plan {
  public:
   explicit Plan(const std::vector<int64_t>& numbers);
 
-  // Replays the steps for the inputs, and returns the outputs.
+  // Replays the steps for the inputs, and returns the outputs. Raises AllocationError if an
+  // allocation fails, and another std::exception if another step fails.
   std::vector<Handle> replay(const std::vector<AtenTensorHandle>& inputs,
                              const std::vector<uint64_t>& addresses, bool cuda,
                              int32_t device) const;

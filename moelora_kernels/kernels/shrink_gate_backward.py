@@ -271,7 +271,6 @@ def launch(
     column_tiles = n * launcher.ceil_div(R, width)
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
-    # Grid.
     dy = [launcher.rows_dense(g) for g in dy]
     b_columns = launcher.aligned_columns(lora_b[0])
     out_features = [g.shape[1] for g in dy]

@@ -277,7 +277,6 @@ def launch(
     b_tiles = launcher.ceil_div(R, block_b)
     block_l = launcher.block(launcher.ceil_div(L, a_tiles)) if L else 16
 
-    # Grid.
     programs = launcher.ceil_div(I, tile_config.step) * a_tiles
     programs += sum(launcher.ceil_div(O, tile_config.step) for O in out_features) * b_tiles  # noqa: E741
     steps = launcher.ceil_div(T, tile_config.tokens)

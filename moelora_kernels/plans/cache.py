@@ -60,6 +60,7 @@ class PlannedOp:
         plan = self.plans.get(key)
         if plan.__class__ is not Plan:
             return self._without_plan(key, plan, arguments)
+        # The library may have dropped its plan of this key. Python then replays.
         driver = triton.runtime.driver.active
         device, current = inputs[0].get_device(), driver.get_current_device()
         if device in (current, -1):

@@ -4,20 +4,34 @@ The library has its own table of plans. Its op `replay_<op>` returns an empty li
 no plan of the call, or if a step failed. The layer op then runs in Python, so a user sees the
 exceptions of Python. The list is also empty under a mode of torch, under functorch, in
 `torch.jit.trace`, and if an argument is a subclass of a tensor.
+
+If a step other than an allocation fails, the library drops the plan for good, and Python replays
+the calls with its key. The first failure warns.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
+import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
 from moelora_kernels import native
 from moelora_kernels.kernels.common import launcher
-from moelora_kernels.plans.steps import Address, Allocate, Call, Launch, Plan, Release, Step, View
+from moelora_kernels.plans.steps import (
+    Address,
+    Allocate,
+    Call,
+    Launch,
+    Plan,
+    Release,
+    Step,
+    View,
+    views_of,
+)
 
 # The steps by number; `Kind` in csrc/plan/plan.h.
 ALLOCATE, LAUNCH, MM, ADDMM, COPY, ROUTE, RELEASE = range(7)
@@ -66,6 +80,7 @@ class NativeReplay:
             if results:
                 start, stop = self._before, len(results) - self._after
                 return *results[:start], results[start:stop], *results[stop:]
+            _warn_of_failures()
         return self.op(*arguments)
 
     def keep(self, plan: Plan, arguments: Sequence[Any]) -> None:
@@ -75,10 +90,38 @@ class NativeReplay:
             self._plan(*arguments, numbers)
 
 
-@cache
+# Layer op -> its replay. torch defines an op once, so one thread at a time adds to it.
+_replays: dict[str, NativeReplay] = {}
+_replays_lock = threading.Lock()
+
+
 def native_replay(name: str) -> NativeReplay | None:
     """Return the replay of the layer op `moelora::name`; None if there is no native library."""
-    return NativeReplay(name) if native.plan_library() else None
+    if native.plan_library() is None:
+        return None
+    with _replays_lock:
+        if name not in _replays:
+            _replays[name] = NativeReplay(name)
+        return _replays[name]
+
+
+_warned = False
+
+
+def _warn_of_failures() -> None:
+    """Warn if a replay of the library failed, once in a process."""
+    global _warned
+    if _warned:
+        return
+    count, reason = native.replay_failures()
+    if count:
+        _warned = True
+        warnings.warn(
+            f"moelora_kernels: the native library cannot replay a plan: {reason}. Python replays "
+            "it, with the same results in more host time",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def encoded(plan: Plan) -> list[int] | None:
@@ -94,9 +137,7 @@ def encoded(plan: Plan) -> list[int] | None:
     result.append(len(steps))
     for numbers in steps:
         result += numbers
-    views = [
-        v for output in plan.outputs for v in ([output] if isinstance(output, View) else output)
-    ]
+    views = views_of(plan.outputs)
     result.append(len(views))
     for view in views:
         result += _view(view)
@@ -153,7 +194,7 @@ def _call(step: Call) -> list[list[int]]:
     kinds = {_aten.mm.default: MM, _aten.addmm.default: ADDMM}
     if not copies and op not in kinds:
         raise NotNative
-    (number,), ((size, stride, dtype),) = step.outputs, step.made
+    (number,), ((size, stride, dtype),) = step.outputs, step.results
     out = View(number, size, stride, 0, "whole")
     work = _work(COPY if copies else kinds[op], [], [out, *arguments])
     return [_allocation(number, size, stride, dtype), work]

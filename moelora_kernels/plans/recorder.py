@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelora_kernels.kernels.common import launcher, tables
-from moelora_kernels.plans.steps import Address, Allocate, Call, Launch, Plan, Release, Step, View
+from moelora_kernels.plans.steps import (
+    Address,
+    Allocate,
+    Call,
+    Launch,
+    Plan,
+    Release,
+    Step,
+    View,
+    views_of,
+)
 
 _aten = torch.ops.aten
 # Ops that allocate a tensor -> whether they fill it with zeros.
@@ -114,18 +124,18 @@ class Recorder(TorchDispatchMode):
             self._view(each) if isinstance(each, Tensor) else [self._view(t) for t in each]
             for each in result
         ]
-        views = _views(outputs)
+        views = views_of(outputs)
         constant = {*range(len(self.inputs)), *self._tables}
         if any(view.tensor in constant for view in views):
             self._fail("the op returns an input or a table")
         if self.problem:
             return None
-        outputs = self._made_as_returned(outputs)
+        outputs = self._allocated_as_returned(outputs)
         kept = constant | {view.tensor for view in views}
         constants = [t if i in self._tables else None for i, t in enumerate(self.tensors)]
         return Plan(len(self.inputs), constants, _with_releases(self.steps, kept), outputs)
 
-    def _made_as_returned(self, outputs: list[Any]) -> list[Any]:
+    def _allocated_as_returned(self, outputs: list[Any]) -> list[Any]:
         """Return the outputs, after their allocations have taken their shapes.
 
         An op may return a view of all elements of a tensor that it allocated. The replay then
@@ -133,9 +143,9 @@ class Recorder(TorchDispatchMode):
         """
         allocations = {s.tensor: s for s in self.steps if isinstance(s, Allocate)}
         called = {n for step in self.steps if isinstance(step, Call) for n in step.reads()}
-        returned = Counter(view.tensor for view in _views(outputs))
+        returned = Counter(view.tensor for view in views_of(outputs))
 
-        def made(view: View) -> View:
+        def allocated(view: View) -> View:
             step = allocations.get(view.tensor)
             if step is None or view.kind == "whole" or view.tensor in called:
                 return view
@@ -144,7 +154,7 @@ class Recorder(TorchDispatchMode):
             step.size, step.stride = view.size, view.stride
             return view._replace(kind="whole")
 
-        return [made(o) if isinstance(o, View) else [made(v) for v in o] for o in outputs]
+        return [allocated(o) if isinstance(o, View) else [allocated(v) for v in o] for o in outputs]
 
     def _allocate(self, tensor: Tensor, zeros: bool) -> None:
         number = self._add(tensor)
@@ -163,9 +173,9 @@ class Recorder(TorchDispatchMode):
         results: Sequence[Tensor] = [result] if isinstance(result, Tensor) else result
         if op._schema.is_mutable:
             results = []
-        made = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
+        properties = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
         outputs = [self._add(tensor) for tensor in results]
-        self.steps.append(Call(op, arguments, options, outputs, made))
+        self.steps.append(Call(op, arguments, options, outputs, properties))
 
     def _add(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
@@ -263,10 +273,6 @@ def _with_releases(steps: Sequence[Step], kept: set[int]) -> list[Step]:
         if numbers := [n for n, at in last.items() if at == i and n not in kept]:
             result.append(Release(numbers))
     return result
-
-
-def _views(outputs: Sequence[Any]) -> list[View]:
-    return [v for output in outputs for v in ([output] if isinstance(output, View) else output)]
 
 
 def _flat(values: Any) -> Iterator[Any]:

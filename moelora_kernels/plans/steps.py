@@ -39,6 +39,11 @@ class View(NamedTuple):
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
+def views_of(outputs: Sequence[View | Sequence[View]]) -> list[View]:
+    """Return the views in the outputs of an op, in their order."""
+    return [v for output in outputs for v in ([output] if isinstance(output, View) else output)]
+
+
 class Address(NamedTuple):
     """The address of a view of a numbered tensor."""
 
@@ -121,7 +126,7 @@ class Call:
     """Call an op of ATen. Arguments: `View`s, lists of them, and other values.
 
     outputs: the numbers of the tensors that the op returns; empty if it writes its first argument.
-    made: size, stride and dtype of each of them.
+    results: size, stride and dtype of every output.
     """
 
     def __init__(
@@ -130,10 +135,10 @@ class Call:
         arguments: Sequence[Any],
         options: dict[str, Any],
         outputs: Sequence[int],
-        made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+        results: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
     ) -> None:
         self.op, self.arguments, self.options = op, arguments, options
-        self.outputs, self.made = outputs, made
+        self.outputs, self.results = outputs, results
         self.function = _FUNCTIONS.get(op, op)
         # For a replay: the arguments that are tensors, views or lists of views, by position.
         self.wholes, self.views, self.lists = [], [], []

@@ -5,8 +5,12 @@
 
 For every kernel and every shape: the shipped tile and its neighbours are compared with a reference
 in float64, run many times to compare their bits, and timed. The tiles are written to a file, which
-the package reads in every later process; python -m moelora_kernels.info names it. The tiles depend
-on the dtype, the number of experts and the rank. A second run with other ones adds to the file.
+the package reads in every later process; python -m moelora_kernels.info names it.
+
+A tile serves every layer with this kernel, size of an element and width in rank space. The command
+checks it for its number of experts, one sibling, and no dropout per expert. The tiles depend on the
+dtype, the number of experts and the rank. A run with another dtype or rank adds to the file.
+
 MOELORA_TILES=path chooses another file; MOELORA_TILES=0 makes the package read none.
 """
 
@@ -24,7 +28,7 @@ import torch
 
 import moelora_kernels
 from moelora_kernels import build_id, dispatch
-from moelora_kernels.kernels.common import tuned
+from moelora_kernels.kernels.common import configs, tuned
 from moelora_kernels.kernels.common.tuned import Key, TunedFile
 from moelora_kernels.ops import registration
 from moelora_kernels.tune import sizes
@@ -78,17 +82,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Tune, print the tiles and the path of the file; return 1 if a shipped tile is refused."""
+    """Tune, print the tiles and the path of the file.
+
+    Return 1 if a shipped tile is refused; 130 if the search was interrupted: then only the
+    entries that are fully timed are tuned.
+    """
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
         device = find_device(args.device)
         path = tuned.file_path(device)
         if path is None:
-            raise ValueError("MOELORA_TILES: expected the path of the file to write, got 0")
+            expected = "MOELORA_TILES: expected the path of the file to write"
+            raise ValueError(f"{expected}, got none: {tuned.no_file()}")
         earlier = tuned.read(path)
         layers = find_layers(args, device)
-    except (ImportError, ValueError, RuntimeError) as error:
+        require_writable(path)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     effort = QUICK if args.quick else EFFORT
     clock = CudaClock(device, effort.samples) if device.type == "cuda" else HostClock(1)
@@ -97,21 +107,35 @@ def main(arguments: list[str] | None = None) -> int:
     result = search(layers, options)
     machine = tuned.describe_machine(device)
     commit = git_commit() if args.commit is None else args.commit
-    tiles = tiles_of(result)
+    tiles, refused = tiles_of(result), refused_tiles(result)
     if earlier is not None and tuned.difference(earlier, device) is None:
         # Entries that this run did not tune.
         tiles |= {k: tile for k, tile in earlier.tiles.items() if k not in result.entries}
-    refused = refused_tiles(result)
+        refused += [each for each in earlier.refused if tuple(each["entry"]) not in result.entries]
     content = TunedFile(machine, moelora_kernels.__version__, commit, vars(args), tiles, refused)
     tuned.write(path, content)
     print(report(result))
     shipped = [entry[0].problem for entry in result.entries.values()]
-    if not any(shipped):
+    if not (args.quick or result.interrupted or any(shipped)):
         versions = f"torch {machine['torch']}, Triton {machine['triton']}"
         name = f"{machine['device']}, {versions}, {commit or 'commit unknown'}"
-        print(f"all {len(shipped)} shipped tiles are right: {name}")
+        print(f"all {len(shipped)} shipped tiles of these shapes are right: {name}")
     print(f"written: {path}")
+    if result.interrupted:
+        print("interrupted: only the entries above are tuned")
+        return 130
     return int(any(shipped))
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a file.
+
+    Raises:
+        OSError: the folder cannot be made, or no file can be written in it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path.parent}: expected a folder in which files can be written")
 
 
 def find_device(name: str) -> torch.device:
@@ -141,6 +165,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device: expected fewer than {torch.cuda.device_count()}, got {index}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # Raises RuntimeError if the GPU is too old.
+    configs.processors(device)
     return device
 
 
@@ -213,8 +239,8 @@ def report(result: Search) -> str:
             lines.append(f"{name}: every tile is refused")
             continue
         kept = ", as shipped" if chosen is shipped else f", shipped {_tile(shipped)}"
-        before = "refused" if shipped.problem else f"{shipped.microseconds:.1f}"
-        lines.append(f"{name}: {_tile(chosen)}{kept}, {chosen.microseconds:.1f} ({before})")
+        shipped_time = "refused" if shipped.problem else f"{shipped.microseconds:.1f}"
+        lines.append(f"{name}: {_tile(chosen)}{kept}, {chosen.microseconds:.1f} ({shipped_time})")
     lines += [
         f"refused: {_name(key)}: {_tile(each)}: {each.problem}" for key, each in result.refused()
     ]

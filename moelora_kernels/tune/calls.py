@@ -147,6 +147,8 @@ def _grouped_calls(layer: Layer, draw: _Tensors, split: bool) -> Iterator[Call]:
     arguments = [dy, lora_b, h, weights, routing, ranks, scaling]
     yield Call("grouped_shrink_backward", arguments, {})
     dh, u, _ = reference.grouped_shrink_backward(*arguments)
+    router = draw.router.weight
+    yield Call("grouped_dx", [dh, dlogits, lora_a, router, routing, ranks, dropout, T], {})
     arguments = [draw.x, dh, dy, u, routing, ranks, dropout, layer.dtype]
     yield Call("grouped_weight_grad", arguments, {})
     yield Call("router_grad", [dlogits, draw.x, layer.dtype], in_parts)

@@ -6,18 +6,13 @@ from collections.abc import Iterator
 from itertools import combinations, product
 from typing import Any
 
+from moelora_kernels.kernels import shrink_dx
 from moelora_kernels.kernels.common.configs import SHARED, TileConfig
-from moelora_kernels.kernels.common.tuned import Key
+from moelora_kernels.kernels.common.tuned import ROUTED_TILES, Key
 
 # A product needs 16 rows and columns. float32 rows that are not aligned take half a step.
 LEAST, MOST = {2: 16, 4: 32}, 256
 WARPS, STAGES = (4, 8), range(1, 6)
-# Kernels whose `tokens` are the positions of a tile of `Routing`.
-_FIXED_TOKENS = ("grouped_shrink", "grouped_shrink_backward", "grouped_expand")
-# Kernels with one tile of [tokens, step] columns in float32, and steps over rank space.
-_STEPS_OVER_RANKS = ("shrink_dx", "grouped_expand")
-# Tiles of `shrink_dx` with more columns belong to the kernel that keeps A in shared memory.
-MAX_STEP_COLUMNS = 64
 
 
 def candidates(key: Key, shipped: TileConfig, architecture: str, quick: bool) -> list[TileConfig]:
@@ -27,7 +22,7 @@ def candidates(key: Key, shipped: TileConfig, architecture: str, quick: bool) ->
     """
     kernel, itemsize, _ = key
     values = {
-        "tokens": [] if kernel in _FIXED_TOKENS else _halved_and_doubled(shipped.tokens, 16),
+        "tokens": [] if kernel in ROUTED_TILES else _halved_and_doubled(shipped.tokens, 16),
         "step": _halved_and_doubled(shipped.step, LEAST[itemsize]),
         "warps": [warps for warps in WARPS if warps != shipped.warps],
         "stages": [s for s in (shipped.stages - 1, shipped.stages + 1) if s in STAGES],
@@ -44,16 +39,20 @@ def shared_bytes(key: Key, tile: TileConfig) -> int:
     that takes more than there is does not run, and is refused.
     """
     kernel, itemsize, columns = key
-    if kernel == "shrink_dx" and columns > MAX_STEP_COLUMNS:
+    loads = max(1, tile.stages - 1)
+    if kernel == "grouped_expand":
+        # The rows of u stay, and the rows of B are loaded ahead.
+        elements = (tile.tokens + tile.step * loads) * columns
+    elif kernel == "shrink_dx" and columns > shrink_dx.STEP:
         # The columns of A stay, and the tiles of dh are loaded ahead.
-        return (tile.step + tile.tokens * max(1, tile.stages - 1)) * columns * itemsize
-    if kernel in _STEPS_OVER_RANKS:
-        elements = (tile.tokens + tile.step) * columns
+        elements = (tile.step + tile.tokens * loads) * columns
+    elif kernel == "shrink_dx":
+        elements = (tile.tokens + tile.step) * columns * loads
     elif kernel.endswith("_grad"):
-        elements = tile.tokens * (tile.step + columns)
+        elements = tile.tokens * (tile.step + columns) * loads
     else:
-        elements = tile.step * (tile.tokens + columns)
-    return elements * itemsize * max(1, tile.stages - 1)
+        elements = tile.step * (tile.tokens + columns) * loads
+    return elements * itemsize
 
 
 def _halved_and_doubled(value: int, least: int) -> list[int]:

@@ -5,8 +5,9 @@ The device, the clock and the launchers are arguments, so that the tests run thi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ class Weighted(NamedTuple):
 class Candidate:
     """A tile for an entry of the table.
 
-    microseconds: the sum of its times over the layers, each multiplied by the number of the layer.
+    microseconds: the sum of its times over the layers, each multiplied by the number of the layer,
+    and over the ops that take the entry.
     problem: why the tile is refused, or "".
     """
 
@@ -52,17 +54,21 @@ class Candidate:
 
 @dataclass
 class Search:
-    """The candidates of the entries that the layers take; the first one is the shipped tile."""
+    """The candidates of the entries that the layers take; the first one is the shipped tile.
+
+    interrupted: a KeyboardInterrupt ended the search, and the other entries are left out.
+    """
 
     entries: dict[Key, list[Candidate]] = field(default_factory=dict)
+    interrupted: bool = False
 
     def chosen(self, key: Key) -> Candidate | None:
         """Return the candidate that an entry should have; None if all are refused."""
         shipped = self.entries[key][0]
-        right = [each for each in self.entries[key] if not each.problem]
-        if not right:
+        accepted = [each for each in self.entries[key] if not each.problem]
+        if not accepted:
             return None
-        best = min(right, key=lambda each: each.microseconds)
+        best = min(accepted, key=lambda each: each.microseconds)
         gain = shipped.microseconds - best.microseconds
         keeps = not shipped.problem and gain < LEAST_GAIN * shipped.microseconds
         return shipped if keeps else best
@@ -90,26 +96,38 @@ class Options(NamedTuple):
 
 
 def search(layers: Sequence[Weighted], options: Options) -> Search:
-    """Return the candidates of every entry that the layers take, with times and problems."""
+    """Return the candidates of every entry that the layers take, with times and problems.
+
+    A KeyboardInterrupt ends the search: it returns the entries that are fully timed, or raises the
+    KeyboardInterrupt again if there is none.
+    """
     result = Search()
     with configs.shipped_tiles(options.device) as table:
         keys = _taken_keys(layers, table, options)
         architecture, _ = configs.processors(options.device)
-        for key in {key: None for by_op in keys.values() for key in by_op.values()}:
+        # Entry -> its trials that are left.
+        left = Counter(key for layer, _ in layers for key in keys[layer.form].values())
+        for key in left:
             tiles = candidates(key, table[key], architecture, options.quick)
             result.entries[key] = [Candidate(tile) for tile in tiles]
-        total = sum(
-            len(result.entries[key]) for layer, _ in layers for key in keys[layer.form].values()
-        )
-        with closing(options.progress(total)) as progress:
-            for layer, number in layers:
-                for trial in _trials(layer, options):
-                    key = keys[layer.form][trial.call.op]
-                    for candidate in result.entries[key]:
-                        if not candidate.problem:
-                            with _tile(table, key, candidate.tile):
-                                trial.run(candidate, number)
-                        progress(f"{layer.name} {trial.call.op}")
+        total = sum(number * len(result.entries[key]) for key, number in left.items())
+        try:
+            with closing(options.progress(total)) as progress:
+                for layer, number in layers:
+                    for trial in _trials(layer, options):
+                        key = keys[layer.form][trial.call.op]
+                        for candidate in result.entries[key]:
+                            if not candidate.problem:
+                                with _tile(table, key, candidate.tile):
+                                    trial.run(candidate, number)
+                            progress(f"{layer.name} {trial.call.op}")
+                        left[key] -= 1
+        except KeyboardInterrupt:
+            result.interrupted = True
+            for key in +left:
+                del result.entries[key]
+            if not result.entries:
+                raise
     return result
 
 
@@ -133,7 +151,9 @@ def _taken_keys(
         small = layer._replace(tokens=64, in_features=64, out_features=64)
         keys[layer.form] = {}
         for call in draw_calls(small, options.device):
-            with launcher.recording() as launches:
+            # A launch is recorded before it runs. If the shipped tile does not run on this GPU,
+            # `Trial` refuses it.
+            with launcher.recording() as launches, suppress(Exception):
                 op_launcher(call.op)(*call.arguments, **call.options)
             tiles = {id(launch.tile_config) for launch in launches}
             key = next(key for key, tile in table.items() if id(tile) in tiles)
@@ -190,8 +210,9 @@ class Trial:
             return
         try:
             torch.cuda.synchronize(self.options.device)
-        except RuntimeError as lost:
-            raise RuntimeError(f"{self.call.op}: a tile made the GPU fail: {lost}") from error
+        except RuntimeError as device_error:
+            message = f"{self.call.op}: a tile made the GPU fail: {device_error}"
+            raise RuntimeError(message) from error
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def parse_shapes(text: str) -> list[Shape]:
     """Return the shapes of a text like "4096x4096,4096x11008": in_features x out_features.
 
     Raises:
-        ValueError: the text is another one.
+        ValueError: the text has another form.
     """
     shapes = []
     for part in text.split(","):

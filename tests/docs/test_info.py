@@ -19,6 +19,7 @@ def test_json_report(capsys):
     assert report["torch"] == torch.__version__
     assert report["native"]["available"] == native.available()
     assert bool(report["native"]["reason"]) != native.available()
+    assert report["native"]["failed replays"] == native.replay_failures()[0]
     built, built_cuda = (native.build_info().get(name, ()) for name in ("ops", "cuda_ops"))
     for op, devices in report["implementations"].items():
         whole_layer = op.removesuffix("_backward") in ("wide", "grouped")

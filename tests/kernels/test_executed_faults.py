@@ -66,9 +66,10 @@ FAULTS: dict[str, tuple[str, str | Callable]] = {
 }
 
 # The share of the planted faults that is noticed, at least, in every kernel and with every version
-# of Triton.
+# of Triton. Triton 3.6 emits barriers that others make redundant: in weight_grad 8 of 12 are
+# noticed, and with Triton 3.9 all.
 LEAST = {
-    "barrier": 0.8,
+    "barrier": 0.65,
     "fence": 0.15,
     "wait for copies": 0.2,
     "wait for products": 0.5,

@@ -27,7 +27,7 @@ def test_info_names_the_executed_architectures() -> None:
 
 @exhaustive
 @pytest.mark.parametrize(
-    ("backend", "key", "dtype", "variant"),
+    ("backend", "op", "key", "dtype", "variant"),
     [
         pytest.param(
             backend, *entry.values, variant, id=f"{backend.name}-{entry.id}-{variant}",
@@ -36,15 +36,14 @@ def test_info_names_the_executed_architectures() -> None:
         for backend in PTX
         for variant in VARIANTS
         for entry in tile_entries(backend.ptx)
-        if entry.values[1] in DTYPES_OF[variant]
+        if entry.values[2] in DTYPES_OF[variant]
     ],
 )  # fmt: skip
 def test_tile(
-    backend: Backend, key: tuple[str, int, int], dtype: torch.dtype, variant: str
+    backend: Backend, op: str, key: tuple[str, int, int], dtype: torch.dtype, variant: str
 ) -> None:
     """Right by float64, and the same bits with early and with late copies and products."""
-    op, *_ = key
-    launch, op_calls = tile_calls(backend, key, dtype, variant, TOKENS, WIDTH[variant])
+    launch, op_calls = tile_calls(backend, op, key, dtype, variant, TOKENS, WIDTH[variant])
     for arguments in op_calls:
         with launcher.recording() as launches:
             compare(op, launch, arguments, dtype)

@@ -1,5 +1,6 @@
-"""Every entry of `TILE_CONFIGS` (kernels/common/configs.py) on a GPU. They pass: it is qualified.
+"""Every entry of `TILE_CONFIGS` (kernels/common/configs.py) on a GPU.
 
+An entry whose tests pass is qualified.
 `python -m moelora_kernels.tune` checks the entries of given layers in the same way.
 """
 
@@ -20,7 +21,7 @@ DEVICE = torch.device("cuda")
 
 
 def _entries() -> list:
-    """(key of the table, dtype) for the GPU at hand; for an H200 where there is none."""
+    """(op, key of the table, dtype) for the GPU at hand; for an H200 where there is none."""
     supported = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     device = DEVICE if supported else torch.device("cpu")
     return tile_entries(configs.processors(device)[0])
@@ -36,13 +37,14 @@ def _flat(outputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("key", "dtype"), _entries())
-def test_tile(key: tuple[str, int, int], dtype: torch.dtype, variant: str, pytestconfig) -> None:
+@pytest.mark.parametrize(("op", "key", "dtype"), _entries())
+def test_tile(
+    op: str, key: tuple[str, int, int], dtype: torch.dtype, variant: str, pytestconfig
+) -> None:
     """Right by float64, no NaN under poisoned allocations, and the same bits in all --repeats."""
     repeats = pytestconfig.option.repeats
-    op, *_ = key
     tokens = 1000 if op in WIDE_OPS else 1700
-    launch, op_calls = tile_calls(GPU, key, dtype, variant, tokens, width=4104)
+    launch, op_calls = tile_calls(GPU, op, key, dtype, variant, tokens, width=4104)
     for arguments in op_calls:
         with launcher.recording() as launches:
             first = _flat(launch(*arguments))

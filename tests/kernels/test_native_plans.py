@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import json
+import os
+import re
+import resource
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from moelora_kernels import native, ops
+from moelora_kernels import info, native, ops
 from moelora_kernels.autograd.linear import siblings_of
 from moelora_kernels.plans import PlannedOp
+from moelora_kernels.plans import native as plans_native
 from support.backends import needs_library
 from support.cases import layer_case
 from support.fake_driver import FakeDriver, fake_driver
@@ -43,9 +55,10 @@ def wide(driver: FakeDriver) -> Iterator[PlannedOp]:
         yield planned["wide"]
 
 
-def call(x: Tensor = INPUTS.x) -> Any:
-    gate = INPUTS.gate
-    return ops.wide(x, siblings_of(INPUTS.linears), gate, INPUTS.mixture, INPUTS.dropout)
+def call(x: Tensor | None = None, inputs: Inputs = INPUTS) -> Any:
+    x = inputs.x if x is None else x
+    linears = siblings_of(inputs.linears)
+    return ops.wide(x, linears, inputs.gate, inputs.mixture, inputs.dropout)
 
 
 def replays(function, *arguments) -> int:
@@ -143,15 +156,98 @@ def test_an_exception_of_python_is_raised(wide: PlannedOp) -> None:
         call(INPUTS.x[:5])
 
 
-def test_python_replays_if_a_step_fails(wide: PlannedOp, driver: FakeDriver) -> None:
+def test_python_replays_if_a_step_fails(wide: PlannedOp, driver: FakeDriver, capsys) -> None:
+    """The plan is dropped for good. The first failure warns, and `info` prints its reason."""
+    # It stays true after the test.
+    plans_native._warned = False
     expected = call()
+    failures, _ = native.replay_failures()
     failing = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
     library = native.plan_library()
     assert library is not None
     library.set_cpu_launch(ctypes.cast(failing, ctypes.c_void_p).value)
     results = []
-    assert replays(lambda: results.append(call())) == 0
+    reason = r"wide: .*cuLaunchKernel failed with error 1"
+    with pytest.warns(RuntimeWarning, match=f"cannot replay a plan: {reason}"):
+        assert replays(lambda: results.append(call())) == 0
     assert torch.equal(results[0].y[0], expected.y[0])
+
+    library.set_cpu_launch(driver.address)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert replays(call) == 0
+        # The next calls record the key again.
+        wide.plans.clear()
+        assert [replays(call) for _ in range(3)] == [0, 0, 0]
+    info.main(["--json"])
+    report = json.loads(capsys.readouterr().out)["native"]
+    assert report["failed replays"] == failures + 1
+    assert re.fullmatch(reason, report["last failed replay"])
+
+
+@contextmanager
+def limited_memory(extra: int) -> Iterator[None]:
+    """Let the process map at most `extra` bytes more in the context."""
+    # Garbage that is freed in the context would add to `extra`.
+    gc.collect()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as on Linux")
+def test_an_allocation_that_fails_keeps_the_plan() -> None:
+    """The exception is that of torch in Python."""
+    # y has 64 MiB.
+    inputs = Inputs(layer_case(T=1 << 15, I=16, O=1 << 10), torch.float16, 1)
+    with fake_driver("sm_90") as driver, kernels_on_cpu(launch=driver.address):
+        for _ in range(2):
+            call(inputs=inputs)
+        assert replays(call, None, inputs) == 1
+        failures = native.replay_failures()
+        with limited_memory(16 << 20), pytest.raises(RuntimeError, match="allocate memory"):
+            call(inputs=inputs)
+        assert native.replay_failures() == failures
+        assert replays(call, None, inputs) == 1
+
+
+def test_threads_that_make_the_first_call_share_the_replay(monkeypatch) -> None:
+    """torch refuses to define an op twice."""
+    library = torch.library.Library("moelora", "FRAGMENT")
+    define = library.define
+
+    def define_slowly(name: str, schema: str) -> None:
+        time.sleep(0.05)
+        define(name.removeprefix("moelora::") + schema)
+
+    monkeypatch.setattr(torch.library, "define", define_slowly)
+    monkeypatch.setattr(plans_native, "_replays", {})
+    results: list[Any] = []
+    barrier = threading.Barrier(2)
+
+    def work() -> None:
+        barrier.wait()
+        try:
+            results.append(plans_native.native_replay("shared"))
+        except Exception as error:
+            results.append(error)
+
+    try:
+        define("shared(Tensor x) -> Tensor[]")
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        library._destroy()
+    assert isinstance(results[0], plans_native.NativeReplay), results
+    assert results[0] is results[1]
 
 
 def test_a_replay_launches_what_python_launches(wide: PlannedOp, driver: FakeDriver) -> None:

@@ -8,48 +8,39 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from moelora_kernels import native
-from moelora_kernels.autograd.linear import siblings_of
-from moelora_kernels.kernels.common import launcher
-from moelora_kernels.plans import PlannedOp, cache
+from moelora_kernels.plans import PlannedOp
 from moelora_kernels.plans import native as plans_native
 from moelora_kernels.plans.native import encoded
 from moelora_kernels.plans.steps import Address, Call, Launch, Plan
 from support.backends import needs_library
 from support.cases import GROUPED, LAYERS, WIDE, Case, layer_case
-from support.fake_driver import FakeDriver, fake_driver
+from support.fake_driver import fake_driver
 from support.inputs import Inputs
 from support.kernels_on_cpu import kernels_on_cpu
+from support.plans import (
+    BACKENDS,
+    counted,
+    planned_ops,
+    plans_of,
+    run,
+    shifted,
+    wide_arguments,
+)
 from support.selection import exhaustive
 
 BF16, FP32 = torch.bfloat16, torch.float32
-BACKENDS = ("python", pytest.param("native", marks=needs_library))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     return request.param
-
-
-@contextmanager
-def planned_ops(
-    backend: str, interpret: bool = True
-) -> Iterator[tuple[dict[str, PlannedOp], FakeDriver]]:
-    """Yield the layer ops by name, and the driver on which they launch."""
-    with fake_driver("sm_90", interpret) as driver:
-        with kernels_on_cpu(launch=driver.address if backend == "native" else 0) as planned:
-            yield planned, driver
-        assert not driver.errors
 
 
 def native_replays() -> int:
@@ -114,14 +105,6 @@ def problems(planned: dict[str, PlannedOp]) -> list[str]:
     return [f"{n}: {p}" for n, op in planned.items() for p in op.problems]
 
 
-def counted(function, name: str, calls: Counter):
-    def call(*arguments):
-        calls[name] += 1
-        return function(*arguments)
-
-    return call
-
-
 CASES = {
     **{f"layer-{name}": case for name, case in LAYERS.items() if name != "rank_4000"},
     **{f"wide-{name}": case for name, case in WIDE.items() if case.start in ("", "bias")},
@@ -177,11 +160,6 @@ def unaligned(inputs: Inputs) -> None:
     inputs.dy[-1] = shifted(inputs.dy[-1])
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
-    return flat.copy_(tensor.flatten()).view(tensor.shape)
-
-
 def strided(inputs: Inputs) -> None:
     """A slice of columns, the transpose of a matrix, and one number for a whole gradient."""
     columns = inputs.x.shape[1]
@@ -228,27 +206,6 @@ def test_a_plan_of_shared_storages_serves_separate_ones(impl: str, backend: str)
         assert_same_bits(actual, inputs.step(impl))
 
 
-def wide_arguments(T: int = 9) -> tuple:
-    """Return the flat arguments of the op `wide`, and those of a call on other tensors."""
-    case = layer_case(T=T, I=32, O=24)
-
-    def arguments(seed: int) -> list:
-        i = Inputs(case, torch.float16, seed)
-        tensors = siblings_of(i.linears)
-        return [i.x, *tensors, *i.gate, *map_lists(i.mixture), *i.dropout]
-
-    return arguments(1), arguments(2)
-
-
-def map_lists(values) -> list:
-    """Return the values with lists in the place of tuples, as the dispatcher passes them."""
-    return [[*value] if isinstance(value, tuple) else value for value in values]
-
-
-def plans_of(planned: dict[str, PlannedOp]) -> list:
-    return [p for op in planned.values() for p in op.plans.values() if isinstance(p, Plan)]
-
-
 @pytest.fixture
 def wide(backend: str) -> Iterator[PlannedOp]:
     """The op `wide` with plans, on a driver that computes nothing."""
@@ -256,13 +213,8 @@ def wide(backend: str) -> Iterator[PlannedOp]:
         yield planned["wide"]
 
 
-def run(op: PlannedOp, arguments: Sequence[Any]) -> Any:
-    """Return the results of a call like that of a layer."""
-    return (op.native or op)(*arguments)
-
-
 def test_outputs_of_two_replays_are_separate(wide) -> None:
-    arguments, _ = wide_arguments()
+    arguments = wide_arguments()
     for _ in range(2):
         run(wide, arguments)
     first, second = flat_outputs(run(wide, arguments)), flat_outputs(run(wide, arguments))
@@ -276,96 +228,12 @@ def flat_outputs(result) -> list[Tensor]:
 
 
 def test_a_plan_keeps_no_tensor_of_a_call(wide) -> None:
-    arguments, _ = wide_arguments()
+    arguments = wide_arguments()
     for _ in range(3):
         result = run(wide, arguments)
     references = [weakref.ref(t) for t in [arguments[0], *arguments[1], *flat_outputs(result)]]
     del arguments, result
     assert not any(reference() is not None for reference in references)
-
-
-def test_another_key_has_another_plan(wide) -> None:
-    """Tokens, strides, dtypes, alignment, and options of the op."""
-    arguments, _ = wide_arguments()
-    x, *others = arguments
-    longer = wide_arguments(T=10)[0]
-    temperature = len(arguments) - 4
-    assert arguments[temperature] == 1.0
-    changed = [*arguments]
-    changed[temperature] = 2.0
-    calls = [
-        arguments,
-        longer,
-        [shifted(x), *others],
-        [torch.cat([x, x], dim=1)[:, : x.shape[1]], *others],
-        changed,
-    ]
-    for count, call in enumerate(calls, start=1):
-        for _ in range(3):
-            run(wide, call)
-        assert len(plans_of({"wide": wide})) == len(wide.plans) == count
-
-
-def test_the_key_that_was_seen_first_leaves(wide, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "MAX_KEYS", 2)
-    calls = [wide_arguments(T)[0] for T in (5, 6, 7)]
-    for call in calls:
-        run(wide, call)
-    keys = [cache.key_of(call)[0] for call in calls]
-    assert [*wide.plans] == keys[1:]
-
-
-def test_work_that_is_not_known_is_never_replayed(wide) -> None:
-    arguments, _ = wide_arguments()
-    function, calls = wide.function, []
-
-    def with_sine(*arguments):
-        calls.append(len(calls))
-        ys, *others = function(*arguments)
-        return [y.sin() for y in ys], *others
-
-    wide.function = with_sine
-    for _ in range(4):
-        run(wide, arguments)
-    assert len(calls) == 4
-    assert [*wide.problems] == ["aten.sin.default is not known"]
-
-
-def test_an_op_that_returns_its_input_is_never_replayed(wide) -> None:
-    arguments, _ = wide_arguments()
-    wide.function = lambda x, *_: (x.view(-1),)
-    for _ in range(3):
-        (y,) = wide(*arguments)
-        assert y.data_ptr() == arguments[0].data_ptr()
-    assert wide.problems
-    assert not plans_of({"wide": wide})
-
-
-def test_a_call_that_is_observed_is_not_replayed(wide) -> None:
-    """A profiler of Triton, a recording of launches, and a replaced launcher see every launch."""
-    arguments, _ = wide_arguments()
-    for _ in range(3):
-        run(wide, arguments)
-    count = Counter()
-    wide.function = counted(wide.function, "wide", count)
-    run(wide, arguments)
-    assert not count
-    with launcher.recording() as launches:
-        run(wide, arguments)
-    assert count["wide"] == len(launches) == 1
-    hook = triton.knobs.runtime.launch_enter_hook
-    hook.add(print_nothing)
-    try:
-        run(wide, arguments)
-    finally:
-        hook.remove(print_nothing)
-    assert count["wide"] == 2
-    with mock.patch.object(launcher, "run"):
-        run(wide, arguments)
-    assert count["wide"] == 3
-
-
-def print_nothing(*_) -> None: ...
 
 
 def test_threads_share_the_plans(backend: str) -> None:

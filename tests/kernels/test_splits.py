@@ -123,6 +123,8 @@ def test_blocks_are_those_of_the_compiled_kernels(name: str) -> None:
                 row = rows.get((layer.name, kernel))
                 if kernel not in SPLIT or row is None:
                     continue
+                tile = launch.tile_config[:4]
+                assert tuple(row["tile"]) == tile, "run benchmarks/ahead_of_time.py again"
                 compared += 1
                 compiled = blocks_per_multiprocessor(machine_code_of(row), gpu)
                 if launch.tile_config.blocks[stores_partials(launch)] != compiled:

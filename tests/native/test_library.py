@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def test_library_is_there_where_it_is_required() -> None:
     else:
         assert native.reason()
         assert native.build_info() == {}
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm lists what the library links")
+def test_one_function_outside_of_the_stable_abi_is_linked() -> None:
+    """Without it the library does not load. Plans look up theirs by name."""
+    listed = ["nm", "--dynamic", "--undefined-only", native.path()]
+    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\baoti_torch_(?:cpu|cuda)_\w+", names)) == {"aoti_torch_cpu_addmm_out"}
 
 
 def run(

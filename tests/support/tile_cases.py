@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from moelora_kernels.kernels import shrink_dx
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.types import CHUNK, TILE
 from support.arguments import calls
@@ -23,16 +24,19 @@ VARIANTS = {
     "split": (dict(gate="dense", dropout=0.1), 2),
 }
 # The widest tiles of these ops serve layers without dropout.
-COLUMNS_WITH_DROPOUT = {"shrink_dx": 64, "weight_grad": 64}
-# An op that is not in this list has nothing to qualify its tiles.
+COLUMNS_WITH_DROPOUT = {"shrink_dx": shrink_dx.STEP, "weight_grad": 64}
+# The ops that take the tiles of a kernel, if they are more than the op with its name.
+OPS_OF = {"grouped_expand": ("grouped_expand", "grouped_dx")}
+# An op outside this list has no test of its tiles.
 OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
 
 
 def tile_entries(architecture: str) -> list:
-    """Return parameters (key of the table, dtype) of an architecture."""
+    """Return parameters (op, key of the table, dtype) of an architecture."""
     return [
-        pytest.param(key, dtype, id=f"{key[0]}-{name}-{key[2]}")
+        pytest.param(op, key, dtype, id=f"{op}-{name}-{key[2]}")
         for key in configs.TILE_CONFIGS[architecture]
+        for op in OPS_OF.get(key[0], (key[0],))
         for name, dtype in DTYPES.items()
         if dtype.itemsize == key[1]
     ]
@@ -40,18 +44,19 @@ def tile_entries(architecture: str) -> list:
 
 def tile_calls(
     backend: Backend,
+    op: str,
     key: tuple[str, int, int],
     dtype: torch.dtype,
     variant: str,
     tokens: int,
     width: int,
 ) -> tuple[Callable, list[list]]:
-    """Return the implementation of the op that takes a tile, and its calls.
+    """Return the implementation of an op that takes a tile, and its calls.
 
     tokens: T. width: of both wide sides. With tails of every tile, if they are no multiples. In the
     variant "split" of a grouped op the tokens of an expert make several chunks.
     """
-    op, _, columns = key
+    columns = key[2]
     assert op in OPS, op
     if op in WIDE_OPS:
         options, split = VARIANTS[variant]

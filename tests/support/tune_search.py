@@ -32,14 +32,19 @@ def fake_clock(times: dict[int, float]) -> Callable:
     return clock
 
 
-def faulty(fault: Callable[[torch.Tensor], None], stages: Sequence[int]) -> Callable:
-    """Return op -> its launcher, whose first output `fault` changes if the tile has `stages`."""
+def faulty(
+    fault: Callable[[torch.Tensor], None], stages: Sequence[int], kernel: str = ""
+) -> Callable:
+    """Return op -> its launcher, whose first output `fault` changes if the tile has `stages`.
+
+    kernel: whose tile; "": the name of the op.
+    """
 
     def launcher_of(op: str) -> Callable:
         def launch(*arguments, **options):
             outputs = op_launcher(op)(*arguments, **options)
-            table = configs._table(CPU)
-            if any(tile.stages in stages for key, tile in table.items() if key == (op, 2, 16)):
+            name, table = kernel or op, configs._table(CPU)
+            if any(tile.stages in stages for key, tile in table.items() if key == (name, 2, 16)):
                 fault(outputs if isinstance(outputs, torch.Tensor) else outputs[0])
             return outputs
 
@@ -55,15 +60,18 @@ def three_candidates(key, shipped: TileConfig, architecture: str, quick: bool) -
 
 def run_search(
     form: str,
-    times: dict[int, float],
+    times: dict[int, float] | Callable,
     launcher_of: Callable = op_launcher,
     numbers: Sequence[int] = (1,),
     repeats: int = 2,
 ) -> search.Search:
-    """Search with `three_candidates` for a small layer of a form; one for each of `numbers`."""
+    """Search with `three_candidates` for a small layer of a form; one for each of `numbers`.
+
+    times: of `fake_clock`, or a clock.
+    """
     layer = Layer(form, 20, 48, 32, 4, 4, 2, torch.bfloat16)
     layers = [search.Weighted(layer, number) for number in numbers]
-    clock = fake_clock(times)
+    clock = times if callable(times) else fake_clock(times)
     options = search.Options(CPU, clock, Progress, repeats, launcher_of=launcher_of)
     with mock.patch.object(search, "candidates", three_candidates):
         return search.search(layers, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def on_cpu(tiles_file, monkeypatch):
     """The command on the CPU, with three candidates and a fake clock; the path of its file."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(search, "candidates", three_candidates)
-    monkeypatch.setattr(command, "QUICK", command.Effort(2, 1))
+    for effort in ("EFFORT", "QUICK"):
+        monkeypatch.setattr(command, effort, command.Effort(2, 1))
     times = {SHIPPED: 10.0, 8: 7.0, 9: 8.0}
     monkeypatch.setattr(command, "HostClock", lambda samples: fake_clock(times))
     return tiles_file
@@ -30,10 +32,10 @@ def on_cpu(tiles_file, monkeypatch):
 
 @needs_triton
 def test_the_command_writes_the_file_that_the_launchers_read(on_cpu, capsys):
-    assert command.main([*SMALL, "--quick", "--commit", "abc"]) == 0
+    assert command.main([*SMALL, "--commit", "abc"]) == 0
     out = capsys.readouterr().out
     assert "shrink_dx 2 16: 64 128 8 8, shipped 64 128 8 2, 7.0 (10.0)\n" in out
-    assert f"all 4 shipped tiles are right: cpu, torch {torch.__version__}, Triton " in out
+    assert f"all 4 shipped tiles of these shapes are right: cpu, torch {torch.__version__}, " in out
     assert out.endswith(f", abc\nwritten: {on_cpu}\n")
     content = tuned.read(on_cpu)
     assert content.commit == "abc"
@@ -45,22 +47,63 @@ def test_the_command_writes_the_file_that_the_launchers_read(on_cpu, capsys):
 
 
 @needs_triton
-def test_a_second_run_keeps_the_other_entries(on_cpu, monkeypatch):
+def test_a_second_run_keeps_the_other_entries(on_cpu, monkeypatch, capsys):
     entries = {
         ("weight_grad", 2, 64): configs.TileConfig(32, 32, 4, 2),
         ("shrink_gate", 2, 16): configs.TileConfig(32, 32, 4, 2),
     }
     machine = tuned.describe_machine(CPU)
-    earlier = tuned.TunedFile(machine, "0.1.0", "earlier", {}, entries, [])
+    refused = [
+        {"entry": list(key), "tile": [16, 16, 4, 1], "problem": "RuntimeError: earlier"}
+        for key in entries
+    ]
+    earlier = tuned.TunedFile(machine, "0.1.0", "earlier", {}, entries, refused)
     # The shipped tiles are the fastest now.
     monkeypatch.setattr(command, "HostClock", lambda samples: fake_clock({SHIPPED: 1.0, 8: 2.0}))
     for content, expected in (
-        (earlier, {("weight_grad", 2, 64): configs.TileConfig(32, 32, 4, 2)}),
-        (earlier._replace(machine={**machine, "torch": "2.0"}), {}),
+        (earlier, [("weight_grad", 2, 64)]),
+        (earlier._replace(machine={**machine, "torch": "2.0"}), []),
     ):
         tuned.write(on_cpu, content)
         assert command.main([*SMALL, "--quick"]) == 0
-        assert tuned.read(on_cpu).tiles == expected
+        written = tuned.read(on_cpu)
+        assert written.tiles == {key: entries[key] for key in expected}
+        assert [tuple(each["entry"]) for each in written.refused] == expected
+    assert "are right" not in capsys.readouterr().out
+
+
+@needs_triton
+def test_an_interrupted_run_writes_the_entries_that_are_timed(on_cpu, monkeypatch, capsys):
+    key = ("shrink_gate", 2, 16)
+    tile = configs.TILE_CONFIGS["sm_90"][key]._replace(stages=8)
+
+    def interrupted(layers, options) -> search.Search:
+        fast = [search.Candidate(tile._replace(stages=3), 10.0), search.Candidate(tile, 7.0)]
+        return search.Search({key: fast}, interrupted=True)
+
+    monkeypatch.setattr(command, "search", interrupted)
+    assert command.main(SMALL) == 130
+    out = capsys.readouterr().out
+    assert out.endswith(f"written: {on_cpu}\ninterrupted: only the entries above are tuned\n")
+    assert "are right" not in out
+    assert tuned.read(on_cpu).tiles == {key: tile}
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(on_cpu, monkeypatch, capsys):
+    def message() -> str:
+        with pytest.raises(SystemExit):
+            command.main(SMALL)
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patches:
+        patches.setattr(command.os, "access", lambda path, mode: False)
+        assert f"{on_cpu.parent}: expected a folder in which files can be written" in message()
+    on_cpu.mkdir()
+    assert "Is a directory" in message()
+    on_cpu.rmdir()
+    on_cpu.write_text("")
+    monkeypatch.setenv("MOELORA_TILES", str(on_cpu / "tiles.json"))
+    assert str(on_cpu) in message()
 
 
 @needs_triton
@@ -70,10 +113,10 @@ def test_a_shipped_tile_that_is_refused_fails_the_command(on_cpu, monkeypatch, c
 
     wrong = faulty(add_one, stages=(2, 3))
     monkeypatch.setattr(search.Options, "launcher_of", property(lambda self: wrong))
-    assert command.main([*SMALL, "--quick"]) == 1
+    assert command.main(SMALL) == 1
     out = capsys.readouterr().out
     assert "refused: shrink_gate 2 16: 64 128 4 3: AssertionError: h: error" in out
-    assert "shipped tiles are right" not in out
+    assert "are right" not in out
     assert {tile["entry"][0] for tile in tuned.read(on_cpu).refused} >= {"shrink_gate"}
 
 
@@ -130,6 +173,21 @@ def test_a_machine_without_a_gpu_is_refused(tiles_file, monkeypatch, capsys):
         assert f"device: {message}" in capsys.readouterr().err
 
 
+def test_a_gpu_that_is_too_old_is_refused(tiles_file, monkeypatch, capsys):
+    properties = SimpleNamespace(name="V100", major=7, minor=0, multi_processor_count=80)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(command.registration, "kernels_problem", lambda: None)
+    for name, value in (
+        ("is_available", True), ("device_count", 1), ("current_device", 0), ("set_device", None),
+        ("get_device_properties", properties),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(configs, "_query_gpu", configs._query_gpu.__wrapped__)
+    with pytest.raises(SystemExit):
+        command.main(["--shapes", "8x8"])
+    assert "error: V100 has compute capability 7.0" in capsys.readouterr().err
+
+
 def test_a_broken_file_is_refused_before_the_search(on_cpu, capsys):
     on_cpu.write_text("{")
     with pytest.raises(SystemExit):
@@ -141,7 +199,8 @@ def test_without_a_file_to_write_nothing_is_tuned(on_cpu, monkeypatch, capsys):
     monkeypatch.setenv("MOELORA_TILES", "0")
     with pytest.raises(SystemExit):
         command.main(SMALL)
-    assert "MOELORA_TILES: expected the path of the file to write" in capsys.readouterr().err
+    expected = "MOELORA_TILES: expected the path of the file to write, got none: MOELORA_TILES is 0"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_auto_takes_the_formulation_of_the_device(monkeypatch):

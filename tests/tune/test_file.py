@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
-from moelora_kernels import info
+from moelora_kernels import info, types
 from moelora_kernels.kernels.common import configs, launcher, tuned
 from moelora_kernels.kernels.common.configs import TileConfig
 from moelora_kernels.kernels.common.tuned import TunedFile
@@ -67,7 +69,7 @@ def test_ops_are_right_with_tuned_tiles(op, tiles_file):
     tiles = {
         key: tile._replace(tokens=tile.tokens // 2, step=tile.step // 2)
         for key, tile in configs.TILE_CONFIGS["sm_90"].items()
-        if key[1:] == (2, 64)
+        if key[0] in WIDE_OPS and key[1:] == (2, 64)
     }
     tuned.write(tiles_file, content()._replace(tiles=tiles))
     for arguments in calls(op, TRITON.inputs(WIDE["plain"], torch.bfloat16).to(CPU)):
@@ -93,6 +95,31 @@ def test_a_kernel_that_does_not_exist_is_ignored(tiles_file):
     tuned.write(tiles_file, content()._replace(tiles={("shrink", 2, 64): TILE}))
     with pytest.warns(UserWarning, match=r"there is no kernel for \('shrink', 2, 64\)"):
         taken_tile()
+
+
+@pytest.mark.parametrize("kernel", tuned.ROUTED_TILES)
+def test_a_tile_that_holds_no_tile_of_pairs_is_ignored(kernel, tiles_file):
+    key, tile = (kernel, 2, 64), TileConfig(types.TILE // 2, 64, 4, 2)
+    tuned.write(tiles_file, content()._replace(tiles={key: tile}))
+    with pytest.warns(UserWarning, match="has 32 tokens, and needs at least 64"):
+        taken_tile()
+    assert tuned.difference(content()._replace(tiles={KEY: TILE}), CPU) is None
+
+
+@pytest.mark.parametrize(
+    "name", ("kernels/grouped_expand.py", "kernels/common/configs.py", "types.py", "numerics.py")
+)
+def test_the_hash_covers_the_constants_of_the_kernels(name, tmp_path, monkeypatch):
+    package = Path(types.__file__).parent
+    for file in (package / "types.py", package / "numerics.py"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(package / "kernels", tmp_path / "kernels")
+    monkeypatch.setattr(tuned, "_PACKAGE", tmp_path)
+    result = tuned._hash_of_kernels.__wrapped__()
+    assert result == tuned._hash_of_kernels.__wrapped__()
+    with (tmp_path / name).open("a") as file:
+        file.write("\n")
+    assert tuned._hash_of_kernels.__wrapped__() != result
 
 
 @pytest.mark.parametrize(
@@ -129,6 +156,58 @@ def test_a_missing_file_of_moelora_tiles_is_a_warning(tiles_file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert taken_tile() is configs.TILE_CONFIGS["sm_90"][KEY]
+
+
+def test_a_default_file_that_cannot_be_read_is_a_warning(tiles_file, monkeypatch):
+    monkeypatch.setattr(tuned, "file_path", lambda device: tiles_file)
+    tiles_file.mkdir()
+    with pytest.raises(ValueError, match=r"MOELORA_TILES: .*tiles\.json cannot be read: Is a dir"):
+        taken_tile()
+    assert tuned.describe(CPU).startswith(f"broken: {tiles_file} cannot be read")
+    monkeypatch.delenv("MOELORA_TILES")
+    with pytest.warns(UserWarning, match=r"tiles\.json: ignored, because it cannot be") as caught:
+        tiles = [taken_tile() for _ in range(3)]
+    assert {*tiles} == {configs.TILE_CONFIGS["sm_90"][KEY]}
+    assert len(caught) == 1
+    assert tuned.describe(CPU).startswith(f"none: {tiles_file} cannot be read")
+    # A broken file stays an error.
+    tiles_file.rmdir()
+    tiles_file.write_text("{")
+    configs._tables.clear()
+    with pytest.raises(ValueError, match="expected a file of tiles"):
+        taken_tile()
+
+
+def test_a_default_file_below_a_file_is_missing(tmp_path, monkeypatch, tiles_file):
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MOELORA_TILES")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken_tile() is configs.TILE_CONFIGS["sm_90"][KEY]
+
+
+def test_a_user_without_a_home_folder_has_no_file(monkeypatch, tiles_file):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MOELORA_TILES")
+    assert taken_tile() is configs.TILE_CONFIGS["sm_90"][KEY]
+    assert tuned.describe(CPU) == "none: there is no home folder, and MOELORA_TILES is not set"
+
+
+@needs_triton
+def test_a_launch_without_resources_names_the_file(tiles_file):
+    class TooLarge:
+        def __getitem__(self, grid):
+            raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    tuned.write(tiles_file, content())
+    with pytest.raises(RuntimeError, match="out of resource: shared memory") as caught:
+        launcher.run(TooLarge(), 1, TILE, {"x_ptr": torch.zeros(1)}, {})
+    assert f"{TILE}; tuned tiles: 1 from {tiles_file}" in str(caught.value)
 
 
 def test_the_default_file_is_in_the_cache_folder(tmp_path, monkeypatch):

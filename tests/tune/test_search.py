@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import triton
 
-from moelora_kernels.kernels.common import configs
+from moelora_kernels.kernels.common import configs, launcher
+from moelora_kernels.tune.calls import op_launcher
 from moelora_kernels.tune.candidates import candidates, shared_bytes
 from support.backends import needs_triton
-from support.tune_search import CPU, SHIPPED, faulty, run_search
+from support.tune_search import CPU, SHIPPED, fake_clock, faulty, run_search
 
 pytestmark = needs_triton
 WIDE_KERNELS = {"shrink_gate", "shrink_gate_backward", "weight_grad", "shrink_dx"}
@@ -28,12 +32,13 @@ def test_the_fastest_tile_of_every_kernel_is_chosen(form, kernels, capsys):
     for key in result.entries:
         chosen = result.chosen(key)
         assert chosen.tile.stages == 8
-        # Once, and three times.
-        assert chosen.microseconds == 28.0
-        assert result.entries[key][0].microseconds == 40.0
-    # Three candidates of every kernel on two layers.
+        # Once, and three times; `grouped_expand` and `grouped_dx` take the same tile.
+        calls = 8 if key[0] == "grouped_expand" else 4
+        assert chosen.microseconds == 7.0 * calls
+        assert result.entries[key][0].microseconds == 10.0 * calls
+    # Three candidates of every op on two layers.
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 * len(kernels)
+    assert len(lines) == 6 * (4 if form == "wide" else 7)
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}] {form} 48x32 T=20 ")
 
 
@@ -59,6 +64,21 @@ def test_a_wrong_tile_is_refused_and_named(form):
         assert result.chosen(key).tile.stages == 9
     names = {candidate.problem.split()[1] for _, candidate in refused}
     assert names >= ({"h:", "dh:", "da:", "dx:"} if form == "wide" else {"h:", "y:", "logits:"})
+
+
+def test_a_tile_of_two_ops_is_checked_with_both():
+    """`grouped_dx` takes the tile of `grouped_expand`."""
+    wrong = faulty(add_one, stages=(8,), kernel="grouped_expand")
+
+    def launcher_of(op):
+        return wrong(op) if op == "grouped_dx" else op_launcher(op)
+
+    result = run_search("grouped", {SHIPPED: 10.0, 8: 5.0, 9: 8.0}, launcher_of)
+    ((key, candidate),) = result.refused()
+    assert key == ("grouped_expand", 2, 16)
+    assert candidate.tile.stages == 8
+    assert candidate.problem.startswith("AssertionError: dx: error")
+    assert result.chosen(key).tile.stages == 9
 
 
 def test_memory_that_a_tile_does_not_write_is_noticed():
@@ -103,6 +123,50 @@ def test_a_shipped_tile_may_be_refused():
     assert result.chosen(key).tile.stages == 9
 
 
+def test_a_shipped_tile_that_does_not_fit_is_refused(monkeypatch):
+    class TooLarge:
+        def __getitem__(self, grid):
+            raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    def run(kernel, programs, tile_config, *rest):
+        real_run(TooLarge() if tile_config in shipped else kernel, programs, tile_config, *rest)
+
+    real_run, shipped = launcher.run, configs.TILE_CONFIGS["sm_90"].values()
+    monkeypatch.setattr(launcher, "run", run)
+    result = run_search("wide", {SHIPPED: 5.0, 8: 9.0, 9: 8.0})
+    assert {key[0] for key in result.entries} == WIDE_KERNELS
+    for key, (shipped_tile, *_) in result.entries.items():
+        assert shipped_tile.problem.startswith("RuntimeError: out of resource: shared memory")
+        assert result.chosen(key).tile.stages == 9
+
+
+def interrupted_clock(calls: int) -> Callable:
+    """Return a clock whose last one of so many calls raises KeyboardInterrupt."""
+    clock, left = fake_clock({SHIPPED: 10.0, 8: 7.0, 9: 8.0}), [None] * calls
+
+    def interrupted(call: Callable[[], object]) -> float:
+        left.pop()
+        if not left:
+            raise KeyboardInterrupt
+        return clock(call)
+
+    return interrupted
+
+
+def test_an_interrupted_search_returns_the_entries_that_are_timed():
+    # Three candidates of two kernels, and the first of the third kernel.
+    result = run_search("wide", interrupted_clock(7))
+    assert result.interrupted
+    assert [key[0] for key in result.entries] == ["shrink_gate", "shrink_gate_backward"]
+    for key in result.entries:
+        assert result.chosen(key).microseconds == 7.0
+    with pytest.raises(KeyboardInterrupt):
+        run_search("wide", interrupted_clock(3))
+    # The second layer has not been timed.
+    with pytest.raises(KeyboardInterrupt):
+        run_search("wide", interrupted_clock(13), numbers=(1, 1))
+
+
 def test_no_tile_is_chosen_if_all_are_refused():
     def launcher_of(op):
         def launch(*arguments, **options):
@@ -136,3 +200,11 @@ def test_candidates_are_neighbours_of_the_shipped_tile(architecture, quick):
             assert tile.tokens % 16 == tile.step % 16 == 0
             if key[0] in ("grouped_shrink", "grouped_shrink_backward", "grouped_expand"):
                 assert tile.tokens == shipped.tokens
+
+
+def test_shared_memory_of_kernels_that_keep_an_operand():
+    """The rows or columns that stay count once, and the others once for each stage but one."""
+    tile = configs.TileConfig(64, 128, 8, 3)
+    assert shared_bytes(("grouped_expand", 2, 32), tile) == (64 + 2 * 128) * 32 * 2
+    assert shared_bytes(("shrink_dx", 2, 128), tile) == (2 * 64 + 128) * 128 * 2
+    assert shared_bytes(("shrink_dx", 2, 64), tile) == 2 * (64 + 128) * 64 * 2

@@ -56,4 +56,5 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
         ("router_grad", 4): ((5, 5), (5, 5), (3, 3)),
     },
 }
+# Not compiled for sm_120: those of sm_89, some of whose tiles differ.
 BLOCKS["sm_120"] = BLOCKS["sm_89"]

@@ -33,7 +33,8 @@ class TileConfig(NamedTuple):
     warps: int
     stages: int
     # Programs that one multiprocessor runs at the same time: of the kernel that stores outputs, and
-    # of the one that stores partial sums. From `blocks.BLOCKS`.
+    # of the one that stores partial sums. From `blocks.BLOCKS`. A tuned tile keeps the numbers of
+    # the shipped tile.
     blocks: tuple[int, int] = (1, 1)
     # GPU, torch, Triton and commit of the `gpu` tests that passed; empty if no GPU ran it.
     # `EXECUTED` says which entries ran on a CPU.
@@ -307,7 +308,7 @@ def processors(device: torch.device) -> tuple[str, int]:
 
 
 def _table(device: torch.device) -> dict[tuple[str, int, int], TileConfig]:
-    """Return the table that serves a device: that of its architecture, with its tuned tiles."""
+    """Return the table of a device: the table of its architecture, with its tuned tiles."""
     if _assumed is not None:
         return TILE_CONFIGS[_assumed]
     table = _tables.get(device)
@@ -388,7 +389,7 @@ def _cheapest_split(
         has_partials = stores_partials or split > 1
         at_once = blocks[has_partials]
         load = programs * split / multiprocessors
-        # Programs that a multiprocessor runs one after the other, or in the place of each other.
+        # A multiprocessor runs its programs in rounds of `at_once`.
         runs = at_once * math.ceil(load / at_once) if load > at_once else max(1.0, load)
         total = runs * (math.ceil(steps / split) + PROGRAM_STEPS)
         if has_partials:

@@ -69,7 +69,6 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
     tile_config = configs.ROW_TILE
     block_e = min(launcher.block(width), tile_config.step)
 
-    # Grid.
     programs = launcher.ceil_div(G, BLOCK_G) * launcher.ceil_div(width, block_e)
     steps = launcher.ceil_div(T, tile_config.tokens)
     split = configs.num_splits(dgate.device, tile_config, programs, steps)

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moelora_kernels.kernels.common import tuned
 from moelora_kernels.kernels.common.configs import TileConfig
 
 # Whether Triton interprets kernels on the CPU instead of compiling them.
@@ -63,6 +64,7 @@ def run(
     """Launch `programs` programs on grid.x, on the current stream of the tensors' device.
 
     arguments: tensors, tuples of tensors, numbers or None. constants: values that are compiled in.
+    Raise RuntimeError, with the tile, if the GPU lacks the resources that the kernel needs.
     """
     if _records is not None:
         _records.append(Launch(kernel, programs, arguments, constants, tile_config))
@@ -74,8 +76,12 @@ def run(
         elsewhere = first.device.index != torch.cuda.current_device()
         if elsewhere or torch.cuda.is_current_stream_capturing():
             guard = _guard(first.device)
-    with guard:
-        compiled = kernel[(programs,)](**arguments, **constants, **options(tile_config))
+    try:
+        with guard:
+            compiled = kernel[(programs,)](**arguments, **constants, **options(tile_config))
+    except triton.OutOfResources as error:
+        tiles = tuned.describe(first.device)
+        raise RuntimeError(f"{error}\n{tile_config}; tuned tiles: {tiles}") from error
     if _thread.recorder is not None:
         _thread.recorder.launch(compiled, kernel, programs, arguments | constants)
 

@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from moelora_kernels.kernels.common.configs import TILE_CONFIGS, TileConfig
+from moelora_kernels.types import TILE
 
 COMMAND = "python -m moelora_kernels.tune"
 # Kernel, bytes of an element, columns of the rank tile: the keys of `TILE_CONFIGS`.
 Key = tuple[str, int, int]
-_KERNELS = Path(__file__).resolve().parents[1]
+# Kernels whose `tokens` are the positions of a tile of `Routing`, at least TILE.
+ROUTED_TILES = ("grouped_shrink", "grouped_shrink_backward", "grouped_expand")
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class TunedFile(NamedTuple):
@@ -44,13 +47,24 @@ class TunedFile(NamedTuple):
 
 
 def file_path(device: torch.device) -> Path | None:
-    """Return the file for a device, which may not exist; None if MOELORA_TILES is 0."""
+    """Return the file for a device, which may not exist; or None, and `no_file` says why."""
     chosen = os.environ.get("MOELORA_TILES")
     if chosen is not None:
         return None if chosen in ("", "0") else Path(chosen)
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        # There is no home folder.
+        return None
     name = re.sub(r"\W+", "-", device_name(device))
     return cache_folder / "moelora_kernels" / "tiles" / f"{name}.json"
+
+
+def no_file() -> str:
+    """Return why `file_path` returns None."""
+    if "MOELORA_TILES" in os.environ:
+        return "MOELORA_TILES is 0"
+    return "there is no home folder, and MOELORA_TILES is not set"
 
 
 def device_name(device: torch.device) -> str:
@@ -61,8 +75,8 @@ def device_name(device: torch.device) -> str:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return the name of the device, the versions of torch and Triton, and a hash of the kernels.
 
-    The hash of their sources also differs between versions of the package that differ in a kernel
-    or in a shipped tile.
+    The hash of their sources also differs between versions of the package that differ in a kernel,
+    in a shipped tile, or in a constant that a kernel imports.
     """
     try:
         import triton
@@ -79,9 +93,10 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 @cache
 def _hash_of_kernels() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_KERNELS.rglob("*.py")):
+    imported = [_PACKAGE / "numerics.py", _PACKAGE / "types.py"]
+    for path in [*sorted((_PACKAGE / "kernels").rglob("*.py")), *imported]:
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(_KERNELS).as_posix()} {len(content)}\n".encode())
+        digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
 
@@ -90,6 +105,7 @@ def read(path: Path) -> TunedFile | None:
     """Return the content of a file; None if it does not exist.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is not one that `write` wrote.
     """
     try:
@@ -97,9 +113,9 @@ def read(path: Path) -> TunedFile | None:
         tiles = {_key(entry): _tile(entry) for entry in content["tiles"]}
         machine = {str(name): str(value) for name, value in content["machine"].items()}
         return TunedFile(**{**content, "machine": machine, "tiles": tiles})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a file of tiles from `{COMMAND}`, got {type(error).__name__} "
             f"({error}); delete the file, or set MOELORA_TILES=0"
@@ -145,19 +161,33 @@ def difference(content: TunedFile, device: torch.device) -> str | None:
         if value != expected:
             return f"{name} is {value!r} here, and was {expected!r} when the tiles were tuned"
     unknown = content.tiles.keys() - TILE_CONFIGS["sm_90"].keys()
-    return f"there is no kernel for {min(unknown)}" if unknown else None
+    if unknown:
+        return f"there is no kernel for {min(unknown)}"
+    for key, tile in content.tiles.items():
+        if key[0] in ROUTED_TILES and tile.tokens < TILE:
+            return f"the tile of {key} has {tile.tokens} tokens, and needs at least {TILE}"
+    return None
 
 
 def tiles(device: torch.device) -> dict[Key, TileConfig]:
     """Return the tuned tiles for a device; {} without a file, or with a warning if it is ignored.
 
     Raises:
-        ValueError: the file is broken.
+        ValueError: the file is broken, or it is the one of MOELORA_TILES and cannot be read.
     """
-    path = file_path(device)
-    content = None if path is None else read(path)
+    path, is_chosen = file_path(device), "MOELORA_TILES" in os.environ
+    if path is None:
+        return {}
+    try:
+        content = read(path)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        if is_chosen:
+            raise ValueError(f"MOELORA_TILES: {path} {problem}") from error
+        warnings.warn(f"{path}: ignored, because it {problem}", stacklevel=2)
+        return {}
     if content is None:
-        if path is not None and "MOELORA_TILES" in os.environ:
+        if is_chosen:
             warnings.warn(f"MOELORA_TILES: {_missing(path)}", stacklevel=2)
         return {}
     if reason := difference(content, device):
@@ -170,9 +200,12 @@ def describe(device: torch.device) -> str:
     """Return which tuned tiles the launchers take on a device, in words."""
     path = file_path(device)
     if path is None:
-        return "none: MOELORA_TILES is 0"
+        return f"none: {no_file()}"
     try:
         content = read(path)
+    except OSError as error:
+        status = "broken" if "MOELORA_TILES" in os.environ else "none"
+        return f"{status}: {path} cannot be read: {error.strerror or error}"
     except ValueError as error:
         return f"broken: {error}"
     if content is None:
