@@ -36,6 +36,8 @@ class Fault(NamedTuple):
     parameters: str
     # Whether the interpreter sees it: None if it is not run, because it would write anywhere.
     interpreted: bool | None = True
+    # The architectures whose code has the line.
+    architectures: tuple[str, ...] = ("sm_80", "sm_90")
 
 
 FAULTS = (
@@ -63,7 +65,13 @@ FAULTS = (
     Fault(
         "shrink_dx: last tile of ranks", "shrink_dx.py",
         "    for first in range(start, end, BLOCK_R):",
-        "    for first in range(start, end - BLOCK_R, BLOCK_R):", WIDE, "shrink_dx-mixed_ranks",
+        "    for first in range(start, end - BLOCK_R, BLOCK_R):", WIDE, "shrink_dx-plain",
+    ),
+    Fault(
+        "resident_dx: last tile of ranks", "shrink_dx.py",
+        "    for j in tl.static_range(len(tiles)):",
+        "    for j in tl.static_range(len(tiles) - 1):", WIDE, "shrink_dx-mixed_ranks_dense",
+        architectures=("sm_90",),
     ),
     Fault(
         "weight_grad: last step of tokens", "weight_grad.py",
@@ -185,7 +193,7 @@ def plant(fault: Fault, folder: Path) -> bool:
     try:
         results = {
             architecture: fails(folder, fault, f"{fault.parameters}-ptx-{architecture}-bf16")
-            for architecture in ("sm_80", "sm_90")
+            for architecture in fault.architectures
         }
         seen = all(failed for failed, _ in results.values())
         interpreted = "not run"
