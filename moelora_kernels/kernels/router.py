@@ -142,7 +142,6 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     if T == 0:
         return logits
 
-    # Grid.
     block_e = min(launcher.block(E), COLUMNS)
     tile_config = configs.tile_config("router_logits", x.device, x.dtype, block_e)
     programs = launcher.ceil_div(T, tile_config.tokens) * n * launcher.ceil_div(E, block_e)
@@ -195,7 +194,6 @@ def launch_grad(
     if T == 0:
         return launcher.cropped(drouter, L, width), dbias
 
-    # Grid.
     block_l = min(launcher.block(L), COLUMNS)
     tile_config = configs.tile_config("router_grad", x.device, x.dtype, block_l)
     programs = launcher.ceil_div(I, tile_config.step) * launcher.ceil_div(L, block_l)

@@ -168,15 +168,15 @@ def register_planned(name: str, composition: Callable) -> dict[str, Callable]:
     function = with_structures(ARGUMENTS[name], composition)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    @cache
-    def planned() -> Callable:
-        # The package imports Triton.
-        plans = importlib.import_module("moelora_kernels.plans")
-        return plans.PlannedOp(function, KERNELS, plans.native_replay(name))
-
+    # The package of plans imports Triton.
     @cache
     def replay() -> Callable:
         return importlib.import_module("moelora_kernels.plans").native_replay(name)
+
+    @cache
+    def planned() -> Callable:
+        plans = importlib.import_module("moelora_kernels.plans")
+        return plans.PlannedOp(function, KERNELS, replay())
 
     def replayed(*flat):
         return op(*flat) if torch.compiler.is_compiling() else replay()(*flat)

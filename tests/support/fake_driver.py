@@ -12,6 +12,7 @@ compiled kernel, and looks it up.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import itertools
 import pkgutil
@@ -223,12 +224,19 @@ def fake_driver(architecture: str, interpret: bool = False) -> Iterator[FakeDriv
 
 
 def called_code(function: Callable[[], Any]) -> list[CodeType]:
-    """Return the code of every Python function that is called while `function()` runs."""
+    """Return the code of every Python function that is called while `function()` runs.
+
+    The garbage collector waits: it would call finalizers of other objects, and the callbacks that
+    libraries (hypothesis) add to it.
+    """
     codes: list[CodeType] = []
-    previous = sys.getprofile()
+    previous, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(lambda frame, event, _: event == "call" and codes.append(frame.f_code))
     try:
         function()
     finally:
         sys.setprofile(previous)
+        if collects:
+            gc.enable()
     return codes
