@@ -27,6 +27,7 @@ from moelora_kernels.kernels.common.gates import (
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import compute_dtype, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
@@ -308,7 +309,7 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
-    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
+    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r, rows=T * n)
     fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
     # Rows of h and u that are not aligned take more registers than a large tile leaves.
     is_large = tile_config.tokens * block_r >= configs.LARGE_TILE
@@ -325,7 +326,7 @@ def launch(
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(
+        split = num_splits(
             x.device, tile_config, token_tiles * column_tiles, steps, stores_partials=not fits
         )
     one_launch = fits and split == 1

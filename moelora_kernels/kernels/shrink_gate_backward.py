@@ -25,6 +25,7 @@ from moelora_kernels.kernels.common.gates_backward import gate_columns, store_dg
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.shrink_gate import ONE_LAUNCH_EXPERTS
 from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.types import Gate, Mixture
@@ -267,7 +268,7 @@ def launch(
     # Tiles: a program holds one or two blocks of COLUMNS columns.
     width, block_e = min(launcher.block(R), 2 * COLUMNS), launcher.block(E)
     block_r = min(width, COLUMNS)
-    tile_config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width)
+    tile_config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width, rows=T * n)
     column_tiles = n * launcher.ceil_div(R, width)
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 
@@ -281,7 +282,7 @@ def launch(
     is_large = tile_config.tokens * width >= configs.LARGE_TILE
     fits = fits and (not is_large or has_router or form == "sparse")
     if split is None:
-        split = configs.num_splits(
+        split = num_splits(
             h.device, tile_config, token_tiles * column_tiles, max(steps), stores_partials=not fits
         )
     one_launch = fits and split == 1

@@ -14,6 +14,7 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
@@ -266,7 +267,9 @@ def launch(
     columns, row = max(block_a, block_b), math.gcd(H, R)
     # A mask takes registers, and so does x in float32, which float16 needs beside dlogits.
     is_simple = dropout.p == 0 and (L == 0 or x.dtype != torch.float16)
-    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row, is_simple)
+    tile_config = configs.tile_config(
+        "weight_grad", x.device, x.dtype, columns, row, T * n, is_simple
+    )
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
@@ -281,7 +284,7 @@ def launch(
     programs += sum(launcher.ceil_div(O, tile_config.step) for O in out_features) * b_tiles  # noqa: E741
     steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
-        split = configs.num_splits(x.device, tile_config, programs, steps)
+        split = num_splits(x.device, tile_config, programs, steps)
 
     partials = Partials([da, drouter, dbias, *db] if L else [da, *db], split)
     da_target, *router_targets = partials.targets[:-n]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.model.launches import Layer, record
 from moelora_kernels import ops
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.types import (
@@ -124,6 +125,19 @@ def test_programs_of_grouped_kernels_take_whole_tiles(architecture: str) -> None
     for (kernel, _, _), config in configs.TILE_CONFIGS[architecture].items():
         if kernel in ("grouped_shrink", "grouped_shrink_backward", "grouped_expand"):
             assert config.tokens >= TILE, kernel
+
+
+@pytest.mark.parametrize(
+    ("tokens", "siblings", "tile"), ((2047, 1, 64), (2048, 1, 128), (682, 3, 64), (683, 3, 128))
+)
+def test_layers_of_few_rows_take_smaller_tiles(tokens: int, siblings: int, tile: int) -> None:
+    """FEW_ROWS = 2048 tokens times siblings: tokens of a tile, features of a weight gradient."""
+    layer = Layer("", tokens=tokens, out_features=(4096,) * siblings, ranks=(128 // 8,) * 8)
+    with configs.assume("sm_90"):
+        tiles = {each.kernel.fn.__name__: each.tile_config for each in record(layer)}
+    assert tiles["shrink_gate_kernel"].tokens == tile
+    assert tiles["shrink_gate_backward_kernel"].tokens == tile
+    assert tiles["weight_grad_kernel"].step == 2 * tile
 
 
 # --- counts -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from benchmarks.model.launches import LAYERS, Layer, record, stores_partials
 from benchmarks.model.machine_code import MachineCode
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.configs import TileConfig
+from moelora_kernels.kernels.common.splits import num_splits
 
 # GPU -> architecture and multiprocessors.
 GPUS = {
@@ -82,7 +83,7 @@ def test_split(gpu, blocks: tuple[int, int], programs: int, steps: int, split: i
     gpu("H200")
     tile_config = TileConfig(64, 64, 8, 3, blocks=blocks)
     device = torch.device("meta")
-    assert configs.num_splits(device, tile_config, programs, steps) == split
+    assert num_splits(device, tile_config, programs, steps) == split
 
 
 def test_a_split_is_free_to_fill_a_gpu_that_adds_partial_sums_anyway(gpu) -> None:
@@ -90,7 +91,7 @@ def test_a_split_is_free_to_fill_a_gpu_that_adds_partial_sums_anyway(gpu) -> Non
     gpu("H200")
     tile_config, device = TileConfig(64, 64, 8, 3, blocks=(1, 1)), torch.device("meta")
     splits = [
-        configs.num_splits(device, tile_config, 64, 16, stores_partials)
+        num_splits(device, tile_config, 64, 16, stores_partials)
         for stores_partials in (False, True)
     ]
     assert splits == [1, 2]

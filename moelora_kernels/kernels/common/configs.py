@@ -10,10 +10,9 @@ code also ran on a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,6 +57,10 @@ SHARED = {
 
 # Elements of a float32 sum that leaves few of the registers of 8 warps.
 LARGE_TILE = 128 * 128
+
+# A kernel whose name has this suffix in a table is the entry of the kernel for layers of fewer than
+# FEW_ROWS rows, tokens times siblings: large tiles would be too few for the multiprocessors.
+FEW, FEW_ROWS = "_few", 2048
 
 # (kernel, bytes of an element of x, columns of the rank tile) -> TileConfig. Found by compiling
 # ahead of time. Tiles are as large as the registers hold without spills, because every program
@@ -232,10 +235,19 @@ def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], T
     return {key: tile._replace(blocks=blocks.get(key, (1, 1))) for key, tile in table.items()}
 
 
+# The entries of sm_90 with tiles of 128 tokens or 256 features, for layers of few rows.
+_FEW_SM_90 = {
+    (f"shrink_gate{FEW}", 2, 64): TileConfig(64, 128, 8, 3),
+    (f"shrink_gate{FEW}", 2, 128): TileConfig(64, 64, 8, 4),
+    (f"shrink_gate_backward{FEW}", 2, 64): TileConfig(64, 128, 8, 3),
+    (f"shrink_gate_backward{FEW}", 2, 128): TileConfig(64, 64, 8, 3),
+    (f"weight_grad{FEW}", 2, 128): TileConfig(64, 128, 8, 3),
+}
+
 _TABLES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
-    "sm_90": _SM_90 | _RESIDENT,
+    "sm_90": _SM_90 | _FEW_SM_90 | _RESIDENT,
     "sm_100": _SM_100 | _RESIDENT_SM_100,
     "sm_120": _SM_120,
 }
@@ -251,13 +263,6 @@ EXECUTED = ("sm_80", "sm_90")
 ROW_TILE = TileConfig(16, 64, 4, 1, blocks=(6, 6))
 # For the second launch of a shrink, which adds partial sums and applies the gate.
 PARTIALS_TILE = ROW_TILE._replace(registers=255)
-
-# The cost of a split, in steps of the loop: the start and end of a program, the second launch, and
-# to store and load a partial sum. PARTIALS_AT_ONCE: partial sums that the second launch loads
-# before it waits. Chosen by the model of `benchmarks/budget.py`; nothing was measured.
-PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 10, 2, 4
-# A part has at least so many steps, and a sum at most so many parts if the programs fill the GPU.
-LEAST_STEPS, MOST_SPLITS = 4, 16
 
 _assumed: str | None = None
 # Device -> its table, with the tiles tuned on it. Read once in a process.
@@ -340,61 +345,21 @@ def tile_config(
     dtype: torch.dtype,
     rank_columns: int,
     row: int = 16,
+    rows: int = FEW_ROWS,
     is_simple: bool = True,
 ) -> TileConfig:
     """Return the entry of the table for tiles of `rank_columns` columns of rank space.
 
     row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
-    registers. is_simple: nothing but the products takes registers. Otherwise, and if 16-bit rows
-    are not aligned, a step of 256 columns is half as long.
+    registers. rows: tokens times siblings. is_simple: nothing but the products takes registers.
+    Otherwise, and if 16-bit rows are not aligned, a step of 256 columns is half as long.
     """
-    entry = _table(device)[kernel, dtype.itemsize, rank_columns]
+    table = _table(device)
+    entry = table[kernel, dtype.itemsize, rank_columns]
+    if rows < FEW_ROWS:
+        entry = table.get((kernel + FEW, dtype.itemsize, rank_columns), entry)
     is_aligned, is_long = row * dtype.itemsize % 16 == 0, entry.step == 256
     if (is_long and not is_simple) or (not is_aligned and (is_long or dtype.itemsize == 4)):
         return entry._replace(step=entry.step // 2)
     return entry
-
-
-def num_splits(
-    device: torch.device,
-    tile_config: TileConfig,
-    programs: int,
-    steps: int,
-    stores_partials: bool = False,
-) -> int:
-    """Return into how many parts to split the loops of `programs` programs, of `steps` steps each.
-
-    stores_partials: there is a second launch, which adds partial sums, also without a split.
-    """
-    _, multiprocessors = processors(device)
-    return _cheapest_split(multiprocessors, tile_config.blocks, programs, steps, stores_partials)
-
-
-@lru_cache(maxsize=4096)
-def _cheapest_split(
-    multiprocessors: int,
-    blocks: tuple[int, int],
-    programs: int,
-    steps: int,
-    stores_partials: bool,
-) -> int:
-    """Return the split that costs the fewest steps; the smallest one if several do.
-
-    Programs run in waves of `multiprocessors` times blocks. A wave that is not full takes as long
-    as a full one, unless it is the only one.
-    """
-
-    def cost(split: int) -> float:
-        has_partials = stores_partials or split > 1
-        at_once = blocks[has_partials]
-        load = programs * split / multiprocessors
-        # A multiprocessor runs its programs in rounds of `at_once`.
-        runs = at_once * math.ceil(load / at_once) if load > at_once else max(1.0, load)
-        total = runs * (math.ceil(steps / split) + PROGRAM_STEPS)
-        if has_partials:
-            total += LAUNCH_STEPS + load * PARTIAL_STEPS + split / PARTIALS_AT_ONCE
-        return total
-
-    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // max(1, programs)))
-    return min(range(1, max(1, most) + 1), key=cost)
