@@ -309,7 +309,7 @@ def launch(
     per_expert = dropout.p > 0 and dropout.per_expert
     block_r = min(launcher.block(max(ranks) if per_expert else A_ROWS), ONE_LAUNCH_RANK)
     block_e = launcher.block(E)
-    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r, rows=T * n)
+    tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
     fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
     # Rows of h and u that are not aligned take more registers than a large tile leaves.
     is_large = tile_config.tokens * block_r >= configs.LARGE_TILE

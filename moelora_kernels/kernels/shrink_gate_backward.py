@@ -268,7 +268,7 @@ def launch(
     # Tiles: a program holds one or two blocks of COLUMNS columns.
     width, block_e = min(launcher.block(R), 2 * COLUMNS), launcher.block(E)
     block_r = min(width, COLUMNS)
-    tile_config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width, rows=T * n)
+    tile_config = configs.tile_config("shrink_gate_backward", h.device, h.dtype, width)
     column_tiles = n * launcher.ceil_div(R, width)
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
 

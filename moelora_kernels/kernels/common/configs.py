@@ -59,7 +59,7 @@ SHARED = {
 LARGE_TILE = 128 * 128
 
 # A kernel whose name has this suffix in a table is the entry of the kernel for layers of fewer than
-# FEW_ROWS rows, tokens times siblings: large tiles would be too few for the multiprocessors.
+# FEW_ROWS rows, tokens times siblings. Chosen by the model of `benchmarks/budget.py`.
 FEW, FEW_ROWS = "_few", 2048
 
 # (kernel, bytes of an element of x, columns of the rank tile) -> TileConfig. Found by compiling
@@ -235,14 +235,8 @@ def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], T
     return {key: tile._replace(blocks=blocks.get(key, (1, 1))) for key, tile in table.items()}
 
 
-# The entries of sm_90 with tiles of 128 tokens or 256 features, for layers of few rows.
-_FEW_SM_90 = {
-    (f"shrink_gate{FEW}", 2, 64): TileConfig(64, 128, 8, 3),
-    (f"shrink_gate{FEW}", 2, 128): TileConfig(64, 64, 8, 4),
-    (f"shrink_gate_backward{FEW}", 2, 64): TileConfig(64, 128, 8, 3),
-    (f"shrink_gate_backward{FEW}", 2, 128): TileConfig(64, 64, 8, 3),
-    (f"weight_grad{FEW}", 2, 128): TileConfig(64, 128, 8, 3),
-}
+# Layers of few rows have few tiles of 256 features.
+_FEW_SM_90 = {(f"weight_grad{FEW}", 2, 128): TileConfig(64, 128, 8, 3)}
 
 _TABLES = {
     "sm_80": _SM_80,
