@@ -347,13 +347,12 @@ def tile_config(
     row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
     registers. rows: tokens times siblings. is_simple: nothing but the products takes registers.
-    Otherwise, and if 16-bit rows are not aligned, a step of 256 columns is half as long.
+    Otherwise a step of 256 columns is half as long.
     """
     table = _table(device)
     entry = table[kernel, dtype.itemsize, rank_columns]
     if rows < FEW_ROWS:
         entry = table.get((kernel + FEW, dtype.itemsize, rank_columns), entry)
-    is_aligned, is_long = row * dtype.itemsize % 16 == 0, entry.step == 256
-    if (is_long and not is_simple) or (not is_aligned and (is_long or dtype.itemsize == 4)):
+    if (dtype.itemsize == 4 and row % 4) or (entry.step == 256 and not is_simple):
         return entry._replace(step=entry.step // 2)
     return entry
