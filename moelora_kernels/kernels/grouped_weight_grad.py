@@ -23,8 +23,9 @@ from moelora_kernels.kernels.grouped_shrink import COLUMNS
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Routing
 
-# `step` elements of a gradient per step of the second launch: 16 for each thread.
-REDUCE_TILE = TileConfig(tokens=1, step=4096, warps=8, stages=1)
+# `step` elements of a gradient per step of the second launch: 16 for each thread. Without the limit
+# that is written out, ptxas spills two registers on sm_100 after Triton 3.6.
+REDUCE_TILE = TileConfig(tokens=1, step=4096, warps=8, stages=1, registers=255)
 # Programs of the second launch that share the gradient of one expert's A or B. In balanced routing
 # every program returns at once, and they all fit on a GPU at the same time.
 REDUCE_PARTS = 3

@@ -153,6 +153,7 @@ def test_unknown_gpus_are_refused(capsys):
     assert "V100" in capsys.readouterr().err
 
 
+@pytest.mark.ptx
 @exhaustive
 def test_no_layer_costs_more_than_its_bound(run_compiling):
     run_compiling("benchmarks/budget.py", "--check")

@@ -12,12 +12,14 @@ from moelora_kernels.kernels.common import configs
 from support.selection import exhaustive
 
 
+@pytest.mark.ptx
 @exhaustive
 def test_every_kernel_of_sm_90_may_ship(run_compiling):
     """About 400 kernels. They are compiled once; then they are in the cache."""
     run_compiling("benchmarks/ahead_of_time.py", "--architectures", "sm_90", timeout=3600)
 
 
+@pytest.mark.ptx
 @exhaustive
 @pytest.mark.parametrize("architecture", ("sm_80", "sm_89", "sm_100", "sm_120"))
 def test_every_tile_may_ship(architecture, run_compiling):

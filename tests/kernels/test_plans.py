@@ -105,18 +105,25 @@ def problems(planned: dict[str, PlannedOp]) -> list[str]:
     return [f"{n}: {p}" for n, op in planned.items() for p in op.problems]
 
 
+# A plan has the same steps for other sizes, and the interpreter takes minutes for large ones.
+MOST_TOKENS, MOST_EXPERTS, MOST_RANK, MOST_FEATURES = 10, 8, 400, 300
 CASES = {
-    **{f"layer-{name}": case for name, case in LAYERS.items() if name != "rank_4000"},
-    **{f"wide-{name}": case for name, case in WIDE.items() if case.start in ("", "bias")},
-    **{
-        f"grouped-{name}": case
-        for name, case in GROUPED.items()
-        if case.start in ("", "bias") and not case.per_pair and case.gate == "sparse"
-    },
+    name: case._replace(T=min(case.T, MOST_TOKENS))
+    for name, case in {
+        **{f"layer-{name}": case for name, case in LAYERS.items()},
+        **{f"wide-{name}": case for name, case in WIDE.items() if case.start in ("", "bias")},
+        **{
+            f"grouped-{name}": case
+            for name, case in GROUPED.items()
+            if case.start in ("", "bias") and not case.per_pair and case.gate == "sparse"
+        },
+    }.items()
+    if len(case.ranks) <= MOST_EXPERTS
+    and sum(case.ranks) <= MOST_RANK
+    and max(case.I, *case.out_features) <= MOST_FEATURES
 }
 
 
-# The others take minutes in the interpreter.
 BY_DEFAULT = (
     "layer-router",
     "layer-siblings",
