@@ -136,7 +136,8 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
         if s.start_ptr is not None:
             loads.append((s.BLOCK_P * s.BLOCK_O, s.O, s.size("start_ptr")))
         if s.L:
-            loads.append((s.BLOCK_O * s.BLOCK_L, s.O, s.size("router_ptr")))
+            rows = 1 if s.SPARSE_DLOGITS else s.BLOCK_L
+            loads.append((s.BLOCK_O * rows, s.O, s.size("router_ptr")))
         return loads
     if name == "grouped_weight_grad_kernel":
         widths = (*s.in_features, *s.out_features)

@@ -25,16 +25,16 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import environment
 from benchmarks.model import budget
-from benchmarks.model.budget import Modelled
+from benchmarks.model.budget import Cell, Modelled
 from benchmarks.model.gpus import GPUS
-from benchmarks.model.launches import Layer, record
+from benchmarks.model.launches import Layer, record, record_directions
 from benchmarks.model.machine_code import MachineCode, key_of, machine_code
+from benchmarks.output import limits
 from moelora_kernels.kernels.common import configs
 
 REPORT = Path(__file__).resolve().parent / "results" / "ahead-of-time" / "budget.json"
@@ -47,32 +47,12 @@ LAYERS = (
     Layer("gate/up", out_features=(11008, 11008)),
     Layer("grouped, 64 experts", ranks=(16,) * 64, grouped=True),
 )
-# A layer may exceed its bound by this part: Triton 3.6 makes kernels up to 2.3 % slower
-# than Triton 3.9, whose report is the bound, in this model.
-SLACK = 0.03
+# A layer may exceed its bound by this part. OTHER_SLACK: with another version of Triton than that
+# of the report. In this model Triton 3.6 makes layers up to 4.0 % slower than Triton 3.9: grouped,
+# at 128 tokens.
+SLACK, OTHER_SLACK = 0.005, 0.05
 # A launch shorter than this breaks no rule.
 SHORT_US = 10.0
-
-
-class Cell(NamedTuple):
-    """A layer on a GPU at T tokens: its launches, those of the frozen linears and of the rival."""
-
-    gpu: str
-    layer: str
-    tokens: int
-    launches: list[Modelled]
-    frozen: list[Modelled]
-    rival: list[Modelled]
-
-    @property
-    def ratio(self) -> float:
-        """The time of the layer over the time of the frozen linears."""
-        return budget.total(self.launches) / budget.total(self.frozen)
-
-    @property
-    def rival_ratio(self) -> float:
-        """The time of the rival over the time of the frozen linears."""
-        return budget.total(self.rival) / budget.total(self.frozen)
 
 
 def broken_rules(launch: Modelled) -> list[str]:
@@ -111,28 +91,17 @@ def compile_all(
         return dict(zip(work, pool.map(compile_one, work.values(), chunksize=4), strict=True))
 
 
-def direction_of(kernel: str) -> str:
-    """Return the direction of a kernel that both directions do not share."""
-    forward = ("shrink_gate_kernel", "gate_partials_kernel", "router_logits_kernel")
-    forward += ("topk_gate_kernel", "grouped_shrink_kernel")
-    return "forward" if kernel in forward else "backward"
-
-
 def cell(name: str, layer: Layer, codes: dict[tuple[str, str], MachineCode]) -> Cell:
     """Return the modelled launches of a layer on a GPU."""
     gpu, launches = GPUS[name], []
     with configs.assume(gpu.architecture):
-        for launch in record(layer):
-            kernel = launch.kernel.fn.__name__
-            direction = direction_of(kernel)
-            # The forward expands u, and the backward expands dh, after the shrink of the backward.
-            if kernel == "grouped_expand_kernel" and not any(
-                row.direction == "backward" for row in launches
-            ):
-                direction = "forward"
-            code = codes[gpu.architecture, key_of(launch)]
-            launches.append(budget.kernel(launch, code, gpu, direction))
-    launches += budget.products_of_layer(layer, gpu)
+        for direction, recorded in zip(
+            ("forward", "backward"), record_directions(layer), strict=True
+        ):
+            for launch in recorded:
+                code = codes[gpu.architecture, key_of(launch)]
+                launches.append(budget.kernel(launch, code, gpu, direction))
+    launches += budget.other_launches(layer, gpu)
     frozen, rival = budget.frozen(layer, gpu), budget.compiled_rival(layer, gpu)
     return Cell(name, layer.name, layer.tokens, launches, frozen, rival)
 
@@ -231,7 +200,8 @@ def markdown(cells: list[Cell], versions: dict[str, str]) -> str:
             "",
             "**Modelled, not measured.** Made by `python benchmarks/budget.py --out "
             f"benchmarks/results/ahead-of-time` with {installed}. No kernel ran.",
-            "`benchmarks/model/budget.py` explains the model. The host's time is not in it.",
+            "`benchmarks/model/budget.py` explains the model, and says what it assumes. The host's "
+            "time is not in it.",
             "",
             "Forward + backward in bf16, 4096 inputs and outputs, 8 experts of rank 16, top-2, "
             "unless the name says more. Time over the time of the frozen linears; in brackets the "
@@ -247,6 +217,7 @@ def markdown(cells: list[Cell], versions: dict[str, str]) -> str:
             "| --- | --- | ---: | --- | --- |",
             *broken,
             "",
+            *limits.section(cells),
             "## Launches on an H200",
             "",
             "Times in microseconds.",
@@ -266,6 +237,7 @@ def problems(report: dict, bounds: dict) -> list[str]:
     def key(row: dict) -> tuple:
         return row["gpu"], row["layer"], row["tokens"]
 
+    slack = SLACK if report["triton"] == bounds["triton"] else OTHER_SLACK
     known, texts = {key(row): row for row in bounds["rows"]}, []
     for row in report["rows"]:
         name = "{} {} T={}".format(*key(row))
@@ -273,7 +245,7 @@ def problems(report: dict, bounds: dict) -> list[str]:
         if bound is None:
             texts.append(f"{name}: the report has no bound")
             continue
-        if row["ratio"] > bound["ratio"] * (1.0 + SLACK):
+        if row["ratio"] > bound["ratio"] * (1.0 + slack):
             texts.append(f"{name}: {row['ratio']} x frozen, at most {bound['ratio']} is allowed")
         if report["triton"] != bounds["triton"]:
             continue

@@ -25,13 +25,15 @@ class Threshold(NamedTuple):
 
     # Up to this rank per expert of a token the wide form is faster.
     columns: float
-    # With fewer tokens, sorting them by expert takes longer than the products that it saves.
+    # With fewer tokens, the additional launches take longer than the products that they save.
     tokens: int
     # How the two numbers were found.
     source: str
 
 
-_MODEL = "modelled: (4/3) FLOP/s over B/s of the device"
+# benchmarks/model/forms.py has the rule of `tokens`.
+_MODEL = "modelled: (4/3) FLOP/s over B/s of the device; tokens by benchmarks/forms.py"
+_SM_89 = "modelled: (4/3) FLOP/s over B/s of the device; tokens of sm_89"
 
 # Device class -> threshold. A GPU's class is its compute capability; "cuda" is any other GPU.
 THRESHOLDS = {
@@ -40,12 +42,12 @@ THRESHOLDS = {
         1,
         "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
     ),
-    "sm_80": Threshold(205, 1024, _MODEL),
-    "sm_89": Threshold(230, 1024, _MODEL),
+    "sm_80": Threshold(205, 512, _MODEL),
+    "sm_89": Threshold(230, 4096, _MODEL),
     "sm_90": Threshold(245, 1024, _MODEL),
-    "sm_100": Threshold(305, 1024, _MODEL),
-    "sm_120": Threshold(140, 1024, _MODEL),
-    "cuda": Threshold(205, 1024, _MODEL),
+    "sm_100": Threshold(305, 2048, _MODEL),
+    "sm_120": Threshold(140, 4096, _SM_89),
+    "cuda": Threshold(205, 4096, _SM_89),
 }
 
 

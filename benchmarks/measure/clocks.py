@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moelora_kernels.tune.clocks import EventClock
+
 
 def load() -> float | None:
     """Return the mean number of runnable processes over the last minute; None if unknown."""
@@ -75,7 +77,7 @@ class CpuClock:
         return samples
 
 
-class CudaClock:
+class CudaClock(EventClock):
     """Time between two events around one call. L2 is overwritten before the call.
 
     The host waits for the device only after it has queued all samples of a cell. If the host is
@@ -87,19 +89,5 @@ class CudaClock:
     weight_bytes = 0
 
     def __init__(self, cold: bool = True):
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.cold_bytes = 2 * properties.L2_cache_size if cold else 0
-        self.buffer = torch.zeros(self.cold_bytes, dtype=torch.uint8, device="cuda")
+        super().__init__(torch.device("cuda", torch.cuda.current_device()), cold)
         self.load_at_start = load()
-
-    def sample(self, call: Callable[[], None]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.buffer.zero_()
-        start.record()
-        call()
-        end.record()
-        return start, end
-
-    def microseconds(self, samples: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) * 1e3 for start, end in samples]

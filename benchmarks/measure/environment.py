@@ -2,11 +2,13 @@
 
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from moelora_kernels.kernels.common import tuned
+from moelora_kernels.tune.commit import git_commit as commit_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_CODE = ("moelora_kernels", "csrc", "setup.py", "benchmarks/*.py")
@@ -19,16 +21,7 @@ MEMORY_KIND = {
 
 def git_commit() -> str:
     """Return HEAD, with -dirty if the measured code differs from it; '' without git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", *MEASURED_CODE)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return commit_of(ROOT, MEASURED_CODE)
 
 
 def native_library() -> str | None:
@@ -59,6 +52,7 @@ def describe_machine(device: torch.device, clock) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "native": native_library(),
+        "tuned_tiles": tuned.describe(device) if device.type == "cuda" else "none: not a GPU",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_at_start": clock.load_at_start,

@@ -10,7 +10,10 @@ A launch takes the largest of five times, and START:
 
 Programs run in waves of multiprocessors times blocks per multiprocessor. The last wave is not full:
 a launch of 1.2 waves takes nearly as long as one of 2. ATen's products are modelled by their
-operations and bytes. The host's time is not in it.
+operations and bytes, and `route`, which is CUDA C++, by the loads of a thread that wait for each
+other. The host's time is not in it.
+
+Assumed: ATen's `addmm` and `addmm_` do not copy the matrix that they add to.
 """
 
 from __future__ import annotations
@@ -38,8 +41,11 @@ LARGE = 4096
 READ_OF_Y = 0.25
 # Rows and columns of a tile of cuBLAS.
 PRODUCT_TILE = (128, 256)
-# A product is skinny if one side is so many times smaller than another.
-SKINNY = 8
+# A product is skinny if one side is shorter than two tiles: the other operand is then read for few
+# operations. 1024 tokens or more make a base product large, however wide its other sides are.
+SKINNY = 512
+# Threads of a block of `route`, and expert ids that a thread loads at a time.
+ROUTE_THREADS, ROUTE_BATCH = 1024, 4
 
 
 class Modelled(NamedTuple):
@@ -72,6 +78,27 @@ class Modelled(NamedTuple):
     def us(self) -> float:
         """The modelled time."""
         return self.limits[self.limit] * tail(self.waves) + self.start
+
+
+class Cell(NamedTuple):
+    """A layer on a GPU at T tokens: its launches, those of the frozen linears and of the rival."""
+
+    gpu: str
+    layer: str
+    tokens: int
+    launches: list[Modelled]
+    frozen: list[Modelled]
+    rival: list[Modelled]
+
+    @property
+    def ratio(self) -> float:
+        """The time of the layer over the time of the frozen linears."""
+        return total(self.launches) / total(self.frozen)
+
+    @property
+    def rival_ratio(self) -> float:
+        """The time of the rival over the time of the frozen linears."""
+        return total(self.rival) / total(self.frozen)
 
 
 def tail(waves: float) -> float:
@@ -114,7 +141,7 @@ def product(
     M, K, N = sizes
     slower = 1.0 if max(M, N) >= LARGE else 1.1
     result = 2.0 * M * N
-    skinny = min(K, N, M) * SKINNY < max(K, N, M)
+    skinny = min(K, N, M) < SKINNY
     # A skinny product reads and writes the matrix that it adds to. Arithmetic hides most of it in a
     # large product.
     once = 2.0 * (M * K + K * N) + result * (2.0 if adds and skinny else 1.0)
@@ -138,6 +165,26 @@ def pointwise(gpu: Gpu, name: str, direction: str, moved: float, launches: int) 
     return Modelled(name, direction, limits, START * launches)
 
 
+def route(layer: Layer, gpu: Gpu) -> Modelled:
+    """Return the modelled time of `route`, from csrc/cuda/route.cuh.
+
+    Every block counts all pairs, and a block of each slot then passes over its tokens twice. LOAD
+    is more than a load from L2 takes, and stands for the instructions between the loads too.
+    """
+    slots = len(layer.out_features) * layer.top_k
+    tokens_at_once = ROUTE_BATCH * max(1, ROUTE_THREADS // slots)
+    counting = math.ceil(layer.tokens / tokens_at_once) * math.ceil(slots / ROUTE_THREADS)
+    sorting = 2 * math.ceil(layer.tokens / (ROUTE_BATCH * ROUTE_THREADS))
+    # The ids are read by every block, and order is written.
+    moved = 4.0 * layer.tokens * slots
+    limits = {
+        "memory": 2 * moved / (gpu.rates.tbytes * 1e6),
+        "L2": (slots + 3) * moved / (gpu.l2 * min(1.0, (slots + 2) / gpu.multiprocessors) * 1e6),
+        "latency": (counting + sorting) * LOAD,
+    }
+    return Modelled("route", "forward", limits, START)
+
+
 def total(launches: Iterable[Modelled]) -> float:
     """Return the sum of the modelled times."""
     return sum(launch.us for launch in launches)
@@ -153,16 +200,18 @@ def frozen(layer: Layer, gpu: Gpu) -> list[Modelled]:
     return rows
 
 
-def products_of_layer(layer: Layer, gpu: Gpu) -> list[Modelled]:
-    """Return the products of ATen in a layer of the package, beside the recorded launches."""
+def other_launches(layer: Layer, gpu: Gpu) -> list[Modelled]:
+    """Return the launches of a layer of the package that are not Triton's: `route`, and ATen's."""
     T, I = layer.tokens, layer.in_features  # noqa: E741
     rows, R = [], sum(layer.ranks)
+    if layer.grouped:
+        rows.append(route(layer, gpu))
     for O in layer.out_features:  # noqa: E741
         if not layer.grouped:
             rows.append(product(gpu, "u Bt", "forward", (T, R, O)))
         rows.append(product(gpu, "y += x Wt", "forward", (T, I, O), adds=True))
         rows.append(product(gpu, "dx += dy W", "backward", (T, O, I), adds=True))
-    if layer.grouped and layer.gate == "router":
+    if layer.grouped and layer.gate == "router" and not layer.renormalize:
         E = len(layer.ranks)
         L = E * len(layer.out_features)
         if not adds_router(T, E, L):
@@ -171,10 +220,7 @@ def products_of_layer(layer: Layer, gpu: Gpu) -> list[Modelled]:
 
 
 def compiled_rival(layer: Layer, gpu: Gpu) -> list[Modelled]:
-    """Return the launches of six lines of PyTorch under torch.compile: one wide LoRA with a mask.
-
-    Assumed in its favour: `addmm` does not copy the matrix that it adds to.
-    """
+    """Return the launches of a wide LoRA with a mask: six lines of PyTorch under torch.compile."""
     T, I = layer.tokens, layer.in_features  # noqa: E741
     R, E = sum(layer.ranks), len(layer.ranks)
     rows = []

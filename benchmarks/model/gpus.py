@@ -32,8 +32,8 @@ class Gpu(NamedTuple):
     blocks: int
 
 
-# The L2 rates are 45 bytes for each multiprocessor and cycle, but for the A100 and the B200, whose
-# published measurements are lower and higher.
+# The L2 rates are 45 bytes for each multiprocessor and nanosecond on the H100 and the H200, 37 on
+# the A100, 35 on the L40S and 61 on the B200.
 GPUS = {
     "A100": Gpu(ASSUMED["NVIDIA A100-SXM4-80GB"], "sm_80", 108, 4.0, 1.41, 164 << 10, 2048, 32),
     "L40S": Gpu(ASSUMED["NVIDIA L40S"], "sm_89", 142, 5.0, 2.3, 100 << 10, 1536, 24),

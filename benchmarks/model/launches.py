@@ -26,6 +26,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 class Layer(NamedTuple):
     """A layer whose launches are compiled: sizes, gate form and dtypes.
 
+    adapters: of A, B and the routers; None is `dtype`. routers: of the routers; None is `adapters`.
     by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
     oversized: more experts than the tiles are made for; the kernels may spill.
     plain: the layer whose machine code `TileConfig.blocks` states.
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     top_k: int = 2
     dtype: torch.dtype = BF16
     adapters: torch.dtype | None = None
+    routers: torch.dtype | None = None
     share_a: bool = False
     dropout: float = 0.0
     per_expert: bool = False
@@ -58,6 +60,9 @@ LAYERS = [
     Layer("R=128 fp16", dtype=FP16),
     Layer("R=128 fp32 adapters", adapters=FP32),
     Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
+    # The wide form casts float32 A and B from 2048 tokens on.
+    *(Layer(f"R={8 * r} fp32 routers", ranks=(r,) * 8, routers=FP32) for r in (2, 4, 8, 16)),
+    Layer("R=128 fp16 under fp32 routers", dtype=FP16, routers=FP32),
     Layer("R=256", ranks=(32,) * 8),
     Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),
     Layer("R=32 fp32 adapters", ranks=(4,) * 8, adapters=FP32),
@@ -92,6 +97,15 @@ LAYERS = [
     Layer("grouped E=64 r=16", ranks=(16,) * 64, grouped=True),
     Layer("grouped E=64 r=64 K=4", ranks=(64,) * 64, top_k=4, grouped=True),
     Layer("grouped E=256 r=16 K=8", ranks=(16,) * 256, top_k=8, grouped=True),
+    # The dlogits of all experts: `grouped_dx` multiplies them and Wr.
+    Layer("grouped softmax before top-k", ranks=(16,) * 64, renormalize=False, grouped=True),
+    Layer(
+        "grouped softmax before top-k fp32",
+        ranks=(32,) * 32,
+        renormalize=False,
+        dtype=FP32,
+        grouped=True,
+    ),
     Layer("grouped qkv", out_features=(4096, 1024, 1024), ranks=(16,) * 8, grouped=True),
     Layer(
         "grouped experts by pair", out_features=(11008,), gate="sparse", by_pair=True, grouped=True
@@ -122,8 +136,17 @@ def stores_partials(launch: Launch) -> bool:
 
 def record(layer: Layer) -> list[Launch]:
     """Return the launches of one forward and backward of a layer, op by op."""
-    if layer.grouped:
-        return record_grouped(layer)
+    forward, backward = record_directions(layer)
+    return [*forward, *backward]
+
+
+def record_directions(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward of a layer, and those of its backward, op by op."""
+    return record_grouped(layer) if layer.grouped else record_wide(layer)
+
+
+def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward and of one backward of the wide formulation."""
     from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
     from moelora_kernels.kernels.common import launcher
 
@@ -140,7 +163,8 @@ def record(layer: Layer) -> list[Launch]:
     dy = [empty(T, O) for O in layer.out_features]  # noqa: E741
     router, gate, top_k = NO_ROUTER, None, 0
     if layer.gate == "router":
-        router, top_k = RouterTensors([empty(E, I, dtype=of) for _ in range(n)]), layer.top_k
+        weights = [empty(E, I, dtype=layer.routers or of) for _ in range(n)]
+        router, top_k = RouterTensors(weights), layer.top_k
     elif layer.gate == "sparse":
         experts = empty(T, n * layer.top_k, dtype=torch.int32)
         gate = Gate(empty(T, n * layer.top_k), experts)
@@ -150,17 +174,18 @@ def record(layer: Layer) -> list[Launch]:
     ranks = layer.ranks
     mixture = Mixture(ranks, (2.0,) * E, layer.share_a, top_k, layer.renormalize)
     dropout = Dropout(layer.dropout, layer.per_expert, seed)
-    with launcher.recording() as launches:
+    with launcher.recording() as forward:
         h, u, *router_gate = shrink_gate.launch(
             x, lora_a, router, gate or Gate(*NO_GATE), mixture, dropout
         )
-        if gate is None:
-            gate = mixture.router_gate(*router_gate)
+    if gate is None:
+        gate = mixture.router_gate(*router_gate)
+    with launcher.recording() as backward:
         dh, u, dgate = shrink_gate_backward.launch(dy, lora_b, h, gate, None, mixture)
         dlogits = dgate if top_k else None
         shrink_dx.launch(dh, dlogits, lora_a, router.weight, ranks, dropout)
-        weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, of)
-    return launches
+        weight_grad.launch(x, dh, dlogits, dy, u, ranks, dropout, of, layer.routers or of)
+    return forward, backward
 
 
 def _balanced(layer: Layer) -> Routing:
@@ -171,8 +196,8 @@ def _balanced(layer: Layer) -> Routing:
     return reference.route(ids, E, n)
 
 
-def record_grouped(layer: Layer) -> list[Launch]:
-    """Return the launches of one forward and backward of the grouped formulation, op by op."""
+def record_grouped(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward and of one backward of the grouped formulation."""
     from moelora_kernels.kernels import (
         grouped_expand,
         grouped_shrink,
@@ -197,13 +222,14 @@ def record_grouped(layer: Layer) -> list[Launch]:
     ranks, scaling, by_pair = layer.ranks, (2.0,) * E, layer.by_pair
     dropout, routing = Dropout(layer.dropout, layer.per_expert, seed), _balanced(layer)
     weights = empty(T, n * K, dtype=FP32)
-    with launcher.recording() as launches:
+    with launcher.recording() as forward:
         if routers:
             logits = router.launch_logits(x, RouterTensors(routers))
             by_sibling, chosen = topk_gate.launch(logits.view(-1, E), K, layer.renormalize, 1.0)
         h, u = grouped_shrink.launch(x, lora_a, weights, routing, ranks, scaling, dropout)
         for i, b in enumerate(lora_b):
             grouped_expand.launch(u, [b], None, routing, ranks, NO_DROPOUT, T, i, by_pair)
+    with launcher.recording() as backward:
         dh, u, dweights = grouped_shrink_backward.launch(
             dy, lora_b, h, weights, routing, ranks, scaling
         )
@@ -216,8 +242,10 @@ def record_grouped(layer: Layer) -> list[Launch]:
             transposed = [a.t() for a in lora_a]
             grouped_expand.launch(dh, transposed, None, routing, ranks, dropout, T, 0, by_pair)
         else:
-            grouped_expand.launch_dx(dh, dlogits, lora_a, routers, routing, ranks, dropout, T)
+            grouped_expand.launch_dx(
+                dh, dlogits, lora_a, routers, routing, ranks, dropout, T, layer.renormalize
+            )
         grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
         if dlogits is not None:
             router.launch_grad(dlogits, x, of)
-    return launches
+    return forward, backward

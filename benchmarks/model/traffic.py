@@ -274,7 +274,9 @@ def _grouped_expand(s: Sizes) -> tuple[int, int]:
             kept = min(rank, s.BLOCK_R)
             read += pairs * (kept * walks + (rank - kept) * o_tiles) * s.size("u_ptr")
             read += rank * s.O * s.size("matrix_ptr")
-        read += s.L * (pairs * walks * s.size("dlogits_ptr") + s.O * s.size("router_ptr"))
+        # The dlogits of all experts, or of the tile's expert alone.
+        logits = int(tile.expert < s.N) if s.SPARSE_DLOGITS else s.L
+        read += logits * (pairs * walks * s.size("dlogits_ptr") + s.O * s.size("router_ptr"))
     return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 

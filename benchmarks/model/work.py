@@ -105,7 +105,7 @@ def _grouped_expand(s: Sizes) -> Work:
     # A tile of an expert holds the pairs of all slots in the order of slots, and a launch writes
     # those of one slot. Programs whose tile has none return before their product.
     busy = 1.0 if s.PER_PAIR else 1.0 / s.S
-    columns = steps * s.BLOCK_R + (o_tiles * s.BLOCK_L if s.L else 0)
+    columns = steps * s.BLOCK_R + (o_tiles * s.BLOCK_L if s.L and not s.SPARSE_DLOGITS else 0)
     flops = 2.0 * busy * s.programs * s.BLOCK_P * s.BLOCK_O * columns
     # The tile, its pairs, their rows: each load needs the one before.
     return Work(flops * _precision(s, "u_ptr"), steps, dependent_loads=2, busy=busy)

@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
                                  .expert_rows = slot_dlogits ? router : std::nullopt});
   } else if (needs_x) {
     dx = grouped_dx(dh, router_dlogits, lora_a, router_weight, order, offsets, tiles, chunks, ranks,
-                    dropout_p, dropout_per_expert, seed, T);
+                    dropout_p, dropout_per_expert, seed, T, slot_dlogits.has_value());
   }
 
   // The gradients of A, B and the routers.

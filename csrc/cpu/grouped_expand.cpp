@@ -229,7 +229,8 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
 Tensor grouped_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> lora_a,
                   std::vector<Tensor> router_weight, Tensor order, Tensor offsets, Tensor tiles,
                   Tensor chunks, std::vector<int64_t> ranks, double dropout_p,
-                  bool dropout_per_expert, std::optional<Tensor> seed, int64_t tokens) {
+                  bool dropout_per_expert, std::optional<Tensor> seed, int64_t tokens,
+                  bool /*sparse_dlogits*/) {
   for (Tensor& a : lora_a) a = transposed(a);
   const Tensor dx = grouped_expand(dh, lora_a, std::nullopt, order, offsets, tiles, chunks, ranks,
                                    dropout_p, dropout_per_expert, seed, tokens, 0, false);

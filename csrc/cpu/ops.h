@@ -80,7 +80,8 @@ Tensor grouped_expand(Tensor u, std::vector<Tensor> matrices, std::optional<Tens
 Tensor grouped_dx(Tensor dh, std::optional<Tensor> dlogits, std::vector<Tensor> lora_a,
                   std::vector<Tensor> router_weight, Tensor order, Tensor offsets, Tensor tiles,
                   Tensor chunks, std::vector<int64_t> ranks, double dropout_p,
-                  bool dropout_per_expert, std::optional<Tensor> seed, int64_t tokens);
+                  bool dropout_per_expert, std::optional<Tensor> seed, int64_t tokens,
+                  bool sparse_dlogits);
 
 // The arguments of `grouped_expand_in_place`.
 struct ExpandArguments {

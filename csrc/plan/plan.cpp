@@ -62,6 +62,25 @@ void launch(const Step& step, const Tensors& tensors, const Driver& functions, v
   STD_TORCH_CHECK(error == 0, "plan: cuLaunchKernel failed with error ", error);
 }
 
+// Copies the second half of the views to the first half.
+void copy_all(const Step& step, const Tensors& tensors) {
+  const size_t count = step.views.size() / 2;
+  const auto list = [&](size_t start) {
+    StableListHandle result = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(count, &result));
+    for (size_t i = start; i < start + count; ++i) {
+      const auto element = torch::stable::detail::from(tensors.view(step.views[i]).release());
+      TORCH_ERROR_CODE_CHECK(torch_list_push_back(result, element));
+    }
+    return torch::stable::detail::from(result);
+  };
+  constexpr bool NON_BLOCKING = false;
+  std::array<StableIValue, 3> stack{list(0), list(count),
+                                    torch::stable::detail::from(NON_BLOCKING)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_foreach_copy_", "", stack.data(), TORCH_ABI_VERSION));
+}
+
 void route(const Step& step, Tensors& tensors) {
   using torch::stable::detail::to;
   std::array<StableIValue, 5> stack{
@@ -162,6 +181,9 @@ std::vector<Handle> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
         TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), source.get(), 0));
         break;
       }
+      case Kind::COPY_ALL:
+        copy_all(step, tensors);
+        break;
       case Kind::ROUTE:
         route(step, tensors);
         break;

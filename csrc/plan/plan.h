@@ -67,7 +67,7 @@ struct Parameter {
   int64_t value;
 };
 
-enum class Kind : int64_t { ALLOCATE, LAUNCH, MM, ADDMM, COPY, ROUTE, RELEASE };
+enum class Kind : int64_t { ALLOCATE, LAUNCH, MM, ADDMM, COPY, COPY_ALL, ROUTE, RELEASE };
 
 struct Step {
   Kind kind;
@@ -83,7 +83,8 @@ struct Step {
   unsigned threads = 0;
   unsigned shared = 0;
   std::vector<Parameter> parameters;
-  // MM, ADDMM and COPY: the output, then the inputs. ROUTE: the experts.
+  // MM, ADDMM and COPY: the output, then the inputs. COPY_ALL: the outputs, then the inputs. ROUTE:
+  // the experts.
   std::vector<View> views;
   // ROUTE: num_experts, siblings, tile, chunk.
   std::vector<int64_t> options;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from moelora_kernels.types import (
     NO_GATE,
     Dropout,
     Gate,
-    LayerForward,
     LayerOutput,
     LinearTensors,
     Mixture,
@@ -38,73 +37,39 @@ class _Inputs(NamedTuple):
     seed: Any
 
 
-class _LinearNeeds(NamedTuple):
-    """Whether each field of `LinearTensors` needs a gradient."""
-
-    weight: bool
-    bias: bool
-    base_output: bool
-    lora_a: bool
-    lora_b: bool
-    router_weight: bool
-    router_bias: bool
-
-
-class _Saved(NamedTuple):
-    """The tensors that `MoeLora` saves for backward, before those of the linears."""
-
-    x: Tensor
-    # The gate.
-    weights: Tensor
-    experts: Tensor | None
-    rows: Tensor | None
-    logits: Tensor | None
-    seed: Tensor | None
-    h: Tensor
-    # The routing; None if impl is "wide".
-    order: Tensor | None
-    offsets: Tensor | None
-    tiles: Tensor | None
-    chunks: Tensor | None
-
-
-class _SavedLinear(NamedTuple):
-    """The tensors of one linear that `MoeLora` saves for backward."""
-
-    weight: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    router_weight: Tensor | None
-
-
 _NUM_INPUTS = len(_Inputs._fields)
-_NUM_SAVED = len(_Saved._fields)
-# The position of the logits among the outputs of `MoeLora`, after the y_i.
-_LOGITS = LayerForward._fields.index("logits") - 1
+_NUM_FIELDS = len(LinearTensors._fields)
+_NUM_ROUTING = len(Routing._fields)
 
 
 def siblings_of(linears: Sequence[LinearTensors]) -> SiblingTensors:
     """Return the tensors of n linears, field by field."""
-    return SiblingTensors(*_by_field(linears))
+    return SiblingTensors(*_tensors_by_field(_flat(linears), len(linears)))
 
 
-def _by_field(linears: Sequence[NamedTuple]) -> list[list[Tensor]]:
-    """Return one list of tensors for each field of n linears, without None."""
-    return [[t for t in field if t is not None] for field in zip(*linears, strict=True)]
+def _flat(linears: Sequence[LinearTensors]) -> Sequence[Tensor | None]:
+    """Return the first field of all n linears, then the second field of all, and so on."""
+    if len(linears) == 1:
+        return linears[0]
+    return [tensor for field in zip(*linears, strict=True) for tensor in field]
 
 
-def _by_linear(structure: type, flat: Sequence[Any]) -> list[Any]:
-    """Return one `structure` per linear. flat: all fields of linear 0, then of linear 1, ..."""
-    size = len(structure._fields)
-    return [structure(*flat[i : i + size]) for i in range(0, len(flat), size)]
+def _by_field(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:
+    """Return the n values of each field. flat: the values of n linears, in the order of `_flat`."""
+    return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def _tensors_by_field(flat: Sequence[Tensor | None], n: int) -> list[list[Tensor]]:
+    """Return the n tensors of each field; an empty list for a field that is None."""
+    return [[] if flat[i] is None else [*flat[i : i + n]] for i in range(0, len(flat), n)]
 
 
 class MoeLora(torch.autograd.Function):
     """Compute y_i = x Wt_i + b_i + u_i Bt_i for n siblings; `reference` has the formulas.
 
-    The inputs are the fields of `_Inputs`, then the fields of `LinearTensors` of every linear,
-    linear by linear. The outputs are the y_i, then the other fields of `types.LayerForward` in
-    their order; "wide" has no routing arrays.
+    The inputs are the fields of `_Inputs`, then the tensors of the linears in the order of `_flat`.
+    The outputs are the y_i, then the other fields of `types.LayerForward` in their order; "wide"
+    has no routing arrays.
 
     Saved for backward: x, the parameters, h, the gate, and the routing if impl is "grouped". No
     output of width O is saved.
@@ -112,38 +77,33 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
-        tensors = siblings_of(_by_linear(LinearTensors, fields))
+        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *linears = inputs
+        tensors = SiblingTensors(*_tensors_by_field(linears, len(linears) // _NUM_FIELDS))
         gate, dropout = Gate(weights, experts, rows), Dropout(p, per_expert, seed)
-        result = _op(impl)(x, tensors, gate, mixture, dropout)
-        outputs = (*result.y, result.h, result.weights, result.experts, result.logits)
-        if impl == "grouped":
-            outputs += (result.order, result.offsets, result.tiles, result.chunks)
-        return outputs
+        op = ops.grouped if impl == "grouped" else ops.wide
+        y, h, weights, experts, logits, *routing = op(x, tensors, gate, mixture, dropout)
+        outputs = (*y, h, weights, experts, logits)
+        return (*outputs, *routing) if impl == "grouped" else outputs
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields = inputs
-        linears = _by_linear(LinearTensors, fields)
-        result = LayerForward([], *output[len(linears) :])
+        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *linears = inputs
+        n = len(linears) // _NUM_FIELDS
+        base_weight, _, _, lora_a, lora_b, router_weight, _ = _by_field(linears, n)
+        h, out_weights, out_experts, out_logits, *routing = output[n:]
         logits = None
         if mixture.router_top_k:
-            weights, experts, _, logits = mixture.router_gate(
-                result.weights, result.experts, result.logits
-            )
+            weights, experts, _, logits = mixture.router_gate(out_weights, out_experts, out_logits)
             # Without renormalize the backward of the softmax reads the logits.
             logits = None if mixture.renormalize else logits
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
-        routing = (result.order, result.offsets, result.tiles, result.chunks)
-        integers = [t for t in (result.experts, *routing) if t is not None]
         # Only the y_i and the logits have a gradient. The gate of a fused router is returned for
         # the routing record; losses on it use the logits.
-        ctx.mark_non_differentiable(result.h, result.weights, *integers)
+        ctx.mark_non_differentiable(h, out_weights, out_experts, *routing)
         ctx.set_materialize_grads(False)
-        # In the order of `_Saved`, then of `_SavedLinear`.
         ctx.save_for_backward(
-            x, weights, experts, rows, logits, seed, result.h, *routing,
-            *[t for s in linears for t in (s.weight, s.lora_a, s.lora_b, s.router_weight)],
+            x, weights, experts, rows, logits, seed, h, *(routing or [None] * _NUM_ROUTING),
+            *base_weight, *lora_a, *lora_b, *router_weight,
         )  # fmt: skip
 
     @staticmethod
@@ -151,62 +111,70 @@ class MoeLora(torch.autograd.Function):
     def backward(ctx, *grads):
         # Read once, because under activation checkpointing a second read fails.
         try:
-            flat = ctx.saved_tensors
+            saved = ctx.saved_tensors
         except RuntimeError as error:
-            flat = _kept_tensors(ctx, error)
-        saved = _Saved(*flat[:_NUM_SAVED])
-        x, weights, seed = saved.x, saved.weights, saved.seed
-        base_weight, lora_a, lora_b, router_weight = _by_field(
-            _by_linear(_SavedLinear, flat[_NUM_SAVED:])
-        )
+            saved = _kept_tensors(ctx, error)
+        x, weights, experts, rows, logits, seed, h, *others = saved
+        _, _, _, _, needs_x, needs_weights, _, _, _, *needs_linears = ctx.needs_input_grad
+        n = len(needs_linears) // _NUM_FIELDS
+        base_weight, lora_a, lora_b, router_weight = _tensors_by_field(others[_NUM_ROUTING:], n)
         tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
-        n = len(lora_b)
+        gate, dropout = Gate(weights, experts, rows, logits), Dropout(*ctx.dropout, seed)
+        # The outputs are n x y, h, weights, experts, logits, and the routing.
+        dlogits = grads[n + 3]
         dy = [
             x.new_zeros((x.shape[0], b.shape[0])) if g is None else g
             for g, b in zip(grads[:n], lora_b, strict=True)
         ]
-        gate, dlogits = Gate(weights, saved.experts, saved.rows, saved.logits), grads[n + _LOGITS]
-        needs_input = _Inputs(*ctx.needs_input_grad[:_NUM_INPUTS])
-        needs_linears = _by_linear(_LinearNeeds, ctx.needs_input_grad[_NUM_INPUTS:])
-        needs_adapters = any(
-            [s.lora_a or s.lora_b or s.router_weight or s.router_bias for s in needs_linears]
-        )
-        needs = Needs(needs_input.x, needs_adapters)
+        needs_weight, needs_bias, needs_output, *needs_adapters = _by_field(needs_linears, n)
+        needs = Needs(needs_x, any(map(any, needs_adapters)))
         unused: set[int] = set()
         if n > 1 and not torch.compiler.is_compiling():
             unused = getattr(ctx, "unused", unused)
             if not torch._C._autograd._get_current_graph_task_keep_graph():
-                _keep_tensors(ctx, flat, grads[:n], unused)
-        mixture, dropout = ctx.mixture, Dropout(*ctx.dropout, seed)
+                _keep_tensors(ctx, saved, grads[:n], unused)
         if ctx.impl == "grouped":
-            routing = Routing(saved.order, saved.offsets, saved.tiles, saved.chunks)
+            routing = Routing(*others[:_NUM_ROUTING])
             result = ops.grouped_backward(
-                dy, x, tensors, saved.h, gate, dlogits, routing, mixture, dropout, needs
+                dy, x, tensors, h, gate, dlogits, routing, ctx.mixture, dropout, needs
             )
         else:
             result = ops.wide_backward(
-                dy, x, tensors, saved.h, gate, dlogits, mixture, dropout, needs
+                dy, x, tensors, h, gate, dlogits, ctx.mixture, dropout, needs
             )
-        dx, dgate, da, drouter, dbias, db = result
-        has_adapters, has_router = len(db) > 0, len(db) > 0 and len(router_weight) > 0
-        gradients: list[Tensor | None] = []
-        for i, (g, needed) in enumerate(zip(dy, needs_linears, strict=True)):
-            if i in unused:
-                gradients += [None] * len(needed)
-                continue
-            # In the order of `LinearTensors`. The layers freeze the base, but its weight and bias
-            # can require a gradient: after a user's requires_grad_, or in `moe_lora_linear`.
-            gradients += [
-                g.to(x.dtype).t() @ x if needed.weight else None,
-                g.to(x.dtype).sum(dim=0) if needed.bias else None,
-                g if needed.base_output else None,
-                _row_block(da, i, n) if has_adapters else None,
-                db[i] if has_adapters else None,
-                _row_block(drouter, i, n) if has_router else None,
-                _row_block(dbias, i, n) if has_router and needed.router_bias else None,
+        dx, dgate, da, drouter, drouter_bias, db = result
+
+        # The layers freeze the base, but its weight and bias can require a gradient: after a user's
+        # requires_grad_, or in `moe_lora_linear`.
+        absent: Sequence[Tensor | None] = [None] * n
+        dweight = dbias = absent
+        if any(needs_weight):
+            dweight = [
+                g.to(x.dtype).t() @ x if needed else None
+                for g, needed in zip(dy, needs_weight, strict=True)
             ]
-        dx = dx if needs_input.x else None
-        dweights = dgate.to(weights.dtype) if needs_input.weights else None
+        if any(needs_bias):
+            dbias = [
+                g.to(x.dtype).sum(dim=0) if needed else None
+                for g, needed in zip(dy, needs_bias, strict=True)
+            ]
+        has_router = needs.adapters and len(router_weight) > 0
+        # In the order of `LinearTensors`.
+        fields = (
+            dweight,
+            dbias,
+            dy if any(needs_output) else absent,
+            _row_blocks(da, n) if needs.adapters else absent,
+            db if needs.adapters else absent,
+            _row_blocks(drouter, n) if has_router else absent,
+            # A router may have no bias.
+            _row_blocks(drouter_bias, n) if has_router and any(needs_adapters[-1]) else absent,
+        )
+        gradients = [gradient for field in fields for gradient in field]
+        if unused:
+            gradients = [None if i % n in unused else g for i, g in enumerate(gradients)]
+        dx = dx if needs_x else None
+        dweights = dgate.to(weights.dtype) if needs_weights else None
         # In the order of `_Inputs`.
         return (None, None, None, None, dx, dweights, None, None, None, *gradients)
 
@@ -328,13 +296,9 @@ def _kept_tensors(ctx: Any, error: RuntimeError) -> list[Tensor | None]:
     return kept.tensors
 
 
-def _row_block(tensor: Tensor, i: int, n: int) -> Tensor:
-    """Return row block i of n."""
-    return tensor if n == 1 else tensor.chunk(n)[i]
-
-
-def _op(impl: str) -> Callable[..., LayerForward]:
-    return ops.grouped if impl == "grouped" else ops.wide
+def _row_blocks(tensor: Tensor, n: int) -> Sequence[Tensor]:
+    """Return n row blocks of the same size."""
+    return [tensor] if n == 1 else tensor.chunk(n)
 
 
 def _field_names(linear: LinearTensors) -> list[str]:
@@ -360,17 +324,15 @@ def run(
         if any([[tensor is None for tensor in s] != is_missing for s in linears]):
             names = [_field_names(linear) for linear in linears]
             raise ValueError(f"siblings: expected the same tensors for every linear, got {names}")
-    if not torch.is_grad_enabled():
-        output = _op(impl)(x, siblings_of(linears), gate, mixture, dropout)
-        if gate is None:
-            gate = mixture.router_gate(output.weights, output.experts, output.logits)
-        return LayerOutput(output.y, gate)
-    weights, experts, rows, _ = gate or NO_GATE
-    p, per_expert, seed = dropout
-    fields = first if n == 1 else [t for linear in linears for t in linear]
-    inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *fields)
-    outputs = apply(function, *inputs)
+    if torch.is_grad_enabled():
+        weights, experts, rows, _ = gate or NO_GATE
+        p, per_expert, seed = dropout
+        inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *_flat(linears))
+        outputs = apply(function, *inputs)
+        y, (_, weights, experts, logits, *_) = [*outputs[:n]], outputs[n:]
+    else:
+        op = ops.grouped if impl == "grouped" else ops.wide
+        y, _, weights, experts, logits, *_ = op(x, siblings_of(linears), gate, mixture, dropout)
     if gate is None:
-        result = LayerForward([], *outputs[n:])
-        gate = mixture.router_gate(result.weights, result.experts, result.logits)
-    return LayerOutput([*outputs[:n]], gate)
+        gate = mixture.router_gate(weights, experts, logits)
+    return LayerOutput(y, gate)

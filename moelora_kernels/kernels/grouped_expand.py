@@ -69,6 +69,7 @@ def grouped_expand_kernel(
     MAX_RANK: tl.constexpr,
     RANK_DIVISOR: tl.constexpr,
     L: tl.constexpr,
+    SPARSE_DLOGITS: tl.constexpr,
     PER_PAIR: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -89,6 +90,9 @@ def grouped_expand_kernel(
     seed         [1] int64; None without dropout
     dlogits      [T, L] float32, and router [L, O]: their product is added too; None without them
     y            [T, O]; with PER_PAIR [P, O]
+
+    SPARSE_DLOGITS: a pair adds dlogits[t, expert] router[expert] alone. The launches of all slots
+    then add the product, because the dlogits of other experts are 0.
 
     PER_PAIR: one row of y for every pair, of all slots. IN_PLACE: y is start, and the rows of pairs
     that are not routed stay as they are. A token has one pair of a slot, so that only one program
@@ -128,9 +132,14 @@ def grouped_expand_kernel(
             stream = local_expert if PER_EXPERT else local_expert * 0
             seed = tl.load(seed_ptr)
         if dlogits_ptr is not None:
-            logits = tl.arange(0, BLOCK_L)
-            dlogits = load_rows(dlogits_ptr, L, tokens, logits, positions_in, logits < L)
-            dlogits = dlogits.to(u.dtype)
+            if SPARSE_DLOGITS:
+                routed = positions_in & (positions < tl.where(expert < N, end, first))
+                logit_ptr = dlogits_ptr + tokens * L + expert
+                dlogit = tl.load(logit_ptr, mask=routed, other=0.0)
+            else:
+                logits = tl.arange(0, BLOCK_L)
+                dlogits = load_rows(dlogits_ptr, L, tokens, logits, positions_in, logits < L)
+                dlogits = dlogits.to(u.dtype)
 
         for first_o in range(begin_o, tl.minimum(begin_o + walk, O), BLOCK_O):
             o = first_o + tl.arange(0, BLOCK_O)
@@ -154,8 +163,13 @@ def grouped_expand_kernel(
                 kept = keep_tile(seed, stream, y_rows, first_o, row_counters, DROPOUT, BLOCK_O)
                 y = tl.where(kept, y * dropout_scale, 0.0)
             if dlogits_ptr is not None:
-                router = load_rows(router_ptr, O, logits, o, logits < L, o_in)
-                y = product(dlogits, router, y, UPCAST)
+                if SPARSE_DLOGITS:
+                    router_row = router_ptr + expert.to(tl.int64) * O
+                    router = tl.load(router_row + o, mask=o < tl.where(expert < N, O, 0), other=0.0)
+                    y += dlogit[:, None] * router.to(tl.float32)[None, :]
+                else:
+                    router = load_rows(router_ptr, O, logits, o, logits < L, o_in)
+                    y = product(dlogits, router, y, UPCAST)
 
             # Add the start and store.
             in_bounds = positions_in[:, None] & o_in[None, :]
@@ -179,10 +193,12 @@ def launch(
     *,
     dlogits: Tensor | None = None,
     router: Tensor | None = None,
+    sparse_dlogits: bool = False,
 ):
     """Return y, like `reference.grouped_expand`: a launch for each slot of the siblings.
 
-    dlogits [T, L], router [L, O]: the first launch adds their product.
+    dlogits [T, L], router [L, O]: the first launch adds their product. With sparse_dlogits every
+    launch adds the term of its pairs.
     """
     order, offsets, tiles, _ = routing
     P, width, E = order.shape[0], matrices[0].shape[0], len(ranks)
@@ -256,20 +272,22 @@ def launch(
                 S=S,
                 **rank_constants,
                 L=L,
+                SPARSE_DLOGITS=sparse_dlogits and L > 0,
                 PER_PAIR=per_pair,
                 IN_PLACE=target is previous,
                 DROPOUT=threshold,
                 PER_EXPERT=dropout.per_expert,
                 BLOCK_P=tile_config.tokens,
                 # Half as many columns leave registers for the product with Wr.
-                BLOCK_O=tile_config.step // 2 if L else tile_config.step,
+                BLOCK_O=tile_config.step // 2 if L and not sparse_dlogits else tile_config.step,
                 BLOCK_R=block_r,
-                BLOCK_L=launcher.block(L) if L else 16,
+                BLOCK_L=launcher.block(L) if L and not sparse_dlogits else 16,
                 UPCAST=launcher.INTERPRET,
             ),
         )
         previous, stride = target, O
-        dlogits, router, L = None, None, 0
+        if not sparse_dlogits:
+            dlogits, router, L = None, None, 0
     return launcher.cropped(y, y.shape[0], width)
 
 
@@ -284,7 +302,7 @@ def _walk(num_tiles: int, O: int, device: torch.device) -> tuple[int, int]:  # n
 
 
 def adds_router(tokens: int, num_experts: int, num_logits: int) -> bool:
-    """Return whether the first launch of `launch_dx` adds dlogits Wr.
+    """Return whether the first launch of `launch_dx` adds the product of dense dlogits and Wr.
 
     A program keeps its tile of dlogits, of up to LOGITS columns. Every tile of tokens reads Wr from
     L2, and there is a tile for each expert at least. Another pass over dx would read and write it.
@@ -302,16 +320,18 @@ def launch_dx(
     ranks: Sequence[int],
     dropout: Dropout,
     tokens: int,
+    sparse_dlogits: bool,
 ) -> Tensor:
     """Return dx [T, I], like `reference.grouped_dx`."""
     transposed = [a.t() for a in lora_a]
     if dlogits is None:
         return launch(dh, transposed, None, routing, ranks, dropout, tokens)
     router = torch.cat([*router_weight]) if len(router_weight) > 1 else router_weight[0]
-    if adds_router(tokens, len(ranks), dlogits.shape[1]):
+    if sparse_dlogits or adds_router(tokens, len(ranks), dlogits.shape[1]):
         return launch(
-            dh, transposed, None, routing, ranks, dropout, tokens, dlogits=dlogits, router=router
-        )
+            dh, transposed, None, routing, ranks, dropout, tokens, dlogits=dlogits, router=router,
+            sparse_dlogits=sparse_dlogits,
+        )  # fmt: skip
     dx = launch(dh, transposed, None, routing, ranks, dropout, tokens)
     return dx.addmm_(dlogits.to(dx.dtype), router.to(dx.dtype))
 

@@ -123,8 +123,7 @@ def shrink_gate_kernel(
         stream = tl.load(column_tiles_ptr + column_tile * 4 + 2)
         start = tl.load(column_tiles_ptr + column_tile * 4) - sibling * A_ROWS
         end = tl.load(column_tiles_ptr + column_tile * 4 + 1) - sibling * A_ROWS
-        start = tl.multiple_of(start, RANK_DIVISOR)
-        end = tl.multiple_of(end, RANK_DIVISOR)
+        start, end = tl.multiple_of(start, RANK_DIVISOR), tl.multiple_of(end, RANK_DIVISOR)
         column_block = column_tile - sibling * (COLUMN_TILES // n)
     else:
         sibling = column_tile // (COLUMN_TILES // n)
@@ -144,21 +143,22 @@ def shrink_gate_kernel(
         seed = tl.load(seed_ptr)
 
     # Products: the experts read x after dropout, the router reads x itself. `product` rounds A to
-    # the dtype of x; `exact_product` does not round the router's weight.
+    # the dtype of x; `exact_product` does not round the router's weight. Dropout takes x through
+    # registers, and so does the conversion of a float16 x for a float32 router.
     h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    CONVERTED: tl.constexpr = ROUTER_E > 0 and x_ptr.dtype.element_ty == tl.float16
     for first in range(split * i_per_split, tl.minimum((split + 1) * i_per_split, I), BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         x = load_rows(x_ptr, stride_x, tokens, i, tokens_in, i < I)  # [BLOCK_T, BLOCK_I]
         a = load_transposed(a_ptr, I, columns, i, columns_in, i < I)
         if ROUTER_E:
             router = load_transposed(router_ptr, I, experts, i, experts < E, i < I)
-            # Dropout takes x through registers.
             logits = exact_product(x, router, logits, UPCAST, WAIT=DROPOUT > 0)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, tokens, first, row_counters, DROPOUT, BLOCK_I)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        h = product(x, a, h, UPCAST, COMPUTED=DROPOUT > 0)
+        h = product(x, a, h, UPCAST, COMPUTED=DROPOUT > 0, WAIT=CONVERTED)
     h *= dropout_scale
 
     if ONE_LAUNCH:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +97,22 @@ def float_weight(base: nn.Module) -> Tensor | None:
     return weight if is_float else None
 
 
-def dense_weight(base: nn.Module) -> Tensor | None:
+def member(module: nn.Module, name: str) -> Any:
+    """Return `module.name`. It takes a third of the time if that is a Parameter or a child.
+
+    A tensor may be neither: if it is parametrized, pruned or sharded by FSDP1.
+    """
+    for members in (module._parameters, module._modules):
+        if name in members:
+            return members[name]
+    return getattr(module, name)
+
+
+def dense_weight(base: nn.Module | None) -> Tensor | None:
     """Return the weight of a plain nn.Linear if it is a plain tensor; None for every other base."""
     if not is_plain_linear(base):
         return None
-    weight = base.weight
+    weight = member(base, "weight")
     return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 

@@ -16,9 +16,10 @@ from moelora_kernels.nn.base_linear import (
     check_input,
     dense_weight,
     flat_rows,
+    member,
 )
 from moelora_kernels.nn.gates import concat_gates, row_of_tokens
-from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer, WeightBias
 from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, dropout_seed
@@ -48,7 +49,7 @@ def forward_siblings(
     Raises:
         ValueError, TypeError: x or gates do not fit the layers.
     """
-    if len(layers) > 1 and (any(layer.merged for layer in layers) or gate_rows_differ(layers)):
+    if len(layers) > 1 and (any([layer.merged for layer in layers]) or gate_rows_differ(layers)):
         return [forward_siblings((layer,), x, gates)[0] for layer in layers]
     outputs, gate = run_siblings(layers, x, gates)
     for i, layer in enumerate(layers):
@@ -85,12 +86,15 @@ def run_siblings(
     dtype = active_dtype(x)
     tokens = x if x.dim() == 2 else flat_rows(x)
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
-    fuse_router = all(layer.fuses_router() for layer in layers)
+    routers = [layer.fused_router() for layer in layers]
+    fuse_router = all(routers)
+    bases = [_readable_base(member(layer, "base_layer"), tokens) for layer in layers]
     # The op takes the biases of all siblings or of none, so bases of both kinds are called.
-    read_base = all(_can_read(layer.base_layer, tokens) for layer in layers) and (
-        len(layers) == 1 or len({layer.bias is None for layer in layers}) == 1
-    )
-    linears = [_linear_tensors(layer, x, read_base, fuse_router) for layer in layers]
+    read_base = all(bases) and len({bias is None for _, bias in filter(None, bases)}) == 1
+    linears = [
+        _linear_tensors(layer, x, base if read_base else None, router if fuse_router else None)
+        for layer, base, router in zip(layers, bases, routers, strict=True)
+    ]
     mixture = first.fused_mixture if fuse_router else first.mixture
     dropout = NO_DROPOUT
     if config.dropout > 0.0 and first.training:
@@ -141,28 +145,33 @@ def _num_task_rows(layer: LoraLayer) -> int | None:
     return None if tasks is None else len(tasks)
 
 
-def _can_read(base: nn.Module, tokens: Tensor) -> bool:
-    """Return whether `base` is a plain dense nn.Linear with the dtype and device of `tokens`."""
+def _readable_base(base: nn.Module, tokens: Tensor) -> WeightBias | None:
+    """Return weight and bias of a plain dense nn.Linear with the dtype and device of `tokens`.
+
+    None for every other base.
+    """
     weight = dense_weight(base)
-    return weight is not None and weight.dtype == tokens.dtype and weight.device == tokens.device
+    if weight is None or weight.dtype != tokens.dtype or weight.device != tokens.device:
+        return None
+    return weight, member(base, "bias")
 
 
 def _linear_tensors(
-    layer: LoraLayer, x: Tensor, read_base: bool, fuse_router: bool
+    layer: LoraLayer, x: Tensor, base: WeightBias | None, router: WeightBias | None
 ) -> LinearTensors:
-    """Return the tensors of one layer. Calls the base on x unless `read_base`."""
-    base, router = layer.base_layer, layer.router
-    weight = bias = base_output = router_weight = router_bias = None
-    if read_base:
-        weight, bias = base.weight, base.bias
+    """Return the tensors of one layer.
+
+    base: of a base that the op reads; None calls the base on x. router: of a fused router, or None.
+    """
+    weight = bias = base_output = None
+    if base is None:
+        base_output = call_base(layer.base_layer, x, layer.out_features)
     else:
-        base_output = call_base(base, x, layer.out_features)
-    check_adapters(layer.lora_A, x)
-    if fuse_router:
-        router_weight, router_bias = router.weight, router.bias
-    return LinearTensors(
-        weight, bias, base_output, layer.lora_A, layer.lora_B, router_weight, router_bias
-    )
+        weight, bias = base
+    lora_a, lora_b = member(layer, "lora_A"), member(layer, "lora_B")
+    check_adapters(lora_a, x)
+    router_weight, router_bias = router or (None, None)
+    return LinearTensors(weight, bias, base_output, lora_a, lora_b, router_weight, router_bias)
 
 
 def _skip_unused(siblings: list[Structure], unused: Unused) -> list[Structure]:

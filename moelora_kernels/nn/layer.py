@@ -26,6 +26,7 @@ from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
     float_weight,
+    member,
     state_without_graph,
 )
 from moelora_kernels.nn.batch_rows import check_rows
@@ -38,6 +39,9 @@ from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
 from moelora_kernels.types import Gate, Mixture
+
+# The weight and the bias of a linear.
+WeightBias = tuple[Tensor, Tensor | None]
 
 # The options that the parameters and the router of a layer were built for.
 BUILT_OPTIONS = (
@@ -255,7 +259,7 @@ class LoraLayer(MixtureLayer):
             passes a gate.
         fused_mixture: the same with router_top_k = K, for a forward in which the op computes the
             logits and the gate; None if the op cannot compute a gate with these options. It is also
-            set for a router that is not linear, or None: `fuses_router` checks the router.
+            set for a router that is not linear, or None: `fused_router` checks the router.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
@@ -334,17 +338,17 @@ class LoraLayer(MixtureLayer):
     def check_merged_task(self, tasks: Tensor) -> None:
         """Raise ValueError if the layer is merged and `set_tasks` cannot set `tasks`."""
 
-    def fuses_router(self) -> bool:
-        """Return whether the op can compute the router's logits in the next forward.
+    def fused_router(self) -> WeightBias | None:
+        """Return weight and bias of a router whose logits the op computes in the next forward.
 
-        It can if the gate is a top-k gate per token, the router is a plain dense nn.Linear, and no
-        noise is added to the logits.
+        None if the op cannot: it can if the gate is a top-k gate per token, the router is a plain
+        dense nn.Linear, and no noise is added to the logits.
         """
-        return (
-            self.fused_mixture is not None
-            and dense_weight(self.router) is not None
-            and not (self.training and self.config.noise > 0)
-        )
+        if self.fused_mixture is None or (self.training and self.config.noise > 0):
+            return None
+        router = member(self, "router")
+        weight = dense_weight(router)
+        return None if weight is None else (weight, member(router, "bias"))
 
     def input_like(self) -> tuple[int, torch.dtype]:
         """Return the width and the dtype of an x that the layer accepts."""

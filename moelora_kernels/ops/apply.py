@@ -18,7 +18,8 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     eager mode runs a Function without `setup_context` that calls both methods of `function`.
 
     Args:
-        function: it has `setup_context`, so its `forward` does not take a context.
+        function: it has `setup_context`, so its `forward` does not take a context. Its `backward`
+            is `once_differentiable`.
         inputs: the inputs of `forward`.
 
     Raises:
@@ -33,7 +34,7 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
         # Function with `setup_context` does not take one.
         trains = any([isinstance(t, Tensor) and t.requires_grad for t in inputs])
         return function.apply(*inputs) if trains else function.forward(*inputs)
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         raise RuntimeError(
             "torch.jit.trace: trace the layer inside torch.no_grad(), or use torch.export.export"
         )
@@ -49,12 +50,18 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
         function.setup_context(ctx, inputs, output)
         return output
 
+    def backward(ctx, *grads):
+        # With create_graph=True grad mode is on. Otherwise `once_differentiable` has nothing to do.
+        step = function.backward if torch.is_grad_enabled() else once
+        return step(ctx, *grads)
+
+    once = function.backward.__wrapped__  # type: ignore[attr-defined]
     methods = {
         "__module__": function.__module__,
         "__qualname__": function.__qualname__,
         "__doc__": function.__doc__,
         "forward": staticmethod(forward),
-        "backward": staticmethod(function.backward),
+        "backward": staticmethod(backward),
     }
     eager: Any = type(function.__name__, (torch.autograd.Function,), methods)
     # In older versions of torch, `Function.apply` is a Python method that looks for functorch

@@ -104,8 +104,12 @@ def _backward(
     dx = absent(x, x.dtype)
     if needs.x:
         routers = tensors.router_weight
-        dlogits = dgate if routers else None
-        dx = grouped_dx(dh, dlogits, tensors.lora_a, routers, routing, ranks, dropout, tokens=T)
+        all_dlogits = dgate if routers else None
+        # The softmax over the experts of a token alone leaves the other dlogits at 0.
+        sparse = renormalize and dlogits is None
+        dx = grouped_dx(
+            dh, all_dlogits, tensors.lora_a, routers, routing, ranks, dropout, T, sparse
+        )
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)

@@ -20,6 +20,7 @@ def _fake(
     ranks: Sequence[int],
     dropout: Dropout,
     tokens: int,
+    sparse_dlogits: bool,
 ) -> Tensor:
     return dh.new_empty((tokens, lora_a[0].shape[1]))
 
@@ -35,6 +36,7 @@ _op = register(
         "int[] ranks",
         Dropout,
         "SymInt tokens",
+        "bool sparse_dlogits",
     ),
     "Tensor",
     reference.grouped_dx,
@@ -52,6 +54,7 @@ def grouped_dx(
     ranks: Sequence[int],
     dropout: Dropout = NO_DROPOUT,
     tokens: int = 0,
+    sparse_dlogits: bool = False,
 ) -> Tensor:
     """Add the rank-space parts of dx over the pairs of every token, and dlogits Wr.
 
@@ -66,9 +69,13 @@ def grouped_dx(
         ranks: the ranks of the E experts.
         dropout: the dropout of the forward. Its masks are computed again from the seed.
         tokens: T.
+        sparse_dlogits: whether dlogits is 0 for every expert that a token has no pair of. The
+            pairs of a token then have different experts, and the kernel reads their dlogits alone.
 
     Returns:
-        [T, I] in dh's dtype, to which dlogits and Wr are rounded. The part dy W of dx is not
-        included.
+        [T, I] in dh's dtype, to which dlogits and Wr are rounded unless sparse_dlogits. The part
+        dy W of dx is not included.
     """
-    return _op(dh, dlogits, lora_a, router_weight, *routing, ranks, *dropout, tokens)
+    return _op(
+        dh, dlogits, lora_a, router_weight, *routing, ranks, *dropout, tokens, sparse_dlogits
+    )

@@ -35,6 +35,11 @@ from moelora_kernels.types import (
     SiblingTensors,
 )
 
+# From this many tokens on, the kernels get A and B in x's dtype. With fewer tokens they round the
+# tiles of float32 A and B that they load: at 1024 tokens the launch that casts takes as long as it
+# saves (modelled for an H200 with R = 128).
+CAST_TOKENS = 2048
+
 RETURNS_GRADS = "(Tensor dx, Tensor dgate, Tensor da, Tensor drouter, Tensor dbias, Tensor[] db)"
 
 
@@ -47,6 +52,18 @@ def matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
 def adapter_dtypes(x: Tensor, tensors: SiblingTensors) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the gradients of A and B, and of the routers."""
     return tensors.lora_a[0].dtype, (tensors.router_weight or [x])[0].dtype
+
+
+def cast_all(matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return every matrix in its dtype. If all copies have one dtype, they are one launch."""
+    results = [
+        matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
+        for matrix, dtype in zip(matrices, dtypes, strict=True)
+    ]
+    pairs = [(r, m) for r, m in zip(results, matrices, strict=True) if r is not m]
+    if pairs:
+        torch._foreach_copy_([r for r, _ in pairs], [m for _, m in pairs])
+    return results
 
 
 def absent_grads(
@@ -65,21 +82,27 @@ def _forward(
     dropout: Dropout,
 ) -> tuple[Any, ...]:
     routers = RouterTensors(tensors.router_weight, tensors.router_bias)
-    h, u, weights, experts, logits = shrink_gate(x, tensors.lora_a, routers, gate, mixture, dropout)
-    _, bias, base_output, _, lora_b, *_ = tensors
+    _, bias, base_output, lora_a, lora_b, *_ = tensors
+    n = len(lora_a)
+    # The products below are ATen's, which need both operands in the dtype of their result.
+    dtypes = [y.dtype for y in base_output] or [x.dtype] * n
+    if x.shape[0] < CAST_TOKENS:
+        lora_b = cast_all(lora_b, dtypes)
+    else:
+        cast = cast_all([*lora_a, *lora_b], [x.dtype] * n + dtypes)
+        lora_a, lora_b = cast[:n], cast[n:]
+    h, u, weights, experts, logits = shrink_gate(x, lora_a, routers, gate, mixture, dropout)
     outputs = []
-    for i, (u_i, b) in enumerate(zip(u.chunk(len(lora_b), dim=1), lora_b, strict=True)):
+    for i, (u_i, b) in enumerate(zip(u.chunk(n, dim=1), lora_b, strict=True)):
         if base_output:
             # The result has the base's dtype. It is a new tensor, because autograd, a hook or a
             # stream may still need the base's output; see "Bases that are called" in
             # kernels/README.md.
-            dtype = base_output[i].dtype
-            outputs.append(torch.addmm(base_output[i], u_i.to(dtype), b.to(dtype).t()))
+            outputs.append(torch.addmm(base_output[i], u_i.to(dtypes[i]), b.t()))
             continue
         # Expand first, base product last and in place: each writes y once, and the base product
         # is not rounded before the experts are added.
-        bt = b.to(x.dtype).t()
-        y = torch.addmm(bias[i], u_i, bt) if bias else torch.mm(u_i, bt)
+        y = torch.addmm(bias[i], u_i, b.t()) if bias else torch.mm(u_i, b.t())
         outputs.append(y.addmm_(x, tensors.weight[i].t()))
     return outputs, h, weights, experts, logits
 
@@ -96,12 +119,22 @@ def _backward(
     needs: Needs,
 ) -> LayerGrads:
     dy = [matrix(g, x.dtype) for g in dy]
-    dh, u, dgate = shrink_gate_backward(dy, tensors.lora_b, h, gate, dlogits, mixture)
+    n, lora_a, lora_b = len(dy), tensors.lora_a, tensors.lora_b
+    router_weight = tensors.router_weight
+    if x.shape[0] >= CAST_TOKENS:
+        matrices = [*lora_b, *lora_a] if needs.x else [*lora_b]
+        # With routers in bfloat16, `shrink_dx` can keep A in shared memory.
+        if needs.x and x.dtype == torch.bfloat16:
+            matrices += router_weight
+        cast = cast_all(matrices, [x.dtype] * len(matrices))
+        lora_b, lora_a = cast[:n], cast[n : 2 * n]
+        router_weight = cast[2 * n :] or router_weight
+    dh, u, dgate = shrink_gate_backward(dy, lora_b, h, gate, dlogits, mixture)
     dlogits = dgate if tensors.router_weight else None
     ranks = mixture.ranks
     dx = absent(x, x.dtype)
     if needs.x:
-        dx = shrink_dx(dh, dlogits, tensors.lora_a, tensors.router_weight, ranks, dropout)
+        dx = shrink_dx(dh, dlogits, lora_a, router_weight, ranks, dropout)
         for g, w in zip(dy, tensors.weight, strict=False):
             dx.addmm_(g, w)
     dtypes = adapter_dtypes(x, tensors)

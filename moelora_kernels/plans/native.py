@@ -34,7 +34,7 @@ from moelora_kernels.plans.steps import (
 )
 
 # The steps by number; `Kind` in csrc/plan/plan.h.
-ALLOCATE, LAUNCH, MM, ADDMM, COPY, ROUTE, RELEASE = range(7)
+ALLOCATE, LAUNCH, MM, ADDMM, COPY, COPY_ALL, ROUTE, RELEASE = range(8)
 # The dtypes by number; c10::ScalarType.
 _DTYPES = {
     torch.int32: 3,
@@ -189,6 +189,9 @@ def _call(step: Call) -> list[list[int]]:
     copies = op in (_aten.clone.default, _aten._to_copy.default)
     if step.options and not copies:
         raise NotNative
+    if op is _aten._foreach_copy_.default:
+        outs, sources = arguments
+        return [_work(COPY_ALL, [], [*outs, *sources])]
     if op is _aten.addmm_.default:
         return [_work(ADDMM, [], [arguments[0], *arguments])]
     kinds = {_aten.mm.default: MM, _aten.addmm.default: ADDMM}

@@ -46,6 +46,7 @@ _CALLS = {
     _aten.cat.default,
     _aten.clone.default,
     _aten._to_copy.default,
+    _aten._foreach_copy_.default,
     _aten.constant_pad_nd.default,
     _aten.copy_.default,
 }

@@ -210,6 +210,7 @@ def grouped_dx(
     ranks: Sequence[int],
     dropout: Dropout = NO_DROPOUT,
     tokens: int = 0,
+    sparse_dlogits: bool = False,
 ) -> Tensor:
     """Add the rank-space parts of dx over the pairs of every token, and dlogits Wr.
 
@@ -217,7 +218,8 @@ def grouped_dx(
 
     dh [P, largest rank] in the order of sorted positions; dlogits [T, n E] or None; lora_a
     n x [R, I]; router_weight n x [E, I] or empty. The dropout masks are the same as in the forward.
-    Returns dx in dh's dtype; dlogits and Wr are rounded to it.
+    sparse_dlogits: dlogits is 0 for every expert that a token has no pair of; nothing depends on it
+    here. Returns dx in dh's dtype; dlogits and Wr are rounded to it.
     """
     transposed = [a.t() for a in lora_a]
     dx = grouped_expand(dh, transposed, None, routing, ranks, dropout, tokens)

@@ -5,6 +5,7 @@
     candidates.py    the tiles to try: neighbours of the shipped tile
     check.py         compare the outputs of an op with the reference in float64
     clocks.py        the time of a call
+    commit.py        the commit of the checkout
     search.py        check and time the candidates, and choose
     __main__.py      the command
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from moelora_kernels.ops import registration
 from moelora_kernels.tune import sizes
 from moelora_kernels.tune.calls import Layer
 from moelora_kernels.tune.clocks import CudaClock, HostClock
+from moelora_kernels.tune.commit import git_commit
 from moelora_kernels.tune.progress import Progress
 from moelora_kernels.tune.search import Options, Search, Weighted, search
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(device, clock, progress, effort.repeats, args.quick)
     result = search(layers, options)
     machine = tuned.describe_machine(device)
-    commit = git_commit() if args.commit is None else args.commit
+    commit = current_commit() if args.commit is None else args.commit
     tiles, refused = tiles_of(result), refused_tiles(result)
     if earlier is not None and tuned.difference(earlier, device) is None:
         # Entries that this run did not tune.
@@ -255,21 +255,11 @@ def _tile(candidate) -> str:
     return " ".join(map(str, candidate.tile[:4]))
 
 
-def git_commit() -> str:
-    """Return HEAD of the checkout, with -dirty if its package is changed; "" if unknown."""
+def current_commit() -> str:
+    """Return the commit of the checkout of the package; "" if the package is installed."""
     if not build_id.CSRC.is_dir():
         return ""
-    root = Path(build_id.CSRC).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "moelora_kernels", "csrc")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return git_commit(build_id.CSRC.parent, ("moelora_kernels", "csrc"))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,11 @@ def _grouped_calls(layer: Layer, draw: _Tensors, split: bool) -> Iterator[Call]:
     yield Call("grouped_shrink_backward", arguments, {})
     dh, u, _ = reference.grouped_shrink_backward(*arguments)
     router = draw.router.weight
-    yield Call("grouped_dx", [dh, dlogits, lora_a, router, routing, ranks, dropout, T], {})
+    # The layer adds the dlogits of a token's experts alone.
+    routed = torch.zeros_like(dlogits, dtype=torch.bool).scatter_(1, experts.long(), True)
+    sparse_dlogits = torch.where(routed, dlogits, 0)
+    arguments = [dh, sparse_dlogits, lora_a, router, routing, ranks, dropout, T, True]
+    yield Call("grouped_dx", arguments, {})
     arguments = [draw.x, dh, dy, u, routing, ranks, dropout, layer.dtype]
     yield Call("grouped_weight_grad", arguments, {})
     yield Call("router_grad", [dlogits, draw.x, layer.dtype], in_parts)

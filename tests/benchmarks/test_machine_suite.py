@@ -94,6 +94,7 @@ def test_quick_run_on_a_cpu(quick_run):
     assert result["schema"] == 1
     assert result["commit"] == "abc123"
     assert result["machine"]["cold_mib"] == 0
+    assert result["machine"]["tuned_tiles"] == "none: not a GPU"
     bench = make_bench()
     fields = set(comparison.empty_row(bench, "copy", "1 MiB", "read + write", "torch"))
     for row in result["rows"]:

@@ -96,6 +96,7 @@ def test_moved_is_what_kernels_load_and_store(name: str, split: int, counted) ->
         (
             "plain",
             "eight_slots",
+            "distinct_experts",
             "mostly_one",
             "empty",
             "long",
@@ -109,6 +110,7 @@ def test_moved_is_what_kernels_load_and_store(name: str, split: int, counted) ->
             "float32_adapters",
         ),
         "plain",
+        "distinct_experts",
         "mixed_ranks",
         "dropout_per_expert",
         "float32_adapters",

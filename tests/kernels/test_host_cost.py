@@ -15,22 +15,22 @@ from support.kernels_on_cpu import kernels_on_cpu
 
 # Layer -> the most Python calls. Raise a number only for work that every call needs.
 LAYER_CALLS = {
-    "wide": dict(inference=66, forward=85, backward=67),
-    "grouped": dict(inference=68, forward=87, backward=68),
-    "siblings": dict(inference=143, forward=167, backward=113),
-    "ffn": dict(inference=173, forward=199, backward=149),
+    "wide": dict(inference=51, forward=58, backward=48),
+    "grouped": dict(inference=53, forward=60, backward=49),
+    "siblings": dict(inference=104, forward=111, backward=81),
+    "ffn": dict(inference=173, forward=193, backward=126),
 }
 # The same on the kernels, with the plans of `plans/`: what runs on a GPU.
 PLANNED_CALLS = {
-    "wide": dict(inference=95, forward=113, backward=102),
-    "grouped": dict(inference=112, forward=130, backward=120),
-    "siblings": dict(inference=185, forward=208, backward=151),
+    "wide": dict(inference=78, forward=85, backward=83),
+    "grouped": dict(inference=95, forward=102, backward=99),
+    "siblings": dict(inference=144, forward=151, backward=122),
 }
 # The same with the plans in the native library.
 NATIVE_CALLS = {
-    "wide": dict(inference=69, forward=87, backward=70),
-    "grouped": dict(inference=71, forward=89, backward=71),
-    "siblings": dict(inference=148, forward=171, backward=113),
+    "wide": dict(inference=56, forward=63, backward=53),
+    "grouped": dict(inference=58, forward=65, backward=54),
+    "siblings": dict(inference=109, forward=116, backward=86),
 }
 # Launcher -> launches, and the most Python calls of all of them.
 LAUNCHER_CALLS = {

@@ -149,14 +149,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def empty_layer(T: int, n: int, R: int, E: int, router: bool = True) -> tuple:
+def empty_layer(
+    T: int, n: int, R: int, E: int, router: bool = True, adapters: torch.dtype = torch.bfloat16
+) -> tuple:
     """Return x, dy and the tensors of n siblings with 4096 features."""
 
-    def siblings(*shape: int) -> list[Tensor]:
-        return [empty(*shape) for _ in range(n)]
+    def siblings(*shape: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        return [empty(*shape, dtype=dtype) for _ in range(n)]
 
-    a, b = siblings(R, 4096), siblings(4096, R)
-    routers = siblings(E, 4096) if router else []
+    a, b = siblings(R, 4096, dtype=adapters), siblings(4096, R, dtype=adapters)
+    routers = siblings(E, 4096, dtype=adapters) if router else []
     tensors = SiblingTensors(siblings(4096, 4096), [], [], a, b, routers, [])
     return empty(T, 4096), siblings(T, 4096), tensors
 
@@ -233,6 +235,54 @@ def test_the_output_of_a_called_base_costs_one_product(n: int, monkeypatch) -> N
     assert not aten.ops
 
 
+@pytest.mark.parametrize("n", (1, 3))
+@pytest.mark.parametrize("T", (2047, 2048))
+def test_float32_adapters_are_cast_in_one_launch(T: int, n: int, monkeypatch) -> None:
+    """From 2048 tokens on. With fewer, only the products of ATen get a cast B."""
+    wide = use_kernels("wide", monkeypatch)
+    ranks = (10,) * 8
+    mixture = Mixture(ranks, (2.0,) * 8, router_top_k=2)
+    x, dy, tensors = empty_layer(T, n, sum(ranks), 8, adapters=torch.float32)
+    # These are copied to the device once.
+    tables.expert_columns(ranks, x.device)
+    tables.scaling_table(mixture.scaling, x.device)
+    with configs.assume("sm_90"), launcher.recording() as launches:
+        with CountLaunches() as forward:
+            _, h, *router_gate = wide._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+        gate = mixture.router_gate(*router_gate)
+        with CountLaunches() as backward:
+            grads = wide._backward(
+                dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, Needs(True, True)
+            )
+    is_cast = T == 2048
+    assert forward.ops == ["_foreach_copy_"] + ["mm", "addmm_"] * n
+    assert backward.ops == ["_foreach_copy_"] * is_cast + ["addmm_"] * n
+    read = {
+        matrix.dtype
+        for launch in launches
+        for name in ("a_ptrs", "b_ptrs")
+        for matrix in launch.arguments.get(name, ())
+    }
+    assert read == {torch.bfloat16 if is_cast else torch.float32}
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert ("resident_dx_kernel" in names) == is_cast
+    # The gradients are stored in the dtype of the parameters: nothing casts them.
+    assert {grads.da.dtype, grads.drouter.dtype, *(db.dtype for db in grads.db)} == {torch.float32}
+
+
+@pytest.mark.parametrize("needs_x", (True, False))
+def test_without_float32_adapters_nothing_is_cast(needs_x: bool, monkeypatch) -> None:
+    wide = use_kernels("wide", monkeypatch)
+    mixture = Mixture((16,) * 8, (2.0,) * 8, router_top_k=2)
+    x, dy, tensors = empty_layer(8192, 1, 128, 8)
+    with CountLaunches() as aten:
+        _, h, *router_gate = wide._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+        gate = mixture.router_gate(*router_gate)
+        needs = Needs(needs_x, True)
+        wide._backward(dy, x, tensors, h, gate, None, mixture, NO_DROPOUT, needs)
+    assert "_foreach_copy_" not in aten.ops
+
+
 # case -> sizes, kernels forward, kernels backward; products of ATen and `route` are not counted.
 GROUPED_LAUNCHES = {
     "E=64 r=64 K=4": (
@@ -247,7 +297,8 @@ GROUPED_LAUNCHES = {
             "reduce_partials": 1,
         },
     ),
-    # No expert can have two whole chunks: nothing to add up.
+    # No expert can have two whole chunks, so nothing adds up dA and dB. The sums of the router are
+    # cut into parts.
     "T=512": (
         dict(E=64, rank=64, K=2, T=512),
         {"router_logits": 1, "reduce_partials": 1, "grouped_shrink": 1, "grouped_expand": 2},
@@ -256,6 +307,7 @@ GROUPED_LAUNCHES = {
             "grouped_expand": 2,
             "grouped_weight_grad": 1,
             "router_grad": 1,
+            "reduce_partials": 1,
         },
     ),
     "qkv": (
@@ -297,3 +349,29 @@ def test_launches_of_grouped_are_counted(
             dy, x, tensors, result.h, gate, None, routing, mixture, NO_DROPOUT, Needs(True, True)
         )
     assert counts(launches) == backward
+
+
+@pytest.mark.parametrize(
+    ("renormalize", "aux", "sparse"),
+    ((True, False, True), (True, True, False), (False, False, False)),
+)
+def test_dx_adds_the_router_without_a_pass_if_dlogits_are_sparse(
+    renormalize: bool, aux: bool, sparse: bool, monkeypatch
+) -> None:
+    """Dense dlogits of 256 experts are multiplied by ATen, which reads and writes dx again."""
+    grouped = use_kernels("grouped", monkeypatch)
+    monkeypatch.setattr(grouped, "route", grouped.route_fake)
+    mixture = Mixture((4,) * 256, (2.0,) * 256, router_top_k=2, renormalize=renormalize)
+    x, dy, tensors = empty_layer(8192, 1, 1024, 256)
+    result = grouped._forward(x, tensors, Gate(*NO_GATE), mixture, NO_DROPOUT)
+    gate, routing = mixture.router_gate(*result[2:5]), Routing(*result[5:])
+    dlogits = empty(8192, 256, dtype=torch.float32) if aux else None
+    with launcher.recording() as launches, CountLaunches() as aten:
+        grouped._backward(
+            dy, x, tensors, result.h, gate, dlogits, routing, mixture, NO_DROPOUT,
+            Needs(True, False),
+        )  # fmt: skip
+    expands = [each for each in launches if each.kernel.fn.__name__ == "grouped_expand_kernel"]
+    assert [each.constants["SPARSE_DLOGITS"] for each in expands] == [sparse, sparse]
+    # The product of dy and W; the other one of dlogits and Wr.
+    assert aten.ops.count("addmm_") == (1 if sparse else 2)

@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraFFN, MoeLoraLinear, set_tasks
@@ -127,6 +129,24 @@ def test_reset_parameters():
     layer.reset_parameters()
     torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=1e-12, atol=1e-12)
     assert layer.lora_A.requires_grad
+
+
+def test_a_forward_computes_a_parametrized_adapter_once():
+    """Each computation of a spectral norm is one more power iteration."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, values):
+            Counted.calls += 1
+            return 2 * values
+
+    layer = make_layer()
+    for name in ("lora_A", "lora_B"):
+        parametrize.register_parametrization(layer, name, Counted())
+    Counted.calls = 0
+    layer(torch.randn(3, IN, dtype=torch.float64))
+    assert Counted.calls == 2
 
 
 def test_frozen_adapters_and_an_unfrozen_base():

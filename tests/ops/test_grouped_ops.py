@@ -26,9 +26,9 @@ from support.op_checks import GROUPED_OPS, check
 # The Triton kernels run by default in float16 on these cases: tails, empty experts and tokens,
 # ranks and sizes past a tile, each form of an id, start and mask.
 IN_FLOAT16 = (
-    "plain", "one_slot", "eight_slots", "mostly_one", "empty", "long", "mixed_ranks", "wide",
-    "no_token", "one_token", "nothing_routed_int64", "siblings", "dropout_per_expert",
-    "float32_adapters",
+    "plain", "one_slot", "eight_slots", "distinct_experts", "mostly_one", "empty", "long",
+    "mixed_ranks", "wide", "no_token", "one_token", "nothing_routed_int64", "siblings",
+    "dropout_per_expert", "float32_adapters",
 )  # fmt: skip
 # Other dtypes change casts and products, and no addresses. Two passes at most: Triton's interpreter
 # cuts a float32 down to bfloat16, which a GPU rounds, in every pass.

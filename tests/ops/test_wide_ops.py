@@ -25,7 +25,7 @@ from support.op_checks import WIDE_OPS, check
 
 # The Triton kernels run by default in every dtype on these cases, and in float16 on all others but
 # the slowest: another dtype changes casts and products, and no addresses.
-EVERY_DTYPE = ("plain", "float32_adapters")
+EVERY_DTYPE = ("plain", "float32_adapters", "float32_routers")
 SLOWEST = ("long", "many_experts", "rows_int64", "siblings_sparse")
 
 # PTX runs in every case in bfloat16. Another dtype changes casts and products, and no addresses; in
@@ -44,6 +44,7 @@ PTX_ON_ONE_ARCHITECTURE = {
     "all_experts-bf16": "sm_80", "all_experts_softmax-bf16": "sm_90",
     "softmax_before_topk-bf16": "sm_80", "sparse_int64-bf16": "sm_90", "rows_int64-bf16": "sm_80",
     "plain-fp16": "sm_90", "float32_adapters-fp16": "sm_80",
+    "float32_routers-fp16": "sm_90",
     "many_experts-fp32": "sm_80", "rows-fp32": "sm_90", "one_row-fp32": "sm_80",
     "share_a_dense-fp32": "sm_90", "dropout_per_expert-fp32": "sm_90",
 }  # fmt: skip

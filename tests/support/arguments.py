@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from moelora_kernels import reference
+from moelora_kernels.testing import ROUTINGS
 from moelora_kernels.types import NO_DROPOUT, RouterTensors, Routing
 from support.inputs import Inputs
 
@@ -114,10 +116,17 @@ def grouped_expand(inputs: Inputs) -> list[list]:
 def grouped_dx(inputs: Inputs) -> list:
     i = inputs
     dh, *_ = reference.grouped_shrink_backward(*grouped_shrink_backward(i))
-    sizes = i.case.ranks, i.dropout, i.case.T
+    c = i.case
     # Rows of tokens, also if x has a row for every pair.
-    dlogits = i.dlogits[: i.case.T]
-    return [dh, dlogits, i.lora_a, i.router_weight, routing(i), *sizes]
+    dlogits = i.dlogits[: c.T]
+    # The experts of a token differ in these routings.
+    sparse = c.routing in ROUTINGS
+    if sparse:
+        routed = torch.zeros(c.T, c.n, len(c.ranks), dtype=torch.bool, device=dlogits.device)
+        routed.scatter_(2, i.experts.view(c.T, c.n, c.K).long(), True)
+        dlogits = torch.where(routed.view(dlogits.shape), dlogits, 0)
+    sizes = c.ranks, i.dropout, c.T
+    return [dh, dlogits, i.lora_a, i.router_weight, routing(i), *sizes, sparse]
 
 
 def grouped_weight_grad(inputs: Inputs) -> list:

@@ -45,6 +45,8 @@ class Case(NamedTuple):
     per_expert: bool = False
     # Dtype of A, B and the routers; None: the dtype of x.
     adapters: torch.dtype | None = None
+    # Dtype of the routers; None: the dtype of A and B.
+    routers: torch.dtype | None = None
     # The tensor that y begins with: "" (none), "bias" [O], "base" [T, O], or "base_float32",
     # which is [T, O] in float32. A whole layer takes "" and "bias".
     start: str = ""
@@ -108,6 +110,8 @@ WIDE = {
     "dropout": Case(dropout=0.25, n=2),
     "dropout_per_expert": Case(dropout=0.25, per_expert=True, n=2, ranks=(1, 5, 16)),
     "float32_adapters": Case(n=2, adapters=torch.float32, router_bias=True),
+    # The kernels get cast A and B beside float32 routers.
+    "float32_routers": Case(n=2, routers=torch.float32, router_bias=True),
 }
 
 # The ops of the grouped form. name -> case; the comment says what it would catch.
@@ -121,6 +125,8 @@ GROUPED = {
     # As many sums in 16 bits would round too often.
     "eight_slots": grouped_case(T=7, K=8, ranks=(2,) * 10),
     "one_expert": grouped_case(K=1, ranks=(5,)),
+    # Different experts in a token: dx reads the dlogits of these alone.
+    "distinct_experts": grouped_case(n=2, ranks=(4, 9, 16, 2, 4), routing="uniform"),
     # All pairs to the last expert: every other is empty, and its gradients are exact zeros; one
     # sum over all chunks. A token names its expert twice.
     "skew": grouped_case(T=75, routing="last", start="bias"),

@@ -65,6 +65,7 @@ class Inputs:
         E, R, sizes = len(case.ranks), sum(case.ranks), case.out_features
         tokens = T * K if case.per_pair else T
         adapters, gate_dtype = option(case.adapters), option(case.gate_dtype)
+        routers = option(case.routers or case.adapters)
         self.case, self.dtype = case, dtype
         self.scaling = tuple(0.5 + 0.25 * (e % 5) for e in range(E))
         self.seed = torch.tensor([-5_000_000_003], device=device) if case.dropout else None
@@ -86,8 +87,8 @@ class Inputs:
             if case.gate == "rows":
                 ids = torch.randint(-1, G + 1, (T,), generator=generator, device=device)
                 self.rows = ids.to(case.ids)
-        self.router_weight = [normal(E, I, to=adapters).div(I**0.5) for _ in sizes]
-        self.router_bias = [normal(E, to=adapters) for _ in sizes] if case.router_bias else []
+        self.router_weight = [normal(E, I, to=routers).div(I**0.5) for _ in sizes]
+        self.router_bias = [normal(E, to=routers) for _ in sizes] if case.router_bias else []
         self.dlogits = normal(tokens, n * E, to=reference.compute_dtype(self.x))
         if case.gate == "sparse":
             self.gate_weights = normal(T, n * K, to=gate_dtype)

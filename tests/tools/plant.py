@@ -101,6 +101,23 @@ FAULTS = (
         GROUPED, "grouped_expand-large_ranks",
     ),
     Fault(
+        "grouped_dx: dlogits of sibling 0", "grouped_expand.py",
+        "                logit_ptr = dlogits_ptr + tokens * L + expert",
+        "                logit_ptr = dlogits_ptr + tokens * L + local_expert",
+        GROUPED, "grouped_dx-distinct_experts",
+    ),
+    Fault(
+        "grouped_dx: router of sibling 0", "grouped_expand.py",
+        "                    router_row = router_ptr + expert.to(tl.int64) * O",
+        "                    router_row = router_ptr + local_expert.to(tl.int64) * O",
+        GROUPED, "grouped_dx-distinct_experts",
+    ),
+    Fault(
+        "grouped_dx: dlogits of the first slot alone", "grouped_expand.py",
+        "        if not sparse_dlogits:", "        if True:",
+        GROUPED, "grouped_dx-distinct_experts",
+    ),
+    Fault(
         "reduce_chunks: last chunk", "common/chunks.py",
         "        for position in range(first, expert_end - size + 1, size):",
         "        for position in range(first, expert_end - 2 * size + 1, size):",

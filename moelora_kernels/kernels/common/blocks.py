@@ -42,7 +42,7 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
         ("weight_grad_few", 2): ((3, 3), (3, 3), (2, 2), (2, 1)),
         ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
         ("router_logits", 4): ((6, 6), (4, 4), (2, 2)),
-        ("router_grad", 2): ((3, 3), (3, 3), (2, 2)),
+        ("router_grad", 2): ((3, 3), (3, 3), (1, 1)),
         ("router_grad", 4): ((5, 5), (4, 4), (1, 1)),
     },
     "sm_100": {

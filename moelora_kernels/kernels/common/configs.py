@@ -104,7 +104,8 @@ _SM_90 = {
     ("router_logits", 4, 64): TileConfig(64, 32, 8, 3),
     ("router_grad", 2, 16): TileConfig(64, 128, 4, 3),
     ("router_grad", 2, 32): TileConfig(64, 128, 4, 3),
-    ("router_grad", 2, 64): TileConfig(64, 128, 8, 3),
+    # Twice the columns of the other entries: dlogits are read half as often.
+    ("router_grad", 2, 64): TileConfig(32, 256, 8, 3),
     ("router_grad", 4, 16): TileConfig(32, 64, 4, 3),
     ("router_grad", 4, 32): TileConfig(32, 64, 4, 3),
     ("router_grad", 4, 64): TileConfig(32, 64, 8, 3),
@@ -194,6 +195,7 @@ _SM_120 = {
     **_SM_89,
     # Entries with a limit: without it, ptxas of Triton 3.6 spills two to four registers.
     ("shrink_gate", 2, 64): TileConfig(32, 64, 8, 3),
+    ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3, registers=255),
     ("shrink_gate", 4, 64): TileConfig(32, 32, 8, 3),
     ("shrink_gate_backward", 2, 64): TileConfig(64, 64, 8, 3, registers=255),
     ("shrink_gate_backward", 2, 128): TileConfig(16, 64, 8, 3),

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language import core
 
-# The first Triton that orders the steps of a wgmma by itself (`kernels/README.md`).
-ORDERED_TRITON = (3, 9)
+# Whether this Triton orders the steps of a wgmma by itself, from 3.9 on (`kernels/README.md`).
+IS_ORDERED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 9)
 
 
 def _is_wgmma(semantic) -> bool:
@@ -21,14 +21,10 @@ def _is_wgmma(semantic) -> bool:
     return semantic.builder.options.arch == "sm90"
 
 
-def _is_ordered() -> bool:
-    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= ORDERED_TRITON
-
-
 @core.builtin
 def fence_copies(_semantic=None):
     """Let wgmma see the bytes that asynchronous copies wrote to shared memory."""
-    if _is_wgmma(_semantic) and not _is_ordered():
+    if _is_wgmma(_semantic) and not IS_ORDERED:
         core.inline_asm_elementwise(
             "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r,r", [0], core.int32,
             is_pure=False, pack=1, _semantic=_semantic,
@@ -38,7 +34,7 @@ def fence_copies(_semantic=None):
 @core.builtin
 def before_product(left, _semantic=None):
     """Return an operand that is computed in registers before a wgmma begins to read them."""
-    if not _is_wgmma(_semantic) or _is_ordered():
+    if not _is_wgmma(_semantic) or IS_ORDERED:
         return left
     return core.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [left], left.dtype, is_pure=False,
@@ -50,9 +46,9 @@ def before_product(left, _semantic=None):
 def after_product(total, wait, _semantic=None):
     """Return `total` after the end of the wgmma that computes it, if this must be waited for.
 
-    wait: the package asks for it. Triton before ORDERED_TRITON needs it everywhere.
+    wait: the package asks for it. Without IS_ORDERED it is needed everywhere.
     """
-    if not _is_wgmma(_semantic) or (_is_ordered() and not wait):
+    if not _is_wgmma(_semantic) or (IS_ORDERED and not wait):
         return total
     # No instruction: Triton waits because the loop uses the result.
     return core.inline_asm_elementwise(
