@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -255,21 +256,32 @@ def problems(report: dict, bounds: dict) -> list[str]:
     return texts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Model all layers; with --check, return 1 if the committed report is exceeded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gpus", type=lambda text: text.split(","), default=list(GPUS))
-    parser.add_argument("--launches", action="store_true", help="print every launch")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write budget.json and budget.md")
-    parser.add_argument("--check", action="store_true", help="compare with the committed report")
+def parse_compiling(
+    parser: argparse.ArgumentParser, gpus: Iterable[str], arguments: list[str] | None
+) -> argparse.Namespace:
+    """Return the arguments of a command that compiles kernels, with --gpus and --jobs.
+
+    gpus: the default of --gpus.
+    """
+    parser.add_argument("--gpus", type=lambda text: text.split(","), default=list(gpus))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
     if unknown := sorted({*args.gpus} - {*GPUS}):
         parser.error(f"--gpus: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Model all layers; with --check, return 1 if the committed report is exceeded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--launches", action="store_true", help="print every launch")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write budget.json and budget.md")
+    parser.add_argument("--check", action="store_true", help="compare with the committed report")
+    args = parse_compiling(parser, GPUS, arguments)
     codes = compile_all(args.gpus, args.jobs, layers())
     cells = [cell(name, layer, codes) for name in args.gpus for layer in layers()]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}

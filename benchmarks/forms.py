@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -85,14 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpus", type=lambda text: text.split(","), default=list(MODELLED))
     parser.add_argument("--out", type=Path, metavar="DIR", help="write forms.json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args(arguments)
-    if unknown := sorted({*args.gpus} - {*GPUS}):
-        parser.error(f"--gpus: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
+    args = budget.parse_compiling(parser, MODELLED, arguments)
     print("Modelled, not measured:")
     rows = []
     for name in args.gpus:

@@ -279,7 +279,7 @@ def _keep_tensors(
 def _kept_tensors(ctx: Any, error: RuntimeError) -> list[Tensor | None]:
     """Return the saved tensors, which torch has freed. Raise RuntimeError if they are not kept."""
     kept = getattr(ctx, "kept", None)
-    is_one_layer = len(ctx.needs_input_grad) == _NUM_INPUTS + len(LinearTensors._fields)
+    is_one_layer = len(ctx.needs_input_grad) == _NUM_INPUTS + _NUM_FIELDS
     if kept is None and is_one_layer:
         raise error
     if kept is None:
