@@ -39,7 +39,10 @@ def cuda_part(version: str | None, home: str | None) -> dict:
         return without("MOELORA_CUDA", f"MOELORA_CUDA=0, no {nvcc} or torch.version.cuda={version}")
     newest = "10.0" if b"sm_100" in subprocess.check_output([nvcc, "--list-gpu-code"]) else "9.0"
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.9;9.0a;{newest}+PTX")
-    flags = {"cxx": [*CXX_FLAGS, "-DMOELORA_CUDA"], "nvcc": NVCC_FLAGS}
+    # Some kernels have code for sm_90a alone.
+    defines = ["-DMOELORA_SM_90A"] if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"] else []
+    cxx_flags = [*CXX_FLAGS, "-DMOELORA_CUDA", *defines]
+    flags = {"cxx": cxx_flags, "nvcc": [*NVCC_FLAGS, *defines]}
     link_flags = [*LINK_FLAGS, "-ltorch_cuda"]
     return dict(sources=CPP + CU, extra_compile_args=flags, extra_link_args=link_flags)
 

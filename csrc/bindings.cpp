@@ -47,16 +47,21 @@ pybind11::dict build_info() {
 #endif
   info["simd_chosen"] = moelora::simd_level_name(moelora::simd_level());
   info["ops"] = pybind11::make_tuple(
-      "dropout", "weight_grad", "grouped", "grouped_backward", "grouped_dx", "grouped_expand",
-      "grouped_weight_grad", "grouped_shrink", "grouped_shrink_backward", "route", "router_grad",
-      "router_logits", "shrink_dx", "shrink_gate", "shrink_gate_backward", "topk_gate",
-      "topk_gate_backward", "wide", "wide_backward");
+      "dropout", "ffn_inner", "ffn_inner_backward", "weight_grad", "grouped", "grouped_backward",
+      "grouped_dx", "grouped_expand", "grouped_weight_grad", "grouped_shrink",
+      "grouped_shrink_backward", "route", "router_grad", "router_logits", "shrink_dx",
+      "shrink_gate", "shrink_gate_backward", "topk_gate", "topk_gate_backward", "wide",
+      "wide_backward");
   // The ops on CUDA tensors, and the GPUs that they are compiled for. Both are empty without
   // csrc/cuda.
   info["cuda_ops"] = pybind11::make_tuple();
   pybind11::list gpus;
 #if defined(MOELORA_CUDA)
+#if defined(MOELORA_SM_90A)
+  info["cuda_ops"] = pybind11::make_tuple("cluster_shrink", "route");
+#else
   info["cuda_ops"] = pybind11::make_tuple("route");
+#endif
   for (int architecture : moelora::architectures()) {
     gpus.append("sm_" + std::to_string(architecture / 10));
   }

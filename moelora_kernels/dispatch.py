@@ -29,6 +29,10 @@ class Threshold(NamedTuple):
     tokens: int
     # How the two numbers were found.
     source: str
+    # Up to this R, whole-FFN experts are fused, if their activation can be; None if the device has
+    # no kernel for it. With more ranks the gradients of a strip of columns do not fit into a cache.
+    # Modelled.
+    ffn_rank: int | None = None
 
 
 # benchmarks/model/forms.py has the rule of `tokens`.
@@ -41,6 +45,7 @@ THRESHOLDS = {
         32,
         1,
         "measured: benchmarks/results/amd-epyc-2-cores/grouped.json, not below 1024 tokens",
+        ffn_rank=1024,
     ),
     "sm_80": Threshold(205, 512, _MODEL),
     "sm_89": Threshold(230, 4096, _MODEL),
@@ -100,6 +105,16 @@ def choose_impl(
     threshold = THRESHOLDS[device_class(device)]
     few = tokens < threshold.tokens
     return "wide" if few or total_rank <= threshold.columns * top_k else "grouped"
+
+
+def choose_ffn(device: str, *, total_rank: int) -> str:
+    """Return how impl="auto" computes whole-FFN experts: "fused" or "grouped".
+
+    total_rank: R, the sum of the ranks of one of the three linears.
+    """
+    limit = THRESHOLDS[device_class(device)].ffn_rank
+    is_fused = limit is not None and total_rank <= limit and not _grouped_ops_problem(device)
+    return "fused" if is_fused else "grouped"
 
 
 def _sparse(top_k: int | None, num_experts: int) -> int | None:

@@ -33,6 +33,10 @@ TILE = 64
 CHUNK = 1024
 
 
+# The activations that the op `ffn_inner` computes.
+FFN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
 class LinearTensors(NamedTuple):
     """The tensors of one linear. A layer is one linear, or n siblings that read the same x.
 
@@ -264,6 +268,40 @@ class FfnTensors(NamedTuple):
     up_b: Tensor  # [F, R]
     down_a: Tensor  # [R, F]
     down_b: Tensor  # [I, R]
+
+
+class InnerInputs(NamedTuple):
+    """The frozen products of gate and up, and their rank space: inputs of the op `ffn_inner`."""
+
+    gate_out: Tensor  # [T, F], the output of the frozen gate projection
+    up_out: Tensor  # [T, F], the output of the frozen up projection
+    # scale_e A_e dropout(x_p) by sorted position, [P, largest rank], without the gate weight.
+    u_gate: Tensor
+    u_up: Tensor
+
+
+class InnerAdapters(NamedTuple):
+    """The adapter matrices of whole-FFN experts that have the intermediate features."""
+
+    gate_b: Tensor  # [F, R]
+    up_b: Tensor  # [F, R]
+    down_a: Tensor  # [R, F]
+
+
+class InnerGrads(NamedTuple):
+    """The results of the op `ffn_inner_backward`."""
+
+    dgate_out: Tensor  # [T, F], x's dtype
+    dup_out: Tensor  # [T, F], x's dtype
+    # The gradients of A_e dropout(x_p) by sorted position, [P, largest rank] in x's dtype.
+    dh_gate: Tensor
+    dh_up: Tensor
+    # [T, K] in the compute dtype: the part that comes through `summed`.
+    dweights: Tensor
+    # The gradients of `InnerAdapters`, each in the dtype of its matrix; empty if not needed.
+    dgate_b: Tensor
+    dup_b: Tensor
+    ddown_a: Tensor
 
 
 def count_tiles(pairs: int, experts: int, size: int) -> int | torch.SymInt:

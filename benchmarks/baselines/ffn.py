@@ -11,6 +11,7 @@ Frozen products of a token, in units of one linear:
     gate and up once, down once on the sum of g_e a_e                          3
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,11 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, e: int, base: Tensor | None = None) -> Tensor:
         base = self.base(x) if base is None else base
-        return base + F.linear(F.linear(x, self.A[e]) * self.scaling, self.B[e])
+        return base + self.lora(x, e)
+
+    def lora(self, x: Tensor, e: int) -> Tensor:
+        """Return scale B_e A_e x."""
+        return F.linear(F.linear(x, self.A[e]) * self.scaling, self.B[e])
 
     def gradients(self) -> dict[str, Tensor]:
         return {
@@ -126,17 +131,22 @@ class Loop(Network):
         self.top_k = layer.top_k
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
+        y = torch.zeros_like(x)
+        for e, token, weight, a in self.activations(x):
+            y = y.index_add(0, token, self.down_proj(a, e) * weight)
+        return (y,)
+
+    def activations(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Yield, for each expert e: e, its tokens [n], their weights [n, 1], and a_e [n, F]."""
         top, experts = F.linear(x, self.router).float().topk(self.top_k, dim=-1)
         weights = top.softmax(dim=-1).to(x.dtype)
         bases = [linear.base(x) for linear in (self.gate_proj, self.up_proj)] if self.shared else []
-        y = torch.zeros_like(x)
         for e in range(len(self.gate_proj.A)):
             token, slot = torch.where(experts == e)
             rows = x.index_select(0, token)
             gate, up = [base.index_select(0, token) for base in bases] or (None, None)
             a = F.silu(self.gate_proj(rows, e, gate)) * self.up_proj(rows, e, up)
-            y = y.index_add(0, token, self.down_proj(a, e) * weights[token, slot, None])
-        return (y,)
+            yield e, token, weights[token, slot, None], a
 
     def gradients(self) -> dict[str, Tensor]:
         return super().gradients() | {"drouter_weight": self.router.grad}
@@ -146,6 +156,21 @@ class SharedLoop(Loop):
     """The loop; gate and up of the frozen network run once for all tokens: 2 + K products."""
 
     shared = True
+
+
+class SharedDownLoop(SharedLoop):
+    """The loop with shared gate and up; down of the frozen network runs once: 3 products.
+
+    It is linear, so it runs on the weighted sum of the experts' activations.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        summed = x.new_zeros(len(x), self.down_proj.base.in_features)
+        y = torch.zeros_like(x)
+        for e, token, weight, a in self.activations(x):
+            summed.index_add_(0, token, a * weight)
+            y.index_add_(0, token, self.down_proj.lora(a, e) * weight)
+        return (self.down_proj.base(summed) + y,)
 
 
 class FrozenMlp(nn.Module):
@@ -194,8 +219,10 @@ class MoeLora(nn.Module):
         return (self.module(x),)
 
     def implementation(self, x: Tensor) -> str:
-        """Return "grouped": the activation between the products leaves no other formulation."""
-        return "grouped"
+        """Return the formulation that the layer takes: "fused" or "grouped"."""
+        from moelora_kernels import dispatch
+
+        return dispatch.choose_ffn(x.device.type, total_rank=sum(self.module.mixture.ranks))
 
     def gradients(self) -> dict[str, Tensor]:
         gradients = {"drouter_weight": self.module.router.weight.grad}
@@ -212,4 +239,5 @@ PROVIDERS = {
     "plain_lora": Provider(lambda layer: Network(ActiveLora, layer), "active"),
     "loop": Provider(Loop, "mixture"),
     "loop_shared": Provider(SharedLoop, "mixture"),
+    "loop_shared_down": Provider(SharedDownLoop, "mixture"),
 }

@@ -15,6 +15,7 @@ STYLES = {
     "plain_lora": ("#2ca02c", ":"),
     "loop": ("#9467bd", "-."),
     "loop_shared": ("#e377c2", "-."),
+    "loop_shared_down": ("#7f3f6f", "-."),
     "stacked": ("#8c564b", "-."),
     "grouped_mm": ("#ff7f0e", "-."),
 }

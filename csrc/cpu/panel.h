@@ -14,8 +14,8 @@
 
 namespace moelora {
 
-// `panel` computes a multiple of this many rows and columns. Then every block that it works on has
-// 16 vectors of sums with AVX-512, or 8 with narrower vectors.
+// `panel` computes a multiple of this many columns. With as many rows, every block that it works on
+// has 16 vectors of sums with AVX-512, or 8 with narrower vectors.
 constexpr int64_t PANEL = 16;
 
 // Returns `count`, rounded up to a multiple of PANEL.
@@ -226,22 +226,29 @@ MOELORA_INLINE void panel_block(const Factors<Unit>& left, const Unit* right, in
   }
 }
 
-// `panel_block` for a multiple of ROWS rows.
+// `panel_block` for a multiple of 4 rows.
 template <int BYTES, int VECTORS, class Unit, class C>
 MOELORA_INLINE void panel_rows(int64_t rows, const Factors<Unit>& left, const Unit* right,
                                int64_t right_stride, int64_t steps, C* out, int64_t out_stride) {
   constexpr int SUMS = BYTES == 64 ? 16 : 8;
   constexpr int ROWS = SUMS / VECTORS;
-  for (int64_t row = 0; row < rows; row += ROWS) {
-    const Factors<Unit> left_rows{left.data + row * left.row_stride, left.row_stride,
-                                  left.step_stride};
-    C* out_rows[ROWS];
-    for (int64_t k = 0; k < ROWS; ++k) out_rows[k] = out + (row + k) * out_stride;
-    panel_block<BYTES, ROWS, VECTORS>(left_rows, right, right_stride, steps, out_rows);
-  }
+  int64_t row = 0;
+  const auto blocks = [&](auto block_rows) MOELORA_INLINE_LAMBDA {
+    constexpr int BLOCK = block_rows();
+    for (; row + BLOCK <= rows; row += BLOCK) {
+      const Factors<Unit> left_rows{left.data + row * left.row_stride, left.row_stride,
+                                    left.step_stride};
+      C* out_rows[BLOCK];
+      for (int64_t k = 0; k < BLOCK; ++k) out_rows[k] = out + (row + k) * out_stride;
+      panel_block<BYTES, BLOCK, VECTORS>(left_rows, right, right_stride, steps, out_rows);
+    }
+  };
+  blocks(std::integral_constant<int, ROWS>{});
+  if constexpr (ROWS > 8) blocks(std::integral_constant<int, 8>{});
+  if constexpr (ROWS > 4) blocks(std::integral_constant<int, 4>{});
 }
 
-// out[row, column] += sum_n left(row, n) * right[n, column]. Rows and columns are multiples of
+// out[row, column] += sum_n left(row, n) * right[n, column]. Rows are a multiple of 4, columns of
 // PANEL; n counts `steps` units.
 template <int BYTES, class Unit, class C>
 MOELORA_INLINE void panel(int64_t rows, int64_t columns, const Factors<Unit>& left,

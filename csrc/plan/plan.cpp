@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <bit>
 
 #include "driver.h"
 
@@ -44,6 +45,9 @@ struct Tensors {
     return Handle(result);
   }
 };
+
+// Returns the float64 with these bits.
+double number(int64_t bits) { return std::bit_cast<double>(bits); }
 
 void launch(const Step& step, const Tensors& tensors, const Driver& functions, void* stream) {
   constexpr size_t LIMIT = 128;
@@ -89,6 +93,25 @@ void route(const Step& step, Tensors& tensors) {
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("moelora::route", "", stack.data(), TORCH_ABI_VERSION));
   for (size_t i = 0; i < 4; ++i) tensors.set(step.tensors[i], to<AtenTensorHandle>(stack[i]));
+}
+
+void cluster_shrink(const Step& step, Tensors& tensors) {
+  namespace stable = torch::stable::detail;
+  const auto begin = step.options.begin() + 4;
+  const int64_t experts = step.options[2];
+  std::vector<double> scaling;
+  for (int64_t e = 0; e < experts; ++e) scaling.push_back(number(begin[experts + e]));
+  std::array<StableIValue, 9> stack;
+  for (size_t i = 0; i < 4; ++i) stack[i] = stable::from(tensors.view(step.views[i]).release());
+  stack[4] = stable::from(std::vector<int64_t>(begin, begin + experts));
+  stack[5] = stable::from(scaling);
+  stack[6] = stable::from(step.options[0]);
+  stack[7] = stable::from(step.options[1] != 0);
+  stack[8] = stable::from(number(step.options[3]));
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("moelora::cluster_shrink", "", stack.data(), TORCH_ABI_VERSION));
+  for (size_t i = 0; i < 5; ++i)
+    tensors.set(step.tensors[i], stable::to<AtenTensorHandle>(stack[i]));
 }
 
 }  // namespace
@@ -186,6 +209,9 @@ std::vector<Handle> Plan::replay(const std::vector<AtenTensorHandle>& inputs,
         break;
       case Kind::ROUTE:
         route(step, tensors);
+        break;
+      case Kind::CLUSTER_SHRINK:
+        cluster_shrink(step, tensors);
         break;
       case Kind::RELEASE:
         for (int64_t number : step.tensors) tensors.release(number);

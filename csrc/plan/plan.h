@@ -67,11 +67,22 @@ struct Parameter {
   int64_t value;
 };
 
-enum class Kind : int64_t { ALLOCATE, LAUNCH, MM, ADDMM, COPY, COPY_ALL, ROUTE, RELEASE };
+enum class Kind : int64_t {
+  ALLOCATE,
+  LAUNCH,
+  MM,
+  ADDMM,
+  COPY,
+  COPY_ALL,
+  ROUTE,
+  RELEASE,
+  CLUSTER_SHRINK
+};
 
 struct Step {
   Kind kind;
-  // ALLOCATE: the tensor. ROUTE: the four tensors. RELEASE: the tensors.
+  // ALLOCATE: the tensor. ROUTE: the four results. CLUSTER_SHRINK: the five results. RELEASE: the
+  // tensors.
   std::vector<int64_t> tensors;
   // ALLOCATE.
   std::vector<int64_t> sizes;
@@ -84,9 +95,10 @@ struct Step {
   unsigned shared = 0;
   std::vector<Parameter> parameters;
   // MM, ADDMM and COPY: the output, then the inputs. COPY_ALL: the outputs, then the inputs. ROUTE:
-  // the experts.
+  // the experts. CLUSTER_SHRINK: x, A, the router's weight and its bias.
   std::vector<View> views;
-  // ROUTE: num_experts, siblings, tile, chunk.
+  // ROUTE: num_experts, siblings, tile, chunk. CLUSTER_SHRINK: top_k, renormalize, E, temperature,
+  // E ranks, E scales; numbers with a fraction as the bits of a float64.
   std::vector<int64_t> options;
 
   explicit Step(Numbers& numbers);

@@ -1,18 +1,20 @@
-"""The autograd Function of whole-FFN experts.
+"""Whole-FFN experts with gradients, and the autograd Function that works on matrices of pairs.
 
 Pair t K + k is slot k of token t; a matrix of pairs has P = T K rows. The layer calls the frozen
-linears, once per token. This module computes the steps between them, on matrices of P rows.
+linears, once per token. `FfnExperts` computes the steps between them, on matrices of P rows, with
+any activation. `FusedFfnExperts` of ffn_fused.py computes them without these matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelora_kernels import ops, reference
+from moelora_kernels import dispatch, ops, reference
+from moelora_kernels.autograd.ffn_fused import FusedFfnExperts
+from moelora_kernels.autograd.ffn_inputs import Activation, FfnInputs, activation_name
 from moelora_kernels.numerics import is_autocast
 from moelora_kernels.ops.apply import apply
 from moelora_kernels.ops.wide import matrix
@@ -23,36 +25,6 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # `apply` that torch.compile does not compile.
 _apply_eagerly = torch._disable_dynamo(apply)
-
-Activation = Callable[[Tensor], Tensor]
-
-
-class _Inputs(NamedTuple):
-    """The inputs of `FfnExperts.forward`; T tokens, K slots, F intermediate_size."""
-
-    mixture: FfnMixture
-    activation: Activation
-    dropout: tuple[float, bool]  # p and per_expert, of x and of the activation
-    x: Tensor  # [T, I]
-    gate_out: Tensor  # [T, F]
-    up_out: Tensor  # [T, F]
-    weights: Tensor  # [T, K]
-    order: Tensor
-    offsets: Tensor
-    tiles: Tensor
-    chunks: Tensor
-    seed_x: Tensor | None
-    seed_a: Tensor | None
-    gate_a: Tensor
-    gate_b: Tensor
-    up_a: Tensor
-    up_b: Tensor
-    down_a: Tensor
-    down_b: Tensor
-
-    @property
-    def routing(self) -> Routing:
-        return Routing(self.order, self.offsets, self.tiles, self.chunks)
 
 
 class _Saved(NamedTuple):
@@ -74,7 +46,7 @@ class FfnExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        i = _Inputs(*inputs)
+        i = FfnInputs(*inputs)
         ranks, scaling, _ = i.mixture
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         u_gate, u_up = (
@@ -90,7 +62,7 @@ class FfnExperts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        i, saved = _Inputs(*inputs), _Saved(*output[2:])
+        i, saved = FfnInputs(*inputs), _Saved(*output[2:])
         if i.mixture.recompute:
             saved = saved._replace(z_gate=i.gate_out, z_up=i.up_out)
         ctx.static = inputs[:3]
@@ -106,7 +78,7 @@ class FfnExperts(torch.autograd.Function):
         count = len(_Saved._fields)
         z_gate, z_up, u_gate, u_up, h = tensors[:count]
         x, *others = tensors[count:]
-        i, needs = _Inputs(*ctx.static, x, None, None, *others), _Inputs(*ctx.needs_input_grad)
+        i, needs = FfnInputs(*ctx.static, x, None, None, *others), FfnInputs(*ctx.needs_input_grad)
         ranks, scaling, recompute = i.mixture
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         T, weights, routing = x.shape[0], i.weights, i.routing
@@ -161,7 +133,7 @@ class FfnExperts(torch.autograd.Function):
                         dh, [lora_a.t()], dx, routing, ranks, dropout_x, tokens=T
                     )
             grads["x"] = dx
-        return tuple([grads.get(name) for name in _Inputs._fields])
+        return tuple([grads.get(name) for name in FfnInputs._fields])
 
 
 def _adapted(
@@ -236,7 +208,7 @@ def ffn_experts(
     tensors: FfnTensors,
     dropout_x: Dropout = NO_DROPOUT,
     dropout_a: Dropout = NO_DROPOUT,
-    impl: str = "grouped",
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.ffn` with its gradients. The caller has checked and cast the arguments.
 
@@ -250,7 +222,8 @@ def ffn_experts(
         tensors: A and B of the three linears.
         dropout_x: applied to x before the A of gate and up.
         dropout_a: applied to the activation before the A of down; p and per_expert as dropout_x.
-        impl: "grouped" or "reference".
+        impl: "auto", "fused", "grouped" or "reference". "auto" is "fused" or "grouped": see
+            `dispatch.choose_ffn`. "fused" needs an activation of FFN_ACTIVATIONS.
 
     Returns:
         summed [T, F] and delta [T, I], see `reference.ffn`.
@@ -265,6 +238,16 @@ def ffn_experts(
             return reference.ffn(*inputs)
         with torch.autocast(x.device.type, enabled=False):
             return reference.ffn(*inputs)
+    routing = ops.route(experts, len(mixture.ranks))
+    options = (
+        dropout_x[:2], x, gate_out, up_out, weights, *routing, dropout_x.seed, dropout_a.seed,
+        *tensors,
+    )  # fmt: skip
+    name = None if impl == "grouped" else activation_name(activation)
+    if impl == "auto":
+        impl = dispatch.choose_ffn(x.device.type, total_rank=sum(mixture.ranks))
+    if impl == "fused" and name is not None:
+        return apply(FusedFfnExperts, mixture, name, *options)[:2]
     call = apply
     if torch.is_grad_enabled() and TORCH < (2, 13):
         # Older versions compile a wrong gradient of the activation, without an error. Without
@@ -275,9 +258,4 @@ def ffn_experts(
             )
         # The compiler would then try to compile the functions that the layer calls.
         call = _apply_eagerly
-    routing = ops.route(experts, len(mixture.ranks))
-    inputs = (
-        mixture, activation, dropout_x[:2], x, gate_out, up_out, weights, *routing,
-        dropout_x.seed, dropout_a.seed, *tensors,
-    )  # fmt: skip
-    return call(FfnExperts, *inputs)[:2]
+    return call(FfnExperts, mixture, activation, *options)[:2]

@@ -69,8 +69,9 @@ class MoeLoraFFN(MixtureLayer):
     has a gradient, so its expert runs: a NaN in its `down_lora_B` reaches y, and a NaN in its
     `gate_lora_A` or `up_lora_A` reaches dx.
 
-    Besides x and rank-space tensors, backward saves two [T K, F] tensors. With `recompute` it saves
-    two [T, F] tensors and repeats the expand of gate and up. Neither grows with E.
+    Besides x and rank-space tensors, two [T, F] tensors are saved for backward if the layer runs
+    fused (`dispatch.choose_ffn`: a CPU, a named activation). Otherwise two [T K, F] are saved; with
+    `recompute` two [T, F], and backward repeats the expand of gate and up. None grows with E.
 
     Args:
         hidden_size: I.
@@ -80,7 +81,8 @@ class MoeLoraFFN(MixtureLayer):
             does not change its input in place.
         config: a MoeLoraConfig; None means the defaults. rank, scaling and dropout apply to each of
             the three linears. In training gate and up share the dropout mask of x.
-        recompute: recompute the experts' activations in backward. The results do not change.
+        recompute: recompute the experts' activations in backward. The results do not change. The
+            fused form always recomputes them.
         **options: fields of MoeLoraConfig; they replace the fields of `config`.
 
     Raises:
@@ -268,10 +270,9 @@ class MoeLoraFFN(MixtureLayer):
                 )
                 for _ in range(2)
             )
-        impl = "reference" if config.impl == "reference" else "grouped"
         summed, delta = ffn_experts(
             self.mixture, self.act_fn, tokens, gate_out, up_out, slots, self.ffn_tensors(),
-            dropout_x, dropout_a, impl,
+            dropout_x, dropout_a, config.impl,
         )  # fmt: skip
         y = call_base(self.down_proj, summed.view(*x.shape[:-1], inner), self.hidden_size)
         offset = _bias_correction(self.down_proj, slots.weights)

@@ -6,6 +6,7 @@ implementations take precedence: the native library on a CPU, Triton on a GPU.
 
 from moelora_kernels import native  # noqa: F401  (registers the CPU ops where it is built)
 from moelora_kernels.ops.dropout import dropout
+from moelora_kernels.ops.ffn_inner import ffn_inner, ffn_inner_backward
 from moelora_kernels.ops.grouped import grouped, grouped_backward
 from moelora_kernels.ops.grouped_dx import grouped_dx
 from moelora_kernels.ops.grouped_expand import grouped_expand
@@ -21,6 +22,8 @@ from moelora_kernels.ops.wide import wide, wide_backward
 
 __all__ = [
     "dropout",
+    "ffn_inner",
+    "ffn_inner_backward",
     "grouped",
     "grouped_backward",
     "grouped_dx",

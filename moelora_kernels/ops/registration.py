@@ -22,6 +22,8 @@ from moelora_kernels import native
 from moelora_kernels.types import (
     Dropout,
     Gate,
+    InnerAdapters,
+    InnerInputs,
     Mixture,
     Needs,
     RouterTensors,
@@ -39,6 +41,8 @@ FIELDS: dict[type, str] = {
         "Tensor[] lora_b, Tensor[] router_weight, Tensor[] router_bias"
     ),
     Gate: "Tensor? gate_weights, Tensor? experts, Tensor? rows, Tensor? logits",
+    InnerInputs: "Tensor gate_out, Tensor up_out, Tensor u_gate, Tensor u_up",
+    InnerAdapters: "Tensor gate_b, Tensor up_b, Tensor down_a",
     Routing: "Tensor order, Tensor offsets, Tensor tiles, Tensor chunks",
     Mixture: (
         "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature"

@@ -75,7 +75,7 @@ _op_backward = register(
     reference.shrink_gate_backward,
     shrink_gate_backward_fake,
 )
-register_kernels("shrink_gate")
+register_kernels("shrink_gate", module="cluster_shrink")
 register_kernels("shrink_gate_backward")
 
 

@@ -34,7 +34,7 @@ from moelora_kernels.plans.steps import (
 )
 
 # The steps by number; `Kind` in csrc/plan/plan.h.
-ALLOCATE, LAUNCH, MM, ADDMM, COPY, COPY_ALL, ROUTE, RELEASE = range(8)
+ALLOCATE, LAUNCH, MM, ADDMM, COPY, COPY_ALL, ROUTE, RELEASE, CLUSTER_SHRINK = range(9)
 # The dtypes by number; c10::ScalarType.
 _DTYPES = {
     torch.int32: 3,
@@ -186,6 +186,11 @@ def _call(step: Call) -> list[list[int]]:
     if op is torch.ops.moelora.route.default:
         experts, *options = arguments
         return [_work(ROUTE, step.outputs, [experts], options)]
+    if op.namespace == "moelora" and op._opname == "cluster_shrink":
+        ranks, scaling, top_k, renormalize, temperature = arguments[4:]
+        numbers = [_bits(temperature), *ranks, *map(_bits, scaling)]
+        options = [top_k, int(renormalize), len(ranks), *numbers]
+        return [_work(CLUSTER_SHRINK, step.outputs, arguments[:4], options)]
     copies = op in (_aten.clone.default, _aten._to_copy.default)
     if step.options and not copies:
         raise NotNative
@@ -201,6 +206,11 @@ def _call(step: Call) -> list[list[int]]:
     out = View(number, size, stride, 0, "whole")
     work = _work(COPY if copies else kinds[op], [], [out, *arguments])
     return [_allocation(number, size, stride, dtype), work]
+
+
+def _bits(number: float) -> int:
+    """Return the bits of a float64 as an integer."""
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
 
 
 def _launch(step: Launch) -> list[int]:

@@ -50,6 +50,8 @@ _CALLS = {
     _aten.constant_pad_nd.default,
     _aten.copy_.default,
 }
+# Ops of the native library whose work depends on the same alone.
+NATIVE_OPS = ("route", "cluster_shrink")
 
 
 class Recorder(TorchDispatchMode):
@@ -88,7 +90,7 @@ class Recorder(TorchDispatchMode):
         result = op(*args, **kwargs)
         if op in _ALLOCATIONS:
             self._allocate(result, _ALLOCATIONS[op])
-        elif op in _CALLS or op is torch.ops.moelora.route.default:
+        elif op in _CALLS or (op.namespace == "moelora" and op._opname in NATIVE_OPS):
             self._call(op, args, kwargs, result)
         elif _is_view(op):
             for view in [result] if isinstance(result, Tensor) else result:

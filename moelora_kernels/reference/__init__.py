@@ -15,7 +15,13 @@ once, on return.
 """
 
 from moelora_kernels.numerics import compute_dtype
-from moelora_kernels.reference.ffn import ffn
+from moelora_kernels.reference.ffn import (
+    ffn,
+    ffn_activation,
+    ffn_activation_slope,
+    ffn_inner,
+    ffn_inner_backward,
+)
 from moelora_kernels.reference.gates import (
     blocks,
     dense_gate,
@@ -51,6 +57,10 @@ __all__ = [
     "dense_gate_backward",
     "dropout",
     "ffn",
+    "ffn_activation",
+    "ffn_activation_slope",
+    "ffn_inner",
+    "ffn_inner_backward",
     "grouped_dx",
     "grouped_expand",
     "grouped_shrink",

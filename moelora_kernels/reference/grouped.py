@@ -145,10 +145,33 @@ def grouped_shrink(
         padded = pad(product, (0, widest - product.shape[1]))
         h = torch.where((expert == e)[:, None], padded, h)
     h = h.to(x.dtype)
-    scale = _scale_of_position(routing, expert, weights, scaling, dtype)
-    is_rank = _is_rank(expert, len(lora_a) * len(ranks), ranks)
-    u = torch.where(is_rank & (scale != 0), scale * h, 0)
-    return h, u.to(x.dtype)
+    return h, gate_rank_space(h, weights, routing, ranks, scaling, len(lora_a))
+
+
+def gate_rank_space(
+    h: Tensor,
+    weights: Tensor | None,
+    routing: Routing,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    siblings: int = 1,
+) -> Tensor:
+    """Return u_p = scale_e * weight_p * h_p in h's dtype; zero if the weight is zero.
+
+    h [P, largest rank] by sorted position; weights [T, S], or None: all 1.
+    """
+    expert = _expert_of_position(routing)
+    scale = _scale_of_position(routing, expert, weights, scaling, compute_dtype(h))
+    is_rank = _is_rank(expert, siblings * len(ranks), ranks)
+    return torch.where(is_rank & (scale != 0), scale * h, 0).to(h.dtype)
+
+
+def is_routed(routing: Routing) -> Tensor:
+    """Return which pairs are routed, [P] in the order of pairs."""
+    position = torch.arange(routing.order.numel(), device=routing.order.device)
+    result = torch.empty_like(position, dtype=torch.bool)
+    result[routing.order.long()] = position < routing.offsets[-1]
+    return result
 
 
 def grouped_expand(

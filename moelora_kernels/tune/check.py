@@ -32,8 +32,12 @@ GROUPED_OPS = {
     "grouped_weight_grad": "da db",
     "router_grad": "drouter dbias",
 }
+FFN_OPS = {
+    "ffn_inner": "summed h u",
+    "ffn_inner_backward": "dgate_out dup_out dh_gate dh_up dweights dgate_b dup_b ddown_a",
+}
 GATE_OPS = {"topk_gate": "weights experts", "topk_gate_backward": "dlogits"}
-OUTPUTS = {**WIDE_OPS, **GROUPED_OPS, **GATE_OPS}
+OUTPUTS = {**WIDE_OPS, **GROUPED_OPS, **FFN_OPS, **GATE_OPS}
 # Computed in float32 whatever x is; every other result has passed through x.dtype.
 EXACT = ("logits", "weights", "dweights", "drouter", "dlogits")
 

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from moelora_kernels import ops
+from moelora_kernels import dispatch, ops, reference
 from moelora_kernels.autograd import ffn as autograd_ffn
 from moelora_kernels.autograd.ffn import ffn_experts
+from moelora_kernels.autograd.ffn_inputs import activation_name
 from moelora_kernels.autograd.router import RouterLogits
 from moelora_kernels.nn import ffn as nn_ffn
 from moelora_kernels.testing import draw_experts
 from moelora_kernels.types import Dropout, FfnMixture, FfnTensors, Gate
+from support.backends import needs_library
 from support.compare import assert_same, training_step
-from support.ffns import HIDDEN, INNER, check, inputs, make_ffn
+from support.ffns import HIDDEN, INNER, GatedMlp, check, inputs, make_ffn
 
 RANKS, SCALING = (1, 3, 2), (0.5, 2.0, 1.0)
 # Out of range on both sides, the first id past the end, and an expert in two slots of a token.
@@ -28,7 +30,7 @@ def draw(tokens, slots):
     return [x, gate, up, weights.abs(), *adapters]
 
 
-def run(name, experts, tensors, impl="grouped", activation=nn.functional.silu):
+def run(name, experts, tensors, impl, activation=nn.functional.silu):
     """`ffn_experts` of a mixture of MIXTURES."""
     mixture, p, per_expert = MIXTURES[name]
     x, gate_out, up_out, weights, *adapters = tensors
@@ -46,18 +48,25 @@ MIXTURES = {
 }
 
 
+# The mixtures of each formulation.
+FORMS = [("grouped", name) for name in MIXTURES]
+FORMS += [("fused", name) for name in ("plain", "dropout", "per_expert")]
+each_form = pytest.mark.parametrize(("impl", "mixture"), FORMS)
+each_impl = pytest.mark.parametrize("impl", ("grouped", "fused"))
+
+
 # --- the Function -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", (nn.functional.silu, nn.GELU("tanh")), ids=("silu", "gelu"))
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_gradcheck(mixture, activation):
+@each_form
+def test_gradcheck(impl, mixture, activation):
     """Every input by numbers: x, the frozen products, the weights, six adapters."""
     tensors = [t.requires_grad_() for t in draw(len(ADVERSARIAL), 2)]
     indices = torch.tensor(ADVERSARIAL)
 
     def experts(*tensors):
-        return run(mixture, indices, tensors, activation=activation)
+        return run(mixture, indices, tensors, impl, activation)
 
     assert torch.autograd.gradcheck(experts, tensors, fast_mode=mixture != "plain")
 
@@ -70,9 +79,9 @@ def test_gradcheck_of_the_router():
 ROUTINGS = ("uniform", "zipf", "one", "empty", "adversarial", "nothing")
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
+@each_form
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_function_is_the_reference(routing, mixture):
+def test_the_function_is_the_reference(routing, impl, mixture):
     """More pairs than a tile holds; an expert without tokens has gradients of exactly zero."""
     if routing == "adversarial":
         indices = torch.tensor(ADVERSARIAL * 12)
@@ -82,8 +91,8 @@ def test_the_function_is_the_reference(routing, mixture):
         indices = draw_experts(routing, 70, 3, 2, torch.Generator().manual_seed(1))
     tensors = [t.requires_grad_() for t in draw(indices.shape[0], 2)]
     results = []
-    for impl in ("grouped", "reference"):
-        outputs = run(mixture, indices, tensors, impl)
+    for form in (impl, "reference"):
+        outputs = run(mixture, indices, tensors, form)
         dy = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, tensors, dy)])
     for found, expected in zip(*results, strict=True):
@@ -97,8 +106,9 @@ def test_the_function_is_the_reference(routing, mixture):
         assert not gate_b[:, 4:].any()
 
 
-@pytest.mark.parametrize("trains", ("x", "gate", "weights", "gate_b", "up_a", "down_a"))
-def test_only_what_is_asked_for(trains):
+@each_impl
+@pytest.mark.parametrize("trains", ("x", "gate", "weights", "gate_b", "up_a", "down_a", "down_b"))
+def test_only_what_is_asked_for(trains, impl):
     """One input that trains and all others frozen: its gradient is what it is among all."""
     names = ["x", "gate", "up", "weights", *FfnTensors._fields]
     tensors, indices = draw(6, 2), torch.tensor(ADVERSARIAL)
@@ -108,16 +118,18 @@ def test_only_what_is_asked_for(trains):
     for output in (0, 1, None):
         grads = []
         for given in (everything, tensors):
-            outputs = run("plain", indices, given)
+            outputs = run("plain", indices, given, impl)
             y = sum(o.sum() for o in outputs) if output is None else outputs[output].sum()
             # An output that nothing came back for is a gradient of zeros.
             grads.append(torch.autograd.grad(y, given[own])[0])
         assert torch.equal(*grads)
 
 
-def test_the_ops_get_rows_that_lie_dense(monkeypatch):
+@each_impl
+def test_the_ops_get_rows_that_lie_dense(impl, monkeypatch):
     """dy of a sum or a transpose is a view with strides that no kernel should have to take."""
-    layer, (x, dy) = make_ffn(), inputs(4)
+    options = dict(impl="grouped") if impl == "grouped" else {}
+    layer, (x, dy) = make_ffn(**options), inputs(4)
     original, strides = ops.grouped_shrink_backward, []
 
     def watched(dy, *args):
@@ -127,7 +139,7 @@ def test_the_ops_get_rows_that_lie_dense(monkeypatch):
     monkeypatch.setattr(ops, "grouped_shrink_backward", watched)
     for given in (dy[:1].expand(4, HIDDEN), dy.t().contiguous().t()):
         assert_same(training_step(layer, x, given), training_step(layer, x, given.contiguous()))
-    assert set(strides) == {(HIDDEN, 1), (INNER, 1)}
+    assert set(strides) == ({(HIDDEN, 1), (INNER, 1)} if impl == "grouped" else {(HIDDEN, 1)})
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -150,9 +162,9 @@ def saved_bytes(layer, tokens):
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def test_memory_grows_with_k_and_not_with_e():
+def test_memory_of_the_grouped_form_grows_with_k_and_not_with_e():
     """Two [T K, F] for the activation and little else; with recompute two [T, F]."""
-    tokens, options = 128, dict(rank=1, bias=False)
+    tokens, options = 128, dict(rank=1, bias=False, impl="grouped")
     of_experts = {e: saved_bytes(make_ffn(num_experts=e, **options), tokens) for e in (4, 16)}
     # The logits are what grows with E.
     assert of_experts[16] - of_experts[4] <= 3 * tokens * 12 * 8
@@ -167,10 +179,51 @@ def test_memory_grows_with_k_and_not_with_e():
     assert recomputed[3] < of_slots[3] - 3 * wide
 
 
+@needs_library
+def test_memory_of_the_fused_form_does_not_grow_with_f_times_k():
+    """gate_out and up_out [T, F]; rank space and routing of the pairs."""
+    tokens, wide = 128, 128 * INNER * 8
+    of_slots = {k: saved_bytes(make_ffn(rank=1, bias=False, top_k=k), tokens) for k in (1, 2, 3)}
+    # summed [T, F] is saved by the frozen down product, if its weight has a gradient: it has none.
+    assert 2 * wide <= of_slots[1] < 4 * wide
+    assert of_slots[3] - of_slots[2] < wide
+    assert abs((of_slots[3] - of_slots[2]) - (of_slots[2] - of_slots[1])) < wide / 10
+
+
+class Act(nn.SiLU):
+    """An activation that the fused form does not know."""
+
+
+def largest_allocation(layer, x, dy):
+    """Return the bytes of the largest allocation of a training step."""
+    training_step(layer, x, dy)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
+        training_step(layer, x, dy)
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@needs_library
+@pytest.mark.parametrize("top_k", (2, 4))
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_a_training_step_allocates_no_tensor_of_pairs_times_features(dropout, top_k):
+    """The largest tensor of a step has T F elements, for each number of slots."""
+    tokens, features = 96, 1024
+    mlp = GatedMlp(HIDDEN, features).bfloat16()
+    options = dict(rank=2, top_k=top_k, dropout=dropout)
+    layer = make_ffn(torch.bfloat16, mlp, **options)
+    x, dy = inputs(tokens, dtype=torch.bfloat16)
+    assert largest_allocation(layer, x, dy) == tokens * features * 2
+    # The measurement sees the matrices of pairs of another activation.
+    layer.act_fn = Act()
+    assert largest_allocation(layer, x, dy) >= tokens * top_k * features * 2
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dropout", (0.0, 0.4))
 def test_recompute_changes_no_bit(dtype, dropout):
-    options = dict(dropout=dropout, dropout_mask="per_expert")
+    options = dict(dropout=dropout, dropout_mask="per_expert", impl="grouped")
     layer, recomputing = (make_ffn(dtype, recompute=r, **options) for r in (False, True))
     x, dy = inputs(5, 4, dtype=dtype)
     assert_same(training_step(recomputing, x, dy), training_step(layer, x, dy))
@@ -226,10 +279,10 @@ def wrong_result(op, position):
             results = original(*args, **options)
             if isinstance(results, torch.Tensor):
                 return results * 1.01
-            results = list(results)
-            one = results[position]
-            results[position] = [1.01 * one[0]] if isinstance(one, list) else 1.01 * one
-            return results
+            changed = list(results)
+            one = changed[position]
+            changed[position] = [1.01 * one[0]] if isinstance(one, list) else 1.01 * one
+            return type(results)(*changed) if hasattr(results, "_fields") else changed
 
         monkeypatch.setattr(ops, op, broken)
 
@@ -254,10 +307,126 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("break_it", BROKEN, ids=lambda b: b.__name__)
-def test_a_broken_layer_does_not_pass(break_it, monkeypatch):
-    layer, (x, dy) = make_ffn(normalize="none"), inputs(3, 4)
+BROKEN_FUSED = [
+    *(wrong_result("ffn_inner", n) for n in range(3)),
+    *(wrong_result("ffn_inner_backward", n) for n in range(8)),
+    wrong_result("grouped_weight_grad", 0),
+    wrong_result("grouped_weight_grad", 1),
+    wrong_result("grouped_expand", 0),
+]
+
+
+def check_that_a_test_notices(layer, break_it, monkeypatch):
+    x, dy = inputs(3, 4)
     check(layer, x, dy)
     break_it(monkeypatch, layer)
     with pytest.raises(AssertionError):
         check(layer, x, dy)
+
+
+@pytest.mark.parametrize("break_it", BROKEN, ids=lambda b: b.__name__)
+def test_a_broken_layer_does_not_pass(break_it, monkeypatch):
+    layer = make_ffn(normalize="none", impl="grouped")
+    check_that_a_test_notices(layer, break_it, monkeypatch)
+
+
+@needs_library
+@pytest.mark.parametrize("break_it", BROKEN_FUSED, ids=lambda b: b.__name__)
+def test_a_broken_fused_layer_does_not_pass(break_it, monkeypatch):
+    check_that_a_test_notices(make_ffn(normalize="none"), break_it, monkeypatch)
+
+
+# --- which form runs ----------------------------------------------------------------------------
+
+
+def counted_calls(layer, monkeypatch):
+    """Return how often a forward calls the op of the fused form."""
+    calls, original = [], ops.ffn_inner
+    monkeypatch.setattr(ops, "ffn_inner", lambda *args: calls.append(1) or original(*args))
+    layer(inputs(3)[0])
+    return len(calls)
+
+
+def with_hook():
+    activation = nn.SiLU()
+    activation.register_forward_hook(lambda module, args, output: None)
+    return activation
+
+
+ACTIVATIONS = {
+    "silu": ("silu", 1),
+    "gelu": ("gelu", 1),
+    "gelu_tanh": ("gelu_tanh", 1),
+    "relu": ("relu", 1),
+    "function": (nn.functional.silu, 1),
+    "other": (nn.Mish(), 0),
+    "subclass": (Act(), 0),
+    "lambda": (lambda z: nn.functional.silu(z), 0),
+    "hook": (with_hook(), 0),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", (0, 1, 2, 31, 127, 257))
+@pytest.mark.parametrize("features", (1, 127, 131))
+def test_numbers_of_tokens_and_features(features, tokens):
+    """Ends of blocks of tokens and of strips of features."""
+    layer = make_ffn(mlp=GatedMlp(HIDDEN, features).double())
+    check(layer, *inputs(tokens))
+
+
+@needs_library
+@pytest.mark.parametrize(("activation", "expected"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations_that_run_fused(activation, expected, monkeypatch):
+    layer = make_ffn(activation=activation)
+    check(layer, *inputs(3, 4))
+    assert counted_calls(layer, monkeypatch) == expected
+
+
+def patched():
+    activation = nn.SiLU()
+    activation.forward = nn.functional.relu
+    return activation
+
+
+def test_names_of_activations():
+    """The classes of transformers that compute one of the four, and callables that do not."""
+    transformers = pytest.importorskip("transformers.activations")
+    expected = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_python": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_python_tanh": "gelu_tanh",
+        "relu": "relu",
+        "gelu_10": None,
+        "quick_gelu": None,
+        "relu2": None,
+        "mish": None,
+        "linear": None,
+    }
+    names = {
+        name: activation_name(transformers.ACT2FN[name])
+        for name in expected
+        if name in transformers.ACT2FN
+    }
+    assert names == {name: expected[name] for name in names}
+    assert {"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"} <= set(names)
+    z = torch.linspace(-12, 12, 1001, dtype=torch.float64)
+    for name, activation in names.items():
+        if activation is not None:
+            actual = reference.ffn_activation(z, activation)
+            torch.testing.assert_close(actual, transformers.ACT2FN[name](z), rtol=1e-9, atol=1e-9)
+    not_hashable = type("Unhashable", (), {"__call__": lambda self, z: z, "__hash__": None})()
+    assert activation_name(not_hashable) is None
+    assert activation_name(patched()) is None
+
+
+@needs_library
+def test_many_ranks_run_grouped(monkeypatch):
+    limit = dispatch.THRESHOLDS["cpu"].ffn_rank
+    assert counted_calls(make_ffn(rank=(limit - 3, 1, 1, 1)), monkeypatch) == 1
+    assert counted_calls(make_ffn(rank=(limit - 2, 1, 1, 1)), monkeypatch) == 0
+    assert counted_calls(make_ffn(impl="grouped"), monkeypatch) == 0

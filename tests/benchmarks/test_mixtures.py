@@ -344,10 +344,11 @@ def test_a_wrong_network_is_named(broken, mode, worst):
 
 
 def test_frozen_products_of_the_loops():
-    # Units of one linear on all tokens: 3 K with experts one by one, 2 + K with gate and up shared.
+    # Units of one linear on all tokens: 3 K with experts one by one, 2 + K with gate and up shared,
+    # 3 if down is shared too.
     layer, _ = network(torch.float32)
     x, _ = draw_inputs(layer, 10, "uniform")
-    for provider, units in (("loop", 6), ("loop_shared", 4)):
+    for provider, units in (("loop", 6), ("loop_shared", 4), ("loop_shared_down", 3)):
         module, rows = ffn.PROVIDERS[provider][0](layer), []
 
         def count(_, given, rows=rows):

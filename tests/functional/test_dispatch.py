@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moelora_kernels import MoeLoraConfig, dispatch, native, ops
-from moelora_kernels.dispatch import THRESHOLDS, choose_impl, explain_choice
+from moelora_kernels.dispatch import THRESHOLDS, choose_ffn, choose_impl, explain_choice
 from support.cases import layer_case
 from support.inputs import Inputs, assert_layer_within_budget
 from support.linears import make_layer
@@ -46,6 +46,19 @@ def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
         assert name in choice.reason
         few = {k: given[k] for k in ("tokens", "top_k", "total_rank", "num_experts")}
         assert choose_impl("cpu", **few) == expected
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_both_sides_of_the_limit_of_fused_ffns(name, every_op, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_class", lambda device: name)
+    limit = THRESHOLDS[name].ffn_rank
+    if limit is None:
+        assert choose_ffn("cpu", total_rank=1) == "grouped"
+        return
+    assert choose_ffn("cpu", total_rank=limit) == "fused"
+    assert choose_ffn("cpu", total_rank=limit + 1) == "grouped"
+    monkeypatch.setattr(dispatch, "_grouped_ops_problem", lambda device: "no library")
+    assert choose_ffn("cpu", total_rank=limit) == "grouped"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from torch import Tensor
 from moelora_kernels import reference
 from moelora_kernels.types import CHUNK, TILE
 from ptx.errors import PtxError
+from support.nvcc import needs_nvcc
 from support.route_cases import CASES, NAMES, drawn
-from support.route_ptx import KERNELS, ROUTE, compile_ptx, compile_source, execute, needs_nvcc
+from support.route_ptx import KERNELS, ROUTE, compile_ptx, compile_route, execute
 from support.route_ptx import route_plan as plan
 from support.selection import default_cases, exhaustive
 
@@ -131,7 +132,7 @@ def test_compiles_without_spills(architecture: str) -> None:
     """1024 threads share 65536 registers."""
     flags = ("-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings")
     try:
-        _, messages = compile_source(KERNELS, *flags)
+        _, messages = compile_route(KERNELS, *flags)
     except subprocess.CalledProcessError as error:
         if f"Value 'sm_{architecture}' is not defined" in error.stderr:
             pytest.skip(f"this nvcc does not know sm_{architecture}")

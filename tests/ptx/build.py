@@ -90,9 +90,11 @@ class Builder:
         self._written: list[int] = []
         self.special("%tid.x", np.arange(threads, dtype=np.uint32)[None, :])
         self.special("%ntid.x", np.full((1, 1), threads, np.uint32))
-        # The launch sets these two.
+        # The launch sets these three.
         self.special("%ctaid.x", np.zeros((1, 1), np.uint32))
         self.special("%nctaid.x", np.zeros((1, 1), np.uint32))
+        self.special("%cluster_ctarank", np.zeros((1, 1), np.uint32))
+        self.special("%cluster_nctarank", np.full((1, 1), program.cluster, np.uint32))
         for name in ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"):
             self.special(name, np.zeros((1, 1), np.uint32))
         for name in ("%nctaid.y", "%nctaid.z", "%ntid.y", "%ntid.z"):

@@ -7,10 +7,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx import arithmetic, atomics, control, copies, loads, mma, moves, warp, wgmma  # noqa: F401
+from ptx import (  # noqa: F401
+    arithmetic,
+    atomics,
+    bulk,
+    clusters,
+    control,
+    copies,
+    loads,
+    mma,
+    moves,
+    warp,
+    wgmma,
+)
 from ptx.build import BRANCHES, PROGRAM, WARP, Builder, Step
 from ptx.errors import PtxError, RaceError, Unsupported
 from ptx.global_memory import BASE, GlobalMemory
+from ptx.mbarriers import Mbarriers
 from ptx.ordering import Ordering
 from ptx.program import Instruction, Program
 from ptx.shared_memory import SharedMemory
@@ -48,6 +61,11 @@ class Batch:
     fenced          the registers at the last wgmma.fence; None before the first
     of_products     the registers that a wgmma wrote since
     pending         the registers that a wgmma writes whose wait has not come
+    cluster         programs of a cluster
+    mbarriers       None if the kernel has none
+    stalled         whether threads have found that the phase of an mbarrier has not ended, since
+                    the last branch
+    blocked         the blocks whose threads try that again, and will not find another thing
     """
 
     registers: list[np.ndarray]
@@ -69,6 +87,10 @@ class Batch:
     fenced: list[np.ndarray] | None = None
     of_products: set[int] = field(default_factory=set)
     pending: frozenset[int] = frozenset()
+    cluster: int = 1
+    mbarriers: Mbarriers | None = None
+    stalled: bool = False
+    blocked: set[int] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,9 +144,11 @@ class Batch:
         numbers = self.programs[rows, 0].astype(np.int64)
         self.ordering.access(kind, space, at, size, numbers, threads)
 
-    def barrier(self) -> None:
-        """All threads of every program wait for one another."""
+    def barrier(self, of_cluster: bool = False) -> None:
+        """All threads of every program, or of every cluster, wait for one another."""
         self.shared.barrier()
+        if self.mbarriers is not None:
+            self.mbarriers.barrier(of_cluster)
         if self.ordering is not None:
             self.ordering.barrier(self.programs)
 
@@ -136,8 +160,9 @@ class Batch:
             self.ordering.warp_barrier(self.programs[rows, 0], warps)
 
     def select(self, rows: np.ndarray) -> Batch:
-        """Return a batch of some of the programs."""
+        """Return a batch of some of the programs: whole clusters."""
         part, whole = copy.copy(self), len(self.programs)
+        part.blocked = set(self.blocked)
         if len(rows) == whole:
             part.waiting = dict(self.waiting)
             return part
@@ -150,6 +175,8 @@ class Batch:
         part.fenced = None if self.fenced is None else part.registers.copy()
         part.programs = self.programs[rows]
         part.shared = self.shared.select(rows)
+        if self.mbarriers is not None:
+            part.mbarriers = self.mbarriers.select(rows, part.shared)
         part.mask = cut(self.mask)
         part.waiting = {block: mask[rows] for block, mask in self.waiting.items()}
         part.copies = [each.select(rows, self.shape) for each in self.copies]
@@ -167,10 +194,27 @@ class Batch:
         if mask is not None:
             before = self.waiting.get(block)
             self.waiting[block] = mask if before is None else before | mask
+            if self.stalled and block <= self.block:
+                self.blocked.add(block)
+
+    def end(self) -> None:
+        """Threads have come to the end of the kernel. Raise PtxError if others never will."""
+        if self.waiting:
+            raise PtxError("threads wait for a phase of an mbarrier that does not end")
+        self.mbarriers.end()
+
+    def require_progress(self, block: int) -> None:
+        """Raise PtxError if all threads go back to a block to wait for what none of them does."""
+        if self.stalled and block <= self.block:
+            raise PtxError("threads wait for a phase of an mbarrier that does not end")
 
     def resume(self) -> None:
-        """Run the threads that are furthest behind."""
-        self.block = min(self.waiting)
+        """Run the threads that are furthest behind, of those that need not wait for others."""
+        ready = self.waiting.keys() - self.blocked
+        if not ready:
+            raise PtxError("threads wait for a phase of an mbarrier that does not end")
+        self.stalled = False
+        self.block = min(ready)
         mask = self.waiting.pop(self.block)
         self.mask = None if not self.waiting and mask.all() else mask
 
@@ -186,6 +230,10 @@ class Kernel:
         self.blocks = _blocks(program, build)
         self.initial = build.initial
         self.grid, self.program_id = build.index["%nctaid.x"], build.index["%ctaid.x"]
+        self.rank = build.index["%cluster_ctarank"]
+        self.has_mbarriers = any(
+            each.opcode.startswith(clusters.OPCODES) for each in program.instructions
+        )
         # Instructions that all programs ran so far, and those of them that NumPy ran at once.
         self.executed = self.vectors = 0
 
@@ -206,16 +254,24 @@ class Kernel:
         space, ordering = self.program.pack(parameters), None
         if by_thread:
             ordering = Ordering(programs, self.threads, self.shared, len(memory.bytes))
-        at_once = max(1, THREADS // self.threads)
+        cluster = self.program.cluster
+        if programs % cluster:
+            raise PtxError(f"{programs} programs in clusters of {cluster}")
+        at_once = max(1, THREADS // self.threads // cluster) * cluster
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs), dtype=np.uint32)[:, None]
             registers = list(self.initial)
             registers[self.grid] = np.full((1, 1), programs, np.uint32)
             registers[self.program_id] = numbers
+            if cluster > 1:
+                registers[self.rank] = numbers % np.uint32(cluster)
             shared = SharedMemory(len(numbers), self.shared, self.threads)
             batch = Batch(
                 registers, numbers, self.threads, space, memory, shared, late, cut, ordering,
+                cluster=cluster,
             )  # fmt: skip
+            if self.has_mbarriers:
+                batch.mbarriers = Mbarriers(shared, self.threads, cluster, late)
             with np.errstate(all="ignore"):
                 self._run(batch)
         memory.finish()
@@ -232,6 +288,8 @@ class Kernel:
                 self._run_steps(block.steps, batch)
                 self.executed += (len(block.steps) + 1) * len(batch.programs)
                 batch = self._branch(block, batch, batches)
+            if batch is not None and batch.mbarriers is not None:
+                batch.end()
         self.vectors += count
 
     def _run_steps(self, steps: list[Step], batch: Batch) -> None:
@@ -258,15 +316,20 @@ class Kernel:
             taken = ~batch.registers[index] if negated else batch.registers[index]
         if batch.mask is None:
             if taken.all():
-                batch.block = block.target
+                batch.require_progress(block.target)
+                batch.stalled, batch.block = False, block.target
                 return batch
             if not taken.any():
-                batch.block = following
+                batch.stalled, batch.block = False, following
                 return batch
         mask = np.ones(batch.shape, bool) if batch.mask is None else batch.mask
         yes, no = taken & mask, ~taken & mask
-        # Programs all of whose threads go the same way need not wait for the others.
+        # Programs all of whose threads go the same way need not wait for the others, unless they
+        # are of one cluster.
         ways = yes.any(axis=1) + 2 * no.any(axis=1)
+        if batch.cluster > 1:
+            of_clusters = np.bitwise_or.reduce(ways.reshape(-1, batch.cluster), axis=1)
+            ways = of_clusters.repeat(batch.cluster)
         for way in np.unique(ways):
             rows = np.flatnonzero(ways == way)
             part = batch.select(rows)
@@ -277,7 +340,9 @@ class Kernel:
                     part.go(following, no[rows])
                 part.resume()
             else:
-                part.block = block.target if way == 1 else following
+                goes_to = block.target if way == 1 else following
+                part.require_progress(goes_to)
+                part.stalled, part.block = False, goes_to
             batches.append(part)
         return None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from ptx.bulk import MAP_BYTES, tensor_map
 from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
@@ -12,15 +15,27 @@ from ptx.program import parse
 PREFIX = {2: "%rs", 4: "%r", 8: "%rd"}
 
 
-def kernel(body: str, parameters: int, threads: int = 32, shared: int = 0) -> Kernel:
-    """Return a kernel of this body. Parameter i, a pointer, is in %rd{i}; %tid.x in %r0."""
+def kernel(
+    body: str, parameters: int, threads: int = 32, shared: int = 0, cluster: int = 1, maps: int = 0
+) -> Kernel:
+    """Return a kernel of this body. Parameter i, a pointer, is in %rd{i}; %tid.x in %r0.
+
+    The address of tensor map i is in %rd{80 + i}.
+    """
     lines = [f"ld.param.b64 %rd{i}, [param_{i}];" for i in range(parameters)]
+    lines += [
+        f"mov.b64 %rd{80 + i}, map_{i}; cvta.param.u64 %rd{80 + i}, %rd{80 + i};"
+        for i in range(maps)
+    ]
+    names = [f".param .u64 param_{i}" for i in range(parameters)]
+    names += [f".param .align 128 .b8 map_{i}[{MAP_BYTES}]" for i in range(maps)]
     text = f"""
     .extern .shared .align 16 .b8 global_smem[];
     .visible .entry test(
-    {", ".join(f".param .u64 param_{i}" for i in range(parameters))}
+    {", ".join(names)}
     )
     .reqntid {threads}
+    .reqnctapercluster {cluster}, 1, 1
     {{
     .reg .pred %p<100>;
     .reg .b16 %rs<100>;
@@ -44,12 +59,18 @@ def run(
     late: bool = False,
     cut: bool = False,
     by_thread: bool = False,
+    cluster: int = 1,
+    maps: Sequence[tuple[int, ...]] = (),
 ) -> None:
-    """Run a kernel of this body on arrays, which it may change."""
+    """Run a kernel of this body on arrays, which it may change.
+
+    maps: of each tensor map the array, and the fields of `TensorMap` behind the address.
+    """
     memory = GlobalMemory([(array.view(np.uint8).reshape(-1), 0) for array in arrays])
     pointers = [memory.address(i) for i in range(len(arrays))]
-    kernel(body, len(arrays), threads, shared).launch(
-        programs, pointers, memory, late, cut, by_thread=by_thread
+    tensor_maps = [tensor_map(pointers[array], *fields) for array, *fields in maps]
+    kernel(body, len(arrays), threads, shared, cluster, len(maps)).launch(
+        programs, [*pointers, *tensor_maps], memory, late, cut, by_thread=by_thread
     )
     for i, array in enumerate(arrays):
         array.view(np.uint8).reshape(-1)[:] = memory.contents(i)

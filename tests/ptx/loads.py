@@ -21,8 +21,15 @@ def load_parameter(build: Builder, ins: Instruction) -> Run:
     kinds = [_register_kind(build.width(name), kind) for name in names]
     base, offset = build.address(ins.operands[1])
 
+    guard = build.predicate(ins)
+
     def run(batch) -> None:
         at = batch.registers[base].astype(np.int64) + offset
+        active = batch.active(guard)
+        if active is not None and at.size > 1:
+            # Other threads may not have an address.
+            at, active = np.broadcast_to(at, batch.shape), np.broadcast_to(active, batch.shape)
+            at = np.where(active, at, at[active][0])
         if (at % size).any() or at.min() < 0 or at.max() + size > len(batch.parameters):
             raise AccessError("a misaligned address, or one outside of the parameters")
         values = batch.parameters.view(kind)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ptx import floats
 from ptx.build import BITS, TYPES, Builder, Run, implements
-from ptx.program import Instruction
+from ptx.program import PARAMETERS, Instruction
 
 
 @implements("mov.{b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,pred}")
@@ -69,6 +69,14 @@ def global_address(build: Builder, ins: Instruction) -> Run:
     """d = the generic address a as one of global memory: the same number."""
     target, a = ins.operands
     return build.compute(ins, lambda a: a, build.target(target, 8), (build.source(a, 8),))
+
+
+@implements("cvta.param.u64")
+def parameter_address(build: Builder, ins: Instruction) -> Run:
+    """d = the generic address of byte a of the parameters."""
+    target, a = ins.operands
+    start = np.uint64(PARAMETERS)
+    return build.compute(ins, lambda a: a + start, build.target(target, 8), (build.source(a, 8),))
 
 
 @implements("prmt.b32")

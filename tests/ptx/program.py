@@ -10,6 +10,9 @@ import numpy as np
 
 from ptx.errors import Unsupported
 
+# The generic address of byte 0 of the space of parameters.
+PARAMETERS = 1 << 56
+
 
 class Instruction(NamedTuple):
     """One instruction: `@!%p1 add.s32 %r1, %r2, 3;`."""
@@ -59,6 +62,8 @@ class Program:
     variables: dict[str, int] = field(default_factory=dict)
     # Bytes of the variables whose size the PTX sets.
     shared: int = 0
+    # Programs of a cluster.
+    cluster: int = 1
 
     def width(self, register: str) -> int:
         """Return the bytes of a register; 0 for a predicate."""
@@ -85,7 +90,8 @@ class Program:
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w(\d+)\s+(?:\.ptr\b[^,]*\s)?(\w+)(?:\[(\d+)\])?"
 )
-_VARIABLE = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
+_VARIABLE = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.\w(\d+)\s+(\w+)(?:\[(\d*)\])?\s*;")
+_CLUSTER = re.compile(r"\.reqnctapercluster\s+(\d+)(?:\s*,\s*1)*\s")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(%?[\w.]+)(?:<\d+>)?")
 _DIRECTIVE = re.compile(r"^\.(?:loc|file|section|pragma|branchtargets|noreturn)\b.*")
 _LABEL = re.compile(r"^([$\w]+):\s*")
@@ -122,10 +128,15 @@ def parse(ptx: str, name: str | None = None) -> Program:
         int(threads.group(1)) if threads else None,
     )
     body = body[: _end(body)]
-    for align, variable, size in _VARIABLE.findall(ptx[: entry.start()] + body):
+    if cluster := _CLUSTER.search(f"{attributes} "):
+        program.cluster = int(cluster.group(1))
+    # "name" is one element. "name[]" is as many as the launch adds, and comes last.
+    variables = [each.groups() for each in _VARIABLE.finditer(ptx[: entry.start()] + body)]
+    for align, bits, variable, count in sorted(variables, key=lambda each: each[3] == ""):
         program.shared = -(-program.shared // int(align)) * int(align)
         program.variables[variable] = program.shared
-        program.shared += int(size or 0)
+        elements = 1 if count is None else int(count or 0)
+        program.shared += elements * int(bits) // 8
     for kind, register in _REGISTER.findall(body):
         program.registers[register] = 0 if kind == "pred" else int(kind[1:]) // 8
     lines = [_DIRECTIVE.sub("", line.strip()) for line in body.splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ptx.clocks import ACCESSES, BEFORE_ALL, KINDS, PRODUCTS, Clocks
 from ptx.errors import AccessError, RaceError
 from ptx.units import add_in_turn, unit
 
@@ -23,7 +24,12 @@ class SharedMemory:
     reader        who read a byte since the last barrier
     unfenced      whether the byte was written since the last fence.proxy.async
     wgmma_reads   [programs, size / 16]: how many wgmma that nobody waited for read a chunk
+    touched       [programs, kinds, size / 16]: time of the last access to a chunk, and of the last
+                  end of a wgmma that read it; None unless `clocks` give a time (`follow`)
     """
+
+    clocks: Clocks | None = None
+    touched: np.ndarray | None = None
 
     def __init__(self, programs: int, size: int, threads: int) -> None:
         self.programs, self.limit = programs, size
@@ -39,6 +45,11 @@ class SharedMemory:
         self.wgmma_reads = np.zeros((programs, self.size // CHUNK), np.int16)
         self.pending_wgmma = 0
 
+    def follow(self, clocks: Clocks) -> None:
+        """Enter the times of accesses, for bulk copies."""
+        self.clocks = clocks
+        self.touched = np.full((self.programs, KINDS, self.size // CHUNK), BEFORE_ALL, np.int32)
+
     def select(self, rows: np.ndarray) -> SharedMemory:
         """Return the memory of some of the programs."""
         part = object.__new__(SharedMemory)
@@ -46,6 +57,8 @@ class SharedMemory:
         part.programs = len(rows)
         for name in ("bytes", "writer", "reader", "unfenced", "wgmma_reads"):
             setattr(part, name, getattr(self, name)[rows])
+        if self.touched is not None:
+            part.touched = self.touched[rows]
         return part
 
     def _units(self, at: np.ndarray, size: int, active: np.ndarray | None) -> np.ndarray:
@@ -66,7 +79,10 @@ class SharedMemory:
             raise AccessError(f"an address in shared memory is not a multiple of {size} bytes")
         if at.size and (at.min() < 0 or at.max() + size > self.limit):
             raise AccessError(f"byte {at.max()} of {self.limit} bytes of shared memory")
-        return (rows * self.size + at) // size
+        where = (rows * self.size + at) // size
+        if self.touched is not None:
+            self.touched[rows, ACCESSES, at // CHUNK] = self.clocks.now
+        return where
 
     def _codes(self, size: int, active: np.ndarray | None) -> np.ndarray:
         """Return the code of the warp of every byte that `_units` names."""
@@ -161,6 +177,34 @@ class SharedMemory:
         self.wgmma_reads[where] -= 1
         self.pending_wgmma -= 1
         self.reader.reshape(self.programs, -1, CHUNK)[where] = SEVERAL
+        if self.touched is not None:
+            self.touched[rows[:, None], PRODUCTS, chunks] = self.clocks.now
+
+    # --- bulk copies
+
+    def begin_bulk(self, row: int, at: np.ndarray, issuer: tuple[int, int]) -> None:
+        """A bulk copy into bytes `at` of a program is issued by a warp: (program, warp)."""
+        if at.max() >= self.limit:
+            raise AccessError(f"byte {at.max()} of {self.limit} bytes of shared memory")
+        chunks = np.unique(at // CHUNK)
+        if (self.writer[row, at] == PENDING).any():
+            raise RaceError("overwrites bytes under a pending cp.async")
+        if self.unfenced[row, at].any():
+            raise RaceError("cp.async.bulk overwrites bytes without a fence.proxy.async")
+        if self.wgmma_reads[row, chunks].any():
+            raise RaceError("overwrites bytes that a pending wgmma reads")
+        for kind in (ACCESSES, PRODUCTS):
+            if not self.clocks.knows(*issuer, row, kind, self.touched[row, kind, chunks].max()):
+                raise RaceError("cp.async.bulk overwrites bytes that not all warps have released")
+        self.writer[row, at] = PENDING
+
+    def put_bulk(self, row: int, at: np.ndarray, values: np.ndarray) -> None:
+        """The bytes of a bulk copy come."""
+        self.bytes[row, at] = values
+
+    def end_bulk(self, row: int, at: np.ndarray) -> None:
+        """All threads see the bytes of a bulk copy; wgmma sees them without a fence."""
+        self.writer[row, at], self.reader[row, at] = VISIBLE, UNREAD
 
     # --- the detector
 

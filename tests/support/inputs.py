@@ -74,7 +74,7 @@ class Inputs:
             # The routings of `testing` are drawn on the CPU.
             on_cpu = generator.device.type == "cpu"
             ids = generator if on_cpu else torch.Generator().manual_seed(seed)
-            self.experts = _draw_experts(case, ids).to(case.ids).to(device)
+            self.experts = draw_experts_of_case(case, ids).to(case.ids).to(device)
         self.x = normal(tokens, I)
         rows_of_a = case.ranks[0] if case.share_a else R
         self.lora_a = [normal(rows_of_a, I).div(I**0.5).to(dtype).to(adapters) for _ in sizes]
@@ -220,7 +220,7 @@ def _outside(case: Case, position: Tensor) -> Tensor:
     return torch.tensor(ids)[position % len(ids)]
 
 
-def _draw_experts(case: Case, generator: torch.Generator) -> Tensor:
+def draw_experts_of_case(case: Case, generator: torch.Generator) -> Tensor:
     """Return experts [T, n K] of a named routing."""
     E, n = len(case.ranks), case.n
     if case.routing in ROUTINGS:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 import struct
-import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,12 +18,9 @@ from moelora_kernels.types import count_tiles
 from ptx.execution import Kernel
 from ptx.global_memory import GlobalMemory
 from ptx.program import parse
-from support.backends import REQUIRED
+from support.nvcc import CUDA, compile_source
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-ROUTE = CSRC / "cuda" / "route.cuh"
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None and not REQUIRED, reason="needs nvcc")
+ROUTE = CUDA / "route.cuh"
 
 # The kernels for ids of 32 and of 64 bits, with counters in shared and in global memory.
 KERNELS = """
@@ -62,26 +55,15 @@ class Plan(NamedTuple):
     shared: int
 
 
-def compile_source(text: str, *flags: str, header: str | None = None) -> tuple[bytes, str]:
-    """Compile a source with nvcc. Return the output and the messages, or raise CalledProcessError.
-
-    header: the text of route.cuh; None: as it is.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder, "route.cu"), Path(folder, "output")
-        source.write_text(text)
-        Path(folder, "route.cuh").write_text(header or ROUTE.read_text())
-        command = [NVCC or "nvcc", "-std=c++20", "-O3", *flags, str(source), "-o", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
-        return output.read_bytes(), done.stderr
+def compile_route(text: str, *flags: str, header: str | None = None) -> tuple[bytes, str]:
+    """See `compile_source`. header: the text of route.cuh; None: as it is."""
+    return compile_source(text, *flags, headers={"route.cuh": header})
 
 
 @cache
 def compile_ptx(architecture: str, header: str | None = None) -> str:
     """Return the PTX of all kernels for an architecture, "80" or "90a"."""
-    ptx, _ = compile_source(KERNELS, "-ptx", f"-arch=compute_{architecture}", header=header)
+    ptx, _ = compile_route(KERNELS, "-ptx", f"-arch=compute_{architecture}", header=header)
     return ptx.decode()
 
 
@@ -89,7 +71,7 @@ def compile_ptx(architecture: str, header: str | None = None) -> str:
 def host_library(header: str | None = None) -> ctypes.CDLL:
     """Return the functions of PLAN."""
     flags = ("-shared", "-cudart=none", "-Xcompiler=-fPIC")
-    code, _ = compile_source(PLAN, *flags, header=header)
+    code, _ = compile_route(PLAN, *flags, header=header)
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(code)
         file.flush()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
+from moelora_kernels.kernels import cluster_shrink
 from moelora_kernels.kernels.common import launcher
-from support import arguments, route_cases
+from support import arguments, route_cases, shrink_ptx
 from support.backends import DTYPES, KERNEL_DTYPES, op_launcher
 from support.cases import GROUPED, WIDE
 from support.inputs import Inputs, moved
@@ -79,6 +80,19 @@ def run_route(device: str) -> None:
         assert (chunks.cpu() >= 0).all()
 
 
+def run_cluster_shrink(device: str) -> None:
+    """Run `cluster_shrink`, a kernel of the native library, if it is built for this GPU."""
+    if device == "cpu" or cluster_shrink.op() is None:
+        return
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for case in shrink_ptx.CASES.values():
+        inputs = Inputs(case, torch.bfloat16).to(device)
+        (flat,) = arguments.calls("shrink_gate", inputs)
+        for tensor in cluster_shrink.launch_op(*flat):
+            assert torch.isfinite(tensor).all(), f"{case}: non-finite values"
+
+
 def main(names: list[str]) -> None:
     """Run the named cases, or all of WIDE_NAMES and GROUPED_NAMES, in every dtype."""
     device = "cpu" if launcher.INTERPRET else "cuda"
@@ -98,6 +112,7 @@ def main(names: list[str]) -> None:
                 assert torch.isfinite(tensor).all(), f"{name}, {dtype_name}: non-finite values"
         run_others(dtype, device)
     run_route(device)
+    run_cluster_shrink(device)
     print("every kernel ran")
 
 
