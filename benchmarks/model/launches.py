@@ -74,6 +74,7 @@ LAYERS = [
     Layer("dense gates", gate="dense"),
     Layer("task gates", gate="rows"),
     Layer("dropout", dropout=0.05),
+    Layer("dropout T=1024", tokens=1024, dropout=0.05),
     Layer("task gates, dropout per expert", gate="rows", dropout=0.05, per_expert=True),
     Layer("shared A", share_a=True, ranks=(8,) * 3, top_k=3),
     # Widths that are not a multiple of 8, and ranks whose rows are not aligned.

@@ -8,7 +8,7 @@ The package chooses its formulations with a model of the device. These measureme
     addmm_        beta = 1 over beta = 0. At 1.00 the read of y is hidden: then the expand goes
                   first and the base product adds to it
     shrink        `shrink_gate` over x At in the BLAS: do gate, u and router logits cost extra?
-    weight_grad   T in 1, 4, 8, 16 parts: the rule `configs.num_splits`
+    weight_grad   T in 1, 4, 8, 16 parts: the rule `splits.num_splits`
     host          the host's time of a call, without a wait for the device. Times the launches of a
                   layer, it gives the T below which eager execution is bound by launches
     layer         moelora over the compiled provider: all of it together

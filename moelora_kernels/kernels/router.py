@@ -11,6 +11,7 @@ from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials, store_partial
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.types import RouterTensors
 
@@ -147,7 +148,7 @@ def launch_logits(x: Tensor, router: RouterTensors, *, split: int | None = None)
     programs = launcher.ceil_div(T, tile_config.tokens) * n * launcher.ceil_div(E, block_e)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(x.device, tile_config, programs, steps)
+        split = num_splits(x.device, tile_config, programs, steps)
 
     # The kernel computes the address of a partial sum from T, n and E: no space between them.
     partials = Partials([logits], split, alignment=1)
@@ -199,7 +200,7 @@ def launch_grad(
     programs = launcher.ceil_div(I, tile_config.step) * launcher.ceil_div(L, block_l)
     steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
-        split = configs.num_splits(x.device, tile_config, programs, steps)
+        split = num_splits(x.device, tile_config, programs, steps)
 
     partials = Partials([drouter, dbias], split)
     drouter_target, dbias_target = partials.targets

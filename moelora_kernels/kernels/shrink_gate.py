@@ -27,6 +27,7 @@ from moelora_kernels.kernels.common.gates import (
 from moelora_kernels.kernels.common.memory import load_rows, load_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import compute_dtype, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, Gate, Mixture, RouterTensors
@@ -291,6 +292,7 @@ def launch(
     T, width = x.shape
     n, E, R, A_ROWS = len(lora_a), len(ranks), sum(ranks), lora_a[0].shape[0]
     has_router = len(router_weight) > 0
+    router_e = E if has_router else 0
 
     # Outputs. Without a router, weights, experts and logits are empty.
     h, u = x.new_empty((T, n * A_ROWS)), x.new_empty((T, n * R))
@@ -309,8 +311,10 @@ def launch(
     block_e = launcher.block(E)
     tile_config = configs.tile_config("shrink_gate", x.device, x.dtype, block_r)
     fits = not per_expert and A_ROWS == R <= ONE_LAUNCH_RANK and block_e <= ONE_LAUNCH_EXPERTS
-    column_tile_table = None
-    column_tiles = n * launcher.ceil_div(A_ROWS, block_r)
+    # Rows of h and u that are not aligned take more registers than a large tile leaves.
+    is_large = tile_config.tokens * block_r >= configs.LARGE_TILE
+    fits = fits and (not is_large or R * x.itemsize % 16 == 0)
+    column_tile_table, column_tiles = None, n * launcher.ceil_div(A_ROWS, block_r)
     if per_expert:
         column_tile_table = tables.column_tile_table(tuple(ranks), n, block_r, x.device)
         column_tiles = len(column_tile_table)
@@ -322,7 +326,7 @@ def launch(
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = configs.num_splits(
+        split = num_splits(
             x.device, tile_config, token_tiles * column_tiles, steps, stores_partials=not fits
         )
     one_launch = fits and split == 1
@@ -332,7 +336,7 @@ def launch(
     if not one_launch:
         if has_router:
             router_block = launcher.block(launcher.ceil_div(E, column_tiles // n))
-        partials = x.new_empty((split, T, n * (A_ROWS + (E if has_router else 0))), dtype=dtype)
+        partials = x.new_empty((split, T, n * (A_ROWS + router_e)), dtype=dtype)
 
     # Arguments that both launches take.
     arguments = dict(
@@ -355,7 +359,7 @@ def launch(
     )
     constants = dict(
         n=n, A_ROWS=A_ROWS, R=R, E=E, K=K, FORM=form, RENORMALIZE=bool(renormalize),
-        ROUTER_E=E if has_router else 0, UPCAST=launcher.INTERPRET,
+        ROUTER_E=router_e, UPCAST=launcher.INTERPRET,
     )  # fmt: skip
     launcher.run(
         shrink_gate_kernel,
@@ -391,10 +395,7 @@ def launch(
         row_tile = configs.PARTIALS_TILE
         block_r = min(launcher.block(R), row_tile.step)
         launcher.run(
-            gate_partials_kernel,
-            launcher.ceil_div(T, row_tile.tokens) * n,
-            row_tile,
-            arguments,
+            gate_partials_kernel, launcher.ceil_div(T, row_tile.tokens) * n, row_tile, arguments,
             constants | dict(BLOCK_T=row_tile.tokens, BLOCK_R=block_r, BLOCK_E=block_e),
-        )
+        )  # fmt: skip
     return h, u, out_weights, out_experts, out_logits

@@ -25,6 +25,7 @@ from moelora_kernels.kernels.common.gates_backward import gate_columns, store_dg
 from moelora_kernels.kernels.common.memory import load_rows
 from moelora_kernels.kernels.common.products import product, select_from
 from moelora_kernels.kernels.common.reduce_partials import load_partials, store_partial
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.shrink_gate import ONE_LAUNCH_EXPERTS
 from moelora_kernels.numerics import compute_dtype
 from moelora_kernels.types import Gate, Mixture
@@ -277,8 +278,11 @@ def launch(
     steps = [launcher.ceil_div(O, tile_config.step) for O in out_features]  # noqa: E741
     # Rows of h and u at any multiple of 2 or 4 bytes take more registers than the gate leaves.
     fits = A_ROWS == R <= width and block_e <= ONE_LAUNCH_EXPERTS and R * h.itemsize % 8 == 0
+    # A dense gate takes more registers than a large tile leaves.
+    is_large = tile_config.tokens * width >= configs.LARGE_TILE
+    fits = fits and (not is_large or has_router or form == "sparse")
     if split is None:
-        split = configs.num_splits(
+        split = num_splits(
             h.device, tile_config, token_tiles * column_tiles, max(steps), stores_partials=not fits
         )
     one_launch = fits and split == 1

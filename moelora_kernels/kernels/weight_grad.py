@@ -14,6 +14,7 @@ from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.kernels.common.memory import load_rows, store_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_product, product, select_from
 from moelora_kernels.kernels.common.reduce_partials import Partials
+from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout
@@ -264,7 +265,13 @@ def launch(
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
     columns, row = max(block_a, block_b), math.gcd(H, R)
-    tile_config = configs.tile_config("weight_grad", x.device, x.dtype, columns, row)
+    # A mask takes registers, and so do x in float32, which float16 needs beside dlogits, the sums
+    # of many routers, and the addresses of rows of dh and u that are not aligned.
+    is_simple = dropout.p == 0 and (L == 0 or x.dtype != torch.float16) and L <= 64
+    is_simple = is_simple and row * x.itemsize % 16 == 0
+    tile_config = configs.tile_config(
+        "weight_grad", x.device, x.dtype, columns, row, T * n, is_simple
+    )
     column_tiles = None
     if per_expert:
         column_tiles = tables.column_tile_table(tuple(ranks), n, block_a, x.device)
@@ -279,7 +286,7 @@ def launch(
     programs += sum(launcher.ceil_div(O, tile_config.step) for O in out_features) * b_tiles  # noqa: E741
     steps = launcher.ceil_div(T, tile_config.tokens)
     if split is None:
-        split = configs.num_splits(x.device, tile_config, programs, steps)
+        split = num_splits(x.device, tile_config, programs, steps)
 
     partials = Partials([da, drouter, dbias, *db] if L else [da, *db], split)
     da_target, *router_targets = partials.targets[:-n]

@@ -7,7 +7,7 @@ from itertools import combinations, product
 from typing import Any
 
 from moelora_kernels.kernels import shrink_dx
-from moelora_kernels.kernels.common.configs import SHARED, TileConfig
+from moelora_kernels.kernels.common.configs import FEW, SHARED, TileConfig
 from moelora_kernels.kernels.common.tuned import ROUTED_TILES, Key
 
 # A product needs 16 rows and columns. float32 rows that are not aligned take half a step.
@@ -39,6 +39,7 @@ def shared_bytes(key: Key, tile: TileConfig) -> int:
     that takes more than there is does not run, and is refused.
     """
     kernel, itemsize, columns = key
+    kernel = kernel.removesuffix(FEW)
     loads = max(1, tile.stages - 1)
     if kernel == "grouped_expand":
         # The rows of u stay, and the rows of B are loaded ahead.

@@ -106,7 +106,7 @@ def search(layers: Sequence[Weighted], options: Options) -> Search:
         keys = _taken_keys(layers, table, options)
         architecture, _ = configs.processors(options.device)
         # Entry -> its trials that are left.
-        left = Counter(key for layer, _ in layers for key in keys[layer.form].values())
+        left = Counter(key for layer, _ in layers for key in keys[layer].values())
         for key in left:
             tiles = candidates(key, table[key], architecture, options.quick)
             result.entries[key] = [Candidate(tile) for tile in tiles]
@@ -115,7 +115,7 @@ def search(layers: Sequence[Weighted], options: Options) -> Search:
             with closing(options.progress(total)) as progress:
                 for layer, number in layers:
                     for trial in _trials(layer, options):
-                        key = keys[layer.form][trial.call.op]
+                        key = keys[layer][trial.call.op]
                         for candidate in result.entries[key]:
                             if not candidate.problem:
                                 with _tile(table, key, candidate.tile):
@@ -141,23 +141,32 @@ def _trials(layer: Layer, options: Options) -> Iterator[Trial]:
 
 def _taken_keys(
     layers: Sequence[Weighted], table: Table, options: Options
-) -> dict[str, dict[str, Key]]:
-    """Return form -> op -> the key of the entry that the launcher of the op takes.
+) -> dict[Layer, dict[str, Key]]:
+    """Return layer -> op -> the key of the entry that the launcher of the op takes.
 
-    It depends on the ranks and the dtype, which are the same for all layers.
+    It does not depend on the widths of the layer, nor on the tokens from FEW_ROWS on.
     """
-    keys: dict[str, dict[str, Key]] = {}
-    for layer in {layer.form: layer for layer, _ in layers}.values():
-        small = layer._replace(tokens=64, in_features=64, out_features=64)
-        keys[layer.form] = {}
-        for call in draw_calls(small, options.device):
-            # A launch is recorded before it runs. If the shipped tile does not run on this GPU,
-            # `Trial` refuses it.
-            with launcher.recording() as launches, suppress(Exception):
-                op_launcher(call.op)(*call.arguments, **call.options)
-            tiles = {id(launch.tile_config) for launch in launches}
-            key = next(key for key, tile in table.items() if id(tile) in tiles)
-            keys[layer.form][call.op] = key
+    keys: dict[Layer, dict[str, Key]] = {}
+    taken: dict[Layer, dict[str, Key]] = {}
+    for layer, _ in layers:
+        tokens = 64 if layer.tokens < configs.FEW_ROWS else configs.FEW_ROWS
+        small = layer._replace(tokens=tokens, in_features=64, out_features=64)
+        if small not in taken:
+            taken[small] = _keys_of(small, table, options)
+        keys[layer] = taken[small]
+    return keys
+
+
+def _keys_of(layer: Layer, table: Table, options: Options) -> dict[str, Key]:
+    """Return op -> the key of the entry that its launcher takes for this layer."""
+    keys = {}
+    for call in draw_calls(layer, options.device):
+        # A launch is recorded before it runs. If the shipped tile does not run on this GPU,
+        # `Trial` refuses it.
+        with launcher.recording() as launches, suppress(Exception):
+            op_launcher(call.op)(*call.arguments, **call.options)
+        tiles = {id(launch.tile_config) for launch in launches}
+        keys[call.op] = next(key for key, tile in table.items() if id(tile) in tiles)
     return keys
 
 
@@ -221,12 +230,16 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _tile(table: Table, key: Key, tile: TileConfig) -> Iterator[None]:
-    """Take this tile for an entry of the table."""
-    outer, table[key] = table[key], tile
+    """Take this tile for an entry of the table, whatever the number of tokens of a call."""
+    kernel, *shape = key
+    kernel = kernel.removesuffix(configs.FEW)
+    entries = ((name, *shape) for name in (kernel, kernel + configs.FEW))
+    outer = {entry: table[entry] for entry in entries if entry in table}
+    table.update(dict.fromkeys(outer, tile))
     try:
         yield
     finally:
-        table[key] = outer
+        table.update(outer)
 
 
 @contextmanager

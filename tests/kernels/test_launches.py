@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.model.launches import Layer, record
 from moelora_kernels import ops
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.types import (
@@ -126,6 +127,20 @@ def test_programs_of_grouped_kernels_take_whole_tiles(architecture: str) -> None
             assert config.tokens >= TILE, kernel
 
 
+@pytest.mark.parametrize(
+    ("tokens", "siblings", "features"),
+    ((2047, 1, 128), (2048, 1, 256), (682, 3, 128), (683, 3, 256)),
+)
+def test_weight_gradients_of_few_rows_take_smaller_tiles(
+    tokens: int, siblings: int, features: int
+) -> None:
+    """Below FEW_ROWS = 2048 tokens times siblings."""
+    layer = Layer("", tokens=tokens, out_features=(4096,) * siblings, ranks=(128 // 8,) * 8)
+    with configs.assume("sm_90"):
+        tiles = {each.kernel.fn.__name__: each.tile_config for each in record(layer)}
+    assert tiles["weight_grad_kernel"].step == features
+
+
 # --- counts -------------------------------------------------------------------------------------
 
 
@@ -162,17 +177,18 @@ class CountLaunches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-# case -> kernels and products forward, backward. At 8192 tokens the tiles of one linear fill an
-# H200; at 1024 its inner dimension is cut into parts, which one more launch adds up. The weight
-# gradients are cut at 8192 tokens, unless R = 256 or three siblings fill the GPU with their tiles.
-# At 1 and 1024 tokens a cut of them would cost more than it saves.
+# case -> kernels and products forward, backward. At 8192 tokens and R = 128 the tiles of one linear
+# fill half of an H200, and those of three siblings fill it one and a half times: the inner
+# dimension of every sum is cut into parts, which one more launch adds up. At R = 256 the shrinks
+# have two launches anyway. At 1 and 1024 tokens a cut of the weight gradients would cost more than
+# it saves.
 WIDE_LAUNCHES = {
-    "T=8192": (dict(T=8192), 3, 5),
+    "T=8192": (dict(T=8192), 4, 6),
     "T=1024": (dict(T=1024), 4, 5),
     "T=1": (dict(T=1), 4, 5),
-    "T=8192 qkv": (dict(T=8192, n=3), 1 + 2 * 3, 1 + 1 + 3 + 1),
-    "T=8192 R=256": (dict(T=8192, rank=32), 4, 5),
-    "T=8192 task gates": (dict(T=8192, router=False), 3, 5 + 2),
+    "T=8192 qkv": (dict(T=8192, n=3), 2 + 2 * 3, 2 + 1 + 3 + 2),
+    "T=8192 R=256": (dict(T=8192, rank=32), 4, 6),
+    "T=8192 task gates": (dict(T=8192, router=False), 4, 6 + 2),
 }
 
 

@@ -14,6 +14,7 @@ from benchmarks.model.launches import LAYERS, Layer, record, stores_partials
 from benchmarks.model.machine_code import MachineCode
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.configs import TileConfig
+from moelora_kernels.kernels.common.splits import num_splits
 
 # GPU -> architecture and multiprocessors.
 GPUS = {
@@ -40,11 +41,11 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "tokens"),
     (
-        # 128 tiles of 64 tokens are 1.19 and 1.12 waves.
+        # 128 tiles of 64 and of 128 tokens are 1.19 and 1.12 waves.
         ("A100", 8192),
-        ("H100 PCIe", 8192),
+        ("H100 PCIe", 16384),
         # 133 to 188 tiles are 1.01 to 1.42 waves.
-        *(("H200", tokens) for tokens in (8449, 9216, 10240, 11264, 12000)),
+        *(("H200", tokens) for tokens in (16897, 18432, 20480, 22528, 24000)),
     ),
 )
 def test_no_second_wave_is_mostly_empty(gpu, name: str, tokens: int) -> None:
@@ -82,7 +83,7 @@ def test_split(gpu, blocks: tuple[int, int], programs: int, steps: int, split: i
     gpu("H200")
     tile_config = TileConfig(64, 64, 8, 3, blocks=blocks)
     device = torch.device("meta")
-    assert configs.num_splits(device, tile_config, programs, steps) == split
+    assert num_splits(device, tile_config, programs, steps) == split
 
 
 def test_a_split_is_free_to_fill_a_gpu_that_adds_partial_sums_anyway(gpu) -> None:
@@ -90,7 +91,7 @@ def test_a_split_is_free_to_fill_a_gpu_that_adds_partial_sums_anyway(gpu) -> Non
     gpu("H200")
     tile_config, device = TileConfig(64, 64, 8, 3, blocks=(1, 1)), torch.device("meta")
     splits = [
-        configs.num_splits(device, tile_config, 64, 16, stores_partials)
+        num_splits(device, tile_config, 64, 16, stores_partials)
         for stores_partials in (False, True)
     ]
     assert splits == [1, 2]

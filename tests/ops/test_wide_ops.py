@@ -27,6 +27,8 @@ from support.op_checks import WIDE_OPS, check
 # the slowest: another dtype changes casts and products, and no addresses.
 EVERY_DTYPE = ("plain", "float32_adapters", "float32_routers")
 SLOWEST = ("long", "many_experts", "rows_int64", "siblings_sparse")
+# Interpreted for a minute per op and dtype: in float16 alone, since dtypes share addresses.
+INTERPRETED_ONCE = ("long",)
 
 # PTX runs in every case in bfloat16. Another dtype changes casts and products, and no addresses; in
 # float32 sums over ranks, tokens and shared rows in several launches, and wide masks.
@@ -49,6 +51,9 @@ PTX_ON_ONE_ARCHITECTURE = {
     "share_a_dense-fp32": "sm_90", "dropout_per_expert-fp32": "sm_90",
 }  # fmt: skip
 
+ONE_DTYPE = {name: case for name, case in WIDE.items() if name in INTERPRETED_ONCE}
+ALL_DTYPES = {name: case for name, case in WIDE.items() if name not in ONE_DTYPE}
+
 
 def triton_by_default(case: str, dtype: str) -> bool:
     return case in EVERY_DTYPE or (dtype == "fp16" and case not in SLOWEST)
@@ -62,7 +67,8 @@ def ptx_by_default(case: str, dtype: str) -> bool:
     ("backend", "case", "dtype"),
     (
         *parameters(NATIVE, WIDE, DTYPES),
-        *parameters(TRITON, WIDE, KERNEL_DTYPES, triton_by_default),
+        *parameters(TRITON, ALL_DTYPES, KERNEL_DTYPES, triton_by_default),
+        *parameters(TRITON, ONE_DTYPE, {"fp16": torch.float16}, triton_by_default),
         *ptx_parameters(WIDE, PTX_NAMES, PTX_ON_ONE_ARCHITECTURE, ptx_by_default),
         *parameters(GPU, LARGE_WIDE, HALF),
     ),

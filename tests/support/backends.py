@@ -16,11 +16,13 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 
 from moelora_kernels import native, ops
+from moelora_kernels.kernels.common import configs
 from moelora_kernels.testing import clear_routing
 from moelora_kernels.tune.calls import op_launcher
 from support.cases import Case
@@ -53,6 +55,16 @@ def in_parts(launch: Callable, split: int) -> Callable:
     return lambda *arguments: launch(*arguments, split=split)
 
 
+def with_few_rows(launch: Callable, few_rows: int) -> Callable:
+    """Return a launcher with other tiles: fewer than `few_rows` rows are few. 0: never."""
+
+    def run(*arguments, **options):
+        with mock.patch.object(configs, "FEW_ROWS", few_rows):
+            return launch(*arguments, **options)
+
+    return run
+
+
 def on_ptx(launch: Callable, architecture: str, sums: str = "exact") -> Callable:
     """Return a launcher that executes PTX on a CPU.
 
@@ -83,14 +95,21 @@ class Backend:
         """The marks of a test that executes PTX with --exhaustive only."""
         return (*self.marks, exhaustive) if self.ptx else self.marks
 
-    def implementation(self, op: str, sums: str = "exact", **options) -> Callable:
+    def implementation(
+        self, op: str, sums: str = "exact", few_rows: int | None = None, **options
+    ) -> Callable:
         """Return the function that computes an op.
 
         options: keyword arguments of its launcher. sums: "cut": as tensor cores do, in PTX alone.
+        few_rows: see `with_few_rows`; without it PTX has the tiles of many rows.
         """
         if self is NATIVE or op == "route":
             return getattr(ops, op)
-        launch = functools.partial(op_launcher(op), **options)
+        launch: Callable = functools.partial(op_launcher(op), **options)
+        if self.ptx and few_rows is None:
+            few_rows = 0
+        if few_rows is not None:
+            launch = with_few_rows(launch, few_rows)
         return on_ptx(launch, self.ptx, sums) if self.ptx else launch
 
     def implementations(self, op: str) -> list[Callable]:

@@ -23,6 +23,8 @@ VARIANTS = {
     # Sums to partials; the mask drawn beside the product.
     "split": (dict(gate="dense", dropout=0.1), 2),
 }
+# The widest tiles of these entries serve layers without dropout.
+COLUMNS_WITH_DROPOUT = {"shrink_dx": shrink_dx.STEP, "weight_grad": 64}
 # The ops that take the tiles of a kernel, if they are more than the op with its name.
 OPS_OF = {"grouped_expand": ("grouped_expand", "grouped_dx")}
 # An op outside this list has no test of its tiles.
@@ -32,9 +34,10 @@ OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
 def tile_entries(architecture: str) -> list:
     """Return parameters (op, key of the table, dtype) of an architecture."""
     return [
-        pytest.param(op, key, dtype, id=f"{op}-{name}-{key[2]}")
+        pytest.param(op, key, dtype, id=f"{op}-{name}-{key[2]}{few}")
         for key in configs.TILE_CONFIGS[architecture]
-        for op in OPS_OF.get(key[0], (key[0],))
+        for few in [configs.FEW if key[0].endswith(configs.FEW) else ""]
+        for op in OPS_OF.get(key[0], (key[0].removesuffix(few),))
         for name, dtype in DTYPES.items()
         if dtype.itemsize == key[1]
     ]
@@ -56,14 +59,14 @@ def tile_calls(
     """
     columns = key[2]
     assert op in OPS, op
+    few_rows = 1 << 31 if key[0].endswith(configs.FEW) else 0
     if op in WIDE_OPS:
         options, split = VARIANTS[variant]
-        # Wider tiles serve layers without dropout.
-        if op == "shrink_dx" and columns > shrink_dx.STEP:
+        if columns > COLUMNS_WITH_DROPOUT.get(key[0], columns):
             options = {**options, "dropout": 0.0}
         case = Case(T=tokens, I=width, O=width, ranks=(columns // 4,) * 4, **options)
         options = {"split": split} if op in SPLIT else {}
-        implementation = backend.implementation(op, **options)
+        implementation = backend.implementation(op, few_rows=few_rows, **options)
         return implementation, calls(op, backend.inputs(case, dtype))
     case = grouped_case(
         T=tokens, I=width, O=width, start="bias", router_bias=True, tile=TILE, chunk=CHUNK,

@@ -34,10 +34,12 @@ BLOCKS: dict[str, dict[tuple[str, int], tuple[tuple[int, int], ...]]] = {
     "sm_90": {
         ("shrink_gate", 2): ((3, 3), (2, 2), (2, 2), (1, 2)),
         ("shrink_gate", 4): ((4, 4), (4, 4), (1, 1), (1, 1)),
-        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (2, 2), (1, 3)),
+        ("shrink_gate_backward", 2): ((3, 3), (3, 3), (1, 3), (1, 2)),
         ("shrink_gate_backward", 4): ((5, 5), (4, 4), (1, 1), (1, 1)),
-        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (2, 1)),
+        ("weight_grad", 2): ((3, 3), (3, 3), (2, 2), (1, 1)),
         ("weight_grad", 4): ((4, 4), (3, 3), (1, 1), (1, 1)),
+        # The entry of few rows has 128 columns.
+        ("weight_grad_few", 2): ((3, 3), (3, 3), (2, 2), (2, 1)),
         ("router_logits", 2): ((3, 3), (3, 3), (4, 4)),
         ("router_logits", 4): ((6, 6), (4, 4), (2, 2)),
         ("router_grad", 2): ((3, 3), (3, 3), (1, 1)),

@@ -10,10 +10,9 @@ code also ran on a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -56,22 +55,29 @@ SHARED = {
     "sm_120": 99 << 10,
 }
 
+# Elements of a float32 sum that leaves few of the registers of 8 warps.
+LARGE_TILE = 128 * 128
+
+# A kernel whose name has this suffix in a table is the entry of the kernel for layers of fewer than
+# FEW_ROWS rows, tokens times siblings. Chosen by the model of `benchmarks/budget.py`.
+FEW, FEW_ROWS = "_few", 2048
+
 # (kernel, bytes of an element of x, columns of the rank tile) -> TileConfig. Found by compiling
 # ahead of time. Tiles are as large as the registers hold without spills, because every program
 # reads its columns of A or B again. Stages are as many as keep 16 bytes per thread in flight.
 _SM_90 = {
     ("shrink_gate", 2, 16): TileConfig(64, 128, 4, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 4, 3),
-    ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3),
-    ("shrink_gate", 2, 128): TileConfig(64, 64, 8, 4),
+    ("shrink_gate", 2, 64): TileConfig(128, 64, 8, 3),
+    ("shrink_gate", 2, 128): TileConfig(128, 64, 8, 3),
     ("shrink_gate", 4, 16): TileConfig(64, 32, 4, 3),
     ("shrink_gate", 4, 32): TileConfig(64, 32, 4, 3),
     ("shrink_gate", 4, 64): TileConfig(64, 32, 8, 3),
     ("shrink_gate", 4, 128): TileConfig(64, 32, 8, 3),
     ("shrink_gate_backward", 2, 16): TileConfig(64, 128, 4, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 4, 3),
-    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
-    ("shrink_gate_backward", 2, 128): TileConfig(64, 64, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(128, 64, 8, 3),
+    ("shrink_gate_backward", 2, 128): TileConfig(128, 64, 8, 3),
     ("shrink_gate_backward", 4, 16): TileConfig(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 32): TileConfig(64, 32, 4, 3),
     ("shrink_gate_backward", 4, 64): TileConfig(64, 32, 8, 3),
@@ -79,7 +85,7 @@ _SM_90 = {
     ("weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 4, 3),
     ("weight_grad", 2, 64): TileConfig(64, 128, 8, 3),
-    ("weight_grad", 2, 128): TileConfig(64, 128, 8, 3),
+    ("weight_grad", 2, 128): TileConfig(64, 256, 8, 3),
     ("weight_grad", 4, 16): TileConfig(32, 64, 4, 3),
     ("weight_grad", 4, 32): TileConfig(32, 64, 4, 3),
     ("weight_grad", 4, 64): TileConfig(32, 64, 8, 3),
@@ -131,6 +137,9 @@ _SM_90 = {
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
 _SM_100 = {
     **_SM_90,
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
+    ("shrink_gate", 2, 128): TileConfig(64, 64, 8, 4),
+    ("shrink_gate_backward", 2, 128): TileConfig(64, 64, 8, 3),
     ("shrink_gate", 2, 16): TileConfig(64, 128, 8, 3),
     ("shrink_gate", 2, 32): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 32): TileConfig(64, 128, 8, 3),
@@ -157,6 +166,7 @@ _SM_80 = {
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3),
     ("shrink_gate", 2, 64): TileConfig(64, 64, 8, 3),
     ("shrink_gate", 2, 128): TileConfig(64, 32, 8, 3),
+    ("shrink_gate_backward", 2, 64): TileConfig(64, 128, 8, 3),
     ("shrink_gate_backward", 2, 128): TileConfig(32, 64, 8, 3),
     ("shrink_gate_backward", 4, 128): TileConfig(32, 32, 8, 3),
     ("weight_grad", 2, 32): TileConfig(64, 128, 8, 3),
@@ -208,7 +218,8 @@ _RESIDENT = {
     ("shrink_dx", 2, 192): TileConfig(64, 256, 8, 3),
     ("shrink_dx", 2, 256): TileConfig(64, 128, 8, 3),
 }
-# With Triton 3.6, sums of 256 columns do not fit into the tensor memory beside their operands.
+# With Triton 3.6, sums of 256 columns do not fit into the tensor memory beside their operands. With
+# Triton 3.9, ptxas spills two registers for odd ranks without the limit that is written out.
 _RESIDENT_SM_100 = {
     **_RESIDENT,
     ("shrink_dx", 2, 128): TileConfig(64, 128, 8, 3, registers=255),
@@ -226,10 +237,13 @@ def _with_blocks(architecture: str, table: dict) -> dict[tuple[str, int, int], T
     return {key: tile._replace(blocks=blocks.get(key, (1, 1))) for key, tile in table.items()}
 
 
+# Layers of few rows have few tiles of 256 features.
+_FEW_SM_90 = {(f"weight_grad{FEW}", 2, 128): TileConfig(64, 128, 8, 3)}
+
 _TABLES = {
     "sm_80": _SM_80,
     "sm_89": _SM_89,
-    "sm_90": _SM_90 | _RESIDENT,
+    "sm_90": _SM_90 | _FEW_SM_90 | _RESIDENT,
     "sm_100": _SM_100 | _RESIDENT_SM_100,
     "sm_120": _SM_120,
 }
@@ -245,13 +259,6 @@ EXECUTED = ("sm_80", "sm_90")
 ROW_TILE = TileConfig(16, 64, 4, 1, blocks=(6, 6))
 # For the second launch of a shrink, which adds partial sums and applies the gate.
 PARTIALS_TILE = ROW_TILE._replace(registers=255)
-
-# The cost of a split, in steps of the loop: the start and end of a program, the second launch, and
-# to store and load a partial sum. PARTIALS_AT_ONCE: partial sums that the second launch loads
-# before it waits. Chosen by the model of `benchmarks/budget.py`; nothing was measured.
-PROGRAM_STEPS, LAUNCH_STEPS, PARTIAL_STEPS, PARTIALS_AT_ONCE = 2, 10, 2, 4
-# A part has at least so many steps, and a sum at most so many parts if the programs fill the GPU.
-LEAST_STEPS, MOST_SPLITS = 4, 16
 
 _assumed: str | None = None
 # Device -> its table, with the tiles tuned on it. Read once in a process.
@@ -334,58 +341,20 @@ def tile_config(
     dtype: torch.dtype,
     rank_columns: int,
     row: int = 16,
+    rows: int = FEW_ROWS,
+    is_simple: bool = True,
 ) -> TileConfig:
     """Return the entry of the table for tiles of `rank_columns` columns of rank space.
 
     row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
-    registers.
+    registers. rows: tokens times siblings. is_simple: nothing but the products takes registers.
+    Otherwise a step of 256 columns is half as long.
     """
-    entry = _table(device)[kernel, dtype.itemsize, rank_columns]
-    if dtype.itemsize == 4 and row % 4:
+    table = _table(device)
+    entry = table[kernel, dtype.itemsize, rank_columns]
+    if rows < FEW_ROWS:
+        entry = table.get((kernel + FEW, dtype.itemsize, rank_columns), entry)
+    if (dtype.itemsize == 4 and row % 4) or (entry.step == 256 and not is_simple):
         return entry._replace(step=entry.step // 2)
     return entry
-
-
-def num_splits(
-    device: torch.device,
-    tile_config: TileConfig,
-    programs: int,
-    steps: int,
-    stores_partials: bool = False,
-) -> int:
-    """Return into how many parts to split the loops of `programs` programs, of `steps` steps each.
-
-    stores_partials: there is a second launch, which adds partial sums, also without a split.
-    """
-    _, multiprocessors = processors(device)
-    return _cheapest_split(multiprocessors, tile_config.blocks, programs, steps, stores_partials)
-
-
-@lru_cache(maxsize=4096)
-def _cheapest_split(
-    multiprocessors: int,
-    blocks: tuple[int, int],
-    programs: int,
-    steps: int,
-    stores_partials: bool,
-) -> int:
-    """Return the split that costs the fewest steps; the smallest one if several do.
-
-    Programs run in waves of `multiprocessors` times blocks. A wave that is not full takes as long
-    as a full one, unless it is the only one.
-    """
-
-    def cost(split: int) -> float:
-        has_partials = stores_partials or split > 1
-        at_once = blocks[has_partials]
-        load = programs * split / multiprocessors
-        # A multiprocessor runs its programs in rounds of `at_once`.
-        runs = at_once * math.ceil(load / at_once) if load > at_once else max(1.0, load)
-        total = runs * (math.ceil(steps / split) + PROGRAM_STEPS)
-        if has_partials:
-            total += LAUNCH_STEPS + load * PARTIAL_STEPS + split / PARTIALS_AT_ONCE
-        return total
-
-    most = min(steps // LEAST_STEPS, max(MOST_SPLITS, multiprocessors // max(1, programs)))
-    return min(range(1, max(1, most) + 1), key=cost)

@@ -10,6 +10,7 @@ from moelora_kernels.kernels.common import configs, launcher
 from moelora_kernels.kernels.common.memory import load_rows, store_transposed
 from moelora_kernels.kernels.common.products import exact_sum
 from moelora_kernels.kernels.common.reduce_partials import Partials
+from moelora_kernels.kernels.common.splits import num_splits
 
 # Gate rows of one program: the smallest operand of a product.
 BLOCK_G = 16
@@ -71,7 +72,7 @@ def launch(dgate: Tensor, rows: Tensor | None, G: int) -> Tensor:
 
     programs = launcher.ceil_div(G, BLOCK_G) * launcher.ceil_div(width, block_e)
     steps = launcher.ceil_div(T, tile_config.tokens)
-    split = configs.num_splits(dgate.device, tile_config, programs, steps)
+    split = num_splits(dgate.device, tile_config, programs, steps)
 
     total = dgate.new_empty((G, width))
     partials = Partials([total], split, alignment=1)
