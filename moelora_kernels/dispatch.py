@@ -26,8 +26,8 @@ DECODE_TOKENS = 64
 class Threshold(NamedTuple):
     """When impl="auto" takes which form on a device class.
 
-    decode if T <= decode_tokens, in evaluation and without gradients; else grouped if R > columns * K and
-    T >= tokens; else wide.
+    decode if T <= decode_tokens, in evaluation and without gradients; else grouped if
+    R > columns * K and T >= tokens; else wide.
     """
 
     # Up to this rank per expert of a token the wide form is faster.

@@ -275,6 +275,7 @@ class MoeLora(nn.Module):
             num_experts=self.layer.experts,
             rank=self.layer.rank,
             top_k=self.layer.top_k,
+            trains=self.training,
         ).impl
 
     def gradients(self) -> dict[str, Tensor]:

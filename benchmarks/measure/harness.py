@@ -221,7 +221,8 @@ def run_cell(
             row |= {"status": "left out", "reason": reason}
             continue
         try:
-            provider = build(layer)
+            # A forward alone is that of generation, for which layers are in evaluation mode.
+            provider = build(layer).train(mode != "fwd")
             row["impl"] = implementation(provider, x)
             worst, error, budget = checker.verdict(provider, formula, mode)
             row |= {"worst": worst, "error_budget": budget}

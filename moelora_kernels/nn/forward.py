@@ -129,9 +129,9 @@ def _decode_plain(
 ) -> tuple[list[Tensor], Gate | None] | None:
     """Return the results of `run_siblings` for the commonest layers on a CPU without gradients.
 
-    These are layers in evaluation with a plain base and a fused router, on few tokens. One function has all of
-    it, because a call from Python to Python takes as long as a part of the op. Return None for any
-    other call.
+    These are layers in evaluation with a plain base and a fused router, on few tokens. One function
+    has all of it, because a call from Python to Python takes as long as a part of the op. Return
+    None for any other call.
     """
     first = layers[0]
     mixture, config, features = first.fused_mixture, first.config, first.in_features
