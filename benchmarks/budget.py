@@ -219,8 +219,9 @@ def markdown(cells: list[Cell], versions: dict[str, str]) -> str:
             "",
             "Forward + backward in bf16, 4096 inputs and outputs, 8 experts of rank 16, top-2, "
             "unless the name says more. Time over the time of the frozen linears; in brackets the "
-            "same of six lines of PyTorch under `torch.compile`. With the CUDA C++ shrink, the native "
-            "library has `cluster_shrink`, which the launcher takes at some T on sm_90.",
+            "same of six lines of PyTorch under `torch.compile`. CUDA C++ shrink: the native "
+            "library is built with CUDA for sm_90a, and the launcher takes `cluster_shrink` at "
+            "some T.",
             "",
             *summary_table(cells),
             "## Launches that break a rule",
