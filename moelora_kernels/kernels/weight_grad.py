@@ -265,8 +265,8 @@ def launch(
     block_a = min(launcher.block(max(ranks) if per_expert else H), COLUMNS)
     block_b = min(launcher.block(R), COLUMNS)
     columns, row = max(block_a, block_b), math.gcd(H, R)
-    # A mask takes registers, and so do x in float32, which float16 needs beside dlogits, the sums of
-    # many routers, and the addresses of rows of dh and u that are not aligned.
+    # A mask takes registers, and so do x in float32, which float16 needs beside dlogits, the sums
+    # of many routers, and the addresses of rows of dh and u that are not aligned.
     is_simple = dropout.p == 0 and (L == 0 or x.dtype != torch.float16) and L <= 64
     is_simple = is_simple and row * x.itemsize % 16 == 0
     tile_config = configs.tile_config(
