@@ -10,8 +10,8 @@ A launch takes the largest of five times, and START:
 
 Programs run in waves of multiprocessors times blocks per multiprocessor. The last wave is not full:
 a launch of 1.2 waves takes nearly as long as one of 2. ATen's products are modelled by their
-operations and bytes, and `route`, which is CUDA C++, by the loads of a thread that wait for each
-other. The host's time is not in it.
+operations and bytes, and the kernels in CUDA C++ by their source: `route` by the loads of a thread
+that wait for each other, `cluster_shrink` by its bytes. The host's time is not in it.
 
 Assumed: ATen's `addmm` and `addmm_` do not copy the matrix that they add to.
 """
@@ -27,7 +27,8 @@ from benchmarks.model.gpus import Gpu, blocks_per_multiprocessor
 from benchmarks.model.launches import Layer
 from benchmarks.model.machine_code import MachineCode
 from benchmarks.model.work import work
-from moelora_kernels.kernels.common.launcher import Launch
+from moelora_kernels.kernels.cluster_shrink import CLUSTER, TOKENS, blocks_at_once, fills_waves
+from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 from moelora_kernels.kernels.grouped_expand import adds_router
 
 # Microseconds of a launch that no limit explains: its start, the ramp and the gap before the next.
@@ -46,6 +47,9 @@ PRODUCT_TILE = (128, 256)
 SKINNY = 512
 # Threads of a block of `route`, and expert ids that a thread loads at a time.
 ROUTE_THREADS, ROUTE_BATCH = 1024, 4
+# `cluster_shrink`: features of a step, steps in flight, and instructions of a step of the warp that
+# copies (counted in the SASS of R = 128).
+CLUSTER_STEP, CLUSTER_STAGES, CLUSTER_INSTRUCTIONS = 64, 4, 170
 
 
 class Modelled(NamedTuple):
@@ -183,6 +187,37 @@ def route(layer: Layer, gpu: Gpu) -> Modelled:
         "latency": (counting + sorting) * LOAD,
     }
     return Modelled("route", "forward", limits, START)
+
+
+def cluster_shrink(layer: Layer, gpu: Gpu) -> Modelled:
+    """Return the modelled time of `cluster_shrink`, from csrc/cuda/shrink_gate.cuh.
+
+    A multiprocessor runs one block. A cluster asks L2 once for A and the router's weight.
+    """
+    T, I, K = layer.tokens, layer.in_features, layer.top_k  # noqa: E741
+    R, E = sum(layer.ranks), len(layer.ranks)
+    blocks, at_once = ceil_div(T, TOKENS * CLUSTER) * CLUSTER, blocks_at_once(gpu.multiprocessors)
+    active, waves = min(blocks, at_once) / gpu.multiprocessors, blocks / at_once
+    steps, rounds = ceil_div(I, CLUSTER_STEP), max(1.0, waves)
+    x, weights, results = 2.0 * T * I, 2.0 * (R + E) * I, T * (4.0 * R + 8.0 * K + 4.0 * E)
+    limits = {
+        "memory": (x + weights + results) / (gpu.rates.tbytes * 1e6),
+        "L2": (x + weights * blocks / CLUSTER + results) / (gpu.l2 * active * 1e6),
+        # Experts are padded to a multiple of 8 columns.
+        "matrix": 2.0 * T * I * (R + ceil_div(E, 8) * 8) / (gpu.rates.tflops * active * 1e6),
+        "issue": rounds * steps * CLUSTER_INSTRUCTIONS / (gpu.clock * 1e3),
+        "latency": rounds * (1 + steps / CLUSTER_STAGES) * LOAD,
+    }
+    return Modelled("cluster_shrink", "forward", limits, START, blocks, 1, waves)
+
+
+def with_cluster_shrink(launches: list[Modelled], layer: Layer, gpu: Gpu) -> list[Modelled]:
+    """Return the launches with `cluster_shrink` in the place of Triton's shrink, if it is taken."""
+    if not fills_waves(layer.tokens, gpu.multiprocessors):
+        return launches
+    triton = ("shrink_gate", "gate_partials")
+    others = [launch for launch in launches if launch.name not in triton]
+    return [cluster_shrink(layer, gpu), *others]
 
 
 def total(launches: Iterable[Modelled]) -> float:

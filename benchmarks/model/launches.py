@@ -30,6 +30,7 @@ class Layer(NamedTuple):
     by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
     oversized: more experts than the tiles are made for; the kernels may spill.
     plain: the layer whose machine code `TileConfig.blocks` states.
+    clusters: with the shrink in CUDA C++ for clusters of sm_90a, where the launcher takes it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Layer(NamedTuple):
     grouped: bool = False
     by_pair: bool = False
     plain: bool = False
+    clusters: bool = False
 
 
 # Every entry of the tile tables and every variant of a kernel that a preset leads to.

@@ -34,6 +34,7 @@ class Limit(NamedTuple):
 GPU = "H200"
 LIMITS = (
     Limit("router", 8192, 1.18),
+    Limit("router, CUDA C++ shrink", 8192, 1.13),
     Limit("router", 1024, 1.45),
     Limit("given gates", 8192, 0.92, over_rival=True),
     Limit("q/k/v, R=64", 8192, 1.14),
@@ -44,6 +45,7 @@ LIMITS = (
 # Launch -> why its programs ask L2 for more than every tensor once.
 READ_AGAIN = {
     "shrink_gate": "every tile of tokens reads A and Wr, every tile of columns reads x",
+    "cluster_shrink": "every cluster of 256 tokens reads A and Wr",
     "gate_partials": "every tile of tokens reads the table of experts",
     "u Bt": "every tile of y reads u and B",
     "shrink_gate_backward": "every tile of tokens reads B, every tile of columns reads dy",
