@@ -80,12 +80,14 @@ def run_siblings(
     Returns:
         The outputs; and the gate, or None for a merged layer.
     """
-    if gates is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        decoded = _decode_plain(layers, x)
-        if decoded is not None:
-            return decoded
     first = layers[0]
     config = first.config
+    # The cheapest conditions come first: a layer in training or on a GPU makes no more calls.
+    if not (first.training or gates is not None or torch.is_grad_enabled()) and type(x) is Tensor:
+        if x.is_cpu and not torch.compiler.is_compiling():
+            decoded = _decode_plain(layers, x)
+            if decoded is not None:
+                return decoded
     check_input(x, first.in_features, gates, config.router)
     if first.merged:
         return [forward_merged(first, x, gates)], None
@@ -129,18 +131,16 @@ def _decode_plain(
 ) -> tuple[list[Tensor], Gate | None] | None:
     """Return the results of `run_siblings` for the commonest layers on a CPU without gradients.
 
-    These are layers in evaluation with a plain base and a fused router, on few tokens. One function
-    has all of it, because a call from Python to Python takes as long as a part of the op. Return
-    None for any other call.
+    These are layers with a plain base and a fused router, on few tokens. The caller has checked
+    that they are in evaluation and that x is a plain tensor on a CPU. One function has all of it,
+    because a call from Python to Python takes as long as a part of the op. Return None for any
+    other call.
     """
     first = layers[0]
     mixture, config, features = first.fused_mixture, first.config, first.in_features
     if (
         mixture is None
         or config.impl not in ("auto", "decode")
-        or first.training
-        or type(x) is not Tensor
-        or not x.is_cpu
         or x.layout is not torch.strided
         or x.is_nested
         or x.dim() == 0
