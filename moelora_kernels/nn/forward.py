@@ -83,11 +83,11 @@ def run_siblings(
     first = layers[0]
     config = first.config
     # The cheapest conditions come first: a layer in training or on a GPU makes no more calls.
-    if not (first.training or gates is not None or torch.is_grad_enabled()) and type(x) is Tensor:
-        if x.is_cpu and not torch.compiler.is_compiling():
-            decoded = _decode_plain(layers, x)
-            if decoded is not None:
-                return decoded
+    can_decode = gates is None and not first.training and type(x) is Tensor and x.is_cpu
+    if can_decode and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        decoded = _decode_plain(layers, x)
+        if decoded is not None:
+            return decoded
     check_input(x, first.in_features, gates, config.router)
     if first.merged:
         return [forward_merged(first, x, gates)], None
