@@ -35,6 +35,20 @@ inline void check_count(const std::vector<Tensor>& tensors, int64_t siblings, co
   if (!tensors.empty()) check_size(int64_t(tensors.size()), siblings, name);
 }
 
+// Checks that the lists of a layer have one tensor for each sibling, and that its base comes as
+// weights or as outputs.
+inline void check_siblings(int64_t siblings, const std::vector<Tensor>& lora_b,
+                           const std::vector<Tensor>& base_weight,
+                           const std::vector<Tensor>& base_bias,
+                           const std::vector<Tensor>& base_output) {
+  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
+  check_count(base_weight, siblings, "base_weight, siblings");
+  check_count(base_bias, siblings, "base_bias, siblings");
+  check_count(base_output, siblings, "base_output, siblings");
+  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
+                  "base_weight: expected either base_weight or base_output, got both or neither");
+}
+
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;

@@ -18,8 +18,8 @@ namespace moelora {
 constexpr int64_t WORK_PER_THREAD = 1 << 19;
 
 // Returns how many rows a thread must get at least, if one row costs `work` multiply-adds.
-inline int64_t grain(int64_t work) {
-  return std::max<int64_t>(1, WORK_PER_THREAD / std::max<int64_t>(work, 1));
+inline int64_t grain(int64_t work, int64_t work_per_thread = WORK_PER_THREAD) {
+  return std::max<int64_t>(1, work_per_thread / std::max<int64_t>(work, 1));
 }
 
 // Calls an op through the dispatcher, and returns its only result.

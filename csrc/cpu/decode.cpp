@@ -18,10 +18,6 @@ namespace {
 // multiply-add than the products for which WORK_PER_THREAD is chosen.
 constexpr int64_t DECODE_WORK_PER_THREAD = 1 << 15;
 
-int64_t decode_grain(int64_t work) {
-  return std::max<int64_t>(1, DECODE_WORK_PER_THREAD / std::max<int64_t>(work, 1));
-}
-
 // Calls function(Type<W>{}) with the dtype of A or B beside the compute dtype C.
 template <class C, class Function>
 void for_adapter_dtype(ScalarType dtype, const Function& function) {
@@ -51,59 +47,35 @@ std::vector<Tensor> adapter_matrices(const std::vector<Tensor>& matrices) {
   return result;
 }
 
-// The gate of linear routers, and the tensors that the op returns.
-struct RouterGate {
-  Tensor weights;
-  Tensor experts;
-  Tensor logits;
-};
-
 // Computes the gate of n linear routers; x is row-major.
-RouterGate router_gate(const Tensor& x, const std::vector<Tensor>& router_weight,
-                       const std::vector<Tensor>& router_bias, int64_t E,
-                       const TopkOptions& options) {
-  const int64_t T = x.size(0);
-  const int64_t I = x.size(1);
-  const int64_t K = options.K;
+void fill_gate(const Tensor& x, const std::vector<Tensor>& router_weight,
+               const std::vector<Tensor>& router_bias, int64_t E, const TopkOptions& options,
+               const RouterGate& gate) {
   const auto siblings = int64_t(router_weight.size());
-  const ScalarType dtype = compute_dtype(x.scalar_type());
-  if (!router_bias.empty()) check_size(int64_t(router_bias.size()), siblings, "router_bias");
-  STD_TORCH_CHECK(1 <= K && K <= E, "top_k: expected 1 to ", E, ", got ", K);
-  RouterGate gate{
-      .weights = empty(T, siblings * K, dtype),
-      .experts = K < E ? empty(T, siblings * K, ScalarType::Int) : absent(ScalarType::Int),
-      .logits = empty(T, siblings * E, dtype)};
   // A router for each sibling: stacking their weights would copy them.
   std::vector<Router> routers;
   std::vector<Tensor> columns_of_logits;
   for (int64_t i = 0; i < siblings; ++i) {
-    check_size(router_weight[i].size(0), E, "router_weight, experts");
     const auto bias = router_bias.empty() ? std::vector<Tensor>{} : std::vector{router_bias[i]};
     routers.emplace_back(x, std::vector{router_weight[i]}, bias);
     columns_of_logits.push_back(columns(gate.logits, i * E, E));
   }
-  for_dtype(dtype, [&](auto type) {
+  for_dtype(gate.logits.scalar_type(), [&](auto type) {
     using C = Compute<typename decltype(type)::type>;
     const C* logits_data = gate.logits.const_data_ptr<C>();
     C* weights_data = gate.weights.mutable_data_ptr<C>();
-    int32_t* experts_data = gate.experts.mutable_data_ptr<int32_t>();
-    const int64_t work = siblings * E * (I + 32);
-    torch::stable::parallel_for(0, T, decode_grain(work), [&](int64_t begin, int64_t end) {
+    int32_t* experts_data = gate.experts_data();
+    const int64_t rows_per_thread = grain(siblings * E * (x.size(1) + 32), DECODE_WORK_PER_THREAD);
+    torch::stable::parallel_for(0, x.size(0), rows_per_thread, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < siblings; ++i) {
         routers[i].logits(x, begin, end, columns_of_logits[i]);
       }
-      // Takes the experts of a row if K = E: they are 0 to E - 1, and are not returned.
-      std::vector<int32_t> unused_experts(E);
-      TopkScratch<C> scratch(E);
       vectorised([&](auto) {
-        for (int64_t n = begin * siblings; n < end * siblings; ++n) {
-          topk_softmax(logits_data + n * E, E, options, scratch, weights_data + n * K,
-                       K < E ? experts_data + n * K : unused_experts.data());
-        }
+        topk_rows(logits_data, begin * siblings, end * siblings, E, options, weights_data,
+                  experts_data);
       });
     });
   });
-  return gate;
 }
 
 // The experts that the tokens use, and the tasks that compute h for them.
@@ -170,7 +142,8 @@ void shrink_all(const Plan<C>& plan, const Tensor& x, const std::vector<Tensor>&
         const S* x_data = x.const_data_ptr<S>();
         const int64_t work = TASK_ROWS * I;
         torch::stable::parallel_for(
-            0, int64_t(plan.tasks.size()), decode_grain(work), [&](int64_t begin, int64_t end) {
+            0, int64_t(plan.tasks.size()), grain(work, DECODE_WORK_PER_THREAD),
+            [&](int64_t begin, int64_t end) {
               vectorised([&](auto width) {
                 for (int64_t n = begin; n < end; ++n) {
                   const ShrinkTask& task = plan.tasks[n];
@@ -253,7 +226,8 @@ void expand_all(const Plan<C>& plan, const Blocks& blocks, const C* h,
       });
     }
   };
-  torch::stable::parallel_for(0, int64_t(strips.size()), decode_grain(work), expand_strips);
+  torch::stable::parallel_for(0, int64_t(strips.size()), grain(work, DECODE_WORK_PER_THREAD),
+                              expand_strips);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
@@ -264,25 +238,15 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
     std::optional<Tensor> /*logits*/, std::vector<int64_t> ranks, std::vector<double> scaling,
     bool share_a, int64_t top_k, bool renormalize, double temperature) {
   // Check the arguments.
-  check_floating(x, "x");
-  const auto [T, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
-  const int64_t E = blocks.num_experts();
+  check_shrink(x, lora_a, blocks, scaling, share_a);
   const auto siblings = int64_t(lora_a.size());
-  STD_TORCH_CHECK(siblings > 0, "lora_a: expected a tensor for each sibling, got none");
-  check_size(int64_t(scaling.size()), E, "scaling");
-  if (share_a) blocks.check_shared();
-  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_count(base_weight, siblings, "base_weight, siblings");
-  check_count(base_bias, siblings, "base_bias, siblings");
-  check_count(base_output, siblings, "base_output, siblings");
-  check_count(router_weight, siblings, "router_weight, siblings");
-  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
-                  "base_weight: expected either base_weight or base_output, got both or neither");
+  check_siblings(siblings, lora_b, base_weight, base_bias, base_output);
+  x = row_major(x);
+  const int64_t T = x.size(0);
+  const int64_t E = blocks.num_experts();
+  const ScalarType dtype = x.scalar_type();
   for (int64_t i = 0; i < siblings; ++i) {
-    const auto [a_rows, in_features] = shape<2>(lora_a[i], "lora_a");
-    check_size(a_rows, share_a ? blocks.ranks[0] : blocks.total, "lora_a, ranks");
-    check_size(in_features, I, "lora_a, in_features");
     const auto [O, rank] = shape<2>(lora_b[i], "lora_b");
     check_size(rank, blocks.total, "lora_b, ranks");
     if (!base_output.empty()) {
@@ -292,22 +256,19 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
     } else {
       const auto [out_features, width] = shape<2>(base_weight[i], "base_weight");
       check_size(out_features, O, "base_weight, out_features");
-      check_size(width, I, "base_weight, in_features");
+      check_size(width, x.size(1), "base_weight, in_features");
     }
     if (!base_bias.empty()) check_size(base_bias[i].numel(), O, "base_bias");
   }
-  x = row_major(x);
-  const ScalarType dtype = x.scalar_type();
-  const ScalarType compute = compute_dtype(dtype);
 
-  // Make the gate of the routers; without routers its tensors are empty.
-  RouterGate router{absent(compute), absent(ScalarType::Int), absent(compute)};
+  // Make the gate of the routers.
+  const RouterGate router(router_weight, router_bias, dtype, T, siblings, E, top_k);
   if (router_weight.empty()) {
     STD_TORCH_CHECK(gate_weights.has_value(),
                     "gate_weights: expected a tensor if there is no router, got none");
   } else {
     const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
-    router = router_gate(x, router_weight, router_bias, E, options);
+    fill_gate(x, router_weight, router_bias, E, options, router);
     gate_weights = router.weights;
     experts = top_k < E ? std::optional<Tensor>(router.experts) : std::nullopt;
     rows = std::nullopt;
@@ -321,7 +282,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
     if (!base_output.empty()) starts.push_back(dense_rows(base_output[i], y_dtype));
     if (!base_bias.empty()) starts.push_back(row_major(cast(base_bias[i], y_dtype)));
   }
-  for_dtype(compute, [&, T = T](auto type) {
+  for_dtype(compute_dtype(dtype), [&](auto type) {
     using C = Compute<typename decltype(type)::type>;
     const Gate<C> gate(*gate_weights, experts, rows, T, siblings, E);
     const std::vector<C> scales = to_compute<C>(scaling);

@@ -37,8 +37,7 @@ struct UsedExpert {
   int64_t last;
 };
 
-// ---- shrink
-// --------------------------------------------------------------------------------------
+// --- shrink
 
 // Rows of A, and tokens, of one task.
 constexpr int64_t TASK_ROWS = 8;
@@ -112,8 +111,7 @@ MOELORA_INLINE void shrink(const ShrinkTask& task, const S* x, int64_t I, Matrix
   }
 }
 
-// ---- expand
-// --------------------------------------------------------------------------------------
+// --- expand
 
 // Ranks of a partial sum: a longer sum would lose bits. Their columns of B stay in L1.
 constexpr int64_t RANK_BLOCK = 64;

@@ -280,6 +280,69 @@ MOELORA_INLINE void topk_softmax(const C* logits, int64_t E, const TopkOptions& 
   }
 }
 
+// Computes the gate of the rows [begin, end) of logits [rows, E]: weights and experts [rows, K].
+// `experts` is null if they are not returned.
+template <class C>
+MOELORA_INLINE void topk_rows(const C* logits, int64_t begin, int64_t end, int64_t E,
+                              const TopkOptions& options, C* weights, int32_t* experts) {
+  const int64_t K = options.K;
+  TopkScratch<C> scratch(E);
+  std::vector<int32_t> unused_experts(experts ? 0 : K);
+  for (int64_t row = begin; row < end; ++row) {
+    topk_softmax(logits + row * E, E, options, scratch, weights + row * K,
+                 experts ? experts + row * K : unused_experts.data());
+  }
+}
+
+// The gate of the linear routers of n siblings, as ops return it. Without routers its tensors are
+// empty; experts are also empty if K = E, because they are 0 to E - 1.
+struct RouterGate {
+  Tensor weights;  // [T, n K]
+  Tensor experts;  // [T, n K]
+  Tensor logits;   // [T, n E]
+
+  // Checks the routers and allocates the tensors. `dtype` is that of x.
+  RouterGate(const std::vector<Tensor>& router_weight, const std::vector<Tensor>& router_bias,
+             ScalarType dtype, int64_t T, int64_t siblings, int64_t E, int64_t K)
+      : weights(absent(compute_dtype(dtype))),
+        experts(absent(ScalarType::Int)),
+        logits(absent(compute_dtype(dtype))) {
+    if (router_weight.empty()) return;
+    check_size(int64_t(router_weight.size()), siblings, "router_weight, siblings");
+    check_count(router_bias, siblings, "router_bias");
+    for (const Tensor& weight : router_weight) {
+      check_size(weight.size(0), E, "router_weight, experts");
+    }
+    STD_TORCH_CHECK(1 <= K && K <= E, "top_k: expected 1 to ", E, ", got ", K);
+    weights = empty(T, siblings * K, compute_dtype(dtype));
+    if (K < E) experts = empty(T, siblings * K, ScalarType::Int);
+    logits = empty(T, siblings * E, compute_dtype(dtype));
+  }
+
+  // Returns where the experts are stored; null if they are not.
+  int32_t* experts_data() const {
+    return experts.numel() > 0 ? experts.mutable_data_ptr<int32_t>() : nullptr;
+  }
+};
+
+// Checks the arguments of a shrink of x [T, I] by the A of n siblings. Returns the rows of one A.
+inline int64_t check_shrink(const Tensor& x, const std::vector<Tensor>& lora_a,
+                            const Blocks& blocks, const std::vector<double>& scaling,
+                            bool share_a) {
+  check_floating(x, "x");
+  const auto [T, I] = shape<2>(x, "x");
+  STD_TORCH_CHECK(!lora_a.empty(), "lora_a: expected a tensor for each sibling, got none");
+  check_size(int64_t(scaling.size()), blocks.num_experts(), "scaling");
+  if (share_a) blocks.check_shared();
+  const int64_t width = share_a ? blocks.ranks[0] : blocks.total;
+  for (const Tensor& a : lora_a) {
+    const auto [rank, in_features] = shape<2>(a, "lora_a");
+    check_size(rank, width, "lora_a, ranks");
+    check_size(in_features, I, "lora_a, in_features");
+  }
+  return width;
+}
+
 // Computes dlogits [E] of one row from dweights [K].
 //
 //     mean = sum_k weights_k dweights_k

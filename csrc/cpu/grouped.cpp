@@ -53,12 +53,7 @@ grouped(Tensor x, std::vector<Tensor> base_weight, std::vector<Tensor> base_bias
   const auto [T, I] = shape<2>(x, "x");
   const ScalarType dtype = x.scalar_type();
   const ScalarType sum_dtype = compute_dtype(dtype);
-  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_count(base_weight, siblings, "base_weight, siblings");
-  check_count(base_bias, siblings, "base_bias, siblings");
-  check_count(base_output, siblings, "base_output, siblings");
-  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
-                  "base_weight: expected either base_weight or base_output, got both or neither");
+  check_siblings(siblings, lora_b, base_weight, base_bias, base_output);
 
   // The base product x Wt + b of every sibling.
   std::vector<Tensor> outputs;

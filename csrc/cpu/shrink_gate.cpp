@@ -95,46 +95,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
     bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
     std::optional<Tensor> seed) {
   // Check the arguments.
-  check_floating(x, "x");
-  const auto [T, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
-  const int64_t E = blocks.num_experts();
-  const auto siblings = int64_t(lora_a.size());
-  STD_TORCH_CHECK(siblings > 0, "lora_a: expected a tensor for each sibling, got none");
-  check_size(int64_t(scaling.size()), E, "scaling");
-  if (share_a) blocks.check_shared();
+  const int64_t width = check_shrink(x, lora_a, blocks, scaling, share_a);
   STD_TORCH_CHECK(
       !(share_a && dropout_per_expert && dropout_p > 0.0),
       "dropout_per_expert: expected False with share_a, got True: experts that share A read "
       "the same x");
   STD_TORCH_CHECK(dropout_p == 0.0 || seed.has_value(),
                   "seed: expected a seed if dropout is above 0, got none");
-  const int64_t width = share_a ? blocks.ranks[0] : blocks.total;
-  for (const Tensor& a : lora_a) {
-    const auto [rank, in_features] = shape<2>(a, "lora_a");
-    check_size(rank, width, "lora_a, ranks");
-    check_size(in_features, I, "lora_a, in_features");
-  }
   x = row_major(x);
+  const int64_t T = x.size(0);
+  const int64_t I = x.size(1);
+  const int64_t E = blocks.num_experts();
+  const auto siblings = int64_t(lora_a.size());
   const ScalarType dtype = x.scalar_type();
-
-  // Allocate the results of the routers; they are empty without routers.
-  Tensor weights = absent(compute_dtype(dtype));
-  Tensor logits = absent(compute_dtype(dtype));
-  Tensor top_experts = absent(ScalarType::Int);
+  const RouterGate result(router_weight, router_bias, dtype, T, siblings, E, top_k);
   std::optional<Router> router;
   if (router_weight.empty()) {
     STD_TORCH_CHECK(gate_weights.has_value(),
                     "gate_weights: expected a tensor if there is no router, got none");
   } else {
-    check_size(int64_t(router_weight.size()), siblings, "router_weight, siblings");
-    if (!router_bias.empty()) check_size(int64_t(router_bias.size()), siblings, "router_bias");
-    check_size(router_weight[0].size(0), E, "router_weight, experts");
-    STD_TORCH_CHECK(1 <= top_k && top_k <= E, "top_k: expected 1 to ", E, ", got ", top_k);
     router.emplace(x, router_weight, router_bias);
-    logits = empty(T, siblings * E, compute_dtype(dtype));
-    weights = empty(T, siblings * top_k, compute_dtype(dtype));
-    if (top_k < E) top_experts = empty(T, siblings * top_k, ScalarType::Int);
   }
 
   // Shrink.
@@ -146,13 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
   Tensor u = empty(T, siblings * blocks.total, dtype);
 
   // Make the gate of the routers, and gate h.
-  for_dtype(dtype, [&, T = T, I = I](auto type) {
+  for_dtype(dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     using C = Compute<S>;
     using P = std::conditional_t<std::is_same_v<S, Half>, float, S>;
     if (router) {
-      gate_weights = weights;
-      experts = top_k < E ? std::optional<Tensor>(top_experts) : std::nullopt;
+      gate_weights = result.weights;
+      experts = top_k < E ? std::optional<Tensor>(result.experts) : std::nullopt;
       rows = std::nullopt;
     }
     const Gate<C> gate(*gate_weights, experts, rows, T, siblings, E);
@@ -170,28 +151,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shrink_gate(
       gate_rows.products.push_back(in_place ? nullptr : product.const_data_ptr<P>());
     }
     const TopkOptions options{.K = top_k, .renormalize = renormalize, .temperature = temperature};
-    const C* logits_data = logits.const_data_ptr<C>();
-    C* weights_data = weights.mutable_data_ptr<C>();
-    int32_t* experts_data = top_experts.mutable_data_ptr<int32_t>();
+    const C* logits_data = result.logits.const_data_ptr<C>();
+    C* weights_data = result.weights.mutable_data_ptr<C>();
+    int32_t* experts_data = result.experts_data();
     const int64_t work = siblings * (blocks.total + 8 * E + (router ? E * (I + 32) : 0));
     torch::stable::parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
-      if (router) router->logits(x, begin, end, logits);
+      if (router) router->logits(x, begin, end, result.logits);
       std::vector<C> scaled_gate(E);
-      // Takes the experts of a row if K = E: they are 0 to E - 1, and are not returned.
-      std::vector<int32_t> unused_experts(E);
-      TopkScratch<C> scratch(E);
       vectorised([&](auto) {
         if (router) {
-          for (int64_t n = begin * siblings; n < end * siblings; ++n) {
-            topk_softmax(logits_data + n * E, E, options, scratch, weights_data + n * top_k,
-                         top_k < E ? experts_data + n * top_k : unused_experts.data());
-          }
+          topk_rows(logits_data, begin * siblings, end * siblings, E, options, weights_data,
+                    experts_data);
         }
         gate_rows(begin, end, scaled_gate.data());
       });
     });
   });
-  return {h, u, weights, top_experts, logits};
+  return {h, u, result.weights, result.experts, result.logits};
 }
 
 }  // namespace moelora

@@ -25,12 +25,8 @@ std::tuple<Tensor, Tensor> topk_gate(Tensor logits, int64_t top_k, bool renormal
     C* weights_data = weights.mutable_data_ptr<C>();
     int32_t* experts_data = experts.mutable_data_ptr<int32_t>();
     torch::stable::parallel_for(0, G, grain(32 * E), [&](int64_t begin, int64_t end) {
-      TopkScratch<C> scratch(E);
       vectorised([&](auto) {
-        for (int64_t row = begin; row < end; ++row) {
-          topk_softmax(logits_data + row * E, E, options, scratch, weights_data + row * top_k,
-                       experts_data + row * top_k);
-        }
+        topk_rows(logits_data, begin, end, E, options, weights_data, experts_data);
       });
     });
   });

@@ -26,12 +26,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> wide(
     bool share_a, int64_t top_k, bool renormalize, double temperature, double dropout_p,
     bool dropout_per_expert, std::optional<Tensor> seed) {
   const auto siblings = int64_t(lora_a.size());
-  check_size(int64_t(lora_b.size()), siblings, "lora_b, siblings");
-  check_count(base_weight, siblings, "base_weight, siblings");
-  check_count(base_bias, siblings, "base_bias, siblings");
-  check_count(base_output, siblings, "base_output, siblings");
-  STD_TORCH_CHECK(base_weight.empty() != base_output.empty(),
-                  "base_weight: expected either base_weight or base_output, got both or neither");
+  check_siblings(siblings, lora_b, base_weight, base_bias, base_output);
   const auto [h, u, router_weights, router_experts, router_logits] = shrink_gate(
       x, lora_a, router_weight, router_bias, gate_weights, experts, rows, logits, ranks, scaling,
       share_a, top_k, renormalize, temperature, dropout_p, dropout_per_expert, seed);

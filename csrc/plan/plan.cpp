@@ -85,14 +85,20 @@ void copy_all(const Step& step, const Tensors& tensors) {
       torch_call_dispatcher("aten::_foreach_copy_", "", stack.data(), TORCH_ABI_VERSION));
 }
 
+// Calls an op of the library, whose results are the first numbers on the stack.
+template <size_t N>
+void call(const char* op, std::array<StableIValue, N>& stack, const Step& step, Tensors& tensors) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  for (size_t i = 0; i < step.tensors.size(); ++i) {
+    tensors.set(step.tensors[i], torch::stable::detail::to<AtenTensorHandle>(stack[i]));
+  }
+}
+
 void route(const Step& step, Tensors& tensors) {
-  using torch::stable::detail::to;
   std::array<StableIValue, 5> stack{
       torch::stable::detail::from(tensors.view(step.views[0]).release())};
   for (size_t i = 0; i < 4; ++i) stack[i + 1] = torch::stable::detail::from(step.options[i]);
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("moelora::route", "", stack.data(), TORCH_ABI_VERSION));
-  for (size_t i = 0; i < 4; ++i) tensors.set(step.tensors[i], to<AtenTensorHandle>(stack[i]));
+  call("moelora::route", stack, step, tensors);
 }
 
 void cluster_shrink(const Step& step, Tensors& tensors) {
@@ -108,10 +114,7 @@ void cluster_shrink(const Step& step, Tensors& tensors) {
   stack[6] = stable::from(step.options[0]);
   stack[7] = stable::from(step.options[1] != 0);
   stack[8] = stable::from(number(step.options[3]));
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("moelora::cluster_shrink", "", stack.data(), TORCH_ABI_VERSION));
-  for (size_t i = 0; i < 5; ++i)
-    tensors.set(step.tensors[i], stable::to<AtenTensorHandle>(stack[i]));
+  call("moelora::cluster_shrink", stack, step, tensors);
 }
 
 }  // namespace
