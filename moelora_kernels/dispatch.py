@@ -10,13 +10,7 @@ import torch
 from moelora_kernels import native
 from moelora_kernels.ops.registration import kernels_problem
 
-# Name -> the reason why it cannot be chosen; None if it can.
-IMPLS: dict[str, str | None] = {
-    "reference": None,
-    "wide": None,
-    "grouped": None,
-    "decode": None,
-}
+IMPLS = ("reference", "wide", "grouped", "decode")
 CHOICES = (*IMPLS, "auto")
 
 # impl="decode" takes at most this many tokens.
@@ -74,11 +68,9 @@ class Choice(NamedTuple):
 
 
 def check(impl: str) -> None:
-    """Raise ValueError unless `impl` is "auto" or a formulation of this version."""
+    """Raise ValueError unless `impl` is "auto" or a formulation."""
     if impl not in CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(CHOICES)}, got {impl!r}")
-    if IMPLS.get(impl):
-        raise ValueError(f"impl: {impl!r} is not available: {IMPLS[impl]}")
 
 
 def grouped_problem(top_k: int | None, share_a: bool) -> str | None:
@@ -130,7 +122,7 @@ def choose_impl(
     if not trains and takes_decode(device, tokens):
         return "decode"
     top_k = _sparse(top_k, num_experts)
-    if top_k is None or grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
+    if top_k is None or grouped_problem(top_k, share_a) or _fast_ops_problem(device):
         return "wide"
     few = tokens < threshold.tokens
     return "wide" if few or total_rank <= threshold.columns * top_k else "grouped"
@@ -139,7 +131,7 @@ def choose_impl(
 def takes_decode(device: str, tokens: int) -> bool:
     """Return whether impl="auto" takes decode for T tokens, in evaluation and without gradients."""
     limit = THRESHOLDS[device_class(device)].decode_tokens
-    if limit == 0 or _grouped_ops_problem(device):
+    if limit == 0 or _fast_ops_problem(device):
         return False
     # A graph that is exported takes every number of tokens.
     return not torch.compiler.is_exporting() and tokens <= limit
@@ -151,7 +143,7 @@ def choose_ffn(device: str, *, total_rank: int) -> str:
     total_rank: R, the sum of the ranks of one of the three linears.
     """
     limit = THRESHOLDS[device_class(device)].ffn_rank
-    is_fused = limit is not None and total_rank <= limit and not _grouped_ops_problem(device)
+    is_fused = limit is not None and total_rank <= limit and not _fast_ops_problem(device)
     return "fused" if is_fused else "grouped"
 
 
@@ -165,8 +157,8 @@ def device_class(device: str) -> str:
     return _device_class(device)
 
 
-def _grouped_ops_problem(device: str) -> str | None:
-    """Return why a device type has no fast grouped and decode ops; None if it has them."""
+def _fast_ops_problem(device: str) -> str | None:
+    """Return why a device type has only the reference of the ops; None if it has fast ones."""
     return _missing_ops(device)
 
 
@@ -189,7 +181,7 @@ def _missing_ops(device: str) -> str | None:
 # The results are constants of a compiled graph, because code in a graph cannot look for a package
 # or query a device. torch.compiler.assume_constant_result sets the same mark, but it imports the
 # whole compiler.
-for _constant in (device_class, _grouped_ops_problem):
+for _constant in (device_class, _fast_ops_problem):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -232,7 +224,7 @@ def explain_choice(
         reason = f"not above {threshold.decode_tokens} tokens, without gradients ({name})"
         return Choice(impl, f"T = {tokens}: {reason}")
     top_k = _sparse(top_k, num_experts)
-    if problem := grouped_problem(top_k, share_a) or _grouped_ops_problem(device):
+    if problem := grouped_problem(top_k, share_a) or _fast_ops_problem(device):
         return Choice(impl, f"R = {total}: {problem}")
     assert top_k is not None
     if tokens < threshold.tokens:

@@ -110,7 +110,7 @@ def collect(sizes: dict[str, Any], device: str) -> dict[str, Any]:
         "tiles": tiles(),
         "tuned tiles": tuned_tiles(),
         "implementations": implementations(),
-        "formulations": {name: reason or "available" for name, reason in dispatch.IMPLS.items()},
+        "formulations": dict.fromkeys(dispatch.IMPLS, "available"),
         "auto": {"device": device, **sizes, "impl": choice.impl, "reason": choice.reason},
     }
 

@@ -27,7 +27,7 @@ OTHER_VALUES = {
     "number, or one per expert",
     "router_bias": "`True`, `False`",
     "aux": "names, or weights by name: " + ", ".join(f'`"{n}"`' for n in rules.AUX_WEIGHTS),
-    "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES if not dispatch.IMPLS.get(impl)),
+    "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES),
 }
 # Allowed values of an option besides the values in VALUES and NUMBERS.
 EXTRA_VALUES = {

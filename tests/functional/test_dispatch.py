@@ -23,7 +23,7 @@ grouped_is_there = pytest.mark.skipif(
 @pytest.fixture
 def every_op(monkeypatch):
     """A machine that serves the grouped ops on every device."""
-    monkeypatch.setattr(dispatch, "_grouped_ops_problem", lambda device: None)
+    monkeypatch.setattr(dispatch, "_fast_ops_problem", lambda device: None)
 
 
 @pytest.mark.parametrize("top_k", (1, 2, 7))
@@ -57,7 +57,7 @@ def test_both_sides_of_the_limit_of_fused_ffns(name, every_op, monkeypatch):
         return
     assert choose_ffn("cpu", total_rank=limit) == "fused"
     assert choose_ffn("cpu", total_rank=limit + 1) == "grouped"
-    monkeypatch.setattr(dispatch, "_grouped_ops_problem", lambda device: "no library")
+    monkeypatch.setattr(dispatch, "_fast_ops_problem", lambda device: "no library")
     assert choose_ffn("cpu", total_rank=limit) == "grouped"
 
 

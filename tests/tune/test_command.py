@@ -209,7 +209,7 @@ def test_auto_takes_the_formulation_of_the_device(monkeypatch):
         return [layer.form for layer, _ in command.find_layers(args, torch.device("cuda"))]
 
     many = ("--experts", "256", "--tokens", "512,8192")
-    monkeypatch.setattr(command.dispatch, "_grouped_ops_problem", lambda device: None)
+    monkeypatch.setattr(command.dispatch, "_fast_ops_problem", lambda device: None)
     monkeypatch.setattr(command.dispatch, "device_class", lambda device: "sm_90")
     assert forms(*many) == ["wide", "grouped"]
     assert forms(*many, "--impl", "grouped") == ["grouped", "grouped"]
