@@ -326,9 +326,8 @@ def launch(
     token_tiles = launcher.ceil_div(T, tile_config.tokens)
     steps = launcher.ceil_div(I, tile_config.step)
     if split is None:
-        split = num_splits(
-            x.device, tile_config, token_tiles * column_tiles, steps, stores_partials=not fits
-        )
+        programs = token_tiles * column_tiles
+        split = num_splits(x.device, tile_config, programs, steps, stores_partials=not fits)
     one_launch = fits and split == 1
 
     # Without ONE_LAUNCH, the experts of the router are spread over the column tiles of a sibling.
