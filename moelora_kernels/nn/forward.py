@@ -98,7 +98,9 @@ def run_siblings(
     fuse_router = all(routers)
     bases = [_readable_base(member(layer, "base_layer"), tokens) for layer in layers]
     # The op takes the biases of all siblings or of none, so bases of both kinds are called.
-    read_base = all(bases) and len({bias is None for _, bias in filter(None, bases)}) == 1
+    read_base = all(bases)
+    if read_base and len(bases) > 1:
+        read_base = len({bias is None for _, bias in filter(None, bases)}) == 1
     linears = [
         _linear_tensors(layer, x, base if read_base else None, router if fuse_router else None)
         for layer, base, router in zip(layers, bases, routers, strict=True)
