@@ -59,7 +59,7 @@ void fill_gate(const Tensor& x, const std::vector<Tensor>& router_weight,
   for (int64_t i = 0; i < siblings; ++i) {
     const auto bias = router_bias.empty() ? std::vector<Tensor>{} : std::vector{router_bias[i]};
     routers.emplace_back(x, std::vector{router_weight[i]}, bias);
-    columns_of_logits.push_back(columns(gate.logits, i * E, E));
+    columns_of_logits.push_back(siblings > 1 ? columns(gate.logits, i * E, E) : gate.logits);
   }
   for_dtype(gate.logits.scalar_type(), [&](auto type) {
     using C = Compute<typename decltype(type)::type>;
@@ -211,16 +211,18 @@ void add_base(const Strip& strip, const Base& base, const std::vector<int64_t>& 
       const S* x = base.x.const_data_ptr<S>();
       const int64_t end = std::min(strip.last * BLOCK_COLUMNS, weight.size(0));
       vectorised([&](auto width) {
-        for (int64_t row = strip.first * BLOCK_COLUMNS; row < end; row += TASK_ROWS) {
-          const int64_t block = row / BLOCK_COLUMNS - strip.first;
-          const ShrinkTask task{.sibling = strip.sibling,
-                                .first_row = row,
-                                .num_rows = std::min(TASK_ROWS, end - row),
-                                .tokens = tokens.data(),
-                                .num_tokens = T,
-                                .h = block * T * BLOCK_COLUMNS + row % BLOCK_COLUMNS,
-                                .stride = BLOCK_COLUMNS};
-          shrink<decltype(width)>(task, x, weight.size(1), matrix, sums);
+        if constexpr (Operand<S, decltype(width)::bf16_pairs>::in_place) {
+          for (int64_t row = strip.first * BLOCK_COLUMNS; row < end; row += TASK_ROWS) {
+            const int64_t block = row / BLOCK_COLUMNS - strip.first;
+            const ShrinkTask task{.sibling = strip.sibling,
+                                  .first_row = row,
+                                  .num_rows = std::min(TASK_ROWS, end - row),
+                                  .tokens = tokens.data(),
+                                  .num_tokens = T,
+                                  .h = block * T * BLOCK_COLUMNS + row % BLOCK_COLUMNS,
+                                  .stride = BLOCK_COLUMNS};
+            shrink<decltype(width)>(task, x, weight.size(1), matrix, sums);
+          }
         }
       });
     }

@@ -150,7 +150,7 @@ def _decode_plain(
         or features == 0
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
-        or not dispatch.takes_decode("cpu", x.numel() // features)
+        or x.numel() > dispatch.decode_limit("cpu") * features
     ):
         return None
     weights, biases, lora_a, lora_b, routers, router_biases = [], [], [], [], [], []
