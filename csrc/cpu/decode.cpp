@@ -221,7 +221,7 @@ void add_base(const Strip& strip, const Base& base, const std::vector<int64_t>& 
                                   .num_tokens = T,
                                   .h = block * T * BLOCK_COLUMNS + row % BLOCK_COLUMNS,
                                   .stride = BLOCK_COLUMNS};
-            shrink<decltype(width)>(task, x, weight.size(1), matrix, sums);
+            shrink<decltype(width), true>(task, x, weight.size(1), matrix, sums);
           }
         }
       });

@@ -73,8 +73,8 @@ inline void add_tasks(int64_t sibling, int64_t a_row, int64_t rank, const int64_
 }
 
 // Computes a task. h is zero before. Numbers that `dot_tokens` does not read in place are widened
-// in blocks of WIDENED_COLUMNS.
-template <class Width, class S, class W, class C>
+// in blocks of WIDENED_COLUMNS; others can be fetched AHEAD.
+template <class Width, bool AHEAD = false, class S, class W, class C>
 MOELORA_INLINE void shrink(const ShrinkTask& task, const S* x, int64_t I, Matrix<W> a, C* h) {
   constexpr int BYTES = Width{}();
   constexpr int64_t TOKENS = 3;
@@ -89,7 +89,8 @@ MOELORA_INLINE void shrink(const ShrinkTask& task, const S* x, int64_t I, Matrix
     for (int64_t t = 0; t < tokens; ++t) x_rows[t] = x + task.tokens[k + t] * I;
     C* sums = h + task.h + k * task.stride;
     if constexpr (in_place) {
-      dot_tokens<BYTES>(tokens, x_rows, a_rows, a.stride, I, task.num_rows, sums, task.stride);
+      dot_tokens<BYTES, AHEAD>(tokens, x_rows, a_rows, a.stride, I, task.num_rows, sums,
+                               task.stride);
     } else {
       const C* widened_tokens[TOKENS] = {widened_x, widened_x + WIDENED_COLUMNS,
                                          widened_x + 2 * WIDENED_COLUMNS};
