@@ -106,7 +106,7 @@ def test_none_replaces_the_value_of_the_preset():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     (
-        (dict(r=8), TypeError, "unexpected keyword argument 'r'"),
+        (dict(ranks=8), TypeError, "unexpected keyword argument 'ranks'"),
         (dict(rank=0), ValueError, "rank: expected a whole number"),
         (dict(preset="mixlore"), ValueError, "preset: expected one of"),
         (dict(preset="mixlora"), ValueError, "whole-FFN experts"),
@@ -138,8 +138,8 @@ def test_a_preset_that_does_not_exist_is_named(name):
     for build in (MoeLoraConfig.preset, MoeLoraPeftConfig.preset):
         with pytest.raises(ValueError, match=r"^preset: expected one of lora, .*, got "):
             build(name)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'r'"):
-            build("ming", r=8)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+            build("ming", ranks=8)
 
 
 def test_unknown_options_of_a_file_are_not_dropped(tmp_path):
