@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from support.peft_models import (  # noqa: E402
     randomise,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 
@@ -123,6 +125,15 @@ def test_none_replaces_the_value_of_the_preset():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         MoeLoraPeftConfig(**options)
+
+
+def test_the_page_has_the_errors_of_refused_presets():
+    page = (ROOT / "moelora_kernels" / "peft" / "README.md").read_text(encoding="utf-8")
+    for preset in ("mixlora", "pesc", "goat"):
+        with pytest.raises(ValueError, match=r"PEFT") as error:
+            MoeLoraPeftConfig(preset=preset)
+        assert f"| `{error.value}` |" in page
+    assert MoeLoraPeftConfig(preset="goat", init="kaiming").scaling == "sqrt(3*alpha*I/r)"
 
 
 def test_the_preset_as_a_method():
