@@ -315,9 +315,10 @@ def check(config: MoeLoraConfig) -> None:
                 f"{option}: {_shown(config, option)} cannot be combined with "
                 f"{' and '.join(others)}: {reason}"
             )
-    # Gates from outside can be sparse, so the forward checks them.
-    if config.impl == "grouped" and (config.router != "external" or config.share == "A"):
-        dispatch.check_grouped(config.top_k if config.is_sparse() else None, config.share == "A")
+    if config.impl == "grouped":
+        # Gates from outside can be sparse; the forward checks them.
+        can_be_sparse = config.is_sparse() or config.router == "external"
+        dispatch.check_grouped(1 if can_be_sparse else None, config.share == "A")
 
 
 def _check_values(config: MoeLoraConfig) -> None:

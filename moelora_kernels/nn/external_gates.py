@@ -36,6 +36,14 @@ def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
     return gates.reshape(-1, num_experts)
 
 
+def check_pair(gates: tuple, name: str) -> None:
+    """Raise TypeError unless a tuple that was passed as gates has two entries."""
+    if len(gates) != 2:
+        raise TypeError(
+            f"{name}: expected a tensor, or a tuple (weights, indices), got {len(gates)} entries"
+        )
+
+
 def external_slots(
     gates: tuple[Tensor, ...], num_experts: int, name: str = "gates"
 ) -> tuple[Tensor, Tensor]:
@@ -52,10 +60,7 @@ def external_slots(
         ValueError: the shapes or the devices differ, or K is not 1 to E.
         TypeError: they are not two dense tensors, or have another dtype.
     """
-    if len(gates) != 2:
-        raise TypeError(
-            f"{name}: expected a tensor, or a tuple (weights, indices), got {len(gates)} entries"
-        )
+    check_pair(gates, name)
     for i, (tensor, kind) in enumerate(zip(gates, ("floats", "whole numbers"), strict=True)):
         if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided:
             problem = tensor_problem(tensor) or "a sparse tensor; pass its to_dense()"

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
-from moelora_kernels.nn.external_gates import dense_rows, external_gates, external_slots
+from moelora_kernels.nn.external_gates import (
+    check_pair,
+    dense_rows,
+    external_gates,
+    external_slots,
+)
 from moelora_kernels.nn.layer import LoraLayer, mixture_layers, selected_layers
 from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.recorded_forwards import follow_forwards
@@ -117,22 +122,23 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int] | tuple[Tensor, Te
 
 def _set_sparse_gates(model: nn.Module, gates: tuple) -> None:
     """Set sparse gates (weights, indices) for the external layers of `model`."""
-    layers = [layer for layer in selected_layers(model) if layer.config.router == "external"]
-    if not layers:
-        raise ValueError("model: no layer with router='external' takes gates (weights, indices)")
+    check_pair(gates, "tasks")
     is_meta = any(parameter.is_meta for parameter in model.parameters())
-    gates = tuple(
+    weights, indices = (
         _as_tensor(f"tasks[{i}]", tensor, "numbers [..., K]", is_meta)
         for i, tensor in enumerate(gates)
     )
-    for num_experts in {layer.config.num_experts for layer in layers}:
-        external_slots(gates, num_experts, "tasks")
-    weights, indices = gates
-    for layer in mixture_layers(model):
+    layers = [layer for layer in mixture_layers(model) if layer.config.router == "external"]
+    selected = [layer for layer in layers if layer.is_selected]
+    for num_experts in {layer.config.num_experts for layer in selected or layers}:
+        external_slots((weights, indices), num_experts, "tasks")
+    for layer in layers:
         if isinstance(layer, LoraLayer) and layer.merged_problem():
             layer.check_merged_task(dense_rows(weights, indices, layer.config.num_experts))
+    if not selected:
+        raise ValueError("model: no layer with router='external' takes gates (weights, indices)")
     forget_outputs(model.modules())
-    for layer in layers:
+    for layer in selected:
         device = layer.first_tensor().device
         layer.external_gates, layer.external_experts = weights.to(device), indices.to(device)
 

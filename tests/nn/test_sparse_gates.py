@@ -287,7 +287,7 @@ def test_inference_mode_and_autocast():
         weights, indices = torch.rand(B, K), torch.randint(0, E, (B, K))
         set_tasks(layer, (weights, indices))
         y = layer(x)
-    close(layer(x), y)
+    torch.testing.assert_close(layer(x), y)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), layer(x, (weights.clone(), indices.clone())))
 
@@ -304,7 +304,7 @@ def test_a_merged_layer_compares_them_with_its_gate():
     layer = make_layer(router="external").eval()
     layer.merge(torch.tensor([0.0, 0.5, 0.0, 0.25]))
     set_tasks(layer, (torch.tensor([[0.25, 0.5], [0.5, 0.25]]), torch.tensor([[3, 1], [1, 3]])))
-    with pytest.raises(ValueError, match="^tasks: the layer is merged"):
+    with pytest.raises(ValueError, match=r"^tasks: the layer is merged"):
         set_tasks(layer, (torch.tensor([[0.25, 0.5]]), torch.tensor([[3, 2]])))
 
 
@@ -335,7 +335,7 @@ def test_peft():
     expected = model.eval()(x)
     model.merge_adapter()
     close(model(x), expected)
-    with pytest.raises(ValueError, match="^tasks: adapter 'default' is merged"):
+    with pytest.raises(ValueError, match=r"^tasks: adapter 'default' is merged"):
         set_tasks(model, (weights, indices))
     model.unmerge_adapter()
     # An inactive adapter with fewer experts than slots.
