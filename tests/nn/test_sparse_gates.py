@@ -183,7 +183,6 @@ def test_grouped_takes_no_dense_gates():
 def test_a_result_of_topk_is_sparse_gates():
     layer = make_layer(router="external")
     x, gates = random_x(layer, B, L), torch.rand(B, E, dtype=torch.float64)
-    expected = layer(x, torch.zeros_like(gates).scatter(1, gates.topk(2).indices, gates))
     expected = layer(x, torch.where(gates >= gates.topk(2).values[:, 1:], gates, 0))
     close(layer(x, gates.topk(2)), expected)
     set_tasks(layer, gates.topk(2))
@@ -212,7 +211,7 @@ def test_siblings(by, is_linked):
         for model in (plain, linked if is_linked else group):
             ys = outputs(model, (weights, indices))
             loss = sum(y.square().sum() for y in ys)
-            results.append([*ys, *torch.autograd.grad(loss, [weights, *model.parameters()][:1])])
+            results.append([*ys, *torch.autograd.grad(loss, weights)])
         close(results[1], results[0])
     # Gates of another kind, or with another K, on one sibling.
     for other in (sparse_gates((B, 1), 3), torch.rand(B, 3, dtype=torch.float64)):
