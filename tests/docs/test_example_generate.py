@@ -1,7 +1,6 @@
 """The example that generates: it streams, measures, reads an adapter, and refuses wrong options."""
 
 import pytest
-import torch
 
 from support.example import run as fine_tune
 from support.selection import exhaustive
@@ -47,7 +46,8 @@ def test_options_of_the_mixture():
 
 
 def test_a_wrong_loop_is_not_measured(monkeypatch):
-    monkeypatch.setattr(example.ExpertLoop, "expert", lambda self, x, e: torch.ones(1))
+    right = example.ExpertLoop.expert
+    monkeypatch.setattr(example.ExpertLoop, "expert", lambda self, x, e: 50 * right(self, x, 0))
     with pytest.raises(AssertionError, match="the loop over the experts gives other logits"):
         example.main([*SMALL, "--loop"])
 
