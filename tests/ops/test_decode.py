@@ -30,6 +30,8 @@ EDGES = {
     "two_columns_left": layer_case(T=5, I=1026, O=18),
     "less_than_a_block": layer_case(I=15, O=15),
     "more_than_a_strip": layer_case(T=3, I=31, O=16 * 17 + 3),
+    # Eight strips, each of them enough work for a thread.
+    "many_strips": layer_case(T=16, ranks=(16,) * 8, O=1000),
     "ranks_of_vectors": layer_case(ranks=(4, 8, 16, 32, 64), K=3, O=37),
     "ranks_between_vectors": layer_case(ranks=(1, 3, 5, 7, 9, 15, 17, 31, 33), K=5, O=37),
     "ranks_past_a_block": layer_case(ranks=(65, 130, 2), O=37),
@@ -180,7 +182,9 @@ def test_a_nan_stays_in_the_tokens_that_use_its_expert(tensor: str, share_a: boo
 
 
 @needs_library
-@pytest.mark.parametrize("name", ("16_tokens", "siblings_that_differ", "ranks_past_a_block"))
+@pytest.mark.parametrize(
+    "name", ("16_tokens", "many_strips", "siblings_that_differ", "ranks_past_a_block")
+)
 def test_fifty_calls_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
     case = EDGES[name]._replace(I=2000)
     arguments, threads = decode(Inputs(case, BF16)), torch.get_num_threads()
