@@ -224,7 +224,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--experts", type=positive, dest="num_experts", help="default: the preset's")
     add("--rank", type=positive, help="rank of one expert; default: the preset's")
     add("--top-k", type=positive, help="experts per token; default: the preset's")
-    add("--task", type=int, default=0, help="task of all prompts, for a gate of tasks")
+    add("--task", type=positive, default=1, help="task of all prompts, for a gate of tasks: 1")
     add("--prompt", default="Which of 12 and 7 is larger?", help="the text before the answer")
     add("--tokens", type=positive, default=32, help="new tokens of each prompt: 32")
     add("--batch", default="1,8,16,32,64", help="prompts at a time: 1,8,16,32,64")

@@ -117,9 +117,9 @@ MOELORA_INLINE void shrink(const ShrinkTask& task, const S* x, int64_t I, Matrix
 // The expand computes the base product of up to this many tokens, if `dot_tokens` reads x in place.
 // It reads W once, and does not wait for the columns of B. Time of a layer / nn.Linear with W
 // [4096, 4096] on 2 threads of a Zen 4, cold caches: with ATen's product -> with this one.
-//     tokens      1              2              4              16             64
-//     bfloat16    1.17 -> 1.05   1.08 -> 0.73   1.14 -> 0.84   1.14 -> 0.93   1.08 -> 1.03
-//     float32     1.06 -> 0.62   1.04 -> 0.29   1.06 -> 0.35   1.03 -> 0.45
+//     tokens      1              2              4              16
+//     bfloat16    1.17 -> 0.94   1.08 -> 0.79   1.14 -> 0.78   1.14 -> 0.89
+//     float32     1.06 -> 0.72   1.04 -> 0.35   1.06 -> 0.33   1.03 -> 0.55
 // Numbers that are widened first would be slower than ATen: 1.50 for bfloat16 without pairs. The
 // limit leaves room for processors with a matrix unit, which ATen uses for many tokens.
 constexpr int64_t BASE_TOKENS = 16;
