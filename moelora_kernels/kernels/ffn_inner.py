@@ -31,7 +31,7 @@ from moelora_kernels.numerics import dropout_threshold, keep_probability
 from moelora_kernels.types import TILE, Dropout, InnerAdapters, InnerInputs, Routing
 
 
-@triton.jit(do_not_specialize=["T", "P", "range_f", "row_counters"])
+@triton.jit(do_not_specialize=["T", "P", "steps", "row_counters"])
 def ffn_inner_kernel(
     gate_out_ptr,
     stride_gate,
@@ -51,7 +51,7 @@ def ffn_inner_kernel(
     T,
     P,
     F,
-    range_f,
+    steps,
     row_counters,
     E: tl.constexpr,
     R: tl.constexpr,
@@ -84,7 +84,7 @@ def ffn_inner_kernel(
                      an expert, or belongs to a pair that is not routed, is not stored
 
     Programs: (split, tile of tokens), the last fastest, so that B and A are read from L2. A split
-    sums `range_f` columns of F. The rows of a tile are pairs, see `pair_rows`.
+    takes `steps` steps of BLOCK_F columns. The rows of a tile are pairs, see `pair_rows`.
     """
     BLOCK_T: tl.constexpr = BLOCK_P // SLOTS
     token_tiles = tl.cdiv(T, BLOCK_T)
@@ -96,6 +96,8 @@ def ffn_inner_kernel(
     weights = load_weights(weights_ptr, pairs, routed)
     columns = tl.arange(0, BLOCK_R)
     columns_in = columns < R
+    # The columns of B behind the last are 0.
+    b_in = columns < B_COLUMNS
     u_gate = load_spread(u_gate_ptr, positions, starts, ranks, columns, MAX_RANK)
     u_up = load_spread(u_up_ptr, positions, starts, ranks, columns, MAX_RANK)
     out_tokens = first_token.to(tl.int64) + tl.arange(0, BLOCK_T)
@@ -104,16 +106,16 @@ def ffn_inner_kernel(
         stream = experts[:, None] if PER_EXPERT else 0
 
     h = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
-    begin_f = split * range_f
-    for first_f in range(begin_f, tl.minimum(begin_f + range_f, F), BLOCK_F):
+    begin_f = split * steps * BLOCK_F
+    for first_f in range(begin_f, tl.minimum(begin_f + steps * BLOCK_F, F), BLOCK_F):
         f = first_f + tl.arange(0, BLOCK_F)
         f_in = f < F
 
         # z and a.
         gate_out = load_rows(gate_out_ptr, stride_gate, tokens, f, rows_in, f_in)
         up_out = load_rows(up_out_ptr, stride_up, tokens, f, rows_in, f_in)
-        gate_b = load_transposed(gate_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
-        up_b = load_transposed(up_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
+        gate_b = load_transposed(gate_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
+        up_b = load_transposed(up_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
         z_gate = rank_product(u_gate, gate_b, UPCAST) + gate_out.to(tl.float32)
         z_up = rank_product(u_up, up_b, UPCAST) + up_out.to(tl.float32)
         a = activation(z_gate, ACTIVATION) * z_up
@@ -130,6 +132,10 @@ def ffn_inner_kernel(
         down_a = load_transposed(down_a_ptr, F, columns, f, columns_in, f_in)
         h = product(a.to(u_gate.dtype), down_a, h, UPCAST, COMPUTED=True)
 
+    # Loaded again: what stays in registers over the loop makes it spill.
+    tokens, rows_in, pairs, positions, experts, routed, starts, ranks = load_pair_rows(
+        table_ptr, ranks_ptr, first_token, T, E, K, SLOTS, RANK, RANK_DIVISOR, BLOCK_P
+    )
     offsets, in_bounds = spread_offsets(positions, starts, ranks, columns, MAX_RANK)
     partials_ptr += split.to(tl.int64) * P * MAX_RANK
     tl.store(partials_ptr + offsets, h, mask=in_bounds)
@@ -216,10 +222,10 @@ def launch(
     tile_config = configs.tile_config("ffn_inner", gate_out.device, gate_out.dtype, block_r, row)
     rows = row_constants(K, tile_config.tokens)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
-    steps = launcher.ceil_div(F, tile_config.step)
-    split = split or num_splits(gate_out.device, tile_config, token_tiles, steps, True)
-    range_f = launcher.ceil_div(steps, split) * tile_config.step
-    split = launcher.ceil_div(F, range_f)
+    f_tiles = launcher.ceil_div(F, tile_config.step)
+    split = split or num_splits(gate_out.device, tile_config, token_tiles, f_tiles, True)
+    steps = launcher.ceil_div(f_tiles, split)
+    split = launcher.ceil_div(f_tiles, steps)
     partials = gate_out.new_empty((split, *h.shape), dtype=torch.float32)
     b_columns = launcher.aligned_columns(adapters.gate_b)
     weights = launcher.aligned(weights)
@@ -239,7 +245,7 @@ def launch(
             up_b_ptr=launcher.padded(adapters.up_b, F, b_columns),
             down_a_ptr=launcher.padded(adapters.down_a, R, F),
             weights_ptr=weights,
-            table_ptr=pair_table(routing),
+            table_ptr=pair_table(routing, gate_out),
             ranks_ptr=ranks_ptr,
             seed_ptr=dropout.seed if dropout.p > 0 else None,
             summed_ptr=summed,
@@ -247,7 +253,7 @@ def launch(
             T=T,
             P=P,
             F=F,
-            range_f=range_f,
+            steps=steps,
             row_counters=num_counters(width),
         ),
         dict(

@@ -35,7 +35,7 @@ from moelora_kernels.numerics import absent, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, InnerAdapters, InnerGrads, InnerInputs, Routing
 
 
-@triton.jit(do_not_specialize=["T", "range_f", "row_counters", "dropout_scale"])
+@triton.jit(do_not_specialize=["T", "steps", "row_counters", "dropout_scale"])
 def ffn_inner_backward_kernel(
     dsummed_ptr,
     stride_dsummed,
@@ -62,7 +62,7 @@ def ffn_inner_backward_kernel(
     partial_stride,
     T,
     F,
-    range_f,
+    steps,
     row_counters,
     dropout_scale,
     E: tl.constexpr,
@@ -103,7 +103,7 @@ def ffn_inner_backward_kernel(
     dweights         [P] float32 by pair, split in the same way
 
     Programs: (split, tile of tokens), the last fastest, so that B and A are read from L2. A split
-    sums `range_f` columns of F. The rows of a tile are pairs, see `pair_rows`.
+    takes `steps` steps of BLOCK_F columns. The rows of a tile are pairs, see `pair_rows`.
     """
     BLOCK_T: tl.constexpr = BLOCK_P // SLOTS
     token_tiles = tl.cdiv(T, BLOCK_T)
@@ -116,6 +116,8 @@ def ffn_inner_backward_kernel(
     selected = (weights != 0)[:, None]
     columns = tl.arange(0, BLOCK_R)
     columns_in = columns < R
+    # The columns of B behind the last are 0.
+    b_in = columns < B_COLUMNS
     u_gate = load_spread(u_gate_ptr, positions, starts, ranks, columns, MAX_RANK)
     u_up = load_spread(u_up_ptr, positions, starts, ranks, columns, MAX_RANK)
     dh = load_spread(dh_ptr, positions, starts, ranks, columns, MAX_RANK)
@@ -127,8 +129,8 @@ def ffn_inner_backward_kernel(
     dh_gate = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     dh_up = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     dweights = tl.zeros((BLOCK_P,), tl.float32)
-    begin_f = split * range_f
-    for first_f in range(begin_f, tl.minimum(begin_f + range_f, F), BLOCK_F):
+    begin_f = split * steps * BLOCK_F
+    for first_f in range(begin_f, tl.minimum(begin_f + steps * BLOCK_F, F), BLOCK_F):
         f = first_f + tl.arange(0, BLOCK_F)
         f_in = f < F
 
@@ -136,8 +138,8 @@ def ffn_inner_backward_kernel(
         gate_out = load_rows(gate_out_ptr, stride_gate, tokens, f, rows_in, f_in)
         up_out = load_rows(up_out_ptr, stride_up, tokens, f, rows_in, f_in)
         dsummed = load_rows(dsummed_ptr, stride_dsummed, tokens, f, rows_in, f_in)
-        gate_b = load_rows(gate_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
-        up_b = load_rows(up_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
+        gate_b = load_rows(gate_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
+        up_b = load_rows(up_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
         down_a = load_rows(down_a_ptr, F, columns, f, columns_in, f_in)
         z_gate = rank_product(u_gate, tl.trans(gate_b), UPCAST) + gate_out.to(tl.float32)
         z_up = rank_product(u_up, tl.trans(up_b), UPCAST) + up_out.to(tl.float32)
@@ -163,6 +165,10 @@ def ffn_inner_backward_kernel(
         dh_gate = product(dz_gate.to(dh.dtype), gate_b, dh_gate, UPCAST, COMPUTED=True)
         dh_up = product(dz_up.to(dh.dtype), up_b, dh_up, UPCAST, COMPUTED=True)
 
+    # Loaded again: what stays in registers over the loop makes it spill.
+    tokens, rows_in, pairs, positions, experts, routed, starts, ranks = load_pair_rows(
+        table_ptr, ranks_ptr, first_token, T, E, K, SLOTS, RANK, RANK_DIVISOR, BLOCK_P
+    )
     partial = split.to(tl.int64) * partial_stride
     scale = tl.load(scaling_ptr + experts)[:, None]
     store_picked(
@@ -216,10 +222,10 @@ def launch(
     tile_config = configs.tile_config("ffn_inner_backward", x.device, x.dtype, block_r, row)
     rows = row_constants(K, tile_config.tokens)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
-    steps = launcher.ceil_div(F, tile_config.step)
-    parts = split or num_splits(x.device, tile_config, token_tiles, steps)
-    range_f = launcher.ceil_div(steps, parts) * tile_config.step
-    parts = launcher.ceil_div(F, range_f)
+    f_tiles = launcher.ceil_div(F, tile_config.step)
+    parts = split or num_splits(x.device, tile_config, token_tiles, f_tiles)
+    steps = launcher.ceil_div(f_tiles, parts)
+    parts = launcher.ceil_div(f_tiles, steps)
     partials = Partials([dh_gate, dh_up, dweights], parts)
     b_columns = launcher.aligned_columns(adapters.gate_b)
     tensors = dict(
@@ -237,7 +243,7 @@ def launch(
         down_a_ptr=launcher.padded(adapters.down_a, R, F),
         weights_ptr=launcher.aligned(weights),
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
-        table_ptr=pair_table(routing),
+        table_ptr=pair_table(routing, x),
         ranks_ptr=tables.rank_table(tuple(ranks), x.device),
         seed_ptr=dropout.seed if dropout.p > 0 else None,
     )
@@ -273,7 +279,7 @@ def launch(
             dweights_ptr=partials.targets[2],
             partial_stride=partials.stride,
             **sizes,
-            range_f=range_f,
+            steps=steps,
         ),
         dict(**constants, BLOCK_P=rows["BLOCK_P"], BLOCK_F=tile_config.step),
     )

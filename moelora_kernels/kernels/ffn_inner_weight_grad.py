@@ -93,8 +93,10 @@ def ffn_inner_weight_grad_kernel(
     f_in = f < F
     columns = tl.arange(0, BLOCK_R)
     columns_in = columns < R
-    gate_b = load_transposed(gate_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
-    up_b = load_transposed(up_b_ptr, B_COLUMNS, f, columns, f_in, columns_in)
+    # The columns of B behind the last are 0.
+    b_in = columns < B_COLUMNS
+    gate_b = load_transposed(gate_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
+    up_b = load_transposed(up_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
     down_a = load_rows(down_a_ptr, F, columns, f, columns_in, f_in)
     if DROPOUT > 0:
         seed = tl.load(seed_ptr)

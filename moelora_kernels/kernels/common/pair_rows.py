@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +26,7 @@ COLUMNS = 128
 
 
 @triton.jit(do_not_specialize=["P", "M"])
-def pair_table_kernel(order_ptr, tiles_ptr, table_ptr, P, M, BLOCK_P: tl.constexpr):
+def pair_table_kernel(table_ptr, order_ptr, tiles_ptr, P, M, BLOCK_P: tl.constexpr):
     """table[pair] = (sorted position, expert), [P, 2] int32.
 
     order, tiles [P] and [M, 2] int32, see `types.Routing`. Programs: tiles.
@@ -37,15 +38,15 @@ def pair_table_kernel(order_ptr, tiles_ptr, table_ptr, P, M, BLOCK_P: tl.constex
     tl.store(row + 1, positions * 0 + expert, mask=positions_in)
 
 
-def pair_table(routing: Routing) -> Tensor:
-    """Return the sorted position and the expert of every pair, [P, 2] int32: one launch."""
+def pair_table(routing: Routing, x: Tensor) -> Tensor:
+    """Return the sorted position and the expert of every pair, [P, 2] int32 on the device of x."""
     P, M = len(routing.order), len(routing.tiles)
-    table = routing.order.new_empty((P, 2))
+    table = x.new_empty((P, 2), dtype=torch.int32)
     launcher.run(
         pair_table_kernel,
         M,
         TileConfig(tokens=TILE, step=1, warps=2, stages=1),
-        dict(order_ptr=routing.order, tiles_ptr=routing.tiles, table_ptr=table, P=P, M=M),
+        dict(table_ptr=table, order_ptr=routing.order, tiles_ptr=routing.tiles, P=P, M=M),
         dict(BLOCK_P=TILE),
     )
     return table
