@@ -19,10 +19,10 @@ def _routed(s: Sizes) -> tuple[int, int]:
     return len(experts), sum(rank_of(s, expert) for expert in experts)
 
 
-def _pair_rows(s: Sizes, token_tiles: int, narrow: int) -> int:
-    """Bytes read of the pairs of all tokens, and of `narrow` matrices in rank space."""
+def _pair_rows(s: Sizes, token_tiles: int, narrow: int, times: int) -> int:
+    """Bytes read of the pairs of all tokens, `times` times, and of `narrow` matrices of rank space."""
     routed, ranks = _routed(s)
-    read = s.T * s.K * 8 + token_tiles * s.BLOCK_P * 2 * s.size("ranks_ptr")
+    read = times * (s.T * s.K * 8 + token_tiles * s.BLOCK_P * 2 * s.size("ranks_ptr"))
     return read + routed * s.size("weights_ptr") + narrow * ranks * s.size("u_gate_ptr")
 
 
@@ -43,7 +43,7 @@ def pair_table(s: Sizes) -> tuple[int, int]:
 def ffn_inner(s: Sizes) -> tuple[int, int]:
     token_tiles = _token_tiles(s)
     splits = s.programs // token_tiles
-    read = splits * _pair_rows(s, token_tiles, 2) + token_tiles * _matrices(s)
+    read = splits * _pair_rows(s, token_tiles, 2, 2) + token_tiles * _matrices(s)
     read += 2 * s.T * s.K * s.F * s.size("gate_out_ptr") + s.programs * s.size("seed_ptr")
     return read, s.T * s.F * s.size("summed_ptr") + splits * _routed(s)[1] * 4
 
@@ -59,7 +59,7 @@ def ffn_inner_rank(s: Sizes) -> tuple[int, int]:
 def ffn_inner_backward(s: Sizes) -> tuple[int, int]:
     token_tiles, pairs = _token_tiles(s), s.T * s.K
     splits = s.programs // token_tiles
-    read = splits * _pair_rows(s, token_tiles, 3) + token_tiles * _matrices(s)
+    read = splits * _pair_rows(s, token_tiles, 3, 2) + token_tiles * _matrices(s)
     read += 3 * pairs * s.F * s.size("gate_out_ptr")
     read += s.programs * (s.size("seed_ptr") + s.BLOCK_P * 4)
     written = 2 * s.T * s.F * s.size("dgate_out_ptr")
@@ -69,7 +69,7 @@ def ffn_inner_backward(s: Sizes) -> tuple[int, int]:
 def ffn_inner_weight_grad(s: Sizes) -> tuple[int, int]:
     f_tiles = ceil_div(s.F, s.BLOCK_F)
     splits = s.programs // f_tiles
-    read = f_tiles * _pair_rows(s, _token_tiles(s), 3) + splits * _matrices(s)
+    read = f_tiles * _pair_rows(s, _token_tiles(s), 3, 1) + splits * _matrices(s)
     read += 3 * s.T * s.K * s.F * s.size("gate_out_ptr") + s.programs * s.size("seed_ptr")
     written = 2 * s.size("dgate_b_ptr") + s.size("ddown_a_ptr")
     return read, splits * s.R * s.WIDTH * written

@@ -216,11 +216,12 @@ def launch(
     summed = gate_out.new_empty((T, F))
     if P == 0:
         return launcher.cropped(summed, T, width), h, u
-    block_r = rank_columns(ranks)
+    block_r = rank_columns(ranks, gate_out.itemsize)
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner", gate_out.device, gate_out.dtype, block_r, row)
-    rows = row_constants(K, tile_config.tokens)
+    is_aligned = row * gate_out.itemsize % launcher.ALIGNMENT == 0
+    rows = row_constants(K, tile_config.tokens, is_aligned)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
     f_tiles = launcher.ceil_div(F, tile_config.step)
     split = split or num_splits(gate_out.device, tile_config, token_tiles, f_tiles, True)
@@ -229,7 +230,7 @@ def launch(
     partials = gate_out.new_empty((split, *h.shape), dtype=torch.float32)
     b_columns = launcher.aligned_columns(adapters.gate_b)
     weights = launcher.aligned(weights)
-    ranks_ptr = tables.rank_table(tuple(ranks), gate_out.device)
+    ranks_ptr = tables.rank_table(tuple(ranks), routing.order.device)
     launcher.run(
         ffn_inner_kernel,
         token_tiles * split,

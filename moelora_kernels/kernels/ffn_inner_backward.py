@@ -216,11 +216,12 @@ def launch(
     )
     F = gate_out.shape[1]
     dgate_out, dup_out = (x.new_empty((T, F)) for _ in range(2))
-    block_r = rank_columns(ranks)
+    block_r = rank_columns(ranks, x.itemsize)
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner_backward", x.device, x.dtype, block_r, row)
-    rows = row_constants(K, tile_config.tokens)
+    is_aligned = row * x.itemsize % launcher.ALIGNMENT == 0
+    rows = row_constants(K, tile_config.tokens, is_aligned)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
     f_tiles = launcher.ceil_div(F, tile_config.step)
     parts = split or num_splits(x.device, tile_config, token_tiles, f_tiles)
@@ -244,7 +245,7 @@ def launch(
         weights_ptr=launcher.aligned(weights),
         scaling_ptr=tables.scaling_table(tuple(scaling), x.device),
         table_ptr=pair_table(routing, x),
-        ranks_ptr=tables.rank_table(tuple(ranks), x.device),
+        ranks_ptr=tables.rank_table(tuple(ranks), routing.order.device),
         seed_ptr=dropout.seed if dropout.p > 0 else None,
     )
     sizes = dict(

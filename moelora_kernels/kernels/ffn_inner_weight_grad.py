@@ -162,7 +162,8 @@ def launch(
     tile_config = configs.tile_config(
         "ffn_inner_weight_grad", x.device, x.dtype, constants["BLOCK_R"], constants["RANK_DIVISOR"]
     )
-    rows = row_constants(constants["K"], tile_config.tokens)
+    is_aligned = constants["RANK_DIVISOR"] * x.itemsize % launcher.ALIGNMENT == 0
+    rows = row_constants(constants["K"], tile_config.tokens, is_aligned)
     block_t = rows["BLOCK_P"] // rows["SLOTS"]
     f_tiles = launcher.ceil_div(F, tile_config.step)
     steps = launcher.ceil_div(T, block_t)

@@ -21,8 +21,12 @@ from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.types import TILE, Routing
 
-# Most columns of rank space: more do not fit into the registers of a program.
-COLUMNS = 128
+# Most columns of rank space, by the bytes of an element: more do not fit into the registers of a
+# program. float32 operands take twice the space, because tf32x3 splits each into two parts.
+COLUMNS = {2: 128, 4: 64}
+# Most rows of a tile if the rank space of a pair is not aligned to 16 bytes: the addresses of single
+# elements take registers.
+ROWS_NOT_ALIGNED = 32
 
 
 @triton.jit(do_not_specialize=["P", "M"])
@@ -143,21 +147,25 @@ def sum_slots(tile, SLOTS: tl.constexpr):
     return tile
 
 
-def rank_columns(ranks: Sequence[int]) -> int:
+def rank_columns(ranks: Sequence[int], itemsize: int) -> int:
     """Return BLOCK_R, the columns of a tile that holds the rank space of all experts.
 
     Raises:
         ValueError: there are more than COLUMNS.
     """
-    if sum(ranks) > COLUMNS:
+    if sum(ranks) > COLUMNS[itemsize]:
         raise ValueError(
-            f"ranks: expected a sum of at most {COLUMNS} on a GPU, got {sum(ranks)}; "
-            'impl="grouped" takes any'
+            f"ranks: expected a sum of at most {COLUMNS[itemsize]} on a GPU for elements of "
+            f"{itemsize} bytes, got {sum(ranks)}"
         )
     return launcher.block(sum(ranks))
 
 
-def row_constants(slots: int, least_rows: int) -> dict[str, int]:
-    """Return the constants K, SLOTS and BLOCK_P of tiles with at least `least_rows` rows."""
+def row_constants(slots: int, rows: int, is_aligned: bool) -> dict[str, int]:
+    """Return the constants K, SLOTS and BLOCK_P of tiles with `rows` rows.
+
+    is_aligned: whether the rank space of every expert is aligned to 16 bytes.
+    """
     padded = launcher.block(slots, 1)
-    return dict(K=slots, SLOTS=padded, BLOCK_P=max(least_rows, padded))
+    rows = rows if is_aligned else min(rows, ROWS_NOT_ALIGNED)
+    return dict(K=slots, SLOTS=padded, BLOCK_P=max(rows, padded))
