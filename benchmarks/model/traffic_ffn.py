@@ -20,7 +20,7 @@ def _routed(s: Sizes) -> tuple[int, int]:
 
 
 def _pair_rows(s: Sizes, token_tiles: int, narrow: int, times: int) -> int:
-    """Bytes read of the pairs of all tokens, `times` times, and of `narrow` matrices of rank space."""
+    """Bytes read of the pairs of all tokens, `times` times, and of `narrow` rank spaces."""
     routed, ranks = _routed(s)
     read = times * (s.T * s.K * 8 + token_tiles * s.BLOCK_P * 2 * s.size("ranks_ptr"))
     return read + routed * s.size("weights_ptr") + narrow * ranks * s.size("u_gate_ptr")

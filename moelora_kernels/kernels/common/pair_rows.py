@@ -24,7 +24,7 @@ from moelora_kernels.types import TILE, Routing
 # Most columns of rank space, by the bytes of an element: more do not fit into the registers of a
 # program. float32 operands take twice the space, because tf32x3 splits each into two parts.
 COLUMNS = {2: 128, 4: 64}
-# Most rows of a tile if the rank space of a pair is not aligned to 16 bytes: the addresses of single
+# Most rows of a tile if the rank space of a pair is not aligned to 16 bytes: addresses of single
 # elements take registers.
 ROWS_NOT_ALIGNED = 32
 
