@@ -151,5 +151,5 @@ def test_gradients_that_are_not_needed_are_empty(backend: Backend) -> None:
 @each_op
 def test_ranks_beyond_128_columns_are_refused(op: str, backend: Backend) -> None:
     arguments = arguments_of(op, FfnInputs(FFN_INNER["large_ranks"], torch.float16), backend.device)
-    with pytest.raises(ValueError, match="at most 128 on a GPU .* got 220"):
+    with pytest.raises(ValueError, match="got 220"):
         backend.implementation(op)(*arguments)

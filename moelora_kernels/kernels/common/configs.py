@@ -219,7 +219,7 @@ _SM_80 = {
     ("ffn_inner_backward", 2, 128): TileConfig(32, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(32, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 32): TileConfig(32, 64, 8, 2),
-    ("ffn_inner_weight_grad", 2, 64): TileConfig(16, 64, 8, 2, registers=255),
+    ("ffn_inner_weight_grad", 2, 64): TileConfig(16, 32, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
 }
 _SM_89 = {
