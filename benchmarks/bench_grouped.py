@@ -10,6 +10,7 @@ Suites:
     linear     one layer
     group      siblings: linears that read the same x
     grouped    mixtures, routing distributions and token counts over one linear
+    decode     linears and siblings with up to 64 tokens, forward without gradients
     ffn        experts that are whole feed-forward networks
     machine    rates and costs of the device, beside the predictions of a model
 
@@ -38,12 +39,13 @@ from benchmarks.measure.comparison import Bench, DeviceClock
 from benchmarks.measure.harness import Options
 from benchmarks.measure.inputs import DTYPES, check_mixture
 from benchmarks.output import tables
+from benchmarks.output.goals import goal_tables
 from benchmarks.output.pages import all_tables
 from benchmarks.output.plots import plot
 from benchmarks.suites import cells, machine
 from benchmarks.suites.jobs import SUITES, Job, grouped_jobs, layer_jobs
 from benchmarks.suites.shapes import linear_case, select_cases
-from benchmarks.suites.sizes import MODES, RUN_SIZES, RunSizes
+from benchmarks.suites.sizes import GRAPH, MODES, RUN_SIZES, RunSizes
 from moelora_kernels.testing import ROUTINGS
 from moelora_kernels.tune.progress import Progress
 
@@ -56,8 +58,6 @@ COMPILED = "masked_compiled"
 # Load per CPU above which the command warns. On a shared machine of two cores, at 1.8 per CPU, the
 # median of a small layer was ten times its p10.
 BUSY = 0.5
-
-DEFAULT_MIXTURE = cells.Mixture(experts=8, rank=16, top_k=2)
 
 
 def names(known, kind: str) -> Callable[[str], list[str]]:
@@ -119,14 +119,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help=f"frozen always runs; {', '.join(providers)}",
     )
-    add("--modes", type=names(MODES, "modes"), metavar="NAME,...", help="fwd, fwd_bwd")
+    modes = (*MODES, GRAPH)
+    add("--modes", type=names(modes, "modes"), metavar="NAME,...", help=", ".join(modes))
     add(
         "--tables",
         type=names(cells.TABLES, "tables"),
         metavar="NAME,...",
         help=f"of the suite grouped: {', '.join(cells.TABLES)}",
     )
-    mixture = "any of these three also replaces the mixtures of the suite grouped"
+    mixture = "any of these three also replaces the mixtures of the suites grouped and ffn"
     add("--experts", type=size, metavar="E", help=f"default 8; {mixture}")
     add("--rank", type=size, metavar="r", help="rank of one expert, default 16")
     add("--top-k", type=size, metavar="K", help="experts per token, default 2")
@@ -154,7 +155,7 @@ def mixture_argument(arguments: argparse.Namespace) -> cells.Mixture | None:
     sizes = (arguments.experts, arguments.rank, arguments.top_k)
     if sizes == (None, None, None):
         return None
-    pairs = zip(sizes, DEFAULT_MIXTURE, strict=True)
+    pairs = zip(sizes, cells.DEFAULT_MIXTURE, strict=True)
     return cells.Mixture(*(default if value is None else value for value, default in pairs))
 
 
@@ -182,7 +183,7 @@ def make_options(arguments: argparse.Namespace, suite: str = "linear") -> Option
     sizes = run_sizes(arguments)
     suite_sizes = getattr(sizes, suite)
     providers, left_out = select_providers(arguments, suite)
-    experts, rank, top_k = mixture_argument(arguments) or DEFAULT_MIXTURE
+    experts, rank, top_k = mixture_argument(arguments) or cells.DEFAULT_MIXTURE
     tokens = [] if suite == "grouped" else suite_sizes.tokens
     return Options(
         device=torch.device(device_type(arguments)),
@@ -220,12 +221,14 @@ def make_jobs(suite: str, arguments: argparse.Namespace, clock) -> list[Job]:
         return machine.jobs(make_bench(arguments, clock), sizes.machine)
     suite_sizes = getattr(sizes, suite)
     cases = select_cases(suite, arguments.quick, arguments.cases or list(suite_sizes.cases))
+    mixture = mixture_argument(arguments)
     if suite != "grouped":
-        return layer_jobs(suite, cases, options, clock)
+        mixtures = [mixture] if mixture else suite_sizes.mixtures
+        return layer_jobs(suite, cases, mixtures, options, clock)
     chosen = cells.grouped_cells(
         suite_sizes,
         arguments.tables,
-        mixture_argument(arguments),
+        mixture,
         arguments.routing,
         arguments.tokens,
     )
@@ -277,6 +280,8 @@ def run_suite(suite: str, jobs: list[Job], result: dict, folder: Path, progress:
     if suite == "grouped":
         for table in all_tables(result):
             progress.say(tables.text(table) + "\n")
+    for table in goal_tables(result):
+        progress.say(tables.text(table) + "\n")
     progress.say(f"wrote {path}")
     if write_plot(result, path.with_suffix(".png")):
         progress.say(f"wrote {path.with_suffix('.png')}")
@@ -287,6 +292,8 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     """Exit with a message if the arguments do not work together."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"argument --device: torch {torch.__version__} finds no CUDA device")
+    if GRAPH in (arguments.modes or ()) and device_type(arguments) == "cpu":
+        parser.error(f"argument --modes: {GRAPH} needs a CUDA device")
     if arguments.suite == "machine" and (arguments.cases or arguments.tokens):
         parser.error("arguments --cases, --tokens: the suite machine has its own shapes")
     if arguments.suite in SUITES:

@@ -1,4 +1,4 @@
-"""The command line of finetune_multitask.py."""
+"""The command line of finetune_multitask.py, and the types of its numbers."""
 
 import argparse
 from pathlib import Path
@@ -8,28 +8,33 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def rate(text: str) -> float:
+    """Parse a positive, finite number."""
+    if not 0.0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
 def parse_arguments(argv: list[str] | None, presets: list[str]) -> argparse.Namespace:
     """Return the checked arguments. presets: the choices of --preset."""
     parser = argparse.ArgumentParser(
         description="Fine-tune a causal language model on many tasks with LoRA experts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
-    def natural(text: str) -> int:
-        if (value := int(text)) < 0:
-            raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-        return value
-
-    def rate(text: str) -> float:
-        if not 0.0 < (value := float(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-        return value
-
     add = parser.add_argument
     add("--data", type=Path, help="folder with train.jsonl and dev.jsonl; default: toy tasks")
     add("--preset", choices=presets, default="moelora", help="which mixture to train")

@@ -169,6 +169,10 @@ class ByteTokenizer:
         # JSON can hold half of a surrogate pair, which plain UTF-8 cannot encode.
         return list(text.encode("utf-8", errors="surrogatepass"))
 
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of the bytes in `ids`; special tokens have none."""
+        return bytes(number for number in ids if number < 256).decode("utf-8", errors="replace")
+
 
 def encode_pair(tokenizer, text: str, target: str, max_length: int) -> tuple[list[int], int]:
     """Return the token ids of `[bos] text target [eos]` and the length of `target [eos]`.

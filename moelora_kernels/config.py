@@ -98,7 +98,7 @@ class MoeLoraConfig:
     "task": a linear map of the embedding of a task id; give the ids with `set_tasks` (MOELoRA,
     MoCLE).
     "external": the layer has no router. Pass the gates to the layer or to `set_tasks` (Octavius,
-    X-LoRA).
+    X-LoRA), dense or as weights and indices.
     "prototype": |x v_e|, with one vector v_e per expert from `set_prototypes` (Arrow).
     "self": A x, for experts of rank 1. No gradient flows through these logits (FlyLoRA).
     "token_task": returns probabilities instead of logits. It mixes the probabilities of the token

@@ -316,7 +316,9 @@ def check(config: MoeLoraConfig) -> None:
                 f"{' and '.join(others)}: {reason}"
             )
     if config.impl == "grouped":
-        dispatch.check_grouped(config.top_k if config.is_sparse() else None, config.share == "A")
+        # Gates from outside can be sparse; the forward checks them.
+        can_be_sparse = config.is_sparse() or config.router == "external"
+        dispatch.check_grouped(1 if can_be_sparse else None, config.share == "A")
 
 
 def _check_values(config: MoeLoraConfig) -> None:

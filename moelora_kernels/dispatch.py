@@ -53,8 +53,8 @@ THRESHOLDS = {
     ),
     "sm_80": Threshold(205, 512, _MODEL),
     "sm_89": Threshold(230, 4096, _MODEL),
-    "sm_90": Threshold(245, 1024, _MODEL),
-    "sm_100": Threshold(305, 2048, _MODEL),
+    "sm_90": Threshold(245, 2048, _MODEL),
+    "sm_100": Threshold(305, 1024, _MODEL),
     "sm_120": Threshold(140, 4096, _SM_89),
     "cuda": Threshold(205, 4096, _SM_89),
 }

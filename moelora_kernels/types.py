@@ -81,6 +81,11 @@ class Gate(NamedTuple):
     logits: Tensor | None = None
 
 
+# The gates that a user passes for router="external": dense [..., E], or sparse (weights, indices),
+# both [..., K].
+ExternalGates = Tensor | tuple[Tensor, Tensor]
+
+
 class RouterTensors(NamedTuple):
     """The fused linear routers of n siblings; both fields are empty if a gate is passed."""
 

@@ -317,6 +317,14 @@ GROUPED_PROVIDERS = PROVIDERS | {
     "plain_lora": Provider(lambda layer: Siblings(ActiveLora, layer), "active")
 }
 
+# A token of a batch that decodes reads K r columns, so this is the fair plain LoRA there, too.
+DECODE_PROVIDERS = {
+    name: GROUPED_PROVIDERS[name]
+    for name in ("frozen", "moelora", "masked", "masked_compiled", "plain_lora", "loop")
+}
+# Providers whose host waits for the device: they have no CUDA graph.
+HOST_WAITS = ("loop",)
+
 # Providers that multiply with all R columns, forward and backward.
 WIDE = ("moelora_wide", "masked", "masked_compiled")
 

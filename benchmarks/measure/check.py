@@ -132,7 +132,7 @@ def run_provider(
     dy is zero outside the rows. So dA, dB and the router's gradients, which are sums over all T
     tokens, are sums over the rows. Few rows in float64 check the same shape that is timed.
     """
-    if mode == "fwd":
+    if mode != "fwd_bwd":
         with torch.no_grad():
             outputs = provider(x)
         return {layer.label(i, "y"): y[rows] for i, y in enumerate(outputs)}
@@ -202,12 +202,12 @@ class Checker:
         return reference(self.layer, x, dys, formula)
 
     def errors(self, provider: nn.Module, formula: str, mode: str) -> dict[str, float]:
-        """Return the error of each tensor by name; in the mode "fwd" only of y."""
+        """Return the error of each tensor by name; without a backward only of y."""
         if formula not in self.expected:
             dys = [dy[self.rows] for dy in self.dys]
             self.expected[formula] = self.reference(self.x[self.rows], dys, formula)
         expected = self.expected[formula]
-        if mode == "fwd":
+        if mode != "fwd_bwd":
             outputs = [self.layer.label(i, "y") for i in range(len(self.dys))]
             expected = {name: expected[name] for name in outputs}
         tensors = run_provider(provider, self.layer, self.x, self.dys, self.rows, mode)

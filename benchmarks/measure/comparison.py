@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,16 +122,7 @@ class Bench:
 
     def host_time(self, calls: dict[str, Call]) -> Samples:
         """Return microseconds of the host per call; it does not wait for the device."""
-        samples: Samples = {name: [] for name in calls}
-        for _ in range(2 * self.options.min_rounds):
-            for name, call in calls.items():
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                start = time.perf_counter()
-                for _ in range(BATCH):
-                    call.call()
-                samples[name].append((time.perf_counter() - start) * 1e6 / BATCH)
-        return samples
+        return harness.host_times(calls, self.device, 2 * self.options.min_rounds, BATCH)
 
 
 def registered(name: str, device: str) -> tuple[Callable, str]:

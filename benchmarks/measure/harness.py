@@ -18,11 +18,16 @@ from benchmarks.measure.check import Checker
 from benchmarks.measure.clocks import ColdWeights
 from benchmarks.measure.inputs import DTYPES, draw_inputs, make_layer
 from benchmarks.suites.shapes import Case
+from benchmarks.suites.sizes import GRAPH
 
 # Called with a text after each cell.
 Progress = Callable[[str], None]
 
 MAX_ROUNDS = 200
+
+# Calls of a sample of the host's time: fewer launches than the queue of the device holds.
+HOST_CALLS = 8
+HOST_ROUNDS = 3
 
 
 @dataclass
@@ -52,12 +57,43 @@ class Suite:
     """The providers that a suite times, and how it draws and checks its layers.
 
     skip_reason: (provider, layer, T) -> why the provider is not measured there, or "".
+    without_graph: providers that no CUDA graph can hold, because their host waits for the device.
+    times_host: whether the rows have the host's time of a call, on a GPU.
     """
 
     providers: dict[str, Provider]
     make_layer: Callable = make_layer
     make_checker: Callable = Checker
     skip_reason: Callable[..., str] = lambda name, layer, tokens: ""
+    without_graph: tuple[str, ...] = ()
+    times_host: bool = False
+
+    def problem(self, name: str, layer, tokens: int, mode: str) -> str:
+        """Return why a provider is not measured in a cell, or ""."""
+        if mode == GRAPH and name in self.without_graph:
+            return "its host waits for the device, so that it has no graph"
+        return self.skip_reason(name, layer, tokens)
+
+
+class Replayed(nn.Module):
+    """A provider whose forward replays a CUDA graph of one call with x."""
+
+    def __init__(self, provider: nn.Module, x: Tensor):
+        super().__init__()
+        self.provider = provider
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(side):
+            for _ in range(2):
+                provider(x)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = provider(x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.graph.replay()
+        return self.outputs
 
 
 class Timed:
@@ -78,11 +114,11 @@ class Timed:
 
     def call(self) -> None:
         """Run one forward, or one forward and backward."""
-        if self.mode == "fwd":
+        if self.mode == "fwd_bwd":
+            torch.autograd.backward(self.provider(self.x), self.dys)
+        else:
             with torch.no_grad():
                 self.provider(self.x)
-        else:
-            torch.autograd.backward(self.provider(self.x), self.dys)
 
     def extra_mib(self) -> float | None:
         """Return the memory of one call beyond x and the parameters, in MiB.
@@ -96,7 +132,7 @@ class Timed:
             before = torch.cuda.memory_allocated()
             self.call()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        if self.mode == "fwd":
+        if self.mode != "fwd_bwd":
             return None
         return saved_bytes(self.provider, self.x) / 2**20
 
@@ -146,6 +182,24 @@ def sample_in_turn(timed: dict[str, Timed], options: Options, clock) -> dict[str
     return {name: clock.microseconds(values) for name, values in samples.items()}
 
 
+def host_times(timed: dict, device: torch.device, rounds: int, calls: int) -> dict:
+    """Return the host's microseconds per call of each provider: a sample of `calls` per round.
+
+    The host does not wait for the device, unless a call makes it wait.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, candidate in timed.items():
+            candidate.reset()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                candidate.call()
+            samples[name].append((time.perf_counter() - start) * 1e6 / calls)
+    return samples
+
+
 def quantile(values: list[float], q: float) -> float:
     """Return a quantile, interpolated linearly between the ordered values."""
     ordered = sorted(values)
@@ -161,7 +215,10 @@ def implementation(provider: nn.Module, x: Tensor) -> str | None:
 
 
 def empty_row(case: Case, tokens: int, mode: str, name: str, options: Options) -> dict:
-    """Return the row of a provider without its measurements. frozen has no mixture."""
+    """Return the row of a provider without its measurements. frozen has no mixture.
+
+    host_us is None if it is not measured; on a CPU the whole time is the host's.
+    """
     row = {
         "suite": case.suite,
         "case": case.name,
@@ -182,6 +239,7 @@ def empty_row(case: Case, tokens: int, mode: str, name: str, options: Options) -
         "p10_us": None,
         "p90_us": None,
         "samples": 0,
+        "host_us": None,
         "peak_extra_mib": None,
         "error": None,
         "error_budget": None,
@@ -216,14 +274,16 @@ def run_cell(
         if name not in options.providers and name not in options.left_out:
             continue
         row = rows[name] = empty_row(layer.case, len(x), mode, name, options)
-        reason = options.left_out.get(name) or suite.skip_reason(name, layer, len(x))
+        reason = options.left_out.get(name) or suite.problem(name, layer, len(x), mode)
         if reason:
             row |= {"status": "left out", "reason": reason}
             continue
         try:
             # A forward alone is that of generation, for which layers are in evaluation mode.
-            provider = build(layer).train(mode != "fwd")
+            provider = build(layer).train(mode == "fwd_bwd")
             row["impl"] = implementation(provider, x)
+            if mode == GRAPH:
+                provider = Replayed(provider, x)
             worst, error, budget = checker.verdict(provider, formula, mode)
             row |= {"worst": worst, "error_budget": budget}
             row["error"] = error if math.isfinite(error) else None
@@ -244,6 +304,9 @@ def run_cell(
             "p90_us": quantile(samples, 0.9),
             "samples": len(samples),
         }
+    if suite.times_host and options.device.type == "cuda":
+        for name, times in host_times(timed, options.device, HOST_ROUNDS, HOST_CALLS).items():
+            rows[name]["host_us"] = quantile(times, 0.5)
     return list(rows.values())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.output import tables, thresholds
+from benchmarks.output.goals import goal_tables
 
 # Tables of the suite `grouped` that can be selected by name.
 GROUPED_TABLES = (*tables.GROUPED_TABLES, "crossover")
@@ -42,7 +43,7 @@ def all_tables(result: dict, names: list[str] | None = None) -> list[tables.Tabl
     result_tables = tables.make_tables(result["rows"], names)
     if names is None or "crossover" in names:
         result_tables += thresholds.crossover_tables(result)
-    return result_tables
+    return result_tables + (goal_tables(result) if names is None else [])
 
 
 def markdown(result: dict, selection: Selection = EVERYTHING) -> str:

@@ -30,15 +30,17 @@ def plot(result: dict, path: Path, case: str | None = None) -> bool:
     """Draw the plot of a suite into `path`; return False if the suite has no plot.
 
     The suite `grouped` shows where the two formulations cross. The suite `machine` has no plot.
-    The other suites show the ratio to the frozen layer against T: a panel per mode, a line per
-    provider.
+    The other suites show the ratio to the frozen layer against T: a panel per mixture and mode, a
+    line per provider. The suite `decode` shows every case, the others the most telling one.
     """
     rows = result["rows"]
     if not rows or tables.is_machine(rows):
         return False
     if rows[0]["suite"] == "grouped":
         return plot_crossover(result, path)
-    plot_tokens(result, path, case or representative(rows))
+    if case is None and rows[0]["suite"] != "decode":
+        case = representative(rows)
+    plot_tokens(result, path, [row for row in rows if case in (None, row["case"])])
     return True
 
 
@@ -53,20 +55,29 @@ def representative(rows: list[dict]) -> str:
     return max(tables.distinct(rows, "case"), key=weight)
 
 
-def plot_tokens(result: dict, path: Path, case: str) -> None:
-    """Draw the ratio to the frozen layer against T, for one case."""
+# The fields that may differ between the panels of a plot, and the name of a panel.
+PANEL = {
+    "case": lambda rows: rows[0]["case"],
+    "mode": lambda rows: tables.title(rows[0]["mode"]),
+    "mixture": lambda rows: rows[0]["mixture"],
+}
+
+
+def plot_tokens(result: dict, path: Path, shown: list[dict]) -> None:
+    """Draw the ratio to the frozen layer against T, for the rows `shown`: a panel per table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    modes = tables.split([row for row in result["rows"] if row["case"] == case], "mode")
+    panels = tables.split(shown, "case", "mixture", "mode")
+    names = [field for field in PANEL if len(tables.split(shown, field)) > 1] or ["mode"]
     figure, axes = plt.subplots(
-        1, len(modes), figsize=(6.0 * len(modes), 4.6), sharey=True, squeeze=False
+        1, len(panels), figsize=(6.0 * len(panels), 4.6), sharey=True, squeeze=False
     )
     highest = 1.0
-    for panel, rows in zip(axes[0], modes, strict=True):
+    for panel, rows in zip(axes[0], panels, strict=True):
         ratios = tables.ratios(rows)
         for provider in tables.distinct(rows, "provider"):
             points = sorted((t, ratio) for (t, name), ratio in ratios.items() if name == provider)
@@ -90,7 +101,7 @@ def plot_tokens(result: dict, path: Path, case: str) -> None:
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         panel.tick_params(axis="x", labelrotation=45 if len(tokens) > 6 else 0)
         panel.set_yscale("log")
-        panel.set_title(tables.title(rows[0]["mode"]))
+        panel.set_title(", ".join(PANEL[name](rows) for name in names))
         panel.set_xlabel("tokens")
         panel.grid(alpha=0.3)
     top = min(1.15 * highest, HIGHEST_RATIO)
@@ -103,8 +114,7 @@ def plot_tokens(result: dict, path: Path, case: str) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.set_layout_engine("constrained")
-    caption = tables.by_tokens(modes[0]).caption
-    caption = caption.replace(f"{tables.title(modes[0][0]['mode'])}, ", "")
+    caption = tables.caption(panels[0], without=names)
     figure.suptitle(f"{caption}\n{tables.provenance(result)}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

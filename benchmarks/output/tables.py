@@ -1,9 +1,13 @@
 """Tables of result rows, as text for a terminal and as Markdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+TITLES = {
+    "fwd": "forward",
+    "fwd_bwd": "forward + backward",
+    "decode_graph": "forward in a CUDA graph",
+}
 
 
 class Table(NamedTuple):
@@ -45,10 +49,13 @@ def distinct(rows: list[dict], key: str) -> list:
 
 
 def split(rows: list[dict], *keys: str) -> list[list[dict]]:
-    """Group the rows by the values of these fields, in the order of their first appearance."""
+    """Group the rows by the values of these fields, in the order of their first appearance.
+
+    A field that a row does not have counts as None.
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return list(groups.values())
 
 
@@ -140,18 +147,33 @@ def not_timed(rows: list[dict], cell: Callable[[dict], str]) -> list[str]:
     return remarks
 
 
+def caption(rows: list[dict], without: Sequence[str] = ()) -> str:
+    """Return the case, mode, dtype, mixture and routing of the rows of one table.
+
+    without: fields to leave out: "case", "mode", "mixture".
+    """
+    parts = {"case": rows[0]["case"], "mode": title(rows[0]["mode"]), "dtype": rows[0]["dtype"]}
+    if mixed := next((row for row in rows if row.get("experts")), None):
+        parts |= {"mixture": mixture(mixed), "routing": f"{mixed['routing']} routing"}
+    return ", ".join(part for name, part in parts.items() if name not in without)
+
+
 def by_tokens(rows: list[dict]) -> Table:
     """Return a table with a line per provider: the time and the ratio to frozen at each T.
 
-    The last column is the memory at the largest T. A provider that was not timed has its status in
-    the place of the time, and a remark with the reason.
+    The last columns are the memory at the largest T and, if it was measured, the host's time of a
+    call at the smallest T. A provider that was not timed has its status in the place of the time,
+    and a remark with the reason.
 
-    rows: the rows of one case and one mode.
+    rows: the rows of one case, one mixture and one mode.
     """
     tokens = sorted(distinct(rows, "tokens"))
     by_cell = {(row["tokens"], row["provider"]): row for row in rows}
     ratio_to_frozen = ratios(rows)
     lines = [["provider", *(f"T={t}" for t in tokens), f"extra MiB at T={tokens[-1]}"]]
+    with_host = any(row.get("host_us") for row in rows)
+    if with_host:
+        lines[0].append(f"host at T={tokens[0]}")
     for provider in distinct(rows, "provider"):
         line = [provider]
         for t in tokens:
@@ -165,13 +187,12 @@ def by_tokens(rows: list[dict]) -> Table:
                 shown = "" if ratio is None else f"  {ratio:.2f}x"
                 line.append(duration(row["median_us"]) + shown)
         memory = by_cell.get((tokens[-1], provider), {}).get("peak_extra_mib")
-        lines.append(
-            [*line, "-" if memory is None else f"{memory:.3g}" if memory < 10 else f"{memory:.0f}"]
-        )
-    caption = f"{rows[0]['case']}, {title(rows[0]['mode'])}, {rows[0]['dtype']}"
-    if mixed := next((row for row in rows if row.get("experts")), None):
-        caption += f", {mixture(mixed)}, {mixed['routing']} routing"
-    return Table(caption, lines, not_timed(rows, lambda row: f"T={row['tokens']}"))
+        line.append("-" if memory is None else f"{memory:.3g}" if memory < 10 else f"{memory:.0f}")
+        if with_host:
+            host = by_cell.get((tokens[0], provider), {}).get("host_us")
+            line.append(quantity(host, "us") or "-")
+        lines.append(line)
+    return Table(caption(rows), lines, not_timed(rows, lambda row: f"T={row['tokens']}"))
 
 
 def by_variant(rows: list[dict]) -> Table:
@@ -313,7 +334,7 @@ def make_tables(rows: list[dict], names: list[str] | None = None) -> list[Table]
     if is_machine(rows):
         return [by_variant(group) for group in split(rows, "measurement")]
     if rows[0]["suite"] != "grouped":
-        return [by_tokens(group) for group in split(rows, "case", "mode")]
+        return [by_tokens(group) for group in split(rows, "case", "mixture", "mode")]
     tables = []
     for name in GROUPED_TABLES if names is None else [n for n in GROUPED_TABLES if n in names]:
         shown = [row for row in rows if name in row["tables"]]

@@ -25,6 +25,12 @@ class Mixture(NamedTuple):
     rank: int
     top_k: int
 
+    def __str__(self) -> str:
+        return f"E={self.experts} r={self.rank} K={self.top_k}"
+
+
+DEFAULT_MIXTURE = Mixture(experts=8, rank=16, top_k=2)
+
 
 def mixtures(*sizes: tuple[int, int, int]) -> tuple[Mixture, ...]:
     """Return mixtures from (E, r, K)."""
@@ -42,8 +48,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """The name that result files record."""
-        experts, rank, top_k = self.mixture
-        return f"E={experts} r={rank} K={top_k} {self.routing} T={self.tokens}"
+        return f"{self.mixture} {self.routing} T={self.tokens}"
 
 
 @dataclass(frozen=True)

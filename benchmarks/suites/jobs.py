@@ -1,16 +1,22 @@
 """The jobs of a run: each measures one case, cell or measurement and returns its rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from benchmarks.baselines import ffn
-from benchmarks.baselines.linear import GROUPED_PROVIDERS, PROVIDERS, skip_reason
+from benchmarks.baselines.linear import (
+    DECODE_PROVIDERS,
+    GROUPED_PROVIDERS,
+    HOST_WAITS,
+    PROVIDERS,
+    skip_reason,
+)
 from benchmarks.measure.check_ffn import FeedForwardChecker
 from benchmarks.measure.harness import Options, Progress, Suite, run_case
 from benchmarks.measure.inputs import check_mixture
-from benchmarks.suites.cells import Cell
+from benchmarks.suites.cells import Cell, Mixture
 from benchmarks.suites.shapes import Case
 
 # The suites that measure layers. The suite `machine` is in machine.py.
@@ -18,7 +24,8 @@ SUITES = {
     "linear": Suite(PROVIDERS, skip_reason=skip_reason),
     "group": Suite(PROVIDERS, skip_reason=skip_reason),
     "grouped": Suite(GROUPED_PROVIDERS, skip_reason=skip_reason),
-    "ffn": Suite(ffn.PROVIDERS, ffn.make_feed_forward, FeedForwardChecker),
+    "decode": Suite(DECODE_PROVIDERS, without_graph=HOST_WAITS, times_host=True),
+    "ffn": Suite(ffn.PROVIDERS, ffn.make_feed_forward, FeedForwardChecker, times_host=True),
 }
 
 
@@ -29,19 +36,24 @@ class Job(NamedTuple):
     measure: Callable[[Progress], list[dict]]
 
 
-def layer_jobs(suite: str, cases: list[Case], options: Options, clock) -> list[Job]:
-    """Return a job for each case of the suites `linear`, `group` and `ffn`.
+def layer_jobs(
+    suite: str, cases: list[Case], mixtures: Sequence[Mixture], options: Options, clock
+) -> list[Job]:
+    """Return a job for each case and mixture of the suites that measure layers, but `grouped`.
 
-    Raises ValueError if the mixture of the options cannot be routed on a case.
+    Raises ValueError if a mixture cannot be routed on a case.
     """
     for case in cases:
-        check_mixture(case, options.routing, options.experts, options.top_k)
+        for mixture in mixtures:
+            check_mixture(case, options.routing, mixture.experts, mixture.top_k)
     cells = len(options.tokens) * len(options.modes)
 
-    def measure(case: Case, progress: Progress) -> list[dict]:
-        return run_case(case, options, clock, progress, SUITES[suite])
+    def measure(case: Case, mixture: Mixture, progress: Progress) -> list[dict]:
+        mixed = replace(options, **mixture._asdict())
+        rows = run_case(case, mixed, clock, progress, SUITES[suite])
+        return [row | {"mixture": str(mixture)} for row in rows]
 
-    return [Job(cells, partial(measure, case)) for case in cases]
+    return [Job(cells, partial(measure, case, mixture)) for case in cases for mixture in mixtures]
 
 
 def grouped_jobs(cases: list[Case], cells: list[Cell], options: Options, clock) -> list[Job]:
@@ -63,13 +75,12 @@ def grouped_jobs(cases: list[Case], cells: list[Cell], options: Options, clock) 
 
 def run_mixture(case: Case, cell: Cell, options: Options, clock, progress: Progress) -> list[dict]:
     """Measure a cell of the suite `grouped`; its rows also name the cell and its tables."""
-    experts, rank, top_k = cell.mixture
     cell_options = replace(
-        options, experts=experts, rank=rank, top_k=top_k, routing=cell.routing, tokens=[cell.tokens]
+        options, **cell.mixture._asdict(), routing=cell.routing, tokens=[cell.tokens]
     )
 
     def report(text: str) -> None:
-        progress(f"{text} E={experts} r={rank} K={top_k} {cell.routing}")
+        progress(f"{text} {cell.mixture} {cell.routing}")
 
     rows = run_case(case, cell_options, clock, report, SUITES["grouped"])
     return [row | {"cell": cell.name, "tables": list(cell.tables)} for row in rows]

@@ -74,6 +74,11 @@ def grouped_case(case: Case) -> Case:
     return replace(case, suite="grouped")
 
 
+def decode_case(case: Case) -> Case:
+    """Return a linear or siblings as a case of the suite `decode`: few tokens, no gradients."""
+    return replace(case, suite="decode")
+
+
 def linear_cases() -> list[Case]:
     """Return every distinct linear of the models above, smallest first."""
     users: dict[tuple[int, int], list[str]] = {}
@@ -117,6 +122,7 @@ QUICK_CASES = {
     "linear": [linear_case(72, 104)],
     "group": [qkv_case(72, 40), gate_up_case(72, 104)],
     "grouped": [grouped_case(linear_case(72, 104))],
+    "decode": [decode_case(linear_case(72, 104)), decode_case(qkv_case(72, 40))],
     "ffn": [ffn_case(72, 104)],
 }
 
@@ -124,6 +130,7 @@ CASES = {
     "linear": linear_cases(),
     "group": group_cases(),
     "grouped": [grouped_case(case) for case in linear_cases()],
+    "decode": [decode_case(case) for case in linear_cases() + group_cases()],
     "ffn": ffn_cases(),
 }
 

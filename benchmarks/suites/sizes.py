@@ -4,20 +4,23 @@ The default has a table of every suite and takes a few minutes. Its cells are a 
 --full, so that their numbers can be compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.suites.cells import GroupedSizes, Mixture, mixtures
+from benchmarks.suites.cells import DEFAULT_MIXTURE, GroupedSizes, Mixture, mixtures
 
 MODES = ("fwd", "fwd_bwd")
+# A forward that is replayed from a CUDA graph, which only a GPU has.
+GRAPH = "decode_graph"
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The sizes of a suite that measures layers: every case at every T in every mode."""
+    """The sizes of a suite of layers: every mixture on every case at every T in every mode."""
 
     cases: tuple[str, ...]
     tokens: tuple[int, ...]
     modes: tuple[str, ...] = MODES
+    mixtures: tuple[Mixture, ...] = (DEFAULT_MIXTURE,)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class RunSizes:
 
     linear: LayerSizes
     group: LayerSizes
+    decode: LayerSizes
     ffn: LayerSizes
     grouped: GroupedSizes
     machine: MachineSizes
@@ -55,11 +59,17 @@ class RunSizes:
     min_rounds: int
 
 
+DECODE_CASES = ("4096x4096", "2048x2048", "qkv-2048", "gate_up-2048x5504")
+DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# Whole networks: few experts, and twice as many of them for a token.
+FFN_MIXTURES = mixtures((8, 16, 2), (16, 16, 4))
+
 CPU_DEFAULT = RunSizes(
     # Few tokens and many. Compiling `masked_compiled` takes ten seconds and more per cell.
     linear=LayerSizes(("2048x2048",), (128, 1024)),
     group=LayerSizes(("qkv-2048",), (512,), ("fwd_bwd",)),
-    ffn=LayerSizes(("ffn-2048x5504",), (512,), ("fwd_bwd",)),
+    decode=LayerSizes(("2048x2048",), (1, 16), ("fwd",)),
+    ffn=LayerSizes(("ffn-2048x5504",), (128,), ("fwd_bwd",)),
     grouped=GroupedSizes(
         cases=("2048x2048",),
         # Both sides of the threshold in use, R / K = 32, and few tokens for each of many experts.
@@ -89,7 +99,8 @@ CPU_FULL = RunSizes(
     # Two cores take 0.2 s for one forward and backward of the slowest provider at T = 1024.
     linear=LayerSizes(("2048x2048", "4096x4096"), (128, 512, 1024)),
     group=LayerSizes(("qkv-2048", "gate_up-2048x5504"), (128, 512, 1024)),
-    ffn=LayerSizes(("ffn-2048x5504",), (128, 512, 1024)),
+    decode=LayerSizes(DECODE_CASES, DECODE_TOKENS, ("fwd",)),
+    ffn=LayerSizes(("ffn-2048x5504",), (128, 1024, 2048), mixtures=FFN_MIXTURES),
     grouped=GroupedSizes(
         cases=("2048x2048",),
         # Larger mixtures need a second and more for one wide product on two cores.
@@ -129,6 +140,7 @@ CPU_FULL = RunSizes(
 GPU_DEFAULT = RunSizes(
     linear=LayerSizes(("4096x4096",), (1, 64, 1024, 8192)),
     group=LayerSizes(("qkv-4096",), (1, 1024, 8192)),
+    decode=LayerSizes(("4096x4096",), (1, 16), ("fwd", GRAPH)),
     ffn=LayerSizes(("ffn-4096x11008",), (1024, 8192)),
     grouped=GroupedSizes(
         cases=("4096x4096",),
@@ -162,7 +174,8 @@ GPU_FULL = RunSizes(
     # The linears of one 7B model.
     linear=LayerSizes(("4096x4096", "4096x11008", "11008x4096"), GPU_TOKENS),
     group=LayerSizes(("qkv-4096", "gate_up-4096x11008"), GPU_TOKENS),
-    ffn=LayerSizes(("ffn-4096x11008",), GPU_TOKENS),
+    decode=LayerSizes(DECODE_CASES, DECODE_TOKENS, ("fwd", GRAPH)),
+    ffn=LayerSizes(("ffn-4096x11008",), GPU_TOKENS, mixtures=FFN_MIXTURES),
     grouped=GroupedSizes(
         cases=("4096x4096",),
         # On an H200, wide and grouped cross at R / K = 245 in the model.
@@ -209,7 +222,8 @@ GPU_FULL = RunSizes(
 QUICK = RunSizes(
     linear=LayerSizes(("72x104",), (1, 33)),
     group=LayerSizes(("qkv-72x40", "gate_up-72x104"), (1, 33)),
-    ffn=LayerSizes(("ffn-72x104",), (1, 33)),
+    decode=LayerSizes(("72x104", "qkv-72x40"), (1, 33), ("fwd",)),
+    ffn=LayerSizes(("ffn-72x104",), (1, 33), mixtures=mixtures((8, 16, 2), (4, 3, 3))),
     grouped=GroupedSizes(
         cases=("72x104",),
         # R / K on both sides of the threshold of a CPU; rows of rank 2 are not 16 bytes long.
@@ -232,6 +246,8 @@ QUICK = RunSizes(
     min_rounds=3,
 )
 
+QUICK_GPU = replace(QUICK, decode=replace(QUICK.decode, modes=("fwd", GRAPH)))
+
 EXTENTS = ("default", "full", "quick")
 
 RUN_SIZES = {
@@ -240,5 +256,5 @@ RUN_SIZES = {
     ("cpu", "quick"): QUICK,
     ("cuda", "default"): GPU_DEFAULT,
     ("cuda", "full"): GPU_FULL,
-    ("cuda", "quick"): QUICK,
+    ("cuda", "quick"): QUICK_GPU,
 }

@@ -20,6 +20,7 @@ from moelora_kernels.nn.forward import keep_routing, siblings_gate
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.numerics import active_dtype
 from moelora_kernels.reference import compute_dtype, dense_gate, rank_gate
+from moelora_kernels.types import ExternalGates
 
 ACTIVATIONS = {
     "gelu": nn.functional.gelu,
@@ -110,14 +111,14 @@ class MoeLoraAdapter(LoraLayer):
     def forward(
         self,
         x: Tensor | None = None,
-        gates: Tensor | None = None,
+        gates: ExternalGates | None = None,
         *,
         input: Tensor | None = None,
     ) -> Tensor:
         """Return y [..., I] for x [..., I]. `input` is another name of x.
 
-        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
-        `set_tasks` set.
+        gates: only for router="external"; [..., E], [B, E] or [1, E], or weights and indices
+        [..., K], [B, K] or [1, K]; see `set_tasks`. None means the gates that `set_tasks` set.
         """
         if x is None or input is not None:
             x = given_input(x, input)

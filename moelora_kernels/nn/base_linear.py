@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.numerics import is_autocast
+from moelora_kernels.types import ExternalGates
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
@@ -117,7 +118,7 @@ def dense_weight(base: nn.Module | None) -> Tensor | None:
 
 
 def check_input(
-    x: Tensor, features: int, gates: Tensor | None, router: str | nn.Module | None
+    x: Tensor, features: int, gates: ExternalGates | None, router: str | nn.Module | None
 ) -> None:
     """Raise unless x is a float tensor [..., features] and gates are None or allowed."""
     if problem := tensor_problem(x):

@@ -22,13 +22,19 @@ from moelora_kernels.nn.base_linear import (
     given_input,
     missing_size,
 )
-from moelora_kernels.nn.gates import row_of_tokens
+from moelora_kernels.nn.gates import row_of_tokens, slots_of_tokens
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.layer import MixtureLayer
-from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, compute_dtype, dropout_seed
 from moelora_kernels.ops.apply import apply
-from moelora_kernels.types import NO_DROPOUT, Dropout, FfnMixture, FfnTensors, Gate
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    Dropout,
+    ExternalGates,
+    FfnMixture,
+    FfnTensors,
+    Gate,
+)
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -241,12 +247,16 @@ class MoeLoraFFN(MixtureLayer):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor | None = None, gates: Tensor | None = None, *, input: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        gates: ExternalGates | None = None,
+        *,
+        input: Tensor | None = None,
     ) -> Tensor:
         """Return y [..., I] for x [..., I]. `input` is another name of x.
 
-        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
-        `set_tasks` set.
+        gates: only for router="external"; [..., E], [B, E] or [1, E], or weights and indices
+        [..., K], [B, K] or [1, K]; see `set_tasks`. None means the gates that `set_tasks` set.
         """
         if x is None or input is not None:
             x = given_input(x, input)
@@ -285,7 +295,7 @@ class MoeLoraFFN(MixtureLayer):
             return apply(RouterLogits, tokens, self.router.weight, self.router.bias)
         return super().router_logits(x, tokens)
 
-    def token_slots(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
+    def token_slots(self, x: Tensor, tokens: Tensor, gates: ExternalGates | None = None) -> Gate:
         """Return the gate of every token as K slots: weights [T, K] and experts [T, K].
 
         A dense gate has K = E slots. The weights are in the compute dtype.
@@ -293,22 +303,22 @@ class MoeLoraFFN(MixtureLayer):
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means the gates that `set_tasks` set.
+            gates: external gates; None means the gates that `set_tasks` set.
         """
         config = self.config
         gate = self.make_gate(x, tokens, gates)
         source = "set_tasks" if gates is None else "gates"
         rows = row_of_tokens(gate.weights, x.shape, x.device, source, config, self.samples)
-        if self.record.is_on:
-            self.record.keep(gate._replace(rows=rows), x.shape[:-1], self.current_task_ids())
         weights, experts = gate.weights, gate.experts
         if experts is None:
             weights, experts = _dense_slots(weights, config)
-        weights = weights.to(compute_dtype(tokens))
-        if rows is not None and isinstance(self.samples, Samples):
-            return Gate(_rows_of_tokens(weights, rows), experts[rows.clamp_min(0).long()])
-        steps = x.shape[0] if config.batch_dim == 1 and x.dim() > 2 else 1
-        return Gate(*(_expand_rows(t, tokens.shape[0], steps) for t in (weights, experts)))
+        slots = Gate(weights.to(compute_dtype(tokens)), experts)
+        slots = slots_of_tokens(slots, rows, x.shape, config.batch_dim, self.samples)
+        if self.record.is_on:
+            is_dense = gate.experts is None
+            kept = gate._replace(rows=rows) if is_dense else slots._replace(logits=gate.logits)
+            self.record.keep(kept, x.shape[:-1], self.current_task_ids())
+        return slots
 
     def input_like(self) -> tuple[int, torch.dtype]:
         """Return the width and the dtype of an x that the layer accepts."""
@@ -338,28 +348,6 @@ def _dense_slots(weights: Tensor, config: MoeLoraConfig) -> tuple[Tensor, Tensor
         # Expert -1 is "not routed". The kernels skip it, but compute an expert of weight zero.
         experts = torch.where(weights != 0, experts, -1)
     return weights, experts
-
-
-def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
-    """Return weights[rows], [T, K]; zero for rows below 0.
-
-    A sum instead of an index, whose backward has no fixed order on a GPU.
-    """
-    samples = torch.arange(weights.shape[0], device=weights.device)
-    is_row = (rows[:, None] == samples)[:, :, None]  # [T, G, 1]
-    return torch.where(is_row, weights, 0).sum(dim=1)
-
-
-def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
-    """Return one row per token, [T, K], from one row per token, per sequence, or for all tokens.
-
-    steps: 1 if the tokens of a sequence are contiguous; the sequence length L for x [L, B, I].
-    """
-    count, slots = rows.shape
-    if count == tokens:
-        return rows
-    inner = tokens // max(steps * count, 1)
-    return rows[None, :, None].expand(steps, count, inner, slots).reshape(tokens, slots)
 
 
 def _bias_correction(down: nn.Module, weights: Tensor) -> Tensor | None:

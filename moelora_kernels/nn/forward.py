@@ -20,18 +20,25 @@ from moelora_kernels.nn.base_linear import (
     is_plain_linear,
     member,
 )
-from moelora_kernels.nn.gates import concat_gates, row_of_tokens
+from moelora_kernels.nn.gates import concat_gates, row_of_tokens, slots_of_tokens
 from moelora_kernels.nn.layer import LoraLayer, MixtureLayer, WeightBias
 from moelora_kernels.nn.merge import forward_merged
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.numerics import active_dtype, dropout_seed
-from moelora_kernels.types import NO_DROPOUT, NO_GATE, Dropout, Gate, LinearTensors
+from moelora_kernels.types import (
+    NO_DROPOUT,
+    NO_GATE,
+    Dropout,
+    ExternalGates,
+    Gate,
+    LinearTensors,
+)
 
 Structure = TypeVar("Structure", Gate, LinearTensors)
 
 
 def forward_siblings(
-    layers: Sequence[LoraLayer], x: Tensor, gates: Tensor | None = None
+    layers: Sequence[LoraLayer], x: Tensor, gates: ExternalGates | None = None
 ) -> list[Tensor]:
     """Run n siblings on x in one pass: x is read once for all of them.
 
@@ -43,7 +50,8 @@ def forward_siblings(
     Args:
         layers: n layers with the same in_features and config; the caller has checked it.
         x: [..., I].
-        gates: external gates [..., E]; None means the gates that `set_tasks` set.
+        gates: external gates, [..., E] or weights and indices [..., K]; None means the gates that
+            `set_tasks` set.
 
     Returns:
         y_i [..., O_i] of every layer, in x's dtype (under autocast: autocast's).
@@ -63,7 +71,7 @@ def forward_siblings(
 def run_siblings(
     layers: Sequence[LoraLayer],
     x: Tensor,
-    gates: Tensor | None = None,
+    gates: ExternalGates | None = None,
     unused: Unused | None = None,
 ) -> tuple[list[Tensor], Gate | None]:
     """Return the outputs of `forward_siblings`, and the gate of all layers side by side.
@@ -98,7 +106,9 @@ def run_siblings(
     fuse_router = all(routers)
     bases = [_readable_base(member(layer, "base_layer"), tokens) for layer in layers]
     # The op takes the biases of all siblings or of none, so bases of both kinds are called.
-    read_base = all(bases) and len({bias is None for _, bias in filter(None, bases)}) == 1
+    read_base = all(bases)
+    if read_base and len(bases) > 1:
+        read_base = len({bias is None for _, bias in filter(None, bases)}) == 1
     linears = [
         _linear_tensors(layer, x, base if read_base else None, router if fuse_router else None)
         for layer, base, router in zip(layers, bases, routers, strict=True)
@@ -193,9 +203,9 @@ def gate_rows_differ(layers: Sequence[LoraLayer]) -> bool:
     first, *others = layers
     if first.config.granularity == "token" and first.config.router != "external":
         return False
-    count = _num_task_rows(first)
+    rows = _task_rows(first)
     return any(
-        not _same_samples(layer.samples, first.samples) or _num_task_rows(layer) != count
+        not _same_samples(layer.samples, first.samples) or _task_rows(layer) != rows
         for layer in others
     )
 
@@ -207,10 +217,13 @@ def _same_samples(samples: Samples | str | None, other: Samples | str | None) ->
     return not samples.ids.is_cuda and not other.ids.is_cuda and torch.equal(samples.ids, other.ids)
 
 
-def _num_task_rows(layer: LoraLayer) -> int | None:
-    """Return the number of tasks or gates that `set_tasks` set; None if there are none."""
-    tasks = layer.current_task_ids() if layer.config.router == "task" else layer.external_gates
-    return None if tasks is None else len(tasks)
+def _task_rows(layer: LoraLayer) -> tuple | None:
+    """Return the number of tasks, or the shape of the gates, that `set_tasks` set; else None."""
+    if layer.config.router == "task":
+        tasks = layer.current_task_ids()
+        return None if tasks is None else (len(tasks),)
+    gates = layer.external_gates
+    return None if gates is None else (*gates.shape, layer.external_experts is None)
 
 
 def _readable_base(base: nn.Module, tokens: Tensor) -> WeightBias | None:
@@ -254,16 +267,18 @@ def siblings_gate(
     layers: Sequence[LoraLayer],
     x: Tensor,
     tokens: Tensor,
-    gates: Tensor | None,
+    gates: ExternalGates | None,
     unused: Unused | None = None,
 ) -> Gate:
     """Return the gate of n siblings side by side, with the gate row of each token.
+
+    A sparse gate has no rows: it has the slots of each token.
 
     Args:
         layers: n layers with the same config.
         x: [..., I], the input of the layers.
         tokens: [T, I], x in the dtype the layers compute in.
-        gates: external gates [..., E]; None means the gates that `set_tasks` set.
+        gates: external gates; None means the gates that `set_tasks` set.
         unused: as in `run_siblings`.
 
     Raises:
@@ -274,6 +289,8 @@ def siblings_gate(
     source = "set_tasks" if gates is None else "gates"
     first = layers[0]
     rows = row_of_tokens(gate.weights, x.shape, x.device, source, first.config, first.samples)
+    if gate.experts is not None:
+        return slots_of_tokens(gate, rows, x.shape, first.config.batch_dim, first.samples)
     return gate if rows is None else gate._replace(rows=rows)
 
 

@@ -13,30 +13,9 @@ from torch import Tensor, nn
 
 from moelora_kernels import ops
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.base_linear import tensor_problem
+from moelora_kernels.nn.external_gates import external_gates, external_slots
 from moelora_kernels.nn.samples import Samples, sample_of_tokens
-from moelora_kernels.types import Gate
-
-
-def external_gates(gates: Tensor | None, num_experts: int) -> Tensor:
-    """Return user-supplied gates as [G, E].
-
-    Raises:
-        ValueError: they are missing, or have the wrong shape or dtype.
-        TypeError: they are not a dense tensor.
-    """
-    if gates is None:
-        raise ValueError(
-            "gates: router='external' needs them: layer(x, gates) or set_tasks(model, gates)"
-        )
-    if not isinstance(gates, Tensor) or gates.is_nested or gates.layout is not torch.strided:
-        problem = tensor_problem(gates) or "a sparse tensor; pass gates.to_dense()"
-        raise TypeError(f"gates: expected a dense tensor [..., {num_experts}], got {problem}")
-    if gates.dim() < 2 or gates.shape[-1] != num_experts or not gates.is_floating_point():
-        raise ValueError(
-            f"gates: expected floats [..., {num_experts}], got {gates.dtype} {[*gates.shape]}"
-        )
-    return gates.reshape(-1, num_experts)
+from moelora_kernels.types import ExternalGates, Gate
 
 
 def gate_of_logits(
@@ -188,7 +167,7 @@ def _selected(scores: Tensor, config: MoeLoraConfig) -> Tensor:
 def gate_from(
     config: MoeLoraConfig,
     logits: Tensor | None = None,
-    external: Tensor | None = None,
+    external: ExternalGates | None = None,
     *,
     router: nn.Module | None = None,
     training: bool = False,
@@ -205,22 +184,29 @@ def gate_from(
     Args:
         config: the options of the layer.
         logits: [G, E] ([G, E + 1] with a learned threshold) from a router, or None.
-        external: [..., E], for router="external".
+        external: [..., E], or weights [..., K] and indices [..., K], for router="external".
         router: the layer's router; see `gate_of_logits`.
         training: whether noise is added and the selection is counted.
         device: the device of x, and of the gate if there is no router.
 
     Returns:
         Gate without rows: weights [T, K] and experts [T, K] if each token selects K < E experts,
-        else weights [G, E] with experts None; and the logits. A shared expert adds one slot, [T,
-        K + 1], or one column, [G, E + 1].
+        else weights [G, E] with experts None; and the logits. Sparse external gates have weights
+        and experts [G, K]. A shared expert adds one slot, [T, K + 1], or one column, [G, E + 1].
 
     Raises:
-        ValueError: external gates are missing, have the wrong shape or dtype, or have no values.
+        ValueError, TypeError: external gates are missing, have the wrong shape or dtype, have no
+            values, or sparse ones are on another device.
     """
     experts = None
     if config.router is None:
         weights = torch.ones((1, config.num_experts), dtype=torch.float32, device=device)
+    elif config.router == "external" and isinstance(external, tuple):
+        weights, experts = external_slots(external, config.num_experts)
+        if device is not None and weights.device != device:
+            raise ValueError(
+                f"gates: expected weights and indices on {device} like x, got {weights.device}"
+            )
     elif config.router == "external":
         weights = external_gates(external, config.num_experts)
         if weights.is_meta and device is not None and device.type != "meta":
@@ -293,3 +279,49 @@ def row_of_tokens(
     if count == math.prod(x_shape[:-1]) and not per_sample:
         return None
     return sample_of_tokens(x_shape, count, config.batch_dim, samples, device, name)
+
+
+def slots_of_tokens(
+    gate: Gate,
+    rows: Tensor | None,
+    x_shape: Sequence[int],
+    batch_dim: int,
+    samples: Samples | str | None,
+) -> Gate:
+    """Return a sparse gate with one row per token, [T, K]; the logits are unchanged.
+
+    Args:
+        gate: weights [G, K] and experts [G, K].
+        rows: [T], the result of `row_of_tokens` for these weights.
+        x_shape, batch_dim, samples: as in `row_of_tokens`.
+    """
+    weights, experts = gate.weights, gate.experts
+    tokens = math.prod(x_shape[:-1])
+    if rows is not None and isinstance(samples, Samples):
+        experts = torch.where(rows[:, None] < 0, -1, experts[rows.clamp_min(0).long()])
+        return gate._replace(weights=_rows_of_tokens(weights, rows), experts=experts)
+    steps = x_shape[0] if batch_dim == 1 and len(x_shape) > 2 else 1
+    weights, experts = (_expand_rows(t, tokens, steps) for t in (weights, experts))
+    return gate._replace(weights=weights, experts=experts)
+
+
+def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return weights[rows], [T, K]; zero for rows below 0.
+
+    A sum instead of an index, whose backward has no fixed order on a GPU.
+    """
+    samples = torch.arange(weights.shape[0], device=weights.device)
+    is_row = (rows[:, None] == samples)[:, :, None]  # [T, G, 1]
+    return torch.where(is_row, weights, 0).sum(dim=1)
+
+
+def _expand_rows(rows: Tensor, tokens: int, steps: int) -> Tensor:
+    """Return one row per token, [T, K], from one row per token, per sequence, or for all tokens.
+
+    steps: 1 if the tokens of a sequence are contiguous; the sequence length L for x [L, B, I].
+    """
+    count, slots = rows.shape
+    if count == tokens:
+        return rows
+    inner = tokens // max(steps * count, 1)
+    return rows[None, :, None].expand(steps, count, inner, slots).reshape(tokens, slots)

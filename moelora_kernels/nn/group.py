@@ -25,7 +25,7 @@ from moelora_kernels.nn.recorded_forwards import follow_forwards
 from moelora_kernels.nn.snapshot import Snapshot, snapshot
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
-from moelora_kernels.types import Gate
+from moelora_kernels.types import ExternalGates, Gate
 
 
 class MoeLoraGroup(nn.Module):
@@ -60,7 +60,7 @@ class MoeLoraGroup(nn.Module):
     def forward(
         self,
         x: Tensor | None = None,
-        gates: Tensor | None = None,
+        gates: ExternalGates | None = None,
         *,
         input: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ class SiblingLink:
         # is never read again.
         self.stored = StoredOutputs()
 
-    def forward(self, layer: MoeLoraLinear, x: Tensor, gates: Tensor | None) -> Tensor:
+    def forward(self, layer: MoeLoraLinear, x: Tensor, gates: ExternalGates | None) -> Tensor:
         """Return y of `layer`, which is one of the linked layers or a replica of one."""
         layers, stored = self.layers, self.stored
         if layer not in layers:
@@ -169,16 +169,19 @@ class Pass:
 
     # These references do not keep x, the gates and their graphs alive.
     x: weakref.ref[Tensor]
-    gates: weakref.ref[Tensor] | None
+    gates: tuple[weakref.ref[Tensor], ...]
     state: tuple
     # The position of a layer -> its output. Empty after x is freed.
     outputs: dict[int, Output]
     # The positions of the layers that were not called.
     unused: Unused
 
-    def pop(self, i: int, x: Tensor, gates: Tensor | None) -> Output | None:
+    def pop(self, i: int, x: Tensor, gates: ExternalGates | None) -> Output | None:
         """Remove and return output i; None if there is none for this x and these gates."""
-        if self.x() is not x or (self.gates and self.gates()) is not gates or self.unused.is_closed:
+        given = _gate_tensors(gates)
+        if self.x() is not x or len(given) != len(self.gates) or self.unused.is_closed:
+            return None
+        if any([gate() is not tensor for gate, tensor in zip(self.gates, given, strict=True)]):
             return None
         return self.outputs.pop(i, None) if self.state == _state(x, gates) else None
 
@@ -189,7 +192,9 @@ class StoredOutputs(threading.local):
     last: Pass | None = None
 
 
-def run_pass(layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: Tensor | None) -> Pass:
+def run_pass(
+    layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: ExternalGates | None
+) -> Pass:
     """Run linked layers together on x, for a call of layer i."""
     unused = Unused(range(len(layers)))
     trains = torch.is_grad_enabled()
@@ -200,11 +205,18 @@ def run_pass(layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: Tensor |
     if trains:
         share_unused(ys[0], unused)
     x_ref = weakref.ref(x, lambda _: outputs.clear())
-    gates_ref = None if gates is None else weakref.ref(gates)
-    return Pass(x_ref, gates_ref, _state(x, gates), outputs, unused)
+    gate_refs = tuple([weakref.ref(tensor) for tensor in _gate_tensors(gates)])
+    return Pass(x_ref, gate_refs, _state(x, gates), outputs, unused)
 
 
-def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None) -> bool:
+def _gate_tensors(gates: ExternalGates | None) -> tuple[Tensor, ...]:
+    """Return the tensors of gates: none, one of dense gates, two of sparse ones."""
+    if gates is None:
+        return ()
+    return gates if isinstance(gates, tuple) else (gates,)
+
+
+def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: ExternalGates | None) -> bool:
     """Return whether linked layers have to run one by one on x."""
     # An inference tensor has no version counter, so a change of x between two calls would go
     # unnoticed. Sparse tensors, other types of tensors, and those of functorch have no address.
@@ -212,8 +224,9 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: Tensor | None)
         return True
     if x.layout is not torch.strided:
         return True
-    if gates is not None and (not isinstance(gates, Tensor) or gates.is_inference()):
-        return True
+    for gate in _gate_tensors(gates):
+        if not isinstance(gate, Tensor) or gate.is_inference():
+            return True
     first = layers[0]
     return (
         torch.is_inference_mode_enabled()
@@ -252,13 +265,13 @@ def _common(layer: MoeLoraLinear) -> tuple:
     )
 
 
-def _state(x: Tensor, gates: Tensor | None) -> tuple:
+def _state(x: Tensor, gates: ExternalGates | None) -> tuple:
     """Return what stored outputs depend on besides the layers and the objects x and gates."""
     return (
         x._version,
         x.requires_grad,
         x.data_ptr(),
-        None if gates is None else (gates._version, gates.requires_grad, gates.data_ptr()),
+        [(t._version, t.requires_grad, t.data_ptr()) for t in _gate_tensors(gates)],
         torch.is_grad_enabled(),
         active_dtype(x),
         torch.cuda.current_stream(x.device) if x.is_cuda else None,

@@ -37,6 +37,12 @@ def draw_a(lora_a: Tensor, config: MoeLoraConfig) -> None:
         lora_a.uniform_(-bound, bound)
 
 
+def draw_b(lora_b: Tensor) -> None:
+    """Draw B [O, R] in place from U(-1, 1) / sqrt(R), like the weight of an `nn.Linear`."""
+    bound = 1.0 / math.sqrt(lora_b.shape[1])
+    lora_b.uniform_(-bound, bound)
+
+
 def start_from_svd(
     base: nn.Module, config: MoeLoraConfig, lora_a: Tensor, lora_b: Tensor
 ) -> nn.Module:

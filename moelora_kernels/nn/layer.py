@@ -38,7 +38,7 @@ from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
 from moelora_kernels.nn.token_order import TokenOrder
 from moelora_kernels.nn.weight_readers import note_read
-from moelora_kernels.types import Gate, Mixture
+from moelora_kernels.types import ExternalGates, Gate, Mixture
 
 # The weight and the bias of a linear.
 WeightBias = tuple[Tensor, Tensor | None]
@@ -59,7 +59,8 @@ class MixtureLayer(nn.Module):
         router: the module that returns logits [T, E]; None if the gate needs no router.
         record: the RoutingRecord of the last forward of the model. It is filled inside
             `record_routing`, and always if the config has auxiliary losses.
-        external_gates: the gates that `set_tasks` set for router="external", or None.
+        external_gates, external_experts: the gates that `set_tasks` set for router="external", or
+            None: [..., E] and None, or weights and indices [..., K].
         task_ids: the task ids that `set_tasks` set for router="task", or None.
         task_vectors: the task vectors that `set_tasks` set for a TokenTaskRouter, or None.
         has_inner_task_routers: whether the router is a user's module with a TokenTaskRouter inside.
@@ -117,6 +118,7 @@ class MixtureLayer(nn.Module):
         self.has_inner_task_routers = is_user_module and bool(task_routers(router))
         self.record = RoutingRecord(always=bool(self.config.aux))
         self.external_gates: Tensor | None = None
+        self.external_experts: Tensor | None = None
         self.task_ids: Tensor | None = None
         self.task_vectors: TaskVectors | None = None
         self.samples: Samples | str | None = None
@@ -140,22 +142,23 @@ class MixtureLayer(nn.Module):
             return None
         return self.task_ids if self.router.layers_have_ids else self.router.task_ids
 
-    def make_gate(self, x: Tensor, tokens: Tensor, gates: Tensor | None = None) -> Gate:
+    def make_gate(self, x: Tensor, tokens: Tensor, gates: ExternalGates | None = None) -> Gate:
         """Return the gate of this layer for one forward, without `rows`.
 
         Args:
             x: [..., I], the input of the layer.
             tokens: [T, I], x in the dtype the layer computes in.
-            gates: external gates [..., E]; None means the gates that `set_tasks` set.
+            gates: external gates; None means the gates that `set_tasks` set.
 
         Returns:
-            Gate with weights [T, K] and experts [T, K] if each token selects K < E experts, else
-            weights [G, E] with experts None. E and K count a shared expert.
+            Gate with weights and experts [T, K] if each token selects K < E experts, [G, K] of
+            sparse external gates; else weights [G, E]. E and K count a shared expert.
         """
         config = self.config
-        logits = external = None
+        logits, external = None, gates
         if config.router == "external":
-            external = self.external_gates if gates is None else gates
+            held, experts = self.external_gates, self.external_experts
+            external = (held if experts is None else (held, experts)) if gates is None else gates
         elif config.router is not None:
             logits = self.router_logits(x, tokens)
         gate = gate_from(

@@ -25,6 +25,7 @@ from moelora_kernels.nn.merge import (
 )
 from moelora_kernels.nn.pretrained_loras import set_prototypes, stack_loras
 from moelora_kernels.nn.weight_readers import note_read
+from moelora_kernels.types import ExternalGates
 
 
 class MoeLoraLinear(LoraLayer):
@@ -308,14 +309,14 @@ class MoeLoraLinear(LoraLayer):
     def forward(
         self,
         x: Tensor | None = None,
-        gates: Tensor | None = None,
+        gates: ExternalGates | None = None,
         *,
         input: Tensor | None = None,
     ) -> Tensor:
         """Return y [..., O] for x [..., I]. `input` is another name of x, as in nn.Linear.
 
-        gates: [T, E], [B, E] or [1, E], only for router="external"; None means the gates that
-        `set_tasks` set.
+        gates: only for router="external"; [..., E], [B, E] or [1, E], or weights and indices
+        [..., K], [B, K] or [1, K]; see `set_tasks`. None means the gates that `set_tasks` set.
 
         Raises:
             ValueError, TypeError: x, gates or tasks do not fit the layer.

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import check_called, dense_weight
-from moelora_kernels.nn.gates import external_gates, gate_from
+from moelora_kernels.nn.external_gates import external_gates
+from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.layer_tensors import evaluation, tensor_value
 from moelora_kernels.numerics import host_tensor
+from moelora_kernels.types import ExternalGates
 
 # A task id; several ids of one sample; or for router="external" the gate itself.
 Task = int | Sequence[int] | Tensor
@@ -191,7 +193,7 @@ def merged_with(layer: nn.Module) -> str:
     return f"the layer is merged{task}"
 
 
-def forward_merged(layer: nn.Module, x: Tensor, gates: Tensor | None) -> Tensor:
+def forward_merged(layer: nn.Module, x: Tensor, gates: ExternalGates | None) -> Tensor:
     """Return y = x (W + delta W)t + b of a merged layer.
 
     Raises:

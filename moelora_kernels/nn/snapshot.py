@@ -12,7 +12,7 @@ from moelora_kernels.nn.samples import Samples
 
 _OPTIONS = operator.itemgetter(
     "config", "mixture", "fused_mixture", "training", "merged", "samples", "external_gates",
-    "task_ids",
+    "external_experts", "task_ids",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def snapshot(layer: LoraLayer) -> Snapshot:
     """Return the present state of `layer`, its base and its router."""
     # Linked layers call this function for every x, so it is written for speed.
     options = _OPTIONS(layer.__dict__)
-    samples, gates, task_ids = options[-3:]
+    samples, gates, experts, task_ids = options[-4:]
     adapters, modules = layer._parameters.values(), layer._modules.values()
     tensors = [*adapters]
     # A pruning hook changes the value of a Parameter, which keeps its identity and version.
@@ -54,7 +54,8 @@ def snapshot(layer: LoraLayer) -> Snapshot:
         else:
             tensors += module._parameters.values()
     if samples is not None or gates is not None or task_ids is not None:
-        tensors += (gates, task_ids, samples.ids if isinstance(samples, Samples) else None)
+        ids = samples.ids if isinstance(samples, Samples) else None
+        tensors += (gates, experts, task_ids, ids)
     objects += tensors
     try:
         numbers += [t._version for t in tensors if t is not None]

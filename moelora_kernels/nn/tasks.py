@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.nn.base_linear import tensor_problem
-from moelora_kernels.nn.gates import external_gates
+from moelora_kernels.nn.external_gates import (
+    check_pair,
+    dense_rows,
+    external_gates,
+    external_slots,
+)
 from moelora_kernels.nn.layer import LoraLayer, mixture_layers, selected_layers
 from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.recorded_forwards import follow_forwards
@@ -17,7 +22,7 @@ from moelora_kernels.nn.samples import FLAT, Samples
 from moelora_kernels.numerics import host_tensor
 
 
-def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
+def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int] | tuple[Tensor, Tensor]) -> None:
     """Set the tasks, or the gates, for all forwards of `model` until the next call.
 
     Row b of x [B, L, I] uses entry b; for an x of another shape call `set_samples`. `model` may be
@@ -31,7 +36,10 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
             task ids [batch], 1 to num_tasks, for router="task";
             task ids [batch, J] if a sequence has several tasks: the gate uses the mean of their
             embeddings, 0 is padding;
-            float gates [batch, E], [1, E] or [T, E] for router="external";
+            float gates [batch, E], [1, E] or [..., E] for router="external";
+            a tuple (weights, indices) of tensors [batch, K], [1, K] or [..., K] for
+            router="external": the K experts of each sample or token, whole numbers, and their
+            weights. An index outside [0, E) is not routed. With K < E a layer can run grouped;
             float task vectors [batch, D] for a TokenTaskRouter.
 
     Raises:
@@ -51,6 +59,9 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model)}")
     follow_forwards(model)
+    if isinstance(tasks, tuple) and any(isinstance(t, Tensor) and t.dim() for t in tasks):
+        _set_sparse_gates(model, tasks)
+        return
     expected = "a tensor or a list of numbers, with rows of one length (0 pads task ids)"
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     passed, tasks = tasks, _as_tensor("tasks", tasks, expected, is_meta)
@@ -93,6 +104,7 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
                 layer.task_vectors = held
         for layer in layers:
             layer.external_gates = tasks.to(layer.first_tensor().device)
+            layer.external_experts = None
         return
     task_layers = [layer for layer in selected_layers(model) if layer.config.router == "task"]
     if not task_layers:
@@ -106,6 +118,29 @@ def set_tasks(model: nn.Module, tasks: Tensor | Sequence[int]) -> None:
         # The router moved the ids to its device. Layers outside of `model` keep their own.
         layer.task_ids = layer.router.task_ids
         layer.router.layers_have_ids = True
+
+
+def _set_sparse_gates(model: nn.Module, gates: tuple) -> None:
+    """Set sparse gates (weights, indices) for the external layers of `model`."""
+    check_pair(gates, "tasks")
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    weights, indices = (
+        _as_tensor(f"tasks[{i}]", tensor, "numbers [..., K]", is_meta)
+        for i, tensor in enumerate(gates)
+    )
+    layers = [layer for layer in mixture_layers(model) if layer.config.router == "external"]
+    selected = [layer for layer in layers if layer.is_selected]
+    for num_experts in {layer.config.num_experts for layer in selected or layers}:
+        external_slots((weights, indices), num_experts, "tasks")
+    for layer in layers:
+        if isinstance(layer, LoraLayer) and layer.merged_problem():
+            layer.check_merged_task(dense_rows(weights, indices, layer.config.num_experts))
+    if not selected:
+        raise ValueError("model: no layer with router='external' takes gates (weights, indices)")
+    forget_outputs(model.modules())
+    for layer in selected:
+        device = layer.first_tensor().device
+        layer.external_gates, layer.external_experts = weights.to(device), indices.to(device)
 
 
 def _no_task_ids(model: nn.Module, tasks: Tensor) -> str:

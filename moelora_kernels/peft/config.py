@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -15,6 +18,8 @@ from moelora_kernels.presets import FFN_PRESETS, check_preset
 # The default of an option that the caller did not pass. None is a valid value of some options.
 _UNSET = object()
 _OPTIONS = tuple(field.name for field in dataclasses.fields(MoeLoraConfig))
+# The names of options in PEFT's LoraConfig, and their names here.
+SECOND_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 _Options = dataclasses.make_dataclass(
     "_Options",
     [(name, Any, dataclasses.field(default=_UNSET, kw_only=True)) for name in _OPTIONS],
@@ -36,6 +41,59 @@ def _add_peft_type(name: str) -> PeftType:
 MOELORA = _add_peft_type("MOELORA")
 
 
+def _first_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` with `rank` for `r`, and so on. A second name that is None is left out.
+
+    Raises ValueError if an option has two values.
+    """
+    result = {name: value for name, value in options.items() if name not in SECOND_NAMES}
+    for second, name in SECOND_NAMES.items():
+        if (value := options.get(second)) is None:
+            continue
+        first = result.setdefault(name, value)
+        # A JSON file has a list for a tuple.
+        pair = [tuple(v) if isinstance(v, list) else v for v in (first, value)]
+        if pair[0] != pair[1]:
+            raise ValueError(
+                f"{second}: another name of {name}, so give one of them; got {second}={value!r} "
+                f"and {name}={first!r}"
+            )
+    return result
+
+
+def _take_second_names(cls: type) -> type:
+    """Let a config class take the options by their second names too, and have them as attributes.
+
+    They are not fields, so a saved config has each option once.
+    """
+    init = cls.__init__
+    parameters = inspect.signature(init).parameters.values()
+    second = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Any)
+        for name in SECOND_NAMES
+    ]
+
+    @functools.wraps(init)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        init(self, *args, **_first_names(options))
+
+    __init__.__signature__ = inspect.Signature([*parameters, *second], return_annotation=None)
+    cls.__init__ = __init__
+    for name, first in SECOND_NAMES.items():
+        setattr(cls, name, _alias(first))
+    return cls
+
+
+def _alias(name: str) -> property:
+    """Return a property that reads and sets the attribute `name`."""
+
+    def set_value(config: Any, value: Any) -> None:
+        setattr(config, name, value)
+
+    return property(attrgetter(name), set_value)
+
+
+@_take_second_names
 @dataclasses.dataclass
 class MoeLoraPeftConfig(_Options, PeftConfig):
     """The options of `MoeLoraConfig`, under the same names, and the modules that PEFT adapts.
@@ -53,14 +111,18 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         bias: which biases are trained: "none", "all", or "moelora_only" (those of the adapted
             linears). Values other than "none" need PEFT 0.21, which saves the biases.
         modules_to_save: names of other modules to train and to save completely.
+        init_weights: True: B is zero, so a new adapter does not change the output. False: B is
+            drawn like the weight of an `nn.Linear` with R inputs.
+        r, lora_alpha, lora_dropout: PEFT's names of `rank` (of one expert), `alpha` and `dropout`.
 
     After construction every option holds its final value, and the saved config holds these values.
     So an adapter does not change if a later version changes its preset.
 
     Raises:
         TypeError: an option does not exist, or the router is a module, which has no JSON form.
-        ValueError: an option is out of range (as in `MoeLoraConfig`); or it cannot be used under
-            PEFT: init="svd_segments", rank_activation, and presets with whole-FFN experts.
+        ValueError: an option is out of range (as in `MoeLoraConfig`); it has two values under its
+            two names; or it cannot be used under PEFT: init="svd_segments", rank_activation, and
+            presets with whole-FFN experts.
 
     Example:
         >>> from peft import get_peft_model
@@ -78,6 +140,7 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +171,11 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
             )
         for name, value in config.to_dict().items():
             setattr(self, name, value)
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(
+                f"init_weights: expected True (B is zero) or False (B is drawn), got "
+                f"{self.init_weights!r}; the option init says how A starts"
+            )
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -135,6 +203,16 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         if unknown := sorted(set(kwargs) - set(inspect.signature(cls).parameters)):
             raise ValueError(f"adapter config: unknown options: {', '.join(unknown)}")
         return super().check_kwargs(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values for JSON; `init_weights` only if it is False.
+
+        Earlier versions of this package do not know `init_weights`.
+        """
+        values = super().to_dict()
+        if self.init_weights:
+            del values["init_weights"]
+        return values
 
     def moe_lora_config(self) -> MoeLoraConfig:
         """Return the options as the `MoeLoraConfig` of the layers."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight, given_input
+from moelora_kernels.nn.external_gates import dense_rows
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
@@ -86,6 +87,8 @@ class MoeLoraExperts(LoraLayer):
             return None
         external = self.config.router == "external"
         rows = self.external_gates if external else self.current_task_ids()
+        if external and self.external_experts is not None:
+            rows = dense_rows(rows, self.external_experts, self.config.num_experts)
         if rows is None:
             raise RuntimeError("no task is set: call set_tasks(model, [task]) before a merge")
         if not (rows == rows[:1]).all():

@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.initialization import draw_b
 from moelora_kernels.nn.layer import router_warnings
 from moelora_kernels.nn.replace import (
     check_layout,
@@ -74,7 +75,10 @@ class MoeLoraModel(BaseTuner):
             check_target(name, target, above)
             layer = MoeLoraTunerLinear(target)
         layer.update_layer(adapter_name, config, self._task_router(adapter_name, config))
-        layer.moelora_experts[adapter_name].set_token_order(sample_order(name, above, config))
+        experts = layer.moelora_experts[adapter_name]
+        experts.set_token_order(sample_order(name, above, config))
+        if not peft_config.init_weights:
+            draw_b(experts.lora_B.data)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 

@@ -11,9 +11,9 @@ from benchmarks.suites.cells import grouped_cells
 def test_the_default_is_a_part_of_the_full_run():
     for device in ("cpu", "cuda"):
         default, full = (sizes.RUN_SIZES[device, extent] for extent in ("default", "full"))
-        for suite in ("linear", "group", "ffn"):
+        for suite in ("linear", "group", "decode", "ffn"):
             part, whole = getattr(default, suite), getattr(full, suite)
-            for field in ("cases", "tokens", "modes"):
+            for field in ("cases", "tokens", "modes", "mixtures"):
                 assert set(getattr(part, field)) <= set(getattr(whole, field)), (suite, field)
         grouped = grouped_cells(default.grouped)
         assert {cell.name for cell in grouped} <= {c.name for c in grouped_cells(full.grouped)}
@@ -31,7 +31,7 @@ def test_the_default_on_a_cpu_takes_minutes():
         suite: sum(job.cells for job in bench_grouped.make_jobs(suite, parsed, clocks.CpuClock()))
         for suite in bench_grouped.selected_suites(parsed)
     }
-    assert cells == {"linear": 4, "group": 1, "grouped": 3, "ffn": 1, "machine": 7}
+    assert cells == {"linear": 4, "group": 1, "grouped": 3, "decode": 2, "ffn": 1, "machine": 7}
     assert sizes.CPU_DEFAULT.budget_s * sum(cells.values()) < 60
 
 
@@ -59,6 +59,7 @@ def test_case_names_and_their_users():
         if extent != "quick":
             assert set(run.linear.cases) <= set(linear)
             assert set(run.group.cases) <= set(group)
+            assert set(run.decode.cases) <= {*linear, *group}
 
 
 def test_cases_are_chosen_by_name():

@@ -40,6 +40,7 @@ FIELDS = {
     "p10_us": (*NUMBER, type(None)),
     "p90_us": (*NUMBER, type(None)),
     "samples": int,
+    "host_us": (*NUMBER, type(None)),
     "peak_extra_mib": (*NUMBER, type(None)),
     "error": (*NUMBER, type(None)),
     "error_budget": (*NUMBER, type(None)),
@@ -48,12 +49,13 @@ FIELDS = {
 }
 MIXTURE_FIELDS = {"experts": int, "rank": int, "top_k": int, "routing": str}
 CELL_FIELDS = {"cell": str, "tables": list}
+LAYER_FIELDS = {"mixture": str}
 
 
 def check_row(row: dict) -> None:
     """Check that a row has all fields of the schema, of the right type, with consistent numbers."""
     fields = FIELDS if row["provider"] == "frozen" else FIELDS | MIXTURE_FIELDS
-    fields = fields | CELL_FIELDS if row["suite"] == "grouped" else fields
+    fields = fields | (CELL_FIELDS if row["suite"] == "grouped" else LAYER_FIELDS)
     assert set(row) == set(fields)
     for name, kind in fields.items():
         assert isinstance(row[name], kind), name
@@ -64,6 +66,7 @@ def check_row(row: dict) -> None:
         assert row["error"] <= row["error_budget"] < 0.1
         assert row["samples"] >= 3
         assert (row["peak_extra_mib"] is None) == (row["mode"] == "fwd")
+        assert row["host_us"] is None, "on a CPU the whole time is the host's"
     else:
         assert row["status"] in ("wrong", "failed", "left out")
         assert row["reason"]
@@ -127,6 +130,11 @@ def test_markdown_has_every_table(quick_run, capsys):
     text = capsys.readouterr().out
     assert "forward + backward" not in text
     assert "72x104, forward" in text
+    report.main([str(folder / "ffn.json")])
+    text = capsys.readouterr().out
+    for mixture in ("8 experts of rank 16, top-2", "4 experts of rank 3, top-3"):
+        for mode in ("forward", "forward + backward"):
+            assert text.count(f"**ffn-72x104, {mode}, bf16, {mixture}, uniform routing**") == 1
 
 
 def refuse(layer):
@@ -176,6 +184,7 @@ def test_masked_compiled_runs_or_says_why(tmp_path):
         ["--experts", "0"],
         ["--rank", "0"],
         ["--budget", "nan"],
+        ["--device", "cpu", "--modes", "decode_graph"],
         ["--out", "/dev/null/results"],
         pytest.param(
             ["--device", "cuda"],
@@ -187,7 +196,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_grouped.main(["--quick", *arguments])
     assert stopped.value.code == 2
-    argument = arguments[0].removeprefix("--")
+    argument = arguments[-2].removeprefix("--")
     assert argument in capsys.readouterr().err.replace("top_k", "top-k")
 
 

@@ -123,7 +123,7 @@ WRONG_OPTIONS = [
     ("impl", dict(impl="grouped", top_k=8)),
     ("impl", dict(impl="grouped", top_k=2, share="A")),
     ("impl", dict(impl="grouped", router=None)),
-    ("impl", dict(impl="grouped", router="external")),
+    ("impl", dict(impl="grouped", router="external", share="A")),
     ("impl", dict(impl="grouped", router="task", num_tasks=2, top_k=2)),
     ("impl", dict(impl="grouped", granularity="sequence", top_k=2)),
     ("impl", dict(impl="grouped", select="topp", top_p=0.5)),

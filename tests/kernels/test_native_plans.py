@@ -200,6 +200,19 @@ def limited_memory(extra: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def fill_memory(size: int) -> list[torch.Tensor]:
+    """Allocate blocks of `size` bytes until that fails, and return them.
+
+    Memory that was freed before is still of the process, so no limit takes it away.
+    """
+    blocks = []
+    try:
+        while True:
+            blocks.append(torch.empty(size, dtype=torch.uint8))
+    except RuntimeError:
+        return blocks
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as on Linux")
 def test_an_allocation_that_fails_keeps_the_plan() -> None:
     """The exception is that of torch in Python."""
@@ -210,8 +223,11 @@ def test_an_allocation_that_fails_keeps_the_plan() -> None:
             call(inputs=inputs)
         assert replays(call, None, inputs) == 1
         failures = native.replay_failures()
-        with limited_memory(16 << 20), pytest.raises(RuntimeError, match="allocate memory"):
-            call(inputs=inputs)
+        with limited_memory(16 << 20):
+            blocks = fill_memory(32 << 20)
+            with pytest.raises(RuntimeError, match="allocate memory"):
+                call(inputs=inputs)
+            del blocks
         assert native.replay_failures() == failures
         assert replays(call, None, inputs) == 1
 

@@ -11,7 +11,7 @@ from moelora_kernels.dispatch import DECODE_TOKENS
 from moelora_kernels.functional import run_layer
 from moelora_kernels.testing import assert_within_budget
 from moelora_kernels.tune.check import as_float64
-from moelora_kernels.types import NO_DROPOUT, Dropout
+from moelora_kernels.types import NO_DROPOUT, Dropout, SiblingTensors
 from support.arguments import decode
 from support.backends import DTYPES, NATIVE, needs_library, parameters
 from support.cases import LAYERS, WIDE, Case, layer_case
@@ -30,6 +30,8 @@ EDGES = {
     "two_columns_left": layer_case(T=5, I=1026, O=18),
     "less_than_a_block": layer_case(I=15, O=15),
     "more_than_a_strip": layer_case(T=3, I=31, O=16 * 17 + 3),
+    # Eight strips, each of them enough work for a thread.
+    "many_strips": layer_case(T=16, ranks=(16,) * 8, O=1000),
     "ranks_of_vectors": layer_case(ranks=(4, 8, 16, 32, 64), K=3, O=37),
     "ranks_between_vectors": layer_case(ranks=(1, 3, 5, 7, 9, 15, 17, 31, 33), K=5, O=37),
     "ranks_past_a_block": layer_case(ranks=(65, 130, 2), O=37),
@@ -37,6 +39,7 @@ EDGES = {
     "siblings_that_differ": layer_case(T=4, n=3, O=(17, 5, 130)),
     "float32_adapters": layer_case(I=600, adapters=FP32),
     "float32_routers": layer_case(routers=FP32, n=2, O=(17, 5)),
+    "as_many_rows_as_tokens": layer_case(T=5, gate="rows"),
 }
 CASES = {
     name: case
@@ -56,7 +59,9 @@ def test_op(backend, case: Case, dtype: torch.dtype) -> None:
 def test_a_called_base(dtype: torch.dtype, base_dtype: torch.dtype) -> None:
     """y has the base's dtype, and the base's output keeps its values."""
     inputs = Inputs(layer_case(n=2, O=(37, 5)), dtype)
-    outputs = [torch.randn(23, 2 * out)[:, ::2].to(base_dtype) for out in (37, 5)]
+    # Columns apart, and rows apart.
+    wider = [torch.randn(23, 2 * out).to(base_dtype) for out in (37, 5)]
+    outputs = [wider[0][:, ::2], wider[1][:, :5]]
     linears = [
         s._replace(weight=None, bias=None, base_output=output)
         for s, output in zip(inputs.linears, outputs, strict=True)
@@ -85,7 +90,39 @@ def test_strides(dtype: torch.dtype) -> None:
     inputs.lora_a = [torch.cat([a, a], dim=1)[:, : a.shape[1]] for a in inputs.lora_a]
     inputs.lora_b = [b.t().contiguous().t() for b in inputs.lora_b]
     inputs.router_weight = [w.t().contiguous().t() for w in inputs.router_weight]
+    inputs.router_bias = [torch.stack([b, b], dim=1)[:, 0] for b in inputs.router_bias]
+    inputs.base_weight = [w.t().contiguous().t() for w in inputs.base_weight]
+    inputs.start = [torch.stack([b, b], dim=1)[:, 0] for b in inputs.start]
     check("decode", ops.decode, inputs)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+def test_siblings_with_adapters_of_different_dtypes(dtype: torch.dtype) -> None:
+    inputs = Inputs(layer_case(n=2, O=(37, 5), I=40), dtype)
+    inputs.lora_a[1], inputs.lora_b[1] = inputs.lora_a[1].float(), inputs.lora_b[1].float()
+    check("decode", ops.decode, inputs)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+def test_every_number_of_b_is_widened_right(dtype: torch.dtype) -> None:
+    """All numbers of 16 bits that are normal in float32; then infinities and NaN, apart."""
+    ranks, O = 32, 2048  # noqa: E741
+    inputs = Inputs(layer_case(T=ranks, I=ranks, O=O, ranks=(ranks,), gate="dense"), dtype)
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(O, ranks)
+    inputs.x = inputs.lora_a[0] = torch.eye(ranks, dtype=dtype)
+    inputs.gate_weights, inputs.scaling = torch.ones(ranks, 1, dtype=dtype), (1.0,)
+    inputs.base_weight, inputs.start = [torch.zeros(O, ranks, dtype=dtype)], [None]
+    is_normal = numbers.isfinite() & (numbers.float().abs() >= torch.finfo(FP32).tiny)
+    inputs.lora_b = [numbers.where(is_normal, 0)]
+    assert torch.equal(ops.decode(*decode(inputs)).y[0], inputs.lora_b[0].t())
+    special = torch.zeros(O, ranks, dtype=dtype)
+    special[0, 3], special[17, 20], special[40, 31] = torch.inf, -torch.inf, torch.nan
+    inputs.lora_b = [special]
+    arguments = decode(inputs)
+    actual, expected = ops.decode(*arguments).y[0], reference.decode(*arguments).y[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_library
@@ -145,7 +182,9 @@ def test_a_nan_stays_in_the_tokens_that_use_its_expert(tensor: str, share_a: boo
 
 
 @needs_library
-@pytest.mark.parametrize("name", ("16_tokens", "siblings_that_differ", "ranks_past_a_block"))
+@pytest.mark.parametrize(
+    "name", ("16_tokens", "many_strips", "siblings_that_differ", "ranks_past_a_block")
+)
 def test_fifty_calls_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
     case = EDGES[name]._replace(I=2000)
     arguments, threads = decode(Inputs(case, BF16)), torch.get_num_threads()
@@ -167,13 +206,22 @@ def test_opcheck(name: str) -> None:
     opcheck("decode", decode(Inputs(LAYERS[name], FP32)), test_utils=utils)
 
 
+def called(tensors: SiblingTensors, *sizes: int) -> SiblingTensors:
+    """Return the tensors with a base's output of these sizes, not its weight."""
+    return tensors._replace(weight=[], bias=[], base_output=[torch.zeros(sizes)])
+
+
 BAD = {
     "lora_a, ranks": lambda t: t._replace(lora_a=[t.lora_a[0][1:]]),
     "lora_b, ranks": lambda t: t._replace(lora_b=[t.lora_b[0][:, 1:]]),
     "lora_b, siblings": lambda t: t._replace(lora_b=[*t.lora_b, *t.lora_b]),
     "base_weight: expected either": lambda t: t._replace(weight=[]),
     "base_weight, out_features": lambda t: t._replace(weight=[t.weight[0][1:]]),
+    "base_weight, in_features": lambda t: t._replace(weight=[t.weight[0][:, 1:]]),
+    "base_output, tokens": lambda t: called(t, 22, 13),
+    "base_output, out_features": lambda t: called(t, 23, 12),
     "base_bias": lambda t: t._replace(bias=[t.bias[0][1:]]),
+    "gate_weights: expected": lambda t: t._replace(router_weight=[], router_bias=[]),
     "router_weight, experts": lambda t: t._replace(router_weight=[t.router_weight[0][1:]]),
     "router_bias": lambda t: t._replace(router_bias=[t.router_bias[0][1:]]),
 }

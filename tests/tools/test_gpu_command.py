@@ -34,10 +34,13 @@ def test_the_paths_of_its_commands_exist(gpu, tmp_path):
 
 def test_the_benchmark_takes_its_arguments(gpu, tmp_path):
     suites = [stage for stage in gpu.stages(tmp_path, "abc") if "--suite" in stage.command]
-    assert {stage.name for stage in suites} == {"linear", "group", "grouped", "machine"}
+    assert {stage.name for stage in suites} == set(bench_grouped.SUITES) | {"machine"}
     for stage in suites:
         parsed = bench_grouped.make_parser().parse_args(stage.command[2:])
         assert (parsed.out, parsed.commit) == (tmp_path, "abc")
+        if "machine" not in stage.command:
+            parsed.device = "cpu"
+            assert bench_grouped.make_jobs(stage.name, parsed, None)
         bench_grouped.check_arguments(bench_grouped.make_parser(), parsed)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from support.peft_models import (  # noqa: E402
     randomise,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 
@@ -106,7 +108,7 @@ def test_none_replaces_the_value_of_the_preset():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     (
-        (dict(r=8), TypeError, "unexpected keyword argument 'r'"),
+        (dict(ranks=8), TypeError, "unexpected keyword argument 'ranks'"),
         (dict(rank=0), ValueError, "rank: expected a whole number"),
         (dict(preset="mixlore"), ValueError, "preset: expected one of"),
         (dict(preset="mixlora"), ValueError, "whole-FFN experts"),
@@ -125,6 +127,15 @@ def test_bad_options(options, error, message):
         MoeLoraPeftConfig(**options)
 
 
+def test_the_page_has_the_errors_of_refused_presets():
+    page = (ROOT / "moelora_kernels" / "peft" / "README.md").read_text(encoding="utf-8")
+    for preset in ("mixlora", "pesc", "goat"):
+        with pytest.raises(ValueError, match=r"PEFT") as error:
+            MoeLoraPeftConfig(preset=preset)
+        assert f"| `{error.value}` |" in page
+    assert MoeLoraPeftConfig(preset="goat", init="kaiming").scaling == "sqrt(3*alpha*I/r)"
+
+
 def test_the_preset_as_a_method():
     """As in MoeLoraConfig. The field of the same name stays the name of the preset."""
     config = MoeLoraPeftConfig.preset("ming", top_k=1, target_modules=["up"])
@@ -138,8 +149,8 @@ def test_a_preset_that_does_not_exist_is_named(name):
     for build in (MoeLoraConfig.preset, MoeLoraPeftConfig.preset):
         with pytest.raises(ValueError, match=r"^preset: expected one of lora, .*, got "):
             build(name)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'r'"):
-            build("ming", r=8)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+            build("ming", ranks=8)
 
 
 def test_unknown_options_of_a_file_are_not_dropped(tmp_path):
