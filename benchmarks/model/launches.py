@@ -133,17 +133,13 @@ LAYERS = [
         for r in (16, 32, 64)
     ),
     *(Layer(f"ffn R={8 * r}", out_features=(14336,), ranks=(r,) * 8, ffn=True) for r in RANKS),
-    *(
-        Layer(f"ffn R={8 * r} fp32", out_features=(14336,), ranks=(r,) * 8, dtype=FP32, ffn=True)
-        for r in RANKS[:-1]
-    ),
-    Layer("ffn R=16 fp32 r=4", out_features=(5504,), ranks=(4,) * 4, dtype=FP32, ffn=True),
+    # The rank space of every expert is aligned, so the tiles have all rows of their entries.
+    *(Layer(f"ffn r=8 R={8 * n}", out_features=(5504,), ranks=(8,) * n, ffn=True) for n in (2, 4)),
     Layer("ffn fp32 adapters", out_features=(5504,), adapters=FP32, ffn=True),
     Layer("ffn fp16 K=4", out_features=(5504,), ranks=(8,) * 16, top_k=4, dtype=FP16, ffn=True),
     Layer("ffn dropout per expert", out_features=(5504,), dropout=0.05, per_expert=True, ffn=True),
     Layer("ffn odd ranks R=35", out_features=(5503,), ranks=(5,) * 7, ffn=True),
     Layer("ffn odd ranks R=119", out_features=(5503,), ranks=(17,) * 7, dropout=0.05, ffn=True),
-    Layer("ffn odd ranks R=51 fp32", out_features=(5503,), ranks=(17,) * 3, dtype=FP32, ffn=True),
     Layer("ffn mixed ranks", out_features=(5504,), ranks=(8, 24, 64), ffn=True),
 ]
 

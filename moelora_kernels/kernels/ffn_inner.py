@@ -207,16 +207,18 @@ def launch(
     activation: str,
     split: int | None = None,
 ):
-    """Return summed, h and u, like `reference.ffn_inner`. split: the parts of the sum over F."""
+    """Return summed, h and u, like `reference.ffn_inner`, for 16-bit x and R up to 128.
+
+    split: the parts of the sum over F.
+    """
     (T, K), width = weights.shape, inner.gate_out.shape[1]
-    P, R = T * K, sum(ranks)
+    P, R, block_r = T * K, sum(ranks), rank_columns(ranks, inner.gate_out)
     h, u = (inner.u_gate.new_empty(inner.u_gate.shape) for _ in range(2))
     gate_out, up_out = launcher.rows_dense(inner.gate_out), launcher.rows_dense(inner.up_out)
     F = gate_out.shape[1]
     summed = gate_out.new_empty((T, F))
     if P == 0:
         return launcher.cropped(summed, T, width), h, u
-    block_r = rank_columns(ranks, gate_out.itemsize)
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner", gate_out.device, gate_out.dtype, block_r, row)

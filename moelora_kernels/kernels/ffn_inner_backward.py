@@ -195,12 +195,13 @@ def launch(
     needs_adapters: bool = True,
     split: int | None = None,
 ):
-    """Return the gradients, like `reference.ffn_inner_backward`.
+    """Return the gradients, like `reference.ffn_inner_backward`, for 16-bit x, R <= 128.
 
     split: the parts of the sums over F, and of the sums over tokens.
     """
     (T, K), width = weights.shape, inner.gate_out.shape[1]
     P, R, x = T * K, sum(ranks), inner.gate_out
+    block_r = rank_columns(ranks, x)
     dh_gate, dh_up = (x.new_empty(inner.u_gate.shape) for _ in range(2))
     dweights = x.new_empty((T, K), dtype=torch.float32)
     adapter_grads = [
@@ -216,7 +217,6 @@ def launch(
     )
     F = gate_out.shape[1]
     dgate_out, dup_out = (x.new_empty((T, F)) for _ in range(2))
-    block_r = rank_columns(ranks, x.itemsize)
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner_backward", x.device, x.dtype, block_r, row)

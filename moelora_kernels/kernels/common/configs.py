@@ -136,23 +136,14 @@ _SM_90 = {
     ("ffn_inner", 2, 32): TileConfig(128, 64, 8, 2),
     ("ffn_inner", 2, 64): TileConfig(128, 64, 8, 2),
     ("ffn_inner", 2, 128): TileConfig(128, 32, 8, 2),
-    ("ffn_inner", 4, 16): TileConfig(32, 32, 8, 2),
-    ("ffn_inner", 4, 32): TileConfig(32, 32, 8, 2),
-    ("ffn_inner", 4, 64): TileConfig(32, 32, 8, 2),
     ("ffn_inner_backward", 2, 16): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 32): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 64): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 128): TileConfig(32, 32, 8, 2),
-    ("ffn_inner_backward", 4, 16): TileConfig(16, 32, 8, 2, registers=255),
-    ("ffn_inner_backward", 4, 32): TileConfig(16, 32, 8, 2, registers=255),
-    ("ffn_inner_backward", 4, 64): TileConfig(16, 32, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(128, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 32): TileConfig(128, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(128, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 128): TileConfig(32, 64, 8, 2),
-    ("ffn_inner_weight_grad", 4, 16): TileConfig(16, 32, 8, 2, registers=255),
-    ("ffn_inner_weight_grad", 4, 32): TileConfig(16, 32, 8, 2, registers=255),
-    ("ffn_inner_weight_grad", 4, 64): TileConfig(16, 32, 8, 2, registers=255),
 }
 
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.

@@ -21,9 +21,8 @@ from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
 from moelora_kernels.types import TILE, Routing
 
-# Most columns of rank space, by the bytes of an element: more do not fit into the registers of a
-# program. float32 operands take twice the space, because tf32x3 splits each into two parts.
-COLUMNS = {2: 128, 4: 64}
+# Most columns of rank space: more do not fit into the registers of a program.
+COLUMNS = 128
 # Most rows of a tile if the rank space of a pair is not aligned to 16 bytes: addresses of single
 # elements take registers.
 ROWS_NOT_ALIGNED = 32
@@ -147,16 +146,21 @@ def sum_slots(tile, SLOTS: tl.constexpr):
     return tile
 
 
-def rank_columns(ranks: Sequence[int], itemsize: int) -> int:
+def rank_columns(ranks: Sequence[int], x: Tensor) -> int:
     """Return BLOCK_R, the columns of a tile that holds the rank space of all experts.
 
+    x: a tensor in x's dtype. float32 operands would take twice the registers, because tf32x3 splits
+    each into two parts.
+
     Raises:
-        ValueError: there are more than COLUMNS.
+        TypeError: x has no 16-bit dtype.
+        ValueError: there are more than COLUMNS ranks.
     """
-    if sum(ranks) > COLUMNS[itemsize]:
+    if x.dtype.itemsize != 2:
+        raise TypeError(f"x: fused FFNs on a GPU expect bfloat16 or float16, got {x.dtype}")
+    if sum(ranks) > COLUMNS:
         raise ValueError(
-            f"ranks: expected a sum of at most {COLUMNS[itemsize]} on a GPU for elements of "
-            f"{itemsize} bytes, got {sum(ranks)}"
+            f"ranks: fused FFNs on a GPU expect a sum of at most {COLUMNS}, got {sum(ranks)}"
         )
     return launcher.block(sum(ranks))
 
