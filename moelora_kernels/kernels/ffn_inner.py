@@ -276,7 +276,7 @@ def launch(
     launcher.run(
         ffn_inner_rank_kernel,
         len(routing.tiles),
-        configs.ROW_TILE,
+        configs.PARTIALS_TILE,
         dict(
             partials_ptr=partials,
             weights_ptr=weights,

@@ -179,7 +179,7 @@ _SM_100 = {
     ("ffn_inner_weight_grad", 2, 16): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 32): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(64, 64, 8, 2),
-    ("ffn_inner_weight_grad", 2, 128): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(64, 64, 8, 1),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -222,6 +222,7 @@ _SM_89 = {
     ("shrink_gate_backward", 2, 64): TileConfig(64, 64, 8, 3),
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
+    ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 1),
 }
 # Without wgmma and with 99 KiB of shared memory, like sm_89, but more of its tiles spill.
 _SM_120 = {
@@ -243,6 +244,8 @@ _SM_120 = {
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3, registers=255),
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
 }
 
 # Tiles of a program that keeps the rows of all A in shared memory, by their number.
