@@ -139,11 +139,11 @@ _SM_90 = {
     ("ffn_inner_backward", 2, 16): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 32): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 64): TileConfig(128, 32, 8, 2),
-    ("ffn_inner_backward", 2, 128): TileConfig(32, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(128, 32, 8, 2),
-    ("ffn_inner_weight_grad", 2, 32): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_weight_grad", 2, 32): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(128, 32, 8, 2),
-    ("ffn_inner_weight_grad", 2, 128): TileConfig(32, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(16, 64, 8, 2),
 }
 
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
@@ -177,7 +177,6 @@ _SM_100 = {
     ("ffn_inner_backward", 2, 64): TileConfig(64, 32, 8, 2),
     ("ffn_inner_backward", 2, 128): TileConfig(64, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(64, 64, 8, 2),
-    ("ffn_inner_weight_grad", 2, 32): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 128): TileConfig(64, 64, 8, 1),
 }
@@ -206,8 +205,8 @@ _SM_80 = {
     ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 2),
     ("ffn_inner_backward", 2, 16): TileConfig(64, 32, 8, 2),
     ("ffn_inner_backward", 2, 32): TileConfig(64, 32, 8, 2),
-    ("ffn_inner_backward", 2, 64): TileConfig(64, 32, 8, 2),
-    ("ffn_inner_backward", 2, 128): TileConfig(32, 32, 8, 2),
+    ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(32, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 32): TileConfig(32, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(16, 32, 8, 2, registers=255),
@@ -244,8 +243,6 @@ _SM_120 = {
     ("shrink_gate", 2, 32): TileConfig(64, 64, 4, 3, registers=255),
     ("grouped_shrink_backward", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 8, 2),
-    ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2),
-    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
 }
 
 # Tiles of a program that keeps the rows of all A in shared memory, by their number.
