@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moelora_kernels import reference
+from moelora_kernels.ops import registration
 from moelora_kernels.types import FFN_ACTIVATIONS
 from support.backends import (
     GPU,
@@ -150,6 +151,19 @@ def test_gradients_that_are_not_needed_are_empty(backend: Backend) -> None:
 
 @each_backend(TRITON)
 @each_op
+def test_the_op_of_a_gpu_is_the_launcher(op: str, backend: Backend) -> None:
+    """The flat arguments of the dispatcher reach it as structures."""
+    inputs = FfnInputs(FFN_INNER["dropout_per_expert"], torch.float16)
+    arguments = arguments_of(op, inputs, backend.device)
+    expected = backend.implementation(op)(*arguments)
+    switches = [] if op == OPS[0] else [True]
+    actual = registration.KERNELS[op](*registration.flat([*arguments, *switches]))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_backend(TRITON)
+@each_op
 def test_ranks_beyond_128_columns_are_refused(op: str, backend: Backend) -> None:
     arguments = arguments_of(op, FfnInputs(FFN_INNER["large_ranks"], torch.float16), backend.device)
     with pytest.raises(ValueError, match="got 220"):
@@ -162,3 +176,11 @@ def test_float32_is_refused(op: str, backend: Backend) -> None:
     arguments = arguments_of(op, FfnInputs(FFN_INNER["plain"], torch.float32), backend.device)
     with pytest.raises(TypeError, match=r"x: .* got torch\.float32"):
         backend.implementation(op)(*arguments)
+
+
+@each_backend(TRITON)
+@each_op
+def test_more_than_16_slots_are_refused(op: str, backend: Backend) -> None:
+    inputs = FfnInputs(FfnCase(K=17, ranks=(2,) * 17, routing="all"), torch.float16)
+    with pytest.raises(ValueError, match="at most 16 experts of a token, got 17"):
+        backend.implementation(op)(*arguments_of(op, inputs, backend.device))

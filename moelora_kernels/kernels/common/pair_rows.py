@@ -19,7 +19,7 @@ from moelora_kernels.kernels.common import launcher
 from moelora_kernels.kernels.common.configs import TileConfig
 from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.tiles import load_pairs, load_ranks, load_tile
-from moelora_kernels.types import TILE, Routing
+from moelora_kernels.types import FFN_SLOTS, TILE, Routing
 
 # Most columns of rank space: more do not fit into the registers of a program.
 COLUMNS = 128
@@ -169,7 +169,15 @@ def row_constants(slots: int, rows: int, is_aligned: bool) -> dict[str, int]:
     """Return the constants K, SLOTS and BLOCK_P of tiles with `rows` rows.
 
     is_aligned: whether the rank space of every expert is aligned to 16 bytes.
+
+    Raises:
+        ValueError: a token has more than FFN_SLOTS slots.
     """
+    if slots > FFN_SLOTS:
+        raise ValueError(
+            f"weights: fused FFNs on a GPU expect at most {FFN_SLOTS} experts of a token, "
+            f"got {slots}"
+        )
     padded = launcher.block(slots, 1)
     rows = rows if is_aligned else min(rows, ROWS_NOT_ALIGNED)
     return dict(K=slots, SLOTS=padded, BLOCK_P=max(rows, padded))
