@@ -32,6 +32,7 @@ from benchmarks.measure import environment
 from benchmarks.model import traffic
 from benchmarks.model.launches import LAYERS, Layer, record
 from benchmarks.model.machine_code import key_of, machine_code
+from benchmarks.model.sizes import Sizes
 from moelora_kernels.kernels.common import configs
 from moelora_kernels.kernels.common.launcher import Launch
 
@@ -73,12 +74,15 @@ WGMMA_ROWS = {
     "grouped_shrink_backward_kernel": "BLOCK_P",
     "grouped_expand_kernel": "BLOCK_P",
     "grouped_weight_grad_kernel": "BLOCK_W",
+    "ffn_inner_kernel": "BLOCK_P",
+    "ffn_inner_backward_kernel": "BLOCK_P",
+    "ffn_inner_weight_grad_kernel": "BLOCK_P",
 }
 
 
 def operands(launch: Launch) -> list[tuple[int, int, int]]:
     """Return (elements of a tile, elements of a row in memory, bytes of an element) per load."""
-    s = traffic.Sizes(launch)
+    s = Sizes(launch)
     name = launch.kernel.fn.__name__
     if name == "shrink_gate_kernel":
         loads = [
@@ -110,7 +114,7 @@ def operands(launch: Launch) -> list[tuple[int, int, int]]:
     return _operands_of_grouped(name, s)
 
 
-def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, int]]:
+def _operands_of_grouped(name: str, s: Sizes) -> list[tuple[int, int, int]]:
     """Return the same for the grouped kernels, whose experts begin within the rows of B."""
     if name == "router_logits_kernel":
         return [
@@ -145,6 +149,16 @@ def _operands_of_grouped(name: str, s: traffic.Sizes) -> list[tuple[int, int, in
         # `order` is loaded too: 4 bytes for each row of wide.
         order = (s.BLOCK_P, 1, 4)
         return [*wide, (s.BLOCK_P * s.BLOCK_R, s.MAX_RANK, s.size("dh_ptr")), order]
+    if name.startswith("ffn_inner") and name != "ffn_inner_rank_kernel":
+        size = s.size("gate_out_ptr")
+        return [
+            (s.BLOCK_P * s.BLOCK_F, s.F, size),
+            (s.BLOCK_F * s.BLOCK_R, s.B_COLUMNS, s.size("gate_b_ptr")),
+            (s.BLOCK_F * s.BLOCK_R, s.F, s.size("down_a_ptr")),
+            # Rank space begins at a column of any expert. The table of pairs is loaded too.
+            (s.BLOCK_P * s.BLOCK_R, s.RANK_DIVISOR, size),
+            (s.BLOCK_P, 1, 4),
+        ]
     return []
 
 
@@ -159,7 +173,8 @@ def natural_widths(launch: Launch) -> set[int]:
         min(16, math.gcd(16, row * size), max(size, elements * size // threads))
         for elements, row, size in operands(launch)
     }
-    wide = launch.arguments.get("x_ptr", launch.arguments.get("x_ptrs", (None,))[0])
+    wide = launch.arguments.get("x_ptr", launch.arguments.get("gate_out_ptr"))
+    wide = launch.arguments.get("x_ptrs", (wide,))[0]
     if launch.kernel.fn.__name__.endswith("grad_kernel") and wide.dtype == torch.float32:
         # TF32 tensor cores need both operands contiguous along the tokens, so the small operand is
         # transposed element by element when it is copied into shared memory.

@@ -9,6 +9,7 @@ import torch
 
 from moelora_kernels import native
 from moelora_kernels.ops.registration import kernels_problem
+from moelora_kernels.types import FFN_SLOTS
 
 IMPLS = ("reference", "wide", "grouped", "decode")
 CHOICES = (*IMPLS, "auto")
@@ -34,8 +35,11 @@ class Threshold(NamedTuple):
     decode_tokens: int = 0
     # Up to this R, whole-FFN experts are fused, if their activation can be; None if the device has
     # no kernel for it. With more ranks the gradients of a strip of columns do not fit into a cache.
-    # Modelled.
+    # Modelled. On a GPU: more do not fit into the registers of a program.
     ffn_rank: int | None = None
+    # Whether they are fused for x of 16 bits alone, and for at most FFN_SLOTS experts of a token:
+    # more do not fit into a tile of the Triton kernels.
+    ffn_in_tiles: bool = False
 
 
 # benchmarks/model/forms.py has the rule of `tokens`.
@@ -51,12 +55,12 @@ THRESHOLDS = {
         decode_tokens=DECODE_TOKENS,
         ffn_rank=1024,
     ),
-    "sm_80": Threshold(205, 512, _MODEL),
-    "sm_89": Threshold(230, 4096, _MODEL),
-    "sm_90": Threshold(245, 2048, _MODEL),
-    "sm_100": Threshold(305, 1024, _MODEL),
-    "sm_120": Threshold(140, 4096, _SM_89),
-    "cuda": Threshold(205, 4096, _SM_89),
+    "sm_80": Threshold(205, 512, _MODEL, ffn_rank=128, ffn_in_tiles=True),
+    "sm_89": Threshold(230, 4096, _MODEL, ffn_rank=128, ffn_in_tiles=True),
+    "sm_90": Threshold(245, 2048, _MODEL, ffn_rank=128, ffn_in_tiles=True),
+    "sm_100": Threshold(305, 1024, _MODEL, ffn_rank=128, ffn_in_tiles=True),
+    "sm_120": Threshold(140, 4096, _SM_89, ffn_rank=128, ffn_in_tiles=True),
+    "cuda": Threshold(205, 4096, _SM_89, ffn_rank=128, ffn_in_tiles=True),
 }
 
 
@@ -144,14 +148,17 @@ def decode_limit(device: str) -> int:
     return -1 if limit == 0 or _fast_ops_problem(device) else limit
 
 
-def choose_ffn(device: str, *, total_rank: int) -> str:
+def choose_ffn(device: str, *, dtype: torch.dtype, total_rank: int, top_k: int) -> str:
     """Return how impl="auto" computes whole-FFN experts: "fused" or "grouped".
 
-    total_rank: R, the sum of the ranks of one of the three linears.
+    dtype: of x. total_rank: R, the sum of the ranks of one of the three linears. top_k: K.
     """
-    limit = THRESHOLDS[device_class(device)].ffn_rank
-    is_fused = limit is not None and total_rank <= limit and not _fast_ops_problem(device)
-    return "fused" if is_fused else "grouped"
+    threshold = THRESHOLDS[device_class(device)]
+    limit = threshold.ffn_rank
+    if limit is None or total_rank > limit or _fast_ops_problem(device):
+        return "grouped"
+    fits = not threshold.ffn_in_tiles or (dtype.itemsize == 2 and top_k <= FFN_SLOTS)
+    return "fused" if fits else "grouped"
 
 
 def _sparse(top_k: int | None, num_experts: int) -> int | None:

@@ -35,6 +35,8 @@ CHUNK = 1024
 
 # The activations that the op `ffn_inner` computes.
 FFN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+# On a GPU it takes at most this many experts of a token: the smallest tile has so many rows.
+FFN_SLOTS = 16
 
 
 class LinearTensors(NamedTuple):

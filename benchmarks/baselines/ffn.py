@@ -222,7 +222,12 @@ class MoeLora(nn.Module):
         """Return the formulation that the layer takes: "fused" or "grouped"."""
         from moelora_kernels import dispatch
 
-        return dispatch.choose_ffn(x.device.type, total_rank=sum(self.module.mixture.ranks))
+        return dispatch.choose_ffn(
+            x.device.type,
+            dtype=x.dtype,
+            total_rank=sum(self.module.mixture.ranks),
+            top_k=self.module.config.top_k or self.module.config.num_experts,
+        )
 
     def gradients(self) -> dict[str, Tensor]:
         gradients = {"drouter_weight": self.module.router.weight.grad}

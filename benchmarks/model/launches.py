@@ -15,6 +15,8 @@ from moelora_kernels.types import (
     NO_ROUTER,
     Dropout,
     Gate,
+    InnerAdapters,
+    InnerInputs,
     Mixture,
     RouterTensors,
     Routing,
@@ -30,6 +32,8 @@ class Layer(NamedTuple):
     by_pair: x and dy have a row for every (token, expert) pair, like in whole-FFN experts.
     oversized: more experts than the tiles are made for; the kernels may spill.
     plain: the layer whose machine code `TileConfig.blocks` states.
+    ffn: `ffn_inner` and its backward between the frozen products of whole-FFN experts, without the
+    linears; out_features holds F.
     clusters: with the shrink in CUDA C++ for clusters of sm_90a, where the launcher takes it.
     """
 
@@ -50,10 +54,12 @@ class Layer(NamedTuple):
     oversized: bool = False
     grouped: bool = False
     by_pair: bool = False
+    ffn: bool = False
     plain: bool = False
     clusters: bool = False
 
 
+RANKS = (2, 4, 8, 16)
 # Every entry of the tile tables and every variant of a kernel that a preset leads to.
 LAYERS = [
     *(Layer(f"R={8 * r}", ranks=(r,) * 8, plain=True) for r in (2, 4, 8, 16)),
@@ -126,6 +132,15 @@ LAYERS = [
         Layer(f"grouped E={r} r={r} fp32", ranks=(r,) * r, dtype=FP32, grouped=True)
         for r in (16, 32, 64)
     ),
+    *(Layer(f"ffn R={8 * r}", out_features=(14336,), ranks=(r,) * 8, ffn=True) for r in RANKS),
+    # The rank space of every expert is aligned, so the tiles have all rows of their entries.
+    *(Layer(f"ffn r=8 R={8 * n}", out_features=(5504,), ranks=(8,) * n, ffn=True) for n in (2, 4)),
+    Layer("ffn fp32 adapters", out_features=(5504,), adapters=FP32, ffn=True),
+    Layer("ffn fp16 K=4", out_features=(5504,), ranks=(8,) * 16, top_k=4, dtype=FP16, ffn=True),
+    Layer("ffn dropout per expert", out_features=(5504,), dropout=0.05, per_expert=True, ffn=True),
+    Layer("ffn odd ranks R=35", out_features=(5503,), ranks=(5,) * 7, ffn=True),
+    Layer("ffn odd ranks R=119", out_features=(5503,), ranks=(17,) * 7, dropout=0.05, ffn=True),
+    Layer("ffn mixed ranks", out_features=(5504,), ranks=(8, 24, 64), ffn=True),
 ]
 
 
@@ -144,6 +159,8 @@ def record(layer: Layer) -> list[Launch]:
 
 def record_directions(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     """Return the launches of one forward of a layer, and those of its backward, op by op."""
+    if layer.ffn:
+        return record_ffn(layer)
     return record_grouped(layer) if layer.grouped else record_wide(layer)
 
 
@@ -250,4 +267,26 @@ def record_grouped(layer: Layer) -> tuple[list[Launch], list[Launch]]:
         grouped_weight_grad.launch(x, dh, dy, u, routing, ranks, dropout, of)
         if dlogits is not None:
             router.launch_grad(dlogits, x, of)
+    return forward, backward
+
+
+def record_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of `ffn_inner`, and those of its backward."""
+    from moelora_kernels.kernels import ffn_inner, ffn_inner_backward
+    from moelora_kernels.kernels.common import launcher
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, F, K, R = layer.tokens, layer.out_features[0], layer.top_k, sum(layer.ranks)
+    of, P, rank = layer.adapters or layer.dtype, T * K, max(layer.ranks)
+    inner = InnerInputs(empty(T, F), empty(T, F), empty(P, rank), empty(P, rank))
+    adapters = InnerAdapters(empty(F, R, dtype=of), empty(F, R, dtype=of), empty(R, F, dtype=of))
+    weights, scaling = empty(T, K, dtype=FP32), (2.0,) * len(layer.ranks)
+    dropout = Dropout(layer.dropout, layer.per_expert, empty(1, dtype=torch.int64))
+    options = weights, _balanced(layer), layer.ranks, scaling, dropout, "silu"
+    with launcher.recording() as forward:
+        ffn_inner.launch(inner, adapters, *options)
+    with launcher.recording() as backward:
+        ffn_inner_backward.launch(empty(T, F), inner, adapters, empty(P, rank), *options)
     return forward, backward

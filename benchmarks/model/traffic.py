@@ -8,18 +8,12 @@ same bytes, they count for each program, although most of these reads hit L2.
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
 
 from torch import Tensor
 
+from benchmarks.model import traffic_ffn
+from benchmarks.model.sizes import Sizes, Tile, rank_of, tile_map, tiles_of
 from moelora_kernels.kernels.common.launcher import Launch, ceil_div
-
-
-def _size(value) -> int:
-    """Return the bytes of an element; of a tuple, of its first tensor; of None, 0."""
-    if isinstance(value, tuple):
-        value = value[0]
-    return 0 if value is None else value.dtype.itemsize
 
 
 def _tensors(value) -> list[Tensor]:
@@ -35,15 +29,6 @@ def compulsory(launch: Launch) -> int:
         if not name.endswith("partials_ptr")
         for tensor in _tensors(value)
     )
-
-
-class Sizes:
-    """Arguments and constants of a launch as attributes."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.__dict__ = {**launch.constants, **launch.arguments}
-        self.size = lambda name: _size(self.__dict__.get(name))
-        self.programs = launch.programs
 
 
 def _gate(s: Sizes) -> int:
@@ -203,54 +188,24 @@ def _router_grad(s: Sizes) -> tuple[int, int]:
     return read, split * written
 
 
-class _Tile(NamedTuple):
-    """Sorted positions of one expert: a tile, or the range of a partial sum."""
-
-    expert: int
-    first: int
-    end: int
-    positions: int
-
-
-def _tiles(s: Sizes, tiles: Tensor) -> list[_Tile]:
-    """Return the tiles that hold positions. Routing arrays have data in every recorded launch."""
-    rows = tiles.tolist()
-    ends = [first for _, first in rows[1:]] + [s.P]
-    return [
-        _Tile(expert, first, end, end - first)
-        for (expert, first), end in zip(rows, ends, strict=True)
-        if first < end
-    ]
-
-
-def _rank(s: Sizes, expert: int) -> int:
-    return s.RANK or int(s.ranks_ptr[expert % s.E, 1])
-
-
-def _tile_map(s: Sizes, tiles: Tensor) -> int:
-    """Bytes of `load_tile` of all programs. The last tile's end is P, which is not loaded."""
-    programs_per_tile = s.programs // len(tiles)
-    return programs_per_tile * (12 * len(tiles) - 4)
-
-
 def _grouped_shrink(s: Sizes) -> tuple[int, int]:
-    routed = [tile for tile in _tiles(s, s.tiles_ptr) if tile.expert < s.n * s.E]
+    routed = [tile for tile in tiles_of(s, s.tiles_ptr) if tile.expert < s.n * s.E]
     pairs = sum(tile.positions for tile in routed)
-    read = _tile_map(s, s.tiles_ptr) + s.programs * (4 + 2 * s.size("ranks_ptr"))
+    read = tile_map(s, s.tiles_ptr) + s.programs * (4 + 2 * s.size("ranks_ptr"))
     read += s.COLUMN_TILES * (s.P * 4 + pairs * (s.I * s.size("x_ptr") + s.size("weights_ptr")))
     read += s.COLUMN_TILES * len(routed) * s.size("seed_ptr")
-    read += sum(_rank(s, tile.expert) for tile in routed) * s.I * s.size("a_ptrs")
+    read += sum(rank_of(s, tile.expert) for tile in routed) * s.I * s.size("a_ptrs")
     return read, 2 * s.P * s.MAX_RANK * s.size("h_ptr")
 
 
 def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
-    read = _tile_map(s, s.tiles_ptr) + s.P * (4 + s.MAX_RANK * s.size("h_ptr"))
+    read = tile_map(s, s.tiles_ptr) + s.P * (4 + s.MAX_RANK * s.size("h_ptr"))
     read += s.programs * (4 + 2 * s.size("ranks_ptr") + (4 if s.weights_ptr is not None else 0))
-    for tile in _tiles(s, s.tiles_ptr):
+    for tile in tiles_of(s, s.tiles_ptr):
         if tile.expert < s.n * s.E:
             O = s.out_features[tile.expert // s.E]  # noqa: E741
             read += tile.positions * O * s.size("dy_ptrs") * ceil_div(s.MAX_RANK, s.BLOCK_R)
-            read += O * _rank(s, tile.expert) * s.size("b_ptrs")
+            read += O * rank_of(s, tile.expert) * s.size("b_ptrs")
             read += tile.positions * s.size("weights_ptr")
     written = 2 * s.P * s.MAX_RANK * s.size("h_ptr") + s.P * s.size("dweights_ptr")
     return read, written
@@ -258,8 +213,8 @@ def _grouped_shrink_backward(s: Sizes) -> tuple[int, int]:
 
 def _grouped_expand(s: Sizes) -> tuple[int, int]:
     o_tiles, walks, order = ceil_div(s.O, s.BLOCK_O), ceil_div(s.O, s.walk), s.order_ptr.tolist()
-    read, rows = _tile_map(s, s.tiles_ptr), 0
-    for tile in _tiles(s, s.tiles_ptr):
+    read, rows = tile_map(s, s.tiles_ptr), 0
+    for tile in tiles_of(s, s.tiles_ptr):
         slots = [pair % s.S for pair in order[tile.first : tile.end]]
         pairs = tile.positions if s.PER_PAIR else slots.count(s.slot)
         read += 0 if s.PER_PAIR else 8 * walks
@@ -270,7 +225,7 @@ def _grouped_expand(s: Sizes) -> tuple[int, int]:
         read += (tile.positions * 4 + 2 * s.size("ranks_ptr") + s.size("seed_ptr")) * walks
         if tile.expert < s.N:
             # A program keeps the first columns of u.
-            rank = _rank(s, tile.expert)
+            rank = rank_of(s, tile.expert)
             kept = min(rank, s.BLOCK_R)
             read += pairs * (kept * walks + (rank - kept) * o_tiles) * s.size("u_ptr")
             read += rank * s.O * s.size("matrix_ptr")
@@ -280,24 +235,24 @@ def _grouped_expand(s: Sizes) -> tuple[int, int]:
     return read + rows * s.O * s.size("start_ptr"), rows * s.O * s.size("y_ptr")
 
 
-def _partial_sums(s: Sizes) -> list[_Tile]:
+def _partial_sums(s: Sizes) -> list[Tile]:
     """Return the range of every partial sum: whole chunks, the last merged with a short rest."""
-    partials: list[_Tile] = []
+    partials: list[Tile] = []
     sizes: dict[int, int] = {}
-    for tile in _tiles(s, s.chunks_ptr):
+    for tile in tiles_of(s, s.chunks_ptr):
         if tile.expert >= s.n * s.E:
             continue
         size = sizes.setdefault(tile.expert, tile.positions)
         if tile.positions < size:
             previous = partials.pop()
-            tile = _Tile(tile.expert, previous.first, tile.end, tile.end - previous.first)
+            tile = Tile(tile.expert, previous.first, tile.end, tile.end - previous.first)
         partials.append(tile)
     return partials
 
 
 def _chunk_ranges(s: Sizes) -> int:
     """Bytes of `load_chunk_range` of all programs."""
-    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    routed = [tile for tile in tiles_of(s, s.chunks_ptr) if tile.expert < s.n * s.E]
     later = len(routed) - len({tile.expert for tile in routed})
     return s.TILES * (8 * len(routed) + 4 * later)
 
@@ -305,7 +260,7 @@ def _chunk_ranges(s: Sizes) -> int:
 def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
     partials = _partial_sums(s)
     partials_of_expert = Counter(partial.expert for partial in partials)
-    read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
+    read = tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * (len(s.chunks_ptr) - 1)
     written = 0
     sides = (
         (s.in_features, "x_ptrs", "dh_ptr", "da_ptrs", s.size("seed_ptr")),
@@ -315,9 +270,9 @@ def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
         if expert not in partials_of_expert:
             read += s.TILES * 2 * s.size("ranks_ptr")
             for widths, *_, out, _ in sides:
-                written += _rank(s, expert) * widths[expert // s.E] * s.size(out)
+                written += rank_of(s, expert) * widths[expert // s.E] * s.size(out)
     for partial in partials:
-        is_whole, rank = partials_of_expert[partial.expert] == 1, _rank(s, partial.expert)
+        is_whole, rank = partials_of_expert[partial.expert] == 1, rank_of(s, partial.expert)
         for widths, wide, narrow, out, seed in sides:
             W = widths[partial.expert // s.E]
             w_tiles = ceil_div(W, s.BLOCK_W)
@@ -331,14 +286,14 @@ def _grouped_weight_grad(s: Sizes) -> tuple[int, int]:
 
 def _reduce_chunks(s: Sizes) -> tuple[int, int]:
     partials_of_expert = Counter(partial.expert for partial in _partial_sums(s))
-    routed = [tile for tile in _tiles(s, s.chunks_ptr) if tile.expert < s.n * s.E]
-    read = _tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * len(routed)
+    routed = [tile for tile in tiles_of(s, s.chunks_ptr) if tile.expert < s.n * s.E]
+    read = tile_map(s, s.chunks_ptr) + _chunk_ranges(s) + s.TILES * 4 * len(routed)
     written = 0
     for expert, count in partials_of_expert.items():
         if count > 1:
             read += s.TILES * 2 * s.size("ranks_ptr")
             for widths, out in ((s.in_features, "da_ptrs"), (s.out_features, "db_ptrs")):
-                elements = _rank(s, expert) * widths[expert // s.E]
+                elements = rank_of(s, expert) * widths[expert // s.E]
                 read += elements * 4 * count
                 written += elements * s.size(out)
     return read, written
@@ -363,6 +318,11 @@ KERNELS = {
     "grouped_expand_kernel": _grouped_expand,
     "grouped_weight_grad_kernel": _grouped_weight_grad,
     "reduce_chunks_kernel": _reduce_chunks,
+    "pair_table_kernel": traffic_ffn.pair_table,
+    "ffn_inner_kernel": traffic_ffn.ffn_inner,
+    "ffn_inner_rank_kernel": traffic_ffn.ffn_inner_rank,
+    "ffn_inner_backward_kernel": traffic_ffn.ffn_inner_backward,
+    "ffn_inner_weight_grad_kernel": traffic_ffn.ffn_inner_weight_grad,
 }
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.model.traffic import Sizes
+from benchmarks.model.sizes import Sizes
 from moelora_kernels.kernels.common.launcher import Launch, ceil_div
 
 # A product of two float32 tiles is three products of TF32, each at half the rate of bf16.
@@ -119,6 +119,24 @@ def _grouped_weight_grad(s: Sizes) -> Work:
     return Work(flops * _precision(s, "x_ptrs"), ceil_div(positions, s.BLOCK_P), runs=0.5)
 
 
+def _ffn(s: Sizes, products: int, steps: int) -> Work:
+    flops = 2.0 * products * s.programs * steps * s.BLOCK_P * s.BLOCK_F * s.BLOCK_R
+    # The pair of a row, its position, its rank space: each load needs the one before.
+    return Work(flops * _precision(s, "gate_out_ptr"), steps, dependent_loads=2)
+
+
+def _ffn_inner(s: Sizes) -> Work:
+    return _ffn(s, 3, s.steps)
+
+
+def _ffn_inner_backward(s: Sizes) -> Work:
+    return _ffn(s, 5, s.steps)
+
+
+def _ffn_inner_weight_grad(s: Sizes) -> Work:
+    return _ffn(s, 6, ceil_div(s.range_t, s.BLOCK_P // s.SLOTS))
+
+
 PRODUCTS = {
     "shrink_gate_kernel": _shrink_gate,
     "shrink_gate_backward_kernel": _shrink_gate_backward,
@@ -131,6 +149,9 @@ PRODUCTS = {
     "grouped_shrink_backward_kernel": _grouped_shrink_backward,
     "grouped_expand_kernel": _grouped_expand,
     "grouped_weight_grad_kernel": _grouped_weight_grad,
+    "ffn_inner_kernel": _ffn_inner,
+    "ffn_inner_backward_kernel": _ffn_inner_backward,
+    "ffn_inner_weight_grad_kernel": _ffn_inner_weight_grad,
 }
 
 

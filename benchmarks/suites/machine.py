@@ -218,9 +218,9 @@ def weight_grad(bench: Bench, T: int, I: int, O: int, R: int) -> list[dict]:  # 
     operation, impl = bench.operation("weight_grad")
     variants = {f"weight_grad ({impl})": operation}
     if bench.launchers:
-        from benchmarks.model import traffic
+        from benchmarks.model import sizes, traffic
 
-        rule = traffic.weight_grad_split(traffic.Sizes(recorded(operation, arguments)[0]))
+        rule = traffic.weight_grad_split(sizes.Sizes(recorded(operation, arguments)[0]))
         variants = {
             f"split={split}{' (rule)' if split == rule else ''}": partial(operation, split=split)
             for split in sorted({*SPLITS, rule})

@@ -245,7 +245,9 @@ def ffn_experts(
     )  # fmt: skip
     name = None if impl == "grouped" else activation_name(activation)
     if impl == "auto":
-        impl = dispatch.choose_ffn(x.device.type, total_rank=sum(mixture.ranks))
+        impl = dispatch.choose_ffn(
+            x.device.type, dtype=x.dtype, total_rank=sum(mixture.ranks), top_k=weights.shape[1]
+        )
     if impl == "fused" and name is not None:
         return apply(FusedFfnExperts, mixture, name, *options)[:2]
     call = apply

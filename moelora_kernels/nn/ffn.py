@@ -76,7 +76,7 @@ class MoeLoraFFN(MixtureLayer):
     `gate_lora_A` or `up_lora_A` reaches dx.
 
     Besides x and rank-space tensors, two [T, F] tensors are saved for backward if the layer runs
-    fused (`dispatch.choose_ffn`: a CPU, a named activation). Otherwise two [T K, F] are saved; with
+    fused (`dispatch.choose_ffn`; a named activation). Otherwise two [T K, F] are saved; with
     `recompute` two [T, F], and backward repeats the expand of gate and up. None grows with E.
 
     Args:

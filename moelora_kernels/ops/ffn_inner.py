@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.numerics import absent, compute_dtype
-from moelora_kernels.ops.registration import register
+from moelora_kernels.ops.registration import register, register_kernels
 from moelora_kernels.types import Dropout, InnerAdapters, InnerGrads, InnerInputs, Routing
 
 
@@ -84,6 +84,8 @@ _op_backward = register(
     reference.ffn_inner_backward,
     _fake_backward,
 )
+register_kernels("ffn_inner")
+register_kernels("ffn_inner_backward")
 
 
 def ffn_inner(

@@ -49,6 +49,9 @@ def shared_bytes(key: Key, tile: TileConfig) -> int:
         elements = (tile.step + tile.tokens * loads) * columns
     elif kernel == "shrink_dx":
         elements = (tile.tokens + tile.step) * columns * loads
+    elif kernel.startswith("ffn_inner"):
+        # Both B and A, or the rank space of the pairs.
+        elements = 2 * tile.step * columns * loads
     elif kernel.endswith("_grad"):
         elements = tile.tokens * (tile.step + columns) * loads
     else:

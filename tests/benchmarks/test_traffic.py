@@ -10,6 +10,7 @@ from moelora_kernels.kernels.common import launcher
 from support import arguments
 from support.backends import SPLIT, in_parts, op_launcher
 from support.cases import GROUPED, WIDE, Case
+from support.ffn_inner_cases import FFN_INNER, FfnInputs
 from support.inputs import Inputs
 from support.op_checks import GROUPED_OPS, WIDE_OPS
 from support.selection import default_cases
@@ -123,6 +124,16 @@ def test_moved_is_what_grouped_kernels_load_and_store(op: str, name: str, counte
     with launcher.recording() as recorded:
         for args in calls:
             op_launcher(op)(*args)
+    check_moved(recorded, counted)
+
+
+@pytest.mark.parametrize("split", (1, 3))
+@pytest.mark.parametrize("name", ("plain", "mixed_ranks", "dropout_per_expert", "four_slots"))
+def test_moved_is_what_kernels_of_ffns_load_and_store(name: str, split: int, counted) -> None:
+    inputs = FfnInputs(FFN_INNER[name]._replace(F=208), torch.float16)
+    with launcher.recording() as recorded:
+        in_parts(op_launcher("ffn_inner"), split)(*inputs.forward())
+        in_parts(op_launcher("ffn_inner_backward"), split)(*inputs.backward())
     check_moved(recorded, counted)
 
 

@@ -51,14 +51,22 @@ def test_both_sides_of_every_threshold(name, top_k, every_op, monkeypatch):
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_both_sides_of_the_limit_of_fused_ffns(name, every_op, monkeypatch):
     monkeypatch.setattr(dispatch, "device_class", lambda device: name)
-    limit = THRESHOLDS[name].ffn_rank
-    if limit is None:
-        assert choose_ffn("cpu", total_rank=1) == "grouped"
-        return
-    assert choose_ffn("cpu", total_rank=limit) == "fused"
-    assert choose_ffn("cpu", total_rank=limit + 1) == "grouped"
+    limit, in_tiles = THRESHOLDS[name].ffn_rank, THRESHOLDS[name].ffn_in_tiles
+    assert limit is not None
+    assert in_tiles == (name != "cpu")
+
+    def choose(dtype: torch.dtype, total_rank: int, top_k: int = 2) -> str:
+        return choose_ffn("cpu", dtype=dtype, total_rank=total_rank, top_k=top_k)
+
+    elsewhere = "grouped" if in_tiles else "fused"
+    for dtype in (torch.bfloat16, torch.float16):
+        assert choose(dtype, limit) == "fused"
+        assert choose(dtype, limit + 1) == "grouped"
+        assert choose(dtype, limit, 16) == "fused"
+        assert choose(dtype, limit, 17) == elsewhere
+    assert choose(torch.float32, limit) == elsewhere
     monkeypatch.setattr(dispatch, "_fast_ops_problem", lambda device: "no library")
-    assert choose_ffn("cpu", total_rank=limit) == "grouped"
+    assert choose(torch.bfloat16, limit) == "grouped"
 
 
 @pytest.mark.parametrize(

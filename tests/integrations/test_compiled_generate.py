@@ -113,7 +113,8 @@ def test_a_decoder_block_is_one_graph(family, preset, linked, training):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     hidden = torch.randn(2, 1 if not training else 7, 16, dtype=torch.float64)
     hidden.requires_grad_(training)
-    is_grouped = preset == "mixlora" and dispatch.choose_ffn("cpu", total_rank=16) == "grouped"
+    sizes = dict(dtype=torch.float64, total_rank=16, top_k=2)
+    is_grouped = preset == "mixlora" and dispatch.choose_ffn("cpu", **sizes) == "grouped"
     if training and is_grouped and TORCH < (2, 13):
         with pytest.raises(Exception, match=r"needs torch 2\.13"):
             compiled(hidden)

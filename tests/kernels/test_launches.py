@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.model.launches import Layer, record
+from benchmarks.model.launches import Layer, record, record_ffn
 from moelora_kernels import ops
 from moelora_kernels.kernels.common import configs, launcher, tables
 from moelora_kernels.types import (
@@ -375,3 +375,15 @@ def test_dx_adds_the_router_without_a_pass_if_dlogits_are_sparse(
     assert [each.constants["SPARSE_DLOGITS"] for each in expands] == [sparse, sparse]
     # The product of dy and W; the other one of dlogits and Wr.
     assert aten.ops.count("addmm_") == (1 if sparse else 2)
+
+
+# One sum of backward is split: that of the adapters over many tokens, or that over F of few tokens.
+@pytest.mark.parametrize("tokens", (8192, 64))
+def test_launches_between_the_frozen_products_of_ffns_are_counted(tokens: int) -> None:
+    layer = Layer("ffn", tokens=tokens, out_features=(14336,), ranks=(16,) * 8, ffn=True)
+    with configs.assume("sm_90"):
+        directions = record_ffn(layer)
+    forward, backward = ([each.kernel.fn.__name__ for each in part] for part in directions)
+    assert forward == ["pair_table_kernel", "ffn_inner_kernel", "ffn_inner_rank_kernel"]
+    kernels = ("pair_table", "ffn_inner_backward", "ffn_inner_weight_grad", "reduce_partials")
+    assert sorted(backward) == sorted(f"{kernel}_kernel" for kernel in kernels)

@@ -46,8 +46,10 @@ KERNEL_DTYPES = {name: DTYPES[name] for name in ("fp32", "bf16", "fp16")}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
-# Ops whose launcher cuts the inner dimension of a product into `split` parts.
-SPLIT = ("shrink_gate", "shrink_gate_backward", "weight_grad")
+# Ops whose launcher cuts the long dimension of a sum into `split` parts.
+SPLIT = (
+    "shrink_gate", "shrink_gate_backward", "weight_grad", "ffn_inner", "ffn_inner_backward",
+)  # fmt: skip
 
 
 def in_parts(launch: Callable, split: int) -> Callable:

@@ -59,6 +59,16 @@ FFN_INNER = {
     "dropout_per_expert": FfnCase(F=141, dropout=0.25, per_expert=True, ranks=(1, 5, 16)),
     "float32_adapters": FfnCase(F=141, adapters=torch.float32),
 }
+# Sizes of real layers, for the tests marked `gpu`; the comment says what it would catch.
+LARGE_FFN = {
+    # Full tiles; sums over F and over tokens that are split.
+    "mixlora": FfnCase(T=8192, F=5504, ranks=(16,) * 8, routing="uniform"),
+    # Most programs of a tile are of one token tile; half of each rank tile is masked.
+    "few_tokens": FfnCase(T=17, F=14336, ranks=(4,) * 8, K=4),
+    # Experts across the borders of 16 columns, and a mask for each of them.
+    "mixed_ranks": FfnCase(T=1000, F=4099, ranks=(1, 3, 16, 66), dropout=0.1, per_expert=True),
+    "gelu": FfnCase(T=1000, F=4096, ranks=(4,) * 4, activation="gelu", adapters=torch.float32),
+}
 
 
 class FfnInputs:

@@ -13,6 +13,7 @@ import torch
 
 from moelora_kernels.ops import registration
 from moelora_kernels.tune.check import (
+    FFN_OPS,
     GATE_OPS,
     GROUPED_OPS,
     OUTPUTS,
@@ -23,7 +24,17 @@ from moelora_kernels.tune.check import (
 from support.arguments import calls
 from support.inputs import Inputs
 
-__all__ = ["GATE_OPS", "GROUPED_OPS", "OUTPUTS", "WIDE_OPS", "check", "compare", "named", "opcheck"]
+__all__ = [
+    "FFN_OPS",
+    "GATE_OPS",
+    "GROUPED_OPS",
+    "OUTPUTS",
+    "WIDE_OPS",
+    "check",
+    "compare",
+    "named",
+    "opcheck",
+]
 
 
 def check(op: str, implementation: Callable, inputs: Inputs) -> None:

@@ -13,7 +13,9 @@ from moelora_kernels.types import CHUNK, TILE
 from support.arguments import calls
 from support.backends import DTYPES, SPLIT, Backend
 from support.cases import Case, grouped_case
-from support.op_checks import GROUPED_OPS, WIDE_OPS
+from support.ffn_inner_cases import FfnCase, FfnInputs
+from support.inputs import moved
+from support.op_checks import FFN_OPS, GROUPED_OPS, WIDE_OPS
 
 # The variants of the wide ops. name -> options of the case and parts; the comment says which
 # programs it makes.
@@ -26,9 +28,12 @@ VARIANTS = {
 # The widest tiles of these entries serve layers without dropout.
 COLUMNS_WITH_DROPOUT = {"shrink_dx": shrink_dx.STEP, "weight_grad": 64}
 # The ops that take the tiles of a kernel, if they are more than the op with its name.
-OPS_OF = {"grouped_expand": ("grouped_expand", "grouped_dx")}
+OPS_OF = {
+    "grouped_expand": ("grouped_expand", "grouped_dx"),
+    "ffn_inner_weight_grad": ("ffn_inner_backward",),
+}
 # An op outside this list has no test of its tiles.
-OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"))
+OPS = (*WIDE_OPS, *(op for op in GROUPED_OPS if op != "route"), *FFN_OPS)
 
 
 def tile_entries(architecture: str) -> list:
@@ -68,6 +73,14 @@ def tile_calls(
         options = {"split": split} if op in SPLIT else {}
         implementation = backend.implementation(op, few_rows=few_rows, **options)
         return implementation, calls(op, backend.inputs(case, dtype))
+    if op in FFN_OPS:
+        # Two experts whose rank space is aligned to 16 bytes.
+        case = FfnCase(T=tokens, F=width, ranks=(columns // 2,) * 2, routing="uniform")
+        case = case._replace(dropout=VARIANTS[variant][0].get("dropout", 0.0))
+        inputs = FfnInputs(case, dtype)
+        arguments = inputs.forward() if op == "ffn_inner" else inputs.backward()
+        implementation = backend.implementation(op, split=VARIANTS[variant][1])
+        return implementation, [moved(arguments, backend.device)]
     case = grouped_case(
         T=tokens, I=width, O=width, start="bias", router_bias=True, tile=TILE, chunk=CHUNK,
         ranks=(1,) * columns if op.startswith("router") else (columns,) * 4,

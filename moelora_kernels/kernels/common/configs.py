@@ -132,6 +132,18 @@ _SM_90 = {
     ("grouped_weight_grad", 4, 16): TileConfig(32, 64, 4, 3),
     ("grouped_weight_grad", 4, 32): TileConfig(32, 64, 4, 3),
     ("grouped_weight_grad", 4, 64): TileConfig(32, 64, 8, 3),
+    ("ffn_inner", 2, 16): TileConfig(128, 64, 8, 2),
+    ("ffn_inner", 2, 32): TileConfig(128, 64, 8, 2),
+    ("ffn_inner", 2, 64): TileConfig(128, 64, 8, 2),
+    ("ffn_inner", 2, 128): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_backward", 2, 16): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_backward", 2, 32): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_backward", 2, 64): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
+    ("ffn_inner_weight_grad", 2, 16): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_weight_grad", 2, 32): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 64): TileConfig(128, 32, 8, 2),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(16, 64, 8, 2),
 }
 
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
@@ -159,6 +171,14 @@ _SM_100 = {
     ("shrink_gate", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("weight_grad", 2, 64): TileConfig(64, 128, 8, 3, registers=255),
     ("shrink_gate_backward", 4, 128): TileConfig(64, 32, 8, 3, registers=255),
+    ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_backward", 2, 16): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 32): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 64): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_weight_grad", 2, 16): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 64): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(64, 64, 8, 1),
 }
 # Without wgmma, a tile of 64 tokens and 128 columns does not fit into the registers.
 _SM_80 = {
@@ -179,6 +199,18 @@ _SM_80 = {
     # ptxas spills registers to run more programs at the same time.
     ("grouped_expand", 4, 16): TileConfig(64, 64, 4, 2, registers=255),
     ("grouped_weight_grad", 2, 16): TileConfig(64, 128, 4, 3),
+    ("ffn_inner", 2, 16): TileConfig(64, 64, 8, 2),
+    ("ffn_inner", 2, 32): TileConfig(64, 64, 8, 2),
+    ("ffn_inner", 2, 64): TileConfig(64, 64, 8, 2),
+    ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 2),
+    ("ffn_inner_backward", 2, 16): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 32): TileConfig(64, 32, 8, 2),
+    ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2),
+    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
+    ("ffn_inner_weight_grad", 2, 16): TileConfig(32, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 32): TileConfig(32, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 64): TileConfig(16, 32, 8, 2, registers=255),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
 }
 _SM_89 = {
     **_SM_80,
@@ -189,6 +221,7 @@ _SM_89 = {
     ("shrink_gate_backward", 2, 64): TileConfig(64, 64, 8, 3),
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
+    ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 1),
 }
 # Without wgmma and with 99 KiB of shared memory, like sm_89, but more of its tiles spill.
 _SM_120 = {
