@@ -141,6 +141,13 @@ def takes_decode(device: str, tokens: int) -> bool:
     return not torch.compiler.is_exporting() and tokens <= limit
 
 
+@cache
+def decode_limit(device: str) -> int:
+    """Return up to how many tokens `takes_decode` is True outside of graphs; -1 if it never is."""
+    limit = THRESHOLDS[device_class(device)].decode_tokens
+    return -1 if limit == 0 or _fast_ops_problem(device) else limit
+
+
 def choose_ffn(device: str, *, dtype: torch.dtype, total_rank: int, top_k: int) -> str:
     """Return how impl="auto" computes whole-FFN experts: "fused" or "grouped".
 

@@ -102,13 +102,15 @@ inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// Returns a matrix in `dtype` whose rows are dense; the stride of its rows may be larger than a
-// row.
+// Returns whether the rows of a matrix are dense; their stride may be larger than a row.
+inline bool has_dense_rows(const Tensor& matrix) {
+  return matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(matrix.size(1), 1);
+}
+
+// Returns a matrix in `dtype` whose rows are dense.
 inline Tensor dense_rows(const Tensor& tensor, ScalarType dtype) {
   const Tensor matrix = cast(tensor, dtype);
-  const bool dense =
-      matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(matrix.size(1), 1);
-  return dense ? matrix : row_major(matrix);
+  return has_dense_rows(matrix) ? matrix : row_major(matrix);
 }
 
 // Returns matrices of one dtype in one matrix: side by side if `by_column`, else one below the

@@ -1,11 +1,12 @@
 // The op `decode`: a whole layer of n siblings for few tokens, without gradients. It computes and
 // reads the experts that the tokens use, and no others. The logits, the top-k experts and the gate
 // split the tokens between threads; the shrink splits the rows of A; the expand splits the columns
-// of y. ATen adds the base product.
+// of y. With few tokens the expand also computes the base product; else ATen adds it.
 #include "decode.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <tuple>
 
 #include "ops.h"
@@ -58,7 +59,7 @@ void fill_gate(const Tensor& x, const std::vector<Tensor>& router_weight,
   for (int64_t i = 0; i < siblings; ++i) {
     const auto bias = router_bias.empty() ? std::vector<Tensor>{} : std::vector{router_bias[i]};
     routers.emplace_back(x, std::vector{router_weight[i]}, bias);
-    columns_of_logits.push_back(columns(gate.logits, i * E, E));
+    columns_of_logits.push_back(siblings > 1 ? columns(gate.logits, i * E, E) : gate.logits);
   }
   for_dtype(gate.logits.scalar_type(), [&](auto type) {
     using C = Compute<typename decltype(type)::type>;
@@ -177,12 +178,61 @@ std::vector<Strip> split_into_strips(const std::vector<Tensor>& y) {
   return strips;
 }
 
-// Fills y n x [T, O_i] with start + u Bt. A start is a vector [O_i], or a matrix [T, O_i], in y's
-// dtype; or there are none.
+// The terms of y without experts. Each list has a tensor for each sibling, or none.
+struct Base {
+  // x [T, I], row-major.
+  Tensor x;
+  // [O, I] in x's dtype with dense rows: the expand adds x Wt.
+  std::vector<Tensor> weights;
+  // [O] or [T, O] in y's dtype.
+  std::vector<Tensor> starts;
+};
+
+// Returns whether the expand computes the base product.
+bool expands_base(const Tensor& x, const std::vector<Tensor>& weights) {
+  const ScalarType dtype = x.scalar_type();
+  const bool is_bf16 = dtype == ScalarType::BFloat16 && simd_level() == Level::avx512bf16;
+  const bool in_place = is_bf16 || dtype == compute_dtype(dtype);
+  return in_place && x.size(0) <= BASE_TOKENS &&
+         std::all_of(weights.begin(), weights.end(), [&](const Tensor& weight) {
+           return weight.scalar_type() == dtype && has_dense_rows(weight);
+         });
+}
+
+// sums [blocks of the strip, T, BLOCK_COLUMNS] += x Wt. `tokens` are 0, 1, ..., T - 1.
+template <class C>
+void add_base(const Strip& strip, const Base& base, const std::vector<int64_t>& tokens, C* sums) {
+  const auto T = int64_t(tokens.size());
+  for_dtype(base.x.scalar_type(), [&](auto type) {
+    using S = typename decltype(type)::type;
+    if constexpr (std::is_same_v<Compute<S>, C>) {
+      const Tensor& weight = base.weights[strip.sibling];
+      const Matrix<S> matrix{weight.const_data_ptr<S>(), weight.stride(0)};
+      const S* x = base.x.const_data_ptr<S>();
+      const int64_t end = std::min(strip.last * BLOCK_COLUMNS, weight.size(0));
+      vectorised([&](auto width) {
+        if constexpr (Operand<S, decltype(width)::bf16_pairs>::in_place) {
+          for (int64_t row = strip.first * BLOCK_COLUMNS; row < end; row += TASK_ROWS) {
+            const int64_t block = row / BLOCK_COLUMNS - strip.first;
+            const ShrinkTask task{.sibling = strip.sibling,
+                                  .first_row = row,
+                                  .num_rows = std::min(TASK_ROWS, end - row),
+                                  .tokens = tokens.data(),
+                                  .num_tokens = T,
+                                  .h = block * T * BLOCK_COLUMNS + row % BLOCK_COLUMNS,
+                                  .stride = BLOCK_COLUMNS};
+            shrink<decltype(width), true>(task, x, weight.size(1), matrix, sums);
+          }
+        }
+      });
+    }
+  });
+}
+
+// Fills y n x [T, O_i] with the base + u Bt.
 template <class C>
 void expand_all(const Plan<C>& plan, const Blocks& blocks, const C* h,
-                const std::vector<Tensor>& lora_b, const std::vector<Tensor>& starts,
-                const std::vector<Tensor>& y) {
+                const std::vector<Tensor>& lora_b, const Base& base, const std::vector<Tensor>& y) {
   const int64_t T = y[0].size(0);
   const std::vector<Tensor> matrices = adapter_matrices<C>(lora_b);
   const std::vector<Strip> strips = split_into_strips(y);
@@ -194,7 +244,11 @@ void expand_all(const Plan<C>& plan, const Blocks& blocks, const C* h,
     work += blocks.ranks[used.expert] * (2 + used.last - used.first);
   }
   for (size_t i = 0; i < y.size(); ++i) experts_before[i + 1] += experts_before[i];
-  work = work * STRIP_BLOCKS * BLOCK_COLUMNS / int64_t(y.size());
+  work /= int64_t(y.size());
+  if (!base.weights.empty()) work += T * base.x.size(1);
+  work *= STRIP_BLOCKS * BLOCK_COLUMNS;
+  std::vector<int64_t> tokens(T);
+  std::iota(tokens.begin(), tokens.end(), 0);
 
   const auto expand_strips = [&](int64_t begin, int64_t end) {
     std::vector<C> sums(STRIP_BLOCKS * T * BLOCK_COLUMNS);
@@ -203,6 +257,7 @@ void expand_all(const Plan<C>& plan, const Blocks& blocks, const C* h,
       const int64_t i = strip.sibling;
       const int64_t O = y[i].size(1);
       std::fill(sums.begin(), sums.end(), C{0});
+      if (!base.weights.empty()) add_base(strip, base, tokens, sums.data());
       for_adapter_dtype<C>(matrices[i].scalar_type(), [&](auto type) {
         using W = typename decltype(type)::type;
         const Matrix<W> b{matrices[i].const_data_ptr<W>(), matrices[i].stride(0)};
@@ -216,6 +271,7 @@ void expand_all(const Plan<C>& plan, const Blocks& blocks, const C* h,
       });
       for_dtype(y[i].scalar_type(), [&](auto type) {
         using Y = typename decltype(type)::type;
+        const std::vector<Tensor>& starts = base.starts;
         const Y* start = starts.empty() ? nullptr : starts[i].const_data_ptr<Y>();
         const bool is_matrix = !starts.empty() && starts[i].dim() == 2;
         const int64_t stride = is_matrix ? starts[i].stride(0) : 0;
@@ -275,12 +331,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
   }
 
   // y starts from the base's output, or from its bias.
-  std::vector<Tensor> y, starts;
+  const bool fused = expands_base(x, base_weight);
+  Base base{.x = x, .weights = fused ? base_weight : std::vector<Tensor>{}, .starts = {}};
+  std::vector<Tensor> y;
   for (int64_t i = 0; i < siblings; ++i) {
     const ScalarType y_dtype = base_output.empty() ? dtype : base_output[i].scalar_type();
     y.push_back(empty(T, lora_b[i].size(0), y_dtype));
-    if (!base_output.empty()) starts.push_back(dense_rows(base_output[i], y_dtype));
-    if (!base_bias.empty()) starts.push_back(row_major(cast(base_bias[i], y_dtype)));
+    if (!base_output.empty()) base.starts.push_back(dense_rows(base_output[i], y_dtype));
+    if (!base_bias.empty()) base.starts.push_back(row_major(cast(base_bias[i], y_dtype)));
   }
   for_dtype(compute_dtype(dtype), [&](auto type) {
     using C = Compute<typename decltype(type)::type>;
@@ -289,10 +347,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> decode(
     const Plan<C> plan(gate, scales.data(), blocks, share_a, T, siblings);
     std::vector<C> h(plan.h_size);
     shrink_all(plan, x, lora_a, h.data());
-    expand_all(plan, blocks, h.data(), lora_b, starts, y);
+    expand_all(plan, blocks, h.data(), lora_b, base, y);
   });
-  // The base product is last and in place: y is rounded with it, and not before.
-  for (size_t i = 0; i < base_weight.size(); ++i) {
+  // ATen's base product is last and in place: y is rounded with it, and not before.
+  for (size_t i = 0; i < base_weight.size() && !fused; ++i) {
     addmm_out(y[i], y[i], x, transposed(base_weight[i]));
   }
   return {y, router.weights, router.experts, router.logits};

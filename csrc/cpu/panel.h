@@ -113,8 +113,9 @@ struct Operand {
 };
 
 // sums[t, row] += <x[t], weight[row]> for TOKENS tokens and ROWS rows, all in registers. Q is a
-// compute dtype, or BFloat16 if the level multiplies pairs of it.
-template <int BYTES, int TOKENS, int ROWS, class Q, class C>
+// compute dtype, or BFloat16 if the level multiplies pairs of it. AHEAD: the next ROWS rows are
+// fetched into L2.
+template <int BYTES, int TOKENS, int ROWS, bool AHEAD, class Q, class C>
 MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight_stride,
                               int64_t count, C* sums, int64_t sums_stride) {
   using V = typename Vector<C, BYTES>::type;
@@ -130,7 +131,9 @@ MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight
     U x_vectors[TOKENS];
     for (int t = 0; t < TOKENS; ++t) x_vectors[t] = load<Unit, BYTES>(x[t] + j);
     for (int row = 0; row < ROWS; ++row) {
-      const U weight_vector = load<Unit, BYTES>(weight + row * weight_stride + j);
+      const Q* source = weight + row * weight_stride + j;
+      if constexpr (AHEAD) __builtin_prefetch(source + ROWS * weight_stride, 0, 2);
+      const U weight_vector = load<Unit, BYTES>(source);
       for (int t = 0; t < TOKENS; ++t) {
         sum[t][row] = multiply_add(sum[t][row], x_vectors[t], weight_vector);
       }
@@ -148,7 +151,7 @@ MOELORA_INLINE void dot_block(const Q* const* x, const Q* weight, int64_t weight
 }
 
 // sums[t, row] += <x[t], weight[row]> for TOKENS tokens and N rows of the weight.
-template <int BYTES, int TOKENS, class Q, class C>
+template <int BYTES, int TOKENS, bool AHEAD, class Q, class C>
 MOELORA_INLINE void dot_rows(const Q* const* x, const Q* weight, int64_t weight_stride,
                              int64_t count, int64_t N, C* sums, int64_t sums_stride) {
   // 3 x 8 sums, and the operands, fill the 32 registers of AVX-512. 3 x 4 sums fill the 16
@@ -156,30 +159,30 @@ MOELORA_INLINE void dot_rows(const Q* const* x, const Q* weight, int64_t weight_
   constexpr int ROWS = BYTES == 64 ? 8 : 4;
   int64_t row = 0;
   for (; row + ROWS <= N; row += ROWS) {
-    dot_block<BYTES, TOKENS, ROWS>(x, weight + row * weight_stride, weight_stride, count,
-                                   sums + row, sums_stride);
+    dot_block<BYTES, TOKENS, ROWS, AHEAD>(x, weight + row * weight_stride, weight_stride, count,
+                                          sums + row, sums_stride);
   }
   for (; row + 2 <= N; row += 2) {
-    dot_block<BYTES, TOKENS, 2>(x, weight + row * weight_stride, weight_stride, count, sums + row,
-                                sums_stride);
+    dot_block<BYTES, TOKENS, 2, false>(x, weight + row * weight_stride, weight_stride, count,
+                                       sums + row, sums_stride);
   }
   for (; row < N; ++row) {
-    dot_block<BYTES, TOKENS, 1>(x, weight + row * weight_stride, weight_stride, count, sums + row,
-                                sums_stride);
+    dot_block<BYTES, TOKENS, 1, false>(x, weight + row * weight_stride, weight_stride, count,
+                                       sums + row, sums_stride);
   }
 }
 
 // `dot_rows` for up to three tokens.
-template <int BYTES, class Q, class C>
+template <int BYTES, bool AHEAD = false, class Q, class C>
 MOELORA_INLINE void dot_tokens(int64_t tokens, const Q* const* x, const Q* weight,
                                int64_t weight_stride, int64_t count, int64_t N, C* sums,
                                int64_t sums_stride) {
   if (tokens == 3) {
-    dot_rows<BYTES, 3>(x, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 3, AHEAD>(x, weight, weight_stride, count, N, sums, sums_stride);
   } else if (tokens == 2) {
-    dot_rows<BYTES, 2>(x, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 2, AHEAD>(x, weight, weight_stride, count, N, sums, sums_stride);
   } else if (tokens == 1) {
-    dot_rows<BYTES, 1>(x, weight, weight_stride, count, N, sums, sums_stride);
+    dot_rows<BYTES, 1, AHEAD>(x, weight, weight_stride, count, N, sums, sums_stride);
   }
 }
 

@@ -153,12 +153,12 @@ def _decode_plain(
         or config.impl not in ("auto", "decode")
         or x.layout is not torch.strided
         or x.is_nested
-        or x.dim() == 0
-        or x.shape[-1] != features
+        or not (shape := x.shape)
+        or shape[-1] != features
         or features == 0
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
-        or not dispatch.takes_decode("cpu", x.numel() // features)
+        or x.numel() > dispatch.decode_limit("cpu") * features
     ):
         return None
     weights, biases, lora_a, lora_b, routers, router_biases = [], [], [], [], [], []
@@ -186,12 +186,12 @@ def _decode_plain(
             values.clear()
         elif missing:
             return None
-    tokens = x if x.dim() == 2 else x.reshape(-1, features)
+    tokens = x if len(shape) == 2 else x.reshape(-1, features)
     ys, gate_weights, experts, logits = ops.decode_flat(
         tokens, weights, biases, [], lora_a, lora_b, routers, router_biases, *NO_GATE, *mixture
     )
-    if x.dim() != 2:
-        ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    if len(shape) != 2:
+        ys = [y.view(*shape[:-1], y.shape[-1]) for y in ys]
     return ys, mixture.router_gate(gate_weights, experts, logits)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -96,6 +98,54 @@ def test_strides(dtype: torch.dtype) -> None:
     check("decode", ops.decode, inputs)
 
 
+# The tokens up to which the op computes the base product itself: csrc/cpu/decode.h.
+BASE_TOKENS = 16
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("T", range(1, BASE_TOKENS + 2))
+def test_the_base_product_of_few_tokens(T: int, dtype: torch.dtype) -> None:
+    """Tails of the vectors of W, of its blocks of 8 and 16 rows, and of the strips of y."""
+    check("decode", ops.decode, Inputs(layer_case(T=T, I=75, n=2, O=(37, 130)), dtype))
+
+
+WEIGHTS = {
+    # Neither the numbers behind a row nor the rows behind the last one are read.
+    "row_stride": lambda w, nan: torch.cat([w, w * nan], dim=1)[:, : w.shape[1]],
+    "more_rows": lambda w, nan: torch.cat([w, w * nan])[: w.shape[0]],
+    "odd_address": lambda w, nan: torch.cat([w[0, :1] * nan, w.flatten()])[1:].view_as(w),
+    "dense_columns": lambda w, nan: w.t().contiguous().t(),
+    "every_second_column": lambda w, nan: torch.stack([w, w * nan], dim=2)[:, :, 0],
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("T", (2, 4, BASE_TOKENS + 1))
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_strides_of_the_base_weight(name: str, T: int, dtype: torch.dtype) -> None:
+    inputs = Inputs(layer_case(T=T, I=75, n=2, O=(37, 130)), dtype)
+    for both in (False, True):
+        weights = [WEIGHTS[name](w, torch.nan) for w in inputs.base_weight]
+        assert all(map(torch.equal, weights, inputs.base_weight))
+        changed = copy.copy(inputs)
+        changed.base_weight = weights if both else [inputs.base_weight[0], weights[1]]
+        check("decode", ops.decode, changed)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", (FP32, torch.float64), ids=str)
+def test_few_other_tokens_do_not_change_the_bits_of_a_row(dtype: torch.dtype) -> None:
+    case = layer_case(T=BASE_TOKENS, ranks=(16,) * 6, I=1003, n=2, O=(70, 9))
+    x, *rest = decode(Inputs(case, dtype))
+    whole = ops.decode(x, *rest)
+    for t in range(BASE_TOKENS):
+        for tokens in (slice(t, t + 1), slice(t, None), slice(None, t + 1)):
+            for y, expected in zip(ops.decode(x[tokens], *rest).y, whole.y, strict=True):
+                assert torch.equal(y, expected[tokens]), (t, tokens)
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
 def test_siblings_with_adapters_of_different_dtypes(dtype: torch.dtype) -> None:
@@ -183,7 +233,8 @@ def test_a_nan_stays_in_the_tokens_that_use_its_expert(tensor: str, share_a: boo
 
 @needs_library
 @pytest.mark.parametrize(
-    "name", ("16_tokens", "many_strips", "siblings_that_differ", "ranks_past_a_block")
+    "name",
+    ("2_tokens", "16_tokens", "many_strips", "siblings_that_differ", "ranks_past_a_block"),
 )
 def test_fifty_calls_and_any_number_of_threads_give_the_same_bits(name: str) -> None:
     case = EDGES[name]._replace(I=2000)
