@@ -22,6 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("moelora_kernels", "kernels")
 WIDE, GROUPED = "tests/ops/test_wide_ops.py", "tests/ops/test_grouped_ops.py"
+FFN = "tests/ops/test_ffn_inner_kernels.py"
 
 
 class Fault(NamedTuple):
@@ -171,6 +172,31 @@ FAULTS = (
         "        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=in_bounds)",
         "        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty))",
         WIDE, "shrink_gate-plain", None,
+    ),
+    # --- whole-FFN experts
+    Fault(
+        "ffn_inner: last tile of tokens", "ffn_inner.py",
+        "        token_tiles * split,", "        (token_tiles - 1) * split,",
+        FFN, "ffn_inner-mixed_ranks",
+    ),
+    Fault(
+        "ffn_inner_backward: z in the place of its activation", "ffn_inner_backward.py",
+        "        dz_up = tl.where(selected, da * value, 0.0)",
+        "        dz_up = tl.where(selected, da * z_gate, 0.0)",
+        FFN, "ffn_inner_backward-mixed_ranks",
+    ),
+    Fault(
+        "ffn_inner_weight_grad: nothing is stored for an expert without pairs",
+        "ffn_inner_weight_grad.py",
+        "    store_rows(dup_b_ptr + partial, R, f, columns, f_in, columns_in, dup_b)",
+        "    has_terms = tl.max(tl.abs(dup_b), 0) > 0\n"
+        "    store_rows(dup_b_ptr + partial, R, f, columns, f_in, columns_in & has_terms, dup_b)",
+        FFN, "ffn_inner_backward-empty", architectures=("sm_90",),
+    ),
+    Fault(
+        "ffn_inner: rows that are no pairs have an expert", "common/pair_rows.py",
+        "    ranks = tl.multiple_of(tl.where(routed, ranks, 0), RANK_DIVISOR)",
+        "    ranks = tl.multiple_of(ranks, RANK_DIVISOR)", FFN, "ffn_inner_backward-mixed_ranks",
     ),
 )  # fmt: skip
 
