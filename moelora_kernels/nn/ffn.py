@@ -73,7 +73,8 @@ class MoeLoraFFN(MixtureLayer):
     An expert that a token does not select has no effect on the token's y and gradients. Dense gates
     (all, top-p, threshold, external) cost as much as K = E. An external gate of zero adds zero but
     has a gradient, so its expert runs: a NaN in its `down_lora_B` reaches y, and a NaN in its
-    `gate_lora_A` or `up_lora_A` reaches dx.
+    `gate_lora_A` or `up_lora_A` reaches dx. On a GPU, a layer that runs fused multiplies with all
+    experts: a NaN or infinity in any A or B reaches every token with a weight.
 
     Besides x and rank-space tensors, two [T, F] tensors are saved for backward if the layer runs
     fused (`dispatch.choose_ffn`; a named activation). Otherwise two [T K, F] are saved; with
