@@ -20,7 +20,7 @@ from benchmarks.suites.sizes import RUN_SIZES
 ROOT = Path(__file__).resolve().parents[2]
 H200 = roofline.ASSUMED["NVIDIA H200"]
 MEASUREMENTS = ["copy", "product", "addmm_", "shrink", "weight_grad", "host", "layer"]
-ALL = ["linear", "group", "grouped", "ffn"]
+ALL = ["linear", "group", "grouped", "decode", "ffn"]
 UNITS = {"us", "ratio", "TB/s", "TFLOP/s"}
 
 
