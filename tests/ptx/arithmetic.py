@@ -259,9 +259,9 @@ READ_16 = {
 }
 
 
-@implements("setp.{eq,ne,lt,le,gt,ge}.{bf16,f16}")
+@implements("setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu}.{bf16,f16}")
 def compare_16(build: Builder, ins: Instruction) -> Run:
-    """p = a op b; false with a NaN."""
+    """p = a op b; with a NaN it is false, and true for "equ", "neu", ..."""
     _, name, kind = ins.parts
     read, function = READ_16[kind], _compare_floats(name)
     target, *operands = ins.operands

@@ -225,6 +225,8 @@ def test_signs_and_comparisons_of_16_bits(kind: str) -> None:
     swapped = a_bits.astype(np.uint32) << 16 | b_bits
     for name in ("eq", "ne", "lt", "ge"):
         nan = a.isnan() | b.isnan()
+        d = apply(f"setp.{name}u.{kind} {{d}}, {{a}}, {{b}}", a_bits, b_bits, result=bool)
+        assert d.tolist() == (getattr(operator, name)(a.float(), b.float()) | nan).tolist()
         forward = (getattr(operator, name)(a.float(), b.float()) & ~nan).tolist()
         backward = (getattr(operator, name)(b.float(), a.float()) & ~nan).tolist()
         d = apply(f"setp.{name}.{kind} {{d}}, {{a}}, {{b}}", a_bits, b_bits, result=bool)
