@@ -134,16 +134,18 @@ def choose_impl(
 
 def takes_decode(device: str, tokens: int) -> bool:
     """Return whether impl="auto" takes decode for T tokens, in evaluation and without gradients."""
-    limit = THRESHOLDS[device_class(device)].decode_tokens
-    if limit == 0 or _fast_ops_problem(device):
-        return False
+    limit = _decode_limit(device)
     # A graph that is exported takes every number of tokens.
-    return not torch.compiler.is_exporting() and tokens <= limit
+    return limit >= 0 and not torch.compiler.is_exporting() and tokens <= limit
 
 
 @cache
 def decode_limit(device: str) -> int:
     """Return up to how many tokens `takes_decode` is True outside of graphs; -1 if it never is."""
+    return _decode_limit(device)
+
+
+def _decode_limit(device: str) -> int:
     limit = THRESHOLDS[device_class(device)].decode_tokens
     return -1 if limit == 0 or _fast_ops_problem(device) else limit
 

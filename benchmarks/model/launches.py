@@ -59,17 +59,18 @@ class Layer(NamedTuple):
     clusters: bool = False
 
 
+# Ranks of 8 experts that fill the tiles of R = 16 to 128.
 RANKS = (2, 4, 8, 16)
 # Every entry of the tile tables and every variant of a kernel that a preset leads to.
 LAYERS = [
-    *(Layer(f"R={8 * r}", ranks=(r,) * 8, plain=True) for r in (2, 4, 8, 16)),
-    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32, plain=True) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r}", ranks=(r,) * 8, plain=True) for r in RANKS),
+    *(Layer(f"R={8 * r} fp32", ranks=(r,) * 8, dtype=FP32, plain=True) for r in RANKS),
     *(Layer(f"R={8 * r} T=1024", tokens=1024, ranks=(r,) * 8, plain=True) for r in (8, 16)),
     Layer("R=128 fp16", dtype=FP16),
     Layer("R=128 fp32 adapters", adapters=FP32),
     Layer("R=128 fp16 under fp32 adapters", dtype=FP16, adapters=FP32),
     # The wide form casts float32 A and B from 2048 tokens on.
-    *(Layer(f"R={8 * r} fp32 routers", ranks=(r,) * 8, routers=FP32) for r in (2, 4, 8, 16)),
+    *(Layer(f"R={8 * r} fp32 routers", ranks=(r,) * 8, routers=FP32) for r in RANKS),
     Layer("R=128 fp16 under fp32 routers", dtype=FP16, routers=FP32),
     Layer("R=256", ranks=(32,) * 8),
     Layer("R=24 of mixed ranks", ranks=(2, 6, 16)),

@@ -222,8 +222,7 @@ def launch(
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner", gate_out.device, gate_out.dtype, block_r, row)
-    is_aligned = row * gate_out.itemsize % launcher.ALIGNMENT == 0
-    rows = row_constants(K, tile_config.tokens, is_aligned)
+    rows = row_constants(K, tile_config.tokens, row, gate_out)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
     f_tiles = launcher.ceil_div(F, tile_config.step)
     split = split or num_splits(gate_out.device, tile_config, token_tiles, f_tiles, True)

@@ -220,8 +220,7 @@ def launch(
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
     tile_config = configs.tile_config("ffn_inner_backward", x.device, x.dtype, block_r, row)
-    is_aligned = row * x.itemsize % launcher.ALIGNMENT == 0
-    rows = row_constants(K, tile_config.tokens, is_aligned)
+    rows = row_constants(K, tile_config.tokens, row, x)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
     f_tiles = launcher.ceil_div(F, tile_config.step)
     parts = split or num_splits(x.device, tile_config, token_tiles, f_tiles)

@@ -159,11 +159,11 @@ def launch(
     split: the parts of the sums over tokens.
     """
     x, T, F = tensors["gate_out_ptr"], sizes["T"], sizes["F"]
+    row = constants["RANK_DIVISOR"]
     tile_config = configs.tile_config(
-        "ffn_inner_weight_grad", x.device, x.dtype, constants["BLOCK_R"], constants["RANK_DIVISOR"]
+        "ffn_inner_weight_grad", x.device, x.dtype, constants["BLOCK_R"], row
     )
-    is_aligned = constants["RANK_DIVISOR"] * x.itemsize % launcher.ALIGNMENT == 0
-    rows = row_constants(constants["K"], tile_config.tokens, is_aligned)
+    rows = row_constants(constants["K"], tile_config.tokens, row, x)
     block_t = rows["BLOCK_P"] // rows["SLOTS"]
     f_tiles = launcher.ceil_div(F, tile_config.step)
     steps = launcher.ceil_div(T, block_t)

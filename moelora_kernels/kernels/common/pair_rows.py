@@ -165,10 +165,11 @@ def rank_columns(ranks: Sequence[int], x: Tensor) -> int:
     return launcher.block(sum(ranks))
 
 
-def row_constants(slots: int, rows: int, is_aligned: bool) -> dict[str, int]:
+def row_constants(slots: int, rows: int, divisor: int, x: Tensor) -> dict[str, int]:
     """Return the constants K, SLOTS and BLOCK_P of tiles with `rows` rows.
 
-    is_aligned: whether the rank space of every expert is aligned to 16 bytes.
+    divisor: RANK_DIVISOR, which divides the first column and the rank of every expert.
+    x: a tensor in x's dtype.
 
     Raises:
         ValueError: a token has more than FFN_SLOTS slots.
@@ -179,5 +180,6 @@ def row_constants(slots: int, rows: int, is_aligned: bool) -> dict[str, int]:
             f"got {slots}"
         )
     padded = launcher.block(slots, 1)
+    is_aligned = divisor * x.itemsize % launcher.ALIGNMENT == 0
     rows = rows if is_aligned else min(rows, ROWS_NOT_ALIGNED)
     return dict(K=slots, SLOTS=padded, BLOCK_P=max(rows, padded))
