@@ -291,7 +291,7 @@ def siblings_gate(
     rows = row_of_tokens(gate.weights, x.shape, x.device, source, first.config, first.samples)
     if gate.experts is not None:
         return slots_of_tokens(gate, rows, x.shape, first.config.batch_dim, first.samples)
-    return gate if rows is None else gate._replace(rows=rows)
+    return gate if rows is None else Gate(gate.weights, gate.experts, rows, gate.logits)
 
 
 def keep_routing(

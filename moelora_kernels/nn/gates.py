@@ -299,10 +299,11 @@ def slots_of_tokens(
     tokens = math.prod(x_shape[:-1])
     if rows is not None and isinstance(samples, Samples):
         experts = torch.where(rows[:, None] < 0, -1, experts[rows.clamp_min(0).long()])
-        return gate._replace(weights=_rows_of_tokens(weights, rows), experts=experts)
+        return Gate(_rows_of_tokens(weights, rows), experts, logits=gate.logits)
     steps = x_shape[0] if batch_dim == 1 and len(x_shape) > 2 else 1
     weights, experts = (_expand_rows(t, tokens, steps) for t in (weights, experts))
-    return gate._replace(weights=weights, experts=experts)
+    # Not _replace: Dynamo of torch 2.11 cannot return its result from a frame behind a graph break.
+    return Gate(weights, experts, logits=gate.logits)
 
 
 def _rows_of_tokens(weights: Tensor, rows: Tensor) -> Tensor:
