@@ -85,6 +85,10 @@ class MoeLoraConfig:
     """Which expert matrices are frozen: "none", "A" (FlyLoRA), or "AB", for existing LoRAs (Arrow,
     X-LoRA; see `MoeLoraLinear.from_loras`)."""
 
+    frozen_experts: tuple[int, ...] = ()
+    """The experts whose A and B get gradients of zero, numbered from 0; a shared expert has the
+    number num_experts. The router trains. `freeze_experts` sets them in the layers of a model."""
+
     adapter_dtype: str | None = None
     """The dtype of A, B and the router: "float32", "bfloat16", "float16" or "float64". None: the
     dtype of the base's weight, or float32 if the base is quantised."""
@@ -236,14 +240,17 @@ class MoeLoraConfig:
         return dataclasses.replace(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values for JSON.
+        """Return the options as plain values for JSON; `frozen_experts` only if there are any.
 
-        Raises TypeError if the router is a module.
+        Earlier versions of this package do not know `frozen_experts`. Raises TypeError if the
+        router is a module.
         """
         if isinstance(self.router, nn.Module):
             raise TypeError("router: a module cannot be saved as JSON; use the name of a router")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["aux"] = dict(self.aux)
+        if not self.frozen_experts:
+            del values["frozen_experts"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
@@ -256,7 +263,7 @@ class MoeLoraConfig:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "scaling"):
+        for name in ("rank", "scaling", "frozen_experts"):
             if isinstance(getattr(self, name), list):
                 self._set(name, tuple(getattr(self, name)))
         self._set("aux", _weighted_losses(self.aux))
@@ -265,6 +272,7 @@ class MoeLoraConfig:
         if self.granularity is None:
             self._set("granularity", "task" if self.router == "task" else "token")
         check(self)
+        self._set("frozen_experts", tuple(sorted(self.frozen_experts)))
 
     def _set(self, name: str, value: Any) -> None:
         """Set a field of this frozen dataclass; only for `__post_init__`."""

@@ -219,6 +219,10 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         {"grad_gate": "sqrt", "shared_expert": AnyExcept("none")},
         "the gradients of a shared expert are not supported",
     ),
+    (
+        {"frozen_experts": AnyExcept(()), "share": "A", "freeze": "none"},
+        "all experts have one A, so the frozen experts would change with it; use freeze='A'",
+    ),
     ({"init": "svd_segments", "share": "A"}, "every expert gets the A of a different segment"),
     (
         {"scaling": SCALE_NOT_POSITIVE, "init": "svd_segments"},
@@ -295,6 +299,7 @@ def check(config: MoeLoraConfig) -> None:
     """Raise ValueError or TypeError if an option or a combination of options is not allowed."""
     _check_values(config)
     _check_numbers(config)
+    check_experts("frozen_experts", config.frozen_experts, len(config.ranks()))
     # Raises if `scaling` is not valid. Whether it is valid does not depend on in_features.
     config.scales(in_features=1)
     for (option, value), needed in NEEDS.items():
@@ -350,6 +355,20 @@ def _check_numbers(config: MoeLoraConfig) -> None:
             f"rank: expected one rank, or a list of num_experts = {config.num_experts} ranks, "
             f"got {len(config.rank)} ranks"
         )
+
+
+def check_experts(name: str, experts: Any, num_experts: int) -> None:
+    """Raise ValueError or TypeError unless experts are different whole numbers below num_experts.
+
+    num_experts: the number of experts, a shared expert included.
+    """
+    expected = f"different numbers of experts from 0 to {num_experts - 1}"
+    if not isinstance(experts, (tuple, list)):
+        raise TypeError(f"{name}: expected {expected}, got {experts!r}")
+    if any(isinstance(e, bool) or not isinstance(e, int) for e in experts):
+        raise TypeError(f"{name}: expected {expected}, got {experts!r}")
+    if len({*experts}) < len(experts) or not all(0 <= e < num_experts for e in experts):
+        raise ValueError(f"{name}: expected {expected}, got {[*experts]}")
 
 
 def _is_true(config: MoeLoraConfig, option: str, condition: Any) -> bool:

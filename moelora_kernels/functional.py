@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import dispatch, reference
+from moelora_kernels.autograd.frozen import linears_without_frozen
 from moelora_kernels.autograd.linear import MoeLora, SqrtGateMoeLora, run, siblings_of
 from moelora_kernels.numerics import active_dtype, dropout_seed, is_autocast
 from moelora_kernels.types import NO_DROPOUT, Dropout, Gate, LayerOutput, LinearTensors, Mixture
@@ -24,6 +25,7 @@ def run_layer(
     *,
     sqrt_gate: bool = False,
     training: bool = False,
+    frozen: tuple[int, ...] = (),
 ) -> LayerOutput:
     """Run n siblings on x. The caller has checked the arguments and cast the tensors.
 
@@ -40,6 +42,7 @@ def run_layer(
         sqrt_gate: use the square root of the gate in the gradients of A, B and x. Needs `gate`.
         training: whether "auto" never decodes. Reentrant activation checkpointing runs a layer
             without gradients, then again with gradients: both must have the same bits.
+        frozen: the experts whose A and B get gradients of zero, in rising order.
 
     Returns:
         y_i [T, O_i] of every sibling; and `gate`, or the gate that the routers computed.
@@ -49,13 +52,14 @@ def run_layer(
     """
     impl = _choose_impl(mixture, x, linears, gate, impl, dropout.p, training)
     if impl == "reference":
+        linears = linears_without_frozen(linears, mixture, frozen)
         apply_reference = _reference_sqrt_gate if sqrt_gate else _reference
         if not is_autocast(x.device):
             return apply_reference(mixture, x, linears, gate, dropout)
         with torch.autocast(x.device.type, enabled=False):
             return apply_reference(mixture, x, linears, gate, dropout)
     function = SqrtGateMoeLora if sqrt_gate else MoeLora
-    return run(function, impl, mixture, x, linears, gate, dropout)
+    return run(function, impl, mixture, x, linears, gate, dropout, frozen)
 
 
 def _choose_impl(

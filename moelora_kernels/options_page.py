@@ -25,6 +25,8 @@ START, END = "<!-- options -->", "<!-- end of options -->"
 OTHER_VALUES = {
     "scaling": '`"alpha/r"`, `"alpha/R"`, `"alpha/sqrt(r)"`, `"sqrt(3*alpha*I/r)"`, a finite '
     "number, or one per expert",
+    "frozen_experts": "numbers of experts from 0 to num_experts - 1, and num_experts for a shared "
+    "expert",
     "router_bias": "`True`, `False`",
     "aux": "names, or weights by name: " + ", ".join(f'`"{n}"`' for n in rules.AUX_WEIGHTS),
     "impl": ", ".join(f'`"{impl}"`' for impl in dispatch.CHOICES),

@@ -274,6 +274,8 @@ class FfnMixture(NamedTuple):
     scaling: tuple[float, ...]
     # Recompute the experts' activations in backward instead of saving them.
     recompute: bool = False
+    # The experts whose A and B get gradients of zero, in rising order.
+    frozen: tuple[int, ...] = ()
 
 
 class FfnTensors(NamedTuple):

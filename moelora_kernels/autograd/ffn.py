@@ -14,7 +14,13 @@ from torch import Tensor
 
 from moelora_kernels import dispatch, ops, reference
 from moelora_kernels.autograd.ffn_fused import FusedFfnExperts
-from moelora_kernels.autograd.ffn_inputs import Activation, FfnInputs, activation_name
+from moelora_kernels.autograd.ffn_inputs import (
+    Activation,
+    FfnInputs,
+    activation_name,
+    tensors_without_frozen,
+    zero_frozen_ffn,
+)
 from moelora_kernels.numerics import is_autocast
 from moelora_kernels.ops.apply import apply
 from moelora_kernels.ops.wide import matrix
@@ -47,7 +53,7 @@ class FfnExperts(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):
         i = FfnInputs(*inputs)
-        ranks, scaling, _ = i.mixture
+        ranks, scaling = i.mixture[:2]
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         u_gate, u_up = (
             ops.grouped_shrink(i.x, [a], None, i.routing, ranks, scaling, dropout_x)[1]
@@ -79,7 +85,7 @@ class FfnExperts(torch.autograd.Function):
         z_gate, z_up, u_gate, u_up, h = tensors[:count]
         x, *others = tensors[count:]
         i, needs = FfnInputs(*ctx.static, x, None, None, *others), FfnInputs(*ctx.needs_input_grad)
-        ranks, scaling, recompute = i.mixture
+        ranks, scaling, recompute, frozen = i.mixture
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         T, weights, routing = x.shape[0], i.weights, i.routing
         if recompute:
@@ -133,6 +139,7 @@ class FfnExperts(torch.autograd.Function):
                         dh, [lora_a.t()], dx, routing, ranks, dropout_x, tokens=T
                     )
             grads["x"] = dx
+        zero_frozen_ffn(grads, ranks, frozen)
         return tuple([grads.get(name) for name in FfnInputs._fields])
 
 
@@ -233,6 +240,7 @@ def ffn_experts(
     weights = torch.where(routed, weights, 0)
     if impl == "reference":
         gate = Gate(weights, experts)
+        tensors = tensors_without_frozen(tensors, mixture)
         inputs = (x, gate_out, up_out, gate, tensors, activation, mixture, dropout_x, dropout_a)
         if x.device.type == "meta":
             return reference.ffn(*inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.ffn_inputs import FfnInputs
+from moelora_kernels.autograd.ffn_inputs import FfnInputs, zero_frozen_ffn
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs
 
@@ -31,7 +31,7 @@ class FusedFfnExperts(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):
         i = FfnInputs(*inputs)
-        ranks, scaling, _ = i.mixture
+        ranks, scaling = i.mixture[:2]
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         u_gate, u_up = (
             ops.grouped_shrink(i.x, [a], None, i.routing, ranks, scaling, dropout_x)[1]
@@ -59,7 +59,7 @@ class FusedFfnExperts(torch.autograd.Function):
         u_gate, u_up, h = tensors[: len(_Saved._fields)]
         i = FfnInputs(*ctx.static, *tensors[len(_Saved._fields) :])
         needs = FfnInputs(*ctx.needs_input_grad)
-        ranks, scaling, _ = i.mixture
+        ranks, scaling, _, frozen = i.mixture
         dropout_x, dropout_a = (Dropout(*i.dropout, seed) for seed in (i.seed_x, i.seed_a))
         x, routing, T = i.x, i.routing, i.x.shape[0]
         dsummed = torch.zeros_like(i.gate_out) if dsummed is None else dsummed
@@ -101,4 +101,5 @@ class FusedFfnExperts(torch.autograd.Function):
                 grads["x"] = ops.grouped_expand(
                     dh_x, [lora_a.t()], grads.get("x"), routing, ranks, dropout_x, tokens=T
                 )
+        zero_frozen_ffn(grads, ranks, frozen)
         return tuple([grads.get(name) for name in FfnInputs._fields])

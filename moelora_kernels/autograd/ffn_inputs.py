@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moelora_kernels.types import FfnMixture, Routing
+from moelora_kernels.autograd.frozen import without_frozen, zero_frozen
+from moelora_kernels.types import FfnMixture, FfnTensors, Routing
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -41,6 +42,19 @@ class FfnInputs(NamedTuple):
     @property
     def routing(self) -> Routing:
         return Routing(self.order, self.offsets, self.tiles, self.chunks)
+
+
+def zero_frozen_ffn(grads: dict[str, Any], ranks: Sequence[int], frozen: Sequence[int]) -> None:
+    """Set the gradients of frozen experts to zero, in place. grads: by the names of `FfnInputs`."""
+    da, db = ([grads.get(f"{name}_{m}") for name in ("gate", "up", "down")] for m in "ab")
+    zero_frozen(da, db, ranks, frozen)
+
+
+def tensors_without_frozen(tensors: FfnTensors, mixture: FfnMixture) -> FfnTensors:
+    """Return the A and B of the three linears, with gradients of zero for frozen experts."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    results = [without_frozen(a, b, mixture.ranks, mixture.frozen) for a, b in pairs]
+    return FfnTensors(*[matrix for pair in results for matrix in pair])
 
 
 # Modules that compute an activation of FFN_ACTIVATIONS, by the module and the name of their class:

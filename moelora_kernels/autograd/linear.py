@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
+from moelora_kernels.autograd.frozen import zero_frozen
 from moelora_kernels.ops.apply import apply
 from moelora_kernels.types import (
     NO_GATE,
@@ -30,6 +31,7 @@ class _Inputs(NamedTuple):
     mixture: Any
     p: Any
     per_expert: Any
+    frozen: Any
     x: Any
     weights: Any
     experts: Any
@@ -77,7 +79,7 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs):
-        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *linears = inputs
+        impl, mixture, p, per_expert, _, x, weights, experts, rows, seed, *linears = inputs
         tensors = SiblingTensors(*_tensors_by_field(linears, len(linears) // _NUM_FIELDS))
         gate, dropout = Gate(weights, experts, rows), Dropout(p, per_expert, seed)
         op = ops.grouped if impl == "grouped" else ops.wide
@@ -87,7 +89,7 @@ class MoeLora(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        impl, mixture, p, per_expert, x, weights, experts, rows, seed, *linears = inputs
+        impl, mixture, p, per_expert, frozen, x, weights, experts, rows, seed, *linears = inputs
         n = len(linears) // _NUM_FIELDS
         base_weight, _, _, lora_a, lora_b, router_weight, _ = _by_field(linears, n)
         h, out_weights, out_experts, out_logits, *routing = output[n:]
@@ -97,6 +99,7 @@ class MoeLora(torch.autograd.Function):
             # Without renormalize the backward of the softmax reads the logits.
             logits = None if mixture.renormalize else logits
         ctx.impl, ctx.mixture, ctx.dropout = impl, mixture, (p, per_expert)
+        ctx.frozen = frozen
         # Only the y_i and the logits have a gradient. The gate of a fused router is returned for
         # the routing record; losses on it use the logits.
         ctx.mark_non_differentiable(h, out_weights, out_experts, *routing)
@@ -115,7 +118,7 @@ class MoeLora(torch.autograd.Function):
         except RuntimeError as error:
             saved = _kept_tensors(ctx, error)
         x, weights, experts, rows, logits, seed, h, *others = saved
-        _, _, _, _, needs_x, needs_weights, _, _, _, *needs_linears = ctx.needs_input_grad
+        _, _, _, _, _, needs_x, needs_weights, _, _, _, *needs_linears = ctx.needs_input_grad
         n = len(needs_linears) // _NUM_FIELDS
         base_weight, lora_a, lora_b, router_weight = _tensors_by_field(others[_NUM_ROUTING:], n)
         tensors = SiblingTensors(base_weight, [], [], lora_a, lora_b, router_weight, [])
@@ -158,13 +161,19 @@ class MoeLora(torch.autograd.Function):
                 g.to(x.dtype).sum(dim=0) if needed else None
                 for g, needed in zip(dy, needs_bias, strict=True)
             ]
+        da_blocks = _row_blocks(da, n) if needs.adapters else absent
+        if needs.adapters and ctx.frozen:
+            # Experts that share A have no rows of their own; it does not train then.
+            zero_frozen(
+                absent if ctx.mixture.share_a else da_blocks, db, ctx.mixture.ranks, ctx.frozen
+            )
         has_router = needs.adapters and len(router_weight) > 0
         # In the order of `LinearTensors`.
         fields = (
             dweight,
             dbias,
             dy if any(needs_output) else absent,
-            _row_blocks(da, n) if needs.adapters else absent,
+            da_blocks,
             db if needs.adapters else absent,
             _row_blocks(drouter, n) if has_router else absent,
             # A router may have no bias.
@@ -176,7 +185,7 @@ class MoeLora(torch.autograd.Function):
         dx = dx if needs_x else None
         dweights = dgate.to(weights.dtype) if needs_weights else None
         # In the order of `_Inputs`.
-        return (None, None, None, None, dx, dweights, None, None, None, *gradients)
+        return (None, None, None, None, None, dx, dweights, None, None, None, *gradients)
 
 
 class SqrtGateMoeLora(MoeLora):
@@ -313,10 +322,12 @@ def run(
     linears: Sequence[LinearTensors],
     gate: Gate | None,
     dropout: Dropout,
+    frozen: tuple[int, ...] = (),
 ) -> LayerOutput:
     """Run `function`, which is `MoeLora` or derived from it; impl is "wide", "grouped" or "decode".
 
-    "decode" needs grad mode off and no dropout; the caller has checked it.
+    frozen: the experts whose A and B get gradients of zero, in rising order. "decode" needs grad
+    mode off and no dropout; the caller has checked it.
 
     Raises ValueError if some siblings have a tensor that others lack.
     """
@@ -331,7 +342,8 @@ def run(
     elif torch.is_grad_enabled():
         weights, experts, rows, _ = gate or NO_GATE
         p, per_expert, seed = dropout
-        inputs = (impl, mixture, p, per_expert, x, weights, experts, rows, seed, *_flat(linears))
+        static = (impl, mixture, p, per_expert, frozen)
+        inputs = (*static, x, weights, experts, rows, seed, *_flat(linears))
         outputs = apply(function, *inputs)
         y, (_, weights, experts, logits, *_) = [*outputs[:n]], outputs[n:]
     else:

@@ -5,6 +5,7 @@ from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.check import check_trainable
 from moelora_kernels.nn.ffn import MoeLoraFFN
+from moelora_kernels.nn.freezing import freeze_experts
 from moelora_kernels.nn.group import MoeLoraGroup, link_siblings
 from moelora_kernels.nn.layer import adapter_parameters
 from moelora_kernels.nn.linear import MoeLoraLinear
@@ -42,6 +43,7 @@ __all__ = [
     "check_trainable",
     "collect_aux_loss",
     "count_routing",
+    "freeze_experts",
     "link_siblings",
     "lora_prototypes",
     "merge_adapter",

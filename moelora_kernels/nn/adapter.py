@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelora_kernels.autograd.frozen import without_frozen
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import (
     check_adapters,
@@ -140,8 +141,11 @@ class MoeLoraAdapter(LoraLayer):
         # [T, R]: scale * gate, repeated over the ranks of each expert.
         factors = rank_gate(dense, mixture.ranks, mixture.scaling)[:, 0]
         flat = flat_rows(z)
-        h = nn.functional.linear(flat, self.lora_A.to(flat.dtype))
+        lora_a, lora_b = without_frozen(
+            self.lora_A, self.lora_B, mixture.ranks, config.frozen_experts
+        )
+        h = nn.functional.linear(flat, lora_a.to(flat.dtype))
         activated = ACTIVATIONS[config.rank_activation](h.to(factors.dtype))
         # `where` and not a product alone, so that a NaN of an expert with gate 0 does not spread.
         u = torch.where(factors == 0, 0, factors * activated).to(flat.dtype)
-        return torch.addmm(flat, u, self.lora_B.to(flat.dtype).t()).view(z.shape)
+        return torch.addmm(flat, u, lora_b.to(flat.dtype).t()).view(z.shape)

@@ -203,9 +203,17 @@ class MoeLoraFFN(MixtureLayer):
                 "which gives the shared expert the remaining weight"
             )
 
+    def _derive_options(self) -> None:
+        config = self.config
+        self.mixture = FfnMixture(
+            config.ranks(), config.scales(), self.recompute, config.frozen_experts
+        )
+
     def _attach(self, bases, act_fn, config, options: dict, recompute: bool) -> None:
-        self.config = config = MoeLoraConfig.of(config, options)
+        self.recompute = bool(recompute)
+        config = MoeLoraConfig.of(config, options)
         self._check_config(config)
+        self.config = config
         if not callable(act_fn):
             raise TypeError(f"activation: expected a module or a function, got {type(act_fn)}")
         if getattr(act_fn, "inplace", False):
@@ -214,7 +222,6 @@ class MoeLoraFFN(MixtureLayer):
             )
         gate_proj = bases[0]
         self.hidden_size, self.intermediate_size = gate_proj.in_features, gate_proj.out_features
-        self.mixture = FfnMixture(config.ranks(), config.scales(), bool(recompute))
         device, dtype = adapter_device_dtype(gate_proj, config)
         total = sum(self.mixture.ranks)
         for name, base in zip(PROJECTIONS, bases, strict=True):

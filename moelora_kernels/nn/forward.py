@@ -130,6 +130,7 @@ def run_siblings(
         config.impl,
         sqrt_gate=config.grad_gate == "sqrt",
         training=first.training,
+        frozen=config.frozen_experts,
     )
     if x.dim() != 2:
         outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

@@ -187,14 +187,17 @@ def _reason(
         return FROZEN, False
     if problem is not None:
         return problem, False
+    is_matrix = "lora_" in name and not is_router
+    if is_matrix and config.frozen_experts and (reason := _frozen_reason(step)):
+        return reason, True
     if is_router:
         if (constant := constant_gate_problem(config)) is not None:
             return _constant_gate(config, constant)
         if all(_is_zero(matrix) for matrix in _matrices(layer, "lora_B")):
             return ZERO_B, True
-    elif "lora_A" in name and _is_zero(_partner(layer, name, "lora_A", "lora_B")):
+    elif "lora_A" in name and _is_zero(_trained(layer, name, "lora_A", "lora_B")):
         return ZERO_B, True
-    elif "lora_B" in name and _is_zero(_partner(layer, name, "lora_B", "lora_A")):
+    elif "lora_B" in name and _is_zero(_trained(layer, name, "lora_B", "lora_A")):
         return "A is zero, so B has no gradient; call reset_parameters() on the layer", False
     if step.selected is not None and not step.selected.any():
         return "no token selected an expert of the layer", True
@@ -225,6 +228,30 @@ def _matrices(layer: MixtureLayer, kind: str) -> list[Tensor]:
         return [getattr(layer, kind)]
     stems = [name.removesuffix("_proj") for name in PROJECTIONS]
     return [getattr(layer, f"{stem}_{kind}") for stem in stems]
+
+
+def _frozen_reason(step: LayerStep) -> str | None:
+    """Return why A and B have no gradient because experts are frozen; None for another reason."""
+    config = step.layer.config
+    if len(config.frozen_experts) == len(config.ranks()):
+        return "all experts of the layer are frozen"
+    # Every token uses a shared expert.
+    if step.selected is None or config.shared_expert != "none":
+        return None
+    selected = step.selected.nonzero().flatten().tolist()
+    if selected and {*selected} <= {*config.frozen_experts}:
+        return "every token of this batch selected frozen experts only"
+    return None
+
+
+def _trained(layer: MixtureLayer, name: str, kind: str, other: str) -> Tensor:
+    """Return the part of the `_partner` that belongs to experts which are not frozen."""
+    matrix, dim = _partner(layer, name, kind, other), int(other == "lora_B")
+    config = layer.config
+    if not config.frozen_experts or (config.share == "A" and dim == 0):
+        return matrix
+    parts = matrix.detach().split(list(config.ranks()), dim=dim)
+    return torch.cat([p for e, p in enumerate(parts) if e not in config.frozen_experts], dim=dim)
 
 
 def _partner(layer: MixtureLayer, name: str, kind: str, other: str) -> Tensor:

@@ -169,7 +169,7 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
                 f"rank_activation: {config.rank_activation!r} needs MoeLoraAdapter, which reads "
                 "the output of an FFN; PEFT adapts single linears"
             )
-        for name, value in config.to_dict().items():
+        for name, value in {"frozen_experts": [], **config.to_dict()}.items():
             setattr(self, name, value)
         if not isinstance(self.init_weights, bool):
             raise ValueError(
@@ -205,13 +205,16 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         return super().check_kwargs(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values for JSON; `init_weights` only if it is False.
+        """Return the options as plain values for JSON.
 
-        Earlier versions of this package do not know `init_weights`.
+        Earlier versions of this package know neither `init_weights` nor `frozen_experts`, so they
+        are in it only if they differ from their defaults.
         """
         values = super().to_dict()
         if self.init_weights:
             del values["init_weights"]
+        if not self.frozen_experts:
+            del values["frozen_experts"]
         return values
 
     def moe_lora_config(self) -> MoeLoraConfig:

@@ -59,7 +59,7 @@ def ffn(
     """
     weights, experts = gate.weights, gate.experts
     tokens, slots = weights.shape
-    ranks, scaling, _ = mixture
+    ranks, scaling = mixture[:2]
     assert experts is not None
     routing = route(experts, len(ranks))
 

@@ -93,6 +93,10 @@ WRONG_OPTIONS = [
     ("aux", dict(num_experts=1, aux="entropy")),
     ("aux", dict(router="external", aux="entropy")),
     ("svd_rho", dict(svd_rho=10.0)),
+    ("frozen_experts", dict(frozen_experts=[8])),
+    ("frozen_experts", dict(frozen_experts=[-1])),
+    ("frozen_experts", dict(frozen_experts=[1, 1])),
+    ("frozen_experts", dict(frozen_experts=[0], share="A")),
     ("svd_rho", dict(init="svd_segments", svd_rho=0.0)),
     ("init", dict(init="svd_segments", share="A")),
     # The base is reduced by the mean gate, which is known only if the gates sum to 1.
@@ -209,6 +213,7 @@ CONFIGS = [MoeLoraConfig.preset(name) for name in PRESETS] + [
     MoeLoraConfig(select="threshold", threshold=0.1, score="sigmoid", noise=0.3, temperature=2.0),
     MoeLoraConfig(router="external", shared_expert="complement", shared_rank=2),
     MoeLoraConfig(select="learned_threshold", max_threshold=0.3),
+    MoeLoraConfig(frozen_experts=[2, 0], shared_expert="always", num_experts=2),
     MoeLoraConfig(top_k=1, entropy_threshold=0.5, entropy_index=2.0, aux="entropy"),
     MoeLoraConfig(init="svd_segments", svd_rho=3.0, select="topp", top_p=0.5, keep_min=2),
 ]

@@ -29,7 +29,7 @@ SIGNATURES = {
     "moelora_kernels:MoeLoraConfig": (
         "(*, num_experts=8, rank=16, alpha=32.0, scaling='alpha/r', share='none', "
         "shared_expert='none', shared_rank=None, init='kaiming', svd_rho=None, "
-        "rank_activation=None, freeze='none', adapter_dtype=None, router='linear', "
+        "rank_activation=None, freeze='none', frozen_experts=(), adapter_dtype=None, router='linear', "
         "router_bias=False, router_hidden=64, num_tasks=None, task_embedding_dim=64, "
         "task_gate='shared', batch_dim=0, granularity=None, score='softmax', temperature=1.0,"
         " noise=0.0, select=None, top_k=None, top_p=None, threshold=None, max_threshold=None,"
@@ -59,6 +59,7 @@ SIGNATURES = {
     "moelora_kernels:check_trainable": "(model, batch, loss_fn=None)",
     "moelora_kernels:collect_aux_loss": "(model, mask=None)",
     "moelora_kernels:count_routing": "(model, num_tasks=None)",
+    "moelora_kernels:freeze_experts": "(model, experts, optimizer=None)",
     "moelora_kernels:link_siblings": (
         "(model, groups=(('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')))"
     ),

@@ -53,6 +53,7 @@ EVERY_OPTION = (
     dict(router="task", num_tasks=6, task_gate="per_layer", batch_dim=1),
     dict(select="sampling", top_k=2, freeze="A", grad_gate="sqrt"),
     dict(top_k=2, balance_rate=0.01),
+    dict(num_experts=4, frozen_experts=[0, 2]),
 )  # fmt: skip
 
 
