@@ -1,6 +1,7 @@
 """The layers, and functions on models that contain them; README.md shows how to use them."""
 
 from moelora_kernels.nn.adapter import MoeLoraAdapter
+from moelora_kernels.nn.add_experts import add_experts
 from moelora_kernels.nn.aux_loss import collect_aux_loss
 from moelora_kernels.nn.balance import update_balance
 from moelora_kernels.nn.check import check_trainable
@@ -40,6 +41,7 @@ __all__ = [
     "ThresholdRouter",
     "TokenTaskRouter",
     "adapter_parameters",
+    "add_experts",
     "check_trainable",
     "collect_aux_loss",
     "count_routing",

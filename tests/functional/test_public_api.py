@@ -55,6 +55,7 @@ SIGNATURES = {
     "moelora_kernels:MoeLoraLinear.merge": "(self, task=None)",
     "moelora_kernels:MoeLoraLinear.unmerge": "(self)",
     "moelora_kernels:adapter_parameters": "(model)",
+    "moelora_kernels:add_experts": "(model, n, *, rank=None)",
     "moelora_kernels:adapter_state_dict": "(model)",
     "moelora_kernels:check_trainable": "(model, batch, loss_fn=None)",
     "moelora_kernels:collect_aux_loss": "(model, mask=None)",
