@@ -71,6 +71,15 @@ def freeze_experts(
         config.frozen_experts = [*numbers]
 
 
+def keep_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let every step of `optimizer` restore the frozen experts of the layers that have any now.
+
+    Raises as `freeze_experts`.
+    """
+    layers = active_layers(model).items()
+    _keep(optimizer, {name: layer for name, layer in layers if layer.config.frozen_experts})
+
+
 def active_layers(model: nn.Module) -> dict[str, MixtureLayer]:
     """Return the layers of `model` by name, without inactive adapters of PEFT.
 

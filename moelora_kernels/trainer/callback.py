@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss_of_parts
+from moelora_kernels.nn.freezing import keep_frozen
 from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
 from moelora_kernels.nn.recorded_forwards import all_forwards, last_calls, record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
@@ -42,9 +43,20 @@ class MoeLoraCallback(TrainerCallback):
         self._has_warned = False
         self._prepare(trainer.model)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Start counting. A trainer with model_init has built a new model by now."""
-        self._prepare(self._trainer.model)
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Start counting, and let the optimizer keep frozen experts.
+
+        A trainer with model_init has built a new model by now.
+        """
+        model = self._trainer.model
+        self._prepare(model)
+        if any(layer.is_selected and layer.config.frozen_experts for layer in mixture_layers(model)):
+            try:
+                keep_frozen(model, optimizer)
+            except (TypeError, ValueError) as error:
+                warnings.warn(
+                    f"trainer: weight decay can move frozen experts ({error})", stacklevel=2
+                )
 
     def _prepare(self, model: nn.Module) -> None:
         self._aux: Tensor | float = 0.0
