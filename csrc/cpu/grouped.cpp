@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
     std::optional<Tensor> dlogits, Tensor order, Tensor offsets, Tensor tiles, Tensor chunks,
     std::vector<int64_t> ranks, std::vector<double> scaling, bool /*share_a*/, int64_t top_k,
     bool renormalize, double temperature, double dropout_p, bool dropout_per_expert,
-    std::optional<Tensor> seed, bool needs_x, bool needs_adapters) {
+    std::optional<Tensor> seed, bool needs_x, bool needs_adapters, std::vector<int64_t> frozen) {
   // Check the arguments.
   STD_TORCH_CHECK(gate_weights && experts, "gate_weights, experts: expected tensors, got none");
   const ScalarType dtype = x.scalar_type();
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> grouped_
   std::vector<Tensor> db;
   if (needs_adapters) {
     std::tie(da, db) = grouped_weight_grad(x, dh, dy, u, order, offsets, tiles, chunks, ranks,
-                                           dropout_p, dropout_per_expert, seed, lora_dtype);
+                                           dropout_p, dropout_per_expert, seed, lora_dtype, frozen);
     if (slot_dlogits) {
       std::tie(drouter, dbias) =
           grouped_router_grad(*slot_dlogits, x, order, offsets, router_dtype);

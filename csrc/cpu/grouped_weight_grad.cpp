@@ -1,5 +1,6 @@
 // The op `grouped_weight_grad`, with sums over the pairs p of expert e in the order of positions:
 //     dA_e = sum_p dh_p^T dropout(x_p)        dB_e = sum_p dy_p^T u_p
+// The pairs of a frozen expert are skipped, so its sums are zero.
 // Threads split the tasks. A task is one expert on one strip of columns, so an expert that has all
 // tokens still occupies every thread.
 #include <torch/csrc/stable/library.h>
@@ -26,7 +27,8 @@ struct WeightGrad {
   const Routing& routing;
   const Blocks& blocks;
   const Mask& mask;
-  int64_t width;  // the largest rank
+  const std::vector<char>& is_frozen;  // [E]
+  int64_t width;                       // the largest rank
 
   // Computes sum_p coefficients_p^T rows_p of an expert, for the columns from `strip` on. `matrix`
   // holds the rows, coefficients [P, width] are dh or u, and w is the padded rank. With RANKS_FIRST
@@ -47,9 +49,10 @@ struct WeightGrad {
     C* scratch = buffer;
     auto* row_units = reinterpret_cast<Unit*>(buffer + STRIP);
     Unit* rank_units = row_units + STEP * STRIP;
+    std::fill_n(sums, w * STRIP, C{0});
+    if (is_frozen[e]) return;
     const bool has_partials = routing.end(expert) - routing.begin(expert) > MAX_TERMS;
     C* partial = has_partials ? buffer + STRIP + STEP * (STRIP + w) : sums;
-    std::fill_n(sums, w * STRIP, C{0});
     if (has_partials) std::fill_n(partial, w * STRIP, C{0});
 
     // Returns the columns of a position's row, after dropout.
@@ -141,12 +144,13 @@ int64_t num_strips(int64_t features) { return (features + STRIP - 1) / STRIP; }
 
 // Computes da [n R, I] and db n x [O_i, R], both in L.
 template <class S, class L>
-void run(const Routing& routing, const Blocks& blocks, const Mask& mask, const Tensor& x,
-         const Tensor& dh, const std::vector<Tensor>& dy, const Tensor& u, const Tensor& da,
+void run(const Routing& routing, const Blocks& blocks, const Mask& mask,
+         const std::vector<char>& is_frozen, const Tensor& x, const Tensor& dh,
+         const std::vector<Tensor>& dy, const Tensor& u, const Tensor& da,
          const std::vector<Tensor>& db) {
   using C = Compute<S>;
   const int64_t width = u.size(1);
-  const WeightGrad<S, L, C> weight_grad{routing, blocks, mask, width};
+  const WeightGrad<S, L, C> weight_grad{routing, blocks, mask, is_frozen, width};
   const int64_t w = padded(width);
   const int64_t work =
       routing.num_pairs() * w * STRIP / std::max<int64_t>(routing.num_experts(), 1);
@@ -202,7 +206,8 @@ void run(const Routing& routing, const Blocks& blocks, const Mask& mask, const T
 std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
     Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
     Tensor /*tiles*/, Tensor /*chunks*/, std::vector<int64_t> ranks, double dropout_p,
-    bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype) {
+    bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype,
+    std::vector<int64_t> frozen) {
   check_floating(x, "x");
   const auto [x_rows, I] = shape<2>(x, "x");
   const Blocks blocks(ranks);
@@ -211,6 +216,11 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
   const ScalarType dtype = x.scalar_type();
   const Routing routing(order, offsets, siblings * blocks.num_experts());
   const Mask mask(dropout_p, dropout_per_expert, seed);
+  std::vector<char> is_frozen(ranks.size(), 0);
+  for (const int64_t e : frozen) {
+    STD_TORCH_CHECK(0 <= e && e < blocks.num_experts(), "frozen: expected experts in [0, E)");
+    is_frozen[e] = 1;
+  }
   const int64_t width = *std::max_element(ranks.begin(), ranks.end());
   x = row_major(x);
   dh = row_major(cast(dh, dtype));
@@ -231,9 +241,9 @@ std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
   for_dtype(dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     if (grad_dtype == dtype) {
-      run<S, S>(routing, blocks, mask, x, dh, dy, u, da, db);
+      run<S, S>(routing, blocks, mask, is_frozen, x, dh, dy, u, da, db);
     } else {
-      run<S, Compute<S>>(routing, blocks, mask, x, dh, dy, u, da, db);
+      run<S, Compute<S>>(routing, blocks, mask, is_frozen, x, dh, dy, u, da, db);
     }
   });
   for (Tensor& db_i : db) db_i = cast(db_i, lora_dtype);

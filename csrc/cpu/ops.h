@@ -103,10 +103,11 @@ struct ExpandArguments {
 // Adds the terms of `grouped_expand` to y [T, O], which has u's dtype.
 void grouped_expand_in_place(const Tensor& y, const ExpandArguments& arguments);
 
-// Returns dA [n R, I] and n x dB [O, R].
+// Returns dA [n R, I] and n x dB [O, R]; zeros for the experts in `frozen`.
 std::tuple<Tensor, std::vector<Tensor>> grouped_weight_grad(
     Tensor x, Tensor dh, std::vector<Tensor> dy, Tensor u, Tensor order, Tensor offsets,
     Tensor tiles, Tensor chunks, std::vector<int64_t> ranks, double dropout_p,
-    bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype);
+    bool dropout_per_expert, std::optional<Tensor> seed, ScalarType lora_dtype,
+    std::vector<int64_t> frozen);
 
 }  // namespace moelora

@@ -48,7 +48,7 @@ constexpr Op GROUPED{"grouped", "TLLLLLLLOOOONNbibffbO"};
 // dy, x, tensors, h, gate, dlogits, mixture, dropout, needs.
 constexpr Op WIDE_BACKWARD{"wide_backward", "LTLLLLLLLTOOOOONNbibffbObb"};
 // The same with the routing before the mixture.
-constexpr Op GROUPED_BACKWARD{"grouped_backward", "LTLLLLLLLTOOOOOTTTTNNbibffbObb"};
+constexpr Op GROUPED_BACKWARD{"grouped_backward", "LTLLLLLLLTOOOOOTTTTNNbibffbObbN"};
 
 // The tensors of a call, which its arguments own, and its key.
 struct Call {

@@ -19,7 +19,6 @@ from moelora_kernels.autograd.ffn_inputs import (
     FfnInputs,
     activation_name,
     tensors_without_frozen,
-    zero_frozen_ffn,
 )
 from moelora_kernels.numerics import is_autocast
 from moelora_kernels.ops.apply import apply
@@ -98,7 +97,7 @@ class FfnExperts(torch.autograd.Function):
 
         def weight_grads(left, dh, dy, u, dropout):
             da, (db,) = ops.grouped_weight_grad(
-                left, dh, [dy], u, routing, ranks, dropout, i.gate_a.dtype
+                left, dh, [dy], u, routing, ranks, dropout, i.gate_a.dtype, frozen
             )
             return da, db
 
@@ -139,7 +138,6 @@ class FfnExperts(torch.autograd.Function):
                         dh, [lora_a.t()], dx, routing, ranks, dropout_x, tokens=T
                     )
             grads["x"] = dx
-        zero_frozen_ffn(grads, ranks, frozen)
         return tuple([grads.get(name) for name in FfnInputs._fields])
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moelora_kernels import ops
-from moelora_kernels.autograd.ffn_inputs import FfnInputs, zero_frozen_ffn
+from moelora_kernels.autograd.ffn_inputs import FfnInputs
+from moelora_kernels.autograd.frozen import zero_frozen
 from moelora_kernels.ops.wide import matrix
 from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs
 
@@ -75,7 +76,7 @@ class FusedFfnExperts(torch.autograd.Function):
         )
         if needs.down_b:
             _, (grads["down_b"],) = ops.grouped_weight_grad(
-                nothing, dh, [ddelta], u, routing, ranks, Dropout(), i.down_b.dtype
+                nothing, dh, [ddelta], u, routing, ranks, Dropout(), i.down_b.dtype, frozen
             )
         inner = ops.ffn_inner_backward(
             dsummed,
@@ -89,17 +90,17 @@ class FusedFfnExperts(torch.autograd.Function):
         if needs.gate_b or needs.up_b or needs.down_a:
             grads["gate_b"], grads["up_b"] = inner.dgate_b, inner.dup_b
             grads["down_a"] = inner.ddown_a
+            zero_frozen([inner.ddown_a], [inner.dgate_b, inner.dup_b], ranks, frozen)
         for name, dh_x, u_x, lora_a in (
             ("gate_a", inner.dh_gate, u_gate, i.gate_a),
             ("up_a", inner.dh_up, u_up, i.up_a),
         ):
             if getattr(needs, name):
                 grads[name], _ = ops.grouped_weight_grad(
-                    x, dh_x, [nothing], u_x, routing, ranks, dropout_x, lora_a.dtype
+                    x, dh_x, [nothing], u_x, routing, ranks, dropout_x, lora_a.dtype, frozen
                 )
             if needs.x:
                 grads["x"] = ops.grouped_expand(
                     dh_x, [lora_a.t()], grads.get("x"), routing, ranks, dropout_x, tokens=T
                 )
-        zero_frozen_ffn(grads, ranks, frozen)
         return tuple([grads.get(name) for name in FfnInputs._fields])

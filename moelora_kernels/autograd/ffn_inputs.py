@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moelora_kernels.autograd.frozen import without_frozen, zero_frozen
+from moelora_kernels.autograd.frozen import without_frozen
 from moelora_kernels.types import FfnMixture, FfnTensors, Routing
 
 Activation = Callable[[Tensor], Tensor]
@@ -42,12 +42,6 @@ class FfnInputs(NamedTuple):
     @property
     def routing(self) -> Routing:
         return Routing(self.order, self.offsets, self.tiles, self.chunks)
-
-
-def zero_frozen_ffn(grads: dict[str, Any], ranks: Sequence[int], frozen: Sequence[int]) -> None:
-    """Set the gradients of frozen experts to zero, in place. grads: by the names of `FfnInputs`."""
-    da, db = ([grads.get(f"{name}_{m}") for name in ("gate", "up", "down")] for m in "ab")
-    zero_frozen(da, db, ranks, frozen)
 
 
 def tensors_without_frozen(tensors: FfnTensors, mixture: FfnMixture) -> FfnTensors:

@@ -139,7 +139,7 @@ class MoeLora(torch.autograd.Function):
         if ctx.impl == "grouped":
             routing = Routing(*others[:_NUM_ROUTING])
             result = ops.grouped_backward(
-                dy, x, tensors, h, gate, dlogits, routing, ctx.mixture, dropout, needs
+                dy, x, tensors, h, gate, dlogits, routing, ctx.mixture, dropout, needs, ctx.frozen
             )
         else:
             result = ops.wide_backward(
@@ -162,7 +162,7 @@ class MoeLora(torch.autograd.Function):
                 for g, needed in zip(dy, needs_bias, strict=True)
             ]
         da_blocks = _row_blocks(da, n) if needs.adapters else absent
-        if needs.adapters and ctx.frozen:
+        if needs.adapters and ctx.frozen and ctx.impl != "grouped":
             # Experts that share A have no rows of their own; it does not train then.
             zero_frozen(
                 absent if ctx.mixture.share_a else da_blocks, db, ctx.mixture.ranks, ctx.frozen

@@ -73,6 +73,7 @@ def grouped_weight_grad_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
+    HAS_FROZEN: tl.constexpr,
 ):
     """dA_e = sum of dh^T dropout(x) and dB_e = sum of dy^T u over the pairs of expert e.
 
@@ -83,7 +84,7 @@ def grouped_weight_grad_kernel(
     db           n x [O_i, R]
     in_features, out_features: n numbers I, and n numbers O_i
     order, offsets, chunks: [P], [N + 1] and [M, 2] int32, see `types.Routing`
-    ranks        [E, 2] of `rank_table`, or None
+    ranks        [E, 2] of `rank_table`, or None; 0 for a frozen expert, which is skipped
     seed         [1] int64; None without dropout
     partials     [P / CHUNK, MAX_RANK, I] of dA and [P / CHUNK, O, MAX_RANK] of dB, float32, the
                  first dimension partial_stride apart; None if no expert can have two chunks
@@ -100,6 +101,7 @@ def grouped_weight_grad_kernel(
             da_partial_stride, 1, I, order_ptr, offsets_ptr, chunks_ptr, ranks_ptr, seed_ptr, chunk,
             tile, P, M, row_counters, dropout_scale, n, E, PAIRS_PER_X, RANK, MAX_RANK,
             RANK_DIVISOR, DROPOUT, PER_EXPERT, COLUMN_TILES, BLOCK_P, BLOCK_W, BLOCK_R, UPCAST,
+            HAS_FROZEN,
         )  # fmt: skip
     else:
         store_sums(
@@ -107,6 +109,7 @@ def grouped_weight_grad_kernel(
             db_partial_stride, MAX_RANK, 1, order_ptr, offsets_ptr, chunks_ptr, ranks_ptr, seed_ptr,
             chunk, tile - X_TILES, P, M, row_counters, 1.0, n, E, PAIRS_PER_DY, RANK, MAX_RANK,
             RANK_DIVISOR, 0, PER_EXPERT, COLUMN_TILES, BLOCK_P, BLOCK_W, BLOCK_R, UPCAST,
+            HAS_FROZEN,
         )  # fmt: skip
 
 
@@ -176,13 +179,15 @@ def launch(
     ranks: Sequence[int],
     dropout: Dropout,
     lora_dtype: torch.dtype,
+    frozen: Sequence[int] = (),
 ):
     """Return da [n R, I] and n x db [O_i, R], like `reference.grouped_weight_grad`."""
     order, offsets, _, chunks = routing
     n, R, width = len(dy), sum(ranks), x.shape[1]
     P, N = order.shape[0], len(offsets) - 1
     x, padded_dy = launcher.rows_dense(x), [launcher.rows_dense(g) for g in dy]
-    new = x.new_empty if P else x.new_zeros
+    # Nothing is stored for a frozen expert.
+    new = x.new_empty if P and not frozen else x.new_zeros
     da = new((n * R, x.shape[1]), dtype=lora_dtype)
     db = [new((g.shape[1], R), dtype=lora_dtype) for g in padded_dy]
     if P == 0:
@@ -190,7 +195,7 @@ def launch(
 
     # Tiles.
     block_r = min(launcher.block(max(ranks)), COLUMNS)
-    rank_constants = tables.rank_constants(ranks)
+    rank_constants = tables.rank_constants(ranks) | ({"RANK": 0} if frozen else {})
     tile_config = configs.tile_config(
         "grouped_weight_grad", dh.device, dh.dtype, block_r, rank_constants["RANK_DIVISOR"]
     )
@@ -223,7 +228,7 @@ def launch(
         db_partial_stride=max(ranks) * max(out_features),
         offsets_ptr=offsets,
         chunks_ptr=chunks,
-        ranks_ptr=tables.rank_table(tuple(ranks), order.device),
+        ranks_ptr=tables.rank_table(tuple(ranks), order.device, tuple(frozen)),
         P=P,
         M=len(chunks),
     )
@@ -263,6 +268,7 @@ def launch(
             BLOCK_P=tile_config.tokens,
             BLOCK_W=tile_config.step,
             UPCAST=launcher.INTERPRET,
+            HAS_FROZEN=bool(frozen),
         ),
     )
     if da_partials is not None:

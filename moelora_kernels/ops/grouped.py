@@ -85,6 +85,7 @@ def _backward(
     mixture: Mixture,
     dropout: Dropout,
     needs: Needs,
+    frozen: Sequence[int] = (),
 ) -> LayerGrads:
     dy = [matrix(g, x.dtype) for g in dy]
     T, n, E = x.shape[0], len(dy), len(mixture.ranks)
@@ -115,7 +116,7 @@ def _backward(
     lora_dtype, router_dtype = adapter_dtypes(x, tensors)
     if not needs.adapters:
         return absent_grads(dx, dgate, lora_dtype, router_dtype)
-    da, db = grouped_weight_grad(x, dh, dy, u, routing, ranks, dropout, lora_dtype)
+    da, db = grouped_weight_grad(x, dh, dy, u, routing, ranks, dropout, lora_dtype, frozen)
     drouter, dbias = (absent(x, router_dtype) for _ in range(2))
     if tensors.router_weight:
         drouter, dbias = router_grad(dgate, x, router_dtype)
@@ -154,6 +155,7 @@ def _fake_backward(
     mixture: Mixture,
     dropout: Dropout,
     needs: Needs,
+    frozen: Sequence[int] = (),
 ) -> LayerGrads:
     num_logits = len(dy) * len(mixture.ranks)
     shape = (x.shape[0], num_logits) if tensors.router_weight else gate.weights.shape
@@ -191,6 +193,7 @@ _op_backward = register(
         Mixture,
         Dropout,
         Needs,
+        "int[] frozen",
     ),
     RETURNS_GRADS,
     _backward,
@@ -237,14 +240,16 @@ def grouped_backward(
     mixture: Mixture,
     dropout: Dropout,
     needs: Needs,
+    frozen: Sequence[int] = (),
 ) -> LayerGrads:
     """Compute the gradients of a layer that `grouped` computed.
 
-    Arguments and results are as in `wide_backward`, with the routing that `grouped` returned.
+    Arguments and results are as in `wide_backward`, with the routing that `grouped` returned, and
+    the experts whose dA and dB are zero (`grouped_weight_grad`).
     """
     op = _backward_by_device.get(x.device.type, _op_backward)
     return LayerGrads(
         *op(
-            dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, *needs,
+            dy, x, *tensors, h, *gate, dlogits, *routing, *mixture, *dropout, *needs, frozen,
         )
     )  # fmt: skip

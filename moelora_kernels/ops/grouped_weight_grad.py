@@ -21,6 +21,7 @@ def grouped_weight_grad_fake(
     ranks: Sequence[int],
     dropout: Dropout,
     lora_dtype: torch.dtype,
+    frozen: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """Return tensors of the shapes and dtypes that `grouped_weight_grad` returns."""
     R = sum(ranks)
@@ -39,6 +40,7 @@ _op = register(
         "int[] ranks",
         Dropout,
         "ScalarType lora_dtype",
+        "int[] frozen",
     ),
     "(Tensor da, Tensor[] db)",
     reference.grouped_weight_grad,
@@ -56,8 +58,9 @@ def grouped_weight_grad(
     ranks: Sequence[int],
     dropout: Dropout,
     lora_dtype: torch.dtype,
+    frozen: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute dA and dB of every expert; exact zeros for an expert without pairs.
+    """Compute dA and dB of every expert; exact zeros for an expert without pairs, or frozen.
 
         dA_e = sum_p dh_p^T dropout(x_p)        dB_e = sum_p dy_p^T u_p
 
@@ -69,8 +72,9 @@ def grouped_weight_grad(
         ranks: the ranks of the E experts.
         dropout: the dropout of the forward. Its masks are computed again from the seed.
         lora_dtype: the dtype of the results.
+        frozen: experts, 0 to E - 1, whose pairs are skipped.
 
     Returns:
         dA [n R, I] and n x dB_i [O_i, R].
     """
-    return _op(x, dh, dy, u, *routing, ranks, *dropout, lora_dtype)
+    return _op(x, dh, dy, u, *routing, ranks, *dropout, lora_dtype, frozen)

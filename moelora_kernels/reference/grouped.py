@@ -302,8 +302,9 @@ def grouped_weight_grad(
     ranks: Sequence[int],
     dropout: Dropout,
     lora_dtype: torch.dtype,
+    frozen: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute dA and dB of every expert; exact zeros for an expert without pairs.
+    """Compute dA and dB of every expert; exact zeros for an expert without pairs, or in `frozen`.
 
         dA_e = sum_p dh_p^T dropout(x_p)        dB_e = sum_p dy_p^T u_p
 
@@ -316,7 +317,8 @@ def grouped_weight_grad(
     da: list[Tensor] = []
     db: list[list[Tensor]] = [[] for _ in dy]
     for e, i, columns in _experts(dy, ranks):
-        in_expert, rank = (expert == e)[:, None], columns.stop - columns.start
+        is_trained = e % len(ranks) not in frozen
+        in_expert, rank = ((expert == e) & is_trained)[:, None], columns.stop - columns.start
         x_e = torch.where(in_expert, _dropped(x, dropout, e % len(ranks))[row], 0)
         dh_e = torch.where(in_expert, dh[:, :rank].to(dtype), 0)
         da.append(dh_e.t() @ x_e)

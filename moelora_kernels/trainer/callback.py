@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from moelora_kernels.nn.aux_loss import collect_aux_loss_of_parts
 from moelora_kernels.nn.freezing import keep_frozen
-from moelora_kernels.nn.layer import adapter_parameters, mixture_layers
+from moelora_kernels.nn.layer import adapter_parameters, mixture_layers, selected_layers
 from moelora_kernels.nn.recorded_forwards import all_forwards, last_calls, record_routing
 from moelora_kernels.nn.routing_report import RoutingCounter, RoutingReport
 from moelora_kernels.nn.token_masks import follow_masks
@@ -50,7 +50,7 @@ class MoeLoraCallback(TrainerCallback):
         """
         model = self._trainer.model
         self._prepare(model)
-        if any(layer.is_selected and layer.config.frozen_experts for layer in mixture_layers(model)):
+        if any(layer.config.frozen_experts for layer in selected_layers(model)):
             try:
                 keep_frozen(model, optimizer)
             except (TypeError, ValueError) as error:

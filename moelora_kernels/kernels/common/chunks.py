@@ -102,6 +102,7 @@ def store_sums(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
+    HAS_FROZEN: tl.constexpr,
 ):
     """Store one tile of out_e = dropout(wide)^T narrow over the pairs of a chunk of expert e.
 
@@ -109,6 +110,7 @@ def store_sums(
     [P, MAX_RANK] by sorted position; out n x [W_i, R], strides stride_w and stride_c; partials
     [P / CHUNK, W, MAX_RANK] float32, strides partial_stride, partial_w and partial_c, or None if no
     expert can have two chunks. Experts without pairs are filled with zeros with the next chunk.
+    With HAS_FROZEN the pairs of experts of rank 0 are skipped, and nothing is stored for them.
     """
     first_w = tile // COLUMN_TILES * BLOCK_W
     w = first_w + tl.arange(0, BLOCK_W)
@@ -132,6 +134,10 @@ def store_sums(
     )
     sibling = expert // E
     local_expert = expert % E
+    if HAS_FROZEN:
+        # Not `_`, which has another type in the loop below.
+        _start, frozen_rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)
+        end = tl.where(frozen_rank > 0, end, first)
     W = select_from(widths, sibling)
     if (end > first) & (first_w < W):
         start, rank = load_ranks(ranks_ptr, local_expert, RANK, RANK_DIVISOR)

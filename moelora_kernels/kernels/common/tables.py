@@ -41,12 +41,17 @@ def rank_constants(ranks: Sequence[int]) -> dict[str, int]:
 
 
 @cache
-def rank_table(ranks: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Return [E, 2] int32: first column and rank of every expert; None if all ranks are equal."""
-    if min(ranks) == max(ranks):
+def rank_table(
+    ranks: tuple[int, ...], device: torch.device, frozen: tuple[int, ...] = ()
+) -> Tensor | None:
+    """Return [E, 2] int32: first column and rank of every expert; the rank of `frozen` ones is 0.
+
+    None if all ranks are equal and none is frozen.
+    """
+    if min(ranks) == max(ranks) and not frozen:
         return None
     require_no_capture("the table of ranks", device)
-    rows = [(c.start, c.stop - c.start) for c in blocks(ranks)]
+    rows = [(c.start, 0 if e in frozen else c.stop - c.start) for e, c in enumerate(blocks(ranks))]
     table = torch.tensor(rows, dtype=torch.int32, device=_HOST)
     return _outside_pools(lambda: table.to(device))
 
