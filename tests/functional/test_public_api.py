@@ -29,9 +29,9 @@ SIGNATURES = {
     "moelora_kernels:MoeLoraConfig": (
         "(*, num_experts=8, rank=16, alpha=32.0, scaling='alpha/r', share='none', "
         "shared_expert='none', shared_rank=None, init='kaiming', svd_rho=None, "
-        "rank_activation=None, freeze='none', frozen_experts=(), adapter_dtype=None, router='linear', "
-        "router_bias=False, router_hidden=64, num_tasks=None, task_embedding_dim=64, "
-        "task_gate='shared', batch_dim=0, granularity=None, score='softmax', temperature=1.0,"
+        "rank_activation=None, freeze='none', frozen_experts=(), adapter_dtype=None, "
+        "router='linear', router_bias=False, router_hidden=64, num_tasks=None, "
+        "task_embedding_dim=64, task_gate='shared', batch_dim=0, granularity=None, score='softmax', temperature=1.0,"
         " noise=0.0, select=None, top_k=None, top_p=None, threshold=None, max_threshold=None,"
         " keep_min=None, entropy_threshold=None, entropy_index=1.0, balance_rate=None, "
         "normalize='sum', dropout=0.0, dropout_mask='shared', aux=(), grad_gate='gate', "

@@ -95,7 +95,8 @@ def test_opcheck_of_grouped(case: Case, dtype: torch.dtype) -> None:
         arguments = [
             inputs.dy, inputs.x, tensors, result.h, gate, None, routing, mixture, dropout, needs
         ]  # fmt: skip
-        opcheck("grouped_backward", arguments, test_utils=OPCHECKS)
+        for frozen in ((), (0, 1)):
+            opcheck("grouped_backward", [*arguments, frozen], test_utils=OPCHECKS)
 
 
 @pytest.mark.gpu

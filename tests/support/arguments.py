@@ -137,7 +137,7 @@ def grouped_dx(inputs: Inputs) -> list:
 def grouped_weight_grad(inputs: Inputs) -> list:
     i = inputs
     dh, u, _ = reference.grouped_shrink_backward(*grouped_shrink_backward(i))
-    return [i.x, dh, i.dy, u, routing(i), i.case.ranks, i.dropout, i.lora_a[0].dtype]
+    return [i.x, dh, i.dy, u, routing(i), i.case.ranks, i.dropout, i.lora_a[0].dtype, ()]
 
 
 ARGUMENTS: dict[str, Callable] = {
