@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from moelora_kernels.autograd.frozen import frozen_ranges
 from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.sharding import copy_into, gathered, is_dtensor
 from moelora_kernels.nn.wrappers import named_modules
+
+# Optimizer -> the layers whose frozen experts its steps restore.
+_KEPT: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[MixtureLayer]] = WeakKeyDictionary()
 
 
 def freeze_experts(
@@ -127,14 +131,20 @@ def _keep(optimizer: torch.optim.Optimizer, layers: dict[str, MixtureLayer]) -> 
                 f"optimizer: {name}: {', '.join(computed)}: parametrized, pruned or normed, so the "
                 "optimizer trains other tensors; use one without weight decay, and pass None"
             )
+    kept = _KEPT.setdefault(optimizer, WeakSet())
+    new = [layer for layer in layers.values() if layer not in kept]
+    kept.update(new)
+    if not new:
+        return
     saved: list[tuple[MixtureLayer, str, int, int, Tensor]] = []
 
     def save(*_: Any) -> None:
         saved[:] = [
             (layer, key, start, length, _rows(layer, key).narrow(0, start, length).clone())
-            for layer in layers.values()
+            for layer in new
+            if layer.config.frozen_experts
             for key in layer.tensor_names
-            if layer._parameters[key].requires_grad
+            if _trains(layer, key)
             for start, length in frozen_ranges(layer.config.ranks(), layer.config.frozen_experts)
         ]
 
@@ -150,12 +160,20 @@ def _keep(optimizer: torch.optim.Optimizer, layers: dict[str, MixtureLayer]) -> 
     optimizer.register_step_post_hook(restore)
 
 
+def _trains(layer: MixtureLayer, name: str) -> bool:
+    """Return whether an optimizer can move A or B, and its rows belong to single experts."""
+    parameter = layer._parameters.get(name)
+    is_shared = name == "lora_A" and layer.config.share == "A"
+    return not is_shared and (parameter is None or parameter.requires_grad)
+
+
 def _rows(layer: MixtureLayer, name: str) -> Tensor:
     """Return A [R, in], or B [out, R] as [R, out]: a view, or the gathered values of a DTensor."""
-    values = gathered(layer._parameters[name].detach())
-    if values.dim() != 2:
+    parameter = layer._parameters.get(name)
+    values = None if parameter is None else gathered(parameter.detach())
+    if values is None or values.dim() != 2:
         raise RuntimeError(
-            f"optimizer: {name} is sharded, so frozen experts cannot be kept; use an optimizer "
-            "without weight decay, and pass optimizer=None to freeze_experts"
+            f"optimizer: {name} is sharded or computed, so frozen experts cannot be kept; use an "
+            "optimizer without weight decay, and pass optimizer=None to freeze_experts"
         )
     return values if name.endswith("A") else values.t()

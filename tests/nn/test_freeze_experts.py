@@ -265,6 +265,8 @@ def test_the_optimizer_keeps_what_later_calls_freeze():
     layer, x = build("wide")
     optimizer = torch.optim.AdamW(trained(layer), lr=0.1, weight_decay=0.5)
     freeze_experts(layer, [], optimizer)
+    freeze_experts(layer, [], optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
     train(layer, x, optimizer)
     freeze_experts(layer, [3])
     before = layer.lora_A.detach().clone()
