@@ -22,6 +22,7 @@ MODELS = {
     "layer gates": dict(preset="moelora", rank=2, task_gate="per_layer", **TASKS),
     "mixlora": dict(preset="mixlora", num_experts=4, rank=2, aux=AUX, dropout=0.0),
     "peft": dict(preset="ming", num_experts=4, rank=2, aux=AUX, dropout=0.0),
+    "peft shared gate": dict(preset="moelora", rank=2, **TASKS),
     "peft gates": dict(preset="moelora", rank=2, task_gate="per_layer", **TASKS),
 }
 # Sequences of a step over all processes, and their tokens. 1, 2 and 4 processes share them.
@@ -84,6 +85,18 @@ def uses_tasks(kind: str) -> bool:
     return MODELS[kind]["preset"] == "moelora"
 
 
+def backward(
+    model: nn.Module,
+    kind: str,
+    step: Sequence[tuple[Tensor, Tensor]],
+    before: Callable[[int, int], None] = lambda micro, count: None,
+) -> None:
+    """Add the gradients of the mean loss of the parts of a step; see `train` for `before`."""
+    for micro, part in enumerate(step):
+        before(micro, len(step))
+        (loss_of(model, part, uses_tasks(kind)) / len(step)).backward()
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """Return SGD with momentum: unlike Adam's, its steps are proportional to the gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,12 +107,12 @@ def train(
     model: nn.Module,
     kind: str,
     steps: Sequence[Sequence[tuple[Tensor, Tensor]]],
-    before_backward: Callable[[int, int], None] = lambda micro, count: None,
+    before: Callable[[int, int], None] = lambda micro, count: None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[dict[str, Tensor]]:
     """Train one step for each list of parts; the loss of a step is the mean of its parts.
 
-    before_backward(micro, count): called before the forward of part `micro` of `count`.
+    before(micro, count): called before the forward of part `micro` of `count`.
 
     Returns:
         The gradients of the first step and the trained values after the last one, by name.
@@ -107,9 +120,7 @@ def train(
     optimizer = sgd(model) if optimizer is None else optimizer
     first: dict[str, Tensor] = {}
     for step in steps:
-        for micro, part in enumerate(step):
-            before_backward(micro, len(step))
-            (loss_of(model, part, uses_tasks(kind)) / len(step)).backward()
+        backward(model, kind, step, before)
         first = first or {name: gathered(p.grad).clone() for name, p in trained(model).items()}
         optimizer.step()
         optimizer.zero_grad()
