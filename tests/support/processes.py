@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -76,8 +77,12 @@ def _join(processes: list, run: Path, seconds: float) -> None:
 def _call(function: Callable, rank: int, count: int, run: Path, seconds: float, arguments) -> None:
     """Run in one process: join the group, call the function, keep its result or its error."""
     torch.set_num_threads(1)
+    # Where a process waits that does not end in time.
+    stacks = (run / f"{rank}.error").open("w")
+    faulthandler.dump_traceback_later(0.9 * seconds, file=stacks)
     # Libraries that start from the environment (accelerate) find the group there.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     torch.distributed.init_process_group(
         "gloo",
         init_method=(run / "group").absolute().as_uri(),
@@ -92,7 +97,8 @@ def _call(function: Callable, rank: int, count: int, run: Path, seconds: float, 
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
-        (run / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        stacks.write(f"rank {rank}:\n{traceback.format_exc()}")
+        stacks.close()
         sys.stdout.flush()
         os._exit(1)
 

@@ -9,6 +9,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from moelora_kernels import adapter_parameters, collect_aux_loss, set_tasks
+from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.trainer import TaskCollator, attach
 from support.models import add_preset, language_model
 
@@ -108,7 +109,7 @@ def loop(model, steps: list[list[dict]], lr: float = 0.02) -> tuple[list[float],
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in micro_batches)
         total = part = 0.0
         for batch in micro_batches:
-            if model.model.layers[0].self_attn.q_proj.config.router == "task":
+            if any(layer.config.router == "task" for layer in mixture_layers(model)):
                 set_tasks(model, tasks_of(batch))
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             loss = F.cross_entropy(

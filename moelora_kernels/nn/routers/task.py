@@ -116,7 +116,7 @@ class TaskRouter(nn.Module):
             )
         # FSDP1 leaves a part of the flat weight. ZeRO-3 does so too, and gathers it for the call.
         is_call_ready = not isinstance(self.gate, nn.Linear) or hasattr(weight, "ds_id")
-        if weight.dim() != 2 and not is_call_ready:
+        if getattr(weight, "ndim", 2) != 2 and not is_call_ready:
             raise RuntimeError(
                 "task gate: the blocks share it, and FullyShardedDataParallel has sharded it with "
                 f"one of them. {remedy}"
