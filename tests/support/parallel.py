@@ -33,9 +33,12 @@ SEQUENCES, LENGTH = 4, 6
 ROUNDING = 2e-6
 
 
-def make_model(kind: str) -> nn.Module:
-    """Return a frozen Qwen2 of two layers in training, with adapters that are not zero."""
-    options = dict(MODELS[kind])
+def make_model(kind: str, **more) -> nn.Module:
+    """Return a frozen Qwen2 of two layers in training, with adapters that are not zero.
+
+    more: further options of the preset.
+    """
+    options = {**MODELS[kind], **more}
     preset = options.pop("preset")
     base = language_model().train().requires_grad_(False)
     if not kind.startswith("peft"):

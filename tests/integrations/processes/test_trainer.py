@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 for name in ("transformers", "datasets", "accelerate", "peft"):
     pytest.importorskip(name)
 
-import datasets  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from moelora_kernels import adapter_state_dict, load_adapter, save_adapter  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
-from moelora_kernels.trainer import attach  # noqa: E402
 from support.compare import assert_same  # noqa: E402
 from support.models import language_model  # noqa: E402
 from support.processes import run_processes  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
-    Padding,
     PROJECTIONS,
-    arguments,
     batches_of,
     loop,
     make_model,
-    make_samples,
-    make_tokenizer,
     make_trainer,
 )
 
