@@ -5,7 +5,8 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import socket
+import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -103,8 +104,29 @@ def _call(function: Callable, rank: int, count: int, run: Path, seconds: float, 
         os._exit(1)
 
 
-def free_port() -> int:
-    """Return a port that is free now, for programs that take no file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def run_program(command: list[str], seconds: float = 120.0) -> str:
+    """Run a program that starts processes, and return what it printed. It must exit with 0.
+
+    If it takes too long, it and its processes are ended.
+    """
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    program = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = program.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)
+        output, _ = program.communicate()
+        raise ProcessError(f"did not end in {seconds} s:\n{output}") from None
+    if program.returncode:
+        raise ProcessError(output)
+    return output

@@ -29,6 +29,21 @@ def make_model(preset: str, tie: bool = False, **options):
     return add_preset(model, preset, PROJECTIONS, num_experts=EXPERTS, **options)
 
 
+def make_peft_model(dropout: float = 0.0, **options):
+    """Return the same model under PEFT, with token gates. B is zero."""
+    from peft import get_peft_model
+
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    base = language_model().requires_grad_(False).train()
+    config = MoeLoraPeftConfig(
+        preset="ming", target_modules=PROJECTIONS, num_experts=EXPERTS, rank=2, dropout=dropout,
+        aux={"load_balance": 0.5, "z": 0.1}, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return get_peft_model(base, config)
+
+
 def make_samples(count: int = 10) -> list[dict]:
     """Return samples of different lengths and tasks. The first two tokens have no label."""
     draw = torch.Generator().manual_seed(5)
@@ -58,6 +73,18 @@ class Padding:
         batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
         batch["labels"] = rows("labels", IGNORED)
         self.batches.append(batch)
+        return batch
+
+
+class KeepingCollator:
+    """Keeps every batch of another collator."""
+
+    def __init__(self, collator):
+        self.collator, self.batches = collator, []
+
+    def __call__(self, samples):
+        batch = self.collator(samples)
+        self.batches.append({k: v for k, v in batch.items() if k != "task_ids"})
         return batch
 
 

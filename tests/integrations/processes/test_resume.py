@@ -1,4 +1,4 @@
-"""A training that is killed between two steps resumes, and ends with the bits of one that is not."""
+"""A training that is killed between two steps resumes, and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -86,6 +86,39 @@ def test_a_loop(kind, engine, tmp_path):
     expected = run_processes(*arguments, tmp_path / "whole", None)
     with pytest.raises(ProcessError, match=f"1: -{signal.SIGKILL.value}"):
         run_processes(*arguments, tmp_path / "killed", KILLED_AFTER)
+    found = run_processes(*arguments, tmp_path / "killed", None)
+    for rank in range(2):
+        assert_same(found[rank], expected[rank])
+
+
+def run_trainer(rank, engine, folder, killed_after):
+    from transformers import TrainerCallback
+
+    from support.engines import engine_arguments, engines_of
+    from support.trainers import make_peft_model, make_trainer
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == killed_after and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    options = dict(save_strategy="steps", save_steps=1, **engine_arguments(engine))
+    model = make_peft_model(DROPOUT)
+    trainer = make_trainer(model, folder, callbacks=[Kill()], **options)
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    assert engines_of(trainer.model_wrapped) == {engine}
+    return {name: gathered(p.detach()).clone() for name, p in trained(model).items()}
+
+
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
+def test_trainer(engine, tmp_path):
+    for name in ("datasets", "accelerate", "peft"):
+        pytest.importorskip(name)
+    arguments = (run_trainer, 2, tmp_path / "processes", engine)
+    expected = run_processes(*arguments, tmp_path / "whole", None)
+    with pytest.raises(ProcessError, match=f"1: -{signal.SIGKILL.value}"):
+        run_processes(*arguments, tmp_path / "killed", KILLED_AFTER)
+    assert (tmp_path / "killed" / f"checkpoint-{KILLED_AFTER}").is_dir()
     found = run_processes(*arguments, tmp_path / "killed", None)
     for rank in range(2):
         assert_same(found[rank], expected[rank])
