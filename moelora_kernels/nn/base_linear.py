@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.sharding import is_dtensor
 from moelora_kernels.numerics import is_autocast
 from moelora_kernels.types import ExternalGates
 
@@ -118,17 +119,35 @@ def dense_weight(base: nn.Module | None) -> Tensor | None:
 
 
 def check_input(
-    x: Tensor, features: int, gates: ExternalGates | None, router: str | nn.Module | None
+    x: Tensor,
+    features: int,
+    gates: ExternalGates | None,
+    router: str | nn.Module | None,
+    layer: nn.Module | None = None,
 ) -> None:
-    """Raise unless x is a float tensor [..., features] and gates are None or allowed."""
+    """Raise unless x is a float tensor [..., features] and gates are None or allowed.
+
+    layer: the layer that reads x, if it has one base.
+    """
     if problem := tensor_problem(x):
         raise TypeError(f"x: expected a tensor [..., {features}], got {problem}")
     if x.dim() < 1 or x.shape[-1] != features:
-        raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}")
+        remedy = "needs all of x: RowwiseParallel(input_layouts=Replicate())"
+        remedy = if_parallel(getattr(layer, "base_layer", None), remedy)
+        raise ValueError(f"x: expected [..., {features}], got {[*x.shape]}{remedy}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a float dtype, got {x.dtype}")
     if gates is not None and router != "external":
         raise ValueError(f"gates: only router='external' takes gates, got {router!r}")
+
+
+def if_parallel(base: nn.Module | None, remedy: str) -> str:
+    """Return "; a tensor parallel base " and a remedy if the base is one, else nothing.
+
+    Every process holds all values of the adapters, so it needs all of x and y.
+    """
+    is_parallel = is_dtensor(getattr(base, "weight", None))
+    return f"; under adapters a tensor parallel base {remedy}" if is_parallel else ""
 
 
 def tensor_problem(x: object) -> str | None:
@@ -193,7 +212,9 @@ def call_base(base: nn.Module, x: Tensor, out_features: int) -> Tensor:
         raise TypeError(f"base: expected {type(base)} to return a float tensor, got {kind}")
     expected = [*x.shape[:-1], out_features]
     if [*y.shape] != expected:
-        raise ValueError(f"base: expected {type(base)} to return {expected}, got {[*y.shape]}")
+        problem = f"expected {type(base)} to return {expected}, got {[*y.shape]}"
+        remedy = "must return all of y: ColwiseParallel(output_layouts=Replicate())"
+        raise ValueError(f"base: {problem}{if_parallel(base, remedy)}")
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         _warn_without_gradient(base)
     return flat_rows(y)

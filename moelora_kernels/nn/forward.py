@@ -96,7 +96,7 @@ def run_siblings(
         decoded = _decode_plain(layers, x)
         if decoded is not None:
             return decoded
-    check_input(x, first.in_features, gates, config.router)
+    check_input(x, first.in_features, gates, config.router, first)
     if first.merged:
         return [forward_merged(first, x, gates)], None
     dtype = active_dtype(x)

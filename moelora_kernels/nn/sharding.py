@@ -136,3 +136,8 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+
+
+def caller(depth: int) -> str:
+    """Return the name of the module whose code runs `depth` calls above, such as the caller's."""
+    return sys._getframe(depth).f_globals.get("__name__", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -16,6 +16,7 @@ from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
 from moelora_kernels.nn.routers import TaskRouter
+from moelora_kernels.nn.sharding import caller
 from moelora_kernels.nn.weight_readers import note_read
 
 
@@ -99,6 +100,18 @@ class MoeLoraExperts(LoraLayer):
         return rows[0] if external else rows[0].tolist()
 
 
+class RouterParts(nn.ModuleDict):
+    """The parts of a router by adapter. The wrap policies of FSDP1 do not see them.
+
+    PEFT's policy makes a unit of every linear that trains. Its values would be gathered when the
+    unit is called, but a layer reads them. So they belong to the unit of their block.
+    """
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the names and the parts; none if FSDP1 looks for modules to wrap."""
+        return iter(()) if caller(2) == "torch.distributed.fsdp.wrap" else super().named_children()
+
+
 class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
     """A linear with adapters: y = base(x) + the sum of the active adapters' outputs."""
 
@@ -154,7 +167,7 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
                 )
             key = "_".join(["moelora_router", *path.split(".")]).rstrip("_")
             if key not in self._modules:
-                self.add_module(key, nn.ModuleDict())
+                self.add_module(key, RouterParts())
                 self.adapter_layer_names = (*self.adapter_layer_names, key)
             self._modules[key][adapter_name] = part
 

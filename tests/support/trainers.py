@@ -9,6 +9,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from moelora_kernels import adapter_parameters, collect_aux_loss, set_tasks
+from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.trainer import TaskCollator, attach
 from support.models import add_preset, language_model
 
@@ -26,6 +27,21 @@ def make_model(preset: str, tie: bool = False, **options):
         # Large enough to change every step of the router.
         options = {"aux": {"load_balance": 0.5, "z": 0.1}, "dropout": 0.0, **options}
     return add_preset(model, preset, PROJECTIONS, num_experts=EXPERTS, **options)
+
+
+def make_peft_model(dropout: float = 0.0, **options):
+    """Return the same model under PEFT, with token gates. B is zero."""
+    from peft import get_peft_model
+
+    from moelora_kernels.peft import MoeLoraPeftConfig
+
+    base = language_model().requires_grad_(False).train()
+    config = MoeLoraPeftConfig(
+        preset="ming", target_modules=PROJECTIONS, num_experts=EXPERTS, rank=2, dropout=dropout,
+        aux={"load_balance": 0.5, "z": 0.1}, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return get_peft_model(base, config)
 
 
 def make_samples(count: int = 10) -> list[dict]:
@@ -57,6 +73,18 @@ class Padding:
         batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
         batch["labels"] = rows("labels", IGNORED)
         self.batches.append(batch)
+        return batch
+
+
+class KeepingCollator:
+    """Keeps every batch of another collator."""
+
+    def __init__(self, collator):
+        self.collator, self.batches = collator, []
+
+    def __call__(self, samples):
+        batch = self.collator(samples)
+        self.batches.append({k: v for k, v in batch.items() if k != "task_ids"})
         return batch
 
 
@@ -108,7 +136,7 @@ def loop(model, steps: list[list[dict]], lr: float = 0.02) -> tuple[list[float],
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in micro_batches)
         total = part = 0.0
         for batch in micro_batches:
-            if model.model.layers[0].self_attn.q_proj.config.router == "task":
+            if any(layer.config.router == "task" for layer in mixture_layers(model)):
                 set_tasks(model, tasks_of(batch))
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             loss = F.cross_entropy(

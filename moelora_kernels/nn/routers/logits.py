@@ -14,9 +14,10 @@ def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if not isinstance(linear.weight, Tensor):
         # torch.ao.quantization.quantize_dynamic replaced the nn.Linear. It computes in float32.
         return linear(x.float())
-    if not linear._forward_pre_hooks:
+    if isinstance(linear, nn.Linear) and not linear._forward_pre_hooks:
         return float32_product(x, linear.weight, linear.bias)
-    # The hooks compute or gather the weight before each call (pruning, norms, FSDP2).
+    # Hooks, or a wrapper around the linear, compute or gather the weight before each call
+    # (pruning, norms, FSDP2; FSDP1).
     x_cast = x.to(linear.weight.dtype)
     if is_autocast(x.device):
         with torch.autocast(x.device.type, enabled=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.routers.logits import float32_linear, router_logits
 from moelora_kernels.nn.routers.token import MlpRouter
+from moelora_kernels.nn.sharding import caller
 
 
 def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -91,19 +91,35 @@ class TaskRouter(nn.Module):
     def children(self) -> Iterator[nn.Module]:
         """Return the modules of the gate. Raises if fully_shard would shard them a second time."""
         # fully_shard fails on them without naming a module, and asks every module for its children.
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+        # So do the functions of torch.distributed.checkpoint, which work.
+        if caller(2).startswith("torch.distributed.fsdp._fully_shard"):
             self._check_whole()
         return super().children()
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the modules of the gate by name. The wrap policies of FSDP1 do not see them."""
+        # A unit for each would gather a few values, and layers that share the gate cannot have it.
+        return iter(()) if caller(2) == "torch.distributed.fsdp.wrap" else super().named_children()
+
     def _check_whole(self) -> None:
-        """Raise RuntimeError if the weights are shards that FSDP2 holds for another module."""
-        placements = getattr(self.gate.weight, "placements", ())
-        if any(placement.is_shard() for placement in placements):
+        """Raise RuntimeError if the weights are shards that FSDP holds for another module."""
+        weight = self.gate.weight
+        remedy = (
+            "Shard the whole model as one unit; or give each layer a gate, with "
+            "task_gate='per_layer'"
+        )
+        if any(placement.is_shard() for placement in getattr(weight, "placements", ())):
             raise RuntimeError(
                 "task gate: the blocks share it, and fully_shard has sharded it with one of them. "
-                "Shard the whole model as one unit; or give each layer a gate, with "
-                "task_gate='per_layer'; or, without PEFT, shard the gate first, "
-                "fully_shard(layer.router), and then the blocks"
+                f"{remedy}; or, without PEFT, shard the gate first, fully_shard(layer.router), and "
+                "then the blocks"
+            )
+        # FSDP1 leaves a part of the flat weight. ZeRO-3 does so too, and gathers it for the call.
+        is_call_ready = not isinstance(self.gate, nn.Linear) or hasattr(weight, "ds_id")
+        if getattr(weight, "ndim", 2) != 2 and not is_call_ready:
+            raise RuntimeError(
+                "task gate: the blocks share it, and FullyShardedDataParallel has sharded it with "
+                f"one of them. {remedy}"
             )
 
 

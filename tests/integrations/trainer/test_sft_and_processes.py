@@ -19,6 +19,7 @@ from moelora_kernels.trainer import attach  # noqa: E402
 from support.selection import default_cases, exhaustive  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
+    KeepingCollator,
     arguments,
     assert_same_adapters,
     batches_of,
@@ -29,18 +30,6 @@ from support.trainers import (  # noqa: E402
     make_tokenizer,
     make_trainer,
 )
-
-
-class KeepingCollator:
-    """Keeps every batch of another collator."""
-
-    def __init__(self, collator):
-        self.collator, self.batches = collator, []
-
-    def __call__(self, samples):
-        batch = self.collator(samples)
-        self.batches.append({k: v for k, v in batch.items() if k != "task_ids"})
-        return batch
 
 
 @pytest.mark.parametrize("accumulation", default_cases((1, 2), 2))
