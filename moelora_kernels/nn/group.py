@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.autograd.linear import Unused, share_unused
-from moelora_kernels.nn.base_linear import given_input
+from moelora_kernels.nn.base_linear import given_input, member
 from moelora_kernels.nn.forward import (
     forward_siblings,
     gate_rows_differ,
     keep_routing,
     run_siblings,
 )
+from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.sibling_calls import SIBLINGS, sibling_names
 from moelora_kernels.nn.snapshot import Snapshot, snapshot
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.numerics import active_dtype
@@ -113,7 +115,7 @@ class SiblingLink:
     until backward has run or until the next call.
     """
 
-    def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.layers = tuple(layers)
         self.forget()
         for layer in self.layers:
@@ -125,7 +127,7 @@ class SiblingLink:
         # is never read again.
         self.stored = StoredOutputs()
 
-    def forward(self, layer: MoeLoraLinear, x: Tensor, gates: ExternalGates | None) -> Tensor:
+    def forward(self, layer: LoraLayer, x: Tensor, gates: ExternalGates | None) -> Tensor:
         """Return y of `layer`, which is one of the linked layers or a replica of one."""
         layers, stored = self.layers, self.stored
         if layer not in layers:
@@ -192,9 +194,7 @@ class StoredOutputs(threading.local):
     last: Pass | None = None
 
 
-def run_pass(
-    layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: ExternalGates | None
-) -> Pass:
+def run_pass(layers: Sequence[LoraLayer], i: int, x: Tensor, gates: ExternalGates | None) -> Pass:
     """Run linked layers together on x, for a call of layer i."""
     unused = Unused(range(len(layers)))
     trains = torch.is_grad_enabled()
@@ -216,7 +216,7 @@ def _gate_tensors(gates: ExternalGates | None) -> tuple[Tensor, ...]:
     return gates if isinstance(gates, tuple) else (gates,)
 
 
-def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: ExternalGates | None) -> bool:
+def _run_alone(layers: Sequence[LoraLayer], x: Tensor, gates: ExternalGates | None) -> bool:
     """Return whether linked layers have to run one by one on x."""
     # An inference tensor has no version counter, so a change of x between two calls would go
     # unnoticed. Sparse tensors, other types of tensors, and those of functorch have no address.
@@ -234,26 +234,24 @@ def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: ExternalGates 
         # A forward that trains counts the load of its experts, so only a layer that the model
         # calls may run.
         or (first.config.balance_rate is not None and first.training)
-        # Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
-        or any([layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in layers])
+        or not all([layer.can_run_for_sibling() for layer in layers])
         or first.merged
         or not agree(layers)
         or gate_rows_differ(layers)
     )
 
 
-def agree(layers: Sequence[MoeLoraLinear]) -> bool:
+def agree(layers: Sequence[LoraLayer]) -> bool:
     """Return whether siblings can run together: none of them was changed alone."""
     first, *others = [_common(layer) for layer in layers]
     return all([other == first for other in others])
 
 
-def _common(layer: MoeLoraLinear) -> tuple:
+def _common(layer: LoraLayer) -> tuple:
     """Return the state that siblings have in common if they can run together."""
-    parameters, modules = layer._parameters, layer._modules
-    a, b = parameters.get("lora_A"), parameters.get("lora_B")
-    weight = modules["base_layer"]._parameters.get("weight")
-    router = modules.get("router")
+    a, b = layer._parameters.get("lora_A"), layer._parameters.get("lora_B")
+    weight = member(layer, "base_layer")._parameters.get("weight")
+    router = member(layer, "router")
     return (
         layer.config,
         layer.training,
@@ -280,7 +278,7 @@ def _state(x: Tensor, gates: ExternalGates | None) -> tuple:
 
 def link_siblings(
     model: nn.Module,
-    groups: Iterable[Sequence[str]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    groups: Iterable[Sequence[str]] = SIBLINGS,
 ) -> list[str]:
     """Run siblings of a model together, without changing the model's code or state dict.
 
@@ -314,7 +312,36 @@ def link_siblings(
             if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):
                 check_siblings(children)
                 SiblingLink([*children.values()])
-                linked.append(f"{name}.{{{','.join(group)}}}".lstrip("."))
+                linked.append(_group_name([f"{name}.{child}" for child in group]))
     if not linked:
         raise ValueError(f"groups: no module has children {[[*group] for group in groups]}")
     return linked
+
+
+def link_named(modules: Mapping[str, nn.Module], layers: Mapping[str, LoraLayer]) -> list[str]:
+    """Link the layers with equal options that read the same x; see `nn/sibling_calls.py`.
+
+    Args:
+        modules: the parents of the layers by name, at least; the model's name is "".
+        layers: layers with the same config, by the names of their linears.
+
+    Returns:
+        One name per linked group, as `link_siblings` does.
+    """
+    linked = []
+    for names in sibling_names(modules, layers):
+        siblings = [layers[name] for name in names]
+        first, *others = siblings
+        is_one_layer = len(set(siblings)) < len(siblings)
+        if is_one_layer or any(s.in_features != first.in_features for s in others):
+            continue
+        SiblingLink(siblings)
+        linked.append(_group_name(names))
+    return linked
+
+
+def _group_name(names: Sequence[str]) -> str:
+    """Return "layers.0.{q,k}" for the names "layers.0.q" and "layers.0.k"."""
+    parent = names[0].rpartition(".")[0]
+    children = ",".join([name.rpartition(".")[2] for name in names])
+    return f"{parent}.{{{children}}}".lstrip(".")
