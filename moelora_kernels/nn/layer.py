@@ -264,7 +264,7 @@ class LoraLayer(MixtureLayer):
             logits and the gate; None if the op cannot compute a gate with these options. It is also
             set for a router that is not linear, or None: `fused_router` checks the router.
         link: the SiblingLink that runs the layer together with its siblings, or None; see
-            `nn/group.py`.
+            `nn/sibling_link.py`.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """

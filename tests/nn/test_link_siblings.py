@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
-from moelora_kernels.nn import forward, group
+from moelora_kernels.nn import forward, sibling_link
 from moelora_kernels.nn.sibling_calls import called_alike
 from support import linears
 from support.compare import FLOAT64, assert_same, backward_step, training_step
@@ -50,7 +50,7 @@ def count_passes(monkeypatch):
         passes.append(len(layers))
         return forward.run_siblings(layers, *args)
 
-    monkeypatch.setattr(group, "run_siblings", counting_forward)
+    monkeypatch.setattr(sibling_link, "run_siblings", counting_forward)
     return passes
 
 
@@ -72,7 +72,7 @@ def test_a_pass_compares_the_gate_rows_once(models, monkeypatch):
         counts.append(len(layers))
         return False
 
-    for module in (forward, group):
+    for module in (forward, sibling_link):
         monkeypatch.setattr(module, "gate_rows_differ", counting)
     models[1][0](torch.randn(3, 12, dtype=torch.float64))
     assert counts == [3]

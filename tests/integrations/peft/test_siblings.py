@@ -13,7 +13,7 @@ import torch
 peft = pytest.importorskip("peft")
 
 from moelora_kernels import collect_aux_loss  # noqa: E402
-from moelora_kernels.nn import group  # noqa: E402
+from moelora_kernels.nn import sibling_link  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
 from support.compare import FLOAT64, assert_same, training_step  # noqa: E402
 from support.ffns import GatedMlp  # noqa: E402
@@ -67,13 +67,13 @@ def step(model, ids=IDS):
 def passes(monkeypatch):
     """Return a list that gets the number of siblings of each coming pass of linked layers."""
     result = []
-    run = group.run_siblings
+    run = sibling_link.run_siblings
 
     def counting(layers, *args):
         result.append(len(layers))
         return run(layers, *args)
 
-    monkeypatch.setattr(group, "run_siblings", counting)
+    monkeypatch.setattr(sibling_link, "run_siblings", counting)
     return result
 
 
