@@ -12,7 +12,7 @@ from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
-from moelora_kernels.nn.sibling_calls import SIBLINGS, sibling_names
+from moelora_kernels.nn.sibling_calls import SIBLINGS, are_called_in_a_row, sibling_names
 from moelora_kernels.nn.sibling_link import SiblingLink, agree
 from moelora_kernels.nn.wrappers import named_modules
 from moelora_kernels.types import ExternalGates
@@ -98,7 +98,8 @@ def link_siblings(
 
     In every module of `model` whose children have all names of a group and are MoeLoraLinear layers
     with the same options, these children run together, like a MoeLoraGroup. In training they then
-    share the dropout mask of x. Under torch.compile and torch.inference_mode they run one by one.
+    share the dropout mask of x. Under torch.inference_mode they run one by one, and under
+    torch.compile if the source of the module does not call them one after another.
 
     Args:
         model: a model whose linears have been replaced.
@@ -125,7 +126,7 @@ def link_siblings(
             children = {child: getattr(module, child, None) for child in group}
             if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):
                 check_siblings(children)
-                SiblingLink([*children.values()])
+                SiblingLink([*children.values()], are_called_in_a_row(module, group))
                 linked.append(_group_name([f"{name}.{child}" for child in group]))
     if not linked:
         raise ValueError(f"groups: no module has children {[[*group] for group in groups]}")
@@ -149,13 +150,18 @@ def link_named(modules: Mapping[str, nn.Module], layers: Mapping[str, LoraLayer]
         is_one_layer = len(set(siblings)) < len(siblings)
         if is_one_layer or any(s.in_features != first.in_features for s in others):
             continue
-        SiblingLink(siblings)
+        parent, children = _split(names)
+        SiblingLink(siblings, are_called_in_a_row(modules[parent], children))
         linked.append(_group_name(names))
     return linked
 
 
 def _group_name(names: Sequence[str]) -> str:
     """Return "layers.0.{q,k}" for the names "layers.0.q" and "layers.0.k"."""
-    parent = names[0].rpartition(".")[0]
-    children = ",".join([name.rpartition(".")[2] for name in names])
-    return f"{parent}.{{{children}}}".lstrip(".")
+    parent, children = _split(names)
+    return f"{parent}.{{{','.join(children)}}}".lstrip(".")
+
+
+def _split(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the common parent of names, and their last parts."""
+    return names[0].rpartition(".")[0], [name.rpartition(".")[2] for name in names]

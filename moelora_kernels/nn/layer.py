@@ -348,6 +348,10 @@ class LoraLayer(MixtureLayer):
         """
         return not self._forward_pre_hooks and "forward" not in self.__dict__
 
+    def has_hooks_after_call(self) -> bool:
+        """Return whether hooks read or change what a call of the layer returns."""
+        return bool(self._forward_hooks)
+
     def merged_problem(self) -> str | None:
         """Return why the experts cannot change because they are merged; None if they can."""
         return None

@@ -321,8 +321,7 @@ class MoeLoraLinear(LoraLayer):
         """
         if x is None or input is not None:
             x = given_input(x, input)
-        # A SiblingLink needs the version counter of x, which a compiled graph does not have.
-        if self.link is not None and not torch.compiler.is_compiling():
+        if self.link is not None:
             return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]
 

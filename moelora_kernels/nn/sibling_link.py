@@ -36,10 +36,18 @@ class SiblingLink:
 
     Stored outputs are dropped when x is freed. They do not keep x alive, but their graph does,
     until backward has run or until the next call.
+
+    A graph of torch.compile has no version counter of x. There the layers run together only if the
+    source of their parent calls them one after another.
+
+    Args:
+        layers: the siblings.
+        in_a_row: whether `are_called_in_a_row` holds.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+    def __init__(self, layers: Sequence[LoraLayer], in_a_row: bool) -> None:
         self.layers = tuple(layers)
+        self.in_a_row = in_a_row
         self.forget()
         for layer in self.layers:
             layer.link = self
@@ -52,6 +60,8 @@ class SiblingLink:
 
     def forward(self, layer: LoraLayer, x: Tensor, gates: ExternalGates | None) -> Tensor:
         """Return y of `layer`, which is one of the linked layers or a replica of one."""
+        if torch.compiler.is_compiling():
+            return self.traced_forward(layer, x, gates)
         layers, stored = self.layers, self.stored
         if layer not in layers:
             return forward_siblings((layer,), x, gates)[0]
@@ -69,13 +79,59 @@ class SiblingLink:
             keep_routing(layer, output.gate, x.shape[:-1], i, len(layers))
         return output.y
 
+    def traced_forward(self, layer: LoraLayer, x: Tensor, gates: ExternalGates | None) -> Tensor:
+        """Return y of `layer` in a graph that is being compiled."""
+        layers = self.layers
+        here = [i for i, other in enumerate(layers) if other is layer]
+        if not here or gates is not None or not self._can_trace(x):
+            return forward_siblings((layer,), x, gates)[0]
+        (i,) = here
+        # An attribute of x: inside an activation checkpoint Dynamo refuses a change of an object
+        # from outside, and x is made inside of it.
+        reference = getattr(x, _TRACED, None)
+        traced = None if reference is None else reference()
+        if traced is None or traced.link is not self or i not in traced.ys:
+            ys, gate = run_siblings(layers, x)
+            traced = TracedPass(self, dict(enumerate(ys)), gate)
+            setattr(x, _TRACED, weakref.ref(traced))
+        y = traced.ys.pop(i)
+        if not traced.ys:
+            setattr(x, _TRACED, None)
+        if layer.record.is_on:
+            keep_routing(layer, traced.gate, x.shape[:-1], i, len(layers))
+        return y
+
+    def _can_trace(self, x: Tensor) -> bool:
+        """Return whether the layers can run together on x in a graph that is being compiled."""
+        return (
+            self.in_a_row
+            # Not torch.export without Dynamo: there nothing keeps a TracedPass alive.
+            and torch.compiler.is_dynamo_compiling()
+            and type(x) is Tensor
+            and x.layout is torch.strided
+            and not torch._C._are_functorch_transforms_active()
+            and not any([layer.has_hooks_after_call() for layer in self.layers])
+            and not _must_run_alone(self.layers)
+        )
+
     def __getstate__(self) -> dict:
         # Outputs belong to one x object, so copies and pickles start without them.
-        return {"layers": self.layers}
+        return {"layers": self.layers, "in_a_row": self.in_a_row}
 
     def __setstate__(self, state: dict) -> None:
-        self.layers = state["layers"]
+        self.layers, self.in_a_row = state["layers"], state["in_a_row"]
         self.forget()
+
+
+# The attribute of x with a weak reference to a TracedPass, which exists only while Dynamo traces.
+_TRACED = "_moelora_traced_pass"
+
+
+class TracedPass:
+    """The outputs of one pass in a graph that is being compiled, which no call has returned yet."""
+
+    def __init__(self, link: SiblingLink, ys: dict[int, Tensor], gate: Gate | None) -> None:
+        self.link, self.ys, self.gate = link, ys, gate
 
 
 class Output(NamedTuple):
@@ -150,13 +206,20 @@ def _run_alone(layers: Sequence[LoraLayer], x: Tensor, gates: ExternalGates | No
     for gate in _gate_tensors(gates):
         if not isinstance(gate, Tensor) or gate.is_inference():
             return True
-    first = layers[0]
     return (
         torch.is_inference_mode_enabled()
         or torch._C._are_functorch_transforms_active()
+        or _must_run_alone(layers)
+    )
+
+
+def _must_run_alone(layers: Sequence[LoraLayer]) -> bool:
+    """Return whether linked layers have to run one by one, whatever x is."""
+    first = layers[0]
+    return (
         # A forward that trains counts the load of its experts, so only a layer that the model
         # calls may run.
-        or (first.config.balance_rate is not None and first.training)
+        (first.config.balance_rate is not None and first.training)
         or not all([layer.can_run_for_sibling() for layer in layers])
         or first.merged
         or not agree(layers)

@@ -49,8 +49,7 @@ class MoeLoraExperts(LoraLayer):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates as in MoeLoraLinear."""
-        # A SiblingLink needs the version counter of x, which a compiled graph does not have.
-        if self.link is not None and not torch.compiler.is_compiling() and self._runs_alone():
+        if self.link is not None and self._runs_alone():
             return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]
 
@@ -63,6 +62,10 @@ class MoeLoraExperts(LoraLayer):
         layer = self.tuner_layer
         has_hooks = layer._forward_pre_hooks or "forward" in layer.__dict__
         return not has_hooks and super().can_run_for_sibling() and self._runs_alone()
+
+    def has_hooks_after_call(self) -> bool:
+        """Return whether hooks read or change what a call of the adapter or its linear returns."""
+        return bool(self.tuner_layer._forward_hooks) or super().has_hooks_after_call()
 
     def parts(self) -> list[nn.Module | None]:
         """Return the modules that a forward reads if no other adapter runs."""
