@@ -17,4 +17,5 @@ class Graphs:
         """Return how many products with x the graphs have: one for each layer, or for each pass."""
         modules = [m for graph in self.modules for m in graph.modules() if hasattr(m, "graph")]
         names = [str(node.target) for module in modules for node in module.graph.nodes]
-        return sum(name in ("moelora.wide.default", "moelora.grouped.default") for name in names)
+        ops = [f"moelora.{name}.default" for name in ("wide", "grouped", "decode")]
+        return sum(name in ops for name in names)
