@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from moelora_kernels.autograd.linear import Unused, share_unused
 from moelora_kernels.nn.base_linear import given_input
-from moelora_kernels.nn.forward import (
-    forward_siblings,
-    gate_rows_differ,
-    keep_routing,
-    run_siblings,
-)
+from moelora_kernels.nn.forward import forward_siblings
+from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.layer_tensors import has_computing_hooks
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
-from moelora_kernels.nn.snapshot import Snapshot, snapshot
+from moelora_kernels.nn.sibling_calls import SIBLINGS, are_called_in_a_row, sibling_names
+from moelora_kernels.nn.sibling_link import SiblingLink, agree
 from moelora_kernels.nn.wrappers import named_modules
-from moelora_kernels.numerics import active_dtype
-from moelora_kernels.types import ExternalGates, Gate
+from moelora_kernels.types import ExternalGates
 
 
 class MoeLoraGroup(nn.Module):
@@ -100,193 +90,16 @@ def check_siblings(siblings: Mapping[str, nn.Module]) -> None:
             )
 
 
-class SiblingLink:
-    """Run the layers that a model calls one by one on the same x together, in the first call.
-
-    The first layer that is called with an x computes the outputs of all layers. The others, called
-    with the same tensor, return the stored outputs. A stored output is dropped if x, the layer or
-    the mode of autograd changed; the call then computes all outputs again. The call order can cost
-    time but never changes results. Each thread has its stored outputs, so threads can run one
-    model at the same time.
-
-    Stored outputs are dropped when x is freed. They do not keep x alive, but their graph does,
-    until backward has run or until the next call.
-    """
-
-    def __init__(self, layers: Sequence[MoeLoraLinear]) -> None:
-        self.layers = tuple(layers)
-        self.forget()
-        for layer in self.layers:
-            layer.link = self
-
-    def forget(self) -> None:
-        """Drop the stored outputs of all threads."""
-        # A thread that is computing outputs right now stores them in the previous object, which
-        # is never read again.
-        self.stored = StoredOutputs()
-
-    def forward(self, layer: MoeLoraLinear, x: Tensor, gates: ExternalGates | None) -> Tensor:
-        """Return y of `layer`, which is one of the linked layers or a replica of one."""
-        layers, stored = self.layers, self.stored
-        if layer not in layers:
-            return forward_siblings((layer,), x, gates)[0]
-        i, last = layers.index(layer), stored.last
-        output = None if last is None else last.pop(i, x, gates)
-        if output is None or not output.snapshot.equals(snapshot(layer)):
-            if _run_alone(layers, x, gates):
-                return forward_siblings((layer,), x, gates)[0]
-            stored.last = last = run_pass(layers, i, x, gates)
-            output = last.outputs.pop(i)
-        if not last.outputs:
-            stored.last = None
-        last.unused.discard(i)
-        if layer.record.is_on:
-            keep_routing(layer, output.gate, x.shape[:-1], i, len(layers))
-        return output.y
-
-    def __getstate__(self) -> dict:
-        # Outputs belong to one x object, so copies and pickles start without them.
-        return {"layers": self.layers}
-
-    def __setstate__(self, state: dict) -> None:
-        self.layers = state["layers"]
-        self.forget()
-
-
-class Output(NamedTuple):
-    """The output of one linked layer."""
-
-    y: Tensor
-    # The gate of all linked layers side by side.
-    gate: Gate | None
-    # None for the layer whose call ran the pass.
-    snapshot: Snapshot | None
-
-
-@dataclasses.dataclass(slots=True)
-class Pass:
-    """The outputs of one pass of linked layers that no call has returned yet."""
-
-    # These references do not keep x, the gates and their graphs alive.
-    x: weakref.ref[Tensor]
-    gates: tuple[weakref.ref[Tensor], ...]
-    state: tuple
-    # The position of a layer -> its output. Empty after x is freed.
-    outputs: dict[int, Output]
-    # The positions of the layers that were not called.
-    unused: Unused
-
-    def pop(self, i: int, x: Tensor, gates: ExternalGates | None) -> Output | None:
-        """Remove and return output i; None if there is none for this x and these gates."""
-        given = _gate_tensors(gates)
-        if self.x() is not x or len(given) != len(self.gates) or self.unused.is_closed:
-            return None
-        if any([gate() is not tensor for gate, tensor in zip(self.gates, given, strict=True)]):
-            return None
-        return self.outputs.pop(i, None) if self.state == _state(x, gates) else None
-
-
-class StoredOutputs(threading.local):
-    """The last pass of every thread, until all of its outputs are returned."""
-
-    last: Pass | None = None
-
-
-def run_pass(
-    layers: Sequence[MoeLoraLinear], i: int, x: Tensor, gates: ExternalGates | None
-) -> Pass:
-    """Run linked layers together on x, for a call of layer i."""
-    unused = Unused(range(len(layers)))
-    trains = torch.is_grad_enabled()
-    ys, gate = run_siblings(layers, x, gates, unused if trains else None)
-    outputs: dict[int, Output] = {}
-    for j, layer in enumerate(layers):
-        outputs[j] = Output(ys[j], gate, None if j == i else snapshot(layer))
-    if trains:
-        share_unused(ys[0], unused)
-    x_ref = weakref.ref(x, lambda _: outputs.clear())
-    gate_refs = tuple([weakref.ref(tensor) for tensor in _gate_tensors(gates)])
-    return Pass(x_ref, gate_refs, _state(x, gates), outputs, unused)
-
-
-def _gate_tensors(gates: ExternalGates | None) -> tuple[Tensor, ...]:
-    """Return the tensors of gates: none, one of dense gates, two of sparse ones."""
-    if gates is None:
-        return ()
-    return gates if isinstance(gates, tuple) else (gates,)
-
-
-def _run_alone(layers: Sequence[MoeLoraLinear], x: Tensor, gates: ExternalGates | None) -> bool:
-    """Return whether linked layers have to run one by one on x."""
-    # An inference tensor has no version counter, so a change of x between two calls would go
-    # unnoticed. Sparse tensors, other types of tensors, and those of functorch have no address.
-    if type(x) not in (Tensor, nn.Parameter) or x.is_inference():
-        return True
-    if x.layout is not torch.strided:
-        return True
-    for gate in _gate_tensors(gates):
-        if not isinstance(gate, Tensor) or gate.is_inference():
-            return True
-    first = layers[0]
-    return (
-        torch.is_inference_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        # A forward that trains counts the load of its experts, so only a layer that the model
-        # calls may run.
-        or (first.config.balance_rate is not None and first.training)
-        # Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
-        or any([layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in layers])
-        or first.merged
-        or not agree(layers)
-        or gate_rows_differ(layers)
-    )
-
-
-def agree(layers: Sequence[MoeLoraLinear]) -> bool:
-    """Return whether siblings can run together: none of them was changed alone."""
-    first, *others = [_common(layer) for layer in layers]
-    return all([other == first for other in others])
-
-
-def _common(layer: MoeLoraLinear) -> tuple:
-    """Return the state that siblings have in common if they can run together."""
-    parameters, modules = layer._parameters, layer._modules
-    a, b = parameters.get("lora_A"), parameters.get("lora_B")
-    weight = modules["base_layer"]._parameters.get("weight")
-    router = modules.get("router")
-    return (
-        layer.config,
-        layer.training,
-        layer.merged,
-        a if a is None else (a.dtype, a.device, a.requires_grad),
-        b if b is None else b.requires_grad,
-        weight if weight is None else weight.dtype,
-        router if router is None else router._parameters.get("bias") is None,
-    )
-
-
-def _state(x: Tensor, gates: ExternalGates | None) -> tuple:
-    """Return what stored outputs depend on besides the layers and the objects x and gates."""
-    return (
-        x._version,
-        x.requires_grad,
-        x.data_ptr(),
-        [(t._version, t.requires_grad, t.data_ptr()) for t in _gate_tensors(gates)],
-        torch.is_grad_enabled(),
-        active_dtype(x),
-        torch.cuda.current_stream(x.device) if x.is_cuda else None,
-    )
-
-
 def link_siblings(
     model: nn.Module,
-    groups: Iterable[Sequence[str]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    groups: Iterable[Sequence[str]] = SIBLINGS,
 ) -> list[str]:
     """Run siblings of a model together, without changing the model's code or state dict.
 
     In every module of `model` whose children have all names of a group and are MoeLoraLinear layers
     with the same options, these children run together, like a MoeLoraGroup. In training they then
-    share the dropout mask of x. Under torch.compile and torch.inference_mode they run one by one.
+    share the dropout mask of x. Under torch.inference_mode they run one by one, and under
+    torch.compile if the source of the module does not call them one after another.
 
     Args:
         model: a model whose linears have been replaced.
@@ -313,8 +126,42 @@ def link_siblings(
             children = {child: getattr(module, child, None) for child in group}
             if all(isinstance(layer, MoeLoraLinear) for layer in children.values()):
                 check_siblings(children)
-                SiblingLink([*children.values()])
-                linked.append(f"{name}.{{{','.join(group)}}}".lstrip("."))
+                SiblingLink([*children.values()], are_called_in_a_row(module, group))
+                linked.append(_group_name([f"{name}.{child}" for child in group]))
     if not linked:
         raise ValueError(f"groups: no module has children {[[*group] for group in groups]}")
     return linked
+
+
+def link_named(modules: Mapping[str, nn.Module], layers: Mapping[str, LoraLayer]) -> list[str]:
+    """Link the layers with equal options that read the same x; see `nn/sibling_calls.py`.
+
+    Args:
+        modules: the parents of the layers by name, at least; the model's name is "".
+        layers: layers with the same config, by the names of their linears.
+
+    Returns:
+        One name per linked group, as `link_siblings` does.
+    """
+    linked = []
+    for names in sibling_names(modules, layers):
+        siblings = [layers[name] for name in names]
+        first, *others = siblings
+        is_one_layer = len(set(siblings)) < len(siblings)
+        if is_one_layer or any(s.in_features != first.in_features for s in others):
+            continue
+        parent, children = _split(names)
+        SiblingLink(siblings, are_called_in_a_row(modules[parent], children))
+        linked.append(_group_name(names))
+    return linked
+
+
+def _group_name(names: Sequence[str]) -> str:
+    """Return "layers.0.{q,k}" for the names "layers.0.q" and "layers.0.k"."""
+    parent, children = _split(names)
+    return f"{parent}.{{{','.join(children)}}}".lstrip(".")
+
+
+def _split(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the common parent of names, and their last parts."""
+    return names[0].rpartition(".")[0], [name.rpartition(".")[2] for name in names]

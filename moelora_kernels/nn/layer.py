@@ -263,13 +263,14 @@ class LoraLayer(MixtureLayer):
         fused_mixture: the same with router_top_k = K, for a forward in which the op computes the
             logits and the gate; None if the op cannot compute a gate with these options. It is also
             set for a router that is not linear, or None: `fused_router` checks the router.
+        link: the SiblingLink that runs the layer together with its siblings, or None; see
+            `nn/sibling_link.py`.
         merged: whether the experts of one task are part of the base's weight. Only a MoeLoraLinear
             can be merged.
     """
 
     base_layer: nn.Module
     tensor_names = ("lora_A", "lora_B")
-    merged: bool = False
 
     @classmethod
     def _check_config(cls, config: MoeLoraConfig) -> None:
@@ -302,6 +303,8 @@ class LoraLayer(MixtureLayer):
     ) -> None:
         """Create the parameters, the router and the record of E experts over `base`."""
         self._check_config(config)
+        self.link: Any = None
+        self.merged = False
         self.in_features, self.out_features = in_features, out_features
         self.config = config
         ranks = config.ranks()
@@ -333,6 +336,21 @@ class LoraLayer(MixtureLayer):
     def bias(self) -> Tensor | None:
         """The base's bias [O], or None."""
         return self.base_layer.bias
+
+    def parts(self) -> list[nn.Module | None]:
+        """Return the modules that a forward of the layer reads."""
+        return [*self._modules.values()]
+
+    def can_run_for_sibling(self) -> bool:
+        """Return whether a call of a sibling may run this layer too, without calling it.
+
+        Hooks before a call (offloading, FSDP, ZeRO-3) load the tensors of one layer.
+        """
+        return not self._forward_pre_hooks and "forward" not in self.__dict__
+
+    def has_hooks_after_call(self) -> bool:
+        """Return whether hooks read or change what a call of the layer returns."""
+        return bool(self._forward_hooks)
 
     def merged_problem(self) -> str | None:
         """Return why the experts cannot change because they are merged; None if they can."""

@@ -168,9 +168,6 @@ class MoeLoraLinear(LoraLayer):
         """Make this the layer over `base`: freeze the base, and add experts, router and record."""
         config = MoeLoraConfig.of(config, options)
         self.base_layer = base
-        # The SiblingLink that runs this layer together with its siblings; see nn/group.py.
-        self.link = None
-        self.merged = False
         self.merged_task: Task | None = None
         self.register_buffer("merged_weight", None, persistent=False)
         self._add_experts(base, config, base.in_features, base.out_features)
@@ -324,8 +321,7 @@ class MoeLoraLinear(LoraLayer):
         """
         if x is None or input is not None:
             x = given_input(x, input)
-        # A SiblingLink needs the version counter of x, which a compiled graph does not have.
-        if self.link is not None and not torch.compiler.is_compiling():
+        if self.link is not None:
             return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]
 
@@ -338,5 +334,5 @@ class MoeLoraLinear(LoraLayer):
 def forget_outputs(modules: Iterable[nn.Module]) -> None:
     """Drop the outputs that linked siblings in `modules` keep for one another."""
     for layer in modules:
-        if isinstance(layer, MoeLoraLinear) and layer.link is not None:
+        if isinstance(layer, LoraLayer) and layer.link is not None:
             layer.link.forget()

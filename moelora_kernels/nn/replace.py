@@ -10,6 +10,7 @@ from torch import nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.batch_rows import follow_batches
 from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
+from moelora_kernels.nn.group import link_named
 from moelora_kernels.nn.layer import MixtureLayer, router_warnings
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
@@ -27,7 +28,11 @@ from moelora_kernels.nn.wrappers import (
 
 
 def replace_linears(
-    model: nn.Module, config: MoeLoraConfig, target_modules: str | Iterable[str]
+    model: nn.Module,
+    config: MoeLoraConfig,
+    target_modules: str | Iterable[str],
+    *,
+    link: bool = False,
 ) -> list[str]:
     """Put a MoeLoraLinear over every matching linear of `model`, in place.
 
@@ -40,6 +45,9 @@ def replace_linears(
         config: the options of every layer.
         target_modules: a regular expression that matches whole module names, or names that equal a
             module's name or end it after a dot ("q_proj", "mlp.up_proj").
+        link: whether the new layers of one parent that read the same x (q/k/v, gate/up) run
+            together, as after `link_siblings`. Two of three names are enough, and names that the
+            source of the parent calls with another x than the rest are left out.
 
     Returns:
         The names of the replaced modules, as in the model without wrappers (torch.compile, DDP).
@@ -80,6 +88,7 @@ def replace_linears(
     shared = fitting_task_router(model.modules(), config)
     # Keyed by id, because a reference would keep alive a base that its layer does not keep.
     replaced: dict[int, MoeLoraLinear] = {}
+    layers: dict[str, MoeLoraLinear] = {}
     with router_warnings():
         for name in names:
             parent, child = place_of[name]
@@ -90,8 +99,11 @@ def replace_linears(
                 if config.shares_gate():
                     shared = shared or layer.router
                     layer.router = shared
-            setattr(parent, child, replaced[id(module)])
+            layers[name] = replaced[id(module)]
+            setattr(parent, child, layers[name])
     follow_calls(model, config)
+    if link:
+        link_named(modules, layers)
     return names
 
 

@@ -41,7 +41,7 @@ def snapshot(layer: LoraLayer) -> Snapshot:
     # Linked layers call this function for every x, so it is written for speed.
     options = _OPTIONS(layer.__dict__)
     samples, gates, experts, task_ids = options[-4:]
-    adapters, modules = layer._parameters.values(), layer._modules.values()
+    adapters, modules = layer._parameters.values(), layer.parts()
     tensors = [*adapters]
     # A pruning hook changes the value of a Parameter, which keeps its identity and version.
     objects = [*options, *modules, len(layer._forward_pre_hooks)]

@@ -113,6 +113,9 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
         modules_to_save: names of other modules to train and to save completely.
         init_weights: True: B is zero, so a new adapter does not change the output. False: B is
             drawn like the weight of an `nn.Linear` with R inputs.
+        link_siblings: True: linears that read the same x (q/k/v, gate/up) run together while the
+            adapter is the only one that runs. Outputs and gradients are the same up to rounding; in
+            training these linears then share the dropout mask of x. False: they run one by one.
         r, lora_alpha, lora_dropout: PEFT's names of `rank` (of one expert), `alpha` and `dropout`.
 
     After construction every option holds its final value, and the saved config holds these values.
@@ -141,6 +144,7 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
     bias: str = "none"
     modules_to_save: list[str] | None = None
     init_weights: bool = True
+    link_siblings: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +180,8 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
                 f"init_weights: expected True (B is zero) or False (B is drawn), got "
                 f"{self.init_weights!r}; the option init says how A starts"
             )
+        if not isinstance(self.link_siblings, bool):
+            raise ValueError(f"link_siblings: expected True or False, got {self.link_siblings!r}")
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -207,12 +213,13 @@ class MoeLoraPeftConfig(_Options, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values for JSON.
 
-        Earlier versions of this package know neither `init_weights` nor `frozen_experts`, so they
-        are in it only if they differ from their defaults.
+        `init_weights`, `link_siblings` and `frozen_experts` are in it only if they differ from
+        their defaults, because earlier versions of this package do not know them.
         """
         values = super().to_dict()
-        if self.init_weights:
-            del values["init_weights"]
+        for name in ("init_weights", "link_siblings"):
+            if values[name]:
+                del values[name]
         if not self.frozen_experts:
             del values["frozen_experts"]
         return values

@@ -14,6 +14,7 @@ from moelora_kernels.nn.base_linear import adapter_device_dtype, float_weight, g
 from moelora_kernels.nn.external_gates import dense_rows
 from moelora_kernels.nn.forward import forward_siblings
 from moelora_kernels.nn.layer import LoraLayer
+from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.sharding import caller
@@ -49,7 +50,27 @@ class MoeLoraExperts(LoraLayer):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """x [..., I] -> y [..., O]; gates as in MoeLoraLinear."""
+        if self.link is not None and self._runs_alone():
+            return self.link.forward(self, x, gates)
         return forward_siblings((self,), x, gates)[0]
+
+    def _runs_alone(self) -> bool:
+        """Return whether no other adapter of the layer runs, so that the base is the linear."""
+        return self.tuner_layer.running() == [self.name]
+
+    def can_run_for_sibling(self) -> bool:
+        """Return whether a call of a sibling may run this adapter too, without calling it."""
+        layer = self.tuner_layer
+        has_hooks = layer._forward_pre_hooks or "forward" in layer.__dict__
+        return not has_hooks and super().can_run_for_sibling() and self._runs_alone()
+
+    def has_hooks_after_call(self) -> bool:
+        """Return whether hooks read or change what a call of the adapter or its linear returns."""
+        return bool(self.tuner_layer._forward_hooks) or super().has_hooks_after_call()
+
+    def parts(self) -> list[nn.Module | None]:
+        """Return the modules that a forward reads if no other adapter runs."""
+        return [self.tuner_layer._modules["base_layer"], self.router, *self._modules.values()]
 
     @property
     def base_layer(self) -> nn.Module:
@@ -288,7 +309,7 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         merged = self._merged_weight(names, safe_merge)
         if not self.merged:
             self.unmerged_weight = weight.clone()
-        weight.copy_(merged)
+        self._change_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def _merged_weight(self, adapter_names: Sequence[str], safe_merge: bool) -> Tensor:
@@ -304,9 +325,14 @@ class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
-        self._dense_base_weight().copy_(self.unmerged_weight)
+        self._change_base_weight(self.unmerged_weight)
         self.unmerged_weight = None
         self.merged_adapters.clear()
+
+    def _change_base_weight(self, values: Tensor) -> None:
+        # The weight's version does not tell linked siblings of a change through `.data`.
+        forget_outputs(self.moelora_experts.values())
+        self._dense_base_weight().copy_(values)
 
     def _dense_base_weight(self) -> Tensor:
         """Return the base weight [O, I]; writing to it changes the base."""

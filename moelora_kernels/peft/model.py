@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
+from moelora_kernels.nn.group import link_named
 from moelora_kernels.nn.initialization import draw_b
 from moelora_kernels.nn.layer import router_warnings
 from moelora_kernels.nn.replace import (
@@ -48,6 +49,8 @@ class MoeLoraModel(BaseTuner):
         warn_of_readers(dict(named_modules(model)), names)
         for config in self.peft_config.values():
             follow_calls(model, config.moe_lora_config())
+        if self.peft_config[adapter_name].link_siblings:
+            _link_siblings(model, adapter_name)
 
     def _check_target_module_compatiblity(
         self, peft_config: MoeLoraPeftConfig, model: nn.Module, target_name: str
@@ -186,6 +189,17 @@ class MoeLoraModel(BaseTuner):
         # PEFT must not change a dtype that the config names.
         has_dtype = self.peft_config[adapter_name].adapter_dtype is not None
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and not has_dtype)
+
+
+def _link_siblings(model: nn.Module, adapter_name: str) -> None:
+    """Let the linears of an adapter that read the same x run together."""
+    modules = dict(named_modules(model))
+    experts = {
+        name: module.moelora_experts[adapter_name]
+        for name, module in modules.items()
+        if isinstance(module, MoeLoraTunerLinear) and adapter_name in module.moelora_experts
+    }
+    link_named(modules, experts)
 
 
 def _modules_above(model: nn.Module, name: str) -> dict[str, nn.Module]:

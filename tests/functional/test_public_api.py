@@ -78,7 +78,7 @@ SIGNATURES = {
     "moelora_kernels:replace_ffns": (
         r"(model, config, target_modules='.*\\.mlp', *, recompute=False)"
     ),
-    "moelora_kernels:replace_linears": "(model, config, target_modules)",
+    "moelora_kernels:replace_linears": "(model, config, target_modules, *, link=False)",
     "moelora_kernels:routing_report": "(model, *, all_ranks=True)",
     "moelora_kernels:save_adapter": "(model, path)",
     "moelora_kernels:set_prototypes": "(model)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
-from moelora_kernels.nn import forward, group
+from moelora_kernels.nn import forward, sibling_link
+from moelora_kernels.nn.sibling_calls import called_alike
 from support import linears
 from support.compare import FLOAT64, assert_same, backward_step, training_step
 
@@ -48,7 +50,7 @@ def count_passes(monkeypatch):
         passes.append(len(layers))
         return forward.run_siblings(layers, *args)
 
-    monkeypatch.setattr(group, "run_siblings", counting_forward)
+    monkeypatch.setattr(sibling_link, "run_siblings", counting_forward)
     return passes
 
 
@@ -70,7 +72,7 @@ def test_a_pass_compares_the_gate_rows_once(models, monkeypatch):
         counts.append(len(layers))
         return False
 
-    for module in (forward, group):
+    for module in (forward, sibling_link):
         monkeypatch.setattr(module, "gate_rows_differ", counting)
     models[1][0](torch.randn(3, 12, dtype=torch.float64))
     assert counts == [3]
@@ -164,6 +166,74 @@ def test_compiles(models):
     x = torch.randn(4, 12, dtype=torch.float64)
     compiled = torch.compile(linked, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("names", (["q_proj", "k_proj", "v_proj"], ["k_proj", "v_proj"]))
+def test_replace_linears_links(names, monkeypatch):
+    torch.manual_seed(0)
+    plain = nn.Sequential(Attention(), nn.Linear(24, 12), Attention()).double()
+    linked = copy.deepcopy(plain)
+    config = MoeLoraConfig.preset("ming", rank=2, dropout=0.0)
+    assert replace_linears(linked, config, names, link=True) == replace_linears(
+        plain, config, names
+    )
+    for model in (plain, linked):
+        linears.randomise(model)
+    passes = count_passes(monkeypatch)
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    assert_same(training_step(linked, x), training_step(plain, x), **FLOAT64)
+    assert passes == [len(names)] * 2
+    assert list(linked.state_dict()) == list(plain.state_dict())
+
+
+class CrossAttention(Attention):
+    def forward(self, x, memory):
+        states = memory if memory is not None else x
+        return self.q_proj(x), self.k_proj(states), self.project(states)
+
+    def project(self, x):
+        return self.v_proj(x)
+
+
+class Flexible(CrossAttention):
+    """The forward of another class, and one projection with its argument by name."""
+
+    def forward(self, x):
+        q, _, v = super().forward(x, None)
+        return q, self.k_proj(input=x), v
+
+
+class Normed(Attention):
+    def forward(self, x):
+        return self.q_proj(x), self.k_proj(x.sin()), self.v_proj(x.sin())
+
+
+class Callers(Attention):
+    """The source does not name the projections."""
+
+    def forward(self, x):
+        return [layer(x) for layer in self.children()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    (
+        (Attention, [["q_proj", "k_proj", "v_proj"]]),
+        (Callers, [["q_proj", "k_proj", "v_proj"]]),
+        (CrossAttention, [["q_proj"], ["k_proj"], ["v_proj"]]),
+        (Flexible, [["q_proj"], ["k_proj"], ["v_proj"]]),
+        (Normed, [["q_proj"], ["k_proj"], ["v_proj"]]),
+        (nn.Identity, [["q_proj", "k_proj", "v_proj"]]),
+    ),
+)
+def test_the_source_tells_which_children_read_the_same_x(kind, expected):
+    assert called_alike(kind(), ["q_proj", "k_proj", "v_proj"]) == expected
+
+
+def test_a_patched_forward_tells_too():
+    model = Attention()
+    model.forward = types.MethodType(Normed.forward, model)
+    assert called_alike(model, ["q_proj", "v_proj"]) == [["q_proj"], ["v_proj"]]
 
 
 def test_siblings_that_cannot_be_linked():
