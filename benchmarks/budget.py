@@ -6,7 +6,8 @@
     python benchmarks/budget.py --check                           compare with the committed report
 
 Every figure is modelled: no kernel runs. `model/budget.py` explains the model. A layer is compared
-with its frozen linears and with six lines of PyTorch under torch.compile, in the same model.
+with its frozen linears and with six lines of PyTorch under torch.compile, in the same model;
+whole-FFN experts with a loop over the experts, see `model/budget_ffn.py`.
 
 The committed report is a bound. --check fails if a layer costs more than it, or if a launch breaks
 a rule that the report does not list:
@@ -26,11 +27,12 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import environment
-from benchmarks.model import budget
+from benchmarks.model import budget, budget_ffn
 from benchmarks.model.budget import Cell, Modelled
 from benchmarks.model.gpus import GPUS
 from benchmarks.model.launches import Layer, record, record_directions
@@ -49,6 +51,10 @@ LAYERS = (
     Layer("gate/up", out_features=(11008, 11008)),
     Layer("grouped, 64 experts", ranks=(16,) * 64, grouped=True),
 )
+# Layers with tokens of their own; modelled on an H200 alone.
+FFN = Layer("whole-FFN experts, F=14336", out_features=(14336,), whole_ffn=True)
+DECODE = Layer("decode", decodes=True)
+ON_H200 = {FFN: (1024, 8192), DECODE: (1, 16)}
 # A layer may exceed its bound by this part. OTHER_SLACK: with another version of Triton than that
 # of the report. In this model Triton 3.6 makes layers up to 4.0 % slower than Triton 3.9: grouped,
 # at 128 tokens.
@@ -68,18 +74,22 @@ def broken_rules(launch: Modelled) -> list[str]:
 
 
 def layers(tokens: tuple[int, ...] = TOKENS) -> list[Layer]:
-    """Return every layer at every T."""
+    """Return every layer of LAYERS at every T."""
     return [layer._replace(tokens=T) for layer in LAYERS for T in tokens]
 
 
+def layers_on(name: str) -> list[Layer]:
+    """Return the layers of the report on a GPU. The CUDA C++ shrink is for sm_90 alone."""
+    has_clusters = GPUS[name].architecture == "sm_90"
+    modelled = [layer for layer in layers() if has_clusters or not layer.clusters]
+    if name == limits.GPU:
+        modelled += [layer._replace(tokens=T) for layer, Ts in ON_H200.items() for T in Ts]
+    return modelled
+
+
 def cells_of(names: Iterable[str]) -> list[tuple[str, Layer]]:
-    """Return the cells of the report on these GPUs. The CUDA C++ shrink is for sm_90 alone."""
-    return [
-        (name, layer)
-        for name in names
-        for layer in layers()
-        if not layer.clusters or GPUS[name].architecture == "sm_90"
-    ]
+    """Return the cells of the report on these GPUs."""
+    return [(name, layer) for name in names for layer in layers_on(name)]
 
 
 def compile_one(work: tuple[Layer, int, str]) -> MachineCode:
@@ -90,15 +100,19 @@ def compile_one(work: tuple[Layer, int, str]) -> MachineCode:
 
 
 def compile_all(
-    gpus: list[str], jobs: int, modelled: list[Layer]
+    cells: Iterable[tuple[str, Layer]], jobs: int
 ) -> dict[tuple[str, str], MachineCode]:
-    """Return (architecture, key of the launch) -> machine code, each compiled once."""
+    """Return (architecture, key of the launch) -> machine code, each compiled once.
+
+    cells: a GPU and a layer.
+    """
     work: dict[tuple[str, str], tuple[Layer, int, str]] = {}
-    for architecture in dict.fromkeys(GPUS[name].architecture for name in gpus):
+    for architecture, layer in dict.fromkeys(
+        (GPUS[name].architecture, each) for name, each in cells
+    ):
         with configs.assume(architecture):
-            for layer in modelled:
-                for number, launch in enumerate(record(layer)):
-                    work.setdefault((architecture, key_of(launch)), (layer, number, architecture))
+            for number, launch in enumerate(record(layer)):
+                work.setdefault((architecture, key_of(launch)), (layer, number, architecture))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return dict(zip(work, pool.map(compile_one, work.values(), chunksize=4), strict=True))
 
@@ -115,9 +129,17 @@ def cell(name: str, layer: Layer, codes: dict[tuple[str, str], MachineCode]) -> 
                 launches.append(budget.kernel(launch, code, gpu, direction))
     if layer.clusters:
         launches = budget.with_cluster_shrink(launches, layer, gpu)
-    launches += budget.other_launches(layer, gpu)
-    frozen, rival = budget.frozen(layer, gpu), budget.compiled_rival(layer, gpu)
-    return Cell(name, layer.name, layer.tokens, launches, frozen, rival)
+    model = model_of(layer)
+    launches += model.other_launches(layer, gpu)
+    columns = launches, model.frozen(layer, gpu), model.compiled_rival(layer, gpu)
+    if layer.decodes:
+        columns = tuple([row for row in rows if row.direction == "forward"] for rows in columns)
+    return Cell(name, layer.name, layer.tokens, *columns)
+
+
+def model_of(layer: Layer) -> ModuleType:
+    """Return the module that models the frozen layer, the rival and the launches of ATen."""
+    return budget_ffn if layer.whole_ffn else budget
 
 
 def as_json(cells: list[Cell], versions: dict[str, str]) -> dict:
@@ -187,7 +209,9 @@ def summary_table(cells: list[Cell]) -> list[str]:
     ]
     for gpu, layer in dict.fromkeys((each.gpu, each.layer) for each in cells):
         row = {each.tokens: each for each in cells if (each.gpu, each.layer) == (gpu, layer)}
-        texts = (f"{row[T].ratio:.2f} ({row[T].rival_ratio:.2f})" for T in tokens)
+        texts = (
+            f"{row[T].ratio:.2f} ({row[T].rival_ratio:.2f})" if T in row else "" for T in tokens
+        )
         lines.append(f"| {gpu} | {layer} | " + " | ".join(texts) + " |")
     return [*lines, ""]
 
@@ -205,7 +229,7 @@ def markdown(cells: list[Cell], versions: dict[str, str]) -> str:
     detailed = [
         line
         for each in cells
-        if each.gpu == "H200" and each.tokens in (1024, 8192)
+        if each.gpu == limits.GPU and each.tokens in (1, 16, 1024, 8192)
         for line in launch_table(each)
     ]
     return "\n".join(
@@ -221,7 +245,9 @@ def markdown(cells: list[Cell], versions: dict[str, str]) -> str:
             "unless the name says more. Time over the time of the frozen linears; in brackets the "
             "same of six lines of PyTorch under `torch.compile`. CUDA C++ shrink: the native "
             "library is built with CUDA for sm_90a, and the launcher takes `cluster_shrink` at "
-            "some T.",
+            "some T. Whole-FFN experts: beside the frozen network and, in brackets, beside a loop "
+            "over the experts that runs the frozen products once. Decode: forward without "
+            "gradients.",
             "",
             *summary_table(cells),
             "## Launches that break a rule",
@@ -297,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write budget.json and budget.md")
     parser.add_argument("--check", action="store_true", help="compare with the committed report")
     args = parse_compiling(parser, GPUS, arguments)
-    codes = compile_all(args.gpus, args.jobs, layers())
+    codes = compile_all(cells_of(args.gpus), args.jobs)
     cells = [cell(name, layer, codes) for name, layer in cells_of(args.gpus)]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
     report = as_json(cells, versions)

@@ -39,7 +39,7 @@ def model(name: str, jobs: int) -> dict:
         for form in FORMS
         for T in forms.TOKENS
     }
-    codes = budget.compile_all([name], jobs, list(layers.values()))
+    codes = budget.compile_all([(name, layer) for layer in layers.values()], jobs)
     steps = {
         form: {T: forms.step(budget.cell(name, layers[form, T], codes)) for T in forms.TOKENS}
         for form in FORMS

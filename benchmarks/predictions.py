@@ -66,7 +66,7 @@ def table(result: dict, jobs: int) -> list[str]:
     """Return the lines of the table of one result file."""
     name, measured = gpu_of(result["machine"]["device"]), rows_of(result)
     layers = [layer_of(rows["moelora"]) for rows in measured.values()]
-    codes = command.compile_all([name], jobs, layers)
+    codes = command.compile_all([(name, layer) for layer in layers], jobs)
     lines = [
         "| case | T | provider | measured us | modelled us | measured ratio | modelled ratio |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor: ops return it for an output that they do not compute."""
     return like.new_empty(0, dtype=dtype)
+
+
+def cast_all(matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return every matrix in its dtype. If all copies have one dtype, they are one launch."""
+    results = [
+        matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
+        for matrix, dtype in zip(matrices, dtypes, strict=True)
+    ]
+    pairs = [(r, m) for r, m in zip(results, matrices, strict=True) if r is not m]
+    if pairs:
+        torch._foreach_copy_([r for r, _ in pairs], [m for _, m in pairs])
+    return results
 
 
 def host_tensor(values: Any) -> Tensor:

@@ -34,6 +34,8 @@ class Layer(NamedTuple):
     plain: the layer whose machine code `TileConfig.blocks` states.
     ffn: `ffn_inner` and its backward between the frozen products of whole-FFN experts, without the
     linears; out_features holds F.
+    whole_ffn: the same with the router, and with the rank space of the linears around it.
+    decodes: a forward without gradients; there is no backward.
     clusters: with the shrink in CUDA C++ for clusters of sm_90a, where the launcher takes it.
     """
 
@@ -55,6 +57,8 @@ class Layer(NamedTuple):
     grouped: bool = False
     by_pair: bool = False
     ffn: bool = False
+    whole_ffn: bool = False
+    decodes: bool = False
     plain: bool = False
     clusters: bool = False
 
@@ -160,9 +164,12 @@ def record(layer: Layer) -> list[Launch]:
 
 def record_directions(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     """Return the launches of one forward of a layer, and those of its backward, op by op."""
+    if layer.whole_ffn:
+        return record_whole_ffn(layer)
     if layer.ffn:
         return record_ffn(layer)
-    return record_grouped(layer) if layer.grouped else record_wide(layer)
+    forward, backward = record_grouped(layer) if layer.grouped else record_wide(layer)
+    return forward, [] if layer.decodes else backward
 
 
 def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
@@ -291,3 +298,53 @@ def record_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     with launcher.recording() as backward:
         ffn_inner_backward.launch(empty(T, F), inner, adapters, empty(P, rank), *options)
     return forward, backward
+
+
+def record_whole_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
+    """Return the launches of one forward and of one backward of a layer of whole-FFN experts."""
+    from moelora_kernels.kernels import (
+        grouped_expand,
+        grouped_shrink,
+        grouped_shrink_backward,
+        grouped_weight_grad,
+        router,
+        topk_gate,
+    )
+    from moelora_kernels.kernels.common import launcher
+
+    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, I, K = layer.tokens, layer.in_features, layer.top_k  # noqa: E741
+    E, R, of = len(layer.ranks), sum(layer.ranks), layer.adapters or layer.dtype
+    routing, ranks, scaling = _balanced(layer), layer.ranks, (2.0,) * E
+    dropout = Dropout(layer.dropout, layer.per_expert, empty(1, dtype=torch.int64))
+    x, lora_a, down_b = empty(T, I), empty(R, I, dtype=of), empty(I, R, dtype=of)
+    rank_space, weights = empty(T * K, max(ranks)), empty(T, K, dtype=FP32)
+    # In the place of a gradient that is computed elsewhere.
+    nothing = empty(T, 0)
+    inner_forward, inner_backward = record_ffn(layer)
+    with launcher.recording() as before:
+        logits = router.launch_logits(x, RouterTensors([empty(E, I, dtype=of)]))
+        _, chosen = topk_gate.launch(logits, K, layer.renormalize, 1.0)
+        for _ in range(2):
+            grouped_shrink.launch(x, [lora_a], None, routing, ranks, scaling, dropout)
+    with launcher.recording() as after:
+        grouped_expand.launch(rank_space, [down_b], None, routing, ranks, NO_DROPOUT, T)
+    with launcher.recording() as down:
+        dh, u, _ = grouped_shrink_backward.launch(
+            [x], [down_b], rank_space, weights, routing, ranks, scaling
+        )
+        grouped_weight_grad.launch(nothing, dh, [x], u, routing, ranks, NO_DROPOUT, of)
+    with launcher.recording() as linears:
+        dx = None
+        for _ in range(2):
+            grouped_weight_grad.launch(
+                x, rank_space, [nothing], rank_space, routing, ranks, dropout, of
+            )
+            dx = grouped_expand.launch(rank_space, [lora_a.t()], dx, routing, ranks, dropout, T)
+        dlogits = topk_gate.launch_backward(
+            weights, weights, chosen, logits, layer.renormalize, 1.0
+        )
+        router.launch_grad(dlogits, x, of)
+    return [*before, *inner_forward, *after], [*down, *inner_backward, *linears]

@@ -62,6 +62,9 @@ def ffn_inner_backward(s: Sizes) -> tuple[int, int]:
     read = splits * _pair_rows(s, token_tiles, 3, 2) + token_tiles * _matrices(s)
     read += 3 * pairs * s.F * s.size("gate_out_ptr")
     read += s.programs * (s.size("seed_ptr") + s.BLOCK_P * 4)
+    # The weights of the pairs are read in every step.
+    steps = ceil_div(s.F, s.BLOCK_F) - splits
+    read += steps * _routed(s)[0] * s.size("weights_ptr")
     written = 2 * s.T * s.F * s.size("dgate_out_ptr")
     return read, written + splits * pairs * (2 * s.MAX_RANK * s.size("dh_gate_ptr") + 4)
 

@@ -40,6 +40,9 @@ LIMITS = (
     Limit("q/k/v, R=64", 8192, 1.14),
     Limit("gate/up", 8192, 1.10),
     Limit("grouped, 64 experts", 8192, 1.47),
+    Limit("whole-FFN experts, F=14336", 8192, 1.10),
+    Limit("decode", 1, 1.10),
+    Limit("decode", 16, 1.10),
 )
 
 # Launch -> why its programs ask L2 for more than every tensor once.
@@ -64,6 +67,16 @@ READ_AGAIN = {
     "grouped_shrink_backward": "each slot of a token reads its row of dy, every tile of pairs B",
     "grouped_expand": "every tile of pairs reads the matrix of its expert",
     "grouped_weight_grad": "each slot of a token reads its rows of x and dy",
+    "pair_table": "nothing is read twice",
+    "ffn_inner": "every tile of tokens reads B of gate and up and A of down",
+    "ffn_inner_rank": "it reads partial sums, which stay in L2",
+    "ffn_inner_backward": "every tile of tokens reads B of gate and up and A of down",
+    "ffn_inner_weight_grad": "each slot of a token reads its rows; every tile of F rank space",
+    "routed weights": "nothing is read twice",
+    "y + delta": "nothing is read twice",
+    "dweights": "nothing is read twice",
+    "sum of dx": "nothing is read twice",
+    "dlogits Wr": "every tile of dx reads dlogits and Wr",
 }
 BOUND_BY = {
     "memory": "every tensor once",
@@ -73,15 +86,25 @@ BOUND_BY = {
 }
 
 
+# The products of frozen linears.
+BASE = (
+    "y += x Wt", "dx += dy W", "x Wgt", "x Wut", "summed Wdt", "dy Wd", "dgate_out Wg",
+    "dup_out Wu",
+)  # fmt: skip
+
+
 def is_base(launch: Modelled) -> bool:
     """Return whether a launch is the product of a frozen linear."""
-    return launch.name in ("y += x Wt", "dx += dy W")
+    return launch.name in BASE
 
 
 def reason(launch: Modelled) -> str:
     """Return why a launch takes longer than its floor, in words."""
     if is_base(launch):
-        return "the frozen product, and a part of the read of the matrix that it adds to"
+        adds = (
+            ", and a part of the read of the matrix that it adds to" if "+=" in launch.name else ""
+        )
+        return f"the frozen product{adds}"
     if launch.limit == "L2":
         text = f"L2: {READ_AGAIN[launch.name]}"
     else:

@@ -27,7 +27,7 @@ from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
-from moelora_kernels.numerics import dropout_threshold, keep_probability
+from moelora_kernels.numerics import cast_all, dropout_threshold, keep_probability
 from moelora_kernels.types import TILE, Dropout, InnerAdapters, InnerInputs, Routing
 
 
@@ -209,6 +209,8 @@ def launch(
 ):
     """Return summed, h and u, like `reference.ffn_inner`, for 16-bit x and R up to 128.
 
+    float32 adapters are cast first: their tiles would take registers.
+
     split: the parts of the sum over F.
     """
     (T, K), width = weights.shape, inner.gate_out.shape[1]
@@ -229,6 +231,7 @@ def launch(
     steps = launcher.ceil_div(f_tiles, split)
     split = launcher.ceil_div(f_tiles, steps)
     partials = gate_out.new_empty((split, *h.shape), dtype=torch.float32)
+    adapters = InnerAdapters(*cast_all(adapters, [gate_out.dtype] * len(adapters)))
     b_columns = launcher.aligned_columns(adapters.gate_b)
     weights = launcher.aligned(weights)
     ranks_ptr = tables.rank_table(tuple(ranks), routing.order.device)

@@ -31,7 +31,7 @@ from moelora_kernels.kernels.common.products import product
 from moelora_kernels.kernels.common.reduce_partials import Partials
 from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
-from moelora_kernels.numerics import absent, dropout_threshold, keep_probability
+from moelora_kernels.numerics import absent, cast_all, dropout_threshold, keep_probability
 from moelora_kernels.types import Dropout, InnerAdapters, InnerGrads, InnerInputs, Routing
 
 
@@ -112,8 +112,6 @@ def ffn_inner_backward_kernel(
     tokens, rows_in, pairs, positions, experts, routed, starts, ranks = load_pair_rows(
         table_ptr, ranks_ptr, first_token, T, E, K, SLOTS, RANK, RANK_DIVISOR, BLOCK_P
     )
-    weights = load_weights(weights_ptr, pairs, routed)
-    selected = (weights != 0)[:, None]
     columns = tl.arange(0, BLOCK_R)
     columns_in = columns < R
     # The columns of B behind the last are 0.
@@ -134,21 +132,24 @@ def ffn_inner_backward_kernel(
         f = first_f + tl.arange(0, BLOCK_F)
         f_in = f < F
 
-        # z and da.
+        # da and z.
         gate_out = load_rows(gate_out_ptr, stride_gate, tokens, f, rows_in, f_in)
         up_out = load_rows(up_out_ptr, stride_up, tokens, f, rows_in, f_in)
         dsummed = load_rows(dsummed_ptr, stride_dsummed, tokens, f, rows_in, f_in)
         gate_b = load_rows(gate_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
         up_b = load_rows(up_b_ptr, B_COLUMNS, f, columns, f_in, b_in)
         down_a = load_rows(down_a_ptr, F, columns, f, columns_in, f_in)
-        z_gate = rank_product(u_gate, tl.trans(gate_b), UPCAST) + gate_out.to(tl.float32)
-        z_up = rank_product(u_up, tl.trans(up_b), UPCAST) + up_out.to(tl.float32)
         da = rank_product(dh, down_a, UPCAST)
         if DROPOUT > 0:
             kept = keep_tile(seed, stream, pairs, first_f, row_counters, DROPOUT, BLOCK_F)
             da = tl.where(kept, da * dropout_scale, 0.0)
         dsummed = dsummed.to(tl.float32)
+        # Loaded in every step: what stays in registers over the loop makes it spill.
+        weights = load_weights(weights_ptr, pairs, routed)
+        selected = (weights != 0)[:, None]
         da += weights[:, None] * dsummed
+        z_gate = rank_product(u_gate, tl.trans(gate_b), UPCAST) + gate_out.to(tl.float32)
+        z_up = rank_product(u_up, tl.trans(up_b), UPCAST) + up_out.to(tl.float32)
 
         # Gradients of z and of the weights.
         value = activation(z_gate, ACTIVATION)
@@ -165,7 +166,7 @@ def ffn_inner_backward_kernel(
         dh_gate = product(dz_gate.to(dh.dtype), gate_b, dh_gate, UPCAST, COMPUTED=True)
         dh_up = product(dz_up.to(dh.dtype), up_b, dh_up, UPCAST, COMPUTED=True)
 
-    # Loaded again: what stays in registers over the loop makes it spill.
+    # Loaded again, for the same reason.
     tokens, rows_in, pairs, positions, experts, routed, starts, ranks = load_pair_rows(
         table_ptr, ranks_ptr, first_token, T, E, K, SLOTS, RANK, RANK_DIVISOR, BLOCK_P
     )
@@ -197,6 +198,8 @@ def launch(
 ):
     """Return the gradients, like `reference.ffn_inner_backward`, for 16-bit x, R <= 128.
 
+    float32 adapters are cast first: their tiles would take registers.
+
     split: the parts of the sums over F, and of the sums over tokens.
     """
     (T, K), width = weights.shape, inner.gate_out.shape[1]
@@ -219,7 +222,10 @@ def launch(
     dgate_out, dup_out = (x.new_empty((T, F)) for _ in range(2))
     rank_constants = tables.rank_constants(ranks)
     row = rank_constants["RANK_DIVISOR"]
-    tile_config = configs.tile_config("ffn_inner_backward", x.device, x.dtype, block_r, row)
+    is_simple = dropout.p == 0 and row * x.itemsize % launcher.ALIGNMENT == 0
+    tile_config = configs.tile_config(
+        "ffn_inner_backward", x.device, x.dtype, block_r, row, is_simple=is_simple
+    )
     rows = row_constants(K, tile_config.tokens, row, x)
     token_tiles = launcher.ceil_div(T, rows["BLOCK_P"] // rows["SLOTS"])
     f_tiles = launcher.ceil_div(F, tile_config.step)
@@ -227,6 +233,7 @@ def launch(
     steps = launcher.ceil_div(f_tiles, parts)
     parts = launcher.ceil_div(f_tiles, steps)
     partials = Partials([dh_gate, dh_up, dweights], parts)
+    adapters = InnerAdapters(*cast_all(adapters, [x.dtype] * len(adapters)))
     b_columns = launcher.aligned_columns(adapters.gate_b)
     tensors = dict(
         dsummed_ptr=dsummed,

@@ -135,9 +135,9 @@ def ffn_inner_weight_grad_kernel(
 
         # Gradients.
         dtype = dh.dtype
-        dgate_b = product(tl.trans(dz_gate.to(dtype)), u_gate, dgate_b, UPCAST, COMPUTED=True)
-        dup_b = product(tl.trans(dz_up.to(dtype)), u_up, dup_b, UPCAST, COMPUTED=True)
         ddown_a = product(tl.trans(a.to(dtype)), dh, ddown_a, UPCAST, COMPUTED=True)
+        dup_b = product(tl.trans(dz_up.to(dtype)), u_up, dup_b, UPCAST, COMPUTED=True)
+        dgate_b = product(tl.trans(dz_gate.to(dtype)), u_gate, dgate_b, UPCAST, COMPUTED=True)
 
     partial = split.to(tl.int64) * partial_stride
     f_in = f < WIDTH

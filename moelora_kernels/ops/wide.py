@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora_kernels.numerics import absent
+from moelora_kernels.numerics import absent, cast_all
 from moelora_kernels.ops.registration import register, register_planned
 from moelora_kernels.ops.shrink_dx import shrink_dx
 from moelora_kernels.ops.shrink_gate import (
@@ -52,18 +52,6 @@ def matrix(dy: Tensor, dtype: torch.dtype) -> Tensor:
 def adapter_dtypes(x: Tensor, tensors: SiblingTensors) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the gradients of A and B, and of the routers."""
     return tensors.lora_a[0].dtype, (tensors.router_weight or [x])[0].dtype
-
-
-def cast_all(matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Return every matrix in its dtype. If all copies have one dtype, they are one launch."""
-    results = [
-        matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
-        for matrix, dtype in zip(matrices, dtypes, strict=True)
-    ]
-    pairs = [(r, m) for r, m in zip(results, matrices, strict=True) if r is not m]
-    if pairs:
-        torch._foreach_copy_([r for r, _ in pairs], [m for _, m in pairs])
-    return results
 
 
 def absent_grads(

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import budget as command
-from benchmarks.model import budget
+from benchmarks.model import budget, budget_ffn
 from benchmarks.model.budget import Cell, Modelled
 from benchmarks.model.gpus import GPUS, blocks_per_multiprocessor
 from benchmarks.model.launches import FP32, Layer, record, record_directions
@@ -76,6 +76,10 @@ def launch_of(kernel: str, layer: Layer):
             2 * 8192 * 4096 * 16,
         ),
         ("reduce_partials_kernel", Layer("x"), 0),
+        # Every pair multiplies with B of gate and up and A of down, over the ranks of all experts.
+        ("ffn_inner_kernel", command.FFN, 3 * 2 * 16384 * 14336 * 128),
+        ("ffn_inner_backward_kernel", command.FFN, 5 * 2 * 16384 * 14336 * 128),
+        ("ffn_inner_weight_grad_kernel", command.FFN, 6 * 2 * 16384 * 14336 * 128),
     ),
 )
 def test_operations_of_a_launch(kernel, layer, flops):
@@ -166,6 +170,59 @@ def test_the_shrink_for_clusters():
     assert budget.with_cluster_shrink(others, few, gpu) == others
 
 
+def names_of(launches) -> list[str]:
+    return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches]
+
+
+def test_the_launches_of_whole_ffn_experts():
+    with configs.assume("sm_90"):
+        forward, backward = record_directions(command.FFN)
+    assert names_of(forward) == [
+        "router_logits", "topk_gate", "grouped_shrink", "grouped_shrink", "pair_table",
+        "ffn_inner", "ffn_inner_rank", "grouped_expand", "grouped_expand",
+    ]  # fmt: skip
+    found = names_of(backward)
+    assert found[:2] == ["grouped_shrink_backward", "grouped_weight_grad"]
+    assert found.index("ffn_inner_backward") < found.index("ffn_inner_weight_grad")
+    # dx of gate and of up, for two slots each.
+    assert found.count("grouped_expand") == 4
+    assert found.count("grouped_weight_grad") == 3
+    assert found[-3:-1] == ["topk_gate_backward", "router_grad"]
+
+
+def test_the_products_of_whole_ffn_experts_are_those_of_the_frozen_network():
+    gpu = GPUS["H200"]
+    frozen, ours = budget_ffn.frozen(command.FFN, gpu), budget_ffn.other_launches(command.FFN, gpu)
+    products = [launch for launch in frozen if launch.name in limits.BASE]
+    assert len(products) == 6
+    assert [launch for launch in ours if limits.is_base(launch)] == products
+    for product in products:
+        assert product.limits["matrix"] == pytest.approx(2 * 8192 * 4096 * 14336 / 790e6)
+    # 3 passes over [T, F] forward and 5 backward.
+    passes = [launch.limits["memory"] for launch in frozen if "_out" in launch.name][-2:]
+    assert passes == pytest.approx([n * 2 * 8192 * 14336 / 4.3e6 for n in (3, 5)])
+    # The loop over the experts has their products too, and takes longer.
+    rival = budget_ffn.compiled_rival(command.FFN, gpu)
+    assert [launch for launch in rival if limits.is_base(launch)] == products
+    assert budget.total(rival) > budget.total(ours)
+
+
+def test_decode_has_no_backward(monkeypatch):
+    # Interpreted kernels have no signature.
+    monkeypatch.setattr(command, "key_of", lambda launch: launch.kernel.fn.__name__)
+    layer = command.DECODE._replace(tokens=1)
+    with configs.assume("sm_90"):
+        forward, backward = record_directions(layer)
+    assert names_of(forward) == ["shrink_gate", "gate_partials"]
+    assert backward == []
+    codes = {("sm_90", launch.kernel.fn.__name__): CODE for launch in forward}
+    cell = command.cell("H200", layer, codes)
+    for launches in (cell.launches, cell.frozen, cell.rival):
+        assert {launch.direction for launch in launches} == {"forward"}
+    assert [launch.name for launch in cell.launches[2:]] == ["u Bt", "y += x Wt"]
+    assert [launch.name for launch in cell.frozen] == ["x Wt"]
+
+
 @pytest.mark.parametrize(
     ("change", "passes"),
     (
@@ -238,6 +295,9 @@ REACHED = {
     ("q/k/v, R=64", 8192): 1.168,
     ("gate/up", 8192): 1.15,
     ("grouped, 64 experts", 8192): 1.47,
+    ("whole-FFN experts, F=14336", 8192): 1.57,
+    ("decode", 1): 2.34,
+    ("decode", 16): 2.50,
 }
 
 
@@ -257,13 +317,14 @@ def test_the_report_keeps_what_was_reached():
 
 @pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda limit: f"{limit.layer} {limit.tokens}")
 def test_every_launch_of_a_limit_is_explained(limit):
-    layer = next(layer for layer in command.LAYERS if layer.name == limit.layer)
+    known = (*command.LAYERS, *command.ON_H200)
+    layer = next(layer for layer in known if layer.name == limit.layer)
     layer = layer._replace(tokens=limit.tokens)
     with configs.assume(GPUS[limits.GPU].architecture):
         names = {launch.kernel.fn.__name__.removesuffix("_kernel") for launch in record(layer)}
     names |= {
         launch.name
-        for launch in budget.other_launches(layer, GPUS[limits.GPU])
+        for launch in command.model_of(layer).other_launches(layer, GPUS[limits.GPU])
         if not limits.is_base(launch)
     }
     if layer.clusters:

@@ -1,4 +1,4 @@
-"""The op `decode` on every case: native library; and the choice of it by a layer."""
+"""The op `decode` on every case: native library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import copy
 import pytest
 import torch
 
-from moelora_kernels import MoeLoraGroup, ops, reference
+from moelora_kernels import ops, reference
 from moelora_kernels.autograd.linear import siblings_of
-from moelora_kernels.dispatch import DECODE_TOKENS
-from moelora_kernels.functional import run_layer
 from moelora_kernels.testing import assert_within_budget
 from moelora_kernels.tune.check import as_float64
-from moelora_kernels.types import NO_DROPOUT, Dropout, SiblingTensors
+from moelora_kernels.types import SiblingTensors
 from support.arguments import decode
 from support.backends import DTYPES, NATIVE, needs_library, parameters
 from support.cases import LAYERS, WIDE, Case, layer_case
 from support.inputs import Inputs
-from support.linears import make_layer
 from support.op_checks import check, opcheck
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -198,6 +195,38 @@ def test_equal_logits_take_the_lower_expert() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf), ids=str)
+@pytest.mark.parametrize("dtype", (BF16, FP32, torch.float64), ids=str)
+def test_experts_of_logits_that_are_not_finite(dtype: torch.dtype, value: float) -> None:
+    """NaN counts as the largest number, like in the other forms."""
+    inputs = Inputs(layer_case(T=5), dtype)
+    inputs.router_bias[0][1] = value
+    arguments = decode(inputs)
+    actual, expected = ops.decode(*arguments), reference.decode(*arguments)
+    assert torch.equal(actual.experts, expected.experts)
+    assert (actual.experts == 1).any(dim=1).all() == (value != -torch.inf)
+
+
+@needs_library
+@pytest.mark.parametrize("is_called", (False, True))
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+def test_y_is_rounded_once(dtype: torch.dtype, is_called: bool) -> None:
+    """1 + e and e, each half a unit from a number of 16 bits, add up to one: 1 + 2 e."""
+    e = torch.finfo(dtype).eps / 2
+    inputs = Inputs(layer_case(T=2, I=2, O=3, ranks=(1,), gate="dense"), dtype)
+    inputs.x = torch.tensor([[1.0, e]] * 2, dtype=dtype)
+    inputs.lora_a, inputs.lora_b = [torch.ones(1, 2, dtype=dtype)], [torch.ones(3, 1, dtype=dtype)]
+    inputs.gate_weights, inputs.scaling = torch.ones(2, 1, dtype=dtype), (1.0,)
+    inputs.base_weight, inputs.start = [torch.zeros(3, 2, dtype=dtype)], [torch.full((3,), e)]
+    inputs.start = [start.to(dtype) for start in inputs.start]
+    x, tensors, *rest = decode(inputs)
+    if is_called:
+        output = torch.full((2, 3), e, dtype=dtype)
+        tensors = tensors._replace(weight=[], bias=[], base_output=[output])
+    assert (ops.decode(x, tensors, *rest).y[0] == 1 + 2 * e).all()
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
 def test_every_row_has_its_own_experts(dtype: torch.dtype) -> None:
     """A row in a batch gets what it gets alone."""
@@ -284,104 +313,3 @@ def test_wrong_shapes_are_refused(name: str) -> None:
     x, tensors, gate, mixture = decode(Inputs(LAYERS["router"], FP32))
     with pytest.raises(RuntimeError, match=name):
         ops.decode(x, BAD[name](tensors), gate, mixture)
-
-
-# --- a layer that decodes -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ("router", "siblings", "sparse", "rows", "dense", "share_a"))
-def test_a_layer_decodes_if_it_is_told_to(name: str) -> None:
-    inputs = Inputs(LAYERS[name]._replace(T=DECODE_TOKENS), FP32)
-    gate = None if inputs.has_router else inputs.gate
-    arguments = inputs.mixture, inputs.x, inputs.linears, gate, NO_DROPOUT
-    with torch.no_grad():
-        actual, expected = run_layer(*arguments, "decode"), run_layer(*arguments, "reference")
-    for y, reference_y in zip(actual.y, expected.y, strict=True):
-        torch.testing.assert_close(y, reference_y, rtol=1e-5, atol=1e-5)
-    for tensor, reference_tensor in zip(actual.gate, expected.gate, strict=True):
-        assert (tensor is None) == (reference_tensor is None)
-
-
-def test_decode_is_refused_with_the_reason() -> None:
-    inputs = Inputs(layer_case(T=DECODE_TOKENS + 1), FP32)
-    arguments = inputs.mixture, inputs.x, inputs.linears, None
-    start = "^impl: 'decode' is not supported for this call: "
-    with pytest.raises(ValueError, match=f"{start}grad mode is on; call the layer inside torch"):
-        run_layer(*arguments, NO_DROPOUT, "decode")
-    with torch.no_grad():
-        with pytest.raises(ValueError, match=f"{start}expected at most 64 tokens, got 65$"):
-            run_layer(*arguments, NO_DROPOUT, "decode")
-        with pytest.raises(ValueError, match=f"{start}it has no dropout"):
-            run_layer(*arguments, Dropout(0.5, False, torch.tensor([1])), "decode")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The names of the ops that a layer called."""
-    names: list[str] = []
-
-    def watch(name: str) -> None:
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a: (names.append(name), op(*a))[1])
-
-    for name in ("wide", "grouped", "decode", "decode_flat"):
-        watch(name)
-    return names
-
-
-OPTIONS = {
-    "plain": dict(top_k=2),
-    "all_experts": {},
-    "share_a": dict(top_k=2, share="A"),
-    "noise_in_training": dict(top_k=2, noise=0.1),
-    "no_router_bias": dict(top_k=2, router_bias=False),
-    "mlp": dict(router="mlp"),
-    "shared_expert": dict(top_k=2, shared_expert="always"),
-    "threshold": dict(select="threshold", threshold=0.2, top_k=None),
-}
-
-
-@needs_library
-@pytest.mark.parametrize("shape", ((), (1,), (2, 3), (DECODE_TOKENS,), (0,), (2, 0)), ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_auto_decodes_without_gradients(options: dict, shape: tuple, calls: list) -> None:
-    layer = make_layer(FP32, **options).eval()
-    specification = make_layer(FP32, impl="reference", **options).eval()
-    x = torch.randn(*shape, 12)
-    with torch.no_grad():
-        actual, expected = layer(x), specification(x)
-    assert len(calls) == 1
-    assert calls[0].startswith("decode")
-    assert actual.shape == expected.shape
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@needs_library
-def test_auto_does_not_decode_otherwise(calls: list) -> None:
-    """With gradients, in training mode, with more tokens."""
-    x = torch.randn(3, 12)
-    layer = make_layer(FP32, top_k=2).train()
-    layer(x).sum().backward()
-    with torch.no_grad():
-        layer(x)
-        layer.eval()(torch.randn(DECODE_TOKENS + 1, 12))
-    layer(x)
-    assert not any(name.startswith("decode") for name in calls)
-    assert len(calls) == 4
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
-def test_plain_layers_decode_like_all_others(dtype: torch.dtype) -> None:
-    """A hook makes a base that is not plain: the general way gives the same values."""
-    layers = {name: make_layer(dtype, top_k=2).eval() for name in ("q", "k", "v")}
-    group, x = MoeLoraGroup(**layers), torch.randn(2, 3, 12).to(dtype)
-    with torch.no_grad():
-        plain, singles = group(x), [layer(x) for layer in layers.values()]
-        for layer in layers.values():
-            layer.router.register_forward_hook(lambda *arguments: None)
-        general = group(x)
-    rounding = 4 * torch.finfo(dtype).eps
-    for y, single, other in zip(plain, singles, general, strict=True):
-        torch.testing.assert_close(y, single, rtol=rounding, atol=rounding)
-        torch.testing.assert_close(y, other, rtol=rounding, atol=rounding)

@@ -26,7 +26,7 @@ VARIANTS = {
     "split": (dict(gate="dense", dropout=0.1), 2),
 }
 # The widest tiles of these entries serve layers without dropout.
-COLUMNS_WITH_DROPOUT = {"shrink_dx": shrink_dx.STEP, "weight_grad": 64}
+COLUMNS_WITH_DROPOUT = {"shrink_dx": shrink_dx.STEP, "weight_grad": 64, "ffn_inner_backward": 64}
 # The ops that take the tiles of a kernel, if they are more than the op with its name.
 OPS_OF = {
     "grouped_expand": ("grouped_expand", "grouped_dx"),
@@ -76,7 +76,8 @@ def tile_calls(
     if op in FFN_OPS:
         # Two experts whose rank space is aligned to 16 bytes.
         case = FfnCase(T=tokens, F=width, ranks=(columns // 2,) * 2, routing="uniform")
-        case = case._replace(dropout=VARIANTS[variant][0].get("dropout", 0.0))
+        if columns <= COLUMNS_WITH_DROPOUT.get(key[0], columns):
+            case = case._replace(dropout=VARIANTS[variant][0].get("dropout", 0.0))
         inputs = FfnInputs(case, dtype)
         arguments = inputs.forward() if op == "ffn_inner" else inputs.backward()
         implementation = backend.implementation(op, split=VARIANTS[variant][1])

@@ -139,11 +139,11 @@ _SM_90 = {
     ("ffn_inner_backward", 2, 16): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 32): TileConfig(128, 32, 8, 2),
     ("ffn_inner_backward", 2, 64): TileConfig(128, 32, 8, 2),
-    ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
+    ("ffn_inner_backward", 2, 128): TileConfig(128, 16, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(128, 32, 8, 2),
     ("ffn_inner_weight_grad", 2, 32): TileConfig(64, 64, 8, 2),
     ("ffn_inner_weight_grad", 2, 64): TileConfig(128, 32, 8, 2),
-    ("ffn_inner_weight_grad", 2, 128): TileConfig(16, 64, 8, 2),
+    ("ffn_inner_weight_grad", 2, 128): TileConfig(32, 64, 8, 1),
 }
 
 # Triton 3.8 keeps 8 bytes on the stack in the product of R = 256; Triton 3.6 and 3.9 do not.
@@ -204,7 +204,8 @@ _SM_80 = {
     ("ffn_inner", 2, 64): TileConfig(64, 64, 8, 2),
     ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 2),
     ("ffn_inner_backward", 2, 16): TileConfig(64, 32, 8, 2),
-    ("ffn_inner_backward", 2, 32): TileConfig(64, 32, 8, 2),
+    # With two stages, ptxas of Triton 3.6 spills two registers.
+    ("ffn_inner_backward", 2, 32): TileConfig(64, 32, 8, 1),
     ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2),
     ("ffn_inner_backward", 2, 128): TileConfig(16, 32, 8, 2, registers=255),
     ("ffn_inner_weight_grad", 2, 16): TileConfig(32, 64, 8, 2),
@@ -222,6 +223,8 @@ _SM_89 = {
     ("grouped_shrink_backward", 4, 32): TileConfig(64, 32, 8, 3),
     ("grouped_expand", 4, 32): TileConfig(64, 32, 4, 2),
     ("ffn_inner", 2, 128): TileConfig(64, 64, 8, 1),
+    # ptxas spills registers to run two programs at the same time.
+    ("ffn_inner_backward", 2, 64): TileConfig(32, 32, 8, 2, registers=255),
 }
 # Without wgmma and with 99 KiB of shared memory, like sm_89, but more of its tiles spill.
 _SM_120 = {
@@ -382,7 +385,8 @@ def tile_config(
     row: a number that divides the distance of the rows in rank space, in elements. If float32 rows
     are not aligned to 16 bytes, a step is half as long: the addresses of single elements take
     registers. rows: tokens times siblings. is_simple: nothing but the products takes registers.
-    Otherwise a step of 256 columns is half as long.
+    Otherwise a step of 256 columns is half as long, and one of 16 columns is twice as long, with a
+    fourth of the tokens.
     """
     table = _table(device)
     entry = table[kernel, dtype.itemsize, rank_columns]
@@ -390,4 +394,6 @@ def tile_config(
         entry = table.get((kernel + FEW, dtype.itemsize, rank_columns), entry)
     if (dtype.itemsize == 4 and row % 4) or (entry.step == 256 and not is_simple):
         return entry._replace(step=entry.step // 2)
+    if entry.step == 16 and not is_simple:
+        return entry._replace(tokens=entry.tokens // 4, step=32)
     return entry
