@@ -18,16 +18,33 @@ namespace {
 constexpr int64_t STRIP_BYTES = 512 << 10;
 // Rows of a task; fewer if y has fewer.
 constexpr int64_t ROWS = 4096;
+// Rows between the row that is computed and the row of `start` that is fetched.
+constexpr int64_t AHEAD = 8;
 
-// y = start + sums, for one row of a strip. `start` may be null (0), or y.
-template <class Y, class C>
-MOELORA_INLINE void write_row(const C* sums, int64_t columns, const Y* start, Y* y) {
+// y = start + sums, for one row of a strip. `start` may be null (0), or y. scratch: [strip width].
+template <class Level, int VECTORS, class Y, class C, class V>
+MOELORA_INLINE void write_row(const V* sums, int64_t columns, const Y* start, C* scratch, Y* y) {
+  constexpr int BYTES = Level{}();
+  constexpr int64_t LANES = Vector<C, BYTES>::LANES;
+  constexpr bool is_one_step =
+      std::is_same_v<Y, C> || (std::is_same_v<Y, BFloat16> && Level::bf16_pairs);
+  if constexpr (is_one_step) {
+    if (columns == VECTORS * LANES) {
+      for (int v = 0; v < VECTORS; ++v) {
+        V row = sums[v];
+        if (start != nullptr) row += load_widened<Y, C, BYTES>(start + v * LANES);
+        store_rounded<Y, C, BYTES>(y + v * LANES, row);
+      }
+      return;
+    }
+  }
+  for (int v = 0; v < VECTORS; ++v) store<C, BYTES>(scratch + v * LANES, sums[v]);
   if (start == nullptr) {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(sums[j]);
+    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(scratch[j]);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(sums[j] + C(widen(start[j])));
+    for (int64_t j = 0; j < columns; ++j) y[j] = narrow<Y>(scratch[j] + C(widen(start[j])));
   }
 }
 
@@ -44,8 +61,8 @@ struct Start {
   }
 };
 
-// Computes one task: the rows [begin, end) of a strip of VECTORS vectors. `buffer` has
-// 2 STRIP numbers, then the packed strip.
+// Computes one task: the rows [begin, end) of a strip of VECTORS vectors. `buffer` has STRIP
+// numbers, then the packed strip.
 template <class Level, int VECTORS, class S, class C, class Y>
 MOELORA_INLINE void strip_kernel(const Expand<S, C>& expand, const Term* terms,
                                  const typename Operand<S, Level::bf16_pairs>::Unit* u_units,
@@ -54,14 +71,23 @@ MOELORA_INLINE void strip_kernel(const Expand<S, C>& expand, const Term* terms,
   using P = Operand<S, Level::bf16_pairs>;
   constexpr int64_t WIDTH = VECTORS * Vector<C, Level{}()>::LANES;
   const int64_t columns = std::min(WIDTH, expand.O - strip);
-  auto* packed = reinterpret_cast<typename P::Unit*>(buffer + 2 * STRIP);
+  auto* packed = reinterpret_cast<typename P::Unit*>(buffer + STRIP);
   expand.template pack_strip<P>(strip, columns, WIDTH, packed);
   for (int64_t row = begin; row < end; ++row) {
+    // A strip is a short piece of each row, which the prefetcher does not predict.
+    if (start.data != nullptr && row + AHEAD < end) {
+      const Y* next_row = start.row(row + AHEAD) + strip;
+      for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(Y))) {
+        __builtin_prefetch(next_row + j);
+      }
+    }
+    typename Vector<C, Level{}()>::type sums[VECTORS];
     expand.template sum_row<Level, VECTORS>(row, strip, columns, packed, terms, u_units, buffer,
-                                            buffer + STRIP);
+                                            sums);
     const Y* start_row = start.row(row);
-    write_row<Y, C>(buffer + STRIP, columns, start_row == nullptr ? nullptr : start_row + strip,
-                    y + row * expand.O + strip);
+    write_row<Level, VECTORS, Y, C>(sums, columns,
+                                    start_row == nullptr ? nullptr : start_row + strip, buffer,
+                                    y + row * expand.O + strip);
   }
 }
 
@@ -82,7 +108,7 @@ void run(const Expand<S, C>& expand, int64_t rows, const Start<Y>& start, Y* y) 
   const int64_t row_blocks = (rows + ROWS - 1) / ROWS;
   const int64_t work = vectors * LANES * (std::min(rows, ROWS) * expand.width + units);
   torch::stable::parallel_for(0, strips * row_blocks, grain(work), [&](int64_t begin, int64_t end) {
-    std::vector<C> buffer(2 * STRIP + units * vectors * LANES);
+    std::vector<C> buffer(STRIP + units * vectors * LANES);
     vectorised([&](auto level) {
       if constexpr (std::is_same_v<decltype(level), Level>) {
         for (int64_t task = begin; task < end; ++task) {

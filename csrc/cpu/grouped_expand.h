@@ -8,6 +8,7 @@
 
 #include "dropout.h"
 #include "grouped.h"
+#include "vectors.h"
 
 namespace moelora {
 namespace {
@@ -58,20 +59,24 @@ struct Expand {
   int64_t units_per_pair() const { return width + extra_units(); }
 
   // Packs the columns [strip, strip + columns) of all matrices: packed [units, strip_width], a row
-  // of units for each PER_UNIT ranks.
+  // of units for each PER_UNIT ranks. The units of an expert without pairs are not written.
   template <class P>
   MOELORA_INLINE void pack_strip(int64_t strip, int64_t columns, int64_t strip_width,
                                  typename P::Unit* packed) const {
     const S* expert_row = expert_rows;
+    int64_t expert = first_expert;
     for (const S* matrix : matrices) {
-      for (int64_t e = 0; e < blocks.num_experts(); ++e) {
-        pack_expert<P>(matrix + blocks.begin[e] * rank_stride, blocks.ranks[e], strip, columns,
-                       strip_width, packed);
-        packed += P::units(blocks.ranks[e]) * strip_width;
-        if (!extra_units()) continue;
-        P::interleave(expert_row + strip, nullptr, columns, packed);
-        packed += strip_width;
-        expert_row += O;
+      for (int64_t e = 0; e < blocks.num_experts(); ++e, ++expert) {
+        const int64_t steps = P::units(blocks.ranks[e]);
+        if (routing.begin(expert) < routing.end(expert)) {
+          pack_expert<P>(matrix + blocks.begin[e] * rank_stride, blocks.ranks[e], strip, columns,
+                         strip_width, packed);
+          if (extra_units()) {
+            P::interleave(expert_row + strip, nullptr, columns, packed + steps * strip_width);
+          }
+        }
+        packed += (steps + extra_units()) * strip_width;
+        if (extra_units()) expert_row += O;
       }
     }
   }
@@ -98,74 +103,88 @@ struct Expand {
     return terms;
   }
 
-  // Fills sums [strip width] with the terms of row `index` of y, in the order of slots.
-  // dropped_term [strip width] is scratch space.
-  template <class Level, int VECTORS, class Unit>
+  // Sets sums [VECTORS] to the terms of row `index` of y, added in the order of slots. dropped_term
+  // [strip width] is scratch space.
+  template <class Level, int VECTORS, class Unit, class V>
   MOELORA_INLINE void sum_row(int64_t index, int64_t strip, int64_t columns, const Unit* packed,
                               const Term* terms, const Unit* u_units, C* dropped_term,
-                              C* sums) const {
-    using V = typename Vector<C, Level{}()>::type;
+                              V* sums) const {
     constexpr int64_t LANES = Vector<C, Level{}()>::LANES;
     constexpr int64_t WIDTH = VECTORS * LANES;
-    V sum[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) sum[v] = V{};
+    Partial<V, VECTORS> partial;
+    for (int v = 0; v < VECTORS; ++v) sums[v] = V{};
     for (int64_t pair = index * pairs_per_row; pair < (index + 1) * pairs_per_row; ++pair) {
       const int64_t steps = terms[pair].steps;
       const Unit* left = u_units + pair * units_per_pair();
       const Unit* right = packed + terms[pair].first_unit * WIDTH;
       if (extra_units() && steps > 0) {
-        add_product<Level, VECTORS>(left + steps, right + steps * WIDTH, 1, sum);
+        add_product<Level>(left + steps, right + steps * WIDTH, 1, partial, sums);
       }
       if (!mask.active()) {
-        add_product<Level, VECTORS>(left, right, steps, sum);
+        add_product<Level>(left, right, steps, partial, sums);
         continue;
       }
       // With dropout, the term is computed alone, and masked in memory.
+      Partial<V, VECTORS> term_partial;
       V term[VECTORS];
       for (int v = 0; v < VECTORS; ++v) term[v] = V{};
-      add_product<Level, VECTORS>(left, right, steps, term);
+      add_product<Level>(left, right, steps, term_partial, term);
+      term_partial.flush(term);
       for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(dropped_term + v * LANES, term[v]);
       mask.apply(dropped_term, index, strip, O, columns, terms[pair].expert);
-      for (int v = 0; v < VECTORS; ++v) {
-        sum[v] += load<C, Level{}()>(dropped_term + v * LANES);
-      }
+      for (int v = 0; v < VECTORS; ++v) sums[v] += load<C, Level{}()>(dropped_term + v * LANES);
     }
-    for (int v = 0; v < VECTORS; ++v) store<C, Level{}()>(sums + v * LANES, sum[v]);
+    partial.flush(sums);
   }
 
  private:
   // Units that an expert's row of expert_rows adds to its matrix.
   int64_t extra_units() const { return expert_rows == nullptr ? 0 : 1; }
 
-  // sum [VECTORS] += sum_n left[n] * right[n, :] over `steps` units.
+  // Sums of few terms. There are two sets, because each step of one set would wait for the step
+  // before. Both start at zero again after MAX_TERMS steps.
+  template <class V, int VECTORS>
+  struct Partial {
+    V even[VECTORS] = {};
+    V odd[VECTORS] = {};
+    int64_t num_terms = 0;
+
+    // Adds the sets to sums, and clears them.
+    MOELORA_INLINE void flush(V* sums) {
+      for (int v = 0; v < VECTORS; ++v) {
+        sums[v] += even[v] + odd[v];
+        even[v] = odd[v] = V{};
+      }
+      num_terms = 0;
+    }
+  };
+
+  // partial + sums += sum_n left[n] * right[n, :] over `steps` units.
   template <class Level, int VECTORS, class Unit, class V>
   MOELORA_INLINE void add_product(const Unit* left, const Unit* right, int64_t steps,
-                                  V* sum) const {
+                                  Partial<V, VECTORS>& partial, V* sums) const {
     using U = typename Vector<Unit, Level{}()>::type;
     constexpr int64_t LANES = Vector<Unit, Level{}()>::LANES;
-    // There are two sets of sums, because each step of one set would wait for the step before. Both
-    // start at zero again after MAX_TERMS steps.
     for (int64_t begin = 0; begin < steps; begin += MAX_TERMS) {
       const int64_t end = std::min(steps, begin + MAX_TERMS);
-      V even[VECTORS], odd[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) even[v] = odd[v] = V{};
+      if (partial.num_terms + end - begin > MAX_TERMS) partial.flush(sums);
+      partial.num_terms += end - begin;
       int64_t n = begin;
       for (; n + 2 <= end; n += 2) {
         const U first = U{} + left[n];
         const U second = U{} + left[n + 1];
         for (int v = 0; v < VECTORS; ++v) {
-          even[v] = multiply_add(even[v], first,
-                                 load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
-          odd[v] = multiply_add(odd[v], second,
-                                load<Unit, Level{}()>(right + ((n + 1) * VECTORS + v) * LANES));
+          partial.even[v] = multiply_add(partial.even[v], first,
+                                         load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
+          partial.odd[v] =
+              multiply_add(partial.odd[v], second,
+                           load<Unit, Level{}()>(right + ((n + 1) * VECTORS + v) * LANES));
         }
       }
+      if (n == end) continue;
       for (int v = 0; v < VECTORS; ++v) {
-        if (n < end) {
-          even[v] = multiply_add(even[v], U{} + left[n],
-                                 load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
-        }
-        sum[v] += even[v] + odd[v];
+        partial.even[v] = multiply_add(partial.even[v], U{} + left[n],
+                                       load<Unit, Level{}()>(right + (n * VECTORS + v) * LANES));
       }
     }
   }

@@ -50,6 +50,7 @@ struct WeightGrad {
     const bool has_partials = routing.end(expert) - routing.begin(expert) > MAX_TERMS;
     C* partial = has_partials ? buffer + STRIP + STEP * (STRIP + w) : sums;
     std::fill_n(sums, w * STRIP, C{0});
+    if (routing.begin(expert) == routing.end(expert)) return;
     if (has_partials) std::fill_n(partial, w * STRIP, C{0});
 
     // Returns the columns of a position's row, after dropout.
@@ -68,7 +69,7 @@ struct WeightGrad {
       for (int64_t k = 0; k < ahead; ++k) {
         const S* next_row = matrix.row(matrix.row_of_position[first + count + k]) + strip;
         for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(S))) {
-          __builtin_prefetch(next_row + j);
+          __builtin_prefetch(next_row + j, 0, 2);
         }
       }
 

@@ -56,7 +56,15 @@ def test_every_vector_width(level: str, request) -> None:
     if level not in native.build_info()["simd"]:
         pytest.skip(f"this library has no {level} code")
     folder = Path(__file__).resolve().parents[1] / "ops"
-    names = ("wide_ops", "decode", "topk_gate", "dropout")
+    names = (
+        "wide_ops",
+        "grouped_ops",
+        "grouped_edges",
+        "ffn_inner",
+        "decode",
+        "topk_gate",
+        "dropout",
+    )
     files = [str(folder / f"test_{name}.py") for name in names]
     chosen = ["--exhaustive"] if request.config.option.exhaustive else []
     result = run(
