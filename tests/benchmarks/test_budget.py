@@ -295,7 +295,7 @@ REACHED = {
     ("q/k/v, R=64", 8192): 1.168,
     ("gate/up", 8192): 1.15,
     ("grouped, 64 experts", 8192): 1.47,
-    ("whole-FFN experts, F=14336", 8192): 1.57,
+    ("whole-FFN experts, F=14336", 8192): 1.26,
     ("decode", 1): 2.34,
     ("decode", 16): 2.50,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moelora_kernels import MoeLoraGroup, ops
+from moelora_kernels import MoeLoraGroup, ops, record_routing
 from moelora_kernels.dispatch import DECODE_TOKENS
 from moelora_kernels.functional import run_layer
 from moelora_kernels.types import NO_DROPOUT, Dropout
@@ -102,7 +102,7 @@ def test_auto_does_not_decode_otherwise(calls: list) -> None:
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 def test_plain_layers_decode_like_all_others(dtype: torch.dtype) -> None:
     """A hook makes a base that is not plain: the general way gives the same values."""
-    layers = {name: make_layer(dtype, top_k=2).eval() for name in ("q", "k", "v")}
+    layers = {name: make_layer(dtype, seed=i, top_k=2).eval() for i, name in enumerate("qkv")}
     group, x = MoeLoraGroup(**layers), torch.randn(2, 3, 12).to(dtype)
     with torch.no_grad():
         plain, singles = group(x), [layer(x) for layer in layers.values()]
@@ -113,3 +113,51 @@ def test_plain_layers_decode_like_all_others(dtype: torch.dtype) -> None:
     for y, single, other in zip(plain, singles, general, strict=True):
         torch.testing.assert_close(y, single, rtol=rounding, atol=rounding)
         torch.testing.assert_close(y, other, rtol=rounding, atol=rounding)
+
+
+def hook(module: torch.nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, y: 2 * y)
+
+
+# name -> a change of the first of two siblings; plain layers lack what it adds.
+CHANGES = {
+    "hook_of_the_base": lambda layer: hook(layer.base_layer),
+    "hook_of_the_router": lambda layer: hook(layer.router),
+    "no_bias": lambda layer: setattr(layer.base_layer, "bias", None),
+    "no_router_bias": lambda layer: setattr(layer.router, "bias", None),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_layer_that_is_not_plain(name: str) -> None:
+    """The values are those of the reference, and every sibling keeps its own tensors."""
+    decoding, expected = (
+        MoeLoraGroup(
+            **{key: make_layer(FP32, seed=i, top_k=2, impl=impl) for i, key in enumerate("qk")}
+        ).eval()
+        for impl in ("auto", "reference")
+    )
+    x = torch.randn(3, 12)
+    for group in (decoding, expected):
+        CHANGES[name](group.q)
+    with torch.no_grad():
+        for y, reference_y in zip(decoding(x), expected(x), strict=True):
+            torch.testing.assert_close(y, reference_y, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_autocast_the_routing_record_and_bad_input() -> None:
+    layer, x = make_layer(FP32, top_k=2).eval(), torch.randn(3, 12)
+    with torch.no_grad():
+        with torch.autocast("cpu", BF16):
+            assert layer(x).dtype == BF16
+        with record_routing(layer):
+            layer(x)
+            logits = layer.record.logits
+    torch.testing.assert_close(logits, layer.router(x))
+    with pytest.raises(ValueError, match=r"^x: "), torch.no_grad():
+        layer(torch.randn(3, 24))
+    layer.base_layer.double()
+    with pytest.raises(TypeError, match=r"^x: expected the base's dtype"), torch.no_grad():
+        layer(x)

@@ -27,9 +27,9 @@ each_op = pytest.mark.parametrize("op", OPS)
 # The kernels take up to 128 columns of rank space.
 CASES = {name: case for name, case in FFN_INNER.items() if sum(case.ranks) <= 128}
 # The most columns of rank space: fewer rows with dropout, and if the ranks are not aligned.
-CASES["r=16"] = FfnCase(T=77, F=77, ranks=(16,) * 8)
-CASES["r=16_dropout"] = CASES["r=16"]._replace(dropout=0.25)
-CASES["r=17"] = FfnCase(F=77, ranks=(17,) * 7)
+CASES["rank_16"] = FfnCase(T=77, F=77, ranks=(16,) * 8)
+CASES["rank_16_dropout"] = CASES["rank_16"]._replace(dropout=0.25)
+CASES["rank_17"] = FfnCase(F=77, ranks=(17,) * 7)
 # A sum of many steps in one part.
 CASES["wide"] = CASES["wide"]._replace(F=9 * 128 + 1)
 PTX_NAMES = {"bf16": tuple(CASES), "fp16": ("float32_adapters",)}
@@ -46,7 +46,7 @@ def triton_by_default(case: str, dtype: str) -> bool:
 
 
 def ptx_by_default(case: str, dtype: str) -> bool:
-    return case in ("mixed_ranks", "r=16_dropout") and dtype == "bf16"
+    return case in ("mixed_ranks", "rank_16_dropout") and dtype == "bf16"
 
 
 PARAMETERS = [
