@@ -1,7 +1,6 @@
 """Sparse external gates: a tuple (weights, indices) equals the dense gates that it stands for."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from moelora_kernels import (
 from moelora_kernels.nn import count_routing
 from moelora_kernels.peft import MoeLoraPeftConfig
 from support import siblings
+from support.copies import each_copier
 from support.ffns import HIDDEN, make_ffn
 from support.linears import IN, OUT, make_layer, randomise
 from support.peft_models import EXTERNAL, TARGETS, inputs, new_adapter
@@ -283,7 +283,7 @@ def test_inference_mode_and_autocast():
         assert torch.equal(layer(x), layer(x, (weights.clone(), indices.clone())))
 
 
-@pytest.mark.parametrize("copier", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+@each_copier
 def test_copies_keep_them(copier):
     layer = make_layer(router="external")
     x, (weights, indices) = random_x(layer, B, L), sparse_gates((B, K))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import pickle
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from moelora_kernels import collect_aux_loss  # noqa: E402
 from moelora_kernels.nn import sibling_link  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
 from support.compare import FLOAT64, assert_same, training_step  # noqa: E402
+from support.copies import each_copier  # noqa: E402
 from support.ffns import GatedMlp  # noqa: E402
 from support.models import language_model  # noqa: E402
 from support.peft_models import (  # noqa: E402
@@ -248,19 +246,11 @@ def test_link_siblings_is_true_or_false():
         MoeLoraPeftConfig(link_siblings="auto")
 
 
-@pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
+@each_copier
 def test_copies_are_linked_to_each_other(copier, passes):
     model = make().eval()
     expected = model(IDS).logits
-    if copier == "deepcopy":
-        clone = copy.deepcopy(model)
-    elif copier == "pickle":
-        clone = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
+    clone = copier(model)
     passes.clear()
     assert torch.equal(clone(IDS).logits, expected)
     assert passes == LINKED
