@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from moelora_kernels.config_rules import AUX_WEIGHTS, check, check_number, check_one_of
+from moelora_kernels.config_rules import AUX_WEIGHTS, check
 from moelora_kernels.presets import PRESETS, check_preset
+from moelora_kernels.value_checks import check_number, check_one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,24 @@ into METHODS.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from moelora_kernels import dispatch
+from moelora_kernels.value_checks import (
+    BELOW_ONE,
+    COUNT,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UP_TO_ONE,
+    Interval,
+    check_experts,
+    check_number,
+    check_one_of,
+)
 
 if TYPE_CHECKING:
     from moelora_kernels.config import MoeLoraConfig
@@ -39,22 +50,6 @@ VALUES: dict[str, tuple] = {
     "adapter_dtype": (None, "float32", "bfloat16", "float16", "float64"),
     "router": (None, "linear", "mlp", "task", "external", "prototype", "self", "token_task"),
 }
-
-
-class Interval(NamedTuple):
-    """The allowed numbers of an option: a text for messages, and a test."""
-
-    text: str
-    contains: Callable[[float], bool]
-    whole: bool = False
-
-
-COUNT = Interval("a whole number from 1", lambda n: n >= 1, whole=True)
-FINITE = Interval("a finite number", math.isfinite)
-NOT_NEGATIVE = Interval("a number from 0", lambda n: n >= 0)
-POSITIVE = Interval("a number above 0", lambda n: n > 0)
-BELOW_ONE = Interval("a number in [0, 1)", lambda n: 0 <= n < 1)
-UP_TO_ONE = Interval("a number in (0, 1]", lambda n: 0 < n <= 1)
 
 # Option -> its allowed numbers. An option whose default is None can also be None. `rank` can also
 # be a tuple of numbers.
@@ -357,20 +352,6 @@ def _check_numbers(config: MoeLoraConfig) -> None:
         )
 
 
-def check_experts(name: str, experts: Any, num_experts: int) -> None:
-    """Raise ValueError or TypeError unless experts are different whole numbers below num_experts.
-
-    num_experts: the number of experts, a shared expert included.
-    """
-    expected = f"different numbers of experts from 0 to {num_experts - 1}"
-    if not isinstance(experts, (tuple, list)):
-        raise TypeError(f"{name}: expected {expected}, got {experts!r}")
-    if any(isinstance(e, bool) or not isinstance(e, int) for e in experts):
-        raise TypeError(f"{name}: expected {expected}, got {experts!r}")
-    if len({*experts}) < len(experts) or not all(0 <= e < num_experts for e in experts):
-        raise ValueError(f"{name}: expected {expected}, got {[*experts]}")
-
-
 def _is_true(config: MoeLoraConfig, option: str, condition: Any) -> bool:
     """Return whether a condition of CONFLICTS is true for an option."""
     value = getattr(config, option)
@@ -384,19 +365,3 @@ def _is_true(config: MoeLoraConfig, option: str, condition: Any) -> bool:
 def _shown(config: MoeLoraConfig, option: str) -> str:
     value = getattr(config, option)
     return repr(dict(value) if option == "aux" else value)
-
-
-def check_one_of(name: str, value: Any, values: tuple) -> None:
-    """Raise ValueError if value is not one of values."""
-    # `in` alone would accept True and 1.0 for 1.
-    is_plain = value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
-    if not (is_plain and value in values):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
-
-
-def check_number(name: str, value: Any, interval: Interval = FINITE) -> None:
-    """Raise ValueError if value is not a finite number of the interval."""
-    types = int if interval.whole else (int, float)
-    is_number = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and interval.contains(value)):
-        raise ValueError(f"{name}: expected {interval.text}, got {value!r}")

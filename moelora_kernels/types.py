@@ -307,6 +307,25 @@ class InnerAdapters(NamedTuple):
     down_a: Tensor  # [R, F]
 
 
+class InnerOptions(NamedTuple):
+    """The options of the op `ffn_inner`, with the fields of `Dropout` between them."""
+
+    # The ranks and the scales of the E experts.
+    ranks: Sequence[int]
+    scaling: Sequence[float]
+    # Dropout of the activations before A of down; a mask has a row for each pair.
+    p: float
+    per_expert: bool
+    seed: Tensor | None
+    # One of FFN_ACTIVATIONS.
+    activation: str
+
+    @property
+    def dropout(self) -> Dropout:
+        """The dropout of the activations."""
+        return Dropout(self.p, self.per_expert, self.seed)
+
+
 class InnerGrads(NamedTuple):
     """The results of the op `ffn_inner_backward`."""
 

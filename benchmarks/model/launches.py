@@ -17,6 +17,7 @@ from moelora_kernels.types import (
     Gate,
     InnerAdapters,
     InnerInputs,
+    InnerOptions,
     Mixture,
     RouterTensors,
     Routing,
@@ -292,11 +293,12 @@ def record_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     adapters = InnerAdapters(empty(F, R, dtype=of), empty(F, R, dtype=of), empty(R, F, dtype=of))
     weights, scaling = empty(T, K, dtype=FP32), (2.0,) * len(layer.ranks)
     dropout = Dropout(layer.dropout, layer.per_expert, empty(1, dtype=torch.int64))
-    options = weights, _balanced(layer), layer.ranks, scaling, dropout, "silu"
+    options = InnerOptions(layer.ranks, scaling, *dropout, "silu")
+    tail = weights, _balanced(layer), options
     with launcher.recording() as forward:
-        ffn_inner.launch(inner, adapters, *options)
+        ffn_inner.launch(inner, adapters, *tail)
     with launcher.recording() as backward:
-        ffn_inner_backward.launch(empty(T, F), inner, adapters, empty(P, rank), *options)
+        ffn_inner_backward.launch(empty(T, F), inner, adapters, empty(P, rank), *tail)
     return forward, backward
 
 

@@ -11,7 +11,7 @@ from moelora_kernels import ops
 from moelora_kernels.autograd.ffn_inputs import FfnInputs
 from moelora_kernels.autograd.frozen import zero_frozen
 from moelora_kernels.ops.wide import matrix
-from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs
+from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs, InnerOptions
 
 
 class _Saved(NamedTuple):
@@ -41,8 +41,10 @@ class FusedFfnExperts(torch.autograd.Function):
         summed, h, u = ops.ffn_inner(
             InnerInputs(i.gate_out, i.up_out, u_gate, u_up),
             InnerAdapters(i.gate_b, i.up_b, i.down_a),
-            i.weights, i.routing, ranks, scaling, dropout_a, i.activation,
-        )  # fmt: skip
+            i.weights,
+            i.routing,
+            InnerOptions(ranks, scaling, *dropout_a, i.activation),
+        )
         delta = ops.grouped_expand(u, [i.down_b], None, i.routing, ranks, tokens=i.x.shape[0])
         return summed, delta, u_gate, u_up, h
 
@@ -82,9 +84,12 @@ class FusedFfnExperts(torch.autograd.Function):
             dsummed,
             InnerInputs(i.gate_out, i.up_out, u_gate, u_up),
             InnerAdapters(i.gate_b, i.up_b, i.down_a),
-            dh, i.weights, routing, ranks, scaling, dropout_a, i.activation,
+            dh,
+            i.weights,
+            routing,
+            InnerOptions(ranks, scaling, *dropout_a, i.activation),
             needs_adapters=needs.gate_b or needs.up_b or needs.down_a,
-        )  # fmt: skip
+        )
         grads["gate_out"], grads["up_out"] = inner.dgate_out, inner.dup_out
         grads["weights"] = (dweights + inner.dweights).to(i.weights.dtype)
         if needs.gate_b or needs.up_b or needs.down_a:

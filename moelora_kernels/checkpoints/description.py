@@ -22,9 +22,10 @@ from typing import Any
 from torch import nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.nn.layer import LoraLayer, MixtureLayer, router_warnings
+from moelora_kernels.nn.layer import LoraLayer, MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.merge import REDUCED_BASE
+from moelora_kernels.nn.router_warnings import router_warnings
 from moelora_kernels.nn.wrappers import named_modules, without_wrapped
 
 

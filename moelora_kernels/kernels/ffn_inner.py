@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,7 @@ from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.common.tiles import load_pair_gate, load_pairs, load_ranks, load_tile
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import cast_all, dropout_threshold, keep_probability
-from moelora_kernels.types import TILE, Dropout, InnerAdapters, InnerInputs, Routing
+from moelora_kernels.types import TILE, InnerAdapters, InnerInputs, InnerOptions, Routing
 
 
 @triton.jit(do_not_specialize=["T", "P", "steps", "row_counters"])
@@ -201,10 +199,7 @@ def launch(
     adapters: InnerAdapters,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
     split: int | None = None,
 ):
     """Return summed, h and u, like `reference.ffn_inner`, for 16-bit x and R up to 128.
@@ -213,6 +208,7 @@ def launch(
 
     split: the parts of the sum over F.
     """
+    ranks, scaling, dropout = options.ranks, options.scaling, options.dropout
     (T, K), width = weights.shape, inner.gate_out.shape[1]
     P, R, block_r = T * K, sum(ranks), rank_columns(ranks, inner.gate_out)
     h, u = (inner.u_gate.new_empty(inner.u_gate.shape) for _ in range(2))
@@ -267,7 +263,7 @@ def launch(
             B_COLUMNS=b_columns,
             **rows,
             **rank_constants,
-            ACTIVATION=activation,
+            ACTIVATION=options.activation,
             DROPOUT=dropout_threshold(dropout.p),
             PER_EXPERT=dropout.per_expert,
             BLOCK_F=tile_config.step,

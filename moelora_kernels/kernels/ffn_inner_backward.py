@@ -5,8 +5,6 @@ One launch goes over the tokens; `ffn_inner_weight_grad` computes the gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +30,7 @@ from moelora_kernels.kernels.common.reduce_partials import Partials
 from moelora_kernels.kernels.common.splits import num_splits
 from moelora_kernels.kernels.dropout import keep_tile, num_counters
 from moelora_kernels.numerics import absent, cast_all, dropout_threshold, keep_probability
-from moelora_kernels.types import Dropout, InnerAdapters, InnerGrads, InnerInputs, Routing
+from moelora_kernels.types import InnerAdapters, InnerGrads, InnerInputs, InnerOptions, Routing
 
 
 @triton.jit(do_not_specialize=["T", "steps", "row_counters", "dropout_scale"])
@@ -189,10 +187,7 @@ def launch(
     dh: Tensor,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
     needs_adapters: bool = True,
     split: int | None = None,
 ):
@@ -202,6 +197,7 @@ def launch(
 
     split: the parts of the sums over F, and of the sums over tokens.
     """
+    ranks, scaling, dropout = options.ranks, options.scaling, options.dropout
     (T, K), width = weights.shape, inner.gate_out.shape[1]
     P, R, x = T * K, sum(ranks), inner.gate_out
     block_r = rank_columns(ranks, x)
@@ -267,7 +263,7 @@ def launch(
         **rank_constants,
         K=K,
         SLOTS=rows["SLOTS"],
-        ACTIVATION=activation,
+        ACTIVATION=options.activation,
         DROPOUT=dropout_threshold(dropout.p),
         PER_EXPERT=dropout.per_expert,
         BLOCK_R=block_r,

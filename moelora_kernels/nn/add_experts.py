@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.config_rules import COUNT, check_number
 from moelora_kernels.nn.base_linear import dense_weight
 from moelora_kernels.nn.freezing import active_layers, adapter_configs
 from moelora_kernels.nn.initialization import draw_a
@@ -24,6 +23,7 @@ from moelora_kernels.nn.routers import (
 )
 from moelora_kernels.nn.routers.balanced import Balance
 from moelora_kernels.nn.sharding import fsdp_types, is_dtensor
+from moelora_kernels.value_checks import COUNT, check_number
 
 # The rows of a router for new experts are drawn from this share of the range of an nn.Linear. So
 # the logits are near 0, and the new experts of a token are not equal, which top-k would order by

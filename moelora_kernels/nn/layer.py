@@ -10,10 +10,6 @@ peft.MoeLoraExperts one adapter of a PeftModel
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from moelora_kernels.config import MoeLoraConfig
-from moelora_kernels.config_rules import router_remedy, untrained_router_problem
 from moelora_kernels.nn.base_linear import (
     adapter_device_dtype,
     dense_weight,
@@ -33,6 +28,7 @@ from moelora_kernels.nn.batch_rows import check_rows
 from moelora_kernels.nn.gates import gate_from
 from moelora_kernels.nn.initialization import draw_a
 from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.router_warnings import warn_if_untrained
 from moelora_kernels.nn.routers import TaskVectors, build_router, layer_logits, task_routers
 from moelora_kernels.nn.routing_record import RoutingRecord
 from moelora_kernels.nn.samples import Samples
@@ -111,7 +107,7 @@ class MixtureLayer(nn.Module):
     def _add_router(self, in_features: int, device: torch.device, dtype: torch.dtype) -> None:
         """Build the router of `self.config`, with an empty record and no external gates."""
         router = build_router(self.config, in_features, device, dtype)
-        _warn_if_untrained(self.config, router)
+        warn_if_untrained(self.config, router)
         self._set_router(router)
         # Searched once, and not in each forward.
         is_user_module = isinstance(self.config.router, nn.Module)
@@ -216,40 +212,6 @@ class MixtureLayer(nn.Module):
         if config.top_k:
             options["top_k"] = config.top_k
         return ", ".join(f"{name}={value}" for name, value in (sizes | options).items())
-
-
-# The warnings that were shown inside the innermost `router_warnings`, or None outside of it.
-_SHOWN: ContextVar[set[str] | None] = ContextVar("shown", default=None)
-_HIDDEN: ContextVar[bool] = ContextVar("hidden", default=False)
-
-
-@contextlib.contextmanager
-def router_warnings(are_hidden: bool = False) -> Iterator[None]:
-    """Show each warning of an untrained router once for all layers that the context builds.
-
-    are_hidden: whether to show none, because the layers are those of an existing adapter.
-    """
-    shown, hidden = _SHOWN.set(set()), _HIDDEN.set(are_hidden)
-    try:
-        yield
-    finally:
-        _SHOWN.reset(shown)
-        _HIDDEN.reset(hidden)
-
-
-def _warn_if_untrained(config: MoeLoraConfig, router: nn.Module | None) -> None:
-    """Warn if the router has parameters that nothing trains."""
-    has_parameters = router is not None and any(p.requires_grad for p in router.parameters())
-    if not has_parameters or _HIDDEN.get():
-        return
-    if problem := untrained_router_problem(config):
-        text = f"config: the router gets no gradient ({problem}). {router_remedy(config)}"
-        shown = _SHOWN.get()
-        if shown is None or text not in shown:
-            # One location and one text for each config: Python shows it once for all such layers.
-            warnings.warn(text, stacklevel=2)
-        if shown is not None:
-            shown.add(text)
 
 
 class LoraLayer(MixtureLayer):

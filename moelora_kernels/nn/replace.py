@@ -11,9 +11,10 @@ from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.batch_rows import follow_batches
 from moelora_kernels.nn.ffn import PROJECTIONS, MoeLoraFFN, ffn_problem
 from moelora_kernels.nn.group import link_named
-from moelora_kernels.nn.layer import MixtureLayer, router_warnings
+from moelora_kernels.nn.layer import MixtureLayer
 from moelora_kernels.nn.linear import MoeLoraLinear
 from moelora_kernels.nn.recorded_forwards import follow_forwards
+from moelora_kernels.nn.router_warnings import router_warnings
 from moelora_kernels.nn.routers import TaskRouter, task_routers
 from moelora_kernels.nn.sharding import warn_if_parallel
 from moelora_kernels.nn.token_order import TokenOrder, token_order

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.numerics import absent, compute_dtype
 from moelora_kernels.ops.registration import register, register_kernels
-from moelora_kernels.types import Dropout, InnerAdapters, InnerGrads, InnerInputs, Routing
+from moelora_kernels.types import InnerAdapters, InnerGrads, InnerInputs, InnerOptions, Routing
 
 
 def _fake(
@@ -17,10 +15,7 @@ def _fake(
     adapters: InnerAdapters,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, u = inner.gate_out, inner.u_gate
     return out.new_empty(out.shape), out.new_empty(u.shape), out.new_empty(u.shape)
@@ -33,10 +28,7 @@ def _fake_backward(
     dh: Tensor,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
     needs_adapters: bool,
 ) -> InnerGrads:
     out, u = inner.gate_out, inner.u_gate
@@ -55,10 +47,7 @@ _op = register(
         InnerAdapters,
         "Tensor weights",
         Routing,
-        "int[] ranks",
-        "float[] scaling",
-        Dropout,
-        "str activation",
+        InnerOptions,
     ),
     "(Tensor summed, Tensor h, Tensor u)",
     reference.ffn_inner,
@@ -73,10 +62,7 @@ _op_backward = register(
         "Tensor dh",
         "Tensor weights",
         Routing,
-        "int[] ranks",
-        "float[] scaling",
-        Dropout,
-        "str activation",
+        InnerOptions,
         "bool needs_adapters",
     ),
     "(Tensor dgate_out, Tensor dup_out, Tensor dh_gate, Tensor dh_up, Tensor dweights, "
@@ -93,10 +79,7 @@ def ffn_inner(
     adapters: InnerAdapters,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute everything between the frozen products of whole-FFN experts.
 
@@ -113,15 +96,13 @@ def ffn_inner(
         adapters: gate_b, up_b [F, R]; down_a [R, F].
         weights: [T, K], the gate weights.
         routing: the routing of the gate's experts.
-        ranks, scaling: the ranks and scales of the E experts.
-        dropout: applied to a before Ad; a mask has a row for each pair.
-        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        options: ranks and scales of the E experts, dropout of a before Ad, activation.
 
     Returns:
         summed [T, F]; h, u [P, largest rank] in the order of sorted positions, 0 beyond the rank of
         an expert and for pairs that are not routed. All in x's dtype.
     """
-    return _op(*inner, *adapters, weights, *routing, ranks, scaling, *dropout, activation)
+    return _op(*inner, *adapters, weights, *routing, *options)
 
 
 def ffn_inner_backward(
@@ -131,10 +112,7 @@ def ffn_inner_backward(
     dh: Tensor,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
     *,
     needs_adapters: bool = True,
 ) -> InnerGrads:
@@ -151,13 +129,10 @@ def ffn_inner_backward(
 
     Args:
         dsummed: [T, F], the gradient of `summed`.
-        inner, adapters, weights, routing, ranks, scaling, dropout, activation: as in the forward.
+        inner, adapters, weights, routing, options: as in the forward.
         dh: [P, largest rank], the gradient of h: scale_e w_tk times the gradient of u.
         needs_adapters: whether to compute dgate_b, dup_b and ddown_a.
     """
     return InnerGrads(
-        *_op_backward(
-            dsummed, *inner, *adapters, dh, weights, *routing, ranks, scaling, *dropout,
-            activation, needs_adapters,
-        )
-    )  # fmt: skip
+        *_op_backward(dsummed, *inner, *adapters, dh, weights, *routing, *options, needs_adapters)
+    )

@@ -24,6 +24,7 @@ from moelora_kernels.types import (
     Gate,
     InnerAdapters,
     InnerInputs,
+    InnerOptions,
     Mixture,
     Needs,
     RouterTensors,
@@ -43,6 +44,10 @@ FIELDS: dict[type, str] = {
     Gate: "Tensor? gate_weights, Tensor? experts, Tensor? rows, Tensor? logits",
     InnerInputs: "Tensor gate_out, Tensor up_out, Tensor u_gate, Tensor u_up",
     InnerAdapters: "Tensor gate_b, Tensor up_b, Tensor down_a",
+    InnerOptions: (
+        "int[] ranks, float[] scaling, float dropout, bool dropout_per_expert, Tensor? seed, "
+        "str activation"
+    ),
     Routing: "Tensor order, Tensor offsets, Tensor tiles, Tensor chunks",
     Mixture: (
         "int[] ranks, float[] scaling, bool share_a, int top_k, bool renormalize, float temperature"

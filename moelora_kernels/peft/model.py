@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.group import link_named
 from moelora_kernels.nn.initialization import draw_b
-from moelora_kernels.nn.layer import router_warnings
 from moelora_kernels.nn.replace import (
     check_layout,
     fitting_task_router,
     follow_calls,
     sample_order,
 )
+from moelora_kernels.nn.router_warnings import router_warnings
 from moelora_kernels.nn.routers import TaskRouter
 from moelora_kernels.nn.weight_readers import check_target, warn_of_readers
 from moelora_kernels.nn.wrappers import named_modules, portable_name, unwrap

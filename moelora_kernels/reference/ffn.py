@@ -28,6 +28,7 @@ from moelora_kernels.types import (
     InnerAdapters,
     InnerGrads,
     InnerInputs,
+    InnerOptions,
     Routing,
 )
 
@@ -85,10 +86,7 @@ def ffn_inner(
     adapters: InnerAdapters,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the experts' activations between the frozen products, without storing them.
 
@@ -102,13 +100,13 @@ def ffn_inner(
     zero to `summed`, even if its expert contains NaN. Returns summed, h and u in gate_out's dtype.
     """
     T, K = weights.shape
-    dtype = inner.gate_out.dtype
+    dtype, ranks, scaling = inner.gate_out.dtype, options.ranks, options.scaling
     z_gate, z_up = _projections(inner, adapters, routing, ranks)
-    a = ffn_activation(z_gate, activation) * z_up
+    a = ffn_activation(z_gate, options.activation) * z_up
     terms = weights.to(a.dtype).reshape(-1, 1) * a
     terms = torch.where(_selected(weights, routing), terms, 0)
     summed = terms.view(T, K, a.shape[1]).sum(dim=1)
-    h, _ = grouped_shrink(a, [adapters.down_a], None, routing, ranks, scaling, dropout)
+    h, _ = grouped_shrink(a, [adapters.down_a], None, routing, ranks, scaling, options.dropout)
     h = h.to(dtype)
     return summed.to(dtype), h, gate_rank_space(h, weights, routing, ranks, scaling)
 
@@ -120,10 +118,7 @@ def ffn_inner_backward(
     dh: Tensor,
     weights: Tensor,
     routing: Routing,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    dropout: Dropout,
-    activation: str,
+    options: InnerOptions,
     needs_adapters: bool = True,
 ) -> InnerGrads:
     """Compute the gradients of `ffn_inner`; z and a are computed again.
@@ -139,9 +134,10 @@ def ffn_inner_backward(
     dsummed [T, F]; dh [P, largest rank]: the gradient of h, already times scale and weight.
     """
     T, K = weights.shape
+    ranks, scaling, dropout = options.ranks, options.scaling, options.dropout
     x, compute = inner.gate_out, compute_dtype(inner.gate_out)
     z_gate, z_up = _projections(inner, adapters, routing, ranks)
-    value = ffn_activation(z_gate, activation)
+    value = ffn_activation(z_gate, options.activation)
     a = value * z_up
     transposed = [adapters.down_a.t()]
     da = grouped_expand(
@@ -151,7 +147,8 @@ def ffn_inner_backward(
     da = da + weights.to(compute).reshape(-1, 1) * dsummed_of_pair
     selected = _selected(weights, routing)
     dz_up = torch.where(selected, da * value, 0)
-    dz_gate = torch.where(selected, da * z_up * ffn_activation_slope(z_gate, activation), 0)
+    slope = ffn_activation_slope(z_gate, options.activation)
+    dz_gate = torch.where(selected, da * z_up * slope, 0)
     dgate_out, dup_out = (dz.view(T, K, dz.shape[1]).sum(dim=1) for dz in (dz_gate, dz_up))
     is_selected = selected.view(T, K).to(compute)
     dh_gate, dh_up = (

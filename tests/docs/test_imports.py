@@ -52,8 +52,8 @@ def test_the_import_loads_no_large_package_but_torch():
 # Each name may import the names before it. `__init__` is the package itself.
 ORDER = (
     "types", "numerics", "build_id", "native", "reference", "kernels", "plans", "ops", "dispatch",
-    "presets", "config_rules", "config", "options_page", "autograd", "functional", "nn",
-    "checkpoints", "export", "peft", "trainer", "testing", "__init__", "info", "tune",
+    "presets", "value_checks", "config_rules", "config", "options_page", "autograd", "functional",
+    "nn", "checkpoints", "export", "peft", "trainer", "testing", "__init__", "info", "tune",
 )  # fmt: skip
 # Names that import less than their position allows.
 FEW = {

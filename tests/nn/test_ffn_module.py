@@ -1,8 +1,6 @@
 """MoeLoraFFN as a module: copies, state dicts, compile, checkpointing, auxiliary losses, files."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from moelora_kernels import (
 )
 from moelora_kernels.autograd.ffn import TORCH
 from support.compare import assert_same, backward_step, training_step
+from support.copies import each_copier
 from support.ffns import HIDDEN, INNER, inputs, make_ffn
 from support.formulas.aux_loss import switch_loss
 from support.selection import exhaustive
@@ -36,19 +35,13 @@ def with_tasks(layer):
     return layer.eval()
 
 
-@pytest.mark.parametrize("copier", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "save"))
+@each_copier
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_copies_compute_the_same(options, copier):
     """Copies after a forward, by deepcopy, pickle and torch.save."""
     layer, (x, _) = with_tasks(make_ffn(**options)), inputs(2, 3)
     y = layer(x)
-    if copier == "save":
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
-    else:
-        clone = copier(layer)
+    clone = copier(layer)
     assert torch.equal(clone(x), y)
     with torch.no_grad():
         clone.down_lora_B.zero_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from moelora_kernels import (
     MoeLoraAdapter,
     MoeLoraConfig,
     MoeLoraGroup,
-    check_trainable,
     freeze_experts,
     link_siblings,
     load_adapter,
@@ -24,6 +22,8 @@ from moelora_kernels import (
     update_balance,
 )
 from moelora_kernels.autograd.ffn import TORCH
+from support.compare import assert_same, backward_step
+from support.copies import COPIERS
 from support.ffns import HIDDEN, make_ffn
 from support.linears import IN, make_layer, randomise
 from support.siblings import NAMES, Attention, random_x
@@ -82,17 +82,6 @@ def build(name):
     return layer, torch.randn(8, 3, IN, dtype=torch.float64)
 
 
-def step(layer, x, call=None):
-    """Return y, dx, and the gradients by name of a training step with a fixed dropout mask."""
-    torch.manual_seed(5)
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = layer(x) if call is None else call(x)
-    y.square().sum().backward()
-    grads = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
-    return y.detach(), x.grad, grads
-
-
 def parts(layer, name, matrix):
     """Return the blocks of A or B by expert."""
     if layer.config.share == "A" and "lora_A" in name:
@@ -102,17 +91,12 @@ def parts(layer, name, matrix):
 
 def check_gradients(layer, plain, frozen):
     """Compare a step with frozen experts with the step without."""
-    (y, dx, grads), (plain_y, plain_dx, plain_grads) = frozen, plain
-    assert torch.equal(y, plain_y)
-    assert torch.equal(dx, plain_dx)
-    assert grads.keys() == plain_grads.keys()
-    for name, gradient in grads.items():
+    assert frozen.keys() == plain.keys()
+    for name, gradient in frozen.items():
         if "lora_" not in name:
-            assert torch.equal(gradient, plain_grads[name]), name
+            assert torch.equal(gradient, plain[name]), name
             continue
-        pairs = zip(
-            parts(layer, name, gradient), parts(layer, name, plain_grads[name]), strict=True
-        )
+        pairs = zip(parts(layer, name, gradient), parts(layer, name, plain[name]), strict=True)
         for e, (actual, unfrozen) in enumerate(pairs):
             if e in layer.config.frozen_experts:
                 assert unfrozen.any()
@@ -125,20 +109,19 @@ def check_gradients(layer, plain, frozen):
 @pytest.mark.parametrize("name", (*LAYERS, *FFNS, "adapter"))
 def test_gradients_of_frozen_experts_are_zero_and_all_others_have_the_same_bits(name, experts):
     layer, x = build(name)
-    plain = step(layer, x)
+    plain = backward_step(layer, x)
     freeze_experts(layer, experts)
-    check_gradients(layer, plain, step(layer, x))
+    check_gradients(layer, plain, backward_step(layer, x))
     freeze_experts(layer, [])
-    again = step(layer, x)
-    assert all(torch.equal(again[2][n], plain[2][n]) for n in plain[2])
+    assert_same(backward_step(layer, x), plain)
 
 
 def test_a_shared_expert_can_be_frozen():
     layer, x = build("shared")
-    plain = step(layer, x)
+    plain = backward_step(layer, x)
     freeze_experts(layer, [4, 0])
     assert layer.config.frozen_experts == (0, 4)
-    check_gradients(layer, plain, step(layer, x))
+    check_gradients(layer, plain, backward_step(layer, x))
 
 
 @pytest.mark.parametrize("impl", ("wide", "grouped"))
@@ -148,7 +131,7 @@ def test_nan_in_the_gradient_of_a_frozen_expert_is_zero(impl):
     freeze_experts(layer, [0, 1])
     with torch.no_grad():
         x[0, 0] = torch.nan
-    grads = step(layer, x)[2]
+    grads = backward_step(layer, x)
     assert not parts(layer, "lora_A", grads["lora_A"])[0].any()
     assert not parts(layer, "lora_B", grads["lora_B"])[1].any()
 
@@ -157,13 +140,13 @@ def test_nan_in_the_gradient_of_a_frozen_expert_is_zero(impl):
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_activation_checkpointing(name, reentrant):
     layer, x = build(name)
-    plain = step(layer, x)
+    plain = backward_step(layer, x)
     freeze_experts(layer, [1, 2])
 
     def call(x):
         return checkpoint(layer, x, use_reentrant=reentrant)
 
-    check_gradients(layer, plain, step(layer, x, call))
+    check_gradients(layer, plain, backward_step(layer, x, forward=call))
 
 
 needs_torch_2_13 = pytest.mark.skipif(TORCH < (2, 13), reason="compiles whole-FFN experts")
@@ -183,11 +166,11 @@ def test_compiled(name):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for experts in ([0, 3], [1], []):
         freeze_experts(layer, experts)
-        eager, actual = step(layer, x), step(layer, x, compiled)
-        for key, gradient in eager[2].items():
-            torch.testing.assert_close(actual[2][key], gradient, rtol=1e-11, atol=1e-11)
+        eager, actual = backward_step(layer, x), backward_step(layer, x, forward=compiled)
+        assert_same(actual, eager, rtol=1e-11, atol=1e-11)
+        for key in actual:
             for e in experts if "lora_" in key else ():
-                assert not parts(layer, key, actual[2][key])[e].any()
+                assert not parts(layer, key, actual[key])[e].any()
 
 
 @pytest.mark.parametrize("linked", (False, True))
@@ -204,16 +187,16 @@ def test_siblings(linked):
     else:
         group = MoeLoraGroup(**dict(zip(NAMES, layers, strict=True)))
         call = lambda x: torch.cat(group(x), dim=-1)  # noqa: E731
-    plain = step(model, x, call)
+    plain = backward_step(model, x, forward=call)
     for target, experts in ((model, [0, 2]), (model.k_proj, [1])):
         freeze_experts(target, experts)
-        y, _, grads = step(model, x, call)
-        torch.testing.assert_close(y, plain[0])
-        for key, gradient in grads.items():
+        frozen = backward_step(model, x, forward=call)
+        torch.testing.assert_close(frozen["y"], plain["y"])
+        for key, gradient in frozen.items():
             if "lora_" not in key:
                 continue
             layer = getattr(model, key.split(".")[0])
-            pairs = zip(parts(layer, key, gradient), parts(layer, key, plain[2][key]), strict=True)
+            pairs = zip(parts(layer, key, gradient), parts(layer, key, plain[key]), strict=True)
             for e, (actual, unfrozen) in enumerate(pairs):
                 is_frozen = e in layer.config.frozen_experts
                 torch.testing.assert_close(actual, 0 * unfrozen if is_frozen else unfrozen)
@@ -290,14 +273,11 @@ def test_copies_and_pickles_keep_frozen_experts_and_state_dicts_have_the_same_na
     names = [*layer.state_dict()]
     freeze_experts(layer, [1])
     assert [*layer.state_dict()] == names
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    expected = step(layer, x)
-    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+    expected = backward_step(layer, x)
+    for copier in COPIERS.values():
+        other = copier(layer)
         assert other.config.frozen_experts == (1,)
-        actual = step(other, x)
-        assert all(torch.equal(actual[2][n], g) for n, g in expected[2].items())
+        assert_same(backward_step(other, x), expected)
 
 
 def test_a_file_of_an_adapter_loads_into_frozen_and_other_layers(tmp_path):
@@ -320,52 +300,11 @@ def test_options_of_a_config_freeze():
     assert layer.config.to_dict()["frozen_experts"] == [0, 2]
 
 
-class Stack(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.first, self.second = make_layer(**options), nn.Linear(10, 4).double()
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-def test_check_trainable_expects_frozen_experts():
-    x = torch.randn(8, IN, dtype=torch.float64)
-    model = Stack()
-    freeze_experts(model, [0, 1])
-    assert check_trainable(model, x).ok
-    freeze_experts(model, range(4))
-    report = check_trainable(model, x)
-    assert report.ok, report
-    assert "all experts of the layer are frozen" in str(report)
-
-
-def test_check_trainable_with_a_new_expert_beside_frozen_ones():
-    """B of the only expert that trains is zero, so A has no gradient in the first step."""
-    model = Stack()
-    with torch.no_grad():
-        model.first.lora_B[:, 9:] = 0.0
-    freeze_experts(model, [0, 1, 2])
-    report = check_trainable(model, torch.randn(40, IN, dtype=torch.float64))
-    assert report.ok, report
-    assert "B is zero" in report.expected["first.lora_A"]
-
-
-def test_check_trainable_if_tokens_select_frozen_experts_only():
-    model = Stack(router="external")
-    gates = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
-    set_tasks(model, gates)
-    freeze_experts(model, [0, 1])
-    report = check_trainable(model, torch.randn(3, 4, IN, dtype=torch.float64))
-    assert report.ok, report
-    assert "selected frozen experts only" in str(report)
-
-
 def test_balance_and_frozen_experts():
     """The selection bias moves for all experts: the router trains."""
     layer = make_layer(balance_rate=0.1)
     freeze_experts(layer, [0])
-    step(layer, torch.randn(9, IN, dtype=torch.float64))
+    backward_step(layer, torch.randn(9, IN, dtype=torch.float64))
     update_balance(layer)
     assert layer.router.balance.bias.any()
 

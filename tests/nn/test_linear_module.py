@@ -1,7 +1,6 @@
 """MoeLoraLinear as a module: copies, state dicts, dtypes, meta, freezing, checkpointing."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moelora_kernels import MoeLoraFFN, MoeLoraLinear, set_tasks
 from support.compare import assert_same, backward_step, training_step
+from support.copies import each_copier
 from support.linears import IN, OUT, Prototype, make_layer
 
 OPTIONS = [
@@ -31,22 +31,14 @@ def with_tasks(layer):
     return layer.eval()
 
 
-@pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
+@each_copier
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_copies_compute_the_same(options, copier):
     """Copies after a forward, by deepcopy, pickle and torch.save."""
     layer = with_tasks(make_layer(**options))
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     y = layer(x)
-    if copier == "deepcopy":
-        clone = copy.deepcopy(layer)
-    elif copier == "pickle":
-        clone = pickle.loads(pickle.dumps(layer))
-    else:
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
+    clone = copier(layer)
     assert torch.equal(clone(x), y)
     assert clone.config == layer.config
     with torch.no_grad():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moelora_kernels import MoeLoraConfig, link_siblings, replace_linears, set_tasks
+from moelora_kernels import set_tasks
 from moelora_kernels.nn.sibling_calls import are_called_in_a_row
 from support.compare import FLOAT64, assert_same, training_step
 from support.graphs import Graphs
-from support.linears import randomise
-
-NAMES = ["q_proj", "k_proj", "v_proj"]
+from support.siblings import NAMES, linked_too, random_x
 
 
 class Attention(nn.Module):
@@ -43,17 +39,7 @@ class Block(nn.Module):
 def pair(attention=Attention, **options):
     """Return a block with unlinked layers and a linked copy."""
     torch.manual_seed(0)
-    plain = Block(attention).double()
-    config = MoeLoraConfig(**{"num_experts": 3, "rank": 2, "top_k": 2, **options})
-    replace_linears(plain, config, NAMES)
-    randomise(plain)
-    linked = copy.deepcopy(plain)
-    link_siblings(linked)
-    return plain, linked
-
-
-def random_x(*shape):
-    return torch.randn(*shape, 12, dtype=torch.float64)
+    return linked_too(Block(attention).double(), **{"top_k": 2, **options})
 
 
 OPTIONS = {

@@ -1,7 +1,6 @@
 """Sparse external gates: a tuple (weights, indices) equals the dense gates that it stands for."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from moelora_kernels import (
 from moelora_kernels.nn import count_routing
 from moelora_kernels.peft import MoeLoraPeftConfig
 from support import siblings
+from support.copies import each_copier
 from support.ffns import HIDDEN, make_ffn
 from support.linears import IN, OUT, make_layer, randomise
 from support.peft_models import EXTERNAL, TARGETS, inputs, new_adapter
@@ -172,14 +172,6 @@ def test_auto_depends_on_the_slots(slots, expected, monkeypatch):
     assert chosen == [expected, "wide"]
 
 
-def test_grouped_takes_no_dense_gates():
-    layer = make_layer(router="external", impl="grouped")
-    with pytest.raises(ValueError, match=r"^impl: 'grouped' .* a dense gate uses every expert"):
-        layer(random_x(layer, B, L), torch.rand(B, E))
-    with pytest.raises(ValueError, match=r"^impl: 'grouped' .* share A"):
-        make_layer(router="external", impl="grouped", share="A")
-
-
 def test_a_result_of_topk_is_sparse_gates():
     layer = make_layer(router="external")
     x, gates = random_x(layer, B, L), torch.rand(B, E, dtype=torch.float64)
@@ -291,7 +283,7 @@ def test_inference_mode_and_autocast():
         assert torch.equal(layer(x), layer(x, (weights.clone(), indices.clone())))
 
 
-@pytest.mark.parametrize("copier", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+@each_copier
 def test_copies_keep_them(copier):
     layer = make_layer(router="external")
     x, (weights, indices) = random_x(layer, B, L), sparse_gates((B, K))
@@ -343,47 +335,6 @@ def test_peft():
     )
     set_tasks(model, (weights, indices))
     close(model(x), y)
-
-
-def bad_gates():
-    """Return name -> gates, and the start of the error."""
-    weights, indices = torch.rand(B, K), torch.zeros(B, K, dtype=torch.long)
-    meta = torch.device("meta")
-    return {
-        "one entry": ((weights,), r"{}: expected a tensor, or a tuple \(weights, indices\)"),
-        "three": ((weights, indices, None), r"{}: expected a tensor, or a tuple"),
-        "list of weights": (([[1.0]], indices), r"{}\[0\]: expected floats|{}\[1\]: expected ind"),
-        "no indices": ((weights, None), r"{}\[1\]: expected "),
-        "float indices": ((weights, weights), r"{}\[1\]: expected whole numbers"),
-        "bool indices": ((weights, indices.bool()), r"{}\[1\]: expected whole numbers"),
-        "swapped": ((indices, weights), r"{}\[0\]: expected floats"),
-        "complex": ((weights.cfloat(), indices), r"{}\[0\]: expected floats"),
-        "flat": ((weights[0], indices[0]), r"{}\[0\]: expected weights \[\.\.\., K\]"),
-        "other shape": ((weights, indices[:, :1]), r"{}\[1\]: expected indices like the weights"),
-        "other rows": ((weights, indices[:2]), r"{}\[1\]: expected indices like the weights"),
-        "K > E": ((torch.rand(B, 5), torch.zeros(B, 5).long()), r"{}\[0\]: .* 1 to 4, got \[3, 5"),
-        "sparse layout": ((weights.to_sparse(), indices), r"{}\[0\]: expected floats .* sparse"),
-        "meta indices": ((weights, indices.to(meta)), r"{}\[1\]: expected .* meta"),
-        "meta": ((weights.to(meta), indices.to(meta)), r"{}(\[0\])?: expected .* meta"),
-    }
-
-
-@pytest.mark.parametrize("name", bad_gates())
-@pytest.mark.parametrize("kind", ("linear", "ffn"))
-def test_bad_gates_raise(name, kind):
-    """The error begins with the name of the argument and the entry, also if they are set."""
-    layer = (
-        make_layer(router="external")
-        if kind == "linear"
-        else make_ffn(router="external", top_k=None)
-    )
-    gates, text = bad_gates()[name]
-    with pytest.raises((ValueError, TypeError), match="^" + text.replace("{}", "gates")):
-        layer(random_x(layer, B, L), gates)
-    if name != "sparse layout":  # `set_tasks` makes it dense.
-        with pytest.raises((ValueError, TypeError), match="^" + text.replace("{}", "tasks")):
-            set_tasks(layer, gates)
-    assert layer.external_gates is None
 
 
 def test_gates_of_another_batch_raise():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moelora_kernels import ops, reference
 from moelora_kernels.ops import registration
-from moelora_kernels.types import FFN_ACTIVATIONS, InnerAdapters, InnerInputs
+from moelora_kernels.types import FFN_ACTIVATIONS, InnerAdapters, InnerInputs, InnerOptions
 from support.backends import DTYPES, needs_library
 from support.ffn_inner_cases import FFN_INNER, FfnCase, FfnInputs
 from support.op_checks import compare, opcheck
@@ -96,7 +96,8 @@ def test_activations_of_extreme_values(activation: str) -> None:
     zeros = torch.zeros_like(inputs.inner.u_gate)
     inner = InnerInputs(z[None], ones, zeros, zeros)
     weights = torch.ones(1, 1)
-    arguments = [weights, inputs.routing, (1,), (1.0,), inputs.dropout, activation]
+    options = InnerOptions((1,), (1.0,), *inputs.dropout, activation)
+    arguments = [weights, inputs.routing, options]
     summed = ops.ffn_inner(inner, inputs.adapters, *arguments)[0]
     expected = reference.ffn_activation(z.double(), activation)
     tolerance = dict(rtol=2e-6, atol=1e-7)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.reference.grouped import gate_rank_space
-from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs
+from moelora_kernels.types import Dropout, InnerAdapters, InnerInputs, InnerOptions
 from support.cases import Case
 from support.inputs import draw_experts_of_case
 
@@ -118,8 +118,9 @@ class FfnInputs:
 
     @property
     def _options(self) -> list:
-        sizes = self.case.ranks, self.scaling
-        return [self.weights, self.routing, *sizes, self.dropout, self.case.activation]
+        case = self.case
+        options = InnerOptions(case.ranks, self.scaling, *self.dropout, case.activation)
+        return [self.weights, self.routing, options]
 
     def forward(self) -> list:
         """Return the arguments of `ffn_inner`."""

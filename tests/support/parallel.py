@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from moelora_kernels import collect_aux_loss, link_siblings, set_tasks
 from moelora_kernels.nn.sharding import gathered
@@ -31,6 +36,7 @@ SEQUENCES, LENGTH = 4, 6
 # the processes are added in another order, at most 4 roundings of 6e-8 for a step, and a router
 # carries the difference of one step into the next one. Relative to the largest entry of a tensor.
 ROUNDING = 2e-6
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def make_model(kind: str, **more) -> nn.Module:
@@ -134,6 +140,23 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the Parameters that train, by their name in the model without DDP."""
     named = model.named_parameters()
     return {name.removeprefix("module."): p for name, p in named if p.requires_grad}
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """Return the adapters and the optimizer as torch.distributed.checkpoint stores them."""
+    adapters, averages = get_state_dict(model, optimizer, options=TRAINED)
+    return {"model": adapters, "optimizer": averages}
+
+
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict]) -> None:
+    """Set the adapters and the optimizer to a state of `state_of`."""
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=TRAINED,
+    )
 
 
 def one_process(kind: str, count: int, steps: int, micro: int = 1) -> list[dict[str, Tensor]]:

@@ -21,7 +21,11 @@ class Attention(nn.Module):
 
 def pair(**options):
     """Return the same layers unlinked and linked."""
-    plain = Attention().double()
+    return linked_too(Attention().double(), **options)
+
+
+def linked_too(plain, **options):
+    """Put experts into the linears NAMES of a model. Return the model, and a linked copy."""
     config = MoeLoraConfig(**{"num_experts": 3, "rank": 2, **options})
     replace_linears(plain, config, list(NAMES))
     randomise(plain)

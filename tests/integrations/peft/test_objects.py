@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 import runpy
 
@@ -12,6 +11,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
+from support.copies import each_copier  # noqa: E402
 from support.peft_models import (  # noqa: E402
     GATES,
     MING,
@@ -44,20 +44,12 @@ def test_a_second_import_changes_no_member():
     assert {name: id(member) for name, member in peft.PeftType.__members__.items()} == members
 
 
-@pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
+@each_copier
 @pytest.mark.parametrize("options", GATES.values(), ids=GATES)
 def test_copies_compute_the_same_and_are_independent(options, copier):
     model, x = adapted(options), inputs()
     y = model(x)
-    if copier == "deepcopy":
-        clone = copy.deepcopy(model)
-    elif copier == "pickle":
-        clone = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
+    clone = copier(model)
     assert torch.equal(clone(x), y)
     randomise(clone, seed=5)
     with torch.no_grad():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import pickle
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft")
 
@@ -17,8 +13,8 @@ from moelora_kernels import collect_aux_loss  # noqa: E402
 from moelora_kernels.nn import sibling_link  # noqa: E402
 from moelora_kernels.peft import MoeLoraPeftConfig  # noqa: E402
 from support.compare import FLOAT64, assert_same, training_step  # noqa: E402
+from support.copies import each_copier  # noqa: E402
 from support.ffns import GatedMlp  # noqa: E402
-from support.graphs import Graphs  # noqa: E402
 from support.models import language_model  # noqa: E402
 from support.peft_models import (  # noqa: E402
     LORA,
@@ -29,31 +25,11 @@ from support.peft_models import (  # noqa: E402
     randomise,
     tuner_layers,
 )
+from support.peft_siblings import IDS, PROJECTIONS, add, make, pair  # noqa: E402
 from support.quantised import HIDDEN, INNER, GptqLinear  # noqa: E402
 
-IDS = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 11, 12, 13]])
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # One pass for q, k, v and one for gate, up in each of the two blocks.
 LINKED = [3, 2] * 2
-
-
-def make(family="Qwen2", options=MING, **more):
-    """Return a PeftModel in training over a tiny model in float64, the same for equal arguments."""
-    base = language_model(family).double()
-    return adapted(options, base, **{"target_modules": PROJECTIONS, "dropout": 0.0, **more}).train()
-
-
-def pair(family="Qwen2", options=MING, **more):
-    """Return the same model without and with links."""
-    return make(family, options, link_siblings=False, **more), make(family, options, **more)
-
-
-def add(model, name, options, targets=PROJECTIONS, **more):
-    """Add an adapter that is linked if "default" is, with B drawn. The mode of the model stays."""
-    more = {"link_siblings": model.peft_config["default"].link_siblings, **more}
-    config = MoeLoraPeftConfig(target_modules=targets, **{**options, "dropout": 0.0, **more})
-    model.add_adapter(name, config)
-    randomise(model, seed=1)
 
 
 def step(model, ids=IDS):
@@ -270,19 +246,11 @@ def test_link_siblings_is_true_or_false():
         MoeLoraPeftConfig(link_siblings="auto")
 
 
-@pytest.mark.parametrize("copier", ("deepcopy", "pickle", "torch.save"))
+@each_copier
 def test_copies_are_linked_to_each_other(copier, passes):
     model = make().eval()
     expected = model(IDS).logits
-    if copier == "deepcopy":
-        clone = copy.deepcopy(model)
-    elif copier == "pickle":
-        clone = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        clone = torch.load(buffer, weights_only=False)
+    clone = copier(model)
     passes.clear()
     assert torch.equal(clone(IDS).logits, expected)
     assert passes == LINKED
@@ -376,61 +344,3 @@ def test_auxiliary_losses():
         model(IDS)
         losses.append(collect_aux_loss(model))
     torch.testing.assert_close(*losses)
-
-
-class FirstBlock(torch.nn.Module):
-    """The first decoder block of a model, as a function of hidden states."""
-
-    def __init__(self, model):
-        super().__init__()
-        inner = model.base_model.model.model
-        self.block, self.rotary = inner.layers[0], inner.rotary_emb
-
-    def forward(self, hidden):
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        embeddings = self.rotary(hidden, positions)
-        out = self.block(hidden, position_ids=positions, position_embeddings=embeddings)
-        return out[0] if isinstance(out, tuple) else out
-
-
-@pytest.mark.parametrize("checkpointed", (False, True))
-@pytest.mark.parametrize("options", (MING, TASKS), ids=("ming", "tasks"))
-@pytest.mark.parametrize("family", ("Qwen2", "Llama"))
-def test_a_compiled_decoder_block(family, options, checkpointed):
-    """One graph, with one pass for q, k, v, one for o, one for gate, up and one for down."""
-    torch._dynamo.reset()
-    plain, linked = (FirstBlock(model) for model in pair(family, options))
-    graphs = Graphs()
-
-    def run(hidden):
-        return checkpoint(linked, hidden, use_reentrant=False) if checkpointed else linked(hidden)
-
-    x = torch.randn(2, 5, 16, dtype=torch.float64)
-    compiled = torch.compile(run, fullgraph=True, backend=graphs)
-    assert_same(training_step(linked, x, forward=compiled), training_step(plain, x), **FLOAT64)
-    assert graphs.passes() == 4
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_same(training_step(linked, x, forward=compiled), training_step(plain, x), **FLOAT64)
-
-
-def test_a_compiled_model_whose_adapters_change():
-    torch._dynamo.reset()
-    models = pair()
-    for model in models:
-        add(model, "other", LORA, ["q_proj", "k_proj"])
-        model.eval()
-    plain, linked = models
-    graphs = Graphs()
-    compiled = torch.compile(linked.base_model.model, fullgraph=True, backend=graphs)
-    # Linked layers, then o and down.
-    for names, passes in (("default", 4), ("other", 1), (["default", "other"], 8), ("default", 0)):
-        for model in models:
-            model.base_model.set_adapter(names)
-        graphs.modules.clear()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(IDS).logits, plain(IDS).logits)
-        assert graphs.passes() == passes * 2, names
-    with linked.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(
-            compiled(IDS).logits, language_model("Qwen2").double()(IDS).logits
-        )

@@ -7,23 +7,20 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moelora_kernels import adapter_state_dict, load_adapter, save_adapter
 from support.compare import assert_same
 from support.parallel import (
     assert_close,
+    load_state,
     loss_of,
     make_model,
     one_process,
     part_of,
     parts,
     sgd,
+    state_of,
     train,
     trained,
     uses_tasks,
@@ -118,18 +115,11 @@ def quarters(rank, count, step):
     return part_of(rank, count, step, 4 // count)
 
 
-def states(model, optimizer):
-    """Return the adapters and the optimizer as torch.distributed.checkpoint stores them."""
-    options = StateDictOptions(ignore_frozen_params=True)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
 def save_sharded(rank, kind, count, folder):
     model = shard(make_model(kind), kind, count)
     optimizer = adamw(model)
     train(model, kind, [quarters(rank, count, step) for step in range(2)], optimizer=optimizer)
-    dcp.save(states(model, optimizer), checkpoint_id=folder)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
     return values_and_next_step(model, kind, rank, count, optimizer)
 
 
@@ -139,16 +129,9 @@ def load_sharded(rank, kind, count, folder):
         torch.nn.init.zeros_(parameter)
     model = shard(model, kind, count)
     optimizer = adamw(model)
-    state = states(model, optimizer)
+    state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=options,
-    )
+    load_state(model, optimizer, state)
     return values_and_next_step(model, kind, rank, count, optimizer)
 
 

@@ -8,33 +8,26 @@ import signal
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moelora_kernels.nn.sharding import gathered
 from support.compare import assert_same
-from support.parallel import backward, make_model, part_of, trained
+from support.parallel import backward, load_state, make_model, part_of, state_of, trained
 from support.processes import ProcessError, run_processes
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.exhaustive
 
 STEPS, KILLED_AFTER = 4, 2
-OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 # Dropout draws its seeds from torch's generator, whose state is part of a checkpoint.
 DROPOUT = 0.2
 
 
-def state_of(model, optimizer):
+def whole_state(model, optimizer):
     """Return what a step depends on: adapters, Adam's averages, the generator of this process."""
-    adapters, averages = get_state_dict(model, optimizer, options=OPTIONS)
-    rank = torch.distributed.get_rank()
-    return {"model": adapters, "optimizer": averages, f"draw{rank}": torch.get_rng_state()}
+    draw = {f"draw{torch.distributed.get_rank()}": torch.get_rng_state()}
+    return {**state_of(model, optimizer), **draw}
 
 
 def resume(model, optimizer, folder):
@@ -42,15 +35,9 @@ def resume(model, optimizer, folder):
     steps = [int(path.parent.name) for path in folder.glob("*/.metadata")]
     if not steps:
         return 0
-    state = state_of(model, optimizer)
+    state = whole_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder / str(max(steps)))
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=OPTIONS,
-    )
+    load_state(model, optimizer, state)
     torch.set_rng_state(state[f"draw{torch.distributed.get_rank()}"])
     return max(steps)
 
@@ -72,7 +59,7 @@ def run(rank, kind, engine, folder, killed_after):
         backward(model, kind, part_of(rank, 2, step))
         optimizer.step()
         optimizer.zero_grad()
-        dcp.save(state_of(model, optimizer), checkpoint_id=folder / str(step + 1))
+        dcp.save(whole_state(model, optimizer), checkpoint_id=folder / str(step + 1))
     averages = optimizer.state_dict()["state"].values()
     result = {name: gathered(p.detach()).clone() for name, p in trained(model).items()}
     for i, entry in enumerate(averages):

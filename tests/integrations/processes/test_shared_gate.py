@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from moelora_kernels import MoeLoraConfig, replace_linears, set_tasks
 from support.linears import randomise
+from support.processes import run_processes
 
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        not torch.distributed.is_available(), reason="torch without torch.distributed"
-    ),
-]
+pytestmark = pytest.mark.exhaustive
 
 
 class Block(nn.Module):
@@ -52,12 +46,12 @@ def gate_of(model: nn.Module) -> nn.Module:
 
 def shard(model: nn.Module, way: str, mesh) -> None:
     if way == "gate first":
-        fsdp.fully_shard(gate_of(model), mesh=mesh)
+        fully_shard(gate_of(model), mesh=mesh)
     if way != "whole":
         for module in list(model.modules()):
             if isinstance(module, Block):
-                fsdp.fully_shard(module, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
+                fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def shard_and_run(model: nn.Module, way: str, mesh, x: torch.Tensor) -> None:
@@ -74,10 +68,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 WAYS = ("blocks", "gate first", "whole", "per layer")
 
 
-def run_rank(rank: int, port: int, peft: bool) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+def run(rank: int, peft: bool) -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     x = torch.linspace(-1, 1, 4 * 5 * 8).view(4, 5, 8)
     for way in WAYS:
@@ -100,16 +91,10 @@ def run_rank(rank: int, port: int, peft: bool) -> None:
         for name, gradient in expected.items():
             # Sums of float32 over two ranks, in another order.
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    # A process that ends while the other one still talks to it may abort.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("peft", (False, True), ids=("bare", "peft"))
-def test_ways_to_shard_a_gate_that_blocks_share(peft):
+def test_ways_to_shard_a_gate_that_blocks_share(peft, tmp_path):
     if peft:
         pytest.importorskip("peft")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, peft), nprocs=2)
+    run_processes(run, 2, tmp_path, peft)

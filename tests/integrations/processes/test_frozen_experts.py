@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from moelora_kernels import MoeLoraConfig, freeze_experts, replace_linears
 from moelora_kernels.nn.layer import mixture_layers
 from support.linears import randomise
+from support.processes import run_processes
 
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        not torch.distributed.is_available(), reason="torch without torch.distributed"
-    ),
-]
+pytestmark = pytest.mark.exhaustive
 
 
 def build() -> nn.Module:
@@ -41,28 +35,20 @@ def train(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in names.items()}
 
 
-def run_rank(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+def run(rank: int) -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     x = torch.linspace(-1, 1, 4 * 5 * 8).view(4, 5, 8)
     expected = train(build(), x)
     model = build()
     for layer in mixture_layers(model):
-        fsdp.fully_shard(layer, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     found = train(model, x[2 * rank : 2 * rank + 2])
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         # Sums of float32 over two ranks, in another order.
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes_keep_frozen_experts():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port,), nprocs=2)
+def test_two_processes_keep_frozen_experts(tmp_path):
+    run_processes(run, 2, tmp_path)
