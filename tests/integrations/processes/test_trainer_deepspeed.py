@@ -1,0 +1,78 @@
+"""Hugging Face's Trainer with DeepSpeed's ZeRO-2 and ZeRO-3 in two processes on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+for name in ("transformers", "datasets", "accelerate", "peft"):
+    pytest.importorskip(name)
+
+from peft import PeftModel  # noqa: E402
+
+from moelora_kernels import (  # noqa: E402
+    adapter_parameters,
+    adapter_state_dict,
+    load_adapter,
+    save_adapter,
+)
+from support.compare import assert_same  # noqa: E402
+from support.engines import engine_arguments, engines_of  # noqa: E402
+from support.models import language_model  # noqa: E402
+from support.processes import run_processes  # noqa: E402
+from support.trainers import (  # noqa: E402
+    CLOSE,
+    batches_of,
+    loop,
+    make_model,
+    make_peft_model,
+    make_trainer,
+)
+
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="needs deepspeed: pip install deepspeed",
+    ),
+]
+
+MING = dict(top_k=1, normalize="none", score="softmax")
+
+
+def model_of(kind):
+    if kind == "peft":
+        return make_peft_model(**MING)
+    return make_model(kind, **(MING if kind == "ming" else {}))
+
+
+def run(rank, kind, engine, folder):
+    trainer = make_trainer(model_of(kind), folder, **engine_arguments(engine))
+    trainer.train()
+    assert engines_of(trainer.model_wrapped) == {engine}
+    if kind == "peft":
+        trainer.save_model(str(folder / "saved"))
+    else:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(adapter_parameters(trainer.model)):
+            save_adapter(trainer.model_wrapped, folder / "saved")
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return batches_of(trainer), logs
+
+
+@pytest.mark.parametrize("engine", ("zero2", "zero3"))
+@pytest.mark.parametrize("kind", ("peft", "ming", "moelora"))
+def test_trainer(kind, engine, tmp_path):
+    """The model that one process loads from the folder was trained as by one loop."""
+    (batches, logs), (other, _) = run_processes(run, 2, tmp_path, kind, engine, tmp_path)
+    expected = model_of(kind)
+    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
+    assert logs == pytest.approx(losses, rel=1e-4)
+    if kind == "peft":
+        loaded = PeftModel.from_pretrained(language_model(), tmp_path / "saved")
+    else:
+        loaded = model_of(kind)
+        load_adapter(loaded, tmp_path / "saved")
+    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
