@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 for name in ("transformers", "datasets", "accelerate", "peft"):
     pytest.importorskip(name)
@@ -17,10 +20,11 @@ from moelora_kernels import (  # noqa: E402
     load_adapter,
     save_adapter,
 )
+from support import trainer_program  # noqa: E402
 from support.compare import assert_same  # noqa: E402
 from support.engines import engine_arguments, engines_of  # noqa: E402
 from support.models import language_model  # noqa: E402
-from support.processes import run_processes  # noqa: E402
+from support.processes import run_processes, run_program  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
     batches_of,
@@ -75,4 +79,23 @@ def test_trainer(kind, engine, tmp_path):
     else:
         loaded = model_of(kind)
         load_adapter(loaded, tmp_path / "saved")
+    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_accelerate_launch(stage, tmp_path):
+    """The options of `accelerate launch` choose DeepSpeed, and TrainingArguments has no config."""
+    command = [
+        "accelerate.commands.launch", "--use_deepspeed", f"--zero_stage={stage}",
+        "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+        "--main_process_port=0",
+    ]  # fmt: skip
+    script = Path(trainer_program.__file__)
+    run_program([sys.executable, "-m", *command, str(script), str(tmp_path)])
+    (batches, logs), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = make_model("ming", **trainer_program.OPTIONS)
+    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
+    assert logs == pytest.approx(losses, rel=1e-4)
+    loaded = make_model("ming", **trainer_program.OPTIONS)
+    load_adapter(loaded, tmp_path / "adapter")
     assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
