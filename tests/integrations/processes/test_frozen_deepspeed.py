@@ -90,7 +90,7 @@ def run_trainer(rank, engine, folder):
     model = make_model("ming")
     freeze_experts(model, FROZEN)
     trainer = make_trainer(model, folder, weight_decay=0.1, **engine_arguments(engine))
-    with pytest.raises(ValueError, match="weight decay would move frozen experts.*weight_decay=0"):
+    with pytest.raises(ValueError, match=r"would move frozen experts.*; use weight_decay=0$"):
         trainer.train()
 
 

@@ -13,6 +13,7 @@ for name in ("transformers", "datasets", "accelerate", "peft"):
     pytest.importorskip(name)
 
 from peft import PeftModel  # noqa: E402
+from transformers import Qwen2ForCausalLM  # noqa: E402
 
 from moelora_kernels import (  # noqa: E402
     adapter_parameters,
@@ -23,10 +24,12 @@ from moelora_kernels import (  # noqa: E402
 from support import trainer_program  # noqa: E402
 from support.compare import assert_same  # noqa: E402
 from support.engines import engine_arguments, engines_of  # noqa: E402
-from support.models import language_model  # noqa: E402
+from support.models import add_preset, language_model  # noqa: E402
 from support.processes import run_processes, run_program  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
+    PROJECTIONS,
+    arguments,
     batches_of,
     loop,
     make_model,
@@ -79,6 +82,42 @@ def test_trainer(kind, engine, tmp_path):
     else:
         loaded = model_of(kind)
         load_adapter(loaded, tmp_path / "saved")
+    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+
+
+def run_sharded(rank, folder):
+    """The arguments come first, so `from_pretrained` shards every weight when it reads it."""
+    options = engine_arguments("zero3")
+    kept = arguments(folder, **options)
+    import deepspeed
+
+    def load():
+        model = Qwen2ForCausalLM.from_pretrained(folder).requires_grad_(False).train()
+        assert kept.deepspeed and not model.model.layers[0].mlp.gate_proj.weight.numel()
+        return model
+
+    model = load()
+    with pytest.raises(ValueError, match=r"ZeRO-3 shards .* inside `with deepspeed.zero.Gathered"):
+        add_preset(model, "goat", PROJECTIONS, num_experts=2)
+    with deepspeed.zero.GatheredParameters([*model.parameters()]):
+        add_preset(model, "goat", PROJECTIONS, num_experts=2)
+    trainer = make_trainer(add_preset(load(), "ming", PROJECTIONS, **SHARDED), folder, **options)
+    trainer.train()
+    with deepspeed.zero.GatheredParameters(adapter_parameters(trainer.model)):
+        save_adapter(trainer.model, folder / "saved")
+    return batches_of(trainer)
+
+
+SHARDED = dict(num_experts=4, dropout=0.0, aux={"load_balance": 0.5, "z": 0.1})
+
+
+def test_a_model_that_zero3_loads(tmp_path):
+    language_model().save_pretrained(tmp_path)
+    results = run_processes(run_sharded, 2, tmp_path, tmp_path)
+    models = [language_model().requires_grad_(False).train() for _ in range(2)]
+    expected, loaded = (add_preset(model, "ming", PROJECTIONS, **SHARDED) for model in models)
+    loop(expected, [list(pair) for pair in zip(*results, strict=True)])
+    load_adapter(loaded, tmp_path / "saved")
     assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
 
 
