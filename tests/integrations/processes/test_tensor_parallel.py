@@ -117,8 +117,8 @@ def run_trainer(rank, folder):
         load("auto")(input_ids=torch.ones(1, 4, dtype=torch.long))
     model = load(PLAN)
     bases = [p for name, p in model.named_parameters() if "mlp" in name and "base_layer" in name]
-    assert len(bases) == 6 and all(isinstance(p, DTensor) for p in bases)
-    # accelerate has no tensor parallelism on a CPU either.
+    assert [isinstance(p, DTensor) for p in bases] == [True] * 6
+    # accelerate has tensor parallelism for accelerators only too.
     use_fsdp()
     trainer = make_trainer(model, folder)
     trainer.train()

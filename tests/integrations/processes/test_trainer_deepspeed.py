@@ -93,7 +93,8 @@ def run_sharded(rank, folder):
 
     def load():
         model = Qwen2ForCausalLM.from_pretrained(folder).requires_grad_(False).train()
-        assert kept.deepspeed and not model.model.layers[0].mlp.gate_proj.weight.numel()
+        assert kept.deepspeed
+        assert model.model.layers[0].mlp.gate_proj.weight.numel() == 0
         return model
 
     model = load()
