@@ -17,6 +17,10 @@ from moelora_kernels.nn.wrappers import named_modules
 # Optimizer -> the layers whose frozen experts its steps restore.
 _KEPT: WeakKeyDictionary[torch.optim.Optimizer, WeakSet[MixtureLayer]] = WeakKeyDictionary()
 
+WITHOUT_OPTIMIZER = (
+    "use an optimizer without weight decay, and pass optimizer=None to freeze_experts"
+)
+
 
 def freeze_experts(
     model: nn.Module, experts: Iterable[int], optimizer: torch.optim.Optimizer | None = None
@@ -138,7 +142,7 @@ def _keep(optimizer: torch.optim.Optimizer, layers: dict[str, MixtureLayer]) -> 
         return
     saved: list[tuple[MixtureLayer, str, int, int, Tensor]] = []
 
-    def save(*_: Any) -> None:
+    def save(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         saved[:] = [
             (layer, key, start, length, _rows(layer, key).narrow(0, start, length).clone())
             for layer in new
@@ -147,6 +151,7 @@ def _keep(optimizer: torch.optim.Optimizer, layers: dict[str, MixtureLayer]) -> 
             if _trains(layer, key)
             for start, length in frozen_ranges(layer.config.ranks(), layer.config.frozen_experts)
         ]
+        _check_held(optimizer, [layer._parameters[key] for layer, key, *_ in saved])
 
     def restore(*_: Any) -> None:
         for layer, key, start, length, values in saved:
@@ -158,6 +163,16 @@ def _keep(optimizer: torch.optim.Optimizer, layers: dict[str, MixtureLayer]) -> 
 
     optimizer.register_step_pre_hook(save)
     optimizer.register_step_post_hook(restore)
+
+
+def _check_held(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Raise RuntimeError if the optimizer holds copies of the Parameters, as under DeepSpeed."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if parameters and not any(id(parameter) in held for parameter in parameters):
+        raise RuntimeError(
+            "optimizer: it steps on copies of A and B (DeepSpeed), so frozen experts cannot be "
+            f"kept; {WITHOUT_OPTIMIZER}"
+        )
 
 
 def _trains(layer: MixtureLayer, name: str) -> bool:
@@ -173,7 +188,7 @@ def _rows(layer: MixtureLayer, name: str) -> Tensor:
     values = None if parameter is None else gathered(parameter.detach())
     if values is None or values.dim() != 2:
         raise RuntimeError(
-            f"optimizer: {name} is sharded or computed, so frozen experts cannot be kept; use an "
-            "optimizer without weight decay, and pass optimizer=None to freeze_experts"
+            f"optimizer: {name} is sharded or computed, so frozen experts cannot be kept; "
+            f"{WITHOUT_OPTIMIZER}"
         )
     return values if name.endswith("A") else values.t()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.config import MoeLoraConfig
 from moelora_kernels.nn.base_linear import is_plain_linear, linear_with
+from moelora_kernels.nn.sharding import is_zero3_shard
 
 # The value of svd_rho=None.
 RHO = 10.0
@@ -72,8 +73,8 @@ def start_from_svd(
         lora_b: B [O, R] of the layer, changed in place.
 
     Raises:
-        ValueError: the base is not a plain nn.Linear with a dense float weight, or it is too small
-            for the ranks.
+        ValueError: the base is not a plain nn.Linear with a dense float weight, ZeRO-3 shards the
+            weight, or it is too small for the ranks.
         RuntimeError: the base is already reduced.
 
     Source: arXiv 2502.16894 (GOAT).
@@ -85,6 +86,11 @@ def start_from_svd(
         raise ValueError(
             "init: 'svd_segments' changes the base's weight, so it needs a plain nn.Linear with a "
             f"dense float weight, got {type(base)} with {type(getattr(base, 'weight', None))}"
+        )
+    if is_zero3_shard(weight):
+        raise ValueError(
+            "init: ZeRO-3 shards the base's weight, which 'svd_segments' must read; make this call "
+            "inside `with deepspeed.zero.GatheredParameters([*model.parameters()]):`"
         )
     if getattr(base, "is_reduced", False):
         raise RuntimeError(

@@ -30,7 +30,7 @@ def check_gathered(model: nn.Module, owners: Mapping[str, tuple[nn.Module, str]]
     for name, (module, attribute) in owners.items():
         if (id(module), attribute) in flattened:
             problems.setdefault("FSDP1", []).append(name)
-        elif _is_zero3_shard(module.__dict__["_parameters"].get(attribute)):
+        elif is_zero3_shard(module.__dict__["_parameters"].get(attribute)):
             problems.setdefault("ZeRO-3", []).append(name)
     for kind, names in problems.items():
         raise ValueError(
@@ -63,7 +63,7 @@ def _fsdp1_tensors(model: nn.Module) -> set[tuple[int, str]]:
     return sharded
 
 
-def _is_zero3_shard(parameter: Tensor | None) -> bool:
+def is_zero3_shard(parameter: Tensor | None) -> bool:
     """Return whether DeepSpeed ZeRO-3 has emptied a Parameter."""
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 

@@ -47,16 +47,28 @@ class MoeLoraCallback(TrainerCallback):
         """Start counting, and let the optimizer keep frozen experts.
 
         A trainer with model_init has built a new model by now.
+
+        Raises:
+            ValueError: experts are frozen, and DeepSpeed's optimizer decays weights.
         """
         model = self._trainer.model
         self._prepare(model)
         if any(layer.config.frozen_experts for layer in selected_layers(model)):
-            try:
-                keep_frozen(model, optimizer)
-            except (TypeError, ValueError) as error:
-                warnings.warn(
-                    f"trainer: weight decay can move frozen experts ({error})", stacklevel=2
+            self._keep_frozen(model, optimizer)
+
+    def _keep_frozen(self, model: nn.Module, optimizer: Any) -> None:
+        """Let the optimizer keep frozen experts. One of DeepSpeed must not decay weights."""
+        if self._trainer.is_deepspeed_enabled:
+            if any(group.get("weight_decay") for group in optimizer.param_groups):
+                raise ValueError(
+                    "trainer: weight decay would move frozen experts, and an optimizer of "
+                    "DeepSpeed steps on copies, which cannot keep them; use weight_decay=0"
                 )
+            return
+        try:
+            keep_frozen(model, optimizer)
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"trainer: weight decay can move frozen experts ({error})", stacklevel=3)
 
     def _prepare(self, model: nn.Module) -> None:
         self._aux: Tensor | float = 0.0

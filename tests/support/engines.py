@@ -1,6 +1,8 @@
-"""The arguments that let a Trainer use DDP, FSDP1 or FSDP2 in several processes on a CPU."""
+"""The arguments that let a Trainer use DDP, FSDP or ZeRO in several processes on a CPU."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -11,6 +13,8 @@ ENGINES = {DistributedDataParallel: "ddp", FullyShardedDataParallel: "fsdp1", FS
 
 def engines_of(model: torch.nn.Module) -> set[str]:
     """Return the engines that a prepared model has."""
+    if hasattr(model, "zero_optimization_stage"):
+        return {f"zero{model.zero_optimization_stage()}"}
     return {name for kind, name in ENGINES.items() if isinstance(model, kind)}
 
 
@@ -31,9 +35,27 @@ def use_fsdp():
     AcceleratorState.__init__ = start_with_fsdp
 
 
+def use_deepspeed():
+    """Let accelerate use DeepSpeed on a CPU. It finds no backend there, and takes one process."""
+    from accelerate.state import DistributedType, PartialState
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+
+
 def engine_arguments(engine):
     if engine == "ddp":
         return dict(ddp_backend="gloo", ddp_find_unused_parameters=False)
+    if engine.startswith("zero"):
+        use_deepspeed()
+        # "auto" copies the values of TrainingArguments.
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": int(engine[-1])},
+        }
+        return dict(use_cpu=False, bf16=False, deepspeed=config)
     use_fsdp()
     config = dict(version=int(engine[-1]), transformer_layer_cls_to_wrap=["Qwen2DecoderLayer"])
     if engine == "fsdp1":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 
@@ -97,10 +98,11 @@ def run_trainer(rank, engine, folder, killed_after):
     return {name: gathered(p.detach()).clone() for name, p in trained(model).items()}
 
 
-@pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2", "zero2", "zero3"))
 def test_trainer(engine, tmp_path):
-    for name in ("datasets", "accelerate", "peft"):
-        pytest.importorskip(name)
+    for name in ("datasets", "accelerate", "peft", *["deepspeed"] * engine.startswith("zero")):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
     arguments = (run_trainer, 2, tmp_path / "processes", engine)
     expected = run_processes(*arguments, tmp_path / "whole", None)
     with pytest.raises(ProcessError, match=f"1: -{signal.SIGKILL.value}"):

@@ -11,12 +11,26 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from moelora_kernels import load_adapter, save_adapter
-from support.compare import assert_same
-from support.parallel import assert_close, backward, batch, make_model, one_process, train, trained
-from support.processes import run_processes
+for name in ("transformers", "datasets", "accelerate"):
+    pytest.importorskip(name)
 
-pytest.importorskip("transformers")
+from moelora_kernels import adapter_state_dict, load_adapter, save_adapter  # noqa: E402
+from support.compare import assert_same  # noqa: E402
+from support.engines import use_fsdp  # noqa: E402
+from support.models import add_preset, language_model  # noqa: E402
+from support.parallel import (  # noqa: E402
+    assert_close,
+    backward,
+    batch,
+    damped,
+    make_model,
+    one_process,
+    train,
+    trained,
+)
+from support.processes import run_processes  # noqa: E402
+from support.trainers import CLOSE, batches_of, loop, make_trainer  # noqa: E402
+
 pytestmark = pytest.mark.exhaustive
 
 STEPS = 2
@@ -75,3 +89,50 @@ def run_what_cannot_work(rank, kind):
 @pytest.mark.parametrize("kind", ("ming", "peft"))
 def test_parts_of_x_or_y_say_what_to_do(kind, tmp_path):
     run_processes(run_what_cannot_work, 2, tmp_path, kind)
+
+
+# The plan of `from_pretrained`: attention as the model's own plan has it.
+PLAN = {
+    "model.layers.*.mlp.gate_proj": "colwise_gather_output",
+    "model.layers.*.mlp.up_proj": "colwise_gather_output",
+    "model.layers.*.mlp.down_proj": "rowwise_split_input",
+}
+
+
+def add_experts(model):
+    options = dict(num_experts=4, dropout=0.0, aux={"load_balance": 0.5})
+    model = model.requires_grad_(False).train()
+    return damped(add_preset(model, "ming", ["gate_proj", "up_proj", "down_proj"], **options))
+
+
+def run_trainer(rank, folder):
+    from transformers import Qwen2ForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    def load(plan):
+        config = DistributedConfig(tp_size=2, tp_plan=plan)
+        return add_experts(Qwen2ForCausalLM.from_pretrained(folder, distributed_config=config))
+
+    with pytest.raises(ValueError, match=r"must return all of y: Col.*=Replicate\(\)\)$"):
+        load("auto")(input_ids=torch.ones(1, 4, dtype=torch.long))
+    model = load(PLAN)
+    bases = [p for name, p in model.named_parameters() if "mlp" in name and "base_layer" in name]
+    assert [isinstance(p, DTensor) for p in bases] == [True] * 6
+    # accelerate has tensor parallelism for accelerators only too.
+    use_fsdp()
+    trainer = make_trainer(model, folder)
+    trainer.train()
+    save_adapter(model, folder / "saved")
+    return batches_of(trainer)
+
+
+def test_trainer_of_a_model_that_transformers_shards(tmp_path):
+    pytest.importorskip("transformers.distributed.tensor_parallel")
+    language_model().save_pretrained(tmp_path)
+    batches, others = run_processes(run_trainer, 2, tmp_path, tmp_path)
+    for batch_a, batch_b in zip(batches, others, strict=True):
+        assert_same(batch_a, batch_b)
+    expected, loaded = add_experts(language_model()), add_experts(language_model())
+    loop(expected, [[part] for part in batches])
+    load_adapter(loaded, tmp_path / "saved")
+    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
