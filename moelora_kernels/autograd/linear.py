@@ -180,6 +180,9 @@ class MoeLora(torch.autograd.Function):
             _row_blocks(drouter_bias, n) if has_router and any(needs_adapters[-1]) else absent,
         )
         gradients = [gradient for field in fields for gradient in field]
+        if dlogits is None and hasattr(ctx, "unused"):
+            # Called alone, a linked sibling whose output no loss reads has no gradient.
+            unused = unused | {i for i, g in enumerate(grads[:n]) if g is None}
         if unused:
             gradients = [None if i % n in unused else g for i, g in enumerate(gradients)]
         dx = dx if needs_x else None

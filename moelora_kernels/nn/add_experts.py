@@ -31,6 +31,8 @@ from moelora_kernels.value_checks import COUNT, check_number
 ROUTER_SHARE = 0.01
 
 
+# A Parameter that is made in inference mode can never train.
+@torch.inference_mode(False)
 @torch.no_grad()
 def add_experts(model: nn.Module, n: int, *, rank: int | None = None) -> None:
     """Add n experts to all layers of `model`, after the experts that they have.

@@ -86,6 +86,8 @@ def are_called_in_a_row(module: nn.Module, names: Collection[str]) -> bool:
 _BRANCHES = (
     ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
 )  # fmt: skip
+# The attributes and methods of a tensor that do not give its values.
+_SHAPES = ("shape", "size", "ndim", "dim", "dtype", "device")
 # Statements after which the next one may not run.
 _LEAVE = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
@@ -109,24 +111,38 @@ def _statements(definition: ast.FunctionDef, calls: Sequence[ast.Call]) -> list[
 
 
 def _is_used(variable: str, nodes: Sequence[ast.AST], names: Collection[str]) -> bool:
-    """Return whether code may change the variable or its tensor.
+    """Return whether code may change the variable, its tensor, or the tensors of the children.
 
-    It assigns to the variable, calls a method of it that ends with "_", or passes it to another
-    call than those of the children `names`.
+    It assigns to the variable; changes any tensor in place, which may be a view; or passes the
+    variable or a part of it to another call than those of the children `names`. The shape of the
+    variable is no part of it.
     """
     for node in nodes:
+        if isinstance(node, ast.AugAssign):
+            return True
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            is_in_place = name.endswith("_") and not name.endswith("__")
+            if is_in_place or any(keyword.arg == "out" for keyword in node.keywords):
+                return True
             passed = [*node.args, *[keyword.value for keyword in node.keywords]]
-            if name.endswith("_"):
-                passed.append(node.func.value)  # type: ignore[attr-defined]
-            if name not in names and any(ast.unparse(value) == variable for value in passed):
+            if name not in names and any(_contains(value, variable, names) for value in passed):
                 return True
-        elif isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
-            target = node.value if isinstance(node, ast.Subscript) else node
-            if ast.unparse(target) == variable:
-                return True
+        is_target = isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
+        if is_target and (isinstance(node, ast.Subscript) or ast.unparse(node) == variable):
+            return True
     return False
+
+
+def _contains(node: ast.AST, variable: str, names: Collection[str]) -> bool:
+    """Return whether an expression reads the variable, and not only its shape or in a child."""
+    called = node.func if isinstance(node, ast.Call) else None
+    if isinstance(called, ast.Attribute) and called.attr in names:
+        return False
+    if isinstance(node, ast.Attribute) and node.attr in _SHAPES:
+        return False
+    is_variable = isinstance(node, ast.expr) and ast.unparse(node) == variable
+    return is_variable or any(_contains(c, variable, names) for c in ast.iter_child_nodes(node))
 
 
 def _arguments(kind: type, forward: FunctionType | None) -> dict[str, frozenset[str]]:

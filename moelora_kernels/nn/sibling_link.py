@@ -90,10 +90,13 @@ class SiblingLink:
         # from outside, and x is made inside of it.
         reference = getattr(x, _TRACED, None)
         traced = None if reference is None else reference()
+        mode = (torch.is_grad_enabled(), active_dtype(x))
         if traced is None or traced.link is not self or i not in traced.ys:
             ys, gate = run_siblings(layers, x)
-            traced = TracedPass(self, dict(enumerate(ys)), gate)
+            traced = TracedPass(self, mode, dict(enumerate(ys)), gate)
             setattr(x, _TRACED, weakref.ref(traced))
+        elif traced.mode != mode:
+            return forward_siblings((layer,), x)[0]
         y = traced.ys.pop(i)
         if not traced.ys:
             setattr(x, _TRACED, None)
@@ -130,8 +133,10 @@ _TRACED = "_moelora_traced_pass"
 class TracedPass:
     """The outputs of one pass in a graph that is being compiled, which no call has returned yet."""
 
-    def __init__(self, link: SiblingLink, ys: dict[int, Tensor], gate: Gate | None) -> None:
-        self.link, self.ys, self.gate = link, ys, gate
+    def __init__(
+        self, link: SiblingLink, mode: tuple, ys: dict[int, Tensor], gate: Gate | None
+    ) -> None:
+        self.link, self.mode, self.ys, self.gate = link, mode, ys, gate
 
 
 class Output(NamedTuple):

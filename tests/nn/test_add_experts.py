@@ -277,6 +277,15 @@ def test_compiled_layers_follow():
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-11, atol=1e-11)
 
 
+def test_new_experts_train_after_inference_mode():
+    layer = MoeLoraLinear(12, 6, num_experts=2, rank=2)
+    with torch.inference_mode():
+        add_experts(layer, 1)
+    layer(torch.randn(3, 12)).sum().backward()
+    assert layer.lora_B.grad.shape == (6, 6)
+    assert layer.router.weight.grad is not None
+
+
 def test_several_calls_and_ranks():
     layer = make_layer(scaling="alpha/R", shared_expert="always")
     scales = layer.config.scales()

@@ -157,3 +157,22 @@ def test_a_teacher_without_grad():
         assert not k.requires_grad
         detached = model.v_proj(x).detach()
         torch.testing.assert_close(detached, plain.v_proj(x))
+
+
+@pytest.mark.parametrize(
+    "options", (dict(top_k=2), dict(impl="grouped", top_k=2), dict(router=None))
+)
+def test_a_sibling_whose_output_is_not_used_gets_no_gradient(options):
+    """Weight decay would change a parameter that has a gradient of zeros."""
+    plain, linked = pair(**options)
+    x = random_x(2, 5)
+
+    def step(model):
+        q, k, _ = (getattr(model, name)(x) for name in NAMES)
+        return gradients(model, [(q.sin() * k.sum()).sum()])
+
+    expected, actual = step(plain), step(linked)
+    assert not any(name.startswith("v_proj") for name in expected)
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
