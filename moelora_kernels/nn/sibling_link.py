@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moelora_kernels.autograd.linear import Unused, share_unused
-from moelora_kernels.nn.base_linear import member
 from moelora_kernels.nn.forward import (
     forward_siblings,
     gate_rows_differ,
@@ -240,9 +239,15 @@ def agree(layers: Sequence[LoraLayer]) -> bool:
 
 def _common(layer: LoraLayer) -> tuple:
     """Return the state that siblings have in common if they can run together."""
-    a, b = layer._parameters.get("lora_A"), layer._parameters.get("lora_B")
-    weight = member(layer, "base_layer")._parameters.get("weight")
-    router = member(layer, "router")
+    # Without `member`: this runs for every layer in every call. Layers of PEFT have properties in
+    # the place of these children.
+    parameters, modules = layer._parameters, layer._modules
+    a, b = parameters.get("lora_A"), parameters.get("lora_B")
+    if "base_layer" in modules:
+        base, router = modules["base_layer"], modules.get("router")
+    else:
+        base, router = layer.base_layer, layer.router
+    weight = base._parameters.get("weight")
     return (
         layer.config,
         layer.training,
