@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moelora_kernels import reference
 from moelora_kernels.kernels.common.launcher import Launch
@@ -178,9 +178,7 @@ def record_wide(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     from moelora_kernels.kernels import shrink_dx, shrink_gate, shrink_gate_backward, weight_grad
     from moelora_kernels.kernels.common import launcher
 
-    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=layer.dtype, device="meta")
     T, I = layer.tokens, layer.in_features  # noqa: E741
     n, E, R = len(layer.out_features), len(layer.ranks), sum(layer.ranks)
     of = layer.adapters or layer.dtype
@@ -236,9 +234,7 @@ def record_grouped(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     )
     from moelora_kernels.kernels.common import launcher
 
-    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=layer.dtype, device="meta")
     T, I, K = layer.tokens, layer.in_features, layer.top_k  # noqa: E741
     n, E, R = len(layer.out_features), len(layer.ranks), sum(layer.ranks)
     rows, of = T * K if layer.by_pair else T, layer.adapters or layer.dtype
@@ -284,9 +280,7 @@ def record_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     from moelora_kernels.kernels import ffn_inner, ffn_inner_backward
     from moelora_kernels.kernels.common import launcher
 
-    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=layer.dtype, device="meta")
     T, F, K, R = layer.tokens, layer.out_features[0], layer.top_k, sum(layer.ranks)
     of, P, rank = layer.adapters or layer.dtype, T * K, max(layer.ranks)
     inner = InnerInputs(empty(T, F), empty(T, F), empty(P, rank), empty(P, rank))
@@ -314,9 +308,7 @@ def record_whole_ffn(layer: Layer) -> tuple[list[Launch], list[Launch]]:
     )
     from moelora_kernels.kernels.common import launcher
 
-    def empty(*shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=layer.dtype, device="meta")
     T, I, K = layer.tokens, layer.in_features, layer.top_k  # noqa: E741
     E, R, of = len(layer.ranks), sum(layer.ranks), layer.adapters or layer.dtype
     routing, ranks, scaling = _balanced(layer), layer.ranks, (2.0,) * E

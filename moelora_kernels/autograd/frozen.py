@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moelora_kernels.reference.gates import blocks
 from moelora_kernels.types import LinearTensors, Mixture
 
 
@@ -16,11 +17,12 @@ def frozen_ranges(ranks: Sequence[int], frozen: Sequence[int]) -> list[tuple[int
     ranks: the ranks of the E experts. frozen: numbers of experts in rising order.
     """
     ranges: list[tuple[int, int]] = []
+    all_columns = blocks(ranks)
     for e in frozen:
-        start, rank = sum(ranks[:e]), ranks[e]
+        start, stop = all_columns[e].start, all_columns[e].stop
         if ranges and sum(ranges[-1]) == start:
-            start, rank = ranges[-1][0], ranges.pop()[1] + rank
-        ranges.append((start, rank))
+            start, _ = ranges.pop()
+        ranges.append((start, stop - start))
     return ranges
 
 

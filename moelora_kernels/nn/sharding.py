@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +141,15 @@ def reshard(model: nn.Module) -> None:
 def caller(depth: int) -> str:
     """Return the name of the module whose code runs `depth` calls above, such as the caller's."""
     return sys._getframe(depth).f_globals.get("__name__", "")
+
+
+class HiddenFromFsdp1(nn.Module):
+    """A module whose children the wrap policies of FSDP1 do not see.
+
+    A policy can make a unit of every linear that trains. Its values would be gathered when the unit
+    is called, but a layer reads them. So they belong to the unit of their block.
+    """
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the names and the children; none if FSDP1 looks for modules to wrap."""
+        return iter(()) if caller(2) == "torch.distributed.fsdp.wrap" else super().named_children()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -17,7 +17,7 @@ from moelora_kernels.nn.layer import LoraLayer
 from moelora_kernels.nn.linear import forget_outputs
 from moelora_kernels.nn.merge import Task, delta_weight, task_gate_problem
 from moelora_kernels.nn.routers import TaskRouter
-from moelora_kernels.nn.sharding import caller
+from moelora_kernels.nn.sharding import HiddenFromFsdp1
 from moelora_kernels.nn.weight_readers import note_read
 
 
@@ -121,16 +121,8 @@ class MoeLoraExperts(LoraLayer):
         return rows[0] if external else rows[0].tolist()
 
 
-class RouterParts(nn.ModuleDict):
-    """The parts of a router by adapter. The wrap policies of FSDP1 do not see them.
-
-    PEFT's policy makes a unit of every linear that trains. Its values would be gathered when the
-    unit is called, but a layer reads them. So they belong to the unit of their block.
-    """
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Return the names and the parts; none if FSDP1 looks for modules to wrap."""
-        return iter(()) if caller(2) == "torch.distributed.fsdp.wrap" else super().named_children()
+class RouterParts(HiddenFromFsdp1, nn.ModuleDict):
+    """The parts of a router by adapter."""
 
 
 class MoeLoraTunerLinear(nn.Module, BaseTunerLayer):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 ENGINES = {DistributedDataParallel: "ddp", FullyShardedDataParallel: "fsdp1", FSDPModule: "fsdp2"}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: pip install deepspeed"
+)
 
 
 def engines_of(model: torch.nn.Module) -> set[str]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import datasets
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import Trainer, TrainingArguments
 
-from moelora_kernels import adapter_parameters, collect_aux_loss, set_tasks
+from moelora_kernels import (
+    adapter_parameters,
+    adapter_state_dict,
+    collect_aux_loss,
+    load_adapter,
+    set_tasks,
+)
 from moelora_kernels.nn.layer import mixture_layers
 from moelora_kernels.trainer import TaskCollator, attach
+from support.compare import assert_same
 from support.models import add_preset, language_model
 
 PROJECTIONS = ["q_proj", "gate_proj"]
@@ -170,6 +178,25 @@ def assert_same_adapters(a, b, **tolerance):
 # The loss is divided by the tokens before or after the sum, in float32. Adam divides gradients by
 # their size, so the rounding of a small gradient can change a parameter visibly.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def assert_trained_like_a_loop(results, make, folder, is_peft: bool = False):
+    """Assert that two processes trained the model of make() as one loop does, and saved it.
+
+    results: (batches, logged losses) of each process. folder: what they saved.
+    """
+    (batches, logs), (other, _) = results
+    expected = make()
+    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
+    assert logs == pytest.approx(losses, rel=1e-4)
+    if is_peft:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(language_model(), folder)
+    else:
+        loaded = make()
+        load_adapter(loaded, folder)
+    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
 
 
 def make_tokenizer():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moelora_kernels.nn.routers.logits import float32_linear, router_logits
 from moelora_kernels.nn.routers.token import MlpRouter
-from moelora_kernels.nn.sharding import caller
+from moelora_kernels.nn.sharding import HiddenFromFsdp1, caller
 
 
 def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def _on_device_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor if parameter.is_meta else tensor.to(parameter.device)
 
 
-class TaskRouter(nn.Module):
+class TaskRouter(HiddenFromFsdp1):
     """Compute logits from the task embedding of a sequence, as in MOELoRA.
 
         logits = W_gate e_b        e_b = embedding[ids_b]; for [B, J] the mean over the ids of a row
@@ -95,11 +95,6 @@ class TaskRouter(nn.Module):
         if caller(2).startswith("torch.distributed.fsdp._fully_shard"):
             self._check_whole()
         return super().children()
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Return the modules of the gate by name. The wrap policies of FSDP1 do not see them."""
-        # A unit for each would gather a few values, and layers that share the gate cannot have it.
-        return iter(()) if caller(2) == "torch.distributed.fsdp.wrap" else super().named_children()
 
     def _check_whole(self) -> None:
         """Raise RuntimeError if the weights are shards that FSDP holds for another module."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
 
 from moelora_kernels import adapter_parameters, load_adapter, save_adapter
 from support.compare import assert_same
+from support.engines import needs_deepspeed
 from support.parallel import (
     assert_close,
     loss_of,
@@ -22,13 +22,7 @@ from support.parallel import (
 from support.processes import run_processes
 
 pytest.importorskip("transformers")
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="needs deepspeed: pip install deepspeed",
-    ),
-]
+pytestmark = [pytest.mark.exhaustive, needs_deepspeed]
 
 STEPS = 2
 

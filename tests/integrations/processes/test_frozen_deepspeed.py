@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
@@ -13,18 +12,12 @@ for name in ("transformers", "datasets", "accelerate"):
 
 from moelora_kernels import adapter_parameters, freeze_experts  # noqa: E402
 from support.compare import assert_same  # noqa: E402
-from support.engines import engine_arguments  # noqa: E402
+from support.engines import engine_arguments, needs_deepspeed  # noqa: E402
 from support.parallel import loss_of, make_model, part_of, train, trained  # noqa: E402
 from support.processes import run_processes  # noqa: E402
 from support.trainers import CLOSE, make_trainer  # noqa: E402
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="needs deepspeed: pip install deepspeed",
-    ),
-]
+pytestmark = [pytest.mark.exhaustive, needs_deepspeed]
 
 FROZEN, STEPS = [0, 2], 2
 

@@ -14,7 +14,7 @@ for name in ("transformers", "datasets", "accelerate", "peft"):
 import datasets  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
-from moelora_kernels import adapter_state_dict, load_adapter, save_adapter  # noqa: E402
+from moelora_kernels import adapter_state_dict, save_adapter  # noqa: E402
 from moelora_kernels.trainer import attach  # noqa: E402
 from support import trainer_program  # noqa: E402
 from support.compare import assert_same  # noqa: E402
@@ -25,6 +25,7 @@ from support.trainers import (  # noqa: E402
     CLOSE,
     KeepingCollator,
     arguments,
+    assert_trained_like_a_loop,
     batches_of,
     loop,
     make_model,
@@ -58,13 +59,12 @@ def test_launched_from_a_shell(launcher, tmp_path):
     }[launcher]  # fmt: skip
     script = Path(trainer_program.__file__)
     run_program([sys.executable, "-m", *command, str(script), str(tmp_path)])
-    (batches, logs), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    expected = make_model("ming", **trainer_program.OPTIONS)
-    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
-    assert logs == pytest.approx(losses, rel=1e-4)
-    loaded = make_model("ming", **trainer_program.OPTIONS)
-    load_adapter(loaded, tmp_path / "adapter")
-    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    def make():
+        return make_model("ming", **trainer_program.OPTIONS)
+
+    assert_trained_like_a_loop(results, make, tmp_path / "adapter")
 
 
 def run(rank, kind, engine, folder):
@@ -87,16 +87,10 @@ CASES += [("moelora", "fsdp2")]
 @pytest.mark.parametrize(("kind", "engine"), CASES)
 def test_trainer(kind, engine, tmp_path):
     """The model that one process loads from the folder was trained as by one loop."""
-    (batches, logs), (other, _) = run_processes(run, 2, tmp_path, kind, engine, tmp_path)
-    expected = model_of(kind)
-    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
-    assert logs == pytest.approx(losses, rel=1e-4)
-    if kind == "peft":
-        loaded = PeftModel.from_pretrained(language_model(), tmp_path / "saved")
-    else:
-        loaded = model_of(kind)
-        load_adapter(loaded, tmp_path / "saved")
-    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+    results = run_processes(run, 2, tmp_path, kind, engine, tmp_path)
+    assert_trained_like_a_loop(
+        results, lambda: model_of(kind), tmp_path / "saved", is_peft=kind == "peft"
+    )
 
 
 def run_sft(rank, engine, folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 for name in ("transformers", "datasets", "accelerate", "peft"):
     pytest.importorskip(name)
 
-from peft import PeftModel  # noqa: E402
 from transformers import Qwen2ForCausalLM  # noqa: E402
 
 from moelora_kernels import (  # noqa: E402
@@ -23,13 +21,14 @@ from moelora_kernels import (  # noqa: E402
 )
 from support import trainer_program  # noqa: E402
 from support.compare import assert_same  # noqa: E402
-from support.engines import engine_arguments, engines_of  # noqa: E402
+from support.engines import engine_arguments, engines_of, needs_deepspeed  # noqa: E402
 from support.models import add_preset, language_model  # noqa: E402
 from support.processes import run_processes, run_program  # noqa: E402
 from support.trainers import (  # noqa: E402
     CLOSE,
     PROJECTIONS,
     arguments,
+    assert_trained_like_a_loop,
     batches_of,
     loop,
     make_model,
@@ -37,13 +36,7 @@ from support.trainers import (  # noqa: E402
     make_trainer,
 )
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="needs deepspeed: pip install deepspeed",
-    ),
-]
+pytestmark = [pytest.mark.exhaustive, needs_deepspeed]
 
 MING = dict(top_k=1, normalize="none", score="softmax")
 
@@ -73,16 +66,10 @@ def run(rank, kind, engine, folder):
 @pytest.mark.parametrize("kind", ("peft", "ming", "moelora"))
 def test_trainer(kind, engine, tmp_path):
     """The model that one process loads from the folder was trained as by one loop."""
-    (batches, logs), (other, _) = run_processes(run, 2, tmp_path, kind, engine, tmp_path)
-    expected = model_of(kind)
-    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
-    assert logs == pytest.approx(losses, rel=1e-4)
-    if kind == "peft":
-        loaded = PeftModel.from_pretrained(language_model(), tmp_path / "saved")
-    else:
-        loaded = model_of(kind)
-        load_adapter(loaded, tmp_path / "saved")
-    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+    results = run_processes(run, 2, tmp_path, kind, engine, tmp_path)
+    assert_trained_like_a_loop(
+        results, lambda: model_of(kind), tmp_path / "saved", is_peft=kind == "peft"
+    )
 
 
 def run_sharded(rank, folder):
@@ -132,10 +119,9 @@ def test_accelerate_launch(stage, tmp_path):
     ]  # fmt: skip
     script = Path(trainer_program.__file__)
     run_program([sys.executable, "-m", *command, str(script), str(tmp_path)])
-    (batches, logs), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    expected = make_model("ming", **trainer_program.OPTIONS)
-    losses, _ = loop(expected, [list(pair) for pair in zip(batches, other, strict=True)])
-    assert logs == pytest.approx(losses, rel=1e-4)
-    loaded = make_model("ming", **trainer_program.OPTIONS)
-    load_adapter(loaded, tmp_path / "adapter")
-    assert_same(adapter_state_dict(loaded), adapter_state_dict(expected), **CLOSE)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    def make():
+        return make_model("ming", **trainer_program.OPTIONS)
+
+    assert_trained_like_a_loop(results, make, tmp_path / "adapter")
